@@ -1,0 +1,80 @@
+"""Contracts and graphs to ONNX files without weights, shapes only, so that the 14B exports in little memory.
+
+torch runs under fake tensors: nothing is computed and nothing is allocated. Every exported graph is compared with its
+contract (names, shapes, types) and passes the ONNX checker before it counts.
+"""
+
+import logging
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import checker
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trt_wan.build.models import GRAPHS
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contract import Network, Tensor
+from trt_wan.engines.plan import Plan
+
+OPSET = 21  # FP8 Q/DQ with bf16 needs 21; from 23 on, attention nodes appear that crash TensorRT (trt_facts.md 1.2)
+
+_DTYPES = {"float32": torch.float32, "int64": torch.int64}
+_ONNX_TYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
+
+
+class _Graph(torch.nn.Module):
+    """A graph function as a module whose positional arguments are the contract's inputs, then its weights."""
+
+    def __init__(self, network: Network, model: ModelConfig, plan: Plan) -> None:
+        super().__init__()
+        self.network, self.model, self.plan = network, model, plan
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        count = len(self.network.inputs)
+        names = (weight.name for weight in self.network.weights)
+        weights = dict(zip(names, tensors[count:], strict=True))
+        return GRAPHS[self.network.name](*tensors[:count], w=weights, model=self.model, plan=self.plan)
+
+
+def export(network: Network, model: ModelConfig, plan: Plan, path: Path) -> None:
+    """Writes the ONNX graph of `network` to `path`."""
+    tensors = network.inputs + network.weights
+    with FakeTensorMode(), torch.no_grad():
+        args = tuple(torch.empty(t.shape, dtype=_DTYPES[t.dtype]) for t in tensors)
+        program = torch.export.export(_Graph(network, model, plan), args)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is missing; nothing needs it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(
+            program,
+            (),
+            input_names=[t.name for t in tensors],
+            output_names=[t.name for t in network.outputs],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert exported is not None
+    proto = exported.model_proto
+    _assert_kept(proto, network)
+    checker.check_model(proto, full_check=True)
+    path.write_bytes(proto.SerializeToString())
+
+
+def _assert_kept(proto: onnx.ModelProto, network: Network) -> None:
+    """The exporter may drop unused inputs or rename; the runtime binds by name, so nothing may differ."""
+
+    def described(values: list[onnx.ValueInfoProto]) -> list[tuple[str, tuple[int, ...], int]]:
+        return [
+            (v.name, tuple(d.dim_value for d in v.type.tensor_type.shape.dim), v.type.tensor_type.elem_type)
+            for v in values
+        ]
+
+    def wanted(tensors: tuple[Tensor, ...]) -> list[tuple[str, tuple[int, ...], int]]:
+        return [(t.name, t.shape, _ONNX_TYPES[t.dtype]) for t in tensors]
+
+    got, want = described(list(proto.graph.input)), wanted(network.inputs + network.weights)
+    assert got == want, f"{network.name}: inputs differ from the contract:\n{got}\n{want}"
+    got, want = described(list(proto.graph.output)), wanted(network.outputs)
+    assert got == want, f"{network.name}: outputs differ from the contract:\n{got}\n{want}"

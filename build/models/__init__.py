@@ -1,0 +1,34 @@
+"""The graphs, written in torch to be exported: plain functions of the tensors a contract names.
+
+Each takes the contract's inputs in order, then `w` (the contract's weights by name) and the shapes it needs, and
+returns the contract's outputs in order. `GRAPHS` pairs them with the contracts by name.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from trt_wan.build.models import block, embed, face, head, image_encoder, text_encoder, vae
+
+GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "text_encoder_layer": text_encoder.layer,
+    "image_encoder_embed": image_encoder.embed,
+    "image_encoder_layer": image_encoder.layer,
+    "vae_encode_first": vae.encode_first,
+    "vae_encode_next": vae.encode_next,
+    "text_embed": embed.text_embed,
+    "image_embed": embed.image_embed,
+    "context_kv": block.context_kv,
+    "motion_encoder": face.motion_encoder,
+    "face_encoder": face.face_encoder,
+    "fuser_kv": face.fuser_kv,
+    "time_embed": embed.time_embed,
+    "patch_embed": embed.patch_embed,
+    "attn_in": block.attn_in,
+    "attention": block.attention,
+    "attn_out": block.attn_out,
+    "fuser": face.fuser,
+    "head": head.head,
+    "vae_decode_first": vae.decode_first,
+    "vae_decode_next": vae.decode_next,
+}

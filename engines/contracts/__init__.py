@@ -1,0 +1,51 @@
+"""The contracts of all networks: one module each, one row each in `networks`."""
+
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contract import Network
+from trt_wan.engines.contracts import (
+    attention,
+    attn_in,
+    attn_out,
+    context_kv,
+    face_encoder,
+    fuser,
+    fuser_kv,
+    head,
+    image_embed,
+    image_encoder,
+    motion_encoder,
+    patch_embed,
+    text_embed,
+    text_encoder,
+    time_embed,
+    vae_decode,
+    vae_encode,
+)
+from trt_wan.engines.plan import Plan
+
+
+def networks(model: ModelConfig, plan: Plan) -> dict[str, Network]:
+    """Every network of `model` at the shapes of `plan`, by name, in the order a run first needs them."""
+    rows = (
+        text_encoder.network(model),
+        image_encoder.embed(model),
+        image_encoder.layer(model),
+        vae_encode.first(model, plan),
+        vae_encode.next_chunk(model, plan),
+        text_embed.network(model),
+        image_embed.network(model),
+        context_kv.network(model),
+        motion_encoder.network(model, plan),
+        face_encoder.network(model, plan),
+        fuser_kv.network(model, plan),
+        time_embed.network(model),
+        patch_embed.network(model, plan),
+        attn_in.network(model, plan),
+        attention.network(model, plan),
+        attn_out.network(model, plan),
+        fuser.network(model, plan),
+        head.network(model, plan),
+        vae_decode.first(model, plan),
+        vae_decode.next_chunk(model, plan),
+    )
+    return {network.name: network for network in rows}

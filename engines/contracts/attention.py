@@ -1,0 +1,17 @@
+"""Self-attention over all tokens, a graph of its own so that another kernel can take its place. It has no weights."""
+
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contract import Network, Tensor
+from trt_wan.engines.plan import Plan
+
+
+def network(model: ModelConfig, plan: Plan) -> Network:
+    c = model.transformer
+    heads = (c.heads, plan.tokens, c.head_dim)
+    return Network(
+        name="attention",
+        part="transformer",
+        inputs=(Tensor("q", heads), Tensor("k", heads), Tensor("v", heads)),
+        weights=(),
+        outputs=(Tensor("attended", (plan.tokens, c.dim)),),
+    )

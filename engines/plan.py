@@ -1,0 +1,66 @@
+"""The shape of one window: what a set of graphs is exported for.
+
+Pixel frames F per window, latent frames T = (F-1)/4 + 1, slots T1 = T + 1 (slot 0 is the reference),
+tokens per slot P = (H/16)(W/16), tokens L = T1·P.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trt_wan.errors import UsageError
+
+Precision = Literal["fp32"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    width: int = 832
+    height: int = 480
+    frames: int = 77
+    precision: Precision = "fp32"
+    vae_chunk: int = 1  # latent frames per VAE call after the first; any divisor of T-1 gives the same pictures
+    face_batch: int = 8  # face crops per call of the motion encoder; the last call is filled up
+
+    def __post_init__(self) -> None:
+        for name, value in (("width", self.width), ("height", self.height)):
+            if value < 16 or value % 16:
+                low = max(16, value // 16 * 16)
+                raise UsageError(
+                    f"The {name} is {value}, which is not a multiple of 16.", f"Use {low} or {low + 16}."
+                )
+        if self.frames < 5 or self.frames % 4 != 1:
+            near = max(5, (self.frames - 1) // 4 * 4 + 1)
+            raise UsageError(
+                f"A window of {self.frames} frames is not possible: it must be 4k+1 and at least 5.",
+                f"Use --window {near} or --window {near + 4}.",
+            )
+        if self.vae_chunk < 1 or (self.latent_frames - 1) % self.vae_chunk:
+            raise UsageError(
+                f"A VAE chunk of {self.vae_chunk} does not divide the {self.latent_frames - 1} latent frames "
+                "after the first.",
+                "Use 1, which always fits.",
+            )
+
+    @property
+    def latent_width(self) -> int:
+        return self.width // 8
+
+    @property
+    def latent_height(self) -> int:
+        return self.height // 8
+
+    @property
+    def latent_frames(self) -> int:
+        return (self.frames - 1) // 4 + 1
+
+    @property
+    def slots(self) -> int:
+        return self.latent_frames + 1
+
+    @property
+    def tokens_per_slot(self) -> int:
+        return (self.height // 16) * (self.width // 16)
+
+    @property
+    def tokens(self) -> int:
+        return self.slots * self.tokens_per_slot

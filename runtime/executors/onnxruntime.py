@@ -1,0 +1,55 @@
+"""ONNX Runtime on the CPU in fp32: the executor that proves the numerics and needs no GPU."""
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from trt_wan.engines.contract import Network
+from trt_wan.errors import EnvironmentBroken, GraphError
+from trt_wan.runtime.executors import Array
+
+
+class OnnxRuntimeExecutor:
+    """Sessions are opened on first use from `graphs`/<network>.onnx and kept."""
+
+    def __init__(self, graphs: Path) -> None:
+        self._refuse_two_packages()
+        self.graphs = graphs
+        self._sessions: dict[str, Any] = {}
+
+    def run(self, network: Network, tensors: Mapping[str, Array]) -> tuple[Array, ...]:
+        outputs = self._session(network.name).run([t.name for t in network.outputs], dict(tensors))
+        return tuple(outputs)
+
+    def _session(self, name: str) -> Any:
+        if name not in self._sessions:
+            import onnxruntime as ort
+
+            path = self.graphs / f"{name}.onnx"
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            try:
+                self._sessions[name] = ort.InferenceSession(
+                    path, options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for a bad file
+                raise GraphError(
+                    f"The graph {path} cannot be loaded ({str(error).splitlines()[0]}).",
+                    "Remove its folder and run the same command again with `trt-wan build` first.",
+                ) from error
+        return self._sessions[name]
+
+    @staticmethod
+    def _refuse_two_packages() -> None:
+        found = []
+        for package in ("onnxruntime", "onnxruntime-gpu"):
+            try:
+                found.append(f"{package} {version(package)}")
+            except PackageNotFoundError:
+                continue
+        if len(found) == 2:
+            raise EnvironmentBroken(
+                f"{found[0]} and {found[1]} are both installed and overwrite each other's files.",
+                "Run: pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
+            )

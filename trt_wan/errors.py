@@ -1,0 +1,55 @@
+"""Everything that can go wrong, on one screen.
+
+    TrtWanError              a failure with a code, one sentence and the fix; exit code 1
+    ├── UsageError           the command or its options are wrong; exit code 2
+    ├── InputError           a clip or picture cannot be used (unreadable, empty, wrong size, wrong length)
+    ├── WeightsError         a checkpoint is missing, is not what it should be, or lacks tensors
+    ├── GraphError           a graph or engine is missing, stale or damaged: rebuild it
+    ├── MemoryShort          the job does not fit in this machine's memory
+    ├── EnvironmentBroken    packages that are missing or break each other
+    └── OutputError          the result cannot be written (folder, rights, full disk)
+
+A user's mistake is one of these; an `assert` is a mistake of ours. Ctrl-C is not an error: it stays KeyboardInterrupt
+and ends with exit code 130.
+"""
+
+
+class TrtWanError(Exception):
+    """One sentence that says what is wrong (`message`) and one that says what to do about it (`hint`)."""
+
+    code = "failed"
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(TrtWanError):
+    code = "usage"
+    exit_code = 2
+
+
+class InputError(TrtWanError):
+    code = "input_unusable"
+
+
+class WeightsError(TrtWanError):
+    code = "weights_unusable"
+
+
+class GraphError(TrtWanError):
+    code = "graph_unusable"
+
+
+class MemoryShort(TrtWanError):
+    code = "memory_short"
+
+
+class EnvironmentBroken(TrtWanError):
+    code = "environment_broken"
+
+
+class OutputError(TrtWanError):
+    code = "output_unwritable"
