@@ -7,10 +7,10 @@
     ├── GraphError           a graph or engine is missing, stale or damaged: rebuild it
     ├── MemoryShort          the job does not fit in this machine's memory
     ├── EnvironmentBroken    packages that are missing or break each other
-    └── OutputError          the result cannot be written (folder, rights, full disk)
+    ├── OutputError          the result cannot be written (folder, rights, full disk)
+    └── Stopped              the user asked to stop (Ctrl-C), between two steps; exit code 130
 
-A user's mistake is one of these; an `assert` is a mistake of ours. Ctrl-C is not an error: it stays KeyboardInterrupt
-and ends with exit code 130.
+A user's mistake is one of these; an `assert` is a mistake of ours.
 """
 
 
@@ -53,3 +53,8 @@ class EnvironmentBroken(TrtWanError):
 
 class OutputError(TrtWanError):
     code = "output_unwritable"
+
+
+class Stopped(TrtWanError):
+    code = "interrupted"
+    exit_code = 130

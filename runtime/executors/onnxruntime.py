@@ -1,12 +1,17 @@
 """ONNX Runtime on the CPU in fp32: the executor that proves the numerics and needs no GPU."""
 
+import math
+import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from trt_wan.engines.checkpoint import PARTS, required_tensors
+from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
-from trt_wan.errors import EnvironmentBroken, GraphError
+from trt_wan.engines.plan import Plan
+from trt_wan.errors import EnvironmentBroken, GraphError, MemoryShort
 from trt_wan.runtime.executors import Array
 
 
@@ -53,3 +58,17 @@ class OnnxRuntimeExecutor:
                 f"{found[0]} and {found[1]} are both installed and overwrite each other's files.",
                 "Run: pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
             )
+
+
+def require_memory(model: ModelConfig, plan: Plan) -> None:
+    """MemoryShort if the job cannot fit in this machine's memory: fp32 weights, and one attention's logits."""
+    shapes = (shape for part in PARTS for shape in required_tensors(model, part).values())
+    weights = 4 * sum(math.prod(shape) for shape in shapes)
+    logits = 2 * 4 * model.transformer.heads * plan.tokens**2  # before and after the softmax
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if weights + logits > memory:
+        raise MemoryShort(
+            f"The model {model.name} at {plan.width}x{plan.height}, {plan.frames} frames per window, needs about "
+            f"{(weights + logits) / 1e9:.0f} GB in fp32 on the CPU; this machine has {memory / 1e9:.0f} GB.",
+            "Use a smaller size or window, or the tiny model (trt-wan weights tiny DIR) to try the pipeline.",
+        )

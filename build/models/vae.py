@@ -1,0 +1,173 @@
+"""The Wan2.1 VAE, one chunk at a time: walks the layers of `vae_layers` with explicit caches (model_spec.md 7).
+
+Video tensors are [channels, frames, height, width]. Spatial layers make the frames the batch. Padding in space is the
+convolution's own, padding in time is the cache. Upsampling is `nearest`: for a factor of two it is the same as
+`nearest-exact`, for which TensorRT has only a slow gather (trt_facts.md 1.1).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trt_wan.build.models.ops import Weights, attend
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contracts import vae_layers
+from trt_wan.engines.contracts.vae_layers import LATENT_MEAN, LATENT_STD, Layer
+from trt_wan.engines.plan import Plan
+
+
+class _History:
+    """The caches by the name of their convolution: `before` from the chunk before (None: this is the first), `after`."""
+
+    def __init__(self, before: dict[str, Tensor] | None) -> None:
+        self.before = before
+        self.after: dict[str, Tensor] = {}
+
+    @property
+    def first(self) -> bool:
+        return self.before is None
+
+    def extend(self, x: Tensor, name: str) -> Tensor:
+        """`x` with the two frames before it in front."""
+        if self.before is None:
+            extended = F.pad(x, (0, 0, 0, 0, 2, 0))
+        else:
+            extended = torch.cat((self.before[name], x), dim=1)
+        self.after[name] = extended[:, -2:]
+        return extended
+
+
+def _norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """RMS norm over the channels."""
+    scale = torch.rsqrt(x.square().sum(0, keepdim=True).clamp_min(1e-24)) * math.sqrt(x.shape[0])
+    return x * scale * gamma.reshape(-1, 1, 1, 1)
+
+
+def _conv(x: Tensor, w: Weights, name: str, padding: tuple[int, ...] = (0, 0, 0), time_stride: int = 1) -> Tensor:
+    weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
+    return F.conv3d(x[None], weight, bias, (time_stride, 1, 1), padding).squeeze(0)
+
+
+def _causal(x: Tensor, w: Weights, history: _History, name: str) -> Tensor:
+    return _conv(history.extend(x, name), w, name, padding=(0, 1, 1))
+
+
+def _norm_conv(x: Tensor, w: Weights, history: _History, norm: str, conv: str) -> Tensor:
+    return _causal(F.silu(_norm(x, w[f"{norm}.gamma"])), w, history, conv)
+
+
+def _residual(x: Tensor, w: Weights, history: _History, layer: Layer) -> Tensor:
+    name = layer.name
+    h = _norm_conv(x, w, history, f"{name}.residual.0", f"{name}.residual.2")
+    h = _norm_conv(h, w, history, f"{name}.residual.3", f"{name}.residual.6")
+    return h + (x if layer.inner == layer.out else _conv(x, w, f"{name}.shortcut"))
+
+
+def _attention(x: Tensor, w: Weights, name: str) -> Tensor:
+    """One head over the positions of each frame."""
+    channels, frames, height, width = x.shape
+
+    def pointwise(tokens: Tensor, name: str) -> Tensor:
+        return F.linear(tokens, w[f"{name}.weight"].flatten(1), w[f"{name}.bias"])
+
+    tokens = _norm(x, w[f"{name}.norm.gamma"]).reshape(channels, frames, height * width).permute(1, 2, 0)
+    q, k, v = pointwise(tokens, f"{name}.to_qkv").chunk(3, dim=-1)
+    attended = pointwise(attend(q, k, v, channels**-0.5), f"{name}.proj")
+    return x + attended.permute(2, 0, 1).reshape(x.shape)
+
+
+def _down(x: Tensor, w: Weights, history: _History, layer: Layer) -> Tensor:
+    conv, time_conv = f"{layer.name}.resample.1", f"{layer.name}.time_conv"
+    frames = F.pad(x.transpose(0, 1), (0, 1, 0, 1))  # right and bottom only
+    x = F.conv2d(frames, w[f"{conv}.weight"], w[f"{conv}.bias"], stride=2).transpose(0, 1)
+    if layer.kind == "down2d":
+        return x
+    history.after[time_conv] = x[:, -1:]
+    if history.before is None:
+        return x
+    return _conv(torch.cat((history.before[time_conv], x), dim=1), w, time_conv, time_stride=2)
+
+
+def _up(x: Tensor, w: Weights, history: _History, layer: Layer) -> Tensor:
+    conv, time_conv = f"{layer.name}.resample.1", f"{layer.name}.time_conv"
+    if layer.kind == "up3d":
+        if history.first:  # the second chunk sees zeros before it, not the first frame
+            history.after[time_conv] = x.new_zeros((layer.inner, 2, *x.shape[2:]))
+        else:
+            pairs = _conv(history.extend(x, time_conv), w, time_conv)
+            pairs = pairs.reshape(2, *x.shape).permute(1, 2, 0, 3, 4)
+            x = pairs.reshape(x.shape[0], 2 * x.shape[1], *x.shape[2:])
+    frames = F.interpolate(x.transpose(0, 1), scale_factor=2.0, mode="nearest")
+    return F.conv2d(frames, w[f"{conv}.weight"], w[f"{conv}.bias"], padding=1).transpose(0, 1)
+
+
+def _layer(x: Tensor, w: Weights, history: _History, layer: Layer) -> Tensor:
+    match layer.kind:
+        case "pointwise":
+            return _conv(x, w, layer.name)
+        case "conv":
+            return _causal(x, w, history, layer.name)
+        case "residual":
+            return _residual(x, w, history, layer)
+        case "attention":
+            return _attention(x, w, layer.name)
+        case "down2d" | "down3d":
+            return _down(x, w, history, layer)
+        case "up2d" | "up3d":
+            return _up(x, w, history, layer)
+        case "head":
+            return _norm_conv(x, w, history, f"{layer.name}.0", f"{layer.name}.2")
+
+
+def _walk(
+    x: Tensor, caches: Sequence[Tensor] | None, w: Weights, layers: tuple[Layer, ...], plan: Plan
+) -> tuple[Tensor, ...]:
+    """`x` through all layers; the result and the caches for the next chunk. `caches` is None on the first chunk."""
+    names = [cache.name.removesuffix(".cache") for layer in layers for cache in vae_layers.caches(layer, plan)]
+    history = _History(None if caches is None else dict(zip(names, caches, strict=True)))
+    for layer in layers:
+        x = _layer(x, w, history, layer)
+    return x, *(history.after[name] for name in names)
+
+
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values).reshape(-1, 1, 1, 1)
+
+
+def _encode(
+    frames: Tensor, caches: Sequence[Tensor] | None, w: Weights, model: ModelConfig, plan: Plan
+) -> tuple[Tensor, ...]:
+    moments, *after = _walk(frames, caches, w, vae_layers.encoder(model.vae), plan)
+    mean = moments[: model.vae.latent_channels]
+    return (mean - _per_channel(LATENT_MEAN)) / _per_channel(LATENT_STD), *after
+
+
+def _decode(
+    latent: Tensor, caches: Sequence[Tensor] | None, w: Weights, model: ModelConfig, plan: Plan
+) -> tuple[Tensor, ...]:
+    z = latent * _per_channel(LATENT_STD) + _per_channel(LATENT_MEAN)
+    frames, *after = _walk(z, caches, w, vae_layers.decoder(model.vae), plan)
+    return frames.clamp(-1, 1), *after
+
+
+def encode_first(frames: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor, ...]:
+    return _encode(frames, None, w, model, plan)
+
+
+def encode_next(
+    frames: Tensor, *caches: Tensor, w: Weights, model: ModelConfig, plan: Plan
+) -> tuple[Tensor, ...]:
+    return _encode(frames, caches, w, model, plan)
+
+
+def decode_first(latent: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor, ...]:
+    return _decode(latent, None, w, model, plan)
+
+
+def decode_next(
+    latent: Tensor, *caches: Tensor, w: Weights, model: ModelConfig, plan: Plan
+) -> tuple[Tensor, ...]:
+    return _decode(latent, caches, w, model, plan)

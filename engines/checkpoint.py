@@ -1,0 +1,33 @@
+"""What a checkpoint file must hold: every tensor a part's networks read, by its canonical name and shape.
+
+Canonical names are the official Wan names for the transformer and the VAE and the Hugging Face names for umT5 and
+CLIP (model_spec.md 1.3, 5.4), without prefixes. Layers that the runtime never runs (CLIP's last block and its
+projection) are not required.
+"""
+
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contract import Part
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.plan import Plan
+
+PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder", "image_encoder")
+
+TOKEN_EMBEDDING = "shared.weight"
+FINAL_TEXT_NORM = "encoder.final_layer_norm.weight"
+DIRECTION = "motion_encoder.dec.direction.weight"
+ORTHONORMAL = "motion_encoder.dec.direction.orthonormal"  # what the graph takes; computed from DIRECTION on loading
+
+
+def required_tensors(model: ModelConfig, part: Part) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the file of `part` must have, in a stable order."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for network in networks(model, Plan()).values():  # weights do not depend on the plan
+        if network.part == part:
+            for n in range(network.repeats):
+                shapes |= {network.weight_key(w.name, n): w.shape for w in network.weights}
+    if part == "transformer":
+        shapes[DIRECTION] = shapes.pop(ORTHONORMAL)
+    if part == "text_encoder":
+        shapes[TOKEN_EMBEDDING] = (model.text.vocabulary, model.text.dim)
+        shapes[FINAL_TEXT_NORM] = (model.text.dim,)
+    return shapes

@@ -1,0 +1,37 @@
+"""One layer of the umT5 encoder, run once per layer (model_spec.md 8.1).
+
+The token embedding is a look-up in the memory-mapped file and the final RMS norm a line of numpy; both live in the
+runtime. `position_buckets` is the same for every layer, the bias table it selects from is not.
+"""
+
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contract import Network, Tensor
+
+
+def network(model: ModelConfig) -> Network:
+    t = model.text
+    inner = t.heads * t.head_dim
+    return Network(
+        name="text_encoder_layer",
+        part="text_encoder",
+        scope="encoder.block.{n}.layer.",
+        repeats=t.layers,
+        inputs=(
+            Tensor("hidden", (t.length, t.dim)),
+            Tensor("attention_bias", (t.length,)),  # added to every row of the logits: 0, or very negative where padded
+            Tensor("position_buckets", (t.length, t.length), "int64"),
+        ),
+        weights=(
+            Tensor("0.layer_norm.weight", (t.dim,)),
+            Tensor("0.SelfAttention.q.weight", (inner, t.dim)),
+            Tensor("0.SelfAttention.k.weight", (inner, t.dim)),
+            Tensor("0.SelfAttention.v.weight", (inner, t.dim)),
+            Tensor("0.SelfAttention.o.weight", (t.dim, inner)),
+            Tensor("0.SelfAttention.relative_attention_bias.weight", (t.buckets, t.heads)),
+            Tensor("1.layer_norm.weight", (t.dim,)),
+            Tensor("1.DenseReluDense.wi_0.weight", (t.ffn_dim, t.dim)),
+            Tensor("1.DenseReluDense.wi_1.weight", (t.ffn_dim, t.dim)),
+            Tensor("1.DenseReluDense.wo.weight", (t.dim, t.ffn_dim)),
+        ),
+        outputs=(Tensor("hidden_out", (t.length, t.dim)),),
+    )

@@ -1,0 +1,109 @@
+"""Where exported graphs live: one folder per model, plan and version of the graphs' own source.
+
+    $TRT_WAN_HOME (or the user's cache)/graphs/<model>-<width>x<height>x<frames>-<precision>-<hash>/
+        <network>.onnx …  manifest.json
+
+The hash covers the model, the plan and the source that the graphs are made from, so a folder is never stale: when any
+of them changes, the name does. The folder gets its name when everything in it is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.plan import Plan
+from trt_wan.errors import GraphError
+
+MANIFEST = "manifest.json"
+
+
+def home() -> Path:
+    """`TRT_WAN_HOME`, or the user's cache folder."""
+    if chosen := os.environ.get("TRT_WAN_HOME"):
+        return Path(chosen)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("trt-wan")
+
+
+@cache
+def _source_hash() -> str:
+    """Of everything the exported graphs depend on: configurations, contracts, graph functions, export."""
+    package = Path(__file__).parent
+    build = package.parent / "build"
+    if not (build / "models").is_dir():
+        raise GraphError(f"The installation lacks {build / 'models'}.", "Install trt-wan again.")
+    files = [package / "config.py", package / "plan.py", package / "contract.py", build / "export.py"]
+    files += sorted((package / "contracts").glob("*.py")) + sorted((build / "models").glob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def graphs_folder(model: ModelConfig, plan: Plan) -> Path:
+    """Where the graphs of `model` and `plan` are, or will be."""
+    digest = hashlib.sha256(f"{model!r} {plan!r} {_source_hash()}".encode()).hexdigest()[:12]
+    name = f"{model.name}-{plan.width}x{plan.height}x{plan.frames}-{plan.precision}-{digest}"
+    return home() / "graphs" / name
+
+
+def is_complete(folder: Path, model: ModelConfig, plan: Plan) -> bool:
+    """Whether every graph is there with the size that the manifest says."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text())["bytes"]
+        return set(sizes) == set(networks(model, plan)) and all(
+            (folder / f"{name}.onnx").stat().st_size == size for name, size in sizes.items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def require_graphs(model: ModelConfig, plan: Plan) -> Path:
+    """The folder of complete graphs; GraphError with the command that makes them when there is none."""
+    folder = graphs_folder(model, plan)
+    if is_complete(folder, model, plan):
+        return folder
+    raise GraphError(
+        f"The graphs of the model {model.name} for {plan.width}x{plan.height}, {plan.frames} frames per window, "
+        f"are not built ({folder}).",
+        f"Run: trt-wan build --model {model.name} --size {plan.width}x{plan.height} --window {plan.frames}",
+    )
+
+
+@contextmanager
+def building(model: ModelConfig, plan: Plan) -> Iterator[Path | None]:
+    """A temporary folder to export into, which becomes the store's folder when the block ends without an error.
+
+    None if the graphs are already there. One process at a time builds a given folder; the others wait and then find it.
+    """
+    from filelock import FileLock
+
+    final = graphs_folder(model, plan)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(final.with_name(f"{final.name}.lock")):
+        if is_complete(final, model, plan):
+            yield None
+            return
+        temporary = final.with_name(f"{final.name}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            sizes = {path.stem: path.stat().st_size for path in sorted(temporary.glob("*.onnx"))}
+            manifest = {"model": model.name, "plan": repr(plan), "bytes": sizes}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+GraphExported = Callable[[str, float], None]  # name, seconds

@@ -1,0 +1,73 @@
+"""Pixels to what the transformer is conditioned on: reference, condition clip, mask, pose (model_spec.md section 2).
+
+Pixel arrays are float32 in [-1, 1], [3, frames, H, W]; the mask is 1 where the picture is known and 0 where it is to
+be made. Grey (0) stands for "unknown", black (-1) for a hole in a known picture: the two are different to the model.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.engines.plan import Plan
+from trt_wan.runtime.executors import Array
+from trt_wan.runtime.model import Model
+from trt_wan.runtime.vae import encode
+
+Pixels = NDArray[np.uint8]
+
+
+def to_signal(frames: Pixels) -> Array:
+    """uint8 [frames, H, W, 3] to float32 [3, frames, H, W] in [-1, 1]."""
+    return np.ascontiguousarray((frames.astype(np.float32) / 127.5 - 1).transpose(3, 0, 1, 2))
+
+
+def letterbox(picture: Pixels, width: int, height: int) -> Pixels:
+    """[h, w, 3] scaled to fit into [height, width, 3], centred on black (model_spec.md 2.3)."""
+    import cv2
+
+    h, w = picture.shape[:2]
+    if h / w > height / width:
+        new_w, new_h = max(1, int(height / h * w)), height
+    else:
+        new_w, new_h = width, max(1, int(width / w * h))
+    canvas = np.zeros((height, width, 3), np.uint8)
+    top, left = (height - new_h) // 2, (width - new_w) // 2
+    canvas[top : top + new_h, left : left + new_w] = cv2.resize(picture, (new_w, new_h))
+    return canvas
+
+
+def known_mask(plan: Plan, carried: int, person: Array | None) -> Array:
+    """The four mask channels of the window's own slots, [4, T, h, w].
+
+    `carried` frames at the start are known. `person` [F, H, W] in 0…1 (replace mode) is 1 on the person; each latent
+    cell takes the value of its top-left pixel, and values between 0 and 1 stay as they are (model_spec.md 2.1, 2.2).
+    """
+    h, w = plan.latent_height, plan.latent_width
+    known = np.zeros((plan.frames, h, w), np.float32) if person is None else 1 - person[:, ::8, ::8]
+    known[:carried] = 1
+    first_four = np.repeat(known[:1], 3, axis=0)  # the first latent frame is one pixel frame, four times
+    grouped = np.concatenate((first_four, known)).reshape(plan.latent_frames, 4, h, w)
+    return np.ascontiguousarray(grouped.transpose(1, 0, 2, 3))
+
+
+def condition_clip(plan: Plan, carried: Array | None, background: Array | None) -> Array:
+    """The window's known pixels [3, F, H, W]: carried frames, then background, or grey where there is none."""
+    clip = np.zeros((3, plan.frames, plan.height, plan.width), np.float32) if background is None else background.copy()
+    if carried is not None:
+        clip[:, : carried.shape[1]] = carried
+    return clip
+
+
+def encode_reference(model: Model, canvas: Pixels) -> Array:
+    """Slot 0 of the condition, [20, 1, h, w]: mask 1, and the reference encoded alone as a video of one frame."""
+    latent = encode(model, to_signal(canvas[None]))
+    return np.concatenate((np.ones((4, *latent.shape[1:]), np.float32), latent))
+
+
+def encode_condition(
+    model: Model, reference: Array, carried: Array | None, background: Array | None, person: Array | None
+) -> Array:
+    """The whole condition [20, T1, h, w]: the reference slot, then the window's mask and encoded clip."""
+    carried_frames = 0 if carried is None else carried.shape[1]
+    latent = encode(model, condition_clip(model.plan, carried, background))
+    window = np.concatenate((known_mask(model.plan, carried_frames, person), latent))
+    return np.concatenate((reference, window), axis=1)

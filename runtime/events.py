@@ -1,0 +1,49 @@
+"""What a run reports while it works: plain values handed to `progress(event)`. The library itself prints nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A stage of the pipeline begins: weights, text, image, condition, denoise, decode, write."""
+
+    stage: str
+    window: int = 0  # 1-based; 0 where the stage is not part of a window
+    windows: int = 0
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One denoising step is finished; `eta` counts the remaining steps of all windows, in seconds."""
+
+    window: int
+    windows: int
+    step: int
+    steps: int
+    seconds: float
+    eta: float
+
+
+@dataclass(frozen=True)
+class WindowDone:
+    """A window's frames are decoded and handed on."""
+
+    window: int
+    windows: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something the user should know that is not an error."""
+
+    text: str
+
+
+Event = StageStarted | StepDone | WindowDone | Note
+Progress = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """The progress of callers that do not care."""

@@ -1,0 +1,95 @@
+"""One job, built once and passed whole: what goes in, how it is denoised, what comes out."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from trt_wan.engines.contract import Part
+from trt_wan.errors import UsageError
+
+Mode = Literal["animate", "replace"]
+
+# The prompt Wan2.2-Animate was trained with ("the person in the video is making movements"); others work, less well.
+DEFAULT_PROMPT = "视频中的人在做动作"
+# The negative prompt shared by all Wan models; only read when guidance is above 1.
+DEFAULT_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+    "三条腿，背景人很多，倒着走"
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The prepared clips, all of the same length; sizes are those of the video to make, but for the 512x512 faces."""
+
+    reference: Path
+    pose: Path | None
+    face: Path | None
+    background: Path | None = None
+    mask: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.pose is None and self.face is None:
+            raise UsageError(
+                "There is neither a pose clip nor a face clip, so nothing drives the character.",
+                "Give at least one of src_pose.mp4 and src_face.mp4.",
+            )
+
+    @staticmethod
+    def from_folder(folder: Path, mode: Mode) -> "Inputs":
+        """The official preprocessing's file names; every clip is optional by the rules of `mode`."""
+
+        def clip(name: str) -> Path | None:
+            path = folder / name
+            return path if path.exists() else None
+
+        if not (folder / "src_ref.png").exists():
+            raise UsageError(
+                f"There is no src_ref.png in {folder}.",
+                "Name the folder of the prepared clips with --inputs DIR: src_ref.png, src_pose.mp4, src_face.mp4, "
+                "and for --mode replace src_bg.mp4 and src_mask.mp4.",
+            )
+        background, mask = clip("src_bg.mp4"), clip("src_mask.mp4")
+        if mode == "replace" and (background is None or mask is None):
+            missing = "src_mask.mp4" if background else "src_bg.mp4" if mask else "src_bg.mp4 and src_mask.mp4"
+            raise UsageError(
+                f"The mode replace needs the background and the mask together; {missing} is not in {folder}.",
+                "Add it, or use --mode animate.",
+            )
+        if mode == "animate":
+            background = mask = None
+        return Inputs(folder / "src_ref.png", clip("src_pose.mp4"), clip("src_face.mp4"), background, mask)
+
+
+@dataclass(frozen=True)
+class Job:
+    inputs: Inputs
+    weights: Path
+    weight_files: dict[Part, Path] = field(default_factory=dict)
+    mode: Mode = "animate"
+    prompt: str = DEFAULT_PROMPT
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+    tokenizer: Path | None = None
+    window: int = 77  # frames
+    overlap: int = 1  # frames carried from one window to the next: 1 or 5
+    steps: int = 20
+    guidance: float = 1.0  # classifier-free guidance runs only above 1
+    sampler: str = "unipc"
+    grid: str = "official"
+    shift: float = 5.0
+    seed: int = 0
+    pose_strength: float = 1.0
+    face_strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.mode == "replace") != (self.inputs.background is not None and self.inputs.mask is not None):
+            raise UsageError(
+                "Background and mask belong to the mode replace and come together.",
+                "Give both with mode replace, neither with mode animate.",
+            )
+        if self.guidance < 1:
+            raise UsageError(f"A guidance of {self.guidance} is below 1.", "Use 1 (off) or more.")
+        for name, value in (("pose", self.pose_strength), ("face", self.face_strength)):
+            if value < 0:
+                raise UsageError(f"The {name} strength is {value}, below 0.", "Use 0 (off) to 1, or more to exaggerate.")

@@ -1,0 +1,94 @@
+"""Starting noise, equal to what torch's CPU generator draws from the same seed: users keep their seeds.
+
+Knows nothing of latents or windows: a generator is asked for shapes and continues where the last draw ended.
+
+How torch gets from a seed to normals, which is what is repeated here:
+- The engine is MT19937, 32 bits a draw. Only the low 32 bits of the seed reach it, so seeds that differ above
+  them give the same noise. numpy's legacy `RandomState` seeds and draws identically.
+- 16 values or more (float32 throughout): one draw per value, its low 24 bits taken as a fraction of 1. Blocks
+  of 16 become normals by Box-Muller: value j gives the radius and value j+8 the angle of a point, whose x
+  stays at j and whose y goes to j+8. When the size is no multiple of 16, the last 16 values are replaced by a
+  block from 16 new draws.
+- Fewer than 16 values (float64, rounded at the end): two draws joined, first one high, give 53 bits. One such
+  fraction is the angle, the next the radius; x is the value, y is kept for the next value, also across calls.
+
+torch has its own approximations of log, sin and cos: in a latent the two are at most 7e-7 apart (torch 2.13).
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.errors import UsageError
+
+F32 = NDArray[np.float32]
+U32 = NDArray[np.uint32]
+
+BLOCK = 16
+TWO_PI = np.float32(2 * math.pi)
+
+
+class CpuGenerator:
+    """Draws what `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` draws."""
+
+    def __init__(self, seed: int) -> None:
+        """UsageError unless -2^63 <= seed < 2^64, as in torch; a negative seed is its two's complement."""
+        if not -(2**63) <= seed < 2**64:
+            raise UsageError(
+                f"The seed {seed} does not fit in 64 bits.",
+                f"Use --seed {seed % 2**64}, or any number from 0 to {2**64 - 1}.",
+            )
+        self._engine = np.random.RandomState(seed & 0xFFFFFFFF)
+        self._kept: float | None = None
+
+    def randn(self, shape: Sequence[int]) -> F32:
+        """Standard normals, float32. Each call continues the sequence."""
+        size = math.prod(shape)
+        values = self._blocks(size) if size >= BLOCK else self._one_by_one(size)
+        return values.reshape(tuple(shape))
+
+    def _draw(self, count: int) -> U32:
+        return self._engine.randint(0, 2**32, count, dtype=np.uint32)
+
+    def _blocks(self, size: int) -> F32:
+        draws = self._draw(size)
+        whole = size // BLOCK * BLOCK
+        values = np.empty(size, np.float32)
+        values[:whole] = _box_muller(draws[:whole])
+        if whole < size:
+            values[-BLOCK:] = _box_muller(self._draw(BLOCK))
+        return values
+
+    def _one_by_one(self, size: int) -> F32:
+        return np.array([self._next_normal() for _ in range(size)], np.float32)
+
+    def _next_normal(self) -> float:
+        if self._kept is not None:
+            value, self._kept = self._kept, None
+            return value
+        angle = 2 * math.pi * self._fraction53()
+        radius = math.sqrt(-2 * math.log1p(-self._fraction53()))
+        self._kept = radius * math.sin(angle)
+        return radius * math.cos(angle)
+
+    def _fraction53(self) -> float:
+        high, low = self._draw(2).tolist()
+        bits: int = (high << 32 | low) & (2**53 - 1)
+        return bits * 2.0**-53
+
+
+def _box_muller(draws: U32) -> F32:
+    """Whole blocks of draws to as many normals."""
+    fractions = (draws & np.uint32(0xFFFFFF)).astype(np.float32)
+    fractions *= np.float32(2**-24)
+    first, second = fractions.reshape(-1, 2, BLOCK // 2).transpose(1, 0, 2)
+    radius = np.log(1 - first)  # 1 - fraction is in (0, 1]: the logarithm is finite
+    radius *= np.float32(-2)
+    np.sqrt(radius, out=radius)
+    angle = TWO_PI * second
+    normals = np.empty((len(radius), 2, BLOCK // 2), np.float32)
+    np.multiply(radius, np.cos(angle), out=normals[:, 0])
+    np.multiply(radius, np.sin(angle), out=normals[:, 1])
+    return normals.reshape(-1)

@@ -1,0 +1,170 @@
+"""The whole way from prepared clips to frames, as one function that reads from top to bottom.
+
+`stream` yields finished frames, window after window; it writes nothing and prints nothing.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from trt_wan.engines.plan import Plan
+from trt_wan.engines.store import require_graphs
+from trt_wan.errors import Stopped
+from trt_wan.runtime.checkpoints.loading import load_weights
+from trt_wan.runtime.checkpoints.find_tokenizer import find_tokenizer
+from trt_wan.runtime.clips import FACE_SIZE, Clips, open_clips
+from trt_wan.runtime.conditioning import Pixels, encode_condition, encode_reference, letterbox, to_signal
+from trt_wan.runtime.denoise import BetweenSteps, Branch, denoise
+from trt_wan.runtime.events import Progress, StageStarted, StepDone, WindowDone, silent
+from trt_wan.runtime.executors import Array
+from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor, require_memory
+from trt_wan.runtime.image_encoder import encode_image
+from trt_wan.runtime.job import Job
+from trt_wan.runtime.model import Model
+from trt_wan.runtime.noise import CpuGenerator
+from trt_wan.runtime.schedulers import schedule as make_schedule
+from trt_wan.runtime.text_encoder import encode_text
+from trt_wan.runtime.transformer import (
+    WindowCondition,
+    encode_blank_face,
+    encode_context,
+    encode_face,
+    encode_time,
+    rope_tables,
+)
+from trt_wan.runtime.vae import decode, encode
+from trt_wan.runtime.windows import Windows
+
+ShouldStop = Callable[[], bool]
+
+
+def stream(
+    job: Job,
+    *,
+    clips: Clips | None = None,
+    progress: Progress = silent,
+    should_stop: ShouldStop = lambda: False,
+) -> Iterator[Pixels]:
+    """Yields the video's frames, uint8 [H, W, 3], as many as the driving clip has.
+
+    `clips` are the job's, if they are open already. `should_stop` is asked between steps and ends the stream with
+    `Stopped`. Raises TrtWanError; every check that needs no computing is made before the first stage.
+    """
+    for frames in stream_windows(job, clips=clips, progress=progress, should_stop=should_stop):
+        yield from to_pixels(frames)
+
+
+def to_pixels(frames: Array) -> Pixels:
+    """float32 [3, n, H, W] in [-1, 1] to uint8 [n, H, W, 3]."""
+    return np.rint((frames + 1) * 127.5).astype(np.uint8).transpose(1, 2, 3, 0)
+
+
+def stream_windows(
+    job: Job,
+    *,
+    clips: Clips | None = None,
+    progress: Progress = silent,
+    should_stop: ShouldStop = lambda: False,
+) -> Iterator[Array]:
+    """`stream`, a window at a time and before rounding: float32 [3, n, H, W] in [-1, 1]."""
+    # 1. Plan: everything that can be refused is refused here.
+    clips = clips or open_clips(job.inputs, job.window)
+    plan = Plan(clips.width, clips.height, job.window)
+    windows = Windows(clips.frames, job.window, job.overlap)
+    schedule = make_schedule(job.grid, job.steps, job.shift)
+    progress(StageStarted("weights"))
+    config, weights = load_weights(job.weights, job.weight_files)
+    assert config.motion.size == FACE_SIZE, f"face crops are {FACE_SIZE}, {config.name} takes {config.motion.size}"
+    tokenizer = find_tokenizer(job.tokenizer, job.weights, weights["text_encoder"], config.text.length)
+    require_memory(config, plan)
+    model = Model(config, plan, OnnxRuntimeExecutor(require_graphs(config, plan)), weights)
+    guided = job.guidance > 1
+
+    # 2. What all windows share: text, image, time, rotary tables, the reference slot.
+    progress(StageStarted("text"))
+    prompts = [job.prompt, job.negative_prompt] if guided else [job.prompt]
+    texts = [encode_text(model, tokenizer, prompt) for prompt in prompts]
+    progress(StageStarted("image"))
+    canvas = letterbox(clips.reference, plan.width, plan.height)
+    image = encode_image(model, to_signal(canvas[None])[:, 0])
+    reference = encode_reference(model, canvas)
+    contexts = [encode_context(model, text, image) for text in texts]
+    times = [encode_time(model, t) for t in schedule.timesteps]
+    rope = rope_tables(config, plan)
+    blank_face = encode_blank_face(model) if guided and clips.face is not None else None
+    generator = CpuGenerator(job.seed)
+    carried: Array | None = None
+    clock = _StepClock(job, windows.total, progress, should_stop)
+
+    for j in range(windows.total):
+        indices = windows.indices(j)
+        here = {"window": j + 1, "windows": windows.total}
+
+        # 3. Condition: what this window is told by pose, face, background, mask and the frames carried over.
+        progress(StageStarted("condition", **here))
+        background = person = None
+        if clips.background is not None and clips.mask is not None:
+            background = to_signal(clips.background.window(indices))
+            person = clips.mask.window(indices)[..., 0].astype(np.float32) / 255
+        condition = encode_condition(model, reference, carried, background, person)
+        pose = np.zeros((config.vae.latent_channels, plan.latent_frames, *condition.shape[2:]), np.float32)
+        if clips.pose is not None:
+            pose = encode(model, to_signal(clips.pose.window(indices)))
+        face = None
+        if clips.face is not None:
+            crops = to_signal(clips.face.window(indices)).transpose(1, 0, 2, 3)
+            face = encode_face(model, np.ascontiguousarray(crops))
+        pose_strength = job.pose_strength if clips.pose is not None else 0.0
+        branches = [
+            Branch(context, WindowCondition(condition, pose, pose_strength, window_face, job.face_strength))
+            for context, window_face in zip(contexts, (face, blank_face), strict=False)
+        ]
+
+        # 4. Denoise.
+        progress(StageStarted("denoise", **here))
+        noise = generator.randn((config.vae.latent_channels, plan.slots, *condition.shape[2:]))
+        latent = denoise(
+            model,
+            noise,
+            branches[0],
+            branches[1] if guided else None,
+            job.guidance,
+            job.sampler,
+            schedule,
+            times,
+            rope,
+            clock.window(j),
+        )
+
+        # 5. Decode without the reference slot; the last frames are carried into the next window as they are.
+        progress(StageStarted("decode", **here))
+        frames = np.concatenate(list(decode(model, latent[:, 1:])), axis=1)
+        carried = frames[:, -job.overlap :]
+        kept = frames[:, windows.keep(j)]
+        yield kept
+        progress(WindowDone(j + 1, windows.total, kept.shape[1]))
+
+
+class _StepClock:
+    """Reports every step with its time and the estimate of what is left, and ends the run between two steps."""
+
+    def __init__(self, job: Job, windows: int, progress: Progress, should_stop: ShouldStop) -> None:
+        self.steps, self.windows, self.progress, self.should_stop = job.steps, windows, progress, should_stop
+        self.durations: list[float] = []
+
+    def window(self, j: int) -> BetweenSteps:
+        last = time.perf_counter()
+
+        def between_steps(done: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            self.durations.append(now - last)
+            last = now
+            left = (self.windows - j) * self.steps - done
+            eta = left * float(np.median(self.durations))
+            self.progress(StepDone(j + 1, self.windows, done, self.steps, self.durations[-1], eta))
+            if self.should_stop():
+                raise Stopped(f"Stopped in window {j + 1} of {self.windows}, after step {done} of {self.steps}.")
+
+        return between_steps

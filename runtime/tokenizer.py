@@ -1,0 +1,76 @@
+"""A prompt to token ids, as umT5 was trained: cleaned, cut, `</s>` last. It pads nothing.
+
+The same pieces come in two file formats: a Hugging Face `tokenizer.json` and a SentencePiece model, which is
+a file `spiece.model` or the U8 tensor `spiece_model` inside ComfyUI's text encoder (model_spec.md 5.4).
+The packages for text are imported on use: they cost more than the command line's start.
+"""
+
+import html
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from trt_wan.errors import WeightsError
+
+END = "</s>"
+_HINT = "Download it again: it is `tokenizer.json` or `spiece.model` of google/umt5-xxl."
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    pieces: Callable[[str], list[int]]  # ids of a cleaned text, with nothing added
+    end: int  # id of </s>
+    length: int  # most ids the text encoder takes, </s> included
+
+    def encode(self, prompt: str) -> list[int]:
+        """One to `length` ids; a prompt that is too long loses its tail, never its `</s>`."""
+        return [*self.pieces(clean(prompt))[: self.length - 1], self.end]
+
+
+def clean(prompt: str) -> str:
+    """Broken Unicode repaired, HTML entities resolved (twice: "&amp;lt;"), white space collapsed."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+
+
+def load_tokenizer_json(path: Path, length: int) -> Tokenizer:
+    """Raises WeightsError."""
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises plain Exception for every fault, a missing file included
+        raise _unreadable(str(path), str(error)) from error
+    tokenizer.no_truncation()  # what the file asks for is undone: a truncated text would have no </s>
+    tokenizer.no_padding()
+    end = tokenizer.token_to_id(END)
+    if end is None:
+        raise _endless(str(path))
+    return Tokenizer(lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids), end, length)
+
+
+def load_sentencepiece(model: Path | bytes, length: int) -> Tokenizer:
+    """From a file or from the bytes of one. Raises WeightsError."""
+    import sentencepiece
+
+    name = str(model) if isinstance(model, Path) else "inside the text encoder's file"
+    try:
+        # The package would take an empty model for "no model given" and fail on first use.
+        proto = (model.read_bytes() if isinstance(model, Path) else model) or b"\0"
+        processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    except OSError as error:
+        raise _unreadable(name, str(error)) from error
+    except RuntimeError as error:  # its text names a line of C++
+        raise _unreadable(name, "not a SentencePiece model") from error
+    if processor.eos_id() < 0:
+        raise _endless(name)
+    return Tokenizer(lambda text: list(processor.encode(text)), processor.eos_id(), length)
+
+
+def _unreadable(name: str, reason: str) -> WeightsError:
+    return WeightsError(f"The tokenizer {name} cannot be read ({reason}).", _HINT)
+
+
+def _endless(name: str) -> WeightsError:
+    return WeightsError(f"The tokenizer {name} has no {END}, so it is not umT5's.", _HINT)

@@ -1,0 +1,73 @@
+"""How a clip is cut into windows that overlap, and which decoded frames of each window the output keeps.
+
+Frames are numbered from 0 in the driving clip (n of them). A window has C frames and starts C - r after the
+one before it; its first r frames repeat the last r of that one and are dropped from the output. Past its end
+the clip is walked back and forth until the last window is full. The arithmetic is that of the official code
+(model_spec.md 3.1) with two gaps closed: a clip of at most r frames gets one window (there: none), and a
+single frame is repeated (there: an index error). Whether C suits the VAE is `Plan`'s business.
+"""
+
+from dataclasses import dataclass
+
+from trt_wan.errors import UsageError
+
+OVERLAPS = (1, 5)  # carried frames the model was trained for
+
+
+@dataclass(frozen=True)
+class Windows:
+    clip_frames: int
+    window: int
+    overlap: int
+
+    def __post_init__(self) -> None:
+        if self.clip_frames < 1:
+            raise UsageError(
+                f"A clip of {self.clip_frames} frames gives no video.",
+                "Use a driving video, or a range of it, with at least one frame.",
+            )
+        if self.overlap not in OVERLAPS:
+            raise UsageError(
+                f"An overlap of {self.overlap} frames is not possible: the model continues from 1 or 5.",
+                "Use --overlap 1 or --overlap 5.",
+            )
+        if self.overlap >= self.window:
+            raise UsageError(
+                f"An overlap of {self.overlap} frames leaves nothing new in a window of {self.window}.",
+                f"Use --window {self.overlap + 4} or more.",
+            )
+
+    @property
+    def stride(self) -> int:
+        """New frames per window."""
+        return self.window - self.overlap
+
+    @property
+    def total(self) -> int:
+        """Number of windows."""
+        return max(1, -(-(self.clip_frames - self.overlap) // self.stride))
+
+    @property
+    def target(self) -> int:
+        """Frames of the clip once padded, all windows exactly full."""
+        return self.overlap + self.total * self.stride
+
+    def indices(self, j: int) -> list[int]:
+        """The clip's frame at each of window j's C places. The padded clip: 0, 1, …, n-1, n-2, …, 0, 1, …"""
+        start = self._start(j)
+        return [self._bounce(frame) for frame in range(start, start + self.window)]
+
+    def keep(self, j: int) -> slice:
+        """Which of window j's decoded frames go to the output: over all windows n frames, in order."""
+        start = self._start(j)
+        return slice(self.overlap if j else 0, min(self.window, self.clip_frames - start))
+
+    def _start(self, j: int) -> int:
+        assert 0 <= j < self.total, f"there are {self.total} windows, asked for number {j}"
+        return j * self.stride
+
+    def _bounce(self, frame: int) -> int:
+        last = self.clip_frames - 1
+        if last == 0:
+            return 0
+        return last - abs(last - frame % (2 * last))

@@ -1,0 +1,166 @@
+"""The VAE against diffusers on the same random weights, for every way of cutting the clip into chunks.
+
+Weights are made under their official names from the contracts and reach diffusers through its own converter, loaded
+strictly, so the names, shapes and number of tensors are compared too.
+"""
+
+import math
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+from trt_wan.build.export import export
+from trt_wan.build.models import GRAPHS
+from trt_wan.engines.config import ANIMATE_14B, TINY, ModelConfig
+from trt_wan.engines.contract import Network
+from trt_wan.engines.contracts import vae_decode, vae_encode
+from trt_wan.engines.plan import Plan
+from trt_wan.runtime import vae
+from trt_wan.runtime.executors import Array
+from trt_wan.runtime.model import Model
+
+WIDTH, HEIGHT, LONGEST = 96, 64, 17
+TOLERANCE = 1e-4
+
+MIB = 1 << 20
+
+
+class EagerExecutor:
+    """Runs the graph functions themselves, without an export: seconds less per chunk size."""
+
+    def __init__(self, config: ModelConfig, plan: Plan) -> None:
+        self.config, self.plan = config, plan
+
+    def run(self, network: Network, tensors: Mapping[str, Array]) -> tuple[Array, ...]:
+        given = {name: torch.from_numpy(np.asarray(value)) for name, value in tensors.items()}
+        inputs = (given[t.name] for t in network.inputs)
+        weights = {t.name: given[t.name] for t in network.weights}
+        with torch.no_grad():
+            outputs = GRAPHS[network.name](*inputs, w=weights, model=self.config, plan=self.plan)
+        for contract, output in zip(network.outputs, outputs, strict=True):
+            assert contract.shape == tuple(output.shape), contract.name
+        return tuple(output.numpy() for output in outputs)
+
+
+def vae_networks(config: ModelConfig, plan: Plan) -> tuple[Network, ...]:
+    return tuple(make(config, plan) for half in (vae_encode, vae_decode) for make in (half.first, half.next_chunk))
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    networks = vae_networks(config, Plan(WIDTH, HEIGHT, LONGEST))
+    return {n.weight_key(w.name): w.shape for n in networks for w in n.weights}
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Array]:
+    """Random everywhere, gammas around 1, convolutions scaled to keep the variance."""
+    rng = np.random.default_rng(7)
+
+    def random(name: str, shape: tuple[int, ...]) -> Array:
+        values = rng.standard_normal(shape)
+        if name.endswith("gamma"):
+            values = 1 + 0.3 * values
+        elif name.endswith("bias"):
+            values = 0.1 * values
+        else:
+            values = values / math.sqrt(math.prod(shape[1:]))
+        return values.astype(np.float32)
+
+    return {name: random(name, shape) for name, shape in weight_shapes(TINY).items()}
+
+
+@pytest.fixture(scope="module")
+def oracle(weights: dict[str, Array]) -> AutoencoderKLWan:
+    model = AutoencoderKLWan(base_dim=TINY.vae.base_dim, z_dim=TINY.vae.latent_channels).eval()
+    converted = convert_wan_vae_to_diffusers({k: torch.from_numpy(v) for k, v in weights.items()})
+    model.load_state_dict(converted, strict=True)
+    return model.requires_grad_(False)
+
+
+def normalisation(oracle: AutoencoderKLWan) -> tuple[Array, Array]:
+    mean, std = oracle.config.latents_mean, oracle.config.latents_std
+    return tuple(np.array(v, np.float32).reshape(-1, 1, 1, 1) for v in (mean, std))
+
+
+def random_frames(count: int) -> Array:
+    frames = np.random.default_rng(count).uniform(-1, 1, (3, count, HEIGHT, WIDTH))
+    return frames.astype(np.float32)
+
+
+def random_latent(frames: int) -> Array:
+    shape = (TINY.vae.latent_channels, (frames - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)
+    return np.random.default_rng(frames).standard_normal(shape).astype(np.float32)
+
+
+def check_encode(model: Model, oracle: AutoencoderKLWan, count: int) -> None:
+    frames = random_frames(count)
+    mean, std = normalisation(oracle)
+    moments = oracle.encode(torch.from_numpy(frames)[None]).latent_dist.mode()[0].numpy()
+    got = vae.encode(model, frames)
+    np.testing.assert_allclose(got, (moments - mean) / std, rtol=0, atol=TOLERANCE)
+    assert got.shape == random_latent(count).shape
+    assert moments.std() > 0.1
+
+
+def check_decode(model: Model, oracle: AutoencoderKLWan, count: int) -> None:
+    latent = random_latent(count)
+    mean, std = normalisation(oracle)
+    want = oracle.decode(torch.from_numpy(latent * std + mean)[None]).sample[0].numpy()
+    chunks = list(vae.decode(model, latent))
+    step = 4 * model.plan.vae_chunk
+    assert [chunk.shape[1] for chunk in chunks] == [1] + [step] * ((count - 1) // step)
+    np.testing.assert_allclose(np.concatenate(chunks, axis=1), want, rtol=0, atol=TOLERANCE)
+    assert want.shape[1] == count
+    inside = np.abs(want) < 1
+    assert inside.mean() > 0.8 and want.std() > 0.1, "the comparison would see little but the clamp"
+    assert not inside.all(), "the comparison would not see the clamp"
+
+
+@pytest.mark.parametrize(("chunk", "count"), [(1, 1), (1, 5), (1, 9), (1, 17), (2, 9), (2, 17)])
+def test_exported_graphs_equal_diffusers(make_model, weights, oracle, chunk: int, count: int) -> None:
+    model = make_model(TINY, Plan(WIDTH, HEIGHT, LONGEST, vae_chunk=chunk), {"vae": weights})
+    check_encode(model, oracle, count)
+    check_decode(model, oracle, count)
+
+
+@pytest.mark.parametrize(("chunk", "count"), [(1, 17), (2, 17), (4, 17), (4, 33)])
+def test_every_chunk_size_equals_diffusers(weights, oracle, chunk: int, count: int) -> None:
+    plan = Plan(WIDTH, HEIGHT, count, vae_chunk=chunk)
+    model = Model(TINY, plan, EagerExecutor(TINY, plan), {"vae": weights})
+    check_encode(model, oracle, count)
+    check_decode(model, oracle, count)
+
+
+@pytest.mark.parametrize("count", [2, 5, 12])
+def test_a_clip_that_does_not_divide_into_chunks_is_refused(weights, count: int) -> None:
+    plan = Plan(WIDTH, HEIGHT, LONGEST, vae_chunk=2)
+    model = Model(TINY, plan, EagerExecutor(TINY, plan), {"vae": weights})
+    with pytest.raises(AssertionError, match="multiple of 8"):
+        vae.encode(model, random_frames(count))
+
+
+def test_the_full_size_has_the_checkpoints_tensors_and_caches() -> None:
+    shapes = weight_shapes(ANIMATE_14B)
+    assert len(shapes) == 194
+    assert sum(math.prod(shape) for shape in shapes.values()) == 126_892_531
+
+    _, encode, _, decode = vae_networks(ANIMATE_14B, Plan(832, 480))
+    elements = [sum(math.prod(t.shape) for t in network.inputs[1:]) for network in (encode, decode)]
+    assert [len(encode.inputs) - 1, len(decode.inputs) - 1] == [24, 32]
+    assert [round(n / 1e6, 1) for n in elements] == [560.7, 944.3]  # model_spec.md 7.2
+
+
+def test_the_full_size_exports_in_little_memory(tmp_path: Path) -> None:
+    plan = Plan(832, 480)
+    network = vae_decode.next_chunk(ANIMATE_14B, plan)  # 4.3 GiB of weights and caches, were they real
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    export(network, ANIMATE_14B, plan, tmp_path / "graph.onnx")
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < 512, f"peak memory grew by {grown:.0f} MiB"
+    assert (tmp_path / "graph.onnx").stat().st_size < MIB
