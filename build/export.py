@@ -1,7 +1,7 @@
 """Contracts and graphs to ONNX files without weights, shapes only, so that the 14B exports in little memory.
 
-torch runs under fake tensors: nothing is computed and nothing is allocated. Every exported graph is compared with its
-contract (names, shapes, types) and passes the ONNX checker before it counts.
+torch runs under fake tensors: nothing is computed and nothing is allocated. Every exported graph is compared
+with its contract (names, shapes, types) and passes the ONNX checker before it counts.
 """
 
 import logging
@@ -18,7 +18,8 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor
 from trt_wan.engines.plan import Plan
 
-OPSET = 21  # FP8 Q/DQ with bf16 needs 21; from 23 on, attention nodes appear that crash TensorRT (trt_facts.md 1.2)
+# FP8 Q/DQ with bf16 needs 21; from 23 on, attention nodes appear that crash TensorRT (trt_facts.md 1.2).
+OPSET = 21
 
 _DTYPES = {"float32": torch.float32, "int64": torch.int64}
 _ONNX_TYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
@@ -44,7 +45,9 @@ def export(network: Network, model: ModelConfig, plan: Plan, path: Path) -> None
     with FakeTensorMode(), torch.no_grad():
         args = tuple(torch.empty(t.shape, dtype=_DTYPES[t.dtype]) for t in tensors)
         program = torch.export.export(_Graph(network, model, plan), args)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is missing; nothing needs it
+    logging.getLogger("torch.onnx").setLevel(
+        logging.ERROR
+    )  # it reports that torchvision is missing; nothing needs it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(

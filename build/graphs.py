@@ -11,7 +11,7 @@ from trt_wan.engines.store import GraphExported, building, graphs_folder
 
 
 def build_graphs(model: ModelConfig, plan: Plan, exported: GraphExported) -> Path:
-    """Returns the folder of the graphs; calls `exported(name, seconds)` after each one that had to be made."""
+    """The folder of the graphs; calls `exported(name, seconds)` after each one that had to be made."""
     with building(model, plan) as folder:
         if folder is not None:
             for name, network in networks(model, plan).items():

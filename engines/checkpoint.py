@@ -1,8 +1,8 @@
 """What a checkpoint file must hold: every tensor a part's networks read, by its canonical name and shape.
 
-Canonical names are the official Wan names for the transformer and the VAE and the Hugging Face names for umT5 and
-CLIP (model_spec.md 1.3, 5.4), without prefixes. Layers that the runtime never runs (CLIP's last block and its
-projection) are not required.
+Canonical names are the official Wan names for the transformer and the VAE and the Hugging Face names for umT5
+and CLIP (model_spec.md 1.3, 5.4), without prefixes. Layers that the runtime never runs (CLIP's last block and
+its projection) are not required.
 """
 
 from trt_wan.engines.config import ModelConfig
@@ -15,7 +15,9 @@ PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder", "image_encoder"
 TOKEN_EMBEDDING = "shared.weight"
 FINAL_TEXT_NORM = "encoder.final_layer_norm.weight"
 DIRECTION = "motion_encoder.dec.direction.weight"
-ORTHONORMAL = "motion_encoder.dec.direction.orthonormal"  # what the graph takes; computed from DIRECTION on loading
+ORTHONORMAL = (
+    "motion_encoder.dec.direction.orthonormal"  # what the graph takes; computed from DIRECTION on loading
+)
 
 
 def required_tensors(model: ModelConfig, part: Part) -> dict[str, tuple[int, ...]]:

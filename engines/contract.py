@@ -1,7 +1,7 @@
 """What a network is called and what goes in and out of it: the one text that build and runtime both read.
 
-A network's weights are inputs of its graph like any other; their names are the checkpoint's own (official Wan names,
-model_spec.md 1.3) with `scope` in front: the weight `self_attn.q.weight` of `attn_in` for block 7 is
+A network's weights are inputs of its graph like any other; their names are the checkpoint's own (official Wan
+names, model_spec.md 1.3) with `scope` in front: the weight `self_attn.q.weight` of `attn_in` for block 7 is
 `blocks.7.self_attn.q.weight`. Linear weights are stored [out, in]. Shapes are static and have no batch axis.
 """
 
@@ -21,7 +21,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Network:
-    """One graph. `repeats` is how many sets of weights run through it; `{n}` in `scope` is the set's number."""
+    """One graph. `repeats` sets of weights run through it; `{n}` in `scope` is the set's number."""
 
     name: str
     part: Part

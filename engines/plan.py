@@ -18,7 +18,9 @@ class Plan:
     height: int = 480
     frames: int = 77
     precision: Precision = "fp32"
-    vae_chunk: int = 1  # latent frames per VAE call after the first; any divisor of T-1 gives the same pictures
+    vae_chunk: int = (
+        1  # latent frames per VAE call after the first; any divisor of T-1 gives the same pictures
+    )
     face_batch: int = 8  # face crops per call of the motion encoder; the last call is filled up
 
     def __post_init__(self) -> None:

@@ -3,8 +3,8 @@
     $TRT_WAN_HOME (or the user's cache)/graphs/<model>-<width>x<height>x<frames>-<precision>-<hash>/
         <network>.onnx …  manifest.json
 
-The hash covers the model, the plan and the source that the graphs are made from, so a folder is never stale: when any
-of them changes, the name does. The folder gets its name when everything in it is complete.
+The hash covers the model, the plan and the source that the graphs are made from, so a folder is never stale:
+when any of them changes, the name does. The folder gets its name when everything in it is complete.
 """
 
 import hashlib
@@ -72,17 +72,19 @@ def require_graphs(model: ModelConfig, plan: Plan) -> Path:
     if is_complete(folder, model, plan):
         return folder
     raise GraphError(
-        f"The graphs of the model {model.name} for {plan.width}x{plan.height}, {plan.frames} frames per window, "
-        f"are not built ({folder}).",
+        f"The graphs of the model {model.name} for {plan.width}x{plan.height}, {plan.frames} frames per "
+        f"window, are not built ({folder}).",
         f"Run: trt-wan build --model {model.name} --size {plan.width}x{plan.height} --window {plan.frames}",
     )
 
 
 @contextmanager
 def building(model: ModelConfig, plan: Plan) -> Iterator[Path | None]:
-    """A temporary folder to export into, which becomes the store's folder when the block ends without an error.
+    """A temporary folder to export into, which becomes the store's folder when the block ends without an
+    error.
 
-    None if the graphs are already there. One process at a time builds a given folder; the others wait and then find it.
+    None if the graphs are already there. One process at a time builds a given folder; the others wait and
+    then find it.
     """
     from filelock import FileLock
 

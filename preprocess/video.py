@@ -1,19 +1,20 @@
 """Reads clips and pictures. Knows nothing of persons, sizes a model likes, or resampling in time.
 
-A frame is uint8 RGB [H, W, 3], turned upright, at the file's own size (pixels are taken as square). Colours follow the
-file's tags; an untagged clip is BT.601 limited range, as every reader built on swscale takes it.
+A frame is uint8 RGB [H, W, 3], turned upright, at the file's own size (pixels are taken as square). Colours
+follow the file's tags; an untagged clip is BT.601 limited range, as every reader built on swscale takes it.
 
-Containers lie about their length and rate, so both are measured: one pass over the packets when a clip is opened
-(no decoding), then one pass of decoding, in order, as frames are asked for.
+Containers lie about their length and rate, so both are measured: one pass over the packets when a clip is
+opened (no decoding), then one pass of decoding, in order, as frames are asked for.
 """
 
+import os
 import shlex
 from collections import deque
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import av
 import cv2
@@ -102,13 +103,13 @@ class Clip:
         )
         frame = self._kept[index - oldest]
         if (frame.width, frame.height) != self._coded_size:
+            first = "x".join(map(str, self._coded_size))
             raise InputError(
-                f"{self.path} changes its size at frame {index}, from {self._coded_size[0]}x{self._coded_size[1]} "
-                f"to {frame.width}x{frame.height}.",
+                f"{self.path} changes its size at frame {index}: {first} to {frame.width}x{frame.height}.",
                 f"Make one size of it: {_remake(self.path)}",
             )
         transpose, rows, columns = self._turn
-        picture = self._scaler.reformat(frame, format="rgb24").to_ndarray()
+        picture = np.asarray(self._scaler.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
         picture = picture.transpose(1, 0, 2) if transpose else picture
         return picture[::rows, ::columns]
 
@@ -132,19 +133,18 @@ class Clip:
 def read_picture(path: Path) -> Picture:
     """uint8 RGB [H, W, 3]: turned as its EXIF says, transparency dropped, grey as three equal channels."""
     _refuse_missing(path)
+    fixed = shlex.quote(str(path.with_suffix(".fixed.png")))
+    unreadable = InputError(
+        f"{path} cannot be read as a picture.",
+        f"Convert it to PNG: ffmpeg -i {shlex.quote(str(path))} -frames:v 1 {fixed}",
+    )
     try:
         # cv2.imread cannot open a path outside the code page on Windows; numpy can.
         picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
-    except (cv2.error, OSError) as error:  # cv2 raises for too many pixels, and for an empty buffer
-        picture, cause = None, error
-    else:
-        cause = None
+    except (cv2.error, OSError) as error:
+        raise unreadable from error
     if picture is None:
-        fixed = shlex.quote(str(path.with_suffix(".fixed.png")))
-        raise InputError(
-            f"{path} cannot be read as a picture.",
-            f"Convert it to PNG or JPEG: ffmpeg -i {shlex.quote(str(path))} -frames:v 1 {fixed}",
-        ) from cause
+        raise unreadable
     return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
 
 
@@ -165,7 +165,7 @@ def _open(path: Path) -> InputContainer:
 
 
 def _refuse_missing(path: Path) -> None:
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, not an OSError for a name that is too long
         raise InputError(f"There is no file {path}.", "Check the path.")
     if path.is_dir():
         raise InputError(f"{path} is a folder, not a file.", "Give the file itself.")
@@ -182,7 +182,7 @@ def _video_stream(container: InputContainer, path: Path) -> VideoStream:
 
 
 def _measure(container: InputContainer, path: Path) -> tuple[int, Fraction]:
-    """Counts the frames that will be shown (an edit list hides some) and their rate, from the packets alone."""
+    """Number and rate of the frames that are shown (an edit list hides some), from the packets alone."""
     video = _video_stream(container, path)
     count, end = 0, Fraction(0)
     times: list[int] = []  # of the pictures, in units of the stream's time base
@@ -208,7 +208,7 @@ def _measure(container: InputContainer, path: Path) -> tuple[int, Fraction]:
 
 
 def _rate(video: VideoStream, count: int, span: Fraction, path: Path) -> Fraction:
-    """What the container says where it holds (timestamps are rounded, often to 1 ms); else what was measured."""
+    """What the container says where it holds (timestamps are rounded, often to ms), else what is measured."""
     declared = video.average_rate or video.guessed_rate
     if declared and (not span or abs((count - 1) / declared - span) <= MAX_DRIFT):
         return Fraction(declared)
@@ -220,15 +220,16 @@ def _rate(video: VideoStream, count: int, span: Fraction, path: Path) -> Fractio
 
 
 def _turn(frame: VideoFrame, path: Path) -> tuple[bool, int, int]:
-    """How to set the frame upright: whether to transpose it, then the step (1 or -1) along its rows and columns.
+    """How to set the frame upright: whether to transpose it, then its steps (1, -1) along rows and columns.
 
-    Read from the display matrix, three rows of three int32 of which the first two columns of the first two rows turn
-    (x, y) into (a·x + c·y, b·x + d·y). PyAV's `rotation` is one angle and takes a mirrored picture for a turned one.
+    The display matrix is int32 [3, 3]: ((a, b), (c, d)) top left turns (x, y) into (a·x + c·y, b·x + d·y).
+    PyAV's `rotation` is one angle and takes a mirrored picture for a turned one.
     """
-    side_data = frame.side_data.get("DISPLAYMATRIX")
-    if side_data is None:
+    side_data: Any = frame.side_data  # PyAV's stubs know of motion vectors only
+    matrix = side_data.get("DISPLAYMATRIX")
+    if matrix is None:
         return False, 1, 1
-    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(side_data), "<i4")[:5])
+    a, b, _, c, d = (int(value) for value in np.frombuffer(matrix, "<i4")[:5])
     if a and d and not b and not c:
         return False, 1 if d > 0 else -1, 1 if a > 0 else -1
     if b and c and not a and not d:

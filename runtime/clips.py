@@ -44,7 +44,9 @@ def open_clips(inputs: Inputs, window: int) -> Clips:
     for name, clip in clips.items():
         if clip is not None:
             _require_size(clip, *((FACE_SIZE, FACE_SIZE) if name == "face" else size))
-    return Clips(reference, **clips, width=size[0], height=size[1], frames=opened[0].frames, rate=opened[0].rate)
+    return Clips(
+        reference, **clips, width=size[0], height=size[1], frames=opened[0].frames, rate=opened[0].rate
+    )
 
 
 def _require_multiple_of_16(name: str, width: int, height: int) -> None:

@@ -1,7 +1,9 @@
-"""Pixels to what the transformer is conditioned on: reference, condition clip, mask, pose (model_spec.md section 2).
+"""Pixels to what the transformer is conditioned on: reference, condition clip, mask, pose (model_spec.md
+section 2).
 
-Pixel arrays are float32 in [-1, 1], [3, frames, H, W]; the mask is 1 where the picture is known and 0 where it is to
-be made. Grey (0) stands for "unknown", black (-1) for a hole in a known picture: the two are different to the model.
+Pixel arrays are float32 in [-1, 1], [3, frames, H, W]; the mask is 1 where the picture is known and 0 where
+it is to be made. Grey (0) stands for "unknown", black (-1) for a hole in a known picture: the two are
+different to the model.
 """
 
 import numpy as np
@@ -38,8 +40,9 @@ def letterbox(picture: Pixels, width: int, height: int) -> Pixels:
 def known_mask(plan: Plan, carried: int, person: Array | None) -> Array:
     """The four mask channels of the window's own slots, [4, T, h, w].
 
-    `carried` frames at the start are known. `person` [F, H, W] in 0…1 (replace mode) is 1 on the person; each latent
-    cell takes the value of its top-left pixel, and values between 0 and 1 stay as they are (model_spec.md 2.1, 2.2).
+    `carried` frames at the start are known. `person` [F, H, W] in 0…1 (replace mode) is 1 on the person; each
+    latent cell takes the value of its top-left pixel, and values between 0 and 1 stay as they are
+    (model_spec.md 2.1, 2.2).
     """
     h, w = plan.latent_height, plan.latent_width
     known = np.zeros((plan.frames, h, w), np.float32) if person is None else 1 - person[:, ::8, ::8]
@@ -50,15 +53,19 @@ def known_mask(plan: Plan, carried: int, person: Array | None) -> Array:
 
 
 def condition_clip(plan: Plan, carried: Array | None, background: Array | None) -> Array:
-    """The window's known pixels [3, F, H, W]: carried frames, then background, or grey where there is none."""
-    clip = np.zeros((3, plan.frames, plan.height, plan.width), np.float32) if background is None else background.copy()
+    """The window's known pixels [3, F, H, W]: carried frames, then background, grey where there is none."""
+    clip = (
+        np.zeros((3, plan.frames, plan.height, plan.width), np.float32)
+        if background is None
+        else background.copy()
+    )
     if carried is not None:
         clip[:, : carried.shape[1]] = carried
     return clip
 
 
 def encode_reference(model: Model, canvas: Pixels) -> Array:
-    """Slot 0 of the condition, [20, 1, h, w]: mask 1, and the reference encoded alone as a video of one frame."""
+    """Slot 0 of the condition, [20, 1, h, w]: mask 1, and the reference encoded as a video of one frame."""
     latent = encode(model, to_signal(canvas[None]))
     return np.concatenate((np.ones((4, *latent.shape[1:]), np.float32), latent))
 

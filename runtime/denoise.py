@@ -31,7 +31,8 @@ def denoise(
     rope: tuple[Array, Array],
     between_steps: BetweenSteps,
 ) -> Array:
-    """Noise [16, T1, h, w] to the clean latent of the same shape; without `unconditional` there is no guidance.
+    """Noise [16, T1, h, w] to the clean latent of the same shape; without `unconditional` there is no
+    guidance.
 
     `times` holds the time embedding of every step of `schedule`.
     """

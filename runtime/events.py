@@ -1,4 +1,4 @@
-"""What a run reports while it works: plain values handed to `progress(event)`. The library itself prints nothing."""
+"""What a run reports: plain values handed to `progress(event)`. The library itself prints nothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """The letter-boxed reference picture to CLIP image features (model_spec.md 2.3, 8.2).
 
 The picture is squashed to 224x224, bicubic without antialiasing, as the official code does: with another
-filter the features differ measurably. They are the hidden states after all layers but the last, without a norm.
+filter the features differ measurably. They are the hidden states after all layers but the last, not normed.
 """
 
 import numpy as np

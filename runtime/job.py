@@ -9,7 +9,7 @@ from trt_wan.errors import UsageError
 
 Mode = Literal["animate", "replace"]
 
-# The prompt Wan2.2-Animate was trained with ("the person in the video is making movements"); others work, less well.
+# Wan2.2-Animate was trained with it ("the person in the video is making movements"); others work, less well.
 DEFAULT_PROMPT = "视频中的人在做动作"
 # The negative prompt shared by all Wan models; only read when guidance is above 1.
 DEFAULT_NEGATIVE_PROMPT = (
@@ -21,7 +21,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """The prepared clips, all of the same length; sizes are those of the video to make, but for the 512x512 faces."""
+    """The prepared clips: of one length, and of the size of the video to make, but for the 512x512 faces."""
 
     reference: Path
     pose: Path | None
@@ -47,12 +47,14 @@ class Inputs:
         if not (folder / "src_ref.png").exists():
             raise UsageError(
                 f"There is no src_ref.png in {folder}.",
-                "Name the folder of the prepared clips with --inputs DIR: src_ref.png, src_pose.mp4, src_face.mp4, "
-                "and for --mode replace src_bg.mp4 and src_mask.mp4.",
+                "Name the folder of the prepared clips with --inputs DIR: src_ref.png, src_pose.mp4, "
+                "src_face.mp4, and for --mode replace src_bg.mp4 and src_mask.mp4.",
             )
         background, mask = clip("src_bg.mp4"), clip("src_mask.mp4")
         if mode == "replace" and (background is None or mask is None):
-            missing = "src_mask.mp4" if background else "src_bg.mp4" if mask else "src_bg.mp4 and src_mask.mp4"
+            missing = (
+                "src_mask.mp4" if background else "src_bg.mp4" if mask else "src_bg.mp4 and src_mask.mp4"
+            )
             raise UsageError(
                 f"The mode replace needs the background and the mask together; {missing} is not in {folder}.",
                 "Add it, or use --mode animate.",
@@ -92,4 +94,6 @@ class Job:
             raise UsageError(f"A guidance of {self.guidance} is below 1.", "Use 1 (off) or more.")
         for name, value in (("pose", self.pose_strength), ("face", self.face_strength)):
             if value < 0:
-                raise UsageError(f"The {name} strength is {value}, below 0.", "Use 0 (off) to 1, or more to exaggerate.")
+                raise UsageError(
+                    f"The {name} strength is {value}, below 0.", "Use 0 (off) to 1, or more to exaggerate."
+                )

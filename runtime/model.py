@@ -2,7 +2,8 @@
 
     (q, k, v) = model.run("attn_in", x, time_modulation, cos, sin, n=7)
 
-Inputs go in the contract's order, `n` says which set of weights (which block). Weights are read once and kept.
+Inputs go in the contract's order, `n` says which set of weights (which block). Weights are read once and
+kept.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,9 @@ class Model:
 
     def run(self, name: str, *inputs: Array, n: int = 0) -> tuple[Array, ...]:
         network = self.networks[name]
-        assert len(inputs) == len(network.inputs), f"{name} takes {len(network.inputs)} inputs, got {len(inputs)}"
+        assert len(inputs) == len(network.inputs), (
+            f"{name} takes {len(network.inputs)} inputs, got {len(inputs)}"
+        )
         tensors = dict(self._weights_of(network, n))
         for contract, value in zip(network.inputs, inputs, strict=True):
             assert value.shape == contract.shape, (
@@ -32,6 +35,10 @@ class Model:
             )
             tensors[contract.name] = value
         return self.executor.run(network, tensors)
+
+    def release(self, part: Part) -> None:
+        """Forgets the weights of a part that has done its work; used again, they are read again."""
+        self._bound = {key: value for key, value in self._bound.items() if self.networks[key[0]].part != part}
 
     def _weights_of(self, network: Network, n: int) -> dict[str, Array]:
         key = (network.name, n)

@@ -11,8 +11,8 @@ import numpy as np
 from trt_wan.engines.plan import Plan
 from trt_wan.engines.store import require_graphs
 from trt_wan.errors import Stopped
-from trt_wan.runtime.checkpoints.loading import load_weights
 from trt_wan.runtime.checkpoints.find_tokenizer import find_tokenizer
+from trt_wan.runtime.checkpoints.loading import load_weights
 from trt_wan.runtime.clips import FACE_SIZE, Clips, open_clips
 from trt_wan.runtime.conditioning import Pixels, encode_condition, encode_reference, letterbox, to_signal
 from trt_wan.runtime.denoise import BetweenSteps, Branch, denoise
@@ -48,8 +48,8 @@ def stream(
 ) -> Iterator[Pixels]:
     """Yields the video's frames, uint8 [H, W, 3], as many as the driving clip has.
 
-    `clips` are the job's, if they are open already. `should_stop` is asked between steps and ends the stream with
-    `Stopped`. Raises TrtWanError; every check that needs no computing is made before the first stage.
+    `clips` are the job's, if they are open already. `should_stop` is asked between steps and ends the stream
+    with `Stopped`. Raises TrtWanError; every check that needs no computing is made before the first stage.
     """
     for frames in stream_windows(job, clips=clips, progress=progress, should_stop=should_stop):
         yield from to_pixels(frames)
@@ -57,7 +57,8 @@ def stream(
 
 def to_pixels(frames: Array) -> Pixels:
     """float32 [3, n, H, W] in [-1, 1] to uint8 [n, H, W, 3]."""
-    return np.rint((frames + 1) * 127.5).astype(np.uint8).transpose(1, 2, 3, 0)
+    levels = (frames.astype(np.float32) + 1) * 127.5
+    return np.rint(levels).astype(np.uint8).transpose(1, 2, 3, 0)
 
 
 def stream_windows(
@@ -75,7 +76,9 @@ def stream_windows(
     schedule = make_schedule(job.grid, job.steps, job.shift)
     progress(StageStarted("weights"))
     config, weights = load_weights(job.weights, job.weight_files)
-    assert config.motion.size == FACE_SIZE, f"face crops are {FACE_SIZE}, {config.name} takes {config.motion.size}"
+    assert config.motion.size == FACE_SIZE, (
+        f"face crops are {FACE_SIZE}, {config.name} takes {config.motion.size}"
+    )
     tokenizer = find_tokenizer(job.tokenizer, job.weights, weights["text_encoder"], config.text.length)
     require_memory(config, plan)
     model = Model(config, plan, OnnxRuntimeExecutor(require_graphs(config, plan)), weights)
@@ -85,9 +88,11 @@ def stream_windows(
     progress(StageStarted("text"))
     prompts = [job.prompt, job.negative_prompt] if guided else [job.prompt]
     texts = [encode_text(model, tokenizer, prompt) for prompt in prompts]
+    model.release("text_encoder")
     progress(StageStarted("image"))
     canvas = letterbox(clips.reference, plan.width, plan.height)
     image = encode_image(model, to_signal(canvas[None])[:, 0])
+    model.release("image_encoder")
     reference = encode_reference(model, canvas)
     contexts = [encode_context(model, text, image) for text in texts]
     times = [encode_time(model, t) for t in schedule.timesteps]
@@ -147,7 +152,7 @@ def stream_windows(
 
 
 class _StepClock:
-    """Reports every step with its time and the estimate of what is left, and ends the run between two steps."""
+    """Reports every step with its time and what is left, and ends the run between two steps."""
 
     def __init__(self, job: Job, windows: int, progress: Progress, should_stop: ShouldStop) -> None:
         self.steps, self.windows, self.progress, self.should_stop = job.steps, windows, progress, should_stop
@@ -165,6 +170,8 @@ class _StepClock:
             eta = left * float(np.median(self.durations))
             self.progress(StepDone(j + 1, self.windows, done, self.steps, self.durations[-1], eta))
             if self.should_stop():
-                raise Stopped(f"Stopped in window {j + 1} of {self.windows}, after step {done} of {self.steps}.")
+                raise Stopped(
+                    f"Stopped in window {j + 1} of {self.windows}, after step {done} of {self.steps}."
+                )
 
         return between_steps

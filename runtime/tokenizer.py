@@ -56,14 +56,13 @@ def load_sentencepiece(model: Path | bytes, length: int) -> Tokenizer:
 
     name = str(model) if isinstance(model, Path) else "inside the text encoder's file"
     try:
-        # The package would take an empty model for "no model given" and fail on first use.
-        proto = (model.read_bytes() if isinstance(model, Path) else model) or b"\0"
+        proto = model.read_bytes() if isinstance(model, Path) else model
         processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
     except OSError as error:
         raise _unreadable(name, str(error)) from error
     except RuntimeError as error:  # its text names a line of C++
         raise _unreadable(name, "not a SentencePiece model") from error
-    if processor.eos_id() < 0:
+    if processor.eos_id() < 0:  # an empty model loads and has none either
         raise _endless(name)
     return Tokenizer(lambda text: list(processor.encode(text)), processor.eos_id(), length)
 

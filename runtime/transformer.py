@@ -1,4 +1,5 @@
-"""The transformer as the denoising loop sees it: what is computed once, and `velocity`, which is computed every step.
+"""The transformer as the denoising loop sees it: what is computed once, and `velocity`, which is computed
+every step.
 
 Once per job: the context (keys and values of text and image tokens for every block) and the time table.
 Once per window: the face (keys and values of the face tokens for every fuser). Arrays have no batch axis.
@@ -30,7 +31,7 @@ class WindowCondition:
 
 
 def rope_tables(model: ModelConfig, plan: Plan) -> tuple[Array, Array]:
-    """cos and sin, each [tokens, head_dim/2] float32, pairs in the order time, height, width (model_spec.md 1.5)."""
+    """cos and sin, [tokens, head_dim/2] each, pairs in the order time, height, width (model_spec.md 1.5)."""
     head_dim = model.transformer.head_dim
     spatial = 2 * (head_dim // 6)
     axes = (head_dim - 2 * spatial, spatial, spatial)
@@ -56,11 +57,12 @@ def encode_time(model: Model, timestep: float) -> tuple[Array, Array]:
 
 
 def encode_context(model: Model, text: Array, image: Array) -> PerLayer:
-    """Per block: text_k, text_v, image_k, image_v, from text features [512, text_dim] and image features [257, …]."""
+    """Per block: text_k, text_v, image_k, image_v, from features of text [512, …] and image [257, …]."""
     (text_tokens,) = model.run("text_embed", text)
     (image_tokens,) = model.run("image_embed", image)
     return [
-        model.run("context_kv", text_tokens, image_tokens, n=n) for n in range(model.config.transformer.layers)
+        model.run("context_kv", text_tokens, image_tokens, n=n)
+        for n in range(model.config.transformer.layers)
     ]
 
 
@@ -75,7 +77,7 @@ def encode_face(model: Model, face: Array) -> PerLayer:
 
 
 def encode_blank_face(model: Model) -> PerLayer:
-    """`encode_face` of a window of black crops (all -1): the face of the unconditional branch (model_spec.md 2.4)."""
+    """`encode_face` of black crops (all -1), the face of the unconditional branch (model_spec.md 2.4)."""
     size = model.config.motion.size
     black = np.full((model.plan.face_batch, 3, size, size), -1, np.float32)
     (motion,) = model.run("motion_encoder", black)

@@ -1,6 +1,7 @@
 """Frames to latents and back, chunk by chunk, the caches of one chunk fed to the next (model_spec.md 7.2).
 
-Frames are float32 [3, F, H, W] in [-1, 1], latents normalised float32 [latent channels, T, H/8, W/8], F = 4(T-1) + 1.
+Frames are float32 [3, F, H, W] in [-1, 1], latents float32 [latent channels, T, H/8, W/8], normalised, with
+F = 4(T-1) + 1.
 """
 
 from collections.abc import Iterator
@@ -26,7 +27,10 @@ def encode(model: Model, frames: Array) -> Array:
 
 
 def decode(model: Model, latent: Array) -> Iterator[Array]:
-    """The frames of a clip as they are ready: one, then 4·vae_chunk at a time. T is 1, or 1 and a multiple of vae_chunk."""
+    """The frames of a clip as they are ready: one, then 4·vae_chunk at a time.
+
+    T is 1, or 1 and a multiple of vae_chunk.
+    """
     step = model.plan.vae_chunk
     count = latent.shape[1]
     assert (count - 1) % step == 0, f"{count} latent frames are not one and a multiple of {step}"

@@ -1,8 +1,8 @@
 """Writes the finished video: pictures one at a time, and the sound of another file beside them.
 
-Pictures are uint8 RGB [H, W, 3]. The file grows as `<stem>.partial<suffix>` and takes its final name only when it is
-whole, so the final name never stands for half a video. Sound goes in as pictures do, up to the same time: a job
-stopped half-way leaves a partial file that plays, with its sound.
+Pictures are uint8 RGB [H, W, 3]. The file grows as `<stem>.partial<suffix>` and takes its final name only
+when it is whole, so the final name never stands for half a video. Sound goes in as pictures do, up to the
+same time: a job stopped half-way leaves a partial file that plays, with its sound.
 """
 
 import errno
@@ -10,11 +10,11 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import av
 import numpy as np
@@ -29,7 +29,8 @@ from trt_wan.errors import InputError, OutputError, UsageError
 CRF = 18  # x264: visually lossless
 PRESET = "medium"
 SOUND_BIT_RATE = 192_000  # of sound that has to be encoded again
-# swscale flags: bicubic chroma, exact rounding, full horizontal chroma input. By number: PyAV 17 names only the first.
+PROBE = 65_536  # bytes written and dropped to see that a file can grow at all
+# swscale's flags: bicubic chroma, exact rounding, chroma from every pixel (PyAV 17 names only the first).
 SCALER = 0x4 | 0x40000 | 0x4000
 
 # Sound that common players accept in each container; anything else is encoded again as AAC.
@@ -42,7 +43,7 @@ AAC_RATES = frozenset({8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48
 
 
 class VideoWriter:
-    """A context manager. `finish()` makes the file; leaving the context without it keeps what was written as partial."""
+    """A context manager. `finish()` makes the file; without it, what was written stays as partial file."""
 
     def __init__(
         self,
@@ -53,22 +54,23 @@ class VideoWriter:
         sound: Path | None = None,
         overwrite: bool = False,
     ) -> None:
-        """Opens the partial file at once: what would make writing fail shows before hours of computing, not after.
+        """Opens the partial file at once: what makes writing fail shows before hours of computing, not after.
 
         `sound` is a file whose first sound stream is taken, if it has one. Its picture's start is our time 0.
         """
         assert width % 2 == 0 and height % 2 == 0, f"4:2:0 needs even sizes, got {width}x{height}"
-        _check_target(path, overwrite)
         self.path, self.overwrite = path, overwrite
         self.partial = path.with_name(f"{path.stem}.partial{path.suffix}")
         self.width, self.height, self.rate = width, height, rate
         self.frames = 0
+        self._open = True
         self._scaler = VideoReformatter()
         self._container: OutputContainer | None = None
         self._sound: _Sound | None = None
         try:
             with self._explained():
-                self._open(sound)
+                _check_target(path, overwrite)
+                self._start(sound)
         except BaseException:
             self.abandon(keep=False)
             raise
@@ -90,7 +92,8 @@ class VideoWriter:
         with self._explained():
             self._mux(self._video.encode(picture))
             self.frames += 1
-            self._mux_sound()
+            if self._sound is not None:
+                self._mux(self._sound.until(self.frames / self.rate))
 
     def finish(self) -> Path:
         """Completes the file and gives it its final name."""
@@ -107,15 +110,14 @@ class VideoWriter:
         return self.path
 
     def abandon(self, keep: bool) -> Path | None:
-        """Stops. With `keep`, returns the partial file if pictures were written and it could be made to play."""
-        if self._container is None:
+        """Stops. With `keep`, returns the partial file if it holds pictures and could be made to play."""
+        if not self._open:
             return None
-        try:
-            if keep and self.frames:
+        if keep and self.frames:
+            # What broke the writing may break the closing: then an .mp4 has no index, which is written last.
+            with suppress(av.FFmpegError, OSError, InputError):
                 self._close()
                 return self.partial
-        except (av.FFmpegError, OSError, InputError):
-            pass  # what broke the writing breaks the closing too; an .mp4 without its index, written last, is no use
         self._drop()
         return None
 
@@ -127,8 +129,10 @@ class VideoWriter:
     ) -> None:
         self.abandon(keep=True)
 
-    def _open(self, sound: Path | None) -> None:
+    def _start(self, sound: Path | None) -> None:
         suffix = self.path.suffix.lower()
+        # Not left to PyAV: it never closes a file whose header it could not write.
+        self.partial.write_bytes(bytes(PROBE))
         options = {} if suffix == ".mkv" else {"movflags": "+faststart"}
         # An absolute path, because ffmpeg takes `a:b.mp4` for a protocol called `a`.
         self._container = av.open(str(self.partial.absolute()), "w", options=options)
@@ -142,33 +146,28 @@ class VideoWriter:
             self._sound = _Sound.of(sound, self._container, COPIED_SOUND[suffix])
         self._container.start_encoding()
 
-    def _mux(self, packets: list[Packet]) -> None:
-        assert self._container is not None, "the writer is closed"
+    def _mux(self, packets: "list[Packet[Any]]") -> None:
+        assert self._open and self._container is not None, "the writer is closed"
         self._container.mux(packets)
 
-    def _mux_sound(self) -> None:
-        if self._sound is not None:
-            self._mux(self._sound.until(self.frames / self.rate))
-
     def _close(self) -> None:
-        assert self._container is not None, "the writer is closed"
+        assert self._open and self._container is not None, "the writer is closed"
         self._mux(self._video.encode(None))
-        self._mux_sound()
         self._container.close()
-        self._container = None
-        if self._sound is not None:
-            self._sound.close()
+        self._release()
 
     def _drop(self) -> None:
-        container, self._container = self._container, None
-        if container is not None:
-            try:
-                container.close()
-            except (av.FFmpegError, OSError):
-                pass  # the file is removed
+        with suppress(av.FFmpegError, OSError):  # the file is removed
+            if self._container is not None:
+                self._container.close()
+        self._release()
+        with suppress(OSError):
+            self.partial.unlink(missing_ok=True)
+
+    def _release(self) -> None:
+        self._open = False
         if self._sound is not None:
             self._sound.close()
-        self.partial.unlink(missing_ok=True)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -179,7 +178,7 @@ class VideoWriter:
 
 
 class _Sound:
-    """Packets for the output's sound stream, in order of time, handed out as far as the pictures have come."""
+    """Packets for the output's sound stream, in order of time, given out as far as the pictures have come."""
 
     @classmethod
     def of(cls, path: Path, output: OutputContainer, copied: frozenset[str]) -> Self | None:
@@ -209,7 +208,7 @@ class _Sound:
         self._packets = packets
         self._next = self._advance()
 
-    def until(self, end: Fraction) -> list[Packet]:
+    def until(self, end: Fraction) -> "list[Packet[AudioStream]]":
         """The packets not handed out yet that start before `end`, in seconds."""
         packets = []
         while self._next is not None and _seconds(self._next) < end:
@@ -220,24 +219,24 @@ class _Sound:
     def close(self) -> None:
         self._source.close()
 
-    def _advance(self) -> Packet | None:
+    def _advance(self) -> "Packet[AudioStream] | None":
         with _readable(self.path):
             return next(self._packets, None)
 
-    def _copied(self) -> Iterator[Packet]:
+    def _copied(self) -> "Iterator[Packet[AudioStream]]":
         for packet in self._source.demux(self._input):
             if packet.pts is None:
                 continue
             shift = round(self._zero / packet.time_base)
             packet.pts, packet.dts = packet.pts - shift, packet.pts - shift
-            # One packet from before the start stays: codecs that overlap their packets decode the next one with it.
-            if packet.pts + 2 * packet.duration > 0:
+            # One packet from before the start stays: a codec whose packets overlap needs it for the next.
+            if packet.pts + 2 * (packet.duration or 0) > 0:
                 packet.stream = self._output
                 yield packet
 
-    def _encoded(self) -> Iterator[Packet]:
+    def _encoded(self) -> "Iterator[Packet[AudioStream]]":
         for frame in self._source.decode(self._input):
-            if frame.pts is None:
+            if frame.pts is None or frame.time_base is None:
                 continue
             frame.pts -= round(self._zero / frame.time_base)
             if frame.pts * frame.time_base + Fraction(frame.samples, frame.sample_rate) > 0:
@@ -245,7 +244,7 @@ class _Sound:
         yield from self._output.encode(None)
 
 
-def _seconds(packet: Packet) -> Fraction:
+def _seconds(packet: "Packet[Any]") -> Fraction:
     assert packet.pts is not None
     return packet.pts * packet.time_base
 
@@ -266,7 +265,8 @@ def _readable(path: Path) -> Iterator[None]:
         fixed = path.with_name(f"{path.stem}.fixed.mp4")
         raise InputError(
             f"The sound of {path} cannot be read ({error.strerror}).",
-            f"Encode it again: ffmpeg -i {shlex.quote(str(path))} -c:v copy -c:a aac {shlex.quote(str(fixed))}",
+            "Encode it again: "
+            f"ffmpeg -i {shlex.quote(str(path))} -c:v copy -c:a aac {shlex.quote(str(fixed))}",
         ) from error
 
 
@@ -303,7 +303,7 @@ def _output_error(path: Path, error: OSError | av.FFmpegError) -> OutputError:
 
 
 def _sync(path: Path) -> None:
-    """Puts a file on the disk, past every cache. Windows can do so only to files that are open for writing."""
+    """Puts a file on the disk, past every cache. (Windows does so only to a file open for writing.)"""
     handle = os.open(path, os.O_RDWR)
     try:
         os.fsync(handle)

@@ -17,7 +17,7 @@ MakeModel = Callable[..., Model]
 
 
 class ExportingExecutor(OnnxRuntimeExecutor):
-    """Exports a graph the first time it is run, so that a test pays for the networks it uses and no others."""
+    """Exports a graph the first time it is run: a test pays for the networks it uses and no others."""
 
     def __init__(self, graphs: Path, config: ModelConfig, plan: Plan) -> None:
         super().__init__(graphs)

@@ -35,7 +35,7 @@ PROMPTS = {
     "empty": "",
     "short": "the person in the video is making movements",
     "chinese": CHINESE,
-    "mixed": "  a cat &amp;lt;3\n\tthe rain, ｆｕｌｌ width; schÃ¶n ﬁne  ",
+    "mixed": "  a < cat &amp;lt;3\n\tthe rain, ｆｕｌｌ width; schÃ¶n ﬁne  ",
     "unseen": "naïve 😀 ∑ 象 \U00020000",
     "long": "the person walks and a cat sits. " * 90,
 }
@@ -225,6 +225,7 @@ def test_stored_truncation_and_padding_are_ignored(folder, tmp_path):
 
 def test_clean():
     assert clean(" \u3000a\n\n b\t&amp;lt;c&amp;gt; ") == "a b <c>"
+    assert clean("< &amp;lt;") == "< <"  # ftfy leaves entities alone once it has seen a tag's bracket
     assert clean("schÃ¶n") == "schön"
     assert clean("a\udcffb") == "a\ufffdb"  # what a shell hands over for bytes that are not UTF-8
 

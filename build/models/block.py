@@ -1,6 +1,8 @@
-"""A transformer block, cut at self-attention: `attn_in`, `attention`, `attn_out`, and `context_kv`, which runs once.
+"""A transformer block, cut at self-attention: `attn_in`, `attention`, `attn_out`, and `context_kv`, which
+runs once.
 
-Modulation rows, in order: shift, scale, gate of the attention; shift, scale, gate of the FFN (model_spec.md 1.4).
+Modulation rows, in order: shift, scale, gate of the attention; shift, scale, gate of the FFN (model_spec.md
+1.4).
 """
 
 import torch
@@ -21,7 +23,7 @@ from trt_wan.engines.plan import Plan
 
 
 def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates interleaved pairs (channels 2k, 2k+1) of [heads, tokens, head_dim]; cos, sin are [tokens, head_dim/2]."""
+    """Rotates pairs (channels 2k, 2k+1) of [heads, tokens, head_dim]; cos, sin are [tokens, head_dim/2]."""
     even, odd = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 

@@ -1,4 +1,4 @@
-"""Everything that enters the transformer: latents with condition and pose, time, text, image (model_spec.md 1.4)."""
+"""What enters the transformer: latents with condition and pose, time, text, image (model_spec.md 1.4)."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,11 @@ IMAGE_NORM_EPS = 1e-5  # of img_emb only; every other norm of the transformer ha
 def _patchify(x: Tensor) -> Tensor:
     """[c, t, h, w] to [t·(h/2)·(w/2), c·2·2]: the rows a (1,2,2) convolution of stride (1,2,2) multiplies."""
     c, t, h, w = x.shape
-    return x.reshape(c, t, h // 2, 2, w // 2, 2).permute(1, 2, 4, 0, 3, 5).reshape(t * (h // 2) * (w // 2), c * 4)
+    return (
+        x.reshape(c, t, h // 2, 2, w // 2, 2)
+        .permute(1, 2, 4, 0, 3, 5)
+        .reshape(t * (h // 2) * (w // 2), c * 4)
+    )
 
 
 def _patch_linear(x: Tensor, w: Weights, name: str) -> Tensor:

@@ -71,9 +71,7 @@ def face_encoder(motion: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) 
     return (torch.cat((torch.zeros_like(tokens[:1]), tokens)),)
 
 
-def fuser_kv(
-    face_tokens: Tensor, *, w: Weights, model: ModelConfig, plan: Plan
-) -> tuple[Tensor, Tensor]:
+def fuser_kv(face_tokens: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor, Tensor]:
     c = model.transformer
     kv = linear(layer_norm(face_tokens, c.eps), w, "linear1_kv")
     k, v = kv.reshape(plan.slots, FACE_TOKENS, 2, c.heads, c.head_dim).permute(2, 0, 3, 1, 4)

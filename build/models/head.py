@@ -7,9 +7,7 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.plan import Plan
 
 
-def head(
-    x: Tensor, time_embedding: Tensor, *, w: Weights, model: ModelConfig, plan: Plan
-) -> tuple[Tensor]:
+def head(x: Tensor, time_embedding: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor]:
     c = model.transformer
     shift, scale = w["modulation"][0] + time_embedding
     patches = linear(layer_norm(x, c.eps) * (1 + scale) + shift, w, "head")

@@ -1,7 +1,8 @@
-"""Small pieces the graphs share. Tokens are 2-D [tokens, channels], heads [heads, tokens, head_dim], no batch axis.
+"""Small pieces the graphs share. Tokens are 2-D [tokens, channels], heads [heads, tokens, head_dim], no batch
+axis.
 
-Attention is written as MatMul, Softmax, MatMul: TensorRT fuses that form as well as ONNX `Attention`, of which two in
-one graph crash its builder (trt_facts.md 1.2).
+Attention is written as MatMul, Softmax, MatMul: TensorRT fuses that form as well as ONNX `Attention`, of
+which two in one graph crash its builder (trt_facts.md 1.2).
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
-"""The Wan2.1 VAE, one chunk at a time: walks the layers of `vae_layers` with explicit caches (model_spec.md 7).
+"""The Wan2.1 VAE, a chunk at a time: walks the layers of `vae_layers`, caches explicit (model_spec.md 7).
 
-Video tensors are [channels, frames, height, width]. Spatial layers make the frames the batch. Padding in space is the
-convolution's own, padding in time is the cache. Upsampling is `nearest`: for a factor of two it is the same as
-`nearest-exact`, for which TensorRT has only a slow gather (trt_facts.md 1.1).
+Video tensors are [channels, frames, height, width]. Spatial layers make the frames the batch. Padding in
+space is the convolution's own, padding in time is the cache. Upsampling is `nearest`: for a factor of two it
+is the same as `nearest-exact`, for which TensorRT has only a slow gather (trt_facts.md 1.1).
 """
 
 import math
@@ -20,15 +20,11 @@ from trt_wan.engines.plan import Plan
 
 
 class _History:
-    """The caches by the name of their convolution: `before` from the chunk before (None: this is the first), `after`."""
+    """The caches by the name of their convolution: `before` this chunk (None on the first) and `after` it."""
 
     def __init__(self, before: dict[str, Tensor] | None) -> None:
         self.before = before
         self.after: dict[str, Tensor] = {}
-
-    @property
-    def first(self) -> bool:
-        return self.before is None
 
     def extend(self, x: Tensor, name: str) -> Tensor:
         """`x` with the two frames before it in front."""
@@ -46,7 +42,9 @@ def _norm(x: Tensor, gamma: Tensor) -> Tensor:
     return x * scale * gamma.reshape(-1, 1, 1, 1)
 
 
-def _conv(x: Tensor, w: Weights, name: str, padding: tuple[int, ...] = (0, 0, 0), time_stride: int = 1) -> Tensor:
+def _conv(
+    x: Tensor, w: Weights, name: str, padding: tuple[int, int, int] = (0, 0, 0), time_stride: int = 1
+) -> Tensor:
     weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
     return F.conv3d(x[None], weight, bias, (time_stride, 1, 1), padding).squeeze(0)
 
@@ -94,7 +92,7 @@ def _down(x: Tensor, w: Weights, history: _History, layer: Layer) -> Tensor:
 def _up(x: Tensor, w: Weights, history: _History, layer: Layer) -> Tensor:
     conv, time_conv = f"{layer.name}.resample.1", f"{layer.name}.time_conv"
     if layer.kind == "up3d":
-        if history.first:  # the second chunk sees zeros before it, not the first frame
+        if history.before is None:  # the second chunk sees zeros before it, not the first frame
             history.after[time_conv] = x.new_zeros((layer.inner, 2, *x.shape[2:]))
         else:
             pairs = _conv(history.extend(x, time_conv), w, time_conv)
@@ -125,8 +123,9 @@ def _layer(x: Tensor, w: Weights, history: _History, layer: Layer) -> Tensor:
 def _walk(
     x: Tensor, caches: Sequence[Tensor] | None, w: Weights, layers: tuple[Layer, ...], plan: Plan
 ) -> tuple[Tensor, ...]:
-    """`x` through all layers; the result and the caches for the next chunk. `caches` is None on the first chunk."""
-    names = [cache.name.removesuffix(".cache") for layer in layers for cache in vae_layers.caches(layer, plan)]
+    """The result and the caches for the next chunk. `caches` is None on the first chunk."""
+    contract = (cache for layer in layers for cache in vae_layers.caches(layer, plan))
+    names = [cache.name.removesuffix(".cache") for cache in contract]
     history = _History(None if caches is None else dict(zip(names, caches, strict=True)))
     for layer in layers:
         x = _layer(x, w, history, layer)

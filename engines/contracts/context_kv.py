@@ -1,4 +1,4 @@
-"""Keys and values of the text and image tokens for one block; independent of the timestep, run once per job."""
+"""Keys and values of the text and image tokens for one block; run once per job, not per step."""
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor, linear

@@ -1,4 +1,4 @@
-"""Adds the face to the tokens after every fifth block: each slot attends to its five face tokens (model_spec.md 1.8)."""
+"""Adds the face after every fifth block: each slot attends to its five face tokens (model_spec.md 1.8)."""
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor, linear

@@ -16,7 +16,5 @@ def network(model: ModelConfig, plan: Plan) -> Network:
             Tensor("modulation", (1, 2, c.dim)),
             *linear("head", 4 * c.latent_channels, c.dim),
         ),
-        outputs=(
-            Tensor("velocity", (c.latent_channels, plan.slots, plan.latent_height, plan.latent_width)),
-        ),
+        outputs=(Tensor("velocity", (c.latent_channels, plan.slots, plan.latent_height, plan.latent_width)),),
     )

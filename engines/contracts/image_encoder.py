@@ -1,4 +1,4 @@
-"""The CLIP vision tower up to the layer used: the embedding, and one layer run 31 times (model_spec.md 8.2)."""
+"""The CLIP vision tower up to the layer used: embedding, and one layer run 31 times (model_spec.md 8.2)."""
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor, linear

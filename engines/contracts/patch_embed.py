@@ -1,4 +1,4 @@
-"""Latents, condition and pose to tokens: the entry of the transformer (model_spec.md 1.4, steps 1-3 and 7)."""
+"""Latents, condition and pose to tokens: the transformer's entry (model_spec.md 1.4, steps 1-3 and 7)."""
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor

@@ -1,4 +1,4 @@
-"""The timestep's sinusoid to the time embedding and the six modulation vectors (model_spec.md 1.4, step 8)."""
+"""The timestep's sinusoid to its embedding and the six modulation vectors (model_spec.md 1.4, step 8)."""
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor, linear

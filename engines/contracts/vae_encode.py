@@ -1,4 +1,4 @@
-"""Frames in [-1, 1] to normalised latents, chunk by chunk: one frame first, then `4·vae_chunk` (model_spec.md 7.2)."""
+"""Frames in [-1, 1] to normalised latents by chunks: one frame, then `4·vae_chunk` (model_spec.md 7)."""
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor

@@ -1,9 +1,9 @@
 """The VAE as two lists of layers, walked by its contracts and by its graphs (model_spec.md 7.1, 7.2).
 
-Video tensors are [channels, frames, height, width]. Encoder and decoder are causal in time and run chunk by chunk: the
-first chunk is one frame, every later one four frames per latent frame. What a layer has to know of the chunk before is
-its cache: the last two input frames of a causal convolution, the last frame of a halving in time. Before the first
-frame everything is zero, so the first chunk takes no caches.
+Video tensors are [channels, frames, height, width]. Encoder and decoder are causal in time and run chunk by
+chunk: the first chunk is one frame, every later one four frames per latent frame. What a layer has to know of
+the chunk before is its cache: the last two input frames of a causal convolution, the last frame of a halving
+in time. Before the first frame everything is zero, so the first chunk takes no caches.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from trt_wan.engines.plan import Plan
 
 Kind = Literal["pointwise", "conv", "residual", "attention", "down2d", "down3d", "up2d", "up3d", "head"]
 
-# Per latent channel, over the training data (model_spec.md 7.3). Outside the VAE latents are (z - mean) / std.
+# Per latent channel (model_spec.md 7.3). Everywhere outside the VAE a latent is (z - mean) / std.
 # fmt: off
 LATENT_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -66,7 +66,7 @@ def encoder(vae: VaeConfig) -> tuple[Layer, ...]:
 
 
 def decoder(vae: VaeConfig) -> tuple[Layer, ...]:
-    """Latent to frames. The doubling nearest to the pixels leaves time alone; every doubling halves the channels."""
+    """Latent to frames. The doubling nearest to the pixels leaves time alone; all halve the channels."""
     widths = [vae.base_dim * m for m in reversed(vae.multipliers)]
     names = (f"decoder.upsamples.{i}" for i in count())
     last = len(widths) - 1
@@ -156,7 +156,7 @@ def caches(layer: Layer, plan: Plan) -> tuple[Tensor, ...]:
 def network(
     name: str, layers: tuple[Layer, ...], plan: Plan, chunk: Tensor, result: Tensor, first: bool
 ) -> Network:
-    """The contract of one chunk through `layers`: the chunk and the caches in, the result and the caches out."""
+    """The contract of one chunk through `layers`: chunk and caches in, result and caches out."""
     remembered = [cache for layer in layers for cache in caches(layer, plan)]
     return Network(
         name=name,

@@ -1,11 +1,12 @@
-"""Checkpoint files to canonical float tensors: names, scales and types as people have them, checked before use.
+"""Checkpoint files to canonical float tensors: names, scales and types as people have them, checked before
+use.
 
-A part's file is recognised by what is in it, not by its name. Everything wrong with it is found from the header
-alone and told at once. Values are converted to float32 when asked for, one tensor at a time.
+A part's file is recognised by what is in it, not by its name. Everything wrong with it is found from the
+header alone and told at once. Values are converted to float32 when asked for, one tensor at a time.
 
-Scaled FP8 (model_spec.md 5.2): an FP8 tensor is multiplied by `<layer>.scale_weight` (also called `weight_scale`); a
-tensor of another type is used as it is. A file that has scales must have one for every FP8 tensor; a file without any
-holds plain FP8 values.
+Scaled FP8 (model_spec.md 5.2): an FP8 tensor is multiplied by `<layer>.scale_weight` (also called
+`weight_scale`); a tensor of another type is used as it is. A file that has scales must have one for every FP8
+tensor; a file without any holds plain FP8 values.
 """
 
 import json
@@ -104,7 +105,9 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
                 wrong.append(f"{name} is FP8 and has no scale")
         if wrong:
             raise WeightsError(
-                f"{self.path} does not fit: {len(wrong)} of {len(tensors)} tensors are wrong: " + "; ".join(wrong) + ".",
+                f"{self.path} does not fit: {len(wrong)} of {len(tensors)} tensors are wrong: "
+                + "; ".join(wrong)
+                + ".",
                 "Use the checkpoint of Wan2.2-Animate-14B in bf16, fp16 or scaled FP8.",
             )
 
@@ -124,12 +127,12 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
 
 
 def orthonormal(direction: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Q of the Householder QR, with LAPACK's signs: another sign convention silently breaks expressions (1.6)."""
+    """Q of the Householder QR with LAPACK's signs: others silently break expressions (model_spec.md 1.6)."""
     return np.linalg.qr(direction + np.float32(1e-8))[0].astype(np.float32)
 
 
 def find_weights(folder: Path, chosen: Mapping[Part, Path]) -> dict[Part, Checkpoint]:
-    """The file of every part: `chosen` ones as given, the others found in `folder` (and below) by their content."""
+    """The file of every part: `chosen` as given, the others found in or below `folder` by their content."""
     found: dict[Part, list[Checkpoint]] = {part: [] for part in SIGNATURES}
     if not set(SIGNATURES) <= set(chosen):
         if not folder.is_dir():
@@ -150,7 +153,9 @@ def find_weights(folder: Path, chosen: Mapping[Part, Path]) -> dict[Part, Checkp
             )
         elif len(candidates) > 1:
             names = ", ".join(str(c.path) for c in candidates)
-            raise WeightsError(f"Several files hold the {part.replace('_', ' ')}: {names}.", f"Choose with {option} FILE.")
+            raise WeightsError(
+                f"Several files hold the {part.replace('_', ' ')}: {names}.", f"Choose with {option} FILE."
+            )
         else:
             result[part] = candidates[0]
     return result

@@ -1,7 +1,8 @@
-"""Seeded random weights of sane magnitude for any model: numerics and speed can be shown with them, pictures cannot.
+"""Seeded random weights of sane magnitude for any model: numerics and speed can be shown with them, pictures
+cannot.
 
-Every parameter is random, also those that a fresh module would leave at 0 or 1 (biases, norm weights), so that a
-test notices a term that was forgotten.
+Every parameter is random, also those that a fresh module would leave at 0 or 1 (biases, norm weights), so
+that a test notices a term that was forgotten.
 """
 
 import math
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 from trt_wan.engines.checkpoint import PARTS, required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
-
 
 _EMBEDDINGS = (
     "shared.weight",

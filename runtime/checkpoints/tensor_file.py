@@ -1,8 +1,8 @@
 """A safetensors file, memory-mapped: names, shapes and types from the header, values as views into the map.
 
-Written here and not taken from the safetensors package because uploads must read straight from the map, and because
-a header can then be checked (truncated, foreign, overlapping) before a single page of weights is touched. The index of
-a sharded checkpoint (`*.safetensors.index.json`) opens as if it were one file.
+Written here and not taken from the safetensors package because uploads must read straight from the map, and
+because a header can then be checked (truncated, foreign, overlapping) before a single page of weights is
+touched. The index of a sharded checkpoint (`*.safetensors.index.json`) opens as if it were one file.
 """
 
 import json
@@ -106,7 +106,9 @@ def _header(file: Path) -> tuple[dict[str, dict], int, int]:  # type: ignore[typ
         if not isinstance(header, dict):
             raise ValueError("header is not an object")
     except OSError as error:
-        raise WeightsError(f"{file} cannot be read ({error.strerror}).", "Check the path and its rights.") from error
+        raise WeightsError(
+            f"{file} cannot be read ({error.strerror}).", "Check the path and its rights."
+        ) from error
     except ValueError as error:
         raise WeightsError(
             f"{file} is not a safetensors file, or it is truncated.",
@@ -119,5 +121,7 @@ def _shards(index: Path) -> list[Path]:
     try:
         names = json.loads(index.read_text())["weight_map"].values()
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise WeightsError(f"{index} is not an index of a sharded checkpoint.", "Download it again.") from error
+        raise WeightsError(
+            f"{index} is not an index of a sharded checkpoint.", "Download it again."
+        ) from error
     return [index.parent / name for name in sorted(set(names))]

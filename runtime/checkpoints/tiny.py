@@ -1,8 +1,9 @@
 """Writes a complete set of tiny random weights in the file formats that people have (model_spec.md 5).
 
-The transformer is a scaled-FP8 single file: the linear weights of the blocks in F8_E4M3 with an F32 `scale_weight`
-each, everything else BF16, the blur kernels of the motion encoder, the marker `scaled_fp8`. The VAE is BF16 under the
-official names, umT5 a scaled-FP8 file under Hugging Face names with a real tokenizer.json beside it, CLIP is F16.
+The transformer is a scaled-FP8 single file: the linear weights of the blocks in F8_E4M3 with an F32
+`scale_weight` each, everything else BF16, the blur kernels of the motion encoder, the marker `scaled_fp8`.
+The VAE is BF16 under the official names, umT5 a scaled-FP8 file under Hugging Face names with a real
+tokenizer.json beside it, CLIP is F16.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 from safetensors.numpy import save_file
 
 from trt_wan.engines.config import TINY
@@ -56,9 +57,9 @@ def _as(dtype: DTypeLike, tensors: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _scaled_fp8(
-    tensors: Mapping[str, Array], other: np.dtype[np.generic], chosen: Callable[[str], bool]
+    tensors: Mapping[str, NDArray[np.float32]], other: np.dtype[np.generic], chosen: Callable[[str], bool]
 ) -> dict[str, Array]:
-    """Chosen matrices as FP8 with a scale of their largest magnitude over 448, all other tensors as `other`."""
+    """Chosen matrices as FP8 with the scale max|W|/448, all other tensors as `other`."""
     result: dict[str, Array] = {}
     for name, values in tensors.items():
         if values.ndim == 2 and name.endswith(".weight") and chosen(name):

@@ -1,4 +1,4 @@
-"""What runs the graphs. An executor knows graphs and tensors by name; it knows nothing of models, windows or files."""
+"""What runs the graphs. An executor knows tensors by name and nothing of models, windows or files."""
 
 from collections.abc import Mapping
 from typing import Protocol

@@ -35,9 +35,7 @@ class OnnxRuntimeExecutor:
             options = ort.SessionOptions()
             options.log_severity_level = 3
             try:
-                self._sessions[name] = ort.InferenceSession(
-                    path, options, providers=["CPUExecutionProvider"]
-                )
+                self._sessions[name] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for a bad file
                 raise GraphError(
                     f"The graph {path} cannot be loaded ({str(error).splitlines()[0]}).",
@@ -61,14 +59,14 @@ class OnnxRuntimeExecutor:
 
 
 def require_memory(model: ModelConfig, plan: Plan) -> None:
-    """MemoryShort if the job cannot fit in this machine's memory: fp32 weights, and one attention's logits."""
+    """MemoryShort if the job cannot fit in memory: the weights in fp32, and one attention's logits."""
     shapes = (shape for part in PARTS for shape in required_tensors(model, part).values())
     weights = 4 * sum(math.prod(shape) for shape in shapes)
     logits = 2 * 4 * model.transformer.heads * plan.tokens**2  # before and after the softmax
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if weights + logits > memory:
         raise MemoryShort(
-            f"The model {model.name} at {plan.width}x{plan.height}, {plan.frames} frames per window, needs about "
-            f"{(weights + logits) / 1e9:.0f} GB in fp32 on the CPU; this machine has {memory / 1e9:.0f} GB.",
+            f"The model {model.name} at {plan.width}x{plan.height}, {plan.frames} frames per window, needs "
+            f"about {(weights + logits) / 1e9:.0f} GB in fp32 on the CPU; this machine has {memory / 1e9:.0f} GB.",
             "Use a smaller size or window, or the tiny model (trt-wan weights tiny DIR) to try the pipeline.",
         )

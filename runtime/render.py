@@ -1,0 +1,56 @@
+"""A job to a video file: frames encoded as they come, with the driving clip's rate and sound."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trt_wan.errors import TrtWanError
+from trt_wan.runtime.clips import Clips, open_clips
+from trt_wan.runtime.events import Progress, silent
+from trt_wan.runtime.job import Job
+from trt_wan.runtime.pipeline import ShouldStop, stream
+from trt_wan.runtime.writer import VideoWriter
+
+
+@dataclass(frozen=True)
+class Rendered:
+    path: Path
+    frames: int
+    width: int
+    height: int
+    rate: float  # frames per second
+
+
+def render(
+    job: Job,
+    output: Path,
+    *,
+    sound: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    should_stop: ShouldStop = lambda: False,
+) -> Rendered:
+    """Writes `output`. `sound` is the file whose sound is copied; without it, the pose or face clip's own is.
+
+    When the job fails or is stopped, the finished windows are kept beside `output` in a file that plays, and
+    the error says where.
+    """
+    clips = open_clips(job.inputs, job.window)
+    writer = VideoWriter(
+        output, clips.width, clips.height, clips.rate, sound or _own_sound(clips), overwrite=overwrite
+    )
+    frames = 0
+    try:
+        for frame in stream(job, clips=clips, progress=progress, should_stop=should_stop):
+            writer.write(frame)
+            frames += 1
+        writer.finish()
+    except BaseException as error:
+        partial = writer.abandon(keep=frames > 0)
+        if partial is not None and isinstance(error, TrtWanError):
+            error.hint = f"{error.hint} The {frames} finished frames are in {partial}.".strip()
+        raise
+    return Rendered(output, frames, clips.width, clips.height, float(clips.rate))
+
+
+def _own_sound(clips: Clips) -> Path | None:
+    return next((clip.path for clip in (clips.pose, clips.face) if clip is not None and clip.has_sound), None)

@@ -1,0 +1,187 @@
+"""The whole pipeline, from files to frames, against diffusers' WanAnimatePipeline with the same weights and
+noise.
+
+Both read the same checkpoint files' values and the same decoded clips; diffusers gets transformers' own umT5
+and CLIP. Its picture processor alone is replaced: diffusers shows CLIP the original picture, cropped, where
+the official code shows the letter-boxed one, squashed (model_spec.md 2.5), and we follow the official code.
+
+TOLERANCE is on frames in [-1, 1]: two fp32 implementations differ by 1e-5 in a velocity; the steps and the
+VAE, whose output here spans the whole range, carry that to about 1e-4, and later windows start from earlier
+ones' frames. Half a level of an 8-bit picture is 4e-3.
+"""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler, WanAnimatePipeline
+from oracles import (
+    diffusers_transformer,
+    diffusers_vae,
+    transformers_image_encoder,
+    transformers_text_encoder,
+)
+from PIL import Image
+from transformers import BatchFeature, PreTrainedTokenizerFast
+
+from trt_wan.build.graphs import build_graphs
+from trt_wan.engines.checkpoint import required_tensors
+from trt_wan.engines.config import TINY
+from trt_wan.engines.plan import Plan
+from trt_wan.preprocess.video import Clip
+from trt_wan.runtime.checkpoints.loading import load_weights
+from trt_wan.runtime.checkpoints.tiny import write_tiny_weights
+from trt_wan.runtime.executors import Array
+from trt_wan.runtime.image_encoder import MEAN, STD
+from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.pipeline import stream_windows
+from trt_wan.runtime.writer import VideoWriter
+
+TOLERANCE = 1e-4
+WIDTH, HEIGHT, WINDOW, STEPS = 64, 48, 13, 3
+FRAMES = {(1, 1): 13, (3, 1): 30, (1, 5): 9, (3, 5): 27}  # by (windows, overlap); most need padding
+LONGEST = max(FRAMES.values())
+
+
+class SquashedReference:
+    """In place of CLIPImageProcessor: the official squash to 224x224, by torch."""
+
+    def __call__(self, images: Image.Image, return_tensors: str) -> BatchFeature:
+        pixels = torch.from_numpy(np.asarray(images)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        size = (TINY.image.size, TINY.image.size)
+        small = torch.nn.functional.interpolate(pixels, size, mode="bicubic", align_corners=False)
+        values = (small * 0.5 + 0.5 - torch.from_numpy(MEAN)) / torch.from_numpy(STD)
+        return BatchFeature({"pixel_values": values.float()})
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    write_tiny_weights(folder, seed=5)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRT_WAN_HOME", str(tmp_path_factory.mktemp("home")))
+        build_graphs(TINY, Plan(WIDTH, HEIGHT, WINDOW), lambda name, seconds: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Folders of prepared clips by length: moving blobs, the reference at the canvas' size."""
+    folders = {}
+    for frames in FRAMES.values():
+        folder = folders[frames] = tmp_path_factory.mktemp(f"clips{frames}")
+        rng = np.random.default_rng(3)
+        cv2.imwrite(str(folder / "src_ref.png"), rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8))
+        for name, (w, h) in {
+            "src_pose": (WIDTH, HEIGHT),
+            "src_bg": (WIDTH, HEIGHT),
+            "src_mask": (WIDTH, HEIGHT),
+            "src_face": (512, 512),
+        }.items():
+            with VideoWriter(folder / f"{name}.mp4", w, h, Fraction(12)) as writer:
+                start = rng.integers(0, w // 2, 2)
+                for k in range(frames):
+                    frame = np.zeros((h, w, 3), np.uint8)
+                    centre = tuple(int(v) for v in (start + k * w / 60))
+                    colour = (
+                        (255, 255, 255) if name == "src_mask" else tuple(rng.integers(60, 255, 3).tolist())
+                    )
+                    cv2.circle(frame, centre, w // 4, colour, -1)
+                    writer.write(frame)
+                writer.finish()
+    return folders
+
+
+@pytest.fixture(scope="module")
+def diffusers_pipeline(weights: Path) -> WanAnimatePipeline:
+    _, checkpoints = load_weights(weights, {})
+    tensors = {
+        part: {name: checkpoint[name] for name in required_tensors(TINY, part)}
+        for part, checkpoint in checkpoints.items()
+    }
+    pipeline = WanAnimatePipeline(
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_file=str(weights / "tokenizer.json"),
+            pad_token="<pad>",
+            eos_token="</s>",
+            unk_token="<unk>",
+        ),
+        text_encoder=transformers_text_encoder(TINY, tensors["text_encoder"]),
+        vae=diffusers_vae(TINY, tensors["vae"]),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+        ),
+        image_processor=SquashedReference(),
+        image_encoder=transformers_image_encoder(TINY, tensors["image_encoder"]),
+        transformer=diffusers_transformer(TINY, tensors["transformer"]),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def job(folder: Path, weights: Path, **changes: object) -> Job:
+    mode = changes.get("mode", "animate")
+    settings = {"window": WINDOW, "steps": STEPS, "grid": "diffusers", "seed": 11} | changes
+    return Job(inputs=Inputs.from_folder(folder, mode), weights=weights, **settings)  # type: ignore[arg-type]
+
+
+def run_diffusers(pipeline: WanAnimatePipeline, task: Job) -> Array:
+    def pictures(path: Path | None) -> list[Image.Image] | None:
+        if path is None:
+            return None
+        clip = Clip(path, history=LONGEST)
+        return [Image.fromarray(frame) for frame in clip.window(range(clip.frames))]
+
+    mask = pictures(task.inputs.mask)
+    result = pipeline(
+        image=Image.open(task.inputs.reference),
+        pose_video=pictures(task.inputs.pose),
+        face_video=pictures(task.inputs.face),
+        background_video=pictures(task.inputs.background),
+        mask_video=[frame.getchannel(0) for frame in mask] if mask else None,
+        prompt=task.prompt,
+        negative_prompt=task.negative_prompt,
+        height=HEIGHT,
+        width=WIDTH,
+        segment_frame_length=WINDOW,
+        num_inference_steps=STEPS,
+        mode=task.mode,
+        prev_segment_conditioning_frames=task.overlap,
+        guidance_scale=task.guidance,
+        generator=torch.Generator("cpu").manual_seed(task.seed),
+        output_type="pt",
+    ).frames[0]
+    return result.permute(1, 0, 2, 3).numpy() * 2 - 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("overlap", [1, 5])
+@pytest.mark.parametrize("windows", [1, 3])
+@pytest.mark.parametrize("mode", ["animate", "replace"])
+def test_frames_equal_diffusers(
+    diffusers_pipeline: WanAnimatePipeline,
+    weights: Path,
+    clips: dict[int, Path],
+    mode: str,
+    windows: int,
+    overlap: int,
+    guidance: float,
+) -> None:
+    frames = FRAMES[windows, overlap]
+    task = job(clips[frames], weights, mode=mode, overlap=overlap, guidance=guidance)
+    pieces = list(stream_windows(task))
+    assert len(pieces) == windows
+    ours, theirs = np.concatenate(pieces, axis=1), run_diffusers(diffusers_pipeline, task)
+    assert ours.shape == theirs.shape == (3, frames, HEIGHT, WIDTH)
+    assert theirs.std() > 0.05 and np.abs(theirs).mean() < 0.95, "the oracle's frames are degenerate"
+    print(np.abs(ours - theirs).max(), theirs.std(), np.abs(theirs).mean())
+    assert np.abs(ours - theirs).max() <= TOLERANCE
