@@ -57,8 +57,9 @@ def stream(
 
 def to_pixels(frames: Array) -> Pixels:
     """float32 [3, n, H, W] in [-1, 1] to uint8 [n, H, W, 3]."""
-    levels = (frames.astype(np.float32) + 1) * 127.5
-    return np.rint(levels).astype(np.uint8).transpose(1, 2, 3, 0)
+    levels = np.rint((frames.astype(np.float32) + 1) * 127.5)
+    pixels: Pixels = levels.astype(np.uint8).transpose(1, 2, 3, 0)
+    return pixels
 
 
 def stream_windows(

@@ -1,4 +1,4 @@
-"""The transformer, graph by graph on ONNX Runtime, against diffusers' WanAnimateTransformer3DModel in fp32."""
+"""The transformer, graph by graph, against diffusers' WanAnimateTransformer3DModel in fp32."""
 
 import numpy as np
 import pytest

@@ -30,17 +30,10 @@ DEMO_WINDOW = 13
 DEMO_STEPS = 4
 
 
-class Size(click.ParamType[tuple[int, int]]):
-    name = "WxH"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        if match := re.fullmatch(r"(\d+)[x×](\d+)", value):
-            return int(match[1]), int(match[2])
-        self.fail(f"{value!r} is not a size such as 832x480.", param, ctx)
+def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
+    if match := re.fullmatch(r"(\d+)[x×](\d+)", value):
+        return int(match[1]), int(match[2])
+    raise click.BadParameter(f"{value!r} is not a size such as 832x480.")
 
 
 def command(function: Callable[..., tuple[Path | None, dict[str, Any]]]) -> Callable[..., None]:
@@ -144,7 +137,7 @@ def run(
 @cli.command(short_help="Export the graphs for a size.")
 @click.option("--model", type=click.Choice(["14b", "tiny"]), default="14b", show_default=True)
 @click.option(
-    "--size", type=Size(), default="832x480", show_default=True, help="Of the video, width x height."
+    "--size", callback=_size, default="832x480", metavar="WxH", show_default=True, help="Of the video, width x height."
 )
 @click.option("--window", type=int, default=77, show_default=True, help="Frames per window, 4k+1.")
 @command
@@ -292,9 +285,12 @@ def _note(report: Report, text: str) -> None:
     report.progress(Note(text))
 
 
-def _peak_memory_gb() -> float:
-    import resource  # POSIX only, like the export's measured limit
-
+def _peak_memory_gb() -> float | None:
+    """Of this process so far; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
 
 

@@ -1,7 +1,6 @@
 """ONNX Runtime on the CPU in fp32: the executor that proves the numerics and needs no GPU."""
 
 import math
-import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,13 +59,15 @@ class OnnxRuntimeExecutor:
 
 def require_memory(model: ModelConfig, plan: Plan) -> None:
     """MemoryShort if the job cannot fit in memory: the weights in fp32, and one attention's logits."""
+    import psutil
+
     shapes = (shape for part in PARTS for shape in required_tensors(model, part).values())
     weights = 4 * sum(math.prod(shape) for shape in shapes)
     logits = 2 * 4 * model.transformer.heads * plan.tokens**2  # before and after the softmax
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = psutil.virtual_memory().total
     if weights + logits > memory:
         raise MemoryShort(
             f"The model {model.name} at {plan.width}x{plan.height}, {plan.frames} frames per window, needs "
-            f"about {(weights + logits) / 1e9:.0f} GB in fp32 on the CPU; this machine has {memory / 1e9:.0f} GB.",
+            f"about {(weights + logits) / 1e9:.0f} GB in fp32 on the CPU; there are {memory / 1e9:.0f} GB here.",
             "Use a smaller size or window, or the tiny model (trt-wan weights tiny DIR) to try the pipeline.",
         )
