@@ -28,6 +28,9 @@ from trt_wan.errors import InputError, OutputError, UsageError
 
 CRF = 18  # x264: visually lossless
 PRESET = "medium"
+# Until it is finished an mp4 is a row of fragments, one a second: what a killed job or a full disk leaves
+# still plays.
+FRAGMENTED = {"movflags": "+hybrid_fragmented", "frag_duration": "1000000"}
 SOUND_BIT_RATE = 192_000  # of sound that has to be encoded again
 PROBE = 65_536  # bytes written and dropped to see that a file can grow at all
 # swscale's flags: bicubic chroma, exact rounding, chroma from every pixel (PyAV 17 names only the first).
@@ -110,15 +113,18 @@ class VideoWriter:
         return self.path
 
     def abandon(self, keep: bool) -> Path | None:
-        """Stops. With `keep`, returns the partial file if it holds pictures and could be made to play."""
+        """Stops. With `keep`, returns the partial file if there are pictures in it that play."""
         if not self._open:
             return None
         if keep and self.frames:
-            # What broke the writing may break the closing: then an .mp4 has no index, which is written last.
             with suppress(av.FFmpegError, OSError, InputError):
                 self._close()
                 return self.partial
-        self._drop()
+        self._give_up()  # what broke the writing breaks the closing too
+        with suppress(OSError):
+            if keep and self.frames and _cut_to_what_plays(self.partial):
+                return self.partial
+            self.partial.unlink(missing_ok=True)
         return None
 
     def __enter__(self) -> Self:
@@ -133,7 +139,7 @@ class VideoWriter:
         suffix = self.path.suffix.lower()
         # Not left to PyAV: it never closes a file whose header it could not write.
         self.partial.write_bytes(bytes(PROBE))
-        options = {} if suffix == ".mkv" else {"movflags": "+faststart"}
+        options = {} if suffix == ".mkv" else FRAGMENTED
         # An absolute path, because ffmpeg takes `a:b.mp4` for a protocol called `a`.
         self._container = av.open(str(self.partial.absolute()), "w", options=options)
         self._video = self._container.add_stream("libx264", rate=self.rate)
@@ -144,7 +150,8 @@ class VideoWriter:
         codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         if sound is not None:
             self._sound = _Sound.of(sound, self._container, COPIED_SOUND[suffix])
-        self._container.start_encoding()
+        # The header is written with the first packet: closing a fragmented mp4 that has a header and no packets
+        # crashes ffmpeg 8.1.
 
     def _mux(self, packets: "list[Packet[Any]]") -> None:
         assert self._open and self._container is not None, "the writer is closed"
@@ -156,13 +163,11 @@ class VideoWriter:
         self._container.close()
         self._release()
 
-    def _drop(self) -> None:
-        with suppress(av.FFmpegError, OSError):  # the file is removed
+    def _give_up(self) -> None:
+        with suppress(av.FFmpegError, OSError):  # whatever reached the disk stays
             if self._container is not None:
                 self._container.close()
         self._release()
-        with suppress(OSError):
-            self.partial.unlink(missing_ok=True)
 
     def _release(self) -> None:
         self._open = False
@@ -300,6 +305,29 @@ def _output_error(path: Path, error: OSError | av.FFmpegError) -> OutputError:
     return OutputError(
         f"{path} cannot be written ({error.strerror}).", "Check the disk, or write to another one."
     )
+
+
+def _cut_to_what_plays(path: Path) -> bool:
+    """Cuts an unfinished mp4 or mov after its last whole fragment; False if it has none. An mkv plays uncut.
+
+    A fragment is a box `moof` and a box `mdat`; a box starts with its length, 4 bytes big-endian, and its
+    type, 4 letters (ISO/IEC 14496-12, 4.2).
+    """
+    if path.suffix.lower() == ".mkv":
+        return True
+    size, position, end = path.stat().st_size, 0, 0
+    fragmented = False
+    with path.open("r+b") as file:
+        while position + 8 <= size:
+            file.seek(position)
+            length, kind = int.from_bytes(file.read(4), "big"), file.read(4)
+            position += max(length, 8)
+            fragmented = fragmented or kind == b"moof"
+            if kind == b"mdat" and fragmented and position <= size:
+                end = position
+        if end:
+            file.truncate(end)
+    return end > 0
 
 
 def _sync(path: Path) -> None:
