@@ -1,4 +1,8 @@
-"""Finds the tokenizer that goes with a text encoder: as told, inside its file, or beside it."""
+"""Finds the tokenizer that goes with a text encoder: as told, inside its file, or beside it.
+
+Only in the places where umT5's lies in known layouts: a folder of models is full of other models' files of
+the same name, and a foreign tokenizer would be a wrong prompt without an error.
+"""
 
 from pathlib import Path
 
@@ -11,7 +15,7 @@ NAMES = ("tokenizer.json", "spiece.model")
 
 
 def find_tokenizer(chosen: Path | None, weights: Path, text_encoder: Checkpoint, length: int) -> Tokenizer:
-    """`chosen`, or the one embedded in `text_encoder`, or the first in or below its folder or `weights`."""
+    """`chosen`, or the one embedded in `text_encoder`, or one beside it or in `weights`. Raises WeightsError."""
     if chosen is None and EMBEDDED in text_encoder:
         return load_sentencepiece(text_encoder.raw(EMBEDDED).tobytes(), length)
     path = chosen or _search(text_encoder.path.parent, weights)
@@ -24,9 +28,15 @@ def find_tokenizer(chosen: Path | None, weights: Path, text_encoder: Checkpoint,
     return load(path, length)
 
 
-def _search(*folders: Path) -> Path | None:
-    for folder in folders:
-        for name in NAMES:
-            for path in sorted(folder.rglob(name)):
-                return path
-    return None
+def _search(beside: Path, weights: Path) -> Path | None:
+    folders = (
+        beside,
+        beside / "tokenizer",
+        beside / "google/umt5-xxl",  # the official repository
+        beside.parent / "tokenizer",  # diffusers: beside the folder text_encoder
+        weights,
+        weights / "tokenizer",
+        weights / "google/umt5-xxl",
+    )
+    candidates = (folder / name for folder in folders for name in NAMES)
+    return next((path for path in candidates if path.is_file()), None)

@@ -3,6 +3,8 @@
 Written here and not taken from the safetensors package because uploads must read straight from the map, and
 because a header can then be checked (truncated, foreign, overlapping) before a single page of weights is
 touched. The index of a sharded checkpoint (`*.safetensors.index.json`) opens as if it were one file.
+
+All faults are WeightsErrors that name the file.
 """
 
 import json
@@ -17,6 +19,10 @@ from numpy.typing import NDArray
 
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.executors import Array
+
+INDEX = ".safetensors.index.json"
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
+METADATA = "__metadata__"
 
 DTYPES: dict[str, np.dtype[np.generic]] = {
     "F64": np.dtype(np.float64),
@@ -39,7 +45,7 @@ class Entry:
     """One stored tensor: where its bytes are and how to read them."""
 
     file: Path
-    dtype: str
+    dtype: str  # as the file says: possibly one that is not in DTYPES
     shape: tuple[int, ...]
     start: int  # bytes from the start of the file
     stop: int
@@ -51,9 +57,13 @@ class TensorFile(Mapping[str, Entry]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: dict[str, Entry] = {}
-        self.metadata: dict[str, str] = {}
-        for file in _shards(path) if path.name.endswith(".index.json") else [path]:
-            self._add(file)
+        self.metadata: dict[str, object] = {}
+        for file in _files(path):
+            header, data_start, size = _header(file)
+            self.metadata |= _metadata(file, header.pop(METADATA, {}))
+            entries = _entries(file, header, data_start)
+            _check_layout(file, entries, data_start, size)
+            self.entries |= entries
         self._maps: dict[Path, NDArray[np.uint8]] = {}
 
     def __getitem__(self, name: str) -> Entry:
@@ -66,50 +76,64 @@ class TensorFile(Mapping[str, Entry]):
         return len(self.entries)
 
     def read(self, name: str) -> Array:
-        """The stored values, uncopied and read-only, in their stored type."""
+        """The stored values, uncopied and read-only, in their stored type, which must be one of DTYPES."""
         entry = self.entries[name]
         if entry.file not in self._maps:
-            self._maps[entry.file] = np.memmap(entry.file, np.uint8, mode="r")
+            # asarray: what is computed from an np.memmap would be an np.memmap too
+            self._maps[entry.file] = np.asarray(np.memmap(entry.file, np.uint8, mode="r"))
         raw = self._maps[entry.file][entry.start : entry.stop]
         return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
-    def _add(self, file: Path) -> None:
-        header, data_start, size = _header(file)
-        self.metadata |= header.pop("__metadata__", {})
-        for name, described in header.items():
-            start, stop = (data_start + offset for offset in described["data_offsets"])
-            entry = Entry(file, described["dtype"], tuple(described["shape"]), start, stop)
-            if stop > size or stop < start:
-                raise WeightsError(
-                    f"{file} is truncated: {name} should end at byte {stop}, the file has {size}.",
-                    "Download or copy the file again.",
-                )
-            if entry.dtype in DTYPES:
-                want = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
-                if want != stop - start:
-                    raise WeightsError(
-                        f"{file} is damaged: {name} has {stop - start} bytes where its shape needs {want}.",
-                        "Download or copy the file again.",
-                    )
-            self.entries[name] = entry
+
+def stored_names(path: Path) -> set[str]:
+    """The tensors that a file or an index claims to hold: a hundredth of the work of opening it."""
+    if path.name.endswith(INDEX):
+        return set(read_index(path))
+    return set(_header(path)[0]) - {METADATA}
 
 
-def _header(file: Path) -> tuple[dict[str, dict], int, int]:  # type: ignore[type-arg]
+def read_index(index: Path) -> dict[str, Path]:
+    """The shard of every tensor."""
+    try:
+        described = json.loads(index.read_bytes())
+    except OSError as error:
+        raise _unreadable(index, error) from error
+    except (ValueError, RecursionError):
+        described = None
+    match described:
+        case {"weight_map": dict(shards)} if all(isinstance(name, str) for name in shards.values()):
+            return {tensor: index.parent / name for tensor, name in shards.items()}
+    raise WeightsError(f"{index} is not the index of a sharded checkpoint.", "Download it again.")
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or the shards of an index."""
+    if not path.name.endswith(INDEX):
+        return [path]
+    shards = sorted(set(read_index(path).values()))
+    missing = [shard.name for shard in shards if not shard.exists()]
+    if missing:
+        raise WeightsError(
+            f"{path} lists shards that are not beside it: {', '.join(missing)}.",
+            "Download or copy these files too.",
+        )
+    return shards
+
+
+def _header(file: Path) -> tuple[dict[str, object], int, int]:
     """The JSON header, the byte where the data starts, the size of the file."""
     try:
         size = file.stat().st_size
         with file.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > size - 8:
+            if length > min(size - 8, MAX_HEADER):
                 raise ValueError("header longer than the file")
             header = json.loads(f.read(length))
         if not isinstance(header, dict):
             raise ValueError("header is not an object")
     except OSError as error:
-        raise WeightsError(
-            f"{file} cannot be read ({error.strerror}).", "Check the path and its rights."
-        ) from error
-    except ValueError as error:
+        raise _unreadable(file, error) from error
+    except (ValueError, RecursionError) as error:
         raise WeightsError(
             f"{file} is not a safetensors file, or it is truncated.",
             "Download or copy the file again; .pth and .ckpt files must be converted to safetensors first.",
@@ -117,11 +141,47 @@ def _header(file: Path) -> tuple[dict[str, dict], int, int]:  # type: ignore[typ
     return header, 8 + length, size
 
 
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = json.loads(index.read_text())["weight_map"].values()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+def _metadata(file: Path, described: object) -> dict[str, object]:
+    if not isinstance(described, dict):
+        raise _damaged(file, f"its {METADATA} is not an object")
+    return described
+
+
+def _entries(file: Path, header: Mapping[str, object], data_start: int) -> dict[str, Entry]:
+    entries = {}
+    for name, described in header.items():
+        match described:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if all(
+                isinstance(size, int) and size >= 0 for size in shape
+            ):
+                entry = Entry(file, dtype, tuple(shape), data_start + start, data_start + stop)
+            case _:
+                raise _damaged(file, f"{name} has no proper type, shape and place")
+        if dtype in DTYPES and (want := math.prod(shape) * DTYPES[dtype].itemsize) != stop - start:
+            raise _damaged(file, f"{name} has {stop - start} bytes where its shape needs {want}")
+        entries[name] = entry
+    return entries
+
+
+def _check_layout(file: Path, entries: Mapping[str, Entry], data_start: int, size: int) -> None:
+    """The tensors follow each other without gaps and fill the file, as the format demands."""
+    position = data_start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if not position == entry.start <= entry.stop:
+            raise _damaged(file, f"{name} does not begin where the tensor before it ends")
+        position = entry.stop
+    if position > size:
         raise WeightsError(
-            f"{index} is not an index of a sharded checkpoint.", "Download it again."
-        ) from error
-    return [index.parent / name for name in sorted(set(names))]
+            f"{file} is truncated: its tensors end at byte {position}, the file at {size}.",
+            "Download or copy the file again.",
+        )
+    if position < size:
+        raise _damaged(file, f"its tensors end at byte {position}, the file at {size}")
+
+
+def _damaged(file: Path, fault: str) -> WeightsError:
+    return WeightsError(f"{file} is damaged: {fault}.", "Download or copy the file again.")
+
+
+def _unreadable(file: Path, error: OSError) -> WeightsError:
+    return WeightsError(f"{file} cannot be read ({error.strerror}).", "Check the path and its rights.")
