@@ -14,15 +14,23 @@ from onnx import checker
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trt_wan.build.models import GRAPHS
+from trt_wan.build.models.ops import OPSET
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor
 from trt_wan.engines.plan import Plan
 
-# FP8 Q/DQ with bf16 needs 21; from 23 on, attention nodes appear that crash TensorRT (trt_facts.md 1.2).
-OPSET = 21
-
-_DTYPES = {"float32": torch.float32, "int64": torch.int64}
-_ONNX_TYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "int64": torch.int64,
+}
+_ONNX_TYPES = {
+    "float32": onnx.TensorProto.FLOAT,
+    "bfloat16": onnx.TensorProto.BFLOAT16,
+    "float8_e4m3fn": onnx.TensorProto.FLOAT8E4M3FN,
+    "int64": onnx.TensorProto.INT64,
+}
 
 
 class _Graph(torch.nn.Module):

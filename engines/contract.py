@@ -5,18 +5,23 @@ names, model_spec.md 1.3) with `scope` in front: the weight `self_attn.q.weight`
 `blocks.7.self_attn.q.weight`. Linear weights are stored [out, in]. Shapes are static and have no batch axis.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from trt_wan.engines.precision import PRECISIONS, Precision
+
 Part = Literal["transformer", "vae", "text_encoder", "image_encoder"]
-DType = Literal["float32", "int64"]
+DType = Literal["float32", "bfloat16", "float8_e4m3fn", "int64"]
+# What a contract writes for a tensor whose type the precision decides: see `at_precision`.
+Role = Literal["activation", "linear"]
 
 
 @dataclass(frozen=True)
 class Tensor:
     name: str
     shape: tuple[int, ...]
-    dtype: DType = "float32"
+    dtype: DType | Role = "float32"
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Network:
     outputs: tuple[Tensor, ...]
     scope: str = ""
     repeats: int = 1
+    fp8: bool = False  # whether its linear weights are FP8 where the precision is
 
     def weight_key(self, name: str, n: int = 0) -> str:
         """The name in the checkpoint of weight `name` of the `n`-th set."""
@@ -39,4 +45,39 @@ class Network:
 
 def linear(name: str, out: int, inner: int) -> tuple[Tensor, Tensor]:
     """Weight [out, in] and bias [out] of a linear layer."""
+    return Tensor(f"{name}.weight", (out, inner), "linear"), Tensor(f"{name}.bias", (out,))
+
+
+def exact_linear(name: str, out: int, inner: int) -> tuple[Tensor, Tensor]:
+    """A linear layer that stays in float32 at every precision."""
     return Tensor(f"{name}.weight", (out, inner)), Tensor(f"{name}.bias", (out,))
+
+
+def at_precision(network: Network, precision: Precision) -> Network:
+    """`network` with a type for every tensor. An FP8 weight `x.weight` is followed by its scale `x.scale`, one
+    float32 per output channel (all the same for a checkpoint with one scale per tensor)."""
+    row = PRECISIONS[precision]
+    linear_type = "float8_e4m3fn" if row.fp8 and network.fp8 else row.linear
+
+    def typed(tensors: tuple[Tensor, ...]) -> Iterator[Tensor]:
+        for tensor in tensors:
+            if tensor.dtype == "activation":
+                yield replace(tensor, dtype=row.activation)
+            elif tensor.dtype == "linear":
+                yield replace(tensor, dtype=linear_type)
+                if linear_type == "float8_e4m3fn":
+                    yield Tensor(scale_name(tensor.name), tensor.shape[:1])
+            else:
+                yield tensor
+
+    return replace(
+        network,
+        inputs=tuple(typed(network.inputs)),
+        weights=tuple(typed(network.weights)),
+        outputs=tuple(typed(network.outputs)),
+    )
+
+
+def scale_name(weight: str) -> str:
+    """The name of an FP8 weight's scale."""
+    return weight.removesuffix("weight") + "scale"

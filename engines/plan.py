@@ -5,11 +5,9 @@ tokens per slot P = (H/16)(W/16), tokens L = T1·P.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
+from trt_wan.engines.precision import Precision
 from trt_wan.errors import UsageError
-
-Precision = Literal["fp32"]
 
 
 @dataclass(frozen=True)

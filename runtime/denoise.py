@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.model import Model
-from trt_wan.runtime.schedulers import SAMPLERS, Schedule, combine_fp32
+from trt_wan.runtime.schedulers import SAMPLERS, Schedule
 from trt_wan.runtime.transformer import PerLayer, WindowCondition, velocity
 
 BetweenSteps = Callable[[int], None]  # called with the number of finished steps; may raise to end the run
@@ -36,13 +36,13 @@ def denoise(
 
     `times` holds the time embedding of every step of `schedule`.
     """
-    solver = SAMPLERS[sampler](schedule)
+    solver = SAMPLERS[sampler](schedule, model.executor.combine)
     latent = noise
     for i, time in enumerate(times):
         v = velocity(model, latent, time, conditional.context, conditional.window, rope)
         if unconditional is not None:
             blank = velocity(model, latent, time, unconditional.context, unconditional.window, rope)
-            v = combine_fp32([(1 - guidance, blank), (guidance, v)])
+            v = model.executor.combine([(1 - guidance, blank), (guidance, v)])
         latent = solver.step(i, latent, v)
         between_steps(i + 1)
     return latent

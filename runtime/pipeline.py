@@ -82,22 +82,24 @@ def stream_windows(
     )
     tokenizer = find_tokenizer(job.tokenizer, job.weights, weights["text_encoder"], config.text.length)
     require_memory(config, plan)
-    model = Model(config, plan, OnnxRuntimeExecutor(require_graphs(config, plan)), weights)
+    model = Model(config, plan, OnnxRuntimeExecutor(require_graphs(config, plan), weights), weights)
     guided = job.guidance > 1
 
     # 2. What all windows share: text, image, time, rotary tables, the reference slot.
     progress(StageStarted("text"))
     prompts = [job.prompt, job.negative_prompt] if guided else [job.prompt]
     texts = [encode_text(model, tokenizer, prompt) for prompt in prompts]
-    model.release("text_encoder")
+    model.release("text_encoder_layer")
     progress(StageStarted("image"))
     canvas = letterbox(clips.reference, plan.width, plan.height)
     image = encode_image(model, to_signal(canvas[None])[:, 0])
-    model.release("image_encoder")
+    model.release("image_encoder_embed", "image_encoder_layer")
     reference = encode_reference(model, canvas)
     contexts = [encode_context(model, text, image) for text in texts]
     times = [encode_time(model, t) for t in schedule.timesteps]
-    rope = rope_tables(config, plan)
+    model.release("text_embed", "image_embed", "context_kv", "time_embed")
+    cos, sin = rope_tables(config, plan)
+    rope = model.place(cos), model.place(sin)
     blank_face = encode_blank_face(model) if guided and clips.face is not None else None
     generator = CpuGenerator(job.seed)
     carried: Array | None = None

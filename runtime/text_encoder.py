@@ -46,7 +46,7 @@ def encode_text(model: Model, tokenizer: Tokenizer, prompt: str) -> NDArray[np.f
 
     features = np.zeros((t.length, t.dim), np.float32)
     norm = np.asarray(model.weights["text_encoder"][FINAL_TEXT_NORM], np.float32)
-    features[: len(ids)] = _rms_norm(np.asarray(hidden[: len(ids)], np.float32), norm, t.eps)
+    features[: len(ids)] = _rms_norm(np.asarray(hidden, np.float32)[: len(ids)], norm, t.eps)
     return features
 
 

@@ -71,7 +71,7 @@ def encode_face(model: Model, face: Array) -> PerLayer:
     batch = model.plan.face_batch
     filled = np.concatenate((face, np.repeat(face[-1:], -len(face) % batch, axis=0)))
     motion = np.concatenate(
-        [model.run("motion_encoder", filled[i : i + batch])[0] for i in range(0, len(filled), batch)]
+        [np.asarray(model.run("motion_encoder", filled[i : i + batch])[0]) for i in range(0, len(filled), batch)]
     )
     return _fuser_keys(model, motion[: len(face)])
 
@@ -81,7 +81,7 @@ def encode_blank_face(model: Model) -> PerLayer:
     size = model.config.motion.size
     black = np.full((model.plan.face_batch, 3, size, size), -1, np.float32)
     (motion,) = model.run("motion_encoder", black)
-    return _fuser_keys(model, np.repeat(motion[:1], model.plan.frames, axis=0))
+    return _fuser_keys(model, np.repeat(np.asarray(motion)[:1], model.plan.frames, axis=0))
 
 
 def _fuser_keys(model: Model, motion: Array) -> PerLayer:

@@ -23,7 +23,7 @@ def encode(model: Model, frames: Array) -> Array:
         chunk = np.ascontiguousarray(frames[:, start : start + step])
         latent, *caches = model.run("vae_encode_next", chunk, *caches)
         latents.append(latent)
-    return np.concatenate(latents, axis=1)
+    return np.concatenate([np.asarray(latent) for latent in latents], axis=1)
 
 
 def decode(model: Model, latent: Array) -> Iterator[Array]:
@@ -32,11 +32,12 @@ def decode(model: Model, latent: Array) -> Iterator[Array]:
     T is 1, or 1 and a multiple of vae_chunk.
     """
     step = model.plan.vae_chunk
+    latent = np.asarray(latent)
     count = latent.shape[1]
     assert (count - 1) % step == 0, f"{count} latent frames are not one and a multiple of {step}"
     frames, *caches = model.run("vae_decode_first", np.ascontiguousarray(latent[:, :1]))
-    yield frames
+    yield np.asarray(frames)
     for start in range(1, count, step):
         chunk = np.ascontiguousarray(latent[:, start : start + step])
         frames, *caches = model.run("vae_decode_next", chunk, *caches)
-        yield frames
+        yield np.asarray(frames)

@@ -10,36 +10,47 @@ from torch import Tensor
 
 from trt_wan.build.models.ops import (
     Weights,
+    activation,
     attend,
     gelu_tanh,
     layer_norm,
     linear,
     merge_heads,
+    operand,
+    project,
     rms_norm,
     split_heads,
 )
-from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.config import ModelConfig, TransformerConfig
 from trt_wan.engines.plan import Plan
 
 
 def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs (channels 2k, 2k+1) of [heads, tokens, head_dim]; cos, sin are [tokens, head_dim/2]."""
-    even, odd = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    """Rotates pairs (channels 2k, 2k+1) of [heads, tokens, head_dim]; cos, sin are [tokens, head_dim/2].
+
+    Written token by token, and without stacking what is computed: then norm, rotation, transposition and cast become
+    one kernel of TensorRT's. As a stack of two halves, float32 copies of q and k went through memory before the cast.
+    """
+    even, odd = x.transpose(0, 1).unflatten(-1, (-1, 2)).split(1, dim=-1)  # [tokens, heads, head_dim/2, 1]
+    rows = (torch.stack((cos, sin), dim=-1), torch.stack((-sin, cos), dim=-1))
+    rotated = even * rows[0][:, None] + odd * rows[1][:, None]
+    return rotated.flatten(-2).transpose(0, 1)
+
+
+def _scaled(norm_weight: Tensor, c: TransformerConfig) -> Tensor:
+    """The weight of q's norm with the softmax scale in it, so that no attention has to multiply."""
+    return norm_weight * c.head_dim**-0.5
 
 
 def context_kv(
     text_tokens: Tensor, image_tokens: Tensor, *, w: Weights, model: ModelConfig, plan: Plan
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     c = model.transformer
-    text_k = rms_norm(linear(text_tokens, w, "k"), w["norm_k.weight"], c.eps)
-    image_k = rms_norm(linear(image_tokens, w, "k_img"), w["norm_k_img.weight"], c.eps)
-    return (
-        split_heads(text_k, c.heads),
-        split_heads(linear(text_tokens, w, "v"), c.heads),
-        split_heads(image_k, c.heads),
-        split_heads(linear(image_tokens, w, "v_img"), c.heads),
-    )
+    text, image = operand(text_tokens, w["k.weight"]), operand(image_tokens, w["k_img.weight"])
+    text_k = rms_norm(project(text, w, "k"), w["norm_k.weight"], c.eps)
+    image_k = rms_norm(project(image, w, "k_img"), w["norm_k_img.weight"], c.eps)
+    kv = (text_k, project(text, w, "v"), image_k, project(image, w, "v_img"))
+    return tuple(split_heads(t, c.heads).to(activation(plan)) for t in kv)
 
 
 def attn_in(
@@ -51,21 +62,21 @@ def attn_in(
     w: Weights,
     model: ModelConfig,
     plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     c = model.transformer
     shift, scale = (w["modulation"][0] + time_modulation)[:2]
-    h = layer_norm(x, c.eps) * (1 + scale) + shift
-    q = rms_norm(linear(h, w, "self_attn.q"), w["self_attn.norm_q.weight"], c.eps)
-    k = rms_norm(linear(h, w, "self_attn.k"), w["self_attn.norm_k.weight"], c.eps)
-    v = linear(h, w, "self_attn.v")
-    q, k, v = (split_heads(t, c.heads) for t in (q, k, v))
-    return _rope(q, rope_cos, rope_sin), _rope(k, rope_cos, rope_sin), v
+    h = operand(layer_norm(x, c.eps) * (1 + scale) + shift, w["self_attn.q.weight"])
+    q = rms_norm(project(h, w, "self_attn.q"), _scaled(w["self_attn.norm_q.weight"], c), c.eps)
+    k = rms_norm(project(h, w, "self_attn.k"), w["self_attn.norm_k.weight"], c.eps)
+    q, k = (_rope(split_heads(t, c.heads), rope_cos, rope_sin) for t in (q, k))
+    v = split_heads(project(h, w, "self_attn.v"), c.heads)
+    return tuple(t.to(activation(plan)) for t in (q, k, v))
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, w: Weights, model: ModelConfig, plan: Plan
 ) -> tuple[Tensor]:
-    return (merge_heads(attend(q, k, v, model.transformer.head_dim**-0.5)),)
+    return (merge_heads(attend(q, k, v)),)
 
 
 def attn_out(
@@ -86,11 +97,10 @@ def attn_out(
     x = x + gate * linear(attended, w, "self_attn.o")
 
     h = layer_norm(x, c.eps, w["norm3.weight"], w["norm3.bias"])
-    q = rms_norm(linear(h, w, "cross_attn.q"), w["cross_attn.norm_q.weight"], c.eps)
-    q = split_heads(q, c.heads)
-    softmax_scale = c.head_dim**-0.5
-    context = attend(q, text_k, text_v, softmax_scale) + attend(q, image_k, image_v, softmax_scale)
+    q = rms_norm(linear(h, w, "cross_attn.q"), _scaled(w["cross_attn.norm_q.weight"], c), c.eps)
+    q = split_heads(q, c.heads).to(activation(plan))
+    context = attend(q, text_k, text_v) + attend(q, image_k, image_v)
     x = x + linear(merge_heads(context), w, "cross_attn.o")
 
     h = layer_norm(x, c.eps) * (1 + scale) + shift
-    return (x + ffn_gate * linear(gelu_tanh(linear(h, w, "ffn.0")), w, "ffn.2"),)
+    return (x + ffn_gate * linear(gelu_tanh(linear(h, w, "ffn.0").float()), w, "ffn.2"),)

@@ -41,17 +41,24 @@ def patch_embed(
     return (torch.cat((x[:reference], x[reference:] + pose)),)
 
 
+def _exact_linear(x: Tensor, w: Weights, name: str) -> Tensor:
+    """In float32 whatever the weights' type: the time path is never rounded (model_spec.md 1.9)."""
+    return F.linear(x, w[f"{name}.weight"].float(), w[f"{name}.bias"])
+
+
 def time_embed(sinusoid: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor, Tensor]:
-    time_embedding = linear(F.silu(linear(sinusoid, w, "time_embedding.0")), w, "time_embedding.2")
-    modulation = linear(F.silu(time_embedding), w, "time_projection.1")
+    time_embedding = _exact_linear(sinusoid, w, "time_embedding.0")
+    time_embedding = _exact_linear(F.silu(time_embedding), w, "time_embedding.2")
+    modulation = _exact_linear(F.silu(time_embedding), w, "time_projection.1")
     return time_embedding, modulation.reshape(6, model.transformer.dim)
 
 
 def text_embed(text: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor]:
-    return (linear(gelu_tanh(linear(text, w, "text_embedding.0")), w, "text_embedding.2"),)
+    hidden = gelu_tanh(linear(text, w, "text_embedding.0").float())
+    return (linear(hidden, w, "text_embedding.2").float(),)
 
 
 def image_embed(image: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor]:
     x = layer_norm(image, IMAGE_NORM_EPS, w["img_emb.proj.0.weight"], w["img_emb.proj.0.bias"])
-    x = linear(F.gelu(linear(x, w, "img_emb.proj.1")), w, "img_emb.proj.3")
-    return (layer_norm(x, IMAGE_NORM_EPS, w["img_emb.proj.4.weight"], w["img_emb.proj.4.bias"]),)
+    x = linear(F.gelu(linear(x, w, "img_emb.proj.1").float()), w, "img_emb.proj.3")
+    return (layer_norm(x.float(), IMAGE_NORM_EPS, w["img_emb.proj.4.weight"], w["img_emb.proj.4.bias"]),)

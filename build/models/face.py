@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trt_wan.build.models.ops import Weights, attend, layer_norm, linear, rms_norm
+from trt_wan.build.models.ops import Weights, activation, attend, layer_norm, linear, rms_norm
 from trt_wan.engines.config import FACE_TOKENS, ModelConfig
 from trt_wan.engines.plan import Plan
 
@@ -75,7 +75,7 @@ def fuser_kv(face_tokens: Tensor, *, w: Weights, model: ModelConfig, plan: Plan)
     c = model.transformer
     kv = linear(layer_norm(face_tokens, c.eps), w, "linear1_kv")
     k, v = kv.reshape(plan.slots, FACE_TOKENS, 2, c.heads, c.head_dim).permute(2, 0, 3, 1, 4)
-    return rms_norm(k, w["k_norm.weight"], c.eps), v
+    return rms_norm(k, w["k_norm.weight"], c.eps).to(activation(plan)), v.to(activation(plan))
 
 
 def fuser(
@@ -90,6 +90,6 @@ def fuser(
 ) -> tuple[Tensor]:
     c = model.transformer
     q = linear(layer_norm(x, c.eps), w, "linear1_q").reshape(plan.slots, -1, c.heads, c.head_dim)
-    q = rms_norm(q, w["q_norm.weight"], c.eps).transpose(1, 2)
-    face = attend(q, face_k, face_v, c.head_dim**-0.5).transpose(1, 2).reshape(plan.tokens, c.dim)
+    q = rms_norm(q, w["q_norm.weight"] * c.head_dim**-0.5, c.eps).transpose(1, 2)
+    face = attend(q.to(activation(plan)), face_k, face_v).transpose(1, 2).reshape(plan.tokens, c.dim)
     return (x + linear(face, w, "linear2") * face_strength,)

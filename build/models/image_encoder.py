@@ -4,7 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trt_wan.build.models.ops import Weights, attend, layer_norm, linear, merge_heads, split_heads
+from trt_wan.build.models.ops import (
+    Weights,
+    attend,
+    layer_norm,
+    linear,
+    merge_heads,
+    operand,
+    project,
+    split_heads,
+)
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.plan import Plan
 
@@ -24,10 +33,10 @@ def embed(pixels: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tupl
 
 def layer(hidden: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor]:
     i = model.image
-    h = _norm(hidden, w, "layer_norm1", i.eps)
-    q, k, v = (split_heads(linear(h, w, f"self_attn.{name}_proj"), i.heads) for name in "qkv")
-    attended = merge_heads(attend(q, k, v, (i.dim // i.heads) ** -0.5))
+    h = operand(_norm(hidden, w, "layer_norm1", i.eps), w["self_attn.q_proj.weight"])
+    q, k, v = (split_heads(project(h, w, f"self_attn.{name}_proj"), i.heads) for name in "qkv")
+    attended = merge_heads(attend(q * (i.dim // i.heads) ** -0.5, k, v))
     hidden = hidden + linear(attended, w, "self_attn.out_proj")
 
-    h = F.gelu(linear(_norm(hidden, w, "layer_norm2", i.eps), w, "mlp.fc1"))
-    return (hidden + linear(h, w, "mlp.fc2"),)
+    up = F.gelu(linear(_norm(hidden, w, "layer_norm2", i.eps), w, "mlp.fc1").float())
+    return (hidden + linear(up, w, "mlp.fc2"),)

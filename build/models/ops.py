@@ -6,23 +6,88 @@ which two in one graph crash its builder (trt_facts.md 1.2).
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trt_wan.engines.plan import Plan
+from trt_wan.engines.precision import PRECISIONS
+
 Weights = Mapping[str, Tensor]
+
+# FP8 Q/DQ with bf16 needs 21 and bf16 convolutions 22; from 23 on, attention nodes appear that crash TensorRT (trt_facts.md 1.2).
+OPSET = 22
+
+
+E4M3_MAX = 448.0
+
+
+def activation(plan: Plan) -> torch.dtype:
+    """The type of what passes between the parts of a block."""
+    return torch.bfloat16 if PRECISIONS[plan.precision].activation == "bfloat16" else torch.float32
+
+
+class Operand(NamedTuple):
+    """The left side of matrix products: values in the type of the weights, and for FP8 what they were divided by."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+
+def operand(x: Tensor, weight: Tensor) -> Operand:
+    """`x` [tokens, channels] made ready for weights of `weight`'s type; FP8 gets a scale per token."""
+    if weight.dtype != torch.float8_e4m3fn:
+        return Operand(x.to(weight.dtype))
+    x = x.float()
+    scale = (x.abs().amax(-1, keepdim=True) * (1 / E4M3_MAX)).clamp_min(1e-12)
+    return Operand(_fp8_values(_fp8(x / scale)), scale)
+
+
+def project(x: Operand, w: Weights, name: str) -> Tensor:
+    """A linear layer [out, in], with its bias if it has one.
+
+    FP8 stays an FP8 GEMM in TensorRT only if the scales of its Q/DQ nodes are constants: they are 1, and the real ones,
+    of the tokens and of the weights, are multiplied outside (trt_facts.md 2.3). The result is float32 for FP8, else of
+    the weights' type.
+    """
+    weight, bias = w[f"{name}.weight"], w.get(f"{name}.bias")
+    if x.scale is None:
+        return F.linear(x.values, weight, None if bias is None else bias.to(weight.dtype))
+    y = (x.values @ _fp8_values(weight).t()).float() * (x.scale * w[f"{name}.scale"])
+    return y if bias is None else y + bias
 
 
 def linear(x: Tensor, w: Weights, name: str) -> Tensor:
-    return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+    return project(operand(x, w[f"{name}.weight"]), w, name)
+
+
+def _fp8(x: Tensor) -> Tensor:
+    """QuantizeLinear with scale 1: saturates, unlike a cast."""
+    one = torch.ones((), dtype=x.dtype)
+    zero = torch.zeros((), dtype=torch.float32).to(torch.float8_e4m3fn)
+    return torch.onnx.ops.symbolic(
+        "QuantizeLinear", (x, one, zero), dtype=torch.float8_e4m3fn, shape=x.shape, version=OPSET
+    )
+
+
+def _fp8_values(x: Tensor) -> Tensor:
+    """DequantizeLinear with scale 1: the bf16 numbers that FP8 values are."""
+    one = torch.ones((), dtype=torch.bfloat16)
+    return torch.onnx.ops.symbolic(
+        "DequantizeLinear", (x, one), dtype=torch.bfloat16, shape=x.shape, version=OPSET
+    )
 
 
 def layer_norm(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """In float32."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """In float32, whatever the type of x."""
+    x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
@@ -36,9 +101,9 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(0, 1).reshape(x.shape[1], -1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale · q kᵀ) v over the last two axes."""
-    return torch.softmax((q * scale) @ k.transpose(-1, -2), dim=-1) @ v
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ) v over the last two axes; q comes multiplied by head_dim^-0.5."""
+    return torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

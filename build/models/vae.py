@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trt_wan.build.models.ops import Weights, attend
+from trt_wan.build.models.ops import Weights, activation, attend
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import vae_layers
 from trt_wan.engines.contracts.vae_layers import LATENT_MEAN, LATENT_STD, Layer
@@ -37,15 +37,16 @@ class _History:
 
 
 def _norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """RMS norm over the channels."""
+    """RMS norm over the channels, in float32."""
+    kind, x = x.dtype, x.float()
     scale = torch.rsqrt(x.square().sum(0, keepdim=True).clamp_min(1e-24)) * math.sqrt(x.shape[0])
-    return x * scale * gamma.reshape(-1, 1, 1, 1)
+    return (x * scale * gamma.reshape(-1, 1, 1, 1)).to(kind)
 
 
 def _conv(
     x: Tensor, w: Weights, name: str, padding: tuple[int, int, int] = (0, 0, 0), time_stride: int = 1
 ) -> Tensor:
-    weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
+    weight, bias = w[f"{name}.weight"], w[f"{name}.bias"].to(x.dtype)
     return F.conv3d(x[None], weight, bias, (time_stride, 1, 1), padding).squeeze(0)
 
 
@@ -69,18 +70,18 @@ def _attention(x: Tensor, w: Weights, name: str) -> Tensor:
     channels, frames, height, width = x.shape
 
     def pointwise(tokens: Tensor, name: str) -> Tensor:
-        return F.linear(tokens, w[f"{name}.weight"].flatten(1), w[f"{name}.bias"])
+        return F.linear(tokens, w[f"{name}.weight"].flatten(1), w[f"{name}.bias"].to(x.dtype))
 
     tokens = _norm(x, w[f"{name}.norm.gamma"]).reshape(channels, frames, height * width).permute(1, 2, 0)
     q, k, v = pointwise(tokens, f"{name}.to_qkv").chunk(3, dim=-1)
-    attended = pointwise(attend(q, k, v, channels**-0.5), f"{name}.proj")
+    attended = pointwise(attend(q * channels**-0.5, k, v), f"{name}.proj")
     return x + attended.permute(2, 0, 1).reshape(x.shape)
 
 
 def _down(x: Tensor, w: Weights, history: _History, layer: Layer) -> Tensor:
     conv, time_conv = f"{layer.name}.resample.1", f"{layer.name}.time_conv"
     frames = F.pad(x.transpose(0, 1), (0, 1, 0, 1))  # right and bottom only
-    x = F.conv2d(frames, w[f"{conv}.weight"], w[f"{conv}.bias"], stride=2).transpose(0, 1)
+    x = F.conv2d(frames, w[f"{conv}.weight"], w[f"{conv}.bias"].to(x.dtype), stride=2).transpose(0, 1)
     if layer.kind == "down2d":
         return x
     history.after[time_conv] = x[:, -1:]
@@ -99,7 +100,7 @@ def _up(x: Tensor, w: Weights, history: _History, layer: Layer) -> Tensor:
             pairs = pairs.reshape(2, *x.shape).permute(1, 2, 0, 3, 4)
             x = pairs.reshape(x.shape[0], 2 * x.shape[1], *x.shape[2:])
     frames = F.interpolate(x.transpose(0, 1), scale_factor=2.0, mode="nearest")
-    return F.conv2d(frames, w[f"{conv}.weight"], w[f"{conv}.bias"], padding=1).transpose(0, 1)
+    return F.conv2d(frames, w[f"{conv}.weight"], w[f"{conv}.bias"].to(x.dtype), padding=1).transpose(0, 1)
 
 
 def _layer(x: Tensor, w: Weights, history: _History, layer: Layer) -> Tensor:
@@ -127,9 +128,10 @@ def _walk(
     contract = (cache for layer in layers for cache in vae_layers.caches(layer, plan))
     names = [cache.name.removesuffix(".cache") for cache in contract]
     history = _History(None if caches is None else dict(zip(names, caches, strict=True)))
+    x = x.to(activation(plan))
     for layer in layers:
         x = _layer(x, w, history, layer)
-    return x, *(history.after[name] for name in names)
+    return x.float(), *(history.after[name] for name in names)
 
 
 def _per_channel(values: tuple[float, ...]) -> Tensor:

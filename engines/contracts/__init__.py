@@ -1,7 +1,7 @@
 """The contracts of all networks: one module each, one row each in `networks`."""
 
 from trt_wan.engines.config import ModelConfig
-from trt_wan.engines.contract import Network
+from trt_wan.engines.contract import Network, at_precision
 from trt_wan.engines.contracts import (
     attention,
     attn_in,
@@ -48,4 +48,4 @@ def networks(model: ModelConfig, plan: Plan) -> dict[str, Network]:
         vae_decode.first(model, plan),
         vae_decode.next_chunk(model, plan),
     )
-    return {network.name: network for network in rows}
+    return {network.name: at_precision(network, plan.precision) for network in rows}

@@ -11,7 +11,7 @@ def network(model: ModelConfig, plan: Plan) -> Network:
     return Network(
         name="attention",
         part="transformer",
-        inputs=(Tensor("q", heads), Tensor("k", heads), Tensor("v", heads)),
+        inputs=(Tensor("q", heads, "activation"), Tensor("k", heads, "activation"), Tensor("v", heads, "activation")),
         weights=(),
-        outputs=(Tensor("attended", (plan.tokens, c.dim)),),
+        outputs=(Tensor("attended", (plan.tokens, c.dim), "activation"),),
     )

@@ -14,6 +14,7 @@ def network(model: ModelConfig, plan: Plan) -> Network:
         part="transformer",
         scope="blocks.{n}.",
         repeats=c.layers,
+        fp8=True,
         inputs=(
             Tensor("x", (tokens, c.dim)),
             Tensor("time_modulation", (6, c.dim)),
@@ -28,5 +29,5 @@ def network(model: ModelConfig, plan: Plan) -> Network:
             Tensor("self_attn.norm_q.weight", (c.dim,)),
             Tensor("self_attn.norm_k.weight", (c.dim,)),
         ),
-        outputs=(Tensor("q", heads), Tensor("k", heads), Tensor("v", heads)),
+        outputs=(Tensor("q", heads, "activation"), Tensor("k", heads, "activation"), Tensor("v", heads, "activation")),
     )

@@ -13,9 +13,10 @@ def network(model: ModelConfig, plan: Plan) -> Network:
         part="transformer",
         scope="blocks.{n}.",
         repeats=c.layers,
+        fp8=True,
         inputs=(
             Tensor("x", (plan.tokens, c.dim)),
-            Tensor("attended", (plan.tokens, c.dim)),
+            Tensor("attended", (plan.tokens, c.dim), "activation"),
             Tensor("time_modulation", (6, c.dim)),
             *context_kv.network(model).outputs,
         ),

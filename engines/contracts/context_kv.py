@@ -13,6 +13,7 @@ def network(model: ModelConfig) -> Network:
         part="transformer",
         scope="blocks.{n}.cross_attn.",
         repeats=c.layers,
+        fp8=True,
         inputs=(
             Tensor("text_tokens", (model.text.length, c.dim)),
             Tensor("image_tokens", (model.image.tokens, c.dim)),
@@ -26,9 +27,9 @@ def network(model: ModelConfig) -> Network:
             Tensor("norm_k_img.weight", (c.dim,)),
         ),
         outputs=(
-            Tensor("text_k", text),
-            Tensor("text_v", text),
-            Tensor("image_k", image),
-            Tensor("image_v", image),
+            Tensor("text_k", text, "activation"),
+            Tensor("text_v", text, "activation"),
+            Tensor("image_k", image, "activation"),
+            Tensor("image_v", image, "activation"),
         ),
     )

@@ -1,7 +1,7 @@
 """Motion vectors to face tokens, five per slot; slot 0 (the reference) is zero (model_spec.md 1.7)."""
 
 from trt_wan.engines.config import FACE_TOKENS, ModelConfig
-from trt_wan.engines.contract import Network, Tensor, linear
+from trt_wan.engines.contract import Network, Tensor, exact_linear
 from trt_wan.engines.plan import Plan
 
 
@@ -21,7 +21,7 @@ def network(model: ModelConfig, plan: Plan) -> Network:
             *conv("conv1_local", face.heads * hidden, model.motion.style_dim),
             *conv("conv2", hidden, hidden),
             *conv("conv3", hidden, hidden),
-            *linear("out_proj", dim, hidden),
+            *exact_linear("out_proj", dim, hidden),
             Tensor("padding_tokens", (1, 1, 1, dim)),
         ),
         outputs=(Tensor("face_tokens", (plan.slots, FACE_TOKENS, dim)),),

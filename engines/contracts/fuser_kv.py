@@ -15,5 +15,5 @@ def network(model: ModelConfig, plan: Plan) -> Network:
         repeats=c.fusers,
         inputs=(Tensor("face_tokens", (plan.slots, FACE_TOKENS, c.dim)),),
         weights=(*linear("linear1_kv", 2 * c.dim, c.dim), Tensor("k_norm.weight", (c.head_dim,))),
-        outputs=(Tensor("face_k", heads), Tensor("face_v", heads)),
+        outputs=(Tensor("face_k", heads, "activation"), Tensor("face_v", heads, "activation")),
     )

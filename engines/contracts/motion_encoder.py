@@ -7,7 +7,7 @@ has no QR.
 """
 
 from trt_wan.engines.config import ModelConfig
-from trt_wan.engines.contract import Network, Tensor, linear
+from trt_wan.engines.contract import Network, Tensor, exact_linear
 from trt_wan.engines.plan import Plan
 
 
@@ -28,8 +28,8 @@ def network(model: ModelConfig, plan: Plan) -> Network:
         ]
     weights.append(Tensor(f"{convs}.{len(m.channels)}.weight", (m.style_dim, m.channels[-1], 4, 4)))
     for i in range(4):
-        weights += linear(f"enc.fc.{i}", m.style_dim, m.style_dim)
-    weights += linear("enc.fc.4", m.motion_dim, m.style_dim)
+        weights += exact_linear(f"enc.fc.{i}", m.style_dim, m.style_dim)
+    weights += exact_linear("enc.fc.4", m.motion_dim, m.style_dim)
     weights.append(Tensor("dec.direction.orthonormal", (m.style_dim, m.motion_dim)))
     return Network(
         name="motion_encoder",

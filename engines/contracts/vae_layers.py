@@ -88,7 +88,7 @@ def decoder(vae: VaeConfig) -> tuple[Layer, ...]:
 
 
 def _conv(name: str, out: int, inner: int, *kernel: int) -> tuple[Tensor, Tensor]:
-    return Tensor(f"{name}.weight", (out, inner, *kernel)), Tensor(f"{name}.bias", (out,))
+    return Tensor(f"{name}.weight", (out, inner, *kernel), "linear"), Tensor(f"{name}.bias", (out,))
 
 
 def _gamma(name: str, channels: int, axes: int = 4) -> Tensor:
@@ -133,7 +133,7 @@ def caches(layer: Layer, plan: Plan) -> tuple[Tensor, ...]:
     height, width = plan.height // layer.cell, plan.width // layer.cell
 
     def last_two(name: str, channels: int) -> Tensor:
-        return Tensor(f"{name}.cache", (channels, 2, height, width))
+        return Tensor(f"{name}.cache", (channels, 2, height, width), "activation")
 
     match layer.kind:
         case "conv":
@@ -146,7 +146,7 @@ def caches(layer: Layer, plan: Plan) -> tuple[Tensor, ...]:
         case "up3d":
             return (last_two(f"{layer.name}.time_conv", layer.inner),)
         case "down3d":  # halved in space before it is halved in time
-            return (Tensor(f"{layer.name}.time_conv.cache", (layer.out, 1, height // 2, width // 2)),)
+            return (Tensor(f"{layer.name}.time_conv.cache", (layer.out, 1, height // 2, width // 2), "activation"),)
         case "head":
             return (last_two(f"{layer.name}.2", layer.inner),)
         case "pointwise" | "attention" | "down2d" | "up2d":

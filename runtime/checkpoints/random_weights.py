@@ -22,21 +22,25 @@ _EMBEDDINGS = (
 )
 
 
-def random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float32]:
-    """A tensor whose scale follows from its name, so that activations stay near unit variance."""
-    values = rng.standard_normal(shape, dtype=np.float32)
+def random_moments(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation for a tensor, from its name: activations stay near unit variance."""
     last = name.rsplit(".", 1)[-1]
     if name.endswith(_EMBEDDINGS):
-        return values
+        return 0.0, 1.0
     if last == "gamma" or (last == "weight" and len(shape) == 1):  # a norm
-        return 1 + np.float32(0.1) * values
+        return 1.0, 0.1
     if last in ("bias", "padding_tokens"):
-        return np.float32(0.1) * values
-    if last == "modulation":
-        return values / np.float32(math.sqrt(shape[-1]))
+        return 0.0, 0.1
+    if last in ("modulation", "orthonormal"):
+        return 0.0, 1 / math.sqrt(max(shape))
     if name.startswith("motion_encoder."):  # the graph divides by the root of the fan-in itself
-        return values
-    return values / np.float32(math.sqrt(math.prod(shape[1:])))
+        return 0.0, 1.0
+    return 0.0, 1 / math.sqrt(math.prod(shape[1:]))
+
+
+def random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float32]:
+    mean, deviation = random_moments(name, shape)
+    return np.float32(mean) + np.float32(deviation) * rng.standard_normal(shape, dtype=np.float32)
 
 
 def random_weights(model: ModelConfig, part: Part, seed: int) -> dict[str, NDArray[np.float32]]:

@@ -1,6 +1,6 @@
 """What runs the graphs. An executor knows tensors by name and nothing of models, windows or files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -8,10 +8,22 @@ from numpy.typing import NDArray
 
 from trt_wan.engines.contract import Network
 
-Array = NDArray[np.generic]
+Array = NDArray[np.generic]  # or an executor's own, which has a shape and which numpy can read
 
 
 class Executor(Protocol):
-    def run(self, network: Network, tensors: Mapping[str, Array]) -> tuple[Array, ...]:
-        """Runs `network` on its inputs and weights by name; returns its outputs in the contract's order."""
+    def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
+        """Runs `network` with its `n`-th set of weights; returns its outputs in the contract's order."""
+        ...
+
+    def place(self, array: Array) -> Array:
+        """`array` where inputs are wanted."""
+        ...
+
+    def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
+        """The sum of coefficient·array in float32, added in the order given: the samplers' arithmetic."""
+        ...
+
+    def release(self, names: set[str]) -> None:
+        """Forgets the weights of some networks."""
         ...

@@ -1,30 +1,49 @@
 """ONNX Runtime on the CPU in fp32: the executor that proves the numerics and needs no GPU."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from trt_wan.engines.checkpoint import PARTS, required_tensors
 from trt_wan.engines.config import ModelConfig
-from trt_wan.engines.contract import Network
+from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.plan import Plan
 from trt_wan.errors import EnvironmentBroken, GraphError, MemoryShort
 from trt_wan.runtime.executors import Array
+from trt_wan.runtime.schedulers import combine_fp32
 
 
 class OnnxRuntimeExecutor:
-    """Sessions are opened on first use from `graphs`/<network>.onnx and kept."""
+    """Sessions are opened on first use from `graphs`/<network>.onnx and kept, weights are read on first use."""
 
-    def __init__(self, graphs: Path) -> None:
+    def __init__(self, graphs: Path, weights: Mapping[Part, Mapping[str, Array]]) -> None:
         self._refuse_two_packages()
-        self.graphs = graphs
+        self.graphs, self.weights = graphs, weights
+        self._bound: dict[tuple[str, int], dict[str, Array]] = {}
         self._sessions: dict[str, Any] = {}
 
-    def run(self, network: Network, tensors: Mapping[str, Array]) -> tuple[Array, ...]:
-        outputs = self._session(network.name).run([t.name for t in network.outputs], dict(tensors))
+    def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
+        feeds = {**inputs, **self._weights_of(network, n)}
+        outputs = self._session(network.name).run([t.name for t in network.outputs], feeds)
         return tuple(outputs)
+
+    def place(self, array: Array) -> Array:
+        return array
+
+    def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
+        return combine_fp32(terms)
+
+    def release(self, names: set[str]) -> None:
+        self._bound = {key: value for key, value in self._bound.items() if key[0] not in names}
+
+    def _weights_of(self, network: Network, n: int) -> dict[str, Array]:
+        key = (network.name, n)
+        if key not in self._bound:
+            stored = self.weights[network.part]
+            self._bound[key] = {w.name: stored[network.weight_key(w.name, n)] for w in network.weights}
+        return self._bound[key]
 
     def _session(self, name: str) -> Any:
         if name not in self._sessions:

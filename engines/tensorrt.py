@@ -1,0 +1,298 @@
+"""The one module that imports TensorRT: which of its two flavours is used, and how graphs become engines.
+
+`tensorrt_rtx` (1.6, 1.7) compiles on any machine for any RTX GPU, `tensorrt` (10.13 to 11) only for the GPU that is
+there. What is called here has the same name in all of them, except where a comment says so (trt_facts.md 4.3). Full
+TensorRT could not be installed where this was written: nothing of it is proved.
+
+Networks are strongly typed: the graph alone decides what is computed in which type. A compiled engine ("plan") holds
+no weights; they are inputs. Nothing here knows of models or of files.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from importlib import import_module
+from types import new_class
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from trt_wan.errors import EnvironmentBroken, GraphError, UsageError
+
+FlavourName = Literal["tensorrt", "tensorrt_rtx"]
+Target = Literal["current", "sm80", "sm86", "sm89", "sm120", "sm121"]
+Capability = tuple[int, int]
+Progress = Callable[[str, int, int], None]  # TensorRT's name of the phase, steps done, steps in all
+
+
+@dataclass(frozen=True)
+class Flavour:
+    name: FlavourName
+    version: str
+    module: Any
+    reason: str  # why this one, for people; kept in the manifests
+
+
+@dataclass(frozen=True)
+class FlavourRow:
+    extra: str  # of trt-wan, which installs it
+    oldest: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    compute_capability: str  # what TensorRT-RTX calls it
+    fp8: bool  # whether it can have FP8 engines; about the GPU that is there TensorRT knows
+
+
+FLAVOURS: dict[FlavourName, FlavourRow] = {
+    "tensorrt": FlavourRow("tensorrt", (10, 13)),
+    "tensorrt_rtx": FlavourRow("rtx", (1, 6)),
+}
+
+TARGETS: dict[Target, TargetRow] = {
+    "current": TargetRow("CURRENT", fp8=True),
+    "sm80": TargetRow("SM80", fp8=False),
+    "sm86": TargetRow("SM86", fp8=False),
+    "sm89": TargetRow("SM89", fp8=True),
+    "sm120": TargetRow("SM120", fp8=True),
+    "sm121": TargetRow("SM121", fp8=True),
+}
+
+DATA_CENTRE: tuple[Capability, ...] = ((8, 0), (9, 0), (10, 0), (10, 3))
+HOPPER: Capability = (9, 0)  # TensorRT-RTX never listed it; 1.6 runs there all the same, 1.7 refuses
+
+# What the constant scales of FP8 attention cover of k and v, and times head_dim^-0.5 of q; more saturates
+# (h200_measurements.md).
+FP8_ATTENTION_RANGE = 30.0
+E4M3_MAX = 448.0
+
+
+def choose_flavour(forced: str | None, capability: Capability | None) -> Flavour:
+    """The flavour for a GPU of this compute capability; None: there is no GPU, engines are for other machines.
+
+    Raises UsageError if `forced` is no flavour, EnvironmentBroken if none that works here is installed.
+    """
+    order: tuple[FlavourName, ...] = ("tensorrt_rtx", "tensorrt")
+    if capability is None:
+        why = "it builds without a GPU"
+    elif capability in DATA_CENTRE:
+        order, why = ("tensorrt", "tensorrt_rtx"), "its kernels are tuned for data-centre GPUs"
+    else:
+        why = "it is made for RTX GPUs and builds in seconds"
+    if forced is not None:
+        order, why = tuple(name for name in FLAVOURS if name == forced), "it was asked for"
+        if not order:
+            raise UsageError(f"There is no flavour {forced!r}.", f"Use one of: {', '.join(FLAVOURS)}.")
+
+    problems: list[str] = []
+    for name in order:
+        module = _load(name, capability, problems)
+        if module is not None:
+            reason = "; ".join([*problems, "" if problems else why]).removesuffix("; ")
+            if name == "tensorrt_rtx" and capability == HOPPER:
+                reason += "; compute capability 9.0 is not on its list, but it runs there"
+            return Flavour(name, module.__version__, module, f"{name} {module.__version__}: {reason}")
+    hopper = "pip install 'tensorrt-rtx>=1.6,<1.7'"
+    command = hopper if capability == HOPPER else f"pip install 'trt-wan[{FLAVOURS[order[0]].extra}]'"
+    raise EnvironmentBroken(f"No TensorRT can be used here: {'; '.join(problems)}.", f"Run: {command}")
+
+
+def _load(name: FlavourName, capability: Capability | None, problems: list[str]) -> Any:
+    """The module, or None and one problem more."""
+    if name == "tensorrt" and capability is None:
+        problems.append("tensorrt builds only for a GPU that is there")
+        return None
+    try:
+        module = import_module(name)
+    except Exception as error:  # a library that is missing or of the wrong CUDA raises what it likes
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        problems.append(f"{name} is not installed" if missing else f"{name} does not load ({error})")
+        return None
+    version = tuple(int(part) for part in module.__version__.split(".")[:2])
+    if version < FLAVOURS[name].oldest:
+        oldest = ".".join(map(str, FLAVOURS[name].oldest))
+        problems.append(f"{name} {module.__version__} is older than {oldest}")
+        return None
+    if name == "tensorrt_rtx" and capability == HOPPER and version >= (1, 7):
+        problems.append(f"{name} {module.__version__} refuses compute capability 9.0")
+        return None
+    return module
+
+
+def compile_onnx(flavour: Flavour, graph: bytes, target: Target, progress: Progress) -> bytes:
+    """The plan of an ONNX graph. GraphError names the node TensorRT does not take, or what stopped the builder."""
+    builder, network, log = _start(flavour, target)
+    parser = flavour.module.OnnxParser(network, log)  # has to live until the plan is built
+    if not parser.parse(graph) or not network.num_outputs:  # bytes that are no graph "parse", and are empty
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        nodes = [f"{e.node_name()} ({e.node_operator()}): {e.desc()}, in {e.func()}" for e in errors]
+        raise GraphError(
+            f"{flavour.name} {flavour.version} cannot read the graph: {'; '.join(nodes) or 'it is empty'}.",
+            "Export it again with `trt-wan build`; if that does not help, report it.",
+        )
+    return _build(flavour, builder, network, log, target, progress)
+
+
+def compile_attention(
+    flavour: Flavour,
+    heads: int,
+    tokens: int,
+    head_dim: int,
+    fp8: bool,
+    target: Target,
+    progress: Progress,
+) -> bytes:
+    """The plan of the contract `attention` in bf16; with `fp8`, its products are FP8 inside.
+
+    FP8 takes q, k, v with constant scales, the softmax with 1/448, and k without its mean over the tokens: that shifts
+    all logits of a query alike, which a softmax does not see, and halves the error where channels of k stand out.
+    """
+    trt = flavour.module
+    builder, network, log = _start(flavour, target)
+    if not hasattr(network, "add_attention"):
+        raise GraphError(
+            f"{flavour.name} {flavour.version} has no attention layer.", "Run: pip install 'tensorrt>=10.14'"
+        )
+    numbers: list[np.ndarray[Any, Any]] = []  # TensorRT points at them until the plan is built
+
+    def constant(value: float) -> Any:
+        numbers.append(np.array(value, np.float32))
+        return network.add_constant((), trt.Weights(numbers[-1])).get_output(0)
+
+    def fp8_values(x: Any, largest: float) -> Any:
+        scale = constant(largest / E4M3_MAX)
+        quantised = network.add_quantize(x, scale, trt.DataType.FP8).get_output(0)
+        return network.add_dequantize(quantised, scale, trt.DataType.BF16).get_output(0)
+
+    def batched(x: Any) -> Any:
+        layer = network.add_shuffle(x)
+        layer.reshape_dims = (1, heads, tokens, head_dim)
+        return layer.get_output(0)
+
+    q, k, v = (
+        batched(network.add_input(name, trt.DataType.BF16, (heads, tokens, head_dim))) for name in ("q", "k", "v")
+    )
+    if fp8:
+        k = _without_mean(trt, network, k)
+        q = fp8_values(q, FP8_ATTENTION_RANGE * head_dim**-0.5)
+        k, v = fp8_values(k, FP8_ATTENTION_RANGE), fp8_values(v, FP8_ATTENTION_RANGE)
+    # Deprecated for add_attention_v2, which tensorrt before 11 lacks.
+    attention = network.add_attention(q, k, v, trt.AttentionNormalizationOp.SOFTMAX, False)
+    if fp8:
+        attention.normalization_quantize_scale = constant(1 / E4M3_MAX)
+        attention.normalization_quantize_to_type = trt.DataType.FP8
+    merge = network.add_shuffle(attention.get_output(0))
+    merge.first_transpose = (0, 2, 1, 3)
+    merge.reshape_dims = (tokens, heads * head_dim)
+    merge.get_output(0).name = "attended"
+    network.mark_output(merge.get_output(0))
+    return _build(flavour, builder, network, log, target, progress)
+
+
+def _without_mean(trt: Any, network: Any, k: Any) -> Any:
+    """k [1, heads, tokens, head_dim] minus its mean over the tokens, in float32.
+
+    The mean is taken in two steps, over groups and then over their means, and k is cast once for the mean and once for
+    the difference: otherwise TensorRT writes float32 copies of k (4.4 GB moved around the 14B's attention, now 3.4).
+    """
+    _, heads, tokens, head_dim = tuple(k.shape)
+    group = next(size for size in range(math.isqrt(tokens), 0, -1) if tokens % size == 0)
+
+    def exact(x: Any) -> Any:
+        return network.add_cast(x, trt.DataType.FLOAT).get_output(0)
+
+    def reshaped(x: Any, *shape: int) -> Any:
+        layer = network.add_shuffle(x)
+        layer.reshape_dims = shape
+        return layer.get_output(0)
+
+    def mean(x: Any, axis: int) -> Any:
+        return network.add_reduce(x, trt.ReduceOperation.AVG, 1 << axis, True).get_output(0)
+
+    of_groups = mean(reshaped(exact(k), heads, tokens // group, group, head_dim), axis=2)
+    of_all = reshaped(mean(of_groups, axis=1), 1, heads, 1, head_dim)
+    centred = network.add_elementwise(exact(k), of_all, trt.ElementWiseOperation.SUB).get_output(0)
+    return network.add_cast(centred, trt.DataType.BF16).get_output(0)
+
+
+def _start(flavour: Flavour, target: Target) -> tuple[Any, Any, Any]:
+    """A builder, an empty strongly typed network, and the log that both write to."""
+    trt = flavour.module
+    if flavour.name == "tensorrt" and target != "current":
+        raise UsageError(
+            f"tensorrt builds only for the GPU that is there, not for {target}.",
+            "Leave --target out, or use --flavour tensorrt_rtx.",
+        )
+    log = new_class("Log", (_Log, trt.ILogger))()
+    builder = trt.Builder(log)
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)  # the default of all but 10
+    return builder, builder.create_network(flags), log
+
+
+def _build(flavour: Flavour, builder: Any, network: Any, log: Any, target: Target, progress: Progress) -> bytes:
+    """Builds in a thread, so that this one can report, and can be stopped: Python sees no Ctrl-C inside TensorRT.
+
+    An exception (KeyboardInterrupt, or whatever `progress` raises) ends the build at TensorRT's next step.
+    """
+    trt = flavour.module
+    config = builder.create_builder_config()
+    config.max_aux_streams = 0  # a gigabyte less at full size; what would run beside is tiny (trt_facts.md 1.3)
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if flavour.name == "tensorrt_rtx":  # without a target it would compile for four of its own choice
+        config.num_compute_capabilities = 1
+        capability = getattr(trt.ComputeCapability, TARGETS[target].compute_capability)
+        config.set_compute_capability(capability, 0)
+    monitor = new_class("Monitor", (_Monitor, trt.IProgressMonitor))()
+    config.progress_monitor = monitor
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(builder.build_serialized_network, network, config)
+        try:
+            while not wait([future], timeout=0.1).done:
+                progress(*monitor.state)
+        except BaseException:
+            monitor.stopped = True
+            raise
+    plan = future.result()
+    if plan is None:
+        hint = "Report it, with this message."
+        if target == "current":
+            hint = "See that nvidia-smi shows the GPU, or build for a named one, such as --target sm89."
+        raise GraphError(
+            f"{flavour.name} {flavour.version} cannot build for {target}: {'; '.join(log.errors)}.", hint
+        )
+    return bytes(plan)
+
+
+class _Log:
+    """Keeps errors for the exception; TensorRT's other lines interest nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors: list[str] = []
+
+    def log(self, severity: Any, message: str) -> None:
+        if severity.name in ("ERROR", "INTERNAL_ERROR"):
+            self.errors.append(message.strip())
+
+
+class _Monitor:
+    """Called by TensorRT at every phase and step; stops the build once `stopped` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stopped = False
+        self.state = ("", 0, 0)
+        self._steps: dict[str, int] = {}
+
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+        self._steps[phase_name] = num_steps
+
+    def step_complete(self, phase_name: str, step: int) -> bool:
+        self.state = (phase_name, step + 1, self._steps[phase_name])
+        return not self.stopped
+
+    def phase_finish(self, phase_name: str) -> None:
+        del self._steps[phase_name]

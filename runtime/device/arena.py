@@ -1,0 +1,58 @@
+"""Plans one block of memory: who has which bytes. It owns no memory and needs no GPU.
+
+First fit with joining of neighbours. Everything that uses the block runs on one stream, in program order, so bytes
+that were given back may be handed out again at once: whoever gets them runs later.
+"""
+
+from bisect import insort
+from dataclasses import dataclass
+
+from trt_wan.errors import MemoryShort
+
+ALIGNMENT = 256  # bytes; what TensorRT asks of every address
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    start: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size
+
+
+class Arena:
+    """`size` bytes to hand out; `peak` is the highest byte that was ever in use."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.peak = 0
+        self.used = 0
+        self._free = [Span(0, size)]  # sorted, never adjacent
+
+    def take(self, size: int) -> Span:
+        """A span of at least `size` bytes; MemoryShort if there is none."""
+        size = max(ALIGNMENT, -(-size // ALIGNMENT) * ALIGNMENT)
+        for i, span in enumerate(self._free):
+            if span.size >= size:
+                taken = Span(span.start, size)
+                rest = Span(taken.stop, span.size - size)
+                self._free[i : i + 1] = [rest] if rest.size else []
+                self.peak = max(self.peak, taken.stop)
+                self.used += size
+                return taken
+        raise MemoryShort(
+            f"{size / 1e9:.2f} GB more are needed than the {self.size / 1e9:.2f} GB planned for activations.",
+            "This is a fault of the plan: please report it with the size, window and precision.",
+        )
+
+    def give(self, span: Span) -> None:
+        self.used -= span.size
+        insort(self._free, span)
+        i = self._free.index(span)
+        if i + 1 < len(self._free) and span.stop == self._free[i + 1].start:
+            span = Span(span.start, span.size + self._free.pop(i + 1).size)
+            self._free[i] = span
+        if i and self._free[i - 1].stop == span.start:
+            self._free[i - 1 : i + 1] = [Span(self._free[i - 1].start, self._free[i - 1].size + span.size)]

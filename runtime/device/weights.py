@@ -1,0 +1,138 @@
+"""Weights on the GPU: resident, or streamed through a few slots ahead of their use.
+
+The weights of one network and set (of block 7's `attn_out`, say) are one *pack*: a run of bytes, each tensor at a
+multiple of 256. A resident pack has a buffer of its own. Streamed packs come around in the same order every step; a
+thread writes the next ones from their files into pinned memory and from there into the slots of those already used,
+while the GPU computes.
+"""
+
+import math
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.engines.contract import Network, Tensor
+from trt_wan.runtime.device.arena import ALIGNMENT
+from trt_wan.runtime.device.gpu import DeviceArray, Gpu, Pinned
+
+SLOTS = 3  # one in use, two on their way
+Key = tuple[str, int]  # network, set
+
+
+@dataclass(frozen=True)
+class Pack:
+    network: Network
+    n: int
+    offsets: Mapping[str, int]  # bytes from the start of the pack
+    size: int
+
+    @staticmethod
+    def of(network: Network, n: int) -> "Pack":
+        offsets, size = {}, 0
+        for tensor in network.weights:
+            offsets[tensor.name] = size
+            size += -(-nbytes(tensor) // ALIGNMENT) * ALIGNMENT
+        return Pack(network, n, offsets, size)
+
+    def arrays(self, gpu: Gpu, address: int) -> dict[str, DeviceArray]:
+        return {
+            t.name: gpu.view(address + self.offsets[t.name], t.shape, t.dtype) for t in self.network.weights
+        }
+
+
+def nbytes(tensor: Tensor) -> int:
+    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+
+
+class WeightSource(Protocol):
+    """Where weights come from: files, or a random generator."""
+
+    def fill_device(self, gpu: Gpu, pack: Pack, arrays: Mapping[str, DeviceArray]) -> None:
+        """Enqueues the writing of every tensor of the pack."""
+        ...
+
+    def fill_host(self, pack: Pack, target: NDArray[np.uint8]) -> None:
+        """Writes the pack's bytes; called from another thread."""
+        ...
+
+
+class DeviceWeights:
+    """Packs by network and set. `streamed` names those that are not kept, in the order in which a step uses them."""
+
+    def __init__(self, gpu: Gpu, source: WeightSource, streamed: list[Pack]) -> None:
+        self.gpu, self.source = gpu, source
+        self._resident: dict[Key, tuple[Any, dict[str, DeviceArray]]] = {}
+        self._stream = _Stream(gpu, source, streamed) if streamed else None
+
+    def bind(self, network: Network, n: int) -> dict[str, DeviceArray]:
+        """The weights, ready for what is enqueued next on the compute stream."""
+        key = (network.name, n)
+        if self._stream is not None and key in self._stream.position:
+            return self._stream.bind(key)
+        if key not in self._resident:
+            pack = Pack.of(network, n)
+            buffer = self.gpu.allocate(max(pack.size, ALIGNMENT))
+            arrays = pack.arrays(self.gpu, int(buffer.handle))
+            self.source.fill_device(self.gpu, pack, arrays)
+            self._resident[key] = buffer, arrays
+        return self._resident[key][1]
+
+    def used(self, network: Network, n: int) -> None:
+        """Says that everything that reads the weights is enqueued."""
+        if self._stream is not None and (network.name, n) in self._stream.position:
+            self._stream.used((network.name, n))
+
+    def release(self, names: set[str]) -> None:
+        """Frees the resident packs of some networks."""
+        for key in [key for key in self._resident if key[0] in names]:
+            buffer, _ = self._resident.pop(key)
+            buffer.close(self.gpu.stream)
+
+
+class _Stream:
+    def __init__(self, gpu: Gpu, source: WeightSource, packs: list[Pack]) -> None:
+        self.gpu, self.source, self.packs = gpu, source, packs
+        self.position = {(pack.network.name, pack.n): i for i, pack in enumerate(packs)}
+        largest = max(pack.size for pack in packs)
+        self._slots = [gpu.allocate(largest) for _ in range(SLOTS)]
+        self._pinned = [Pinned(largest) for _ in range(2)]
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        self._turn = 0  # packs asked for so far, over all steps
+        self._ready: dict[int, Future[Any]] = {}
+        for turn in range(SLOTS):
+            self._load(turn, None)
+
+    def bind(self, key: Key) -> dict[str, DeviceArray]:
+        expected = self._turn % len(self.packs)
+        assert self.position[key] == expected, f"{key} is asked for, the {expected}th pack is due"
+        self.gpu.stream.wait(self._ready.pop(self._turn).result())
+        slot = self._slots[self._turn % SLOTS]
+        return self.packs[expected].arrays(self.gpu, int(slot.handle))
+
+    def used(self, key: Key) -> None:
+        self._load(self._turn + SLOTS, self.gpu.stream.record())
+        self._turn += 1
+
+    def _load(self, turn: int, slot_free: Any) -> None:
+        self._ready[turn] = self._thread.submit(self._write, turn, slot_free)
+
+    def _write(self, turn: int, slot_free: Any) -> Any:
+        from cuda.bindings import runtime
+
+        self.gpu.device.set_current()
+        pack = self.packs[turn % len(self.packs)]
+        pinned = self._pinned[turn % len(self._pinned)]
+        pinned.wait()
+        self.source.fill_host(pack, pinned.bytes[: pack.size])
+        if slot_free is not None:
+            self.gpu.copies.wait(slot_free)
+        slot = int(self._slots[turn % SLOTS].handle)
+        kind = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        (error,) = runtime.cudaMemcpyAsync(slot, pinned.address, pack.size, kind, int(self.gpu.copies.handle))
+        assert not error, f"copy of {pack.size} bytes: {error}"
+        pinned.used_by(self.gpu.copies)
+        return self.gpu.copies.record()
