@@ -150,8 +150,8 @@ class VideoWriter:
         codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         if sound is not None:
             self._sound = _Sound.of(sound, self._container, COPIED_SOUND[suffix])
-        # The header is written with the first packet: closing a fragmented mp4 that has a header and no packets
-        # crashes ffmpeg 8.1.
+        # The header is written with the first packet: closing a fragmented mp4 that has a header and no
+        # packets crashes ffmpeg 8.1.
 
     def _mux(self, packets: "list[Packet[Any]]") -> None:
         assert self._open and self._container is not None, "the writer is closed"

@@ -714,7 +714,7 @@ def test_a_second_build_does_nothing_quickly(tmp_path: Path) -> None:
     assert seconds < 1.5 and not set(listing.read_text().split()) & HEAVY
 
 
-@pytest.mark.parametrize("package", ["torch", "onnx"])
+@pytest.mark.parametrize("package", ["torch", "onnx", "onnxscript"])
 def test_build_without_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
     build = as_argv(BUILD)[len(TRT_WAN) :]

@@ -13,7 +13,7 @@ PLAN = Plan(32, 48, 13)
 
 
 def official_mask(known: Array) -> Array:
-    """k[F, h, w] to [4, T, h, w], entry by entry: latent frame 0 is k[0] four times, channel c of j is k[4j-3+c]."""
+    """k[F, h, w] to [4, T, h, w]: latent frame 0 is k[0] four times, channel c of frame j is k[4j-3+c]."""
     frames, h, w = known.shape
     result = np.empty((4, (frames - 1) // 4 + 1, h, w), np.float32)
     for c in range(4):

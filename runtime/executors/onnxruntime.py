@@ -68,6 +68,6 @@ def require_memory(model: ModelConfig, plan: Plan) -> None:
     if weights + logits > memory:
         raise MemoryShort(
             f"The model {model.name} at {plan.width}x{plan.height}, {plan.frames} frames per window, needs "
-            f"about {(weights + logits) / 1e9:.0f} GB in fp32 on the CPU; there are {memory / 1e9:.0f} GB here.",
+            f"about {(weights + logits) / 1e9:.0f} GB in fp32 on the CPU; {memory / 1e9:.0f} GB are here.",
             "Use a smaller size or window, or the tiny model (trt-wan weights tiny DIR) to try the pipeline.",
         )
