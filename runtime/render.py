@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from trt_wan.errors import TrtWanError
+from trt_wan.errors import InputError, TrtWanError
 from trt_wan.runtime.clips import Clips, open_clips
 from trt_wan.runtime.events import Progress, silent
 from trt_wan.runtime.job import Job
@@ -39,6 +39,8 @@ def render(
         output, clips.width, clips.height, clips.rate, sound or _own_sound(clips), overwrite=overwrite
     )
     try:
+        if sound is not None and not writer.has_sound:
+            raise InputError(f"{sound} has no sound.", "Leave out --audio, or name a file with sound.")
         for frame in stream(job, clips=clips, progress=progress, should_stop=should_stop):
             writer.write(frame)
         writer.finish()

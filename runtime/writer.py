@@ -78,6 +78,10 @@ class VideoWriter:
             self.abandon(keep=False)
             raise
 
+    @property
+    def has_sound(self) -> bool:
+        return self._sound is not None
+
     def write(self, frame: NDArray[np.uint8]) -> None:
         """Adds one picture [H, W, 3]."""
         assert frame.dtype == np.uint8 and frame.shape == (self.height, self.width, 3), (

@@ -812,3 +812,15 @@ def test_strength_0_equals_no_clip(place: Workplace, plain: Picture, name: str) 
 def test_a_job_refuses_a_sampler_that_does_not_exist(place: Workplace) -> None:
     with pytest.raises(UsageError, match="no sampler called 'magic'"):
         make_job(place, sampler="magic")
+
+
+def test_audio_without_sound_is_refused(place: Workplace, tmp_path: Path) -> None:
+    silent = place.clips / "src_face.mp4"
+    with av.open(str(silent)) as container:
+        assert not container.streams.audio, "the face clip is meant to be silent"
+    output = tmp_path / "out.mp4"
+    message, hint = refused(
+        invoke(*run_arguments(place, output, "--audio", str(silent)), "--json"), 1, "input_unusable"
+    )
+    assert message == f"{silent} has no sound." and "--audio" in hint
+    assert list(tmp_path.iterdir()) == []

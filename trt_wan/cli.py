@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 DEMO_SAMPLE = Path(__file__).parent / "sample"
+DEMO_OUTPUT = Path("demo.mp4")
 DEMO_WINDOW = 13
 DEMO_STEPS = 4
 
@@ -224,7 +225,7 @@ def tiny(*, report: Report, folder: Path, seed: int) -> Any:
 
 @cli.command(short_help="Run everything once, small, with random weights.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default="demo.mp4", show_default=True
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=DEMO_OUTPUT, show_default=True
 )
 @command
 def demo(*, report: Report, output: Path) -> Any:
@@ -241,7 +242,14 @@ def demo(*, report: Report, output: Path) -> Any:
     _build(report, "tiny", Plan(pose.width, pose.height, DEMO_WINDOW))
     driving = DEMO_SAMPLE / "driving.mp4"
     return _render(
-        report, DEMO_SAMPLE, output, driving, True, weights=folder, window=DEMO_WINDOW, steps=DEMO_STEPS
+        report,
+        DEMO_SAMPLE,
+        output,
+        driving,
+        output == DEMO_OUTPUT,
+        weights=folder,
+        window=DEMO_WINDOW,
+        steps=DEMO_STEPS,
     )
 
 

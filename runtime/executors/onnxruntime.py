@@ -38,7 +38,7 @@ class OnnxRuntimeExecutor:
             except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for a bad file
                 raise GraphError(
                     f"The graph {path} cannot be loaded ({str(error).splitlines()[0]}).",
-                    "Remove its folder and run the same command again with `trt-wan build` first.",
+                    "It is as it was exported, so update ONNX Runtime: pip install -U onnxruntime-gpu",
                 ) from error
         return self._sessions[name]
 
