@@ -56,14 +56,16 @@ def graphs_folder(model: ModelConfig, plan: Plan) -> Path:
 
 
 def is_complete(folder: Path, model: ModelConfig, plan: Plan) -> bool:
-    """Whether every graph is there with the size that the manifest says."""
+    """Whether every graph is there, byte for byte as it was exported. They hold no weights: 2 MB in all."""
     try:
-        sizes = json.loads((folder / MANIFEST).read_text())["bytes"]
-        return set(sizes) == set(networks(model, plan)) and all(
-            (folder / f"{name}.onnx").stat().st_size == size for name, size in sizes.items()
-        )
-    except (OSError, ValueError, KeyError):
+        exported = json.loads((folder / MANIFEST).read_text())["sha256"]
+        return bool(exported == {name: _sha256(folder / f"{name}.onnx") for name in networks(model, plan)})
+    except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def require_graphs(model: ModelConfig, plan: Plan) -> Path:
@@ -71,9 +73,10 @@ def require_graphs(model: ModelConfig, plan: Plan) -> Path:
     folder = graphs_folder(model, plan)
     if is_complete(folder, model, plan):
         return folder
+    state = "damaged" if folder.exists() else "not built"
     raise GraphError(
         f"The graphs of the model {model.name} for {plan.width}x{plan.height}, {plan.frames} frames per "
-        f"window, are not built ({folder}).",
+        f"window, are {state} ({folder}).",
         f"Run: trt-wan build --model {model.name} --size {plan.width}x{plan.height} --window {plan.frames}",
     )
 
@@ -99,8 +102,8 @@ def building(model: ModelConfig, plan: Plan) -> Iterator[Path | None]:
         temporary.mkdir()
         try:
             yield temporary
-            sizes = {path.stem: path.stat().st_size for path in sorted(temporary.glob("*.onnx"))}
-            manifest = {"model": model.name, "plan": repr(plan), "bytes": sizes}
+            exported = {path.stem: _sha256(path) for path in sorted(temporary.glob("*.onnx"))}
+            manifest = {"model": model.name, "plan": repr(plan), "sha256": exported}
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)

@@ -1,11 +1,16 @@
 """One job, built once and passed whole: what goes in, how it is denoised, what comes out."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from trt_wan.engines.contract import Part
+from trt_wan.engines.plan import Plan
 from trt_wan.errors import UsageError
+from trt_wan.runtime.noise import CpuGenerator
+from trt_wan.runtime.schedulers import SAMPLERS, schedule
+from trt_wan.runtime.windows import Windows
 
 Mode = Literal["animate", "replace"]
 
@@ -56,7 +61,7 @@ class Inputs:
                 "src_mask.mp4" if background else "src_bg.mp4" if mask else "src_bg.mp4 and src_mask.mp4"
             )
             raise UsageError(
-                f"The mode replace needs the background and the mask together; {missing} is not in {folder}.",
+                f"The mode replace needs the background and the mask together; {folder} lacks {missing}.",
                 "Add it, or use --mode animate.",
             )
         if mode == "animate":
@@ -64,8 +69,16 @@ class Inputs:
         return Inputs(folder / "src_ref.png", clip("src_pose.mp4"), clip("src_face.mp4"), background, mask)
 
 
+def unused_clips(folder: Path, mode: Mode) -> list[str]:
+    """The prepared clips in `folder` that `mode` leaves aside."""
+    names = ("src_bg.mp4", "src_mask.mp4") if mode == "animate" else ()
+    return [name for name in names if (folder / name).exists()]
+
+
 @dataclass(frozen=True)
 class Job:
+    """Refuses at once, with a UsageError, whatever is wrong whatever the clips are."""
+
     inputs: Inputs
     weights: Path
     weight_files: dict[Part, Path] = field(default_factory=dict)
@@ -90,10 +103,22 @@ class Job:
                 "Background and mask belong to the mode replace and come together.",
                 "Give both with mode replace, neither with mode animate.",
             )
-        if self.guidance < 1:
-            raise UsageError(f"A guidance of {self.guidance} is below 1.", "Use 1 (off) or more.")
+        if self.sampler not in SAMPLERS:
+            raise UsageError(
+                f"There is no sampler called {self.sampler!r}.", f"Use one of {', '.join(SAMPLERS)}."
+            )
+        if not 1 <= self.guidance < math.inf:
+            raise UsageError(
+                f"A guidance of {self.guidance} is not possible.", "Use --guidance 1 (off) or more."
+            )
         for name, value in (("pose", self.pose_strength), ("face", self.face_strength)):
-            if value < 0:
+            if not 0 <= value < math.inf:
                 raise UsageError(
-                    f"The {name} strength is {value}, below 0.", "Use 0 (off) to 1, or more to exaggerate."
+                    f"A {name} strength of {value} is not possible.",
+                    f"Use --{name}-strength 0 (off) to 1, or more to exaggerate.",
                 )
+        # Each refuses what is its own business.
+        Plan(frames=self.window)
+        Windows(1, self.window, self.overlap)
+        schedule(self.grid, self.steps, self.shift)
+        CpuGenerator(self.seed)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from trt_wan.errors import TrtWanError
+from trt_wan.errors import InputError, TrtWanError
 from trt_wan.runtime.clips import Clips, open_clips
 from trt_wan.runtime.events import Progress, silent
 from trt_wan.runtime.job import Job
@@ -32,24 +32,27 @@ def render(
     """Writes `output`. `sound` is the file whose sound is copied; without it, the pose or face clip's own is.
 
     When the job fails or is stopped, the finished windows are kept beside `output` in a file that plays, and
-    the error says where.
+    the error says where: a TrtWanError in its hint, any other in a note.
     """
     clips = open_clips(job.inputs, job.window)
     writer = VideoWriter(
         output, clips.width, clips.height, clips.rate, sound or _own_sound(clips), overwrite=overwrite
     )
-    frames = 0
     try:
+        if sound is not None and not writer.has_sound:
+            raise InputError(f"{sound} has no sound.", "Leave out --audio, or name a file with sound.")
         for frame in stream(job, clips=clips, progress=progress, should_stop=should_stop):
             writer.write(frame)
-            frames += 1
         writer.finish()
     except BaseException as error:
-        partial = writer.abandon(keep=frames > 0)
-        if partial is not None and isinstance(error, TrtWanError):
-            error.hint = f"{error.hint} The {frames} finished frames are in {partial}.".strip()
+        if partial := writer.abandon(keep=True):
+            where = f"The {writer.frames} finished frames are in {partial}."
+            if isinstance(error, TrtWanError):
+                error.hint = f"{error.hint} {where}".strip()
+            else:
+                error.add_note(where)
         raise
-    return Rendered(output, frames, clips.width, clips.height, float(clips.rate))
+    return Rendered(output, writer.frames, clips.width, clips.height, float(clips.rate))
 
 
 def _own_sound(clips: Clips) -> Path | None:

@@ -78,6 +78,10 @@ class VideoWriter:
             self.abandon(keep=False)
             raise
 
+    @property
+    def has_sound(self) -> bool:
+        return self._sound is not None
+
     def write(self, frame: NDArray[np.uint8]) -> None:
         """Adds one picture [H, W, 3]."""
         assert frame.dtype == np.uint8 and frame.shape == (self.height, self.width, 3), (
@@ -150,8 +154,8 @@ class VideoWriter:
         codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         if sound is not None:
             self._sound = _Sound.of(sound, self._container, COPIED_SOUND[suffix])
-        # The header is written with the first packet: closing a fragmented mp4 that has a header and no packets
-        # crashes ffmpeg 8.1.
+        # The header is written with the first packet: closing a fragmented mp4 that has a header and no
+        # packets crashes ffmpeg 8.1.
 
     def _mux(self, packets: "list[Packet[Any]]") -> None:
         assert self._open and self._container is not None, "the writer is closed"

@@ -1,9 +1,14 @@
-"""Graphs are exported once per test session, on first use, by the same code as `trt-wan build`."""
+"""Graphs are exported once per test session, by the same code as `trt-wan build`: one by one on first use
+(`make_model`), or all of a tiny job's by the command itself (`tiny_home`).
+"""
 
+import os
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from tiny_job import BUILD, as_argv
 
 from trt_wan.build.export import export
 from trt_wan.engines.config import ModelConfig
@@ -41,3 +46,14 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
         return Model(config, plan, executors[config, plan], weights)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TRT_WAN_HOME with the graphs of tiny_job.PLAN, made by the command that `trt-wan run` asks for."""
+    home = tmp_path_factory.mktemp("tiny-home")
+    built = subprocess.run(
+        as_argv(BUILD), env=os.environ | {"TRT_WAN_HOME": str(home)}, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    return home

@@ -13,7 +13,7 @@ PLAN = Plan(32, 48, 13)
 
 
 def official_mask(known: Array) -> Array:
-    """k[F, h, w] to [4, T, h, w], entry by entry: latent frame 0 is k[0] four times, channel c of j is k[4j-3+c]."""
+    """k[F, h, w] to [4, T, h, w]: latent frame 0 is k[0] four times, channel c of frame j is k[4j-3+c]."""
     frames, h, w = known.shape
     result = np.empty((4, (frames - 1) // 4 + 1, h, w), np.float32)
     for c in range(4):
@@ -34,7 +34,9 @@ def test_mask_of_animate_mode(carried: int) -> None:
 def test_mask_of_replace_mode(carried: int) -> None:
     """Sampled like torch's `nearest`, neither thresholded nor smoothed."""
     person = np.random.default_rng(0).random((13, 48, 32), np.float32)
-    known = torch.nn.functional.interpolate(1 - torch.from_numpy(person)[None], (6, 4), mode="nearest")[0].numpy()
+    known = torch.nn.functional.interpolate(1 - torch.from_numpy(person)[None], (6, 4), mode="nearest")[
+        0
+    ].numpy()
     known = known.copy()
     known[:carried] = 1
     np.testing.assert_array_equal(known_mask(PLAN, carried, person), official_mask(known))
@@ -70,7 +72,9 @@ def test_letterbox(h: int, w: int, box: tuple[int, int, int, int]) -> None:
     canvas = letterbox(picture, width=180, height=90)
     top, left, height, width = box
     inside = canvas[top : top + height, left : left + width]
-    np.testing.assert_array_equal(inside, cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR))
+    np.testing.assert_array_equal(
+        inside, cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
+    )
     outside = canvas.copy()
     outside[top : top + height, left : left + width] = 0
     assert not outside.any(), "the bars are black"

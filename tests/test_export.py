@@ -29,8 +29,8 @@ def test_14b_exports_without_weights(tmp_path: Path, size: str) -> None:
     assert data["graphs"] == len(contracts)
     assert data["peak_memory_gb"] < MEMORY_LIMIT_GB
 
-    # The contract's tensors are the graph's inputs, and what is stored in it is small: no weight among it. The
-    # largest constants are the blur kernels of the motion encoder, 0.25 MB.
+    # The contract's tensors are the graph's inputs, and what is stored in it is small: no weight among it.
+    # The largest constants are the blur kernels of the motion encoder, 0.25 MB.
     for name, network in contracts.items():
         path = Path(data["result"]) / f"{name}.onnx"
         onnx.checker.check_model(str(path), full_check=True)

@@ -10,7 +10,6 @@ VAE, whose output here spans the whole range, carry that to about 1e-4, and late
 ones' frames. Half a level of an 8-bit picture is 4e-3.
 """
 
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -28,10 +27,8 @@ from oracles import (
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
-from trt_wan.build.graphs import build_graphs
 from trt_wan.engines.checkpoint import required_tensors
 from trt_wan.engines.config import TINY
-from trt_wan.engines.plan import Plan
 from trt_wan.preprocess.video import Clip
 from trt_wan.runtime.checkpoints.loading import load_weights
 from trt_wan.runtime.checkpoints.tiny import write_tiny_weights
@@ -51,7 +48,7 @@ class SquashedReference:
     """In place of CLIPImageProcessor: the official squash to 224x224, by torch."""
 
     def __call__(self, images: Image.Image, return_tensors: str) -> BatchFeature:
-        pixels = torch.from_numpy(np.asarray(images)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        pixels = torch.from_numpy(np.array(images)).permute(2, 0, 1)[None].float() / 127.5 - 1
         size = (TINY.image.size, TINY.image.size)
         small = torch.nn.functional.interpolate(pixels, size, mode="bicubic", align_corners=False)
         values = (small * 0.5 + 0.5 - torch.from_numpy(MEAN)) / torch.from_numpy(STD)
@@ -65,12 +62,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRT_WAN_HOME", str(tmp_path_factory.mktemp("home")))
-        build_graphs(TINY, Plan(WIDTH, HEIGHT, WINDOW), lambda name, seconds: None)
-        yield
+@pytest.fixture(autouse=True)
+def graphs(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tiny_home))
 
 
 @pytest.fixture(scope="module")
@@ -183,5 +177,4 @@ def test_frames_equal_diffusers(
     ours, theirs = np.concatenate(pieces, axis=1), run_diffusers(diffusers_pipeline, task)
     assert ours.shape == theirs.shape == (3, frames, HEIGHT, WIDTH)
     assert theirs.std() > 0.05 and np.abs(theirs).mean() < 0.95, "the oracle's frames are degenerate"
-    print(np.abs(ours - theirs).max(), theirs.std(), np.abs(theirs).mean())
     assert np.abs(ours - theirs).max() <= TOLERANCE

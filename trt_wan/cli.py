@@ -9,7 +9,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan import __version__
-from trt_wan.errors import OutputError, Stopped, TrtWanError, UsageError
+from trt_wan.errors import MemoryShort, OutputError, Stopped, TrtWanError, UsageError
 from trt_wan.report import Report, report_for
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 DEMO_SAMPLE = Path(__file__).parent / "sample"
+DEMO_OUTPUT = Path("demo.mp4")
 DEMO_WINDOW = 13
 DEMO_STEPS = 4
 
@@ -46,24 +48,52 @@ def command(function: Callable[..., tuple[Path | None, dict[str, Any]]]) -> Call
         report = report_for(as_json, quiet)
         try:
             report.done(*function(report=report, **options))
-        except TrtWanError as error:
-            report.failed(error)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            report.failed(Stopped("Stopped."))
-            sys.exit(Stopped.exit_code)
-        except OSError as error:
-            report.failed(
-                OutputError(
-                    f"{error.filename or 'A file'}: {error.strerror}.", "Check the disk and its rights."
-                )
-            )
-            sys.exit(OutputError.exit_code)
+        except BrokenPipeError:
+            raise  # nobody reads our stdout any more: click ends quietly
+        except (Exception, KeyboardInterrupt) as error:
+            told = _told(error)
+            report.failed(told)
+            if type(told) is TrtWanError:
+                raise
+            sys.exit(told.exit_code)
 
     return wrapped
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def _told(error: BaseException) -> TrtWanError:
+    """What the user is told of an exception; a plain TrtWanError stands for a mistake of ours."""
+    notes = " ".join(getattr(error, "__notes__", ()))
+    if isinstance(error, TrtWanError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped("Stopped at once.", notes)
+    if isinstance(error, MemoryError):
+        return MemoryShort(f"The memory is full ({error}).", f"Use a smaller size or window. {notes}".strip())
+    if isinstance(error, OSError):
+        message = f"{error.filename or 'A file'}: {error.strerror or error}."
+        return OutputError(message, f"Check the disk and its rights. {notes}".strip())
+    message = f"{type(error).__name__}: {error}"
+    return TrtWanError(
+        message, f"This is a mistake in trt-wan: please report it, with the lines below. {notes}"
+    )
+
+
+class _Cli(click.Group):
+    """A group that reports what click itself refuses as JSON too, when the command line asks for JSON."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            if not as_json:
+                raise
+            where = error.ctx.command_path if error.ctx else ctx.command_path
+            report_for(as_json, quiet=True).failed(UsageError(error.format_message(), f"Run: {where} --help"))
+            ctx.exit(UsageError.exit_code)
+
+
+@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
     """Wan2.2-Animate: one picture of a character and a driving video in, a finished video out."""
@@ -131,13 +161,22 @@ def run(
     trt-wan run --inputs prepared/ --weights models/ -o out.mp4
     trt-wan run --inputs prepared/ --weights models/ -o out.mp4 --mode replace --steps 6
     """
+    from trt_wan.runtime.job import unused_clips
+
+    if unused := unused_clips(inputs, options["mode"]):
+        _note(report, f"Not used in the mode {options['mode']}: {', '.join(unused)}.")
     return _render(report, inputs, output, audio, overwrite, **options)
 
 
 @cli.command(short_help="Export the graphs for a size.")
 @click.option("--model", type=click.Choice(["14b", "tiny"]), default="14b", show_default=True)
 @click.option(
-    "--size", callback=_size, default="832x480", metavar="WxH", show_default=True, help="Of the video, width x height."
+    "--size",
+    callback=_size,
+    default="832x480",
+    metavar="WxH",
+    show_default=True,
+    help="Of the video, width x height.",
 )
 @click.option("--window", type=int, default=77, show_default=True, help="Frames per window, 4k+1.")
 @command
@@ -186,7 +225,7 @@ def tiny(*, report: Report, folder: Path, seed: int) -> Any:
 
 @cli.command(short_help="Run everything once, small, with random weights.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default="demo.mp4", show_default=True
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=DEMO_OUTPUT, show_default=True
 )
 @command
 def demo(*, report: Report, output: Path) -> Any:
@@ -203,7 +242,14 @@ def demo(*, report: Report, output: Path) -> Any:
     _build(report, "tiny", Plan(pose.width, pose.height, DEMO_WINDOW))
     driving = DEMO_SAMPLE / "driving.mp4"
     return _render(
-        report, DEMO_SAMPLE, output, driving, True, weights=folder, window=DEMO_WINDOW, steps=DEMO_STEPS
+        report,
+        DEMO_SAMPLE,
+        output,
+        driving,
+        output == DEMO_OUTPUT,
+        weights=folder,
+        window=DEMO_WINDOW,
+        steps=DEMO_STEPS,
     )
 
 
@@ -228,14 +274,15 @@ def _render(
     clips = Inputs.from_folder(inputs, given.get("mode", "animate"))
     job = Job(inputs=clips, weights=weights, weight_files=weight_files, **given)
     start = time.perf_counter()
-    result = render(
-        job,
-        output,
-        sound=audio,
-        overwrite=overwrite,
-        progress=report.progress,
-        should_stop=_stop_between_steps(),
-    )
+    with _stop_between_steps() as should_stop:
+        result = render(
+            job,
+            output,
+            sound=audio,
+            overwrite=overwrite,
+            progress=report.progress,
+            should_stop=should_stop,
+        )
     data = {"frames": result.frames, "width": result.width, "height": result.height, "fps": result.rate}
     return result.path, {**data, "seconds": round(time.perf_counter() - start, 2)}
 
@@ -249,22 +296,24 @@ def _build(report: Report, model: str, plan: "Plan") -> tuple[Path, dict[str, fl
     seconds: dict[str, float] = {}
     if is_complete(folder, MODELS[model], plan):
         return folder, seconds
-    try:
-        from trt_wan.build.graphs import build_graphs
-    except ImportError as error:
-        raise UsageError(
-            f"Exporting graphs needs the package {error.name}, which is not installed.",
-            "Run: pip install 'trt-wan[build]'",
-        ) from error
 
     def exported(name: str, duration: float) -> None:
         seconds[name] = duration
         _note(report, f"exported {name} in {duration:.1f} s")
 
-    return build_graphs(MODELS[model], plan, exported), seconds
+    try:
+        from trt_wan.build.graphs import build_graphs
+
+        return build_graphs(MODELS[model], plan, exported), seconds
+    except ImportError as error:  # torch imports onnxscript only when it exports
+        raise UsageError(
+            f"Exporting graphs needs packages that are not here ({error}).",
+            "Run: pip install 'trt-wan[build]'",
+        ) from error
 
 
-def _stop_between_steps() -> Callable[[], bool]:
+@contextmanager
+def _stop_between_steps() -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C ends the job after the step under way, the second at once."""
     pressed = False
 
@@ -275,8 +324,11 @@ def _stop_between_steps() -> Callable[[], bool]:
         pressed = True
         os.write(2, b"\nStopping after this step; press Ctrl-C again to stop at once.\n")
 
-    signal.signal(signal.SIGINT, on_interrupt)
-    return lambda: pressed
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _note(report: Report, text: str) -> None:

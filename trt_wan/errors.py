@@ -8,7 +8,7 @@
     ├── MemoryShort          the job does not fit in this machine's memory
     ├── EnvironmentBroken    packages that are missing or break each other
     ├── OutputError          the result cannot be written (folder, rights, full disk)
-    └── Stopped              the user asked to stop (Ctrl-C), between two steps; exit code 130
+    └── Stopped              the user asked to stop (Ctrl-C); exit code 130
 
 A user's mistake is one of these; an `assert` is a mistake of ours.
 """

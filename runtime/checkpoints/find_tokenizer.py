@@ -15,7 +15,7 @@ NAMES = ("tokenizer.json", "spiece.model")
 
 
 def find_tokenizer(chosen: Path | None, weights: Path, text_encoder: Checkpoint, length: int) -> Tokenizer:
-    """`chosen`, or the one embedded in `text_encoder`, or one beside it or in `weights`. Raises WeightsError."""
+    """`chosen`, or the one inside `text_encoder`, or one beside it or in `weights`. Raises WeightsError."""
     if chosen is None and EMBEDDED in text_encoder:
         return load_sentencepiece(text_encoder.raw(EMBEDDED).tobytes(), length)
     path = chosen or _search(text_encoder.path.parent, weights)

@@ -44,9 +44,7 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
     def __init__(self, path: Path) -> None:
         self.file = TensorFile(path)
         self.stored = {canonical(name): name for name in self.file}
-        self.scaled = any(
-            name == SCALED_MARKER or name.endswith(SCALE_SUFFIXES) for name in self.stored
-        )
+        self.scaled = any(name == SCALED_MARKER or name.endswith(SCALE_SUFFIXES) for name in self.stored)
 
     @property
     def path(self) -> Path:
@@ -104,7 +102,9 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
     def _scale_of(self, name: str) -> str | None:
         """The stored name of an FP8 tensor's scale."""
         layer = name.removesuffix(".weight")
-        return next((self.stored[s] for suffix in SCALE_SUFFIXES if (s := layer + suffix) in self.stored), None)
+        return next(
+            (self.stored[s] for suffix in SCALE_SUFFIXES if (s := layer + suffix) in self.stored), None
+        )
 
     def _fault(self, name: str, shape: tuple[int, ...]) -> str | None:
         if name not in self.stored:
@@ -114,19 +114,19 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
             return f"has the type {entry.dtype}{self._quantisation(name)}, which is not supported"
         if entry.shape != shape:
             return f"is {list(entry.shape)} instead of {list(shape)}"
-        if entry.dtype in FP8_TYPES and self.scaled:
-            stored = self._scale_of(name)
-            if stored is None:
-                return "is FP8 and has no scale"
-            scale = self.file[stored]
-            if scale.dtype not in FLOAT_TYPES or scale.shape not in (
-                (), (1,), (1, 1), shape[:1], (*shape[:1], 1)
-            ):
-                return (
-                    f"has a scale of the type {scale.dtype} and the shape {list(scale.shape)}"
-                    f"{self._quantisation(name)}, which is not supported"
-                )
-        return None
+        return self._scale_fault(name, shape) if entry.dtype in FP8_TYPES and self.scaled else None
+
+    def _scale_fault(self, name: str, shape: tuple[int, ...]) -> str | None:
+        stored = self._scale_of(name)
+        if stored is None:
+            return "is FP8 and has no scale"
+        scale, per_channel = self.file[stored], (shape[:1], (*shape[:1], 1))
+        if scale.dtype in FLOAT_TYPES and scale.shape in ((), (1,), (1, 1), *per_channel):
+            return None
+        return (
+            f"has a scale of the type {scale.dtype} and the shape {list(scale.shape)}"
+            f"{self._quantisation(name)}, which is not supported"
+        )
 
     def _quantisation(self, name: str) -> str:
         """What the file says of a tensor's format, for a message (model_spec.md 5.2, comfy_quant)."""
@@ -169,12 +169,16 @@ def load_weights(folder: Path, chosen: Mapping[Part, Path]) -> tuple[ModelConfig
     files |= find_files(folder, [part for part in PARTS if part not in chosen])
     transformer = _open_one("transformer", files["transformer"], identify)
     model = identify(transformer)
-    others = {part: _open_one(part, files[part], lambda _: model) for part in PARTS if part != "transformer"}
-    return model, {"transformer": transformer, **others}
+    weights: dict[Part, Checkpoint] = {"transformer": transformer}
+    for part in PARTS:
+        if part not in weights:
+            weights[part] = _open_one(part, files[part], lambda _: model)
+    return model, weights
 
 
 def _open_one(part: Part, paths: Sequence[Path], model: Callable[[Checkpoint], ModelConfig]) -> Checkpoint:
     """The only one of `paths`, or the only one of them that fits."""
+
     def opened(path: Path) -> Checkpoint:
         checkpoint = Checkpoint(path)
         checkpoint.require(required_tensors(model(checkpoint), part))
@@ -187,6 +191,9 @@ def _open_one(part: Part, paths: Sequence[Path], model: Callable[[Checkpoint], M
         with suppress(WeightsError):
             fitting.append(opened(path))
     if len(fitting) != 1:
-        number = "Several" if fitting else "None"
-        names = ...
+        names = ", ".join(str(checkpoint.path) for checkpoint in fitting) or ", ".join(map(str, paths))
+        raise WeightsError(
+            f"Several files hold the {spoken(part)}{'' if fitting else ', and none fits'}: {names}.",
+            f"Choose with {option(part)} FILE.",
+        )
     return fitting[0]

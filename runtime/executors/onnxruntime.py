@@ -57,7 +57,7 @@ class OnnxRuntimeExecutor:
             except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for a bad file
                 raise GraphError(
                     f"The graph {path} cannot be loaded ({str(error).splitlines()[0]}).",
-                    "Remove its folder and run the same command again with `trt-wan build` first.",
+                    "It is as it was exported, so update ONNX Runtime: pip install -U onnxruntime-gpu",
                 ) from error
         return self._sessions[name]
 
@@ -87,6 +87,6 @@ def require_memory(model: ModelConfig, plan: Plan) -> None:
     if weights + logits > memory:
         raise MemoryShort(
             f"The model {model.name} at {plan.width}x{plan.height}, {plan.frames} frames per window, needs "
-            f"about {(weights + logits) / 1e9:.0f} GB in fp32 on the CPU; there are {memory / 1e9:.0f} GB here.",
+            f"about {(weights + logits) / 1e9:.0f} GB in fp32 on the CPU; {memory / 1e9:.0f} GB are here.",
             "Use a smaller size or window, or the tiny model (trt-wan weights tiny DIR) to try the pipeline.",
         )
