@@ -1,79 +1,293 @@
 """Compiled engines on disk, in $TRT_WAN_HOME/engines: `<key>.plan`, and `<key>.json` that says what it is.
 
-The key is a hash of everything that decides what the compiler writes: the graph, the target, the flavour and its
-version, for the target "current" the GPU and its driver, and FORMAT. A network that is the same at two sizes is
-compiled once. The manifest is written last and holds the plan's hash and its own, so a plan without a true manifest
-does not exist, and one that was cut, edited or swapped is known before anything loads it. Reading takes no lock;
-building takes one per key. What was used longest ago goes when the store outgrows TRT_WAN_ENGINES_GB.
+The manifest is written last and holds the plan's hash and its own: a plan that was cut, edited or swapped, or
+whose manifest was, is found before anything loads it. Reading takes no lock; building takes one per key, so
+that one process compiles and the others wait. When the store outgrows TRT_WAN_ENGINES_GB, what was used
+longest ago goes. Nothing here knows how engines are compiled or what runs them.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.engine_id import FORMAT, EngineId
 from trt_wan.engines.store import home
-from trt_wan.engines.tensorrt import Flavour, Target
 from trt_wan.errors import GraphError, UsageError
 
-FORMAT = 1
 DEFAULT_LIMIT_GB = 4.0
+_FILE = re.compile(r"([0-9a-f]{32})\.(plan|json)(\.\d+\.partial)?")
+
+Candidate = dict[str, float | str]  # one that was measured, with its figures
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """The GPU that an engine for the target "current" is bound to."""
+class Manifest:
+    """What an engine is, in words. Network, model and size are those it was first compiled for."""
 
-    name: str
-    driver: int  # major version
-
-
-@dataclass(frozen=True)
-class EngineId:
-    """Which engine: what it is made from, and for messages the network, model and plan that want it."""
-
+    key: str
     network: str
     model: str
-    plan: Plan
-    source: str  # sha256 of the ONNX graph, or of the description of a network made without one
-    target: Target
+    width: int
+    height: int
+    frames: int
+    precision: str
+    source: str
+    target: str
     flavour: str
     version: str
-    gpu: Gpu | None = None  # for "current" only
-
-    def __post_init__(self) -> None:
-        assert (self.gpu is not None) == (self.target == "current"), f"{self.target} on {self.gpu}"
-
-    @cached_property
-    def key(self) -> str:
-        return hashlib.sha256(json.dumps([FORMAT, _origin(self)]).encode()).hexdigest()[:32]
-
-    def __str__(self) -> str:
-        plan, gpu = self.plan, f" on {self.gpu.name}, driver {self.gpu.driver}" if self.gpu else ""
-        return (
-            f"{self.network} ({self.model}, {plan.width}x{plan.height}, {plan.frames} frames, {plan.precision}, for "
-            f"{self.target}{gpu}, {self.flavour} {self.version})"
-        )
-
-    @property
-    def rebuild(self) -> str:
-        """The command that makes this engine."""
-        plan = self.plan
-        return (
-            f"Run: trt-wan build --model {self.model} --size {plan.width}x{plan.height} --window {plan.frames} "
-            f"--precision {plan.precision} --target {self.target} --flavour {self.flavour}"
-        )
+    flavour_reason: str
+    gpu: str | None
+    driver: int | None
+    built: str  # UTC
+    build_seconds: float
+    bytes: int
+    sha256: str  # of the plan
+    candidates: list[Candidate] = field(default_factory=list)
+    format: int = FORMAT
 
 
-def engine_id(
-    network: str, model: str, plan: Plan, source: bytes, target: Target, flavour: Flavour, gpu: Gpu | None
-) -> EngineId:
-    """`source`: the ONNX graph, or the description of a network made without one."""
-    digest = hashlib.sha256(source).hexdigest()
-    return EngineId(network, model, plan, digest, target, flavour.name, flavour.version, gpu)
+@dataclass(frozen=True)
+class Entry:
+    """What the store holds under a key; without a manifest it is damaged or half written."""
+
+    key: str
+    manifest: Manifest | None
+    bytes: int
+    used: float  # seconds since the epoch
+
+
+def folder() -> Path:
+    return home() / "engines"
+
+
+def limit_bytes() -> float:
+    text = os.environ.get("TRT_WAN_ENGINES_GB", str(DEFAULT_LIMIT_GB))
+    try:
+        gigabytes = float(text)
+    except ValueError:
+        gigabytes = -1
+    if not 0 <= gigabytes < float("inf"):
+        raise UsageError(f"TRT_WAN_ENGINES_GB is {text!r}, which is no size.", "Set it to GB, such as 4.")
+    return gigabytes * 1e9
+
+
+def open_checked(engine: EngineId) -> bytes:
+    """The plan, proved to be the one that was built.
+
+    GraphError, with the command that builds it, if it is not there, was cut or edited, or is another's.
+    """
+    plan, _ = _check(engine)
+    _touch(engine.key)
+    return plan
+
+
+def find(engine: EngineId) -> Manifest | None:
+    """The manifest if `open_checked` would succeed, else None."""
+    try:
+        return _check(engine)[1]
+    except GraphError:
+        return None
+
+
+def ensure(engine: EngineId, build: Callable[[], bytes]) -> tuple[Manifest, bool]:
+    """The manifest, and whether the engine had to be built, because it was missing or damaged."""
+    manifest = find(engine)
+    if manifest is None:
+        with _lock(engine.key):
+            manifest = find(engine)  # another process may have built it meanwhile
+            if manifest is None:
+                _erase(engine.key)
+                start = time.perf_counter()
+                plan = build()
+                return _put(engine, plan, time.perf_counter() - start), True
+    _touch(engine.key)
+    return manifest, False
+
+
+def record_candidates(engine: EngineId, candidates: list[Candidate]) -> None:
+    """Writes a measurement's figures into the manifest."""
+    with _lock(engine.key):
+        _, manifest = _check(engine)
+        _write_manifest(replace(manifest, candidates=candidates))
+
+
+def entries() -> list[Entry]:
+    """Everything in the store, what was used last first."""
+    sizes: dict[str, int] = {}
+    used: dict[str, float] = {}
+    for path in folder().glob("*"):
+        if match := _FILE.fullmatch(path.name):
+            key = match[1]
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # removed meanwhile by another process
+                continue
+            sizes[key] = sizes.get(key, 0) + status.st_size
+            used[key] = max(used.get(key, 0), status.st_mtime)
+    found = [Entry(key, _whole(key), size, used[key]) for key, size in sizes.items()]
+    return sorted(found, key=lambda entry: (-entry.used, entry.key))
+
+
+def remove(key: str) -> bool:
+    """False if another process is building it; then it stays."""
+    from filelock import Timeout
+
+    try:
+        with _lock(key, timeout=0):
+            _erase(key)
+    except Timeout:
+        return False
+    return True
+
+
+def trim(in_use: Collection[str]) -> list[Entry]:
+    """Removes what is damaged, then what was used longest ago until the rest fits the limit.
+
+    Keys `in_use` stay, even if they alone are too much.
+    """
+    there, limit = entries(), limit_bytes()
+    size = sum(entry.bytes for entry in there)
+    removed = []
+    for entry in sorted(there, key=lambda entry: (entry.manifest is not None, entry.used)):
+        wanted = entry.key in in_use or (entry.manifest is not None and size <= limit)
+        if not wanted and remove(entry.key):
+            removed.append(entry)
+            size -= entry.bytes
+    return removed
+
+
+def _check(engine: EngineId) -> tuple[bytes, Manifest]:
+    key, hint = engine.key, f"Run: {engine.rebuild}"
+    try:
+        plan = _path(key, "plan").read_bytes()
+    except FileNotFoundError:
+        raise GraphError(f"The {engine.title} is not built{_others(engine)}.", hint) from None
+    manifest = _read_manifest(key)
+    if manifest is None:
+        edited = _path(key, "json")
+        raise GraphError(f"The {engine.title} has no manifest, or an edited one ({edited}).", hint)
+    if manifest.key != key:
+        raise GraphError(f"Where the {engine.title} should be there is another, {manifest.network}.", hint)
+    if len(plan) != manifest.bytes:
+        raise GraphError(f"The {engine.title} has {len(plan)} bytes instead of {manifest.bytes}.", hint)
+    if hashlib.sha256(plan).hexdigest() != manifest.sha256:
+        raise GraphError(f"The {engine.title} is not what was built ({_path(key, 'plan')}).", hint)
+    return plan, manifest
+
+
+def _others(engine: EngineId) -> str:
+    """What there is of the same graph for another target, or by another version, GPU or driver."""
+    found = []
+    for entry in entries():
+        m = entry.manifest
+        if m is not None and m.source == engine.source and m.key != engine.key:
+            gpu = f" on {m.gpu}, driver {m.driver}" if m.gpu else ""
+            found.append(f"one for {m.target}{gpu} by {m.flavour} {m.version}")
+    return f"; there is {', '.join(found)}" if found else ""
+
+
+def _put(engine: EngineId, plan: bytes, seconds: float) -> Manifest:
+    manifest = Manifest(
+        key=engine.key,
+        network=engine.network,
+        model=engine.model,
+        width=engine.plan.width,
+        height=engine.plan.height,
+        frames=engine.plan.frames,
+        precision=engine.plan.precision,
+        source=engine.source,
+        target=engine.target,
+        flavour=engine.flavour.name,
+        version=engine.flavour.version,
+        flavour_reason=engine.flavour.reason,
+        gpu=engine.gpu.name if engine.gpu else None,
+        driver=engine.gpu.driver if engine.gpu else None,
+        built=datetime.now(UTC).isoformat(timespec="seconds"),
+        build_seconds=round(seconds, 3),
+        bytes=len(plan),
+        sha256=hashlib.sha256(plan).hexdigest(),
+    )
+    _write(_path(engine.key, "plan"), plan)
+    _write_manifest(manifest)
+    return manifest
+
+
+def _path(key: str, kind: str) -> Path:
+    return folder() / f"{key}.{kind}"
+
+
+def _read_manifest(key: str) -> Manifest | None:
+    """None if there is none in this format that is as it was written."""
+    try:
+        values = json.loads(_path(key, "json").read_text(encoding="utf-8"))
+        checksum = values.pop("checksum")
+        if checksum == _checksum(values) and values["format"] == FORMAT:
+            return Manifest(**values)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def _whole(key: str) -> Manifest | None:
+    """The manifest if the plan beside it has the right size, which is what can be told at a glance."""
+    manifest, plan = _read_manifest(key), _path(key, "plan")
+    return manifest if manifest and plan.exists() and plan.stat().st_size == manifest.bytes else None
+
+
+def _write_manifest(manifest: Manifest) -> None:
+    values = asdict(manifest)
+    text = json.dumps(values | {"checksum": _checksum(values)}, indent=1, ensure_ascii=False)
+    _write(_path(manifest.key, "json"), text.encode())
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All of it or nothing, also when the power fails: the bytes are on the disk before the name is."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+
+def _erase(key: str) -> None:
+    """The manifest first: what is left if this is interrupted is no engine. Also what killed writers left."""
+    _path(key, "json").unlink(missing_ok=True)
+    for path in folder().glob(f"{key}.*"):
+        path.unlink(missing_ok=True)
+
+
+def _touch(key: str) -> None:
+    try:
+        os.utime(_path(key, "plan"))
+    except OSError:  # removed meanwhile, or a store that this user may only read
+        pass
+
+
+@contextmanager
+def _lock(key: str, timeout: float = -1) -> Iterator[None]:
+    from filelock import FileLock
+
+    path = folder() / "locks" / f"{key}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path, timeout=timeout):
+        yield

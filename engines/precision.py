@@ -14,7 +14,9 @@ Precision = Literal["fp32", "bf16", "fp8"]
 class PrecisionRow:
     activation: Literal["float32", "bfloat16"]  # q, k, v, attention outputs, caches
     linear: Literal["float32", "bfloat16"]  # weights of linear layers and VAE convolutions
-    fp8: bool = False  # linear weights of the transformer blocks are FP8, their activations quantised per token
+    fp8: bool = (
+        False  # linear weights of the transformer blocks are FP8, their activations quantised per token
+    )
 
 
 PRECISIONS: dict[Precision, PrecisionRow] = {

@@ -1,11 +1,11 @@
 """The one module that imports TensorRT: which of its two flavours is used, and how graphs become engines.
 
-`tensorrt_rtx` (1.6, 1.7) compiles on any machine for any RTX GPU, `tensorrt` (10.13 to 11) only for the GPU that is
-there. What is called here has the same name in all of them, except where a comment says so (trt_facts.md 4.3). Full
-TensorRT could not be installed where this was written: nothing of it is proved.
+`tensorrt_rtx` (1.6, 1.7) compiles on any machine for any RTX GPU, `tensorrt` (10.13 to 11) only for the GPU
+that is there. What is called here has the same name in all of them, except where a comment says so
+(trt_facts.md 4.3). Full TensorRT could not be installed where this was written: nothing of it is proved.
 
-Networks are strongly typed: the graph alone decides what is computed in which type. A compiled engine ("plan") holds
-no weights; they are inputs. Nothing here knows of models or of files.
+Networks are strongly typed: the graph alone decides what is computed in which type. A compiled engine
+("plan") holds no weights; they are inputs. Nothing here knows of models or of files.
 """
 
 import math
@@ -16,7 +16,6 @@ from importlib import import_module
 from types import new_class
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 
 from trt_wan.errors import EnvironmentBroken, GraphError, UsageError
@@ -32,7 +31,7 @@ class Flavour:
     name: FlavourName
     version: str
     module: Any
-    reason: str  # why this one, for people; kept in the manifests
+    reason: str  # why this one, for people; kept with its engines
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ E4M3_MAX = 448.0
 
 
 def choose_flavour(forced: str | None, capability: Capability | None) -> Flavour:
-    """The flavour for a GPU of this compute capability; None: there is no GPU, engines are for other machines.
+    """The flavour for a GPU of this compute capability; None: there is no GPU, engines are for other ones.
 
     Raises UsageError if `forced` is no flavour, EnvironmentBroken if none that works here is installed.
     """
@@ -94,7 +93,7 @@ def choose_flavour(forced: str | None, capability: Capability | None) -> Flavour
             reason = "; ".join([*problems, "" if problems else why]).removesuffix("; ")
             if name == "tensorrt_rtx" and capability == HOPPER:
                 reason += "; compute capability 9.0 is not on its list, but it runs there"
-            return Flavour(name, module.__version__, module, f"{name} {module.__version__}: {reason}")
+            return Flavour(name, module.__version__, module, reason)
     hopper = "pip install 'tensorrt-rtx>=1.6,<1.7'"
     command = hopper if capability == HOPPER else f"pip install 'trt-wan[{FLAVOURS[order[0]].extra}]'"
     raise EnvironmentBroken(f"No TensorRT can be used here: {'; '.join(problems)}.", f"Run: {command}")
@@ -123,7 +122,7 @@ def _load(name: FlavourName, capability: Capability | None, problems: list[str])
 
 
 def compile_onnx(flavour: Flavour, graph: bytes, target: Target, progress: Progress) -> bytes:
-    """The plan of an ONNX graph. GraphError names the node TensorRT does not take, or what stopped the builder."""
+    """The plan of an ONNX graph. GraphError names the node that is not taken, or what stopped the builder."""
     builder, network, log = _start(flavour, target)
     parser = flavour.module.OnnxParser(network, log)  # has to live until the plan is built
     if not parser.parse(graph) or not network.num_outputs:  # bytes that are no graph "parse", and are empty
@@ -147,8 +146,9 @@ def compile_attention(
 ) -> bytes:
     """The plan of the contract `attention` in bf16; with `fp8`, its products are FP8 inside.
 
-    FP8 takes q, k, v with constant scales, the softmax with 1/448, and k without its mean over the tokens: that shifts
-    all logits of a query alike, which a softmax does not see, and halves the error where channels of k stand out.
+    FP8 takes q, k, v with constant scales, the softmax with 1/448, and k without its mean over the tokens:
+    that shifts all logits of a query alike, which a softmax does not see, and halves the error where channels
+    of k stand out. In bf16 the ONNX graph is better: this one costs two more copies, of q and v.
     """
     trt = flavour.module
     builder, network, log = _start(flavour, target)
@@ -173,7 +173,8 @@ def compile_attention(
         return layer.get_output(0)
 
     q, k, v = (
-        batched(network.add_input(name, trt.DataType.BF16, (heads, tokens, head_dim))) for name in ("q", "k", "v")
+        batched(network.add_input(name, trt.DataType.BF16, (heads, tokens, head_dim)))
+        for name in ("q", "k", "v")
     )
     if fp8:
         k = _without_mean(trt, network, k)
@@ -195,8 +196,9 @@ def compile_attention(
 def _without_mean(trt: Any, network: Any, k: Any) -> Any:
     """k [1, heads, tokens, head_dim] minus its mean over the tokens, in float32.
 
-    The mean is taken in two steps, over groups and then over their means, and k is cast once for the mean and once for
-    the difference: otherwise TensorRT writes float32 copies of k (4.4 GB moved around the 14B's attention, now 3.4).
+    The mean is taken in two steps, over groups and then over their means, and k is cast once for the mean and
+    once for the difference: otherwise TensorRT writes k in float32 (4.4 GB moved around the 14B's attention,
+    not 3.4).
     """
     _, heads, tokens, head_dim = tuple(k.shape)
     group = next(size for size in range(math.isqrt(tokens), 0, -1) if tokens % size == 0)
@@ -232,14 +234,17 @@ def _start(flavour: Flavour, target: Target) -> tuple[Any, Any, Any]:
     return builder, builder.create_network(flags), log
 
 
-def _build(flavour: Flavour, builder: Any, network: Any, log: Any, target: Target, progress: Progress) -> bytes:
-    """Builds in a thread, so that this one can report, and can be stopped: Python sees no Ctrl-C inside TensorRT.
+def _build(
+    flavour: Flavour, builder: Any, network: Any, log: Any, target: Target, progress: Progress
+) -> bytes:
+    """Builds in a thread, so that this one can report and be stopped: Python sees no Ctrl-C inside TensorRT.
 
     An exception (KeyboardInterrupt, or whatever `progress` raises) ends the build at TensorRT's next step.
     """
     trt = flavour.module
     config = builder.create_builder_config()
-    config.max_aux_streams = 0  # a gigabyte less at full size; what would run beside is tiny (trt_facts.md 1.3)
+    # More streams take a gigabyte more at full size, and what could run beside is tiny (trt_facts.md 1.3).
+    config.max_aux_streams = 0
     config.clear_flag(trt.BuilderFlag.TF32)
     if flavour.name == "tensorrt_rtx":  # without a target it would compile for four of its own choice
         config.num_compute_capabilities = 1
@@ -248,8 +253,8 @@ def _build(flavour: Flavour, builder: Any, network: Any, log: Any, target: Targe
     monitor = new_class("Monitor", (_Monitor, trt.IProgressMonitor))()
     config.progress_monitor = monitor
     with ThreadPoolExecutor(max_workers=1) as pool:
-        future = pool.submit(builder.build_serialized_network, network, config)
         try:
+            future = pool.submit(builder.build_serialized_network, network, config)
             while not wait([future], timeout=0.1).done:
                 progress(*monitor.state)
         except BaseException:
@@ -284,7 +289,7 @@ class _Monitor:
     def __init__(self) -> None:
         super().__init__()
         self.stopped = False
-        self.state = ("", 0, 0)
+        self.state = ("starting", 0, 1)
         self._steps: dict[str, int] = {}
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:

@@ -7,12 +7,15 @@ from typing import Literal
 
 from trt_wan.engines.contract import Part
 from trt_wan.engines.plan import Plan
+from trt_wan.engines.precision import Precision
 from trt_wan.errors import UsageError
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.schedulers import SAMPLERS, schedule
 from trt_wan.runtime.windows import Windows
 
 Mode = Literal["animate", "replace"]
+ExecutorName = Literal["auto", "onnxruntime", "tensorrt"]
+Tier = Literal["exact", "fast"]
 
 # Wan2.2-Animate was trained with it ("the person in the video is making movements"); others work, less well.
 DEFAULT_PROMPT = "视频中的人在做动作"
@@ -76,6 +79,17 @@ def unused_clips(folder: Path, mode: Mode) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How the model is run; None and "auto" are decided by what is there."""
+
+    executor: ExecutorName = "auto"
+    precision: Precision | None = None
+    tier: Tier = "exact"  # exact: attention in bf16; fast: in 8 bits
+    flavour: str | None = None  # of TensorRT
+    vram: float | None = None  # GB to use at most
+
+
+@dataclass(frozen=True)
 class Job:
     """Refuses at once, with a UsageError, whatever is wrong whatever the clips are."""
 
@@ -96,6 +110,8 @@ class Job:
     seed: int = 0
     pose_strength: float = 1.0
     face_strength: float = 1.0
+    settings: Settings = Settings()
+    random_weights: str | None = None  # a model's name: `weights` is not read, everything is seeded noise
 
     def __post_init__(self) -> None:
         if (self.mode == "replace") != (self.inputs.background is not None and self.inputs.mask is not None):

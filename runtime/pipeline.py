@@ -8,21 +8,16 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from trt_wan.engines.plan import Plan
-from trt_wan.engines.store import require_graphs
 from trt_wan.errors import Stopped
-from trt_wan.runtime.checkpoints.find_tokenizer import find_tokenizer
-from trt_wan.runtime.checkpoints.loading import load_weights
 from trt_wan.runtime.clips import FACE_SIZE, Clips, open_clips
 from trt_wan.runtime.conditioning import Pixels, encode_condition, encode_reference, letterbox, to_signal
 from trt_wan.runtime.denoise import BetweenSteps, Branch, denoise
 from trt_wan.runtime.events import Progress, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor, require_memory
 from trt_wan.runtime.image_encoder import encode_image
 from trt_wan.runtime.job import Job
-from trt_wan.runtime.model import Model
 from trt_wan.runtime.noise import CpuGenerator
+from trt_wan.runtime.open_model import open_job
 from trt_wan.runtime.schedulers import schedule as make_schedule
 from trt_wan.runtime.text_encoder import encode_text
 from trt_wan.runtime.transformer import (
@@ -72,18 +67,15 @@ def stream_windows(
     """`stream`, a window at a time and before rounding: float32 [3, n, H, W] in [-1, 1]."""
     # 1. Plan: everything that can be refused is refused here.
     clips = clips or open_clips(job.inputs, job.window)
-    plan = Plan(clips.width, clips.height, job.window)
     windows = Windows(clips.frames, job.window, job.overlap)
     schedule = make_schedule(job.grid, job.steps, job.shift)
+    guided = job.guidance > 1
     progress(StageStarted("weights"))
-    config, weights = load_weights(job.weights, job.weight_files)
+    model, tokenizer = open_job(job, clips, guided, progress)
+    config, plan = model.config, model.plan
     assert config.motion.size == FACE_SIZE, (
         f"face crops are {FACE_SIZE}, {config.name} takes {config.motion.size}"
     )
-    tokenizer = find_tokenizer(job.tokenizer, job.weights, weights["text_encoder"], config.text.length)
-    require_memory(config, plan)
-    model = Model(config, plan, OnnxRuntimeExecutor(require_graphs(config, plan), weights), weights)
-    guided = job.guidance > 1
 
     # 2. What all windows share: text, image, time, rotary tables, the reference slot.
     progress(StageStarted("text"))
@@ -124,6 +116,7 @@ def stream_windows(
             crops = to_signal(clips.face.window(indices)).transpose(1, 0, 2, 3)
             face = encode_face(model, np.ascontiguousarray(crops))
         pose_strength = job.pose_strength if clips.pose is not None else 0.0
+        condition, pose = model.place(condition), model.place(pose)
         branches = [
             Branch(context, WindowCondition(condition, pose, pose_strength, window_face, job.face_strength))
             for context, window_face in zip(contexts, (face, blank_face), strict=False)
@@ -149,6 +142,8 @@ def stream_windows(
         progress(StageStarted("decode", **here))
         frames = np.concatenate(list(decode(model, latent[:, 1:])), axis=1)
         carried = frames[:, -job.overlap :]
+        if j == 0:
+            model.executor.settle()
         kept = frames[:, windows.keep(j)]
         yield kept
         progress(WindowDone(j + 1, windows.total, kept.shape[1]))

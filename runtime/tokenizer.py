@@ -67,6 +67,11 @@ def load_sentencepiece(model: Path | bytes, length: int) -> Tokenizer:
     return Tokenizer(lambda text: list(processor.encode(text)), processor.eos_id(), length)
 
 
+def byte_tokenizer(vocabulary: int, length: int) -> Tokenizer:
+    """For random weights, which have no tokenizer: a piece per byte, `</s>` is 1 as in umT5."""
+    return Tokenizer(lambda text: [3 + byte % (vocabulary - 3) for byte in text.encode()], 1, length)
+
+
 def _unreadable(name: str, reason: str) -> WeightsError:
     return WeightsError(f"The tokenizer {name} cannot be read ({reason}).", _HINT)
 

@@ -71,7 +71,10 @@ def encode_face(model: Model, face: Array) -> PerLayer:
     batch = model.plan.face_batch
     filled = np.concatenate((face, np.repeat(face[-1:], -len(face) % batch, axis=0)))
     motion = np.concatenate(
-        [np.asarray(model.run("motion_encoder", filled[i : i + batch])[0]) for i in range(0, len(filled), batch)]
+        [
+            np.asarray(model.run("motion_encoder", filled[i : i + batch])[0])
+            for i in range(0, len(filled), batch)
+        ]
     )
     return _fuser_keys(model, motion[: len(face)])
 

@@ -4,6 +4,7 @@ help.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C.
 """
 
+import dataclasses
 import os
 import re
 import signal
@@ -114,9 +115,7 @@ def cli() -> None:
     required=True,
     help="The video to write.",
 )
-@click.option(
-    "--weights", type=FOLDER, required=True, help="Folder with the checkpoints; files are known by content."
-)
+@click.option("--weights", type=FOLDER, help="Folder with the checkpoints; files are known by content.")
 @click.option("--mode", type=click.Choice(["animate", "replace"]), default="animate", show_default=True)
 @click.option("--prompt", help="Default: the one the model was trained with.")
 @click.option("--negative-prompt", help="Read only with a guidance above 1.")
@@ -150,6 +149,30 @@ def cli() -> None:
 @click.option("--text-encoder", type=FILE)
 @click.option("--image-encoder", type=FILE)
 @click.option("--tokenizer", type=FILE, help="tokenizer.json or spiece.model of umT5.")
+@click.option(
+    "--executor",
+    type=click.Choice(["auto", "onnxruntime", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="auto: TensorRT if there is a GPU for it, else ONNX Runtime on the CPU.",
+)
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "fp8"]), help="Default: the best the GPU has."
+)
+@click.option(
+    "--tier",
+    type=click.Choice(["exact", "fast"]),
+    default="exact",
+    show_default=True,
+    help="exact: attention in bf16; fast: in 8 bits.",
+)
+@click.option(
+    "--flavour", type=click.Choice(["tensorrt", "tensorrt_rtx"]), help="Default: what suits the GPU."
+)
+@click.option("--vram", type=float, help="GB of GPU memory to use at most; blocks stream if they must.")
+@click.option(
+    "--random-weights", type=click.Choice(["14b", "tiny"]), help="A model of noise instead of --weights."
+)
 @click.option("-y", "--overwrite", is_flag=True, help="Replace the output if it exists.")
 @command
 def run(
@@ -260,19 +283,24 @@ def _render(
     audio: Path | None,
     overwrite: bool,
     *,
-    weights: Path,
+    weights: Path | None,
     **options: Any,
 ) -> tuple[Path, dict[str, Any]]:
     from trt_wan.engines.checkpoint import PARTS
-    from trt_wan.runtime.job import Inputs, Job
+    from trt_wan.runtime.job import Inputs, Job, Settings
     from trt_wan.runtime.render import render
+
+    if weights is None and not options.get("random_weights"):
+        raise UsageError("There are no weights.", "Name their folder with --weights DIR.")
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: options.pop(name) for name in names if name in options})
 
     weight_files = {part: file for part in PARTS if (file := options.pop(part, None))}
     given = {
         name: value for name, value in options.items() if value is not None
     }  # the others have Job's defaults
     clips = Inputs.from_folder(inputs, given.get("mode", "animate"))
-    job = Job(inputs=clips, weights=weights, weight_files=weight_files, **given)
+    job = Job(inputs=clips, weights=weights or Path(), weight_files=weight_files, settings=settings, **given)
     start = time.perf_counter()
     with _stop_between_steps() as should_stop:
         result = render(

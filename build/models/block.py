@@ -28,12 +28,13 @@ from trt_wan.engines.plan import Plan
 def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates pairs (channels 2k, 2k+1) of [heads, tokens, head_dim]; cos, sin are [tokens, head_dim/2].
 
-    Written token by token, and without stacking what is computed: then norm, rotation, transposition and cast become
-    one kernel of TensorRT's. As a stack of two halves, float32 copies of q and k went through memory before the cast.
+    Written token by token, and as a sum of two products instead of a stack of two results: then TensorRT
+    norms, rotates, transposes and casts q and k in one kernel. The stack wrote both in float32 on the way.
     """
-    even, odd = x.transpose(0, 1).unflatten(-1, (-1, 2)).split(1, dim=-1)  # [tokens, heads, head_dim/2, 1]
-    rows = (torch.stack((cos, sin), dim=-1), torch.stack((-sin, cos), dim=-1))
-    rotated = even * rows[0][:, None] + odd * rows[1][:, None]
+    x = x.transpose(0, 1)
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    by_even, by_odd = torch.stack((cos, sin), dim=-1), torch.stack((-sin, cos), dim=-1)
+    rotated: Tensor = pairs[..., :1] * by_even[:, None] + pairs[..., 1:] * by_odd[:, None]
     return rotated.flatten(-2).transpose(0, 1)
 
 

@@ -11,7 +11,11 @@ def network(model: ModelConfig, plan: Plan) -> Network:
     return Network(
         name="attention",
         part="transformer",
-        inputs=(Tensor("q", heads, "activation"), Tensor("k", heads, "activation"), Tensor("v", heads, "activation")),
+        inputs=(
+            Tensor("q", heads, "activation"),
+            Tensor("k", heads, "activation"),
+            Tensor("v", heads, "activation"),
+        ),
         weights=(),
         outputs=(Tensor("attended", (plan.tokens, c.dim), "activation"),),
     )

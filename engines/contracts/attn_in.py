@@ -29,5 +29,9 @@ def network(model: ModelConfig, plan: Plan) -> Network:
             Tensor("self_attn.norm_q.weight", (c.dim,)),
             Tensor("self_attn.norm_k.weight", (c.dim,)),
         ),
-        outputs=(Tensor("q", heads, "activation"), Tensor("k", heads, "activation"), Tensor("v", heads, "activation")),
+        outputs=(
+            Tensor("q", heads, "activation"),
+            Tensor("k", heads, "activation"),
+            Tensor("v", heads, "activation"),
+        ),
     )

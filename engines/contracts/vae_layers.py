@@ -146,7 +146,11 @@ def caches(layer: Layer, plan: Plan) -> tuple[Tensor, ...]:
         case "up3d":
             return (last_two(f"{layer.name}.time_conv", layer.inner),)
         case "down3d":  # halved in space before it is halved in time
-            return (Tensor(f"{layer.name}.time_conv.cache", (layer.out, 1, height // 2, width // 2), "activation"),)
+            return (
+                Tensor(
+                    f"{layer.name}.time_conv.cache", (layer.out, 1, height // 2, width // 2), "activation"
+                ),
+            )
         case "head":
             return (last_two(f"{layer.name}.2", layer.inner),)
         case "pointwise" | "attention" | "down2d" | "up2d":

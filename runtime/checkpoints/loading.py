@@ -72,6 +72,14 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
         """The stored values of a tensor that is not a weight, such as an embedded tokenizer."""
         return self.file.read(self.stored[name])
 
+    def scales(self, name: str) -> NDArray[np.float32]:
+        """What the rows of an FP8 tensor are multiplied by, [out]; ones in a file without scales."""
+        rows = self.shape(name)[0]
+        scale = self._scale_of(name)
+        if scale is None:
+            return np.ones(rows, np.float32)
+        return np.broadcast_to(self.file.read(scale).astype(np.float32).reshape(-1), rows).copy()
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.file[self.stored[name]].shape
 

@@ -6,13 +6,16 @@ that a test notices a term that was forgotten.
 """
 
 import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.engines.checkpoint import PARTS, required_tensors
+from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL, PARTS, required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
+from trt_wan.runtime.checkpoints.loading import orthonormal
 
 _EMBEDDINGS = (
     "shared.weight",
@@ -47,3 +50,30 @@ def random_weights(model: ModelConfig, part: Part, seed: int) -> dict[str, NDArr
     """All tensors of `part` by canonical name; the same for the same seed on every machine."""
     rng = np.random.default_rng([seed, PARTS.index(part)])
     return {name: random_tensor(name, shape, rng) for name, shape in required_tensors(model, part).items()}
+
+
+class RandomWeights(Mapping[str, NDArray[np.float32]]):
+    """The tensors of `part`, each made when asked for: a full-size model takes no memory until it is used."""
+
+    def __init__(self, model: ModelConfig, part: Part, seed: int) -> None:
+        self.shapes = required_tensors(model, part)
+        self.seed = seed
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        if name == ORTHONORMAL:
+            return orthonormal(self[DIRECTION])
+        return random_tensor(name, self.shapes[name], self._rng(name))
+
+    def rows(self, name: str, indices: Sequence[int]) -> NDArray[np.float32]:
+        """Rows of a table, each with a seed of its own."""
+        inner = self.shapes[name][1:]
+        return np.stack([random_tensor(name, (1, *inner), self._rng(f"{name} {i}"))[0] for i in indices])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def _rng(self, name: str) -> np.random.Generator:
+        return np.random.default_rng([self.seed, zlib.crc32(name.encode())])

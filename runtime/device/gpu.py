@@ -23,7 +23,9 @@ STAGING_BYTES = 64 << 20  # pinned memory for copies; pinning costs about a seco
 class DeviceArray:
     """An array on the GPU, contiguous; its bytes return to where they came from when it is forgotten."""
 
-    def __init__(self, gpu: "Gpu", address: int, shape: Sequence[int], dtype: DTypeLike, span: Span | None) -> None:
+    def __init__(
+        self, gpu: "Gpu", address: int, shape: Sequence[int], dtype: DTypeLike, span: Span | None
+    ) -> None:
         self.gpu, self.address, self.shape, self.dtype = gpu, address, tuple(shape), np.dtype(dtype)
         self._span = span
 
@@ -73,6 +75,15 @@ class Gpu:
     def capability(self) -> tuple[int, int]:
         major, minor = self.device.compute_capability
         return major, minor
+
+    @property
+    def driver(self) -> int:
+        """The driver's CUDA version, major number: engines built under another are built again."""
+        from cuda.bindings import runtime
+
+        error, version = runtime.cudaDriverGetVersion()
+        assert not error, error
+        return int(version) // 1000
 
     @property
     def handle(self) -> int:
@@ -142,12 +153,20 @@ class Gpu:
         out = self.empty(arrays[0].shape, np.float32)
         addresses = [array.address for array in arrays] + [0] * (MAX_TERMS - len(arrays))
         factors = [np.float32(factor) for factor, _ in terms] + [np.float32(0)] * (MAX_TERMS - len(arrays))
-        self._launch("combine", out.size, out.address, np.int64(out.size), np.int32(len(arrays)), *addresses, *factors)
+        self._launch(
+            "combine", out.size, out.address, np.int64(out.size), np.int32(len(arrays)), *addresses, *factors
+        )
         return out
 
     def fill_random(self, array: DeviceArray, seed: int, mean: float, deviation: float) -> None:
         """Normal numbers, the same for the same seed and size on every GPU."""
-        arguments = (array.address, np.int64(array.size), np.uint64(seed), np.float32(mean), np.float32(deviation))
+        arguments = (
+            array.address,
+            np.int64(array.size),
+            np.uint64(seed),
+            np.float32(mean),
+            np.float32(deviation),
+        )
         self._launch(f"random_{array.dtype.name}", array.size, *arguments)
 
     def quantize_rows(self, weight: DeviceArray, values: DeviceArray, scale: DeviceArray) -> None:
@@ -174,7 +193,9 @@ class Pinned:
         self.address = int(self._buffer.handle)
         import ctypes
 
-        self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
+        self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(
+            (ctypes.c_uint8 * size).from_address(self.address)
+        )
         self._event: Any = None
 
     def used_by(self, stream: Any) -> None:

@@ -24,14 +24,14 @@ E4M3_MAX = 448.0
 RANDOM_E4M3_DEVIATION = 100.0  # of random FP8 values: 448 is 4.5 deviations away
 
 
-class FileWeights:
+class FileSource:
     def __init__(self, checkpoints: Mapping[Part, Checkpoint]) -> None:
         self.checkpoints = checkpoints
 
     def fill_device(self, gpu: Gpu, pack: Pack, arrays: Mapping[str, DeviceArray]) -> None:
         for tensor in _stored(pack):
             checkpoint, key = self._find(pack, tensor)
-            if tensor.dtype == E4M3 and not checkpoint.is_fp8(key):
+            if tensor.dtype == E4M3 and checkpoint.raw(key).dtype != E4M3:
                 weight = gpu.upload(_as_bf16(checkpoint, key))
                 gpu.quantize_rows(weight, arrays[tensor.name], arrays[scale_name(tensor.name)])
                 continue
@@ -64,8 +64,9 @@ def _as_contract(checkpoint: Checkpoint, key: str, tensor: Tensor) -> dict[str, 
         return {tensor.name: _as_bf16(checkpoint, key)}
     if tensor.dtype != E4M3:
         return {tensor.name: checkpoint[key]}
-    if checkpoint.is_fp8(key):
-        values, scale = checkpoint.stored_values(key), np.full(tensor.shape[0], checkpoint.scale(key), np.float32)
+    values: NDArray[Any] = checkpoint.raw(key)
+    if values.dtype == E4M3:
+        scale = checkpoint.scales(key)
     else:
         weight = _as_bf16(checkpoint, key).astype(np.float32)
         scale = np.maximum(np.abs(weight).max(axis=1) / np.float32(E4M3_MAX), np.float32(1e-12))
@@ -74,7 +75,7 @@ def _as_contract(checkpoint: Checkpoint, key: str, tensor: Tensor) -> dict[str, 
 
 
 def _as_bf16(checkpoint: Checkpoint, key: str) -> NDArray[Any]:
-    values = checkpoint.stored_values(key)
+    values: NDArray[Any] = checkpoint.raw(key)
     return values if values.dtype == BF16 else checkpoint[key].astype(BF16)
 
 
@@ -83,7 +84,7 @@ def _place(pack: Pack, name: str, values: NDArray[Any], target: NDArray[np.uint8
     target[pack.offsets[name] : pack.offsets[name] + len(flat)] = flat
 
 
-class RandomWeights:
+class RandomSource:
     """Weights of any model without its files: speed and numerics can be shown with them, pictures cannot."""
 
     def __init__(self, seed: int) -> None:
@@ -104,7 +105,9 @@ class RandomWeights:
             made = self._host.setdefault(name, np.zeros(pack.size, np.uint8))
             for tensor in pack.network.weights:
                 mean, deviation = _moments(pack, tensor)
-                values = rng.standard_normal(tensor.shape, np.float32) * np.float32(deviation) + np.float32(mean)
+                values = rng.standard_normal(tensor.shape, np.float32) * np.float32(deviation) + np.float32(
+                    mean
+                )
                 if tensor.dtype == E4M3:
                     values = values.clip(-E4M3_MAX, E4M3_MAX)
                 _place(pack, tensor.name, values.astype(tensor.dtype), made)

@@ -61,10 +61,11 @@ class WeightSource(Protocol):
 
 
 class DeviceWeights:
-    """Packs by network and set. `streamed` names those that are not kept, in the order in which a step uses them."""
+    """Packs by network and set. `streamed` are those that are not kept, in the order in which a step uses them;
+    those of the networks `passing` are freed as soon as they were used."""
 
-    def __init__(self, gpu: Gpu, source: WeightSource, streamed: list[Pack]) -> None:
-        self.gpu, self.source = gpu, source
+    def __init__(self, gpu: Gpu, source: WeightSource, streamed: list[Pack], passing: set[str]) -> None:
+        self.gpu, self.source, self.passing = gpu, source, passing
         self._resident: dict[Key, tuple[Any, dict[str, DeviceArray]]] = {}
         self._stream = _Stream(gpu, source, streamed) if streamed else None
 
@@ -83,14 +84,20 @@ class DeviceWeights:
 
     def used(self, network: Network, n: int) -> None:
         """Says that everything that reads the weights is enqueued."""
-        if self._stream is not None and (network.name, n) in self._stream.position:
-            self._stream.used((network.name, n))
+        key = (network.name, n)
+        if self._stream is not None and key in self._stream.position:
+            self._stream.used(key)
+        elif network.name in self.passing:
+            self._free(key)
 
     def release(self, names: set[str]) -> None:
-        """Frees the resident packs of some networks."""
+        """Frees the resident packs of some networks, after what is enqueued."""
         for key in [key for key in self._resident if key[0] in names]:
-            buffer, _ = self._resident.pop(key)
-            buffer.close(self.gpu.stream)
+            self._free(key)
+
+    def _free(self, key: Key) -> None:
+        buffer, _ = self._resident.pop(key)
+        buffer.close(self.gpu.stream)
 
 
 class _Stream:

@@ -24,6 +24,10 @@ class Executor(Protocol):
         """The sum of coefficient·array in float32, added in the order given: the samplers' arithmetic."""
         ...
 
+    def settle(self) -> None:
+        """Says that every network has run once: what later starts can use is kept."""
+        ...
+
     def release(self, names: set[str]) -> None:
         """Forgets the weights of some networks."""
         ...

@@ -35,6 +35,9 @@ class OnnxRuntimeExecutor:
     def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
         return combine_fp32(terms)
 
+    def settle(self) -> None:
+        pass
+
     def release(self, names: set[str]) -> None:
         self._bound = {key: value for key, value in self._bound.items() if key[0] not in names}
 

@@ -5,6 +5,7 @@ accept and then download. One execution context per network serves all sets of i
 else does. Nothing is compiled here, but TensorRT-RTX finishes its kernels on first use and keeps them in a cache file.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,31 +23,31 @@ from trt_wan.runtime.executors import Array
 class TensorRtExecutor:
     """`plans` are engines by network name, checked by the store; `kernel_cache` is where RTX keeps its kernels."""
 
-    def __init__(
-        self, gpu: Gpu, flavour: Flavour, plans: Mapping[str, bytes], weights: DeviceWeights, kernel_cache: Path
-    ) -> None:
-        self.gpu, self.weights = gpu, weights
+    def __init__(self, gpu: Gpu, flavour: Flavour, plans: Mapping[str, bytes], kernel_cache: Path) -> None:
+        self.gpu = gpu
         self._trt = flavour.module
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
         self._runtime = self._trt.Runtime(self._logger)
         self._kernel_cache = kernel_cache
-        self._caches: dict[str, Any] = {}
+        self._caches: dict[Path, Any] = {}
         self._engines = {name: self._open(name, plan) for name, plan in plans.items()}
-        self._contexts = {name: self._context(name) for name in plans}
+        self._contexts = {name: self._context(name, plan) for name, plan in plans.items()}
         self._scratch: Any = None
-        self._scratch_size = 0
+        self._weights: DeviceWeights
 
     @property
     def scratch_bytes(self) -> int:
         """What the largest engine needs; all share it."""
-        return max(int(engine.device_memory_size_v2) for engine in self._engines.values())
+        return max(1, *(int(engine.device_memory_size_v2) for engine in self._engines.values()))
 
-    def reserve(self) -> None:
-        """Takes the scratch."""
-        self._scratch_size = max(self.scratch_bytes, 1)
-        self._scratch = self.gpu.allocate(self._scratch_size)
+    def start(self, arena: int, weights: DeviceWeights) -> None:
+        """Takes the memory: `arena` bytes for activations, and the scratch."""
+        size = self.scratch_bytes
+        self._scratch = self.gpu.allocate(size)
         for context in self._contexts.values():
-            context.set_device_memory(int(self._scratch.handle), self._scratch_size)
+            context.set_device_memory(int(self._scratch.handle), size)
+        self.gpu.reserve(arena)
+        self._weights = weights
 
     def place(self, array: Array) -> Array:
         return cast(Array, self.gpu.upload(np.asarray(array)))
@@ -55,25 +56,26 @@ class TensorRtExecutor:
         return cast(Array, self.gpu.combine(terms))
 
     def release(self, names: set[str]) -> None:
-        self.weights.release(names)
+        self._weights.release(names)
 
     def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
         context = self._contexts[network.name]
         given = {name: self._on_device(value, network, name) for name, value in inputs.items()}
         outputs = [self.gpu.empty(t.shape, t.dtype) for t in network.outputs]
-        for name, array in (given | self.weights.bind(network, n)).items():
+        for name, array in (given | self._weights.bind(network, n)).items():
             context.set_tensor_address(name, array.address)
         for contract, array in zip(network.outputs, outputs, strict=True):
             context.set_tensor_address(contract.name, array.address)
         if not context.execute_async_v3(self.gpu.handle):
-            raise GraphError(f"TensorRT could not run {network.name}.", "Run with TRT_WAN_LOG=1 and report what it prints.")
-        self.weights.used(network, n)
+            raise GraphError(
+                f"TensorRT could not run {network.name}.", "Run with TRT_WAN_LOG=1 and report what it prints."
+            )
+        self._weights.used(network, n)
         return cast(tuple[Array, ...], tuple(outputs))
 
-    def save_kernels(self) -> None:
+    def settle(self) -> None:
         """Writes what TensorRT-RTX compiled in this run, for the next start."""
-        for name, cache in self._caches.items():
-            path = self._kernel_cache / f"{name}.kernels"
+        for path, cache in self._caches.items():
             blob = bytes(cache.serialize())
             if not path.exists() or path.stat().st_size != len(blob):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,20 +93,21 @@ class TensorRtExecutor:
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise GraphError(
-                f"TensorRT refuses the engine of {name}.", "Rebuild it: trt-wan rm ENGINE, then trt-wan build."
+                f"TensorRT refuses the engine of {name}.",
+                "Rebuild it: trt-wan rm ENGINE, then trt-wan build.",
             )
         return engine
 
-    def _context(self, name: str) -> Any:
+    def _context(self, name: str, plan: bytes) -> Any:
         config = self._engines[name].create_runtime_config()
         config.set_execution_context_allocation_strategy(
             self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
         if hasattr(config, "create_runtime_cache"):  # TensorRT-RTX: kernels are finished on this machine
             cache = config.create_runtime_cache()
-            path = self._kernel_cache / f"{name}.kernels"
+            path = self._kernel_cache / f"{hashlib.sha256(plan).hexdigest()[:32]}.kernels"
             if path.exists():
                 cache.deserialize(path.read_bytes())  # False for another GPU or driver: then it starts empty
             config.set_runtime_cache(cache)
-            self._caches[name] = cache
+            self._caches[path] = cache
         return self._engines[name].create_execution_context(config)

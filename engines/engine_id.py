@@ -1,0 +1,53 @@
+"""Which engine: where it comes from, which decides its key in the store, and for whom, which people read."""
+
+import hashlib
+from dataclasses import dataclass
+
+from trt_wan.engines.plan import Plan
+from trt_wan.engines.tensorrt import Flavour, Target
+
+FORMAT = 1  # raise it when the same origin no longer means the same engine
+
+
+@dataclass(frozen=True)
+class GpuKind:
+    """What an engine for the target "current" is bound to."""
+
+    name: str
+    driver: int  # its major version
+
+
+@dataclass(frozen=True)
+class EngineId:
+    network: str
+    model: str
+    plan: Plan
+    source: str  # sha256 of the ONNX graph, or of the description of a network made without one
+    target: Target
+    flavour: Flavour
+    gpu: GpuKind | None  # for the target "current", and only then
+
+    def __post_init__(self) -> None:
+        assert (self.gpu is not None) == (self.target == "current"), f"{self.target} on {self.gpu}"
+
+    @property
+    def key(self) -> str:
+        """Network, model and plan are not in it: a graph that is the same at two sizes is compiled once."""
+        origin = (FORMAT, self.source, self.target, self.flavour.name, self.flavour.version, self.gpu)
+        return hashlib.sha256(repr(origin).encode()).hexdigest()[:32]
+
+    @property
+    def title(self) -> str:
+        plan, flavour = self.plan, self.flavour
+        shape = f"{plan.width}x{plan.height}, {plan.frames} frames, {plan.precision}"
+        made = f"{self.target}, {flavour.name} {flavour.version}"
+        return f"engine {self.network} ({self.model}, {shape}, {made})"
+
+    @property
+    def rebuild(self) -> str:
+        """The command that makes it."""
+        plan = self.plan
+        return (
+            f"trt-wan build --model {self.model} --size {plan.width}x{plan.height} --window {plan.frames} "
+            f"--precision {plan.precision} --target {self.target} --flavour {self.flavour.name}"
+        )
