@@ -587,9 +587,7 @@ def test_an_output_that_cannot_be_written(
 
 def test_memory_that_is_too_short(place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=32e9))
-    with pytest.raises(
-        MemoryShort, match="needs about .* GB in fp32 on the CPU; there are 32 GB here"
-    ) as caught:
+    with pytest.raises(MemoryShort, match="needs about .* GB in fp32 on the CPU; 32 GB are here") as caught:
         require_memory(ANIMATE_14B, Plan())
     needed = int(re.findall(r"about (\d+) GB", caught.value.message)[0])
     assert needed > 4 * 17.3 + 4 * 5.6, "17.3 G parameters of the transformer and 5.6 G of umT5"
