@@ -54,8 +54,9 @@ def exact_linear(name: str, out: int, inner: int) -> tuple[Tensor, Tensor]:
 
 
 def at_precision(network: Network, precision: Precision) -> Network:
-    """`network` with a type for every tensor. An FP8 weight `x.weight` is followed by its scale `x.scale`, one
-    float32 per output channel (all the same for a checkpoint with one scale per tensor)."""
+    """`network` with a type for every tensor. An FP8 weight `x.weight` is followed by its scale `x.scale`,
+    one float32 per output channel (all the same for a checkpoint with one scale per tensor).
+    """
     row = PRECISIONS[precision]
     linear_type = "float8_e4m3fn" if row.fp8 and network.fp8 else row.linear
 

@@ -170,7 +170,7 @@ def _check(engine: EngineId) -> tuple[bytes, Manifest]:
         plan = _path(key, "plan").read_bytes()
     except FileNotFoundError:
         raise GraphError(f"The {engine.title} is not built{_others(engine)}.", hint) from None
-    manifest = _read_manifest(key)
+    manifest = read_manifest(key)
     if manifest is None:
         edited = _path(key, "json")
         raise GraphError(f"The {engine.title} has no manifest, or an edited one ({edited}).", hint)
@@ -224,7 +224,7 @@ def _path(key: str, kind: str) -> Path:
     return folder() / f"{key}.{kind}"
 
 
-def _read_manifest(key: str) -> Manifest | None:
+def read_manifest(key: str) -> Manifest | None:
     """None if there is none in this format that is as it was written."""
     try:
         values = json.loads(_path(key, "json").read_text(encoding="utf-8"))
@@ -238,7 +238,7 @@ def _read_manifest(key: str) -> Manifest | None:
 
 def _whole(key: str) -> Manifest | None:
     """The manifest if the plan beside it has the right size, which is what can be told at a glance."""
-    manifest, plan = _read_manifest(key), _path(key, "plan")
+    manifest, plan = read_manifest(key), _path(key, "plan")
     return manifest if manifest and plan.exists() and plan.stat().st_size == manifest.bytes else None
 
 

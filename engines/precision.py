@@ -1,7 +1,8 @@
 """The precisions a model can be built for: one row each.
 
-What the rows do not mention stays in float32 everywhere (model_spec.md 1.9): the residual stream, latents, modulation,
-the time path, norms and their statistics, RoPE tables, biases, scales, patch embeddings, head, the face's motion.
+What the rows do not mention stays in float32 everywhere (model_spec.md 1.9): the residual stream, latents,
+modulation, the time path, norms and their statistics, RoPE tables, biases, scales, patch embeddings, head,
+the face's motion.
 """
 
 from dataclasses import dataclass
@@ -14,9 +15,8 @@ Precision = Literal["fp32", "bf16", "fp8"]
 class PrecisionRow:
     activation: Literal["float32", "bfloat16"]  # q, k, v, attention outputs, caches
     linear: Literal["float32", "bfloat16"]  # weights of linear layers and VAE convolutions
-    fp8: bool = (
-        False  # linear weights of the transformer blocks are FP8, their activations quantised per token
-    )
+    # Linear weights of the transformer's blocks are FP8, their activations quantised per token.
+    fp8: bool = False
 
 
 PRECISIONS: dict[Precision, PrecisionRow] = {

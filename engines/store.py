@@ -40,7 +40,8 @@ def _source_hash() -> str:
     build = package.parent / "build"
     if not (build / "models").is_dir():
         raise GraphError(f"The installation lacks {build / 'models'}.", "Install trt-wan again.")
-    files = [package / "config.py", package / "plan.py", package / "contract.py", build / "export.py"]
+    files = [package / f"{name}.py" for name in ("config", "plan", "precision", "contract")]
+    files.append(build / "export.py")
     files += sorted((package / "contracts").glob("*.py")) + sorted((build / "models").glob("*.py"))
     digest = hashlib.sha256()
     for file in files:
@@ -76,8 +77,9 @@ def require_graphs(model: ModelConfig, plan: Plan) -> Path:
     state = "damaged" if folder.exists() else "not built"
     raise GraphError(
         f"The graphs of the model {model.name} for {plan.width}x{plan.height}, {plan.frames} frames per "
-        f"window, are {state} ({folder}).",
-        f"Run: trt-wan build --model {model.name} --size {plan.width}x{plan.height} --window {plan.frames}",
+        f"window, {plan.precision}, are {state} ({folder}).",
+        f"Run: trt-wan build --model {model.name} --size {plan.width}x{plan.height} --window {plan.frames} "
+        f"--precision {plan.precision}",
     )
 
 

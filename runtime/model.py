@@ -2,8 +2,8 @@
 
     (q, k, v) = model.run("attn_in", x, time_modulation, cos, sin, n=7)
 
-Inputs go in the contract's order, `n` says which set of weights (which block). Arrays are whatever the executor works
-on; numpy arrays always do, and `np.asarray` of a result brings it to the host.
+Inputs go in the contract's order, `n` says which set of weights (which block). Arrays are whatever the
+executor works on; numpy arrays always do, and `np.asarray` of a result brings it to the host.
 """
 
 from collections.abc import Mapping

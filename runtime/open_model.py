@@ -1,7 +1,7 @@
 """From a job's settings to a model that runs: executor, precision, engines and memory, each with its reason.
 
-Everything is decided before the first stage. On a GPU, TensorRT-RTX engines that are missing or damaged are built on
-the spot; a second each at most.
+Everything is decided before the first stage. On a GPU, TensorRT-RTX engines that are missing or damaged are
+built on the spot; a second each at most.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ RANDOM_SEED = 0
 HostWeights = Mapping[Part, Mapping[str, Array]]
 FP8_CAPABILITY = (8, 9)
 
-# Where the engine for the GPU that is there loses against one for a named target (h200_measurements.md: bf16 attention
+# Where the engine for the GPU that is there loses against one for a named target (docs/log.md: bf16 attention
 # 141 ms against 78 on an H200). By compute capability and network.
 BETTER_TARGETS: dict[tuple[tuple[int, int], str], Target] = {((9, 0), "attention"): "sm89"}
 
@@ -125,7 +125,8 @@ def open_on_gpu(
         total = config.transformer.layers
         progress(
             Note(
-                f"{len(residency.streamed) // 2} of {total} blocks stream from host memory ({budget / 1e9:.1f} GB)"
+                f"{len(residency.streamed) // 2} of {total} blocks stream from host memory "
+                f"({budget / 1e9:.1f} GB)"
             )
         )
     executor.start(arena, DeviceWeights(gpu, source, residency.streamed, passing))

@@ -140,7 +140,7 @@ def stream_windows(
 
         # 5. Decode without the reference slot; the last frames are carried into the next window as they are.
         progress(StageStarted("decode", **here))
-        frames = np.concatenate(list(decode(model, latent[:, 1:])), axis=1)
+        frames = np.concatenate(list(decode(model, np.asarray(latent)[:, 1:])), axis=1)
         carried = frames[:, -job.overlap :]
         if j == 0:
             model.executor.settle()

@@ -1,7 +1,7 @@
 """Which weights stay on the GPU and which stream: decided from the sizes before anything is uploaded.
 
-Bytes are counted as the GPU keeps them. The blocks of the transformer are what streams, from the last backwards, since
-a step uses each once; everything else stays, or comes and goes before the steps begin.
+Bytes are counted as the GPU keeps them. The blocks of the transformer are what streams, from the last
+backwards, since a step uses each once; everything else stays, or comes and goes before the steps begin.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,9 @@ class Residency:
 def plan_residency(
     config: ModelConfig, networks: dict[str, Network], arena: int, scratch: int, budget: int
 ) -> Residency:
-    """Keeps as many blocks as fit into `budget` bytes. MemoryShort, with the budget that would do, if none does."""
+    """Keeps as many blocks as fit into `budget` bytes; MemoryShort, with the budget that would do, if that is
+    too little for streaming all.
+    """
     blocks = [Pack.of(networks[name], n) for n in range(config.transformer.layers) for name in BLOCK]
     others = sum(
         Pack.of(network, n).size
@@ -58,7 +60,7 @@ def plan_residency(
         if partial.total <= budget:
             return partial
     raise MemoryShort(
-        f"This job needs {partial.total / 1e9:.1f} GB of GPU memory even if all blocks stream; {budget / 1e9:.1f} GB "
-        "are to be used.",
+        f"This job needs {partial.total / 1e9:.1f} GB of GPU memory even if all blocks stream; "
+        f"{budget / 1e9:.1f} GB are to be used.",
         f"Use --vram {partial.total / 1e9 + 0.1:.1f}, or a smaller size or window.",
     )

@@ -94,6 +94,9 @@ def test_graphs_that_are_not_there_are_named_with_their_command(home: Path) -> N
         require_graphs(TINY, PLAN)
     assert caught.value.hint == f"Run: {BUILD}"
     assert str(graphs_folder(TINY, PLAN)) in caught.value.message
+    with pytest.raises(GraphError, match="fp8, are not built") as caught:
+        require_graphs(TINY, replace(PLAN, precision="fp8"))
+    assert caught.value.hint == f"Run: {BUILD.replace('fp32', 'fp8')}"
 
 
 def cut(folder: Path) -> None:
@@ -193,6 +196,7 @@ def test_every_model_and_plan_has_its_own_folder(home: Path) -> None:
         replace(PLAN, width=80),
         replace(PLAN, height=64),
         replace(PLAN, frames=9),
+        replace(PLAN, precision="bf16"),
         replace(PLAN, vae_chunk=3),
         replace(PLAN, face_batch=4),
     ]
@@ -223,11 +227,12 @@ def test_the_folder_follows_the_source_of_the_graphs_and_no_other(tmp_path: Path
         "build/export.py",
         "engines/contracts/head.py",
         "engines/config.py",
+        "engines/precision.py",
     ):
         with (tmp_path / source).open("a") as file:
             file.write("\n# another version\n")
         keys.append(key())
-    assert len(set(keys)) == 5
+    assert len(set(keys)) == 6
     with (tmp_path / "runtime/denoise.py").open("a") as file:
         file.write("\n# another version\n")
     assert key() == keys[-1]

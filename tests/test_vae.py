@@ -18,11 +18,12 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from trt_wan.build.export import export
 from trt_wan.build.models import GRAPHS
 from trt_wan.engines.config import ANIMATE_14B, TINY, ModelConfig
-from trt_wan.engines.contract import Network
-from trt_wan.engines.contracts import vae_decode, vae_encode
+from trt_wan.engines.contract import Network, Part
+from trt_wan.engines.contracts import networks
 from trt_wan.engines.plan import Plan
 from trt_wan.runtime import vae
 from trt_wan.runtime.executors import Array
+from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 from trt_wan.runtime.model import Model
 
 WIDTH, HEIGHT, LONGEST = 48, 32, 17
@@ -31,31 +32,32 @@ TOLERANCE = 1e-4
 MIB = 1 << 20
 
 
-class EagerExecutor:
+class EagerExecutor(OnnxRuntimeExecutor):
     """Runs the graph functions themselves, without an export: seconds less per chunk size."""
 
-    def __init__(self, config: ModelConfig, plan: Plan) -> None:
+    def __init__(self, config: ModelConfig, plan: Plan, weights: Mapping[Part, Mapping[str, Array]]) -> None:
+        super().__init__(Path(), weights)
         self.config, self.plan = config, plan
 
-    def run(self, network: Network, tensors: Mapping[str, Array]) -> tuple[Array, ...]:
-        given = {name: torch.from_numpy(np.asarray(value)) for name, value in tensors.items()}
-        inputs = (given[t.name] for t in network.inputs)
-        weights = {t.name: given[t.name] for t in network.weights}
+    def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
+        def tensors(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+            return {name: torch.from_numpy(np.asarray(value)) for name, value in arrays.items()}
+
+        given, weights = tensors(inputs), tensors(self._weights_of(network, n))
         with torch.no_grad():
-            outputs = GRAPHS[network.name](*inputs, w=weights, model=self.config, plan=self.plan)
+            outputs = GRAPHS[network.name](*given.values(), w=weights, model=self.config, plan=self.plan)
         for contract, output in zip(network.outputs, outputs, strict=True):
             assert contract.shape == tuple(output.shape), contract.name
         return tuple(output.numpy() for output in outputs)
 
 
 def vae_networks(config: ModelConfig, plan: Plan) -> tuple[Network, ...]:
-    makers = (vae_encode.first, vae_encode.next_chunk, vae_decode.first, vae_decode.next_chunk)
-    return tuple(make(config, plan) for make in makers)
+    return tuple(network for network in networks(config, plan).values() if network.part == "vae")
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    networks = vae_networks(config, Plan(WIDTH, HEIGHT, LONGEST))
-    return {n.weight_key(w.name): w.shape for n in networks for w in n.weights}
+    parts = vae_networks(config, Plan(WIDTH, HEIGHT, LONGEST))
+    return {n.weight_key(w.name): w.shape for n in parts for w in n.weights}
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +145,7 @@ def test_exported_graphs_equal_diffusers(make_model, weights, oracle, count: int
 @pytest.mark.parametrize(("chunk", "count"), [(1, 17), (2, 9), (2, 17), (4, 17), (4, 33)])
 def test_every_chunk_size_equals_diffusers(weights, oracle, chunk: int, count: int) -> None:
     plan = Plan(WIDTH, HEIGHT, count, vae_chunk=chunk)
-    model = Model(TINY, plan, EagerExecutor(TINY, plan), {"vae": weights})
+    model = Model(TINY, plan, EagerExecutor(TINY, plan, {"vae": weights}), {"vae": weights})
     check_encode(model, oracle, count)
     check_decode(model, oracle, count)
 
@@ -151,7 +153,7 @@ def test_every_chunk_size_equals_diffusers(weights, oracle, chunk: int, count: i
 @pytest.mark.parametrize("count", [2, 5, 12])
 def test_a_clip_that_does_not_divide_into_chunks_is_refused(weights, count: int) -> None:
     plan = Plan(WIDTH, HEIGHT, LONGEST, vae_chunk=2)
-    model = Model(TINY, plan, EagerExecutor(TINY, plan), {"vae": weights})
+    model = Model(TINY, plan, EagerExecutor(TINY, plan, {"vae": weights}), {"vae": weights})
     with pytest.raises(AssertionError, match="multiple of 8"):
         vae.encode(model, random_frames(count))
 
@@ -169,7 +171,7 @@ def test_the_full_size_has_the_checkpoints_tensors_and_caches() -> None:
 
 def test_the_full_size_exports_in_little_memory(tmp_path: Path) -> None:
     plan = Plan(832, 480)
-    network = vae_decode.next_chunk(ANIMATE_14B, plan)  # 4.3 GiB of weights and caches, were they real
+    network = networks(ANIMATE_14B, plan)["vae_decode_next"]  # 4.3 GiB of weights and caches, were they real
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     export(network, ANIMATE_14B, plan, tmp_path / "graph.onnx")
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

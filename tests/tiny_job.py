@@ -20,7 +20,7 @@ PLAN = Plan(64, 48, 13)
 FRAMES = 20  # two windows: 13 frames, then 7 that need padding
 RATE = Fraction(30000, 1001)
 TRT_WAN = [sys.executable, "-m", "trt_wan"]
-BUILD = "trt-wan build --model tiny --size 64x48 --window 13"
+BUILD = "trt-wan build --model tiny --size 64x48 --window 13 --precision fp32"
 
 
 def as_argv(command: str) -> list[str]:

@@ -6,24 +6,21 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C.
 
 import dataclasses
 import os
-import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from trt_wan import __version__
-from trt_wan.errors import MemoryShort, OutputError, Stopped, TrtWanError, UsageError
-from trt_wan.report import Report, report_for
-
-if TYPE_CHECKING:
-    from trt_wan.engines.plan import Plan
+from trt_wan.cli_build import build, build_for
+from trt_wan.cli_engines import list_engines, remove_engines, show_engine
+from trt_wan.command import Group, command, note
+from trt_wan.errors import UsageError
+from trt_wan.report import Report
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -33,71 +30,14 @@ DEMO_WINDOW = 13
 DEMO_STEPS = 4
 
 
-def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
-    if match := re.fullmatch(r"(\d+)[x×](\d+)", value):
-        return int(match[1]), int(match[2])
-    raise click.BadParameter(f"{value!r} is not a size such as 832x480.")
-
-
-def command(function: Callable[..., tuple[Path | None, dict[str, Any]]]) -> Callable[..., None]:
-    """Gives a command its `report`, and turns what it returns or raises into output and an exit code."""
-
-    @click.option("--json", "as_json", is_flag=True, help="Events and the result as JSON lines on stdout.")
-    @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-    @wraps(function)
-    def wrapped(as_json: bool, quiet: bool, **options: Any) -> None:
-        report = report_for(as_json, quiet)
-        try:
-            report.done(*function(report=report, **options))
-        except BrokenPipeError:
-            raise  # nobody reads our stdout any more: click ends quietly
-        except (Exception, KeyboardInterrupt) as error:
-            told = _told(error)
-            report.failed(told)
-            if type(told) is TrtWanError:
-                raise
-            sys.exit(told.exit_code)
-
-    return wrapped
-
-
-def _told(error: BaseException) -> TrtWanError:
-    """What the user is told of an exception; a plain TrtWanError stands for a mistake of ours."""
-    notes = " ".join(getattr(error, "__notes__", ()))
-    if isinstance(error, TrtWanError):
-        return error
-    if isinstance(error, KeyboardInterrupt):
-        return Stopped("Stopped at once.", notes)
-    if isinstance(error, MemoryError):
-        return MemoryShort(f"The memory is full ({error}).", f"Use a smaller size or window. {notes}".strip())
-    if isinstance(error, OSError):
-        message = f"{error.filename or 'A file'}: {error.strerror or error}."
-        return OutputError(message, f"Check the disk and its rights. {notes}".strip())
-    message = f"{type(error).__name__}: {error}"
-    return TrtWanError(
-        message, f"This is a mistake in trt-wan: please report it, with the lines below. {notes}"
-    )
-
-
-class _Cli(click.Group):
-    """A group that reports what click itself refuses as JSON too, when the command line asks for JSON."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        as_json = "--json" in ctx.args
-        try:
-            return super().invoke(ctx)
-        except click.UsageError as error:
-            if not as_json:
-                raise
-            where = error.ctx.command_path if error.ctx else ctx.command_path
-            report_for(as_json, quiet=True).failed(UsageError(error.format_message(), f"Run: {where} --help"))
-            ctx.exit(UsageError.exit_code)
-
-
-@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
     """Wan2.2-Animate: one picture of a character and a driving video in, a finished video out."""
+
+
+for subcommand in (build, list_engines, show_engine, remove_engines):
+    cli.add_command(subcommand)
 
 
 @cli.command(short_help="Make a video.")
@@ -187,43 +127,8 @@ def run(
     from trt_wan.runtime.job import unused_clips
 
     if unused := unused_clips(inputs, options["mode"]):
-        _note(report, f"Not used in the mode {options['mode']}: {', '.join(unused)}.")
+        note(report, f"Not used in the mode {options['mode']}: {', '.join(unused)}.")
     return _render(report, inputs, output, audio, overwrite, **options)
-
-
-@cli.command(short_help="Export the graphs for a size.")
-@click.option("--model", type=click.Choice(["14b", "tiny"]), default="14b", show_default=True)
-@click.option(
-    "--size",
-    callback=_size,
-    default="832x480",
-    metavar="WxH",
-    show_default=True,
-    help="Of the video, width x height.",
-)
-@click.option("--window", type=int, default=77, show_default=True, help="Frames per window, 4k+1.")
-@command
-def build(*, report: Report, model: str, size: tuple[int, int], window: int) -> Any:
-    """Export every network to ONNX for one size and window length. Needs the extra `build`, no weights, no
-    GPU.
-
-    \b
-    trt-wan build --size 832x480 --window 77
-    """
-    from trt_wan.engines.plan import Plan
-
-    folder, seconds = _build(report, model, Plan(*size, window))
-    data = {
-        "graphs": len(seconds),
-        "seconds": round(sum(seconds.values()), 2),
-        "peak_memory_gb": _peak_memory_gb(),
-    }
-    if seconds:
-        _note(
-            report,
-            f"{data['graphs']} graphs in {data['seconds']} s, {data['peak_memory_gb']} GB of memory at most",
-        )
-    return folder, data
 
 
 @cli.group()
@@ -253,16 +158,15 @@ def tiny(*, report: Report, folder: Path, seed: int) -> Any:
 @command
 def demo(*, report: Report, output: Path) -> Any:
     """Make tiny random weights and graphs in the cache and run the whole pipeline on the sample."""
-    from trt_wan.engines.plan import Plan
     from trt_wan.engines.store import home
     from trt_wan.preprocess.video import Clip
     from trt_wan.runtime.checkpoints.tiny import write_tiny_weights
 
-    _note(report, "The demo's weights are random, so its picture is noise; it shows that everything runs.")
+    note(report, "The demo's weights are random, so its picture is noise; it shows that everything runs.")
     folder = home() / "weights" / "tiny"
     write_tiny_weights(folder, seed=0)
     pose = Clip(DEMO_SAMPLE / "src_pose.mp4", history=1)
-    _build(report, "tiny", Plan(pose.width, pose.height, DEMO_WINDOW))
+    build_for(report, "tiny", (pose.width, pose.height), DEMO_WINDOW)
     driving = DEMO_SAMPLE / "driving.mp4"
     return _render(
         report,
@@ -315,31 +219,6 @@ def _render(
     return result.path, {**data, "seconds": round(time.perf_counter() - start, 2)}
 
 
-def _build(report: Report, model: str, plan: "Plan") -> tuple[Path, dict[str, float]]:
-    """The graphs' folder and the seconds of each graph that had to be exported."""
-    from trt_wan.engines.config import MODELS
-    from trt_wan.engines.store import graphs_folder, is_complete
-
-    folder = graphs_folder(MODELS[model], plan)
-    seconds: dict[str, float] = {}
-    if is_complete(folder, MODELS[model], plan):
-        return folder, seconds
-
-    def exported(name: str, duration: float) -> None:
-        seconds[name] = duration
-        _note(report, f"exported {name} in {duration:.1f} s")
-
-    try:
-        from trt_wan.build.graphs import build_graphs
-
-        return build_graphs(MODELS[model], plan, exported), seconds
-    except ImportError as error:  # torch imports onnxscript only when it exports
-        raise UsageError(
-            f"Exporting graphs needs packages that are not here ({error}).",
-            "Run: pip install 'trt-wan[build]'",
-        ) from error
-
-
 @contextmanager
 def _stop_between_steps() -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C ends the job after the step under way, the second at once."""
@@ -357,21 +236,6 @@ def _stop_between_steps() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _note(report: Report, text: str) -> None:
-    from trt_wan.runtime.events import Note
-
-    report.progress(Note(text))
-
-
-def _peak_memory_gb() -> float | None:
-    """Of this process so far; None where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
 """What the command line says while it works, and how it ends: for people, or as JSON lines for programs.
 
-stdout carries the result (a path; with --json one event per line and a last envelope), stderr everything
-else.
+stdout carries the result (a path or a table; with --json one event per line and a last envelope), stderr
+everything else.
 """
 
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,22 +27,53 @@ STAGES = {
 }
 
 
-class Report(Protocol):
-    def progress(self, event: Event) -> None: ...
+Result = Path | str | None  # a table is for people: with --json its rows are in the data
 
-    def done(self, result: Path | None, data: dict[str, Any]) -> None: ...
+
+@dataclass(frozen=True)
+class EngineStep:
+    """An engine is being compiled; the phase and its steps are TensorRT's."""
+
+    target: str
+    name: str
+    number: int  # of this engine, 1-based
+    engines: int
+    phase: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class EngineReady:
+    """An engine is in the store. Seconds are those of its compilation, whenever that was."""
+
+    target: str
+    name: str
+    number: int
+    engines: int
+    state: str  # built, there
+    seconds: float
+    bytes: int
+
+
+Reported = Event | EngineStep | EngineReady
+
+
+class Report(Protocol):
+    def progress(self, event: Reported) -> None: ...
+
+    def done(self, result: Result, data: dict[str, Any]) -> None: ...
 
     def failed(self, error: TrtWanError) -> None: ...
 
 
 class JsonReport:
-    def progress(self, event: Event) -> None:
+    def progress(self, event: Reported) -> None:
         self._line({"event": type(event).__name__, **dataclasses.asdict(event)})
 
-    def done(self, result: Path | None, data: dict[str, Any]) -> None:
-        self._line(
-            {"schema": SCHEMA, "ok": True, "data": {"result": str(result) if result else None, **data}}
-        )
+    def done(self, result: Result, data: dict[str, Any]) -> None:
+        path = str(result) if isinstance(result, Path) else None
+        self._line({"schema": SCHEMA, "ok": True, "data": {"result": path, **data}})
 
     def failed(self, error: TrtWanError) -> None:
         described = {"code": error.code, "message": error.message, "hint": error.hint}
@@ -52,25 +85,26 @@ class JsonReport:
 
 
 class TextReport:
-    """One line per stage and step; on a terminal the lines of a window overwrite each other."""
+    """One line per stage and step, and per engine that is built; on a terminal what is under way is one line
+    that is overwritten."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
         self._status: Any = None
 
-    def progress(self, event: Event) -> None:
-        if self.quiet:
+    def progress(self, event: Reported) -> None:
+        if self.quiet or (isinstance(event, EngineReady) and event.state == "there"):
             return
-        if isinstance(event, Note):
-            self._say(event.text)
+        if isinstance(event, Note | EngineReady):
+            self._say(describe(event))
         elif sys.stderr.isatty():
             self._update(describe(event))
-        else:
+        elif not isinstance(event, EngineStep):  # ten a second
             self._say(describe(event))
 
-    def done(self, result: Path | None, data: dict[str, Any]) -> None:
+    def done(self, result: Result, data: dict[str, Any]) -> None:
         self._stop()
-        if result is not None:
+        if result:
             print(result, flush=True)
 
     def failed(self, error: TrtWanError) -> None:
@@ -97,10 +131,15 @@ class TextReport:
             self._status = None
 
 
-def describe(event: Event) -> str:
+def describe(event: Reported) -> str:
     """One line for people."""
     if isinstance(event, Note):
         return event.text
+    if isinstance(event, EngineStep | EngineReady):
+        engine = f"{event.target}  engine {event.number}/{event.engines}  {event.name}"
+        if isinstance(event, EngineStep):
+            return f"{engine}  {event.phase} {event.step}/{event.steps}"
+        return f"{engine}  {event.state} in {event.seconds:.1f} s, {readable_bytes(event.bytes)}"
     where = f"window {event.window}/{event.windows}  " if event.window else ""
     if isinstance(event, StageStarted):
         return where + STAGES.get(event.stage, event.stage)
@@ -114,3 +153,14 @@ def describe(event: Event) -> str:
 
 def report_for(as_json: bool, quiet: bool) -> Report:
     return JsonReport() if as_json else TextReport(quiet)
+
+
+def readable_bytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their longest cell; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

@@ -12,6 +12,7 @@ from trt_wan.build.models.ops import (
     Weights,
     activation,
     attend,
+    attend_any,
     gelu_tanh,
     layer_norm,
     linear,
@@ -40,7 +41,8 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _scaled(norm_weight: Tensor, c: TransformerConfig) -> Tensor:
     """The weight of q's norm with the softmax scale in it, so that no attention has to multiply."""
-    return norm_weight * c.head_dim**-0.5
+    scaled: Tensor = norm_weight * c.head_dim**-0.5
+    return scaled
 
 
 def context_kv(
@@ -100,7 +102,7 @@ def attn_out(
     h = layer_norm(x, c.eps, w["norm3.weight"], w["norm3.bias"])
     q = rms_norm(linear(h, w, "cross_attn.q"), _scaled(w["cross_attn.norm_q.weight"], c), c.eps)
     q = split_heads(q, c.heads).to(activation(plan))
-    context = attend(q, text_k, text_v) + attend(q, image_k, image_v)
+    context = attend(q, text_k, text_v) + attend_any(q, image_k, image_v)
     x = x + linear(merge_heads(context), w, "cross_attn.o")
 
     h = layer_norm(x, c.eps) * (1 + scale) + shift

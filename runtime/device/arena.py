@@ -1,7 +1,7 @@
 """Plans one block of memory: who has which bytes. It owns no memory and needs no GPU.
 
-First fit with joining of neighbours. Everything that uses the block runs on one stream, in program order, so bytes
-that were given back may be handed out again at once: whoever gets them runs later.
+First fit with joining of neighbours. Everything that uses the block runs on one stream, in program order,
+so bytes that were given back may be handed out again at once: whoever gets them runs later.
 """
 
 from bisect import insort

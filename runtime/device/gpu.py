@@ -37,7 +37,7 @@ class DeviceArray:
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
 
-    def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> Host:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Host:
         host = self.gpu.download(self)
         return host if dtype is None else host.astype(dtype)
 
@@ -103,12 +103,13 @@ class Gpu:
         self.arena = Arena(arena_bytes)
 
     def allocate(self, size: int) -> Any:
-        """A buffer of its own, outside the arena, for what lives as long as the model: weights, engines' scratch."""
+        """A buffer outside the arena, for what is no activation: weights, engines' scratch."""
         try:
             return self.device.allocate(size, stream=self.stream)
         except Exception as error:
             raise MemoryShort(
-                f"{size / 1e9:.1f} GB of GPU memory could not be taken; {self.free_bytes() / 1e9:.1f} GB are free.",
+                f"{size / 1e9:.1f} GB of GPU memory could not be taken; "
+                f"{self.free_bytes() / 1e9:.1f} GB are free.",
                 "Close other programs on the GPU, or lower --vram.",
             ) from error
 
@@ -132,7 +133,7 @@ class Gpu:
             piece = source[start : start + STAGING_BYTES]
             self._staging.wait()
             self._staging.bytes[: len(piece)] = piece
-            _copy(array.address + start, self._staging.address, len(piece), self.handle)
+            copy(array.address + start, self._staging.address, len(piece), self.stream)
             self._staging.used_by(self.stream)
 
     def download(self, array: DeviceArray) -> Host:
@@ -141,7 +142,7 @@ class Gpu:
         for start in range(0, len(target), STAGING_BYTES):
             piece = target[start : start + STAGING_BYTES]
             self._staging.wait()
-            _copy(self._staging.address, array.address + start, len(piece), self.handle)
+            copy(self._staging.address, array.address + start, len(piece), self.stream)
             self.stream.sync()
             piece[:] = self._staging.bytes[: len(piece)]
         return host
@@ -207,9 +208,10 @@ class Pinned:
             self._event = None
 
 
-def _copy(target: int, source: int, size: int, stream: int) -> None:
-    """Both addresses known, direction found by the driver (unified addressing)."""
+def copy(target: int, source: int, size: int, stream: Any) -> None:
+    """Enqueues a copy; the driver finds its direction from the addresses."""
     from cuda.bindings import runtime
 
-    (error,) = runtime.cudaMemcpyAsync(target, source, size, runtime.cudaMemcpyKind.cudaMemcpyDefault, stream)
+    kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
+    (error,) = runtime.cudaMemcpyAsync(target, source, size, kind, int(stream.handle))
     assert not error, f"copy of {size} bytes: {error}"

@@ -14,7 +14,8 @@ typedef unsigned short bf16;
 typedef long long i64;
 typedef unsigned long long u64;
 
-#define EACH(i, n) for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < n; i += gridDim.x * (i64)blockDim.x)
+#define EACH(i, n) \
+    for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < n; i += gridDim.x * (i64)blockDim.x)
 
 __device__ void store(float* out, float x) { *out = x; }
 __device__ void store(bf16* out, float x) {  // to nearest, ties to even; no NaN comes here
@@ -49,18 +50,20 @@ __device__ float normal(u64 seed, u64 i) {  // splitmix64 of the position, then 
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
     z ^= z >> 31;
-    float u = ((unsigned)(z >> 8) & 0xFFFFFF) * 5.9604645e-8f + 2.9802322e-8f, v = (unsigned)(z >> 32) * 2.3283064e-10f;
+    float u = ((unsigned)(z >> 8) & 0xFFFFFF) * 5.9604645e-8f + 2.9802322e-8f;
+    float v = (unsigned)(z >> 32) * 2.3283064e-10f;
     return sqrtf(-2.0f * logf(u)) * cospif(2.0f * v);
 }
 
-template <typename T> __device__ void fill(T* out, i64 n, u64 seed, float mean, float deviation) {
-    EACH(i, n) store(out + i, mean + deviation * normal(seed, i));
-}
-extern "C" __global__ void random_float32(float* o, i64 n, u64 s, float m, float d) { fill(o, n, s, m, d); }
-extern "C" __global__ void random_bfloat16(bf16* o, i64 n, u64 s, float m, float d) { fill(o, n, s, m, d); }
-extern "C" __global__ void random_float8_e4m3fn(fp8* o, i64 n, u64 s, float m, float d) { fill(o, n, s, m, d); }
+#define RANDOM(name, type) \
+    extern "C" __global__ void name(type* out, i64 n, u64 seed, float mean, float deviation) { \
+        EACH(i, n) store(out + i, mean + deviation * normal(seed, i)); \
+    }
+RANDOM(random_float32, float)
+RANDOM(random_bfloat16, bf16)
+RANDOM(random_float8_e4m3fn, fp8)
 
-// One block of threads per output channel: its largest magnitude over 448 is the scale, the row is divided by it.
+// One block of threads per output channel: its largest magnitude over 448 is the scale of the row.
 extern "C" __global__ void quantize_rows(const bf16* w, fp8* out, float* scale, int inner) {
     __shared__ float largest[256];
     const bf16* row = w + (i64)blockIdx.x * inner;
@@ -69,7 +72,8 @@ extern "C" __global__ void quantize_rows(const bf16* w, fp8* out, float* scale, 
     largest[threadIdx.x] = most;
     __syncthreads();
     for (int half = blockDim.x / 2; half; half /= 2) {
-        if (threadIdx.x < half) largest[threadIdx.x] = fmaxf(largest[threadIdx.x], largest[threadIdx.x + half]);
+        if (threadIdx.x < half)
+            largest[threadIdx.x] = fmaxf(largest[threadIdx.x], largest[threadIdx.x + half]);
         __syncthreads();
     }
     float s = fmaxf(largest[0] / 448.0f, 1e-12f);
@@ -82,15 +86,19 @@ extern "C" __global__ void quantize_rows(const bf16* w, fp8* out, float* scale, 
 NAMES = ("combine", "random_float32", "random_bfloat16", "random_float8_e4m3fn", "quantize_rows")
 
 
+def compile_for(major: int, minor: int) -> Any:
+    """The kernels' code for GPUs of a compute capability; needs no GPU."""
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}")
+    return Program(SOURCE, "c++", options).compile("cubin")
+
+
 class Kernels:
     """The compiled kernels of one device, by name."""
 
     def __init__(self, device: Any) -> None:
-        from cuda.core import Program, ProgramOptions
-
-        major, minor = device.compute_capability
-        options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}")
-        module = Program(SOURCE, "c++", options).compile("cubin")
+        module = compile_for(*device.compute_capability)
         self._kernels = {name: module.get_kernel(name) for name in NAMES}
 
     def launch(self, stream: Any, name: str, blocks: int, *arguments: Any) -> None:

@@ -1,7 +1,8 @@
 """The two sources of weights for the GPU: checkpoint files, and seeded random numbers.
 
-Files keep their bytes where the type is what the graph takes: a scaled-FP8 checkpoint reaches the GEMM bit for bit.
-Other linear weights become bf16, or are quantised on the device with one scale per output channel.
+Files keep their bytes where the type is what the graph takes: a scaled-FP8 checkpoint reaches the GEMM bit
+for bit. Other linear weights become bf16, or are quantised with one scale per output channel, on the device
+where they stay there.
 """
 
 import zlib
@@ -32,8 +33,12 @@ class FileSource:
         for tensor in _stored(pack):
             checkpoint, key = self._find(pack, tensor)
             if tensor.dtype == E4M3 and checkpoint.raw(key).dtype != E4M3:
-                weight = gpu.upload(_as_bf16(checkpoint, key))
+                values = _as_bf16(checkpoint, key)
+                buffer = gpu.allocate(values.nbytes)  # the arena is planned without weights
+                weight = gpu.view(int(buffer.handle), values.shape, values.dtype)
+                gpu.write(weight, values)
                 gpu.quantize_rows(weight, arrays[tensor.name], arrays[scale_name(tensor.name)])
+                buffer.close(gpu.stream)
                 continue
             for name, values in _as_contract(checkpoint, key, tensor).items():
                 gpu.write(arrays[name], values)
@@ -98,7 +103,7 @@ class RandomSource:
             gpu.fill_random(arrays[tensor.name], seed, mean, deviation)
 
     def fill_host(self, pack: Pack, target: NDArray[np.uint8]) -> None:
-        """Of every network one set, made once: all sets move as many bytes, which is what streaming is about."""
+        """Of every network one set, made once: every set has as many bytes, which is what streaming moves."""
         name = pack.network.name
         if name not in self._host:
             rng = np.random.default_rng(self.seed)

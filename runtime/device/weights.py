@@ -1,9 +1,9 @@
 """Weights on the GPU: resident, or streamed through a few slots ahead of their use.
 
-The weights of one network and set (of block 7's `attn_out`, say) are one *pack*: a run of bytes, each tensor at a
-multiple of 256. A resident pack has a buffer of its own. Streamed packs come around in the same order every step; a
-thread writes the next ones from their files into pinned memory and from there into the slots of those already used,
-while the GPU computes.
+The weights of one network and set (of block 7's `attn_out`, say) are one *pack*: a run of bytes, each tensor
+at a multiple of 256. A resident pack has a buffer of its own. Streamed packs come around in the same order
+every step; a thread writes the next ones from their files into pinned memory and from there into the slots
+of those already used, while the GPU computes.
 """
 
 import math
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from trt_wan.engines.contract import Network, Tensor
 from trt_wan.runtime.device.arena import ALIGNMENT
-from trt_wan.runtime.device.gpu import DeviceArray, Gpu, Pinned
+from trt_wan.runtime.device.gpu import DeviceArray, Gpu, Pinned, copy
 
-SLOTS = 3  # one in use, two on their way
+SLOTS = 2  # one in use, one on its way
 Key = tuple[str, int]  # network, set
 
 
@@ -61,8 +61,9 @@ class WeightSource(Protocol):
 
 
 class DeviceWeights:
-    """Packs by network and set. `streamed` are those that are not kept, in the order in which a step uses them;
-    those of the networks `passing` are freed as soon as they were used."""
+    """Packs by network and set. `streamed` are those that are not kept, in the order in which a step uses
+    them; those of the networks `passing` are freed as soon as they were used.
+    """
 
     def __init__(self, gpu: Gpu, source: WeightSource, streamed: list[Pack], passing: set[str]) -> None:
         self.gpu, self.source, self.passing = gpu, source, passing
@@ -110,8 +111,9 @@ class _Stream:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
         self._turn = 0  # packs asked for so far, over all steps
         self._ready: dict[int, Future[Any]] = {}
+        taken = gpu.stream.record()  # memory of another stream, usable once that got it
         for turn in range(SLOTS):
-            self._load(turn, None)
+            self._load(turn, taken)
 
     def bind(self, key: Key) -> dict[str, DeviceArray]:
         expected = self._turn % len(self.packs)
@@ -128,18 +130,12 @@ class _Stream:
         self._ready[turn] = self._thread.submit(self._write, turn, slot_free)
 
     def _write(self, turn: int, slot_free: Any) -> Any:
-        from cuda.bindings import runtime
-
         self.gpu.device.set_current()
         pack = self.packs[turn % len(self.packs)]
         pinned = self._pinned[turn % len(self._pinned)]
         pinned.wait()
         self.source.fill_host(pack, pinned.bytes[: pack.size])
-        if slot_free is not None:
-            self.gpu.copies.wait(slot_free)
-        slot = int(self._slots[turn % SLOTS].handle)
-        kind = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        (error,) = runtime.cudaMemcpyAsync(slot, pinned.address, pack.size, kind, int(self.gpu.copies.handle))
-        assert not error, f"copy of {pack.size} bytes: {error}"
+        self.gpu.copies.wait(slot_free)
+        copy(int(self._slots[turn % SLOTS].handle), pinned.address, pack.size, self.gpu.copies)
         pinned.used_by(self.gpu.copies)
         return self.gpu.copies.record()

@@ -16,7 +16,7 @@ from trt_wan.runtime.schedulers import combine_fp32
 
 
 class OnnxRuntimeExecutor:
-    """Sessions are opened on first use from `graphs`/<network>.onnx and kept, weights are read on first use."""
+    """Sessions are opened from `graphs`/<network>.onnx and weights read on first use, and kept."""
 
     def __init__(self, graphs: Path, weights: Mapping[Part, Mapping[str, Array]]) -> None:
         self._refuse_two_packages()

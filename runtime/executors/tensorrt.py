@@ -1,8 +1,9 @@
 """TensorRT engines on one GPU: contexts that share one scratch, arrays that stay on the device.
 
-Inputs may be numpy arrays (uploaded) or arrays of the device; outputs are arrays of the device, which numpy functions
-accept and then download. One execution context per network serves all sets of its weights: addresses change, nothing
-else does. Nothing is compiled here, but TensorRT-RTX finishes its kernels on first use and keeps them in a cache file.
+Inputs may be numpy arrays (uploaded) or arrays of the device; outputs are arrays of the device, which numpy
+functions accept and then download. One execution context per network serves all sets of its weights:
+addresses change, nothing else does. Nothing is compiled here, but TensorRT-RTX finishes its kernels on first
+use and keeps them in a cache file.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from trt_wan.runtime.executors import Array
 
 
 class TensorRtExecutor:
-    """`plans` are engines by network name, checked by the store; `kernel_cache` is where RTX keeps its kernels."""
+    """`plans` are engines by network, checked by the store; `kernel_cache` is where RTX keeps its kernels."""
 
     def __init__(self, gpu: Gpu, flavour: Flavour, plans: Mapping[str, bytes], kernel_cache: Path) -> None:
         self.gpu = gpu

@@ -1,0 +1,425 @@
+"""`trt-wan build --target`, `list`, `show` and `rm`, as a user without a GPU has them.
+
+The tiny model is exported and cross-compiled once, by the command; every test works on a copy of that store.
+"""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from tiny_job import PLAN, TRT_WAN
+
+import trt_wan.build.compile
+import trt_wan.cli_engines
+import trt_wan.runtime.device.gpu
+from trt_wan.cli import cli
+from trt_wan.engines import engine_store
+from trt_wan.engines.config import TINY
+from trt_wan.engines.engine_id import GpuKind
+from trt_wan.engines.engine_store import Manifest, entries, find, record_candidates
+from trt_wan.engines.plan import Plan
+from trt_wan.engines.recipes import engine_names, recipes
+from trt_wan.engines.tensorrt import choose_flavour
+
+pytest.importorskip("tensorrt_rtx", reason="engines are compiled with TensorRT-RTX")
+
+FP8 = Plan(PLAN.width, PLAN.height, PLAN.frames, "fp8")
+NAMES = engine_names(TINY, FP8)
+GRAPHS = len(NAMES) - 1  # attention_fp8 has none
+# Holds a lock until its stdin ends: python -c HOLD FILE
+HOLD = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+BUILD = ["build", "--model", "tiny", "--size", "64x48", "--window", "13", "--target", "sm89"]
+
+
+def invoke(*arguments: str, **options: Any) -> Result:
+    return CliRunner().invoke(cli, arguments, **options)
+
+
+def data_of(*arguments: str) -> dict[str, Any]:
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    envelope = json.loads(result.stdout.splitlines()[-1])
+    assert envelope["ok"]
+    return dict(envelope["data"])
+
+
+def refused(exit_code: int, *arguments: str) -> tuple[str, str]:
+    """Message and hint."""
+    result = invoke(*arguments, "--json")
+    envelope = json.loads(result.stdout.splitlines()[-1])
+    assert (result.exit_code, envelope["ok"]) == (exit_code, False), result.output
+    return envelope["error"]["message"], envelope["error"]["hint"]
+
+
+def states(data: dict[str, Any]) -> dict[str, str]:
+    return {row["name"]: row["state"] for row in data["engines"]}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A store with graphs and engines; what the dry run before said, what the build said and gave."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRT_WAN_HOME", str(home))
+        dry = data_of(*BUILD, "--dry-run")
+        untouched = not list(home.iterdir())
+        words = invoke(*BUILD)
+        assert words.exit_code == 0, words.output
+    return SimpleNamespace(home=home, dry=dry, untouched=untouched, words=words)
+
+
+@pytest.fixture
+def store(built: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a copy's engines."""
+    home = shutil.copytree(built.home, tmp_path / "home")
+    monkeypatch.setenv("TRT_WAN_HOME", str(home))
+    return home / "engines"
+
+
+@pytest.fixture
+def no_engines(built: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store that has the graphs alone."""
+    shutil.copytree(built.home / "graphs", tmp_path / "home" / "graphs")
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "engines"
+
+
+def manifest(name: str) -> Manifest:
+    found = find(recipes(TINY, FP8, "sm89", choose_flavour(None, None))[name].engine)
+    assert found is not None
+    return found
+
+
+# --- build -----------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_names_everything_and_builds_nothing(built: SimpleNamespace) -> None:
+    assert states(built.dry) == dict.fromkeys(NAMES, "missing")
+    assert len(built.dry["missing_graphs"]) == GRAPHS and built.dry["result"] is None
+    assert {(row["target"], row["precision"]) for row in built.dry["engines"]} == {("sm89", "fp8")}
+    assert built.untouched
+
+
+def test_a_build_says_what_it_does_line_by_line(built: SimpleNamespace) -> None:
+    """FP8 without being asked, since the target has it; the folder alone on stdout."""
+    told = built.words.stderr
+    assert built.words.stdout == f"{built.home / 'engines'}\n"
+    assert told.startswith("sm89: fp8, tensorrt_rtx ")
+    for number, name in enumerate(NAMES, 1):
+        assert f"sm89  engine {number}/{len(NAMES)}  {name}  built in " in told
+    assert told.count("exported ") == GRAPHS and f"{len(NAMES)} built in" in told
+
+
+def test_a_second_build_finds_all_and_says_so(store: Path) -> None:
+    before = {path.name: path.stat().st_ino for path in store.glob("*.plan")}
+    dry = invoke(*BUILD, "--dry-run")
+    assert dry.exit_code == 0 and dry.stdout.count(" there ") == len(NAMES)
+    assert "would be built" not in dry.stdout and "graphs" not in dry.stderr
+    data = data_of(*BUILD)
+    assert states(data) == dict.fromkeys(NAMES, "there") and data["graphs"] == data["removed"] == 0
+    for row in data["engines"]:
+        file = store / f"{row['key']}.plan"
+        assert row["bytes"] == file.stat().st_size > 0 and row["seconds"] > 0
+    assert {path.name: path.stat().st_ino for path in store.glob("*.plan")} == before
+
+
+def test_only_what_is_damaged_is_built_again(store: Path) -> None:
+    os.truncate(store / f"{manifest('head').key}.plan", 100)
+    wanted = {name: "missing" if name == "head" else "there" for name in NAMES}
+    dry = data_of(*BUILD, "--dry-run")
+    assert states(dry) == wanted and dry["missing_graphs"] == []
+    assert invoke(*BUILD, "--dry-run").stdout.count("would be built") == 1
+    assert states(data_of(*BUILD)) == wanted | {"head": "built"}
+    assert manifest("head").bytes > 100
+
+
+def test_ctrl_c_keeps_the_finished_engines(no_engines: Path) -> None:
+    command = [*TRT_WAN, *BUILD]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
+    assert process.stderr is not None
+    assert any(f"engine 3/{len(NAMES)}" in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, ""), err
+    assert "Error: Stopped at once.\nFinished engines stay: the same command goes on from there." in err
+    there = entries()
+    assert 3 <= len(there) < len(NAMES) and all(entry.manifest for entry in there)
+    dry = data_of(*BUILD, "--dry-run")
+    kept = {name for name, state in states(dry).items() if state == "there"}
+    assert kept == set(NAMES[: len(there)])
+
+
+def test_targets_choose_their_precision_and_share_nothing(no_engines: Path) -> None:
+    data = data_of(*BUILD[:-1], "sm86,SM89,sm89", "--dry-run")
+    found = [(row["target"], row["precision"]) for row in data["engines"]]
+    assert set(found) == {("sm86", "bf16"), ("sm89", "fp8")} and found.count(("sm89", "fp8")) == len(NAMES)
+    assert {name.rpartition(" ")[2] for name in data["missing_graphs"]} == {"(bf16)"}
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "says", "fix"),
+    [
+        (["--target", "sm99"], 2, "'sm99' is no target; there are current, sm80", "build --help"),
+        (["--target", "sm120,sm86", "--precision", "fp8"], 2, "target sm86 have no FP8", "--precision bf16"),
+        (["--target", "sm89", "--flavour", "tensorrt"], 1, "only for a GPU that is there", "pip install"),
+        (["--target", "sm89", "--window", "12"], 2, "A window of 12 frames", "--window 13"),
+    ],
+)
+def test_build_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], exit_code: int, says: str, fix: str
+) -> None:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
+    message, hint = refused(exit_code, *BUILD[:-2], *options)
+    assert says in message and fix in hint, (message, hint)
+    assert not list(tmp_path.iterdir())
+
+
+class FakeGpu:
+    name, capability, driver = "A GPU", (8, 9), 13
+
+
+def without_gpu() -> None:
+    raise trt_wan.runtime.device.gpu.EnvironmentBroken("No CUDA device can be used (test).", "on the CPU")
+
+
+def test_without_a_gpu_it_says_that_it_exports_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
+    monkeypatch.setattr(trt_wan.runtime.device.gpu, "Gpu", without_gpu)
+    for precision in ("fp32", "bf16"):
+        options = ["--precision", precision] if precision != "fp32" else []
+        result = invoke(*BUILD[:-2], "--dry-run", *options)
+        assert result.exit_code == 0 and f"-{precision}-" in result.stdout
+        assert result.stdout.startswith(f"{GRAPHS} graphs would be exported: {tmp_path}")
+        assert result.stderr.startswith("Graphs only; engines need a GPU or --target. No CUDA device")
+    message, hint = refused(1, *BUILD[:-1], "current")
+    assert "No CUDA device" in message and "--target sm89" in hint
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("capability", "options", "precision"),
+    [((8, 9), [], "fp8"), ((8, 6), [], "bf16"), ((8, 9), ["--precision", "fp32"], "fp32")],
+)
+def test_with_a_gpu_it_builds_for_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    options: list[str],
+    precision: str,
+) -> None:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
+    monkeypatch.setattr(FakeGpu, "capability", capability)
+    monkeypatch.setattr(trt_wan.runtime.device.gpu, "Gpu", FakeGpu)
+    asked: list[Any] = []
+
+    def compiled(*arguments: Any, gpu: GpuKind, dry_run: bool) -> Any:
+        asked.append((*arguments[:3], arguments[3].name, gpu, dry_run))
+        return trt_wan.build.compile.CompileReport((), (), 0.0, 0)
+
+    monkeypatch.setattr(trt_wan.build.compile, "compile_engines", compiled)
+    data_of(*BUILD[:-2], *options)
+    plan = Plan(PLAN.width, PLAN.height, PLAN.frames, precision)  # type: ignore[arg-type]
+    assert asked == [(TINY, plan, "current", "tensorrt_rtx", GpuKind("A GPU", 13), False)]
+
+
+# --- list and show ---------------------------------------------------------------------------------------
+
+
+def test_list_shows_what_was_used_last_first(store: Path) -> None:
+    newest = manifest("head").key
+    os.utime(store / f"{newest}.plan", (time.time() + 60,) * 2)
+    data = data_of("list")
+    assert data["engines"][0]["key"] == newest and len(data["engines"]) == len(NAMES)
+    assert {row["network"] for row in data["engines"]} == set(NAMES)
+    assert data["bytes"] == sum(path.stat().st_size for path in store.glob("*.*"))
+    first = data["engines"][0]
+    shape = (first["width"], first["height"], first["frames"], first["precision"], first["target"])
+    assert shape == (64, 48, 13, "fp8", "sm89") and first["state"] == "whole" and first["gpu"] is None
+    header, row, *rest = invoke("list").stdout.splitlines()
+    assert header.split()[:3] == ["KEY", "ENGINE", "MODEL"] and len(rest) == len(NAMES) - 1
+    assert row.split()[:6] == [newest[:8], "head", "tiny", "64x48x13", "fp8", "sm89"]
+
+
+def test_list_marks_the_damaged_with_their_cure(store: Path) -> None:
+    cut, unknown = manifest("head").key, manifest("fuser").key
+    os.truncate(store / f"{cut}.plan", 100)
+    (store / f"{unknown}.json").write_text("{}")
+    listed = invoke("list")
+    assert listed.exit_code == 0 and listed.stdout.count("damaged") == 2
+    rebuild = next(line for line in listed.stderr.splitlines() if cut[:8] in line).partition("Run: trt-wan ")[
+        2
+    ]
+    assert f"The engine {unknown[:8]} is damaged. Run: trt-wan rm {unknown[:8]} --yes" in listed.stderr
+    assert data_of(*rebuild.split())["engines"], "the command it names is one"
+    assert {row["state"] for row in data_of("list")["engines"]} == {"whole"}
+
+
+def test_an_empty_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
+    result = invoke("list")
+    assert (result.exit_code, result.stdout) == (0, "") and "Run: trt-wan build" in result.stderr
+    assert data_of("list")["engines"] == []
+    assert data_of("rm", "--all", "--yes") == {"result": None, "removed": [], "freed_bytes": 0}
+
+
+def test_show_tells_the_manifest_and_the_measurements(store: Path) -> None:
+    engine = recipes(TINY, FP8, "sm89", choose_flavour(None, None))["attention"].engine
+    figures: list[engine_store.Candidate] = [
+        {"name": "trt-bf16", "ms": 86.04, "error": 1.25e-3},
+        {"name": "trt-fp8", "ms": 25.1, "note": "picked"},
+    ]
+    assert "No candidates were measured." in invoke("show", engine.key).stdout
+    record_candidates(engine, figures)
+    shown = invoke("show", engine.key[:10]).stdout
+    for fact in (engine.key, "attention", "64x48, 13 frames", "fp8", "sm89", "whole", engine.rebuild):
+        assert fact in shown
+    table = [line.split() for line in shown.splitlines()[-3:]]
+    assert table == [
+        ["name", "ms", "error", "note"],
+        ["trt-bf16", "86.04", "0.00125"],
+        ["trt-fp8", "25.1", "picked"],
+    ]
+    data = data_of("show", engine.key)
+    assert data["candidates"] == figures and data["state"] == "whole" and data["rebuild"] == engine.rebuild
+
+
+def test_show_finds_one_flipped_bit_which_list_cannot(store: Path) -> None:
+    head = manifest("head")
+    file = store / f"{head.key}.plan"
+    plan = bytearray(file.read_bytes())
+    plan[len(plan) // 2] ^= 1
+    file.write_bytes(plan)
+    assert {row["state"] for row in data_of("list")["engines"]} == {"whole"}
+    assert data_of("show", head.key)["state"] == "damaged"
+    assert "damaged; run: trt-wan build --model tiny" in invoke("show", head.key).stdout
+
+
+def test_show_of_what_has_no_manifest(store: Path) -> None:
+    key = manifest("head").key
+    (store / f"{key}.json").unlink()
+    message, hint = refused(1, "show", key)
+    assert "damaged" in message and hint == f"Run: trt-wan rm {key[:8]} --yes"
+
+
+def test_keys_that_fit_none_or_several(store: Path) -> None:
+    keys = [entry.key for entry in entries()]
+    typo = keys[0][:6] + ("0" if keys[0][6] != "0" else "1") + keys[0][7]
+    for command in (["show"], ["rm", "--yes"]):
+        message, hint = refused(2, *command, typo)
+        assert message == f"There is no engine {typo!r}." and f"Close to it: {keys[0][:8]}" in hint
+        assert "Run: trt-wan list" in hint
+    digit = max("0123456789abcdef", key=lambda d: sum(key.startswith(d) for key in keys))
+    several = [key for key in keys if key.startswith(digit)]
+    assert len(several) > 1, "21 keys begin with 16 digits"
+    message, hint = refused(2, "show", digit)
+    assert message == f"{len(several)} engines begin with '{digit}'." and several[0][:8] in hint
+    assert "no engine" in refused(2, "show", "")[0]
+    assert len(entries()) == len(keys)
+
+
+# --- rm --------------------------------------------------------------------------------------------------
+
+
+def test_rm_removes_what_is_named_and_says_how_much(store: Path) -> None:
+    keys = [manifest(name).key for name in ("head", "fuser")]
+    size = sum(path.stat().st_size for key in keys for path in store.glob(f"{key}.*"))
+    data = data_of("rm", keys[0], keys[1][:10], keys[0][:12], "--yes")
+    assert data == {"result": None, "removed": keys, "freed_bytes": size}
+    assert not any(list(store.glob(f"{key}.*")) for key in keys) and len(entries()) == len(NAMES) - 2
+    result = invoke("rm", "--all", "--yes")
+    assert result.stdout.startswith(f"{len(NAMES) - 2} engines removed, ") and result.exit_code == 0
+    assert "MB freed" in result.stdout and entries() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [([], "Which engines?"), (["--all", "0"], "Which engines?"), (["--all"], "Nobody can be asked here")],
+)
+def test_rm_refuses(store: Path, options: list[str], says: str) -> None:
+    message, _ = refused(2, "rm", *options)
+    assert says in message and len(entries()) == len(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("answer", "exit_code", "left"), [(b"n\n", 0, len(NAMES)), (b"y\n", 0, 0), (b"\x03", 130, len(NAMES))]
+)
+def test_rm_asks_on_a_terminal(store: Path, answer: bytes, exit_code: int, left: int) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*TRT_WAN, "rm", "--all"],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+        preexec_fn=controlling_terminal(theirs),
+    )
+    os.close(theirs)
+    shown = b""
+    while b"[y/N]" not in shown:
+        shown += os.read(ours, 4096)
+    assert f"Remove {len(NAMES)} engines, ".encode() in shown
+    os.write(ours, answer)
+    out, _ = process.communicate(timeout=20)
+    os.close(ours)
+    assert process.returncode == exit_code, out
+    assert len(entries()) == left and ("Nothing was removed." in out) == (answer == b"n\n")
+
+
+def controlling_terminal(terminal: int) -> Callable[[], None]:
+    """So that Ctrl-C typed there is a signal for the process."""
+
+    def take() -> None:
+        import fcntl
+        import termios
+
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    return take
+
+
+def test_rm_leaves_what_another_process_builds(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = manifest("head").key
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(store / "locks" / f"{head}.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    message, hint = refused(1, "rm", "--all", "--yes")
+    assert f"Another process is building {head[:8]}; {len(NAMES) - 1} engines removed" in message and hint
+    holder.communicate("")
+    assert [entry.key for entry in entries()] == [head]
+
+
+def test_the_commands_are_documented_without_heavy_imports() -> None:
+    program = (
+        "import sys\nfrom trt_wan.cli import cli\n"
+        "for name in ('build', 'list', 'show', 'rm'):\n"
+        "    cli.commands[name].get_help(__import__('click').Context(cli.commands[name]))\n"
+        "print(*sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"numpy", "cuda", "torch", "tensorrt_rtx", "filelock", "rich"} & set(printed.stdout.split())
+    assert isinstance(cli, click.Group) and {"build", "list", "show", "rm"} <= set(cli.commands)

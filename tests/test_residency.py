@@ -1,0 +1,214 @@
+"""What a job needs of the GPU: the rehearsal against the pipeline itself, and what stays or streams."""
+
+import bisect
+import math
+import resource
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from trt_wan.engines.checkpoint import PARTS
+from trt_wan.engines.config import ANIMATE_14B, TINY
+from trt_wan.engines.contract import Network
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.plan import Plan
+from trt_wan.engines.precision import Precision
+from trt_wan.errors import MemoryShort
+from trt_wan.runtime import pipeline, rehearsal
+from trt_wan.runtime.checkpoints.random_weights import RandomWeights
+from trt_wan.runtime.clips import Clips
+from trt_wan.runtime.executors import Array
+from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.model import Model
+from trt_wan.runtime.rehearsal import activation_bytes
+from trt_wan.runtime.residency import BLOCK, Residency, plan_residency
+from trt_wan.runtime.tokenizer import byte_tokenizer
+
+GB = 10**9
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int64": 8}
+
+
+class Bytes:
+    """Zeros that occupy the lowest gap they fit into until they are forgotten."""
+
+    def __init__(self, executor: "Counting", shape: Sequence[int], dtype: str) -> None:
+        self.shape = tuple(shape)
+        size = max(256, math.ceil(math.prod(shape) * ITEM_BYTES[dtype] / 256) * 256)
+        start = 0
+        for low, high in executor.live:
+            if low - start >= size:
+                break
+            start = high
+        bisect.insort(executor.live, (start, start + size))
+        executor.peak = max(executor.peak, start + size)
+        weakref.finalize(self, executor.live.remove, (start, start + size))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return np.zeros(self.shape, dtype or np.float32)
+
+
+class Counting:
+    """An executor of zeros: what is not on its device is put there for as long as a call lasts."""
+
+    def __init__(self) -> None:
+        self.live: list[tuple[int, int]] = []
+        self.peak = 0
+
+    def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
+        held = [self._on_device(inputs[t.name], t.dtype) for t in network.inputs]
+        outputs = [Bytes(self, t.shape, t.dtype) for t in network.outputs]
+        assert len(held) == len(inputs)
+        return cast(tuple[Array, ...], tuple(outputs))
+
+    def place(self, array: Array) -> Array:
+        return cast(Array, Bytes(self, array.shape, array.dtype.name))
+
+    def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
+        held = [self._on_device(term, "float32") for _, term in terms]
+        return cast(Array, Bytes(self, held[0].shape, "float32"))
+
+    def settle(self) -> None:
+        pass
+
+    def release(self, names: set[str]) -> None:
+        pass
+
+    def _on_device(self, value: Any, dtype: str) -> Bytes:
+        return value if isinstance(value, Bytes) else Bytes(self, value.shape, dtype)
+
+
+class BlankClip:
+    def __init__(self, height: int, width: int) -> None:
+        self.size = height, width
+
+    def window(self, indices: Sequence[int]) -> Any:
+        return np.zeros((len(indices), *self.size, 3), np.uint8)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, plan: Plan, guidance: float, steps: int, windows: int) -> int:
+    """The peak of a whole job with all clips, through the pipeline that a GPU runs."""
+    executor = Counting()
+    weights = {part: RandomWeights(TINY, part, 0) for part in PARTS}
+    model = Model(TINY, plan, executor, weights)
+    opened = model, byte_tokenizer(TINY.text.vocabulary, TINY.text.length)
+    monkeypatch.setattr(pipeline, "open_job", lambda *arguments: opened)
+    clip, face = BlankClip(plan.height, plan.width), BlankClip(512, 512)
+    frames = plan.frames + (windows - 1) * (plan.frames - 1)
+    blank = cast(Any, (clip, face, clip, clip))
+    size = plan.width, plan.height
+    reference = np.zeros((plan.height, plan.width, 3), np.uint8)
+    clips = Clips(reference, *blank, *size, frames=frames, rate=Fraction(16))
+    job = Job(
+        Inputs(Path("ref"), Path("pose"), Path("face")),
+        weights=Path("weights"),
+        window=plan.frames,
+        overlap=1,
+        steps=steps,
+        guidance=guidance,
+    )
+    made = sum(window.shape[1] for window in pipeline.stream_windows(job, clips=clips))
+    assert made == frames
+    return executor.peak
+
+
+PLANS = [Plan(64, 48, 5, "bf16"), Plan(16, 16, 33, "fp8"), Plan(128, 128, 13), Plan(256, 256, 9, "fp8")]
+each_plan = pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.width}x{p.height}x{p.frames}")
+
+
+@each_plan
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_rehearsal_is_the_pipeline(monkeypatch: pytest.MonkeyPatch, plan: Plan, guidance: float) -> None:
+    monkeypatch.setattr(rehearsal, "STEPS", 6)
+    monkeypatch.setattr(rehearsal, "WINDOWS", 4)
+    monkeypatch.setattr(rehearsal, "MARGIN", 0)
+    assert activation_bytes(TINY, plan, guidance > 1) == counted(monkeypatch, plan, guidance, 6, 4)
+
+
+@each_plan
+@pytest.mark.parametrize(
+    ("guidance", "steps", "windows"), [(1.0, 5, 1), (1.0, 7, 3), (3.0, 2, 1), (3.0, 9, 5)]
+)
+def test_activation_bytes_do_for_every_job(
+    monkeypatch: pytest.MonkeyPatch, plan: Plan, guidance: float, steps: int, windows: int
+) -> None:
+    needed = counted(monkeypatch, plan, guidance, steps, windows)
+    assert needed <= activation_bytes(TINY, plan, guidance > 1) <= 1.03 * needed
+
+
+def test_activation_bytes_grow_with_size_and_guidance() -> None:
+    plans = [Plan(256, 256, 13), Plan(832, 480, 13), Plan(832, 480, 33), Plan(1280, 720, 33)]
+    plain, guided = ([activation_bytes(TINY, plan, g) for plan in plans] for g in (False, True))
+    assert plain == sorted(set(plain)) and guided == sorted(set(guided))
+    assert all(more > less for more, less in zip(guided, plain, strict=True))
+
+
+def test_rehearsing_the_full_model_takes_little() -> None:
+    """Of host memory mostly the face crops, 80 of 3 MB, which `encode_face` fills up and copies."""
+    resident, start = _most_resident(), time.perf_counter()
+    needed = activation_bytes(ANIMATE_14B, Plan(832, 480, 77, "fp8"), guided=True)
+    assert 4 * GB < needed < 7 * GB
+    assert time.perf_counter() - start < 2
+    assert _most_resident() - resident < 450 << 20
+
+
+def _most_resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def planned(budget: float, precision: Precision = "fp8") -> Residency:
+    plan = Plan(precision=precision)
+    return plan_residency(ANIMATE_14B, networks(ANIMATE_14B, plan), 5 * GB, GB, int(budget))
+
+
+def test_what_fits_stays() -> None:
+    whole = planned(1000 * GB)
+    assert whole.streamed == [] and whole.slots == 0
+    assert planned(whole.total).streamed == []
+    assert planned(whole.total - 1).streamed != []
+
+
+def test_the_sizes_of_the_full_model() -> None:
+    """model_spec.md 1.2: of a block, 8 of 12 linear layers' weights stay after the context is encoded."""
+    packs = planned(planned(1000 * GB).total - 1).streamed
+    block = 6 * 5120**2 + 2 * 5120 * 13824
+    assert [(pack.network.name, pack.n) for pack in packs[-2:]] == [("attn_in", 39), ("attn_out", 39)]
+    assert sum(pack.size for pack in packs[-2:]) == pytest.approx(block, rel=0.004)
+    fp8, bf16 = planned(1000 * GB), planned(1000 * GB, "bf16")
+    assert bf16.resident - fp8.resident == pytest.approx(40 * block, rel=0.004)
+    others = fp8.resident - 40 * block
+    assert 1 * GB < others < 2.5 * GB  # the fusers in bf16, the motion encoder, the VAE
+
+
+@pytest.mark.parametrize("share", [0.97, 0.8, 0.6, 0.4, 0.2, 0.0])
+def test_as_many_blocks_stay_as_fit(share: float) -> None:
+    whole = planned(1000 * GB)
+    with pytest.raises(MemoryShort) as short:
+        planned(0)
+    least = float(short.value.hint.split()[2].rstrip(",")) * GB
+    budget = int(least + share * (whole.total - least))
+    residency = planned(budget)
+    streamed = residency.streamed
+    names = [(name, n) for n in range(40) for name in BLOCK]
+    assert [(pack.network.name, pack.n) for pack in streamed] == names[len(names) - len(streamed) :]
+    assert residency.total <= budget
+    assert residency.resident + sum(pack.size for pack in streamed) == whole.resident
+    assert residency.slots == 3 * max(pack.size for pack in streamed)
+    if len(streamed) < len(names):
+        block = sum(pack.size for pack in streamed[:2])
+        assert residency.total + block > budget
+
+
+def test_the_budget_that_memory_short_names_suffices_and_little_less_does_not() -> None:
+    with pytest.raises(MemoryShort) as short:
+        planned(3 * GB)
+    assert "3.0 GB are to be used" in short.value.message
+    named = float(short.value.hint.split()[2].rstrip(","))
+    assert len(planned(named * GB).streamed) == 80
+    with pytest.raises(MemoryShort):
+        planned((named - 0.2) * GB)
