@@ -123,6 +123,10 @@ def _load(name: FlavourName, capability: Capability | None, problems: list[str])
 
 def compile_onnx(flavour: Flavour, graph: bytes, target: Target, progress: Progress) -> bytes:
     """The plan of an ONNX graph. GraphError names the node that is not taken, or what stopped the builder."""
+    return _in_a_thread(flavour, progress, lambda monitor: _onnx(flavour, graph, target, monitor))
+
+
+def _onnx(flavour: Flavour, graph: bytes, target: Target, monitor: Any) -> bytes:
     builder, network, log = _start(flavour, target)
     parser = flavour.module.OnnxParser(network, log)  # has to live until the plan is built
     if not parser.parse(graph) or not network.num_outputs:  # bytes that are no graph "parse", and are empty
@@ -132,7 +136,7 @@ def compile_onnx(flavour: Flavour, graph: bytes, target: Target, progress: Progr
             f"{flavour.name} {flavour.version} cannot read the graph: {'; '.join(nodes) or 'it is empty'}.",
             "Export it again with `trt-wan build`; if that does not help, report it.",
         )
-    return _build(flavour, builder, network, log, target, progress)
+    return _build(flavour, builder, network, log, target, monitor)
 
 
 def compile_attention(
@@ -150,6 +154,14 @@ def compile_attention(
     that shifts all logits of a query alike, which a softmax does not see, and halves the error where channels
     of k stand out. In bf16 the ONNX graph is better: this one costs two more copies, of q and v.
     """
+    shape = (heads, tokens, head_dim)
+    return _in_a_thread(flavour, progress, lambda monitor: _attention(flavour, shape, fp8, target, monitor))
+
+
+def _attention(
+    flavour: Flavour, shape: tuple[int, int, int], fp8: bool, target: Target, monitor: Any
+) -> bytes:
+    heads, tokens, head_dim = shape
     trt = flavour.module
     builder, network, log = _start(flavour, target)
     if not hasattr(network, "add_attention"):
@@ -190,7 +202,7 @@ def compile_attention(
     merge.reshape_dims = (tokens, heads * head_dim)
     merge.get_output(0).name = "attended"
     network.mark_output(merge.get_output(0))
-    return _build(flavour, builder, network, log, target, progress)
+    return _build(flavour, builder, network, log, target, monitor)
 
 
 def _without_mean(trt: Any, network: Any, k: Any) -> Any:
@@ -234,13 +246,26 @@ def _start(flavour: Flavour, target: Target) -> tuple[Any, Any, Any]:
     return builder, builder.create_network(flags), log
 
 
-def _build(
-    flavour: Flavour, builder: Any, network: Any, log: Any, target: Target, progress: Progress
-) -> bytes:
-    """Builds in a thread, so that this one can report and be stopped: Python sees no Ctrl-C inside TensorRT.
+def _in_a_thread(flavour: Flavour, progress: Progress, work: Callable[[Any], bytes]) -> bytes:
+    """Calls `work(monitor)` in a thread, so that this one can report and be stopped.
 
-    An exception (KeyboardInterrupt, or whatever `progress` raises) ends the build at TensorRT's next step.
+    Python sees no Ctrl-C while TensorRT works, and one that comes while TensorRT calls our log is swallowed;
+    only the main thread gets any. An exception (KeyboardInterrupt, or whatever `progress` raises) ends the
+    build at TensorRT's next step.
     """
+    monitor = new_class("Monitor", (_Monitor, flavour.module.IProgressMonitor))()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        try:
+            future = pool.submit(work, monitor)
+            while not wait([future], timeout=0.1).done:
+                progress(*monitor.state)
+        except BaseException:
+            monitor.stopped = True
+            raise
+    return future.result()
+
+
+def _build(flavour: Flavour, builder: Any, network: Any, log: Any, target: Target, monitor: Any) -> bytes:
     trt = flavour.module
     config = builder.create_builder_config()
     # More streams take a gigabyte more at full size, and what could run beside is tiny (trt_facts.md 1.3).
@@ -250,17 +275,8 @@ def _build(
         config.num_compute_capabilities = 1
         capability = getattr(trt.ComputeCapability, TARGETS[target].compute_capability)
         config.set_compute_capability(capability, 0)
-    monitor = new_class("Monitor", (_Monitor, trt.IProgressMonitor))()
     config.progress_monitor = monitor
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        try:
-            future = pool.submit(builder.build_serialized_network, network, config)
-            while not wait([future], timeout=0.1).done:
-                progress(*monitor.state)
-        except BaseException:
-            monitor.stopped = True
-            raise
-    plan = future.result()
+    plan = builder.build_serialized_network(network, config)
     if plan is None:
         hint = "Report it, with this message."
         if target == "current":

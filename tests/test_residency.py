@@ -23,6 +23,7 @@ from trt_wan.errors import MemoryShort
 from trt_wan.runtime import pipeline, rehearsal
 from trt_wan.runtime.checkpoints.random_weights import RandomWeights
 from trt_wan.runtime.clips import Clips
+from trt_wan.runtime.device.weights import SLOTS
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.model import Model
@@ -198,7 +199,7 @@ def test_as_many_blocks_stay_as_fit(share: float) -> None:
     assert [(pack.network.name, pack.n) for pack in streamed] == names[len(names) - len(streamed) :]
     assert residency.total <= budget
     assert residency.resident + sum(pack.size for pack in streamed) == whole.resident
-    assert residency.slots == 3 * max(pack.size for pack in streamed)
+    assert residency.slots == SLOTS * max(pack.size for pack in streamed)
     if len(streamed) < len(names):
         block = sum(pack.size for pack in streamed[:2])
         assert residency.total + block > budget
