@@ -40,7 +40,7 @@ HostWeights = Mapping[Part, Mapping[str, Array]]
 FP8_CAPABILITY = (8, 9)
 
 # Where the engine for the GPU that is there loses against one for a named target (docs/log.md: bf16 attention
-# 141 ms against 78 on an H200). By compute capability and network.
+# does not build for the H200 itself and takes 78 ms built for SM89). By compute capability and network.
 BETTER_TARGETS: dict[tuple[tuple[int, int], str], Target] = {((9, 0), "attention"): "sm89"}
 
 

@@ -69,7 +69,7 @@ class TensorRtExecutor:
             context.set_tensor_address(contract.name, array.address)
         if not context.execute_async_v3(self.gpu.handle):
             raise GraphError(
-                f"TensorRT could not run {network.name}.", "Run with TRT_WAN_LOG=1 and report what it prints."
+                f"TensorRT could not run {network.name}.", "Report it, with what TensorRT wrote above."
             )
         self._weights.used(network, n)
         return cast(tuple[Array, ...], tuple(outputs))
