@@ -15,13 +15,16 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One denoising step is finished; `eta` counts the remaining steps of all windows, in seconds."""
+    """One denoising step is computed, in `seconds`; the host had asked for all of it after `host_seconds`.
+    `eta` counts the remaining steps of all windows, in seconds.
+    """
 
     window: int
     windows: int
     step: int
     steps: int
     seconds: float
+    host_seconds: float
     eta: float
 
 

@@ -25,10 +25,11 @@ from trt_wan.runtime.clips import Clips
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.sources import FileSource, RandomSource
 from trt_wan.runtime.device.weights import DeviceWeights, WeightSource
+from trt_wan.runtime.engine_segment import open_engines
 from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.executors import Array
+from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor, require_memory
-from trt_wan.runtime.executors.tensorrt import TensorRtExecutor
 from trt_wan.runtime.job import Job, Settings, Tier
 from trt_wan.runtime.model import Model
 from trt_wan.runtime.rehearsal import activation_bytes
@@ -116,7 +117,7 @@ def open_on_gpu(
     """`weights` are what the host itself reads of them, `source` fills the GPU."""
     plans = engine_plans(config, plan, gpu, flavour, settings.tier, progress)
     passing = set(BEFORE_THE_STEPS)
-    executor = TensorRtExecutor(gpu, flavour, plans, home() / "kernels" / flavour.name)
+    executor = GpuExecutor(gpu, open_engines(gpu, flavour, plans, home() / "kernels" / flavour.name))
     model = Model(config, plan, executor, weights)
     budget = gpu.free_bytes() if settings.vram is None else int(settings.vram * 1e9)
     arena = activation_bytes(config, plan, guided)

@@ -16,6 +16,7 @@ from trt_wan.runtime.events import Progress, StageStarted, StepDone, WindowDone,
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.image_encoder import encode_image
 from trt_wan.runtime.job import Job
+from trt_wan.runtime.model import Model
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.open_model import open_job
 from trt_wan.runtime.schedulers import schedule as make_schedule
@@ -95,7 +96,7 @@ def stream_windows(
     blank_face = encode_blank_face(model) if guided and clips.face is not None else None
     generator = CpuGenerator(job.seed)
     carried: Array | None = None
-    clock = _StepClock(job, windows.total, progress, should_stop)
+    clock = _StepClock(model, job, windows.total, progress, should_stop)
 
     for j in range(windows.total):
         indices = windows.indices(j)
@@ -152,21 +153,29 @@ def stream_windows(
 class _StepClock:
     """Reports every step with its time and what is left, and ends the run between two steps."""
 
-    def __init__(self, job: Job, windows: int, progress: Progress, should_stop: ShouldStop) -> None:
-        self.steps, self.windows, self.progress, self.should_stop = job.steps, windows, progress, should_stop
+    def __init__(
+        self, model: Model, job: Job, windows: int, progress: Progress, should_stop: ShouldStop
+    ) -> None:
+        self.wait, self.steps, self.windows = model.executor.wait, job.steps, windows
+        self.progress, self.should_stop = progress, should_stop
         self.durations: list[float] = []
 
     def window(self, j: int) -> BetweenSteps:
+        self.wait()
         last = time.perf_counter()
 
         def between_steps(done: int) -> None:
             nonlocal last
+            host_seconds = time.perf_counter() - last
+            self.wait()
             now = time.perf_counter()
             self.durations.append(now - last)
             last = now
             left = (self.windows - j) * self.steps - done
             eta = left * float(np.median(self.durations))
-            self.progress(StepDone(j + 1, self.windows, done, self.steps, self.durations[-1], eta))
+            self.progress(
+                StepDone(j + 1, self.windows, done, self.steps, self.durations[-1], host_seconds, eta)
+            )
             if self.should_stop():
                 raise Stopped(
                     f"Stopped in window {j + 1} of {self.windows}, after step {done} of {self.steps}."

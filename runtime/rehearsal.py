@@ -71,6 +71,9 @@ class _Rehearsal:
         held = [self._held(value, "float32") for _, value in terms]
         return cast(Array, _Shape(self.arena, held[0].shape, "float32"))
 
+    def wait(self) -> None:
+        pass
+
     def settle(self) -> None:
         pass
 

@@ -34,7 +34,8 @@ from trt_wan.runtime.device.arena import Arena, Span
 from trt_wan.runtime.device.gpu import DeviceArray
 from trt_wan.runtime.device.sources import FileSource, RandomSource
 from trt_wan.runtime.device.weights import SLOTS, DeviceWeights, Pack, nbytes
-from trt_wan.runtime.executors.tensorrt import TensorRtExecutor
+from trt_wan.runtime.engine_segment import open_engines
+from trt_wan.runtime.executors.gpu import GpuExecutor
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -491,9 +492,9 @@ NETWORK = Network(
 )
 
 
-def executor(trt: FakeTensorRt, gpu: FakeGpu, plans: dict[str, bytes], folder: Path) -> TensorRtExecutor:
+def executor(trt: FakeTensorRt, gpu: FakeGpu, plans: dict[str, bytes], folder: Path) -> GpuExecutor:
     flavour = Flavour("tensorrt_rtx", "1.6.1", trt, "a test")
-    made = TensorRtExecutor(cast(Any, gpu), flavour, plans, folder)
+    made = GpuExecutor(cast(Any, gpu), open_engines(cast(Any, gpu), flavour, plans, folder))
     made.start(1 << 20, DeviceWeights(cast(Any, gpu), CountingSource(), [], set()))
     return made
 
@@ -502,7 +503,7 @@ def test_executor_casts_inputs_sets_every_address_and_runs(tmp_path: Path) -> No
     trt, gpu = FakeTensorRt(), FakeGpu()
     runs = executor(trt, gpu, {"net": b"plan", "other": b"a long plan"}, tmp_path)
     scratch = [line for line in trt.log if line[0] == "scratch"]
-    assert scratch == [("scratch", gpu.buffers[0].handle, 1100)] * 2
+    assert scratch == [("scratch", gpu.buffers[0].handle, size) for size in (400, 1100)]
     assert gpu.reserved == 1 << 20
 
     x, there = np.ones((2, 3)), gpu.empty((4,), np.int64)

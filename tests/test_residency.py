@@ -74,6 +74,9 @@ class Counting:
         held = [self._on_device(term, "float32") for _, term in terms]
         return cast(Array, Bytes(self, held[0].shape, "float32"))
 
+    def wait(self) -> None:
+        pass
+
     def settle(self) -> None:
         pass
 

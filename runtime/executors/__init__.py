@@ -24,6 +24,10 @@ class Executor(Protocol):
         """The sum of coefficient·array in float32, added in the order given: the samplers' arithmetic."""
         ...
 
+    def wait(self) -> None:
+        """Returns when everything asked for so far is computed."""
+        ...
+
     def settle(self) -> None:
         """Says that every network has run once: what later starts can use is kept."""
         ...

@@ -35,6 +35,9 @@ class OnnxRuntimeExecutor:
     def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
         return combine_fp32(terms)
 
+    def wait(self) -> None:
+        pass  # ONNX Runtime returns when it is done
+
     def settle(self) -> None:
         pass
 

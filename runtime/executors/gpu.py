@@ -1,0 +1,70 @@
+"""One GPU: a segment for every network, which share one scratch, and arrays that stay on the device.
+
+Inputs may be numpy arrays (uploaded) or arrays of the device; outputs are arrays of the device, which numpy
+functions accept and then download. One segment serves all sets of its network's weights: addresses change,
+nothing else does.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from trt_wan.engines.contract import Network
+from trt_wan.runtime.device.gpu import DeviceArray, Gpu
+from trt_wan.runtime.device.weights import DeviceWeights
+from trt_wan.runtime.executors import Array
+from trt_wan.runtime.segments import Segment
+
+
+class GpuExecutor:
+    """`segments` are by network."""
+
+    def __init__(self, gpu: Gpu, segments: Mapping[str, Segment]) -> None:
+        self.gpu, self._segments = gpu, segments
+        self._scratch: Any = None
+        self._weights: DeviceWeights
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the largest segment needs; all share it."""
+        return max(1, *(segment.scratch_bytes for segment in self._segments.values()))
+
+    def start(self, arena: int, weights: DeviceWeights) -> None:
+        """Takes the memory: `arena` bytes for activations, and the scratch."""
+        self._scratch = self.gpu.allocate(self.scratch_bytes)
+        for segment in self._segments.values():
+            segment.start(int(self._scratch.handle))
+        self.gpu.reserve(arena)
+        self._weights = weights
+
+    def place(self, array: Array) -> Array:
+        return cast(Array, self.gpu.upload(np.asarray(array)))
+
+    def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
+        return cast(Array, self.gpu.combine(terms))
+
+    def wait(self) -> None:
+        self.gpu.sync()
+
+    def release(self, names: set[str]) -> None:
+        self._weights.release(names)
+
+    def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
+        given = {name: self._on_device(value, network, name) for name, value in inputs.items()}
+        outputs = [self.gpu.empty(t.shape, t.dtype) for t in network.outputs]
+        arrays = given | self._weights.bind(network, n)
+        arrays |= {t.name: array for t, array in zip(network.outputs, outputs, strict=True)}
+        self._segments[network.name].enqueue({name: array.address for name, array in arrays.items()})
+        self._weights.used(network, n)
+        return cast(tuple[Array, ...], tuple(outputs))
+
+    def settle(self) -> None:
+        for segment in self._segments.values():
+            segment.settle()
+
+    def _on_device(self, value: Any, network: Network, name: str) -> DeviceArray:
+        if isinstance(value, DeviceArray):
+            return value
+        dtype = next(t.dtype for t in network.inputs if t.name == name)
+        return self.gpu.upload(np.asarray(value, np.dtype(dtype)))
