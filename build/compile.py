@@ -5,21 +5,29 @@ goes on where it was. torch is imported only if graphs have to be exported first
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from trt_wan.engines.candidates import SEGMENTS, Candidate, Engine, Machine, candidates
+from trt_wan.engines.choice import Missing
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.engine_id import GpuKind
 from trt_wan.engines.engine_store import Manifest, ensure, find, trim
 from trt_wan.engines.plan import Plan
-from trt_wan.engines.recipes import Recipe, engine_names, recipes, require_target
+from trt_wan.engines.recipes import (
+    Recipe,
+    engine_names,
+    engines_of,
+    recipes,
+    recipes_here,
+    require_target,
+)
 from trt_wan.engines.store import graphs_folder, is_complete
 from trt_wan.engines.tensorrt import Flavour, Target
-from trt_wan.errors import UsageError
+from trt_wan.errors import GraphError, UsageError
 
-State = Literal["there", "built", "missing"]
+State = Literal["there", "built", "missing", "impossible"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +35,10 @@ class EngineRow:
     """One line of the report. Seconds are those of its compilation, whenever that was."""
 
     name: str
+    target: Target
     state: State
-    manifest: Manifest | None  # None if it is missing
+    manifest: Manifest | None  # None if it is not there
+    problem: str = ""  # why it is impossible
 
     @property
     def seconds(self) -> float:
@@ -58,6 +68,7 @@ class EngineProgress:
     """The phase and its steps are TensorRT's."""
 
     name: str
+    target: Target
     number: int  # of this engine, 1-based
     engines: int
     phase: str
@@ -82,45 +93,100 @@ def compile_engines(
     flavour: Flavour,
     progress: BuildProgress,
     *,
-    gpu: GpuKind | None = None,
+    machine: Machine | None = None,
+    missing: Missing = lambda candidate: None,
     dry_run: bool = False,
 ) -> CompileReport:
     """Builds what is missing or damaged. With `dry_run` nothing is built: the report says what is there.
 
-    `gpu` is the one that is there, for the target "current". An engine that cannot be compiled ends the build
-    with a GraphError; those before it are in the store.
+    `machine` is the one that is there, for the target "current": it also gets the candidates that are built
+    for another target. An engine that cannot be compiled ends the build with a GraphError, those before it
+    are in the store; but where another candidate can take the network's place (`missing` says of which the
+    library is not here) the report says why, and the build goes on.
     """
     start = time.perf_counter()
+    assert (machine is not None) == (target == "current"), f"{target} on {machine}"
     require_target(plan, target)
     if not is_complete(graphs_folder(model, plan), model, plan):
         if dry_run:  # without a graph's bytes there is no telling whether its engine is there
-            missing = tuple(EngineRow(name, "missing", None) for name in engine_names(model, plan))
-            return CompileReport(missing, tuple(networks(model, plan)), time.perf_counter() - start, 0)
+            wanted = _wanted(model, plan, target, machine)
+            rows = tuple(EngineRow(engine.recipe, engine.target, "missing", None) for engine in wanted)
+            return CompileReport(rows, tuple(networks(model, plan)), time.perf_counter() - start, 0)
         _export(model, plan, progress)
-    made = list(recipes(model, plan, target, flavour, gpu).values())
+    if machine is not None:
+        made = recipes_here(model, plan, machine)
+    else:
+        made = {Engine(name, target): r for name, r in recipes(model, plan, target, flavour).items()}
     if dry_run:
-        rows = tuple(_look(recipe) for recipe in made)
+        rows = tuple(_look(recipe) for recipe in made.values())
         return CompileReport(rows, (), time.perf_counter() - start, 0)
-    rows = tuple(_make(recipe, number, len(made), progress) for number, recipe in enumerate(made, 1))
-    removed = trim({recipe.engine.key for recipe in made})
+    places = _places(plan, machine)
+    spared = {row.engine for rows in places for row in rows}
+    errors: dict[Engine, GraphError] = {}
+    rows = tuple(
+        _make(engine, recipe, (number, len(made)), errors if engine in spared else None, progress)
+        for number, (engine, recipe) in enumerate(made.items(), 1)
+    )
+    _require_others(places, missing, errors)
+    removed = trim({recipe.engine.key for recipe in made.values()})
     return CompileReport(rows, (), time.perf_counter() - start, len(removed))
 
 
+def _wanted(model: ModelConfig, plan: Plan, target: Target, machine: Machine | None) -> tuple[Engine, ...]:
+    if machine is not None:
+        return engines_of(model, plan, machine)
+    return tuple(Engine(name, target) for name in engine_names(model, plan))
+
+
 def _look(recipe: Recipe) -> EngineRow:
-    manifest = find(recipe.engine)
-    return EngineRow(recipe.engine.network, "there" if manifest else "missing", manifest)
+    engine, manifest = recipe.engine, find(recipe.engine)
+    return EngineRow(engine.network, engine.target, "there" if manifest else "missing", manifest)
 
 
-def _make(recipe: Recipe, number: int, engines: int, progress: BuildProgress) -> EngineRow:
-    name = recipe.engine.network
+def _make(
+    engine: Engine,
+    recipe: Recipe,
+    count: tuple[int, int],
+    errors: dict[Engine, GraphError] | None,
+    progress: BuildProgress,
+) -> EngineRow:
+    """An error that does not end the build is put into `errors`."""
+    name, target = recipe.engine.network, recipe.engine.target
 
     def step(phase: str, done: int, steps: int) -> None:
-        progress(EngineProgress(name, number, engines, phase, done, steps))
+        progress(EngineProgress(name, target, *count, phase, done, steps))
 
-    manifest, built = ensure(recipe.engine, lambda: recipe.compile(step))
-    row = EngineRow(name, "built" if built else "there", manifest)
-    progress(EngineDone(row, number, engines))
+    try:
+        manifest, built = ensure(recipe.engine, lambda: recipe.compile(step))
+        row = EngineRow(name, target, "built" if built else "there", manifest)
+    except GraphError as error:
+        if errors is None:
+            raise
+        errors[engine] = error
+        row = EngineRow(name, target, "impossible", None, error.message)
+    progress(EngineDone(row, *count))
     return row
+
+
+def _places(plan: Plan, machine: Machine | None) -> list[tuple[Candidate, ...]]:
+    """The candidates for every place that has several; no others may fail."""
+    if machine is None:
+        return []
+    every = [candidates(network, plan.precision, machine) for network in SEGMENTS]
+    return [rows for rows in every if len(rows) > 1]
+
+
+def _require_others(
+    places: Sequence[Sequence[Candidate]], missing: Missing, errors: Mapping[Engine, GraphError]
+) -> None:
+    """Raises the first of `errors` that leaves a place empty in a tier."""
+    for rows in places:
+        there = [row for row in rows if row.engine not in errors and missing(row) is None]
+        for failed in rows:
+            others = [row for row in there if failed.tier in ("fast", row.tier)]
+            error = errors.get(failed.engine) if failed.engine else None
+            if error is not None and not others:
+                raise error
 
 
 def _export(model: ModelConfig, plan: Plan, progress: BuildProgress) -> None:

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from trt_wan.engines.engine_id import FORMAT, EngineId
+from trt_wan.engines.figures import Figure
 from trt_wan.engines.store import home
 from trt_wan.errors import GraphError, UsageError
 
 DEFAULT_LIMIT_GB = 4.0
 _FILE = re.compile(r"([0-9a-f]{32})\.(plan|json)(\.\d+\.partial)?")
-
-Candidate = dict[str, float | str]  # one that was measured, with its figures
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Manifest:
     build_seconds: float
     bytes: int
     sha256: str  # of the plan
-    candidates: list[Candidate] = field(default_factory=list)
+    candidates: list[Figure] = field(default_factory=list)
     format: int = FORMAT
 
 
@@ -112,11 +111,17 @@ def ensure(engine: EngineId, build: Callable[[], bytes]) -> tuple[Manifest, bool
     return manifest, False
 
 
-def record_candidates(engine: EngineId, candidates: list[Candidate]) -> None:
-    """Writes a measurement's figures into the manifest."""
+def record_candidates(engine: EngineId, figures: Collection[Figure]) -> None:
+    """Writes a measurement's figures into the manifest, beside those of other GPUs and candidates."""
+
+    def measured(figure: Figure) -> tuple[str, str, str]:
+        return figure.gpu, figure.version, figure.candidate
+
+    new = {measured(figure) for figure in figures}
     with _lock(engine.key):
         _, manifest = _check(engine)
-        _write_manifest(replace(manifest, candidates=candidates))
+        kept = [figure for figure in manifest.candidates if measured(figure) not in new]
+        _write_manifest(replace(manifest, candidates=[*kept, *figures]))
 
 
 def entries() -> list[Entry]:
@@ -230,7 +235,8 @@ def read_manifest(key: str) -> Manifest | None:
         values = json.loads(_path(key, "json").read_text(encoding="utf-8"))
         checksum = values.pop("checksum")
         if checksum == _checksum(values) and values["format"] == FORMAT:
-            return Manifest(**values)
+            figures = [Figure(**figure) for figure in values.pop("candidates")]
+            return Manifest(**values, candidates=figures)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from trt_wan.engines.candidates import ATTENTION_FP8, Engine, Machine, candidates
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.engine_id import EngineId, GpuKind
@@ -27,8 +28,6 @@ from trt_wan.engines.tensorrt import (
 )
 from trt_wan.errors import UsageError
 
-ATTENTION_FP8 = "attention_fp8"  # the contract `attention`, computed in FP8: a candidate for its place
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -39,6 +38,13 @@ class Recipe:
 def engine_names(model: ModelConfig, plan: Plan) -> tuple[str, ...]:
     """One engine per network, and candidates that have no graph of their own."""
     return (*networks(model, plan), *((ATTENTION_FP8,) if PRECISIONS[plan.precision].fp8 else ()))
+
+
+def engines_of(model: ModelConfig, plan: Plan, machine: Machine) -> tuple[Engine, ...]:
+    """Those for the GPU that is there, and its candidates that are built for another target."""
+    rows = [row for name in networks(model, plan) for row in candidates(name, plan.precision, machine)]
+    guests = [row.engine for row in rows if row.engine is not None and row.engine.target != "current"]
+    return (*(Engine(name) for name in engine_names(model, plan)), *guests)
 
 
 def require_target(plan: Plan, target: Target) -> None:
@@ -70,3 +76,13 @@ def recipes(
             engine(ATTENTION_FP8, source), partial(compile_attention, flavour, *shape, True, target)
         )
     return found
+
+
+def recipes_here(model: ModelConfig, plan: Plan, machine: Machine) -> dict[Engine, Recipe]:
+    """The recipe of every engine that the GPU that is there may use."""
+    wanted = engines_of(model, plan, machine)
+    by_target = {
+        target: recipes(model, plan, target, machine.flavour, machine.gpu if target == "current" else None)
+        for target in dict.fromkeys(engine.target for engine in wanted)
+    }
+    return {engine: by_target[engine.target][engine.recipe] for engine in wanted}

@@ -1,11 +1,14 @@
 """TensorRT engines as segments: one execution context each, over scratch that the executor gives.
 
-Nothing is compiled here, but TensorRT-RTX finishes an engine's kernels when its context is created and keeps
-them in a cache file. That takes seconds for some, so contexts are created side by side.
+Nothing is compiled here, but TensorRT-RTX finishes an engine's kernels when its context is created, which
+takes up to 5 s an engine, one after the other in a process. So engines that were never opened on this machine
+are opened once in processes of their own, side by side, which leave the kernels in a cache file.
 """
 
 import hashlib
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,27 +17,35 @@ from typing import Any
 from trt_wan.engines.tensorrt import Flavour
 from trt_wan.errors import GraphError
 from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.events import Note, Progress, silent
 
-THREADS = 16
+PROCESSES = 8  # at most; each takes half a GB of GPU memory while it works
 
 
 def open_engines(
-    gpu: Gpu, flavour: Flavour, plans: Mapping[str, bytes], kernel_cache: Path
+    gpu: Gpu,
+    flavour: Flavour,
+    plans: Mapping[str, bytes],
+    kernel_cache: Path,
+    progress: Progress = silent,
 ) -> dict[str, "EngineSegment"]:
     """`plans` are engines by name, checked by the store; `kernel_cache` is where RTX keeps its kernels."""
+    if len(unfinished(flavour, plans, kernel_cache)) > 1:
+        finish_kernels(flavour, plans, kernel_cache, progress)
     runtime = flavour.module.Runtime(flavour.module.Logger(flavour.module.Logger.ERROR))
-
-    def opened(name: str) -> EngineSegment:
-        gpu.device.set_current()  # CUDA's current device is a thread's own
-        return EngineSegment(gpu, flavour.module, runtime, name, plans[name], kernel_cache)
-
-    with ThreadPoolExecutor(max_workers=min(THREADS, os.cpu_count() or 1)) as pool:
-        return dict(zip(plans, pool.map(opened, plans), strict=True))
+    return {
+        name: EngineSegment(gpu.handle, flavour.module, runtime, name, plan, kernel_cache)
+        for name, plan in plans.items()
+    }
 
 
 class EngineSegment:
-    def __init__(self, gpu: Gpu, trt: Any, runtime: Any, name: str, plan: bytes, kernel_cache: Path) -> None:
-        self.gpu, self.name = gpu, name
+    """`stream` is the handle of the stream to compute on."""
+
+    def __init__(
+        self, stream: int, trt: Any, runtime: Any, name: str, plan: bytes, kernel_cache: Path
+    ) -> None:
+        self._stream, self.name = stream, name
         self._runtime = runtime  # TensorRT wants it to outlive its engines
         self._engine = runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
@@ -45,9 +56,9 @@ class EngineSegment:
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self._cache: Any = None
-        self._cache_file = kernel_cache / f"{hashlib.sha256(plan).hexdigest()[:32]}.kernels"
+        self._cache_file = cache_file(kernel_cache, plan)
         self._cached = False
-        if hasattr(config, "create_runtime_cache"):  # TensorRT-RTX: kernels are finished on this machine
+        if hasattr(config, "create_runtime_cache"):
             self._cache = config.create_runtime_cache()
             if self._cache_file.exists():  # False for another GPU or driver: then it starts empty
                 self._cached = bool(self._cache.deserialize(self._cache_file.read_bytes()))
@@ -65,7 +76,7 @@ class EngineSegment:
         for name, address in addresses.items():
             taken = self._context.set_tensor_address(name, address)
             assert taken, f"{self.name} has no tensor {name}"
-        if not self._context.execute_async_v3(self.gpu.handle):
+        if not self._context.execute_async_v3(self._stream):
             raise GraphError(
                 f"TensorRT could not run {self.name}.", "Report it, with what TensorRT wrote above."
             )
@@ -79,3 +90,32 @@ class EngineSegment:
         temporary.write_bytes(bytes(self._cache.serialize()))
         temporary.replace(self._cache_file)
         self._cached = True
+
+
+def cache_file(folder: Path, plan: bytes) -> Path:
+    return folder / f"{hashlib.sha256(plan).hexdigest()[:32]}.kernels"
+
+
+def unfinished(flavour: Flavour, plans: Mapping[str, bytes], kernel_cache: Path) -> list[str]:
+    """Engines whose kernels TensorRT-RTX has not finished on this machine, the largest first."""
+    if flavour.name != "tensorrt_rtx":
+        return []
+    new = [name for name, plan in plans.items() if not cache_file(kernel_cache, plan).exists()]
+    return sorted(new, key=lambda name: len(plans[name]), reverse=True)
+
+
+def finish_kernels(
+    flavour: Flavour, plans: Mapping[str, bytes], kernel_cache: Path, progress: Progress
+) -> None:
+    """Opens the unfinished engines in other processes. What fails there shows when it is opened here."""
+    new = unfinished(flavour, plans, kernel_cache)
+    if not new:
+        return
+    progress(Note(f"finishing the kernels of {len(new)} engines for this GPU, once"))
+    command = (sys.executable, "-m", "trt_wan.runtime.finish_kernels", flavour.name)
+
+    def finish(name: str) -> None:
+        subprocess.run((*command, name, str(kernel_cache)), input=plans[name], capture_output=True)
+
+    with ThreadPoolExecutor(min(PROCESSES, os.cpu_count() or 1)) as pool:
+        list(pool.map(finish, new))

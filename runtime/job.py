@@ -1,10 +1,12 @@
 """One job, built once and passed whole: what goes in, how it is denoised, what comes out."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from trt_wan.engines.candidates import Tier, require_known
 from trt_wan.engines.contract import Part
 from trt_wan.engines.plan import Plan
 from trt_wan.engines.precision import Precision
@@ -15,7 +17,6 @@ from trt_wan.runtime.windows import Windows
 
 Mode = Literal["animate", "replace"]
 ExecutorName = Literal["auto", "onnxruntime", "tensorrt"]
-Tier = Literal["exact", "fast"]
 
 # Wan2.2-Animate was trained with it ("the person in the video is making movements"); others work, less well.
 DEFAULT_PROMPT = "视频中的人在做动作"
@@ -87,6 +88,11 @@ class Settings:
     tier: Tier = "exact"  # exact: attention in bf16; fast: in 8 bits
     flavour: str | None = None  # of TensorRT
     vram: float | None = None  # GB to use at most
+    segments: Mapping[str, str] = field(default_factory=dict)  # candidates asked for, by network
+
+    def __post_init__(self) -> None:
+        for network, candidate in self.segments.items():
+            require_known(network, candidate)
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,22 @@
-"""From a job's settings to a model that runs: executor, precision, engines and memory, each with its reason.
+"""From a job's settings to a model that runs: executor, precision, candidates, memory, each with its reason.
 
 Everything is decided before the first stage. On a GPU, TensorRT-RTX engines that are missing or damaged are
 built on the spot; a second each at most.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
+from trt_wan.engines.candidates import Candidate, Engine, Machine, candidates, tiers
 from trt_wan.engines.checkpoint import PARTS
+from trt_wan.engines.choice import choose, figures_of
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.contract import Part
-from trt_wan.engines.engine_id import GpuKind
-from trt_wan.engines.engine_store import ensure, open_checked
+from trt_wan.engines.contracts import networks
 from trt_wan.engines.plan import Plan
-from trt_wan.engines.precision import PRECISIONS, Precision
-from trt_wan.engines.recipes import ATTENTION_FP8, Recipe, recipes
-from trt_wan.engines.store import home, require_graphs
-from trt_wan.engines.tensorrt import Flavour, Target, choose_flavour
+from trt_wan.engines.precision import Precision
+from trt_wan.engines.recipes import Recipe, recipes_here
+from trt_wan.engines.store import require_graphs
+from trt_wan.engines.tensorrt import Flavour, choose_flavour
 from trt_wan.errors import EnvironmentBroken, UsageError
 from trt_wan.runtime.checkpoints.find_tokenizer import find_tokenizer
 from trt_wan.runtime.checkpoints.loading import load_weights
@@ -25,13 +25,13 @@ from trt_wan.runtime.clips import Clips
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.sources import FileSource, RandomSource
 from trt_wan.runtime.device.weights import DeviceWeights, WeightSource
-from trt_wan.runtime.engine_segment import open_engines
 from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor, require_memory
-from trt_wan.runtime.job import Job, Settings, Tier
+from trt_wan.runtime.job import Job, Settings
 from trt_wan.runtime.model import Model
+from trt_wan.runtime.open_segments import machine_of, missing, open_segments
 from trt_wan.runtime.rehearsal import activation_bytes
 from trt_wan.runtime.residency import BEFORE_THE_STEPS, plan_residency
 from trt_wan.runtime.tokenizer import Tokenizer, byte_tokenizer
@@ -39,10 +39,6 @@ from trt_wan.runtime.tokenizer import Tokenizer, byte_tokenizer
 RANDOM_SEED = 0
 HostWeights = Mapping[Part, Mapping[str, Array]]
 FP8_CAPABILITY = (8, 9)
-
-# Where the engine for the GPU that is there loses against one for a named target (docs/log.md: bf16 attention
-# does not build for the H200 itself and takes 78 ms built for SM89). By compute capability and network.
-BETTER_TARGETS: dict[tuple[tuple[int, int], str], Target] = {((9, 0), "attention"): "sm89"}
 
 
 def open_job(job: Job, clips: Clips, guided: bool, progress: Progress) -> tuple[Model, Tokenizer]:
@@ -65,6 +61,8 @@ def open_job(job: Job, clips: Clips, guided: bool, progress: Progress) -> tuple[
     precision = choose_precision(job.settings, place[0] if place else None)
     plan = Plan(clips.width, clips.height, job.window, precision)
     if place is None:
+        if job.settings.segments:
+            raise UsageError("ONNX Runtime on the CPU has no candidates.", "Leave --segment out.")
         return open_on_cpu(config, plan, weights), tokenizer
     return open_on_gpu(config, plan, *place, source, weights, job.settings, guided, progress), tokenizer
 
@@ -115,9 +113,11 @@ def open_on_gpu(
     progress: Progress,
 ) -> Model:
     """`weights` are what the host itself reads of them, `source` fills the GPU."""
-    plans = engine_plans(config, plan, gpu, flavour, settings.tier, progress)
+    machine = machine_of(gpu, flavour)
+    recipes = recipes_here(config, plan, machine)
+    chosen = choose_segments(config, plan, machine, recipes, settings, progress)
     passing = set(BEFORE_THE_STEPS)
-    executor = GpuExecutor(gpu, open_engines(gpu, flavour, plans, home() / "kernels" / flavour.name))
+    executor = GpuExecutor(gpu, open_segments(chosen, config, plan, gpu, flavour, recipes, progress))
     model = Model(config, plan, executor, weights)
     budget = gpu.free_bytes() if settings.vram is None else int(settings.vram * 1e9)
     arena = activation_bytes(config, plan, guided)
@@ -134,32 +134,33 @@ def open_on_gpu(
     return model
 
 
-def engine_plans(
-    config: ModelConfig, plan: Plan, gpu: Gpu, flavour: Flavour, tier: Tier, progress: Progress
-) -> dict[str, bytes]:
-    """The engine of every network, from the store or built now."""
-    kind = GpuKind(gpu.name, gpu.driver)
-    made = recipes(config, plan, "current", flavour, kind)
-    if tier == "fast":
-        if not PRECISIONS[plan.precision].fp8:
-            raise UsageError(
-                f"The tier fast needs FP8; the precision is {plan.precision}.", "Use --tier exact."
-            )
-        made["attention"] = made[ATTENTION_FP8]
-    made.pop(ATTENTION_FP8, None)
-    for (capability, name), target in BETTER_TARGETS.items():
-        if capability == gpu.capability and name in made and not (name == "attention" and tier == "fast"):
-            if flavour.name == "tensorrt_rtx":
-                made[name] = recipes(config, plan, target, flavour)[name]
-    return {name: _plan(recipe, progress) for name, recipe in made.items()}
-
-
-def _plan(recipe: Recipe, progress: Progress) -> bytes:
-    manifest, built = ensure(recipe.engine, lambda: recipe.compile(_ignore))
-    if built:
-        progress(Note(f"built {recipe.engine.title} in {manifest.build_seconds:.1f} s"))
-    return open_checked(recipe.engine)
-
-
-def _ignore(*progress: Any) -> None:
-    """A run reports an engine when it is built, not while."""
+def choose_segments(
+    config: ModelConfig,
+    plan: Plan,
+    machine: Machine,
+    recipes: Mapping[Engine, Recipe],
+    settings: Settings,
+    progress: Progress,
+) -> dict[str, Candidate]:
+    """The candidate for every network; says which and why where there is a choice."""
+    if settings.tier not in tiers(plan.precision):
+        raise UsageError(
+            f"The tier {settings.tier} needs FP8; the precision is {plan.precision}.", "Use --tier exact."
+        )
+    chosen = {}
+    for network in networks(config, plan):
+        rows = candidates(network, plan.precision, machine)
+        engines = [recipes[row.engine].engine for row in rows if row.engine is not None]
+        choice = choose(
+            network,
+            plan.precision,
+            settings.tier,
+            machine,
+            figures_of(engines, machine),
+            lambda row: missing(row, machine.capability),
+            settings.segments.get(network),
+        )
+        if len(rows) > 1:
+            progress(Note(choice.text))
+        chosen[network] = choice.candidate
+    return chosen

@@ -58,3 +58,14 @@ def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert built.returncode == 0, built.stderr
     return home
+
+
+@pytest.fixture
+def nvrtc() -> None:
+    """Skips where our kernels cannot be compiled."""
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except Exception as error:  # a missing library raises what the loader likes
+        pytest.skip(f"NVRTC is not here: {error}")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,14 +22,19 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny_job import PLAN, TRT_WAN
 
+import trt_wan.build.autotune
 import trt_wan.build.compile
+import trt_wan.cli_build
 import trt_wan.cli_engines
+import trt_wan.engines.recipes
 import trt_wan.runtime.device.gpu
+from trt_wan.build.autotune import Measured, Measuring
 from trt_wan.cli import cli
-from trt_wan.engines import engine_store
+from trt_wan.engines.candidates import CANDIDATES, Engine, Machine
 from trt_wan.engines.config import TINY
 from trt_wan.engines.engine_id import GpuKind
 from trt_wan.engines.engine_store import Manifest, entries, find, record_candidates
+from trt_wan.engines.figures import Figure
 from trt_wan.engines.plan import Plan
 from trt_wan.engines.recipes import engine_names, recipes
 from trt_wan.engines.tensorrt import choose_flavour
@@ -37,6 +43,9 @@ pytest.importorskip("tensorrt_rtx", reason="engines are compiled with TensorRT-R
 
 FP8 = Plan(PLAN.width, PLAN.height, PLAN.frames, "fp8")
 NAMES = engine_names(TINY, FP8)
+FIGURE = Figure(
+    "attention", "cudnn", "measured", 38.5, 3.1e-3, 1e-2, "exact", "A GPU", "tensorrt_rtx 1.6", "exact"
+)
 GRAPHS = len(NAMES) - 1  # attention_fp8 has none
 # Holds a lock until its stdin ends: python -c HOLD FILE
 HOLD = """
@@ -232,14 +241,57 @@ def test_with_a_gpu_it_builds_for_it(
     monkeypatch.setattr(trt_wan.runtime.device.gpu, "Gpu", FakeGpu)
     asked: list[Any] = []
 
-    def compiled(*arguments: Any, gpu: GpuKind, dry_run: bool) -> Any:
-        asked.append((*arguments[:3], arguments[3].name, gpu, dry_run))
+    def compiled(*arguments: Any, machine: Machine, missing: Any, dry_run: bool) -> Any:
+        asked.append((*arguments[:3], arguments[3].name, machine.gpu, machine.capability, dry_run))
         return trt_wan.build.compile.CompileReport((), (), 0.0, 0)
 
+    def measured(report: Any, config: Any, goal: Any, done: Any, again: bool) -> list[Figure]:
+        asked.append(again)
+        return [FIGURE]
+
     monkeypatch.setattr(trt_wan.build.compile, "compile_engines", compiled)
-    data_of(*BUILD[:-2], *options)
+    monkeypatch.setattr(trt_wan.cli_build, "_measure", measured)
+    data = data_of(*BUILD[:-2], *options)
     plan = Plan(PLAN.width, PLAN.height, PLAN.frames, precision)  # type: ignore[arg-type]
-    assert asked == [(TINY, plan, "current", "tensorrt_rtx", GpuKind("A GPU", 13), False)]
+    build = (TINY, plan, "current", "tensorrt_rtx", GpuKind("A GPU", 13), capability, False)
+    assert asked == [build, False] and data["candidates"] == [vars(FIGURE)]
+    assert data_of(*BUILD[:-2], *options, "--no-measure")["candidates"] == []
+    data_of(*BUILD[:-2], *options, "--measure")
+    data_of(*BUILD[:-2], *options, "--dry-run")
+    assert asked[2:] == [build, build, True, (*build[:-1], True)]
+    message, _ = refused(2, *BUILD, "--measure")
+    assert "measured on the GPU" in message
+
+
+def test_what_could_not_be_built_is_no_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reason is the builder's; events and the choice are told line by line."""
+    monkeypatch.setattr(trt_wan.runtime.device.gpu, "Gpu", FakeGpu)
+    row = trt_wan.build.compile.EngineRow("attention", "current", "impossible", None, "It asks for 68 GB.")
+    report = trt_wan.build.compile.CompileReport((row,), (), 0.0, 0)
+    monkeypatch.setattr(trt_wan.build.compile, "compile_engines", lambda *_, **options: report)
+    monkeypatch.setattr(trt_wan.engines.recipes, "recipes_here", lambda *_: {})
+    sentences = []
+
+    def tuned(
+        model: Any, plan: Any, machine: Any, gpu: Any, opened: Any, missing: Any, progress: Any, **_: Any
+    ) -> Any:
+        sentences.extend(missing(row) for row in CANDIDATES if row.engine == Engine("attention"))
+        sentences.extend(missing(row) for row in CANDIDATES if row.engine == Engine("attn_in"))
+        progress(Measuring("attention", "cudnn", 1, 1))
+        progress(Measured(FIGURE, 1, 1))
+        return [FIGURE]
+
+    monkeypatch.setattr(trt_wan.build.autotune, "autotune", tuned)
+    told = invoke(*BUILD[:-2]).stderr.splitlines()
+    assert sentences == ["It asks for 68 GB.", None]
+    words = "38.50 ms, error 3.1e-03 <= 1.0e-02"
+    assert told[-2:] == [
+        f"attention  candidate 1/1  cudnn  {words}",
+        f"exact: attention = cudnn ({words})",
+    ]
+    events = [json.loads(line) for line in invoke(*BUILD[:-2], "--json").stdout.splitlines()]
+    ready = next(event for event in events if event.get("event") == "CandidateReady")
+    assert (ready["ms"], ready["error"], ready["tolerance"]) == (38.5, 3.1e-3, 1e-2)
 
 
 # --- list and show ---------------------------------------------------------------------------------------
@@ -284,23 +336,30 @@ def test_an_empty_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_show_tells_the_manifest_and_the_measurements(store: Path) -> None:
     engine = recipes(TINY, FP8, "sm89", choose_flavour(None, None))["attention"].engine
-    figures: list[engine_store.Candidate] = [
-        {"name": "trt-bf16", "ms": 86.04, "error": 1.25e-3},
-        {"name": "trt-fp8", "ms": 25.1, "note": "picked"},
+    figures = [
+        replace(FIGURE, candidate="flash4", state="missing", ms=None, error=None, chosen="", problem="Gone."),
+        replace(FIGURE, candidate="tensorrt", ms=77.62, error=2e-2, chosen=""),
+        FIGURE,
     ]
     assert "No candidates were measured." in invoke("show", engine.key).stdout
     record_candidates(engine, figures)
     shown = invoke("show", engine.key[:10]).stdout
     for fact in (engine.key, "attention", "64x48, 13 frames", "fp8", "sm89", "whole", engine.rebuild):
         assert fact in shown
-    table = [line.split() for line in shown.splitlines()[-3:]]
+    table = [line.split() for line in shown.splitlines()[-4:]]
+    gpu = ["A", "GPU", "tensorrt_rtx", "1.6"]
     assert table == [
-        ["name", "ms", "error", "note"],
-        ["trt-bf16", "86.04", "0.00125"],
-        ["trt-fp8", "25.1", "picked"],
+        "CANDIDATE MS ERROR TOLERANCE TIER CHOSEN GPU TENSORRT PROBLEM".split(),
+        ["cudnn", "38.50", "3.1e-03", "1.0e-02", "exact", "exact", *gpu],
+        ["tensorrt", "77.62", "2.0e-02", "1.0e-02", "exact", *gpu],
+        ["flash4", "1.0e-02", "exact", *gpu, "Gone."],
     ]
     data = data_of("show", engine.key)
-    assert data["candidates"] == figures and data["state"] == "whole" and data["rebuild"] == engine.rebuild
+    assert (
+        data["candidates"] == [vars(figure) for figure in figures]
+        and data["state"] == "whole"
+        and data["rebuild"] == engine.rebuild
+    )
 
 
 def test_show_finds_one_flipped_bit_which_list_cannot(store: Path) -> None:

@@ -24,6 +24,7 @@ from trt_wan.engines.plan import Plan
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.tensorrt import Flavour
 from trt_wan.errors import GraphError, MemoryShort
+from trt_wan.runtime import engine_segment
 from trt_wan.runtime.checkpoints.loading import Checkpoint, load_weights
 from trt_wan.runtime.checkpoints.random_weights import random_moments
 from trt_wan.runtime.checkpoints.tiny import write_tiny_weights
@@ -85,13 +86,7 @@ def test_a_full_arena_says_how_much_was_missing() -> None:
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
-def test_kernels_compile(capability: tuple[int, int]) -> None:
-    try:
-        from cuda.bindings import nvrtc
-
-        nvrtc.nvrtcVersion()
-    except Exception as error:  # a missing library raises what the loader likes
-        pytest.skip(f"NVRTC is not here: {error}")
+def test_kernels_compile(nvrtc: None, capability: tuple[int, int]) -> None:
     code = bytes(kernels.compile_for(*capability).code)
     assert code.startswith(b"\x7fELF")
     for name in kernels.NAMES:
@@ -492,6 +487,18 @@ NETWORK = Network(
 )
 
 
+@pytest.fixture(autouse=True)
+def children(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], bytes]]:
+    """The processes that would be started to finish kernels, with what they would read."""
+    started: list[tuple[tuple[str, ...], bytes]] = []
+
+    def run(command: tuple[str, ...], *, input: bytes, capture_output: bool) -> None:
+        started.append((command[2:], input))
+
+    monkeypatch.setattr(engine_segment.subprocess, "run", run)
+    return started
+
+
 def executor(trt: FakeTensorRt, gpu: FakeGpu, plans: dict[str, bytes], folder: Path) -> GpuExecutor:
     flavour = Flavour("tensorrt_rtx", "1.6.1", trt, "a test")
     made = GpuExecutor(cast(Any, gpu), open_engines(cast(Any, gpu), flavour, plans, folder))
@@ -541,6 +548,29 @@ def test_the_kernel_cache_is_written_whole_and_read_back(tmp_path: Path) -> None
     executor(trt, FakeGpu(), {"net": b"another"}, folder)
     assert [cache.blob for cache in trt.caches] == [b"", b"kernels", b""]
     assert [line[1] for line in trt.log if line[0] == "cache"] == trt.caches
+
+
+def test_new_engines_are_opened_in_processes_of_their_own_first(
+    tmp_path: Path, children: list[tuple[tuple[str, ...], bytes]]
+) -> None:
+    plans = {"known": b"known", "small": b"plan", "large": b"a large plan"}
+    executor(FakeTensorRt(), FakeGpu(), {"known": b"known"}, tmp_path).settle()
+    assert not children, "one engine is opened here at once"
+    executor(FakeTensorRt(), FakeGpu(), plans, tmp_path).settle()
+    module = ("trt_wan.runtime.finish_kernels", "tensorrt_rtx")
+    assert sorted(children) == [
+        ((*module, "large", str(tmp_path)), b"a large plan"),
+        ((*module, "small", str(tmp_path)), b"plan"),
+    ]
+    executor(FakeTensorRt(), FakeGpu(), plans, tmp_path)
+    assert len(children) == 2, "once"
+
+
+def test_a_process_that_cannot_finish_kernels_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # real processes, which find no GPU, or no engine in this plan
+    executor(FakeTensorRt(), FakeGpu(), {"net": b"plan", "other": b"another"}, tmp_path)
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

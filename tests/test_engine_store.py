@@ -31,6 +31,7 @@ from trt_wan.engines.engine_store import (
     remove,
     trim,
 )
+from trt_wan.engines.figures import Figure
 from trt_wan.engines.plan import Plan
 from trt_wan.engines.tensorrt import Flavour
 from trt_wan.errors import GraphError, UsageError
@@ -369,13 +370,15 @@ def test_the_default_limit_is_four_gigabytes() -> None:
 
 def test_measured_candidates_are_kept_with_the_engine() -> None:
     build(A)
-    figures: list[dict[str, float | str]] = [{"target": "current", "ms": 25.0, "error": 0.06}]
-    record_candidates(A, figures)
+    here = Figure("attention", "cudnn", "measured", 25.0, 0.006, 0.01, "exact", "H200", "tensorrt_rtx 1.6")
+    elsewhere = replace(here, gpu="L40S", ms=60.0)
+    record_candidates(A, [replace(here, ms=99.0), elsewhere])
+    record_candidates(A, [here])  # the same again, and another GPU's stay
     manifest, built = ensure(A, lambda: pytest.fail("it is there"))
-    assert manifest.candidates == figures and not built
+    assert manifest.candidates == [elsewhere, here] and not built
     assert open_checked(A) == plan_of(A)
     with pytest.raises(GraphError, match="not built"):
-        record_candidates(B, figures)
+        record_candidates(B, [here])
 
 
 def test_a_store_that_may_only_be_read_still_serves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -423,6 +423,31 @@ def test_a_source_without_sound_gives_a_silent_video(tmp_path: Path) -> None:
         assert not clip.has_sound
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc fills new memory for this test")
+def test_the_same_frames_give_the_same_file_whatever_was_in_memory(tmp_path: Path) -> None:
+    script = """if True:
+        import sys
+        from fractions import Fraction
+        from pathlib import Path
+        import cv2
+        import numpy as np
+        from trt_wan.runtime.writer import VideoWriter
+        rng = np.random.default_rng(0)
+        base = rng.normal(128, 60, (24, 40, 3))
+        with VideoWriter(Path(sys.argv[1]), 320, 192, Fraction(25)) as writer:
+            for _ in range(12):
+                base += rng.normal(0, 15, base.shape)
+                frame = cv2.resize(base, (320, 192), interpolation=cv2.INTER_CUBIC)
+                writer.write((frame + rng.normal(0, 8, frame.shape)).clip(0, 255).astype(np.uint8))
+            writer.finish()
+    """
+    files = [tmp_path / f"{fill}.mp4" for fill in (1, 85, 170)]
+    for file in files:
+        environment = {**os.environ, "MALLOC_PERTURB_": file.stem}
+        subprocess.run([sys.executable, "-c", script, str(file)], env=environment, check=True)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_a_stopped_job_leaves_a_partial_file_that_plays(tmp_path: Path) -> None:
     sound = make_clip(tmp_path / "source.mp4", numbered(50), sound="aac")
     path = tmp_path / "out.mp4"

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from trt_wan import __version__
+from trt_wan.cli_bench import bench
 from trt_wan.cli_build import build, build_for
 from trt_wan.cli_engines import list_engines, remove_engines, show_engine
 from trt_wan.command import Group, command, note
@@ -30,13 +31,21 @@ DEMO_WINDOW = 13
 DEMO_STEPS = 4
 
 
+def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    for value in values:
+        if "=" not in value:
+            raise click.BadParameter(f"{value!r} is not NETWORK=CANDIDATE, such as attention=cudnn.")
+    pairs = (value.partition("=") for value in values)
+    return {network.strip(): candidate.strip() for network, _, candidate in pairs}
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
     """Wan2.2-Animate: one picture of a character and a driving video in, a finished video out."""
 
 
-for subcommand in (build, list_engines, show_engine, remove_engines):
+for subcommand in (build, bench, list_engines, show_engine, remove_engines):
     cli.add_command(subcommand)
 
 
@@ -109,6 +118,14 @@ for subcommand in (build, list_engines, show_engine, remove_engines):
 @click.option(
     "--flavour", type=click.Choice(["tensorrt", "tensorrt_rtx"]), help="Default: what suits the GPU."
 )
+@click.option(
+    "--segment",
+    "segments",
+    multiple=True,
+    callback=_segments,
+    metavar="NETWORK=CANDIDATE",
+    help="Take this candidate, such as attention=cudnn, whatever was measured; may be repeated.",
+)
 @click.option("--vram", type=float, help="GB of GPU memory to use at most; blocks stream if they must.")
 @click.option(
     "--random-weights", type=click.Choice(["14b", "tiny"]), help="A model of noise instead of --weights."
@@ -166,7 +183,7 @@ def demo(*, report: Report, output: Path) -> Any:
     folder = home() / "weights" / "tiny"
     write_tiny_weights(folder, seed=0)
     pose = Clip(DEMO_SAMPLE / "src_pose.mp4", history=1)
-    build_for(report, "tiny", (pose.width, pose.height), DEMO_WINDOW)
+    build_for(report, "tiny", (pose.width, pose.height), DEMO_WINDOW, measure=False)
     driving = DEMO_SAMPLE / "driving.mp4"
     return _render(
         report,

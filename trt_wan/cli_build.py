@@ -1,5 +1,6 @@
 """`trt-wan build`: graphs, and engines for the GPU that is there or for named ones, which need not be.
 
+On the GPU that is there it then measures the candidates for the places that more than one can take.
 Without a GPU and without a target there is nobody to build engines for: then it exports the graphs, which is
 all that ONNX Runtime needs.
 """
@@ -14,11 +15,23 @@ import click
 
 from trt_wan.command import command, note
 from trt_wan.errors import EnvironmentBroken, UsageError
-from trt_wan.report import EngineReady, EngineStep, Report, Result, readable_bytes, table
+from trt_wan.report import (
+    CandidateReady,
+    CandidateStep,
+    EngineReady,
+    EngineStep,
+    Report,
+    Result,
+    readable_bytes,
+    table,
+)
 
 if TYPE_CHECKING:
+    from trt_wan.build.autotune import Measured, Measuring
     from trt_wan.build.compile import CompileReport, EngineDone, EngineProgress, EngineRow, GraphDone
-    from trt_wan.engines.engine_id import GpuKind
+    from trt_wan.engines.candidates import Candidate, Machine
+    from trt_wan.engines.config import ModelConfig
+    from trt_wan.engines.figures import Figure
     from trt_wan.engines.plan import Plan
     from trt_wan.engines.precision import Precision
     from trt_wan.engines.tensorrt import Flavour, Target
@@ -34,7 +47,18 @@ class Goal:
     target: "Target"
     plan: "Plan"
     flavour: "Flavour"
-    gpu: "GpuKind | None" = None  # for the target "current", and only then
+    gpu: "Gpu | None" = None  # for the target "current", and only then
+
+    @property
+    def machine(self) -> "Machine | None":
+        from trt_wan.runtime.open_segments import machine_of
+
+        return None if self.gpu is None else machine_of(self.gpu, self.flavour)
+
+    def missing(self, candidate: "Candidate") -> str | None:
+        from trt_wan.runtime.open_segments import missing
+
+        return None if self.gpu is None else missing(candidate, self.gpu.capability)
 
 
 def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
@@ -83,6 +107,11 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str | None) -> t
     type=click.Choice(["tensorrt", "tensorrt_rtx"]),
     help="Default: what suits the GPU; tensorrt_rtx for named targets.",
 )
+@click.option(
+    "--measure/--no-measure",
+    default=None,
+    help="Measure the candidates again, or not at all. Default: those that were not yet, on this GPU.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what is there and what would be built; build nothing.")
 @command
 def build(
@@ -94,9 +123,13 @@ def build(
     precision: "Precision | None",
     targets: "tuple[Target, ...]",
     flavour: str | None,
+    measure: bool | None,
     dry_run: bool,
 ) -> Any:
     """Build the engines of one size and window length for the GPU that is here, or for named ones.
+
+    On the GPU that is here it measures the candidates for attention and the parts of a block around it; a run
+    takes the fastest that is accurate enough.
 
     Without a GPU and without --target it exports the graphs, which ONNX Runtime runs on the CPU. It needs no
     weights. What is there already stays, so a build that was stopped goes on where it was.
@@ -105,7 +138,7 @@ def build(
     trt-wan build --size 832x480 --window 77
     trt-wan build --size 832x480 --window 77 --target sm89,sm120
     """
-    return build_for(report, model, size, window, precision, targets, flavour, dry_run)
+    return build_for(report, model, size, window, precision, targets, flavour, measure, dry_run)
 
 
 def build_for(
@@ -116,9 +149,10 @@ def build_for(
     precision: "Precision | None" = None,
     targets: "Sequence[Target]" = (),
     flavour: str | None = None,
+    measure: bool | None = None,
     dry_run: bool = False,
 ) -> tuple[Result, Data]:
-    """The result and the data of `trt-wan build`."""
+    """The result and the data of `trt-wan build`. `measure`: again, not at all, or what was not."""
     from trt_wan.engines.plan import Plan
 
     plan = Plan(*size, window)  # refuses before anything is looked for
@@ -127,9 +161,11 @@ def build_for(
         if targets
         else _here(report, plan, precision, flavour)
     )
+    if measure and not any(goal.gpu for goal in goals):
+        raise UsageError("Candidates are measured on the GPU that they are for.", "Leave --measure out.")
     if not goals:
         return _graphs(report, model, replace(plan, precision=precision or "fp32"), dry_run)
-    return _engines(report, model, goals, dry_run)
+    return _engines(report, model, goals, measure, dry_run)
 
 
 def _named(plan: "Plan", precision: "Precision | None", target: "Target", flavour: str | None) -> Goal:
@@ -173,18 +209,12 @@ def _gpu(hint: str = "") -> "Gpu":
 
 
 def _current(gpu: "Gpu", plan: "Plan", precision: "Precision | None", flavour: str | None) -> Goal:
-    from trt_wan.engines.engine_id import GpuKind
     from trt_wan.engines.tensorrt import choose_flavour
     from trt_wan.runtime.job import Settings
     from trt_wan.runtime.open_model import choose_precision
 
     chosen = choose_precision(Settings(precision=precision), gpu)
-    return Goal(
-        "current",
-        replace(plan, precision=chosen),
-        choose_flavour(flavour, gpu.capability),
-        GpuKind(gpu.name, gpu.driver),
-    )
+    return Goal("current", replace(plan, precision=chosen), choose_flavour(flavour, gpu.capability), gpu)
 
 
 def _graphs(report: Report, model: str, plan: "Plan", dry_run: bool) -> tuple[Result, Data]:
@@ -223,7 +253,9 @@ def _graphs(report: Report, model: str, plan: "Plan", dry_run: bool) -> tuple[Re
     return folder, data
 
 
-def _engines(report: Report, model: str, goals: list[Goal], dry_run: bool) -> tuple[Result, Data]:
+def _engines(
+    report: Report, model: str, goals: list[Goal], measure: bool | None, dry_run: bool
+) -> tuple[Result, Data]:
     """The engines' folder, or a table of what would be built."""
     from trt_wan.build.compile import compile_engines
     from trt_wan.engines import engine_store
@@ -232,6 +264,7 @@ def _engines(report: Report, model: str, goals: list[Goal], dry_run: bool) -> tu
     start = time.perf_counter()
     graphs = 0
     reports: list[CompileReport] = []
+    figures: list[Figure] = []
     for goal in goals:
         flavour = goal.flavour
         note(
@@ -239,13 +272,20 @@ def _engines(report: Report, model: str, goals: list[Goal], dry_run: bool) -> tu
             f"{goal.target}: {goal.plan.precision}, {flavour.name} {flavour.version} ({flavour.reason})",
         )
 
-        def progress(event: "GraphDone | EngineProgress | EngineDone", target: str = goal.target) -> None:
+        def progress(event: "GraphDone | EngineProgress | EngineDone") -> None:
             nonlocal graphs
-            graphs += _tell(report, target, event)
+            graphs += _tell(report, event)
 
         try:
             done = compile_engines(
-                MODELS[model], goal.plan, goal.target, flavour, progress, gpu=goal.gpu, dry_run=dry_run
+                MODELS[model],
+                goal.plan,
+                goal.target,
+                flavour,
+                progress,
+                machine=goal.machine,
+                missing=goal.missing,
+                dry_run=dry_run,
             )
         except KeyboardInterrupt as stop:
             stop.add_note("Finished engines stay: the same command goes on from there.")
@@ -253,6 +293,10 @@ def _engines(report: Report, model: str, goals: list[Goal], dry_run: bool) -> tu
         reports.append(done)
         if not dry_run:
             note(report, _summary(goal.target, done))
+        if goal.gpu is not None and not dry_run:
+            _finish(report, MODELS[model], goal, done)
+        if goal.gpu is not None and measure is not False and not dry_run:
+            figures += _measure(report, MODELS[model], goal, done, again=bool(measure))
 
     engines = [_row(goal, row) for goal, done in zip(goals, reports, strict=True) for row in done.engines]
     if dry_run:
@@ -264,13 +308,82 @@ def _engines(report: Report, model: str, goals: list[Goal], dry_run: bool) -> tu
     return engine_store.folder(), {
         "graphs": graphs,
         "engines": engines,
+        "candidates": [vars(figure) for figure in figures],
         "removed": sum(done.removed for done in reports),
         "seconds": round(time.perf_counter() - start, 2),
         "peak_memory_gb": _peak_memory_gb(),
     }
 
 
-def _tell(report: Report, target: str, event: "GraphDone | EngineProgress | EngineDone") -> int:
+def _finish(report: Report, config: "ModelConfig", goal: Goal, done: "CompileReport") -> None:
+    from trt_wan.engines.recipes import recipes_here
+    from trt_wan.runtime.open_segments import finish_engines
+
+    assert goal.machine is not None, goal
+    if not (made := {row.manifest.key for row in done.engines if row.manifest}):
+        return
+    recipes = recipes_here(config, goal.plan, goal.machine).values()
+    finish_engines((r for r in recipes if r.engine.key in made), goal.flavour, report.progress)
+
+
+def _measure(
+    report: Report, config: "ModelConfig", goal: Goal, done: "CompileReport", again: bool
+) -> "list[Figure]":
+    """Measures what can be opened on the GPU that is here, and says what a run will take."""
+    from trt_wan.build.autotune import autotune
+    from trt_wan.engines.figures import title
+    from trt_wan.engines.recipes import recipes_here
+    from trt_wan.runtime.open_segments import open_segments
+
+    gpu, machine = goal.gpu, goal.machine
+    assert gpu is not None and machine is not None, goal
+    recipes = recipes_here(config, goal.plan, machine)
+    impossible = {(row.name, row.target): row.problem for row in done.engines if row.problem}
+
+    def missing(candidate: "Candidate") -> str | None:
+        engine = candidate.engine
+        sentence = impossible.get((engine.recipe, engine.target)) if engine else None
+        return sentence or goal.missing(candidate)
+
+    def opened(candidate: "Candidate") -> Any:
+        places = {candidate.network: candidate}
+        segments = open_segments(places, config, goal.plan, gpu, goal.flavour, recipes, report.progress)
+        return segments[candidate.network]
+
+    def progress(event: "Measured | Measuring") -> None:
+        _tell_measured(report, event)
+
+    figures = autotune(config, goal.plan, machine, gpu, opened, missing, progress, again=again)
+    for figure in figures:
+        if figure.chosen:
+            note(report, f"{figure.chosen}: {figure.network} = {figure.candidate} ({title(figure)})")
+    return figures
+
+
+def _tell_measured(report: Report, event: "Measured | Measuring") -> None:
+    from trt_wan.build.autotune import Measuring
+    from trt_wan.engines.figures import title
+
+    if isinstance(event, Measuring):
+        report.progress(CandidateStep(**vars(event)))
+        return
+    f = event.figure
+    report.progress(
+        CandidateReady(
+            f.network,
+            f.candidate,
+            event.number,
+            event.candidates,
+            f.state,
+            f.ms,
+            f.error,
+            f.tolerance,
+            title(f),
+        )
+    )
+
+
+def _tell(report: Report, event: "GraphDone | EngineProgress | EngineDone") -> int:
     """How many graphs the event adds."""
     from trt_wan.build.compile import EngineProgress, GraphDone
 
@@ -278,10 +391,21 @@ def _tell(report: Report, target: str, event: "GraphDone | EngineProgress | Engi
         _exported(report, event.name, event.seconds)
         return 1
     if isinstance(event, EngineProgress):
-        report.progress(EngineStep(target, **vars(event)))
+        report.progress(EngineStep(**vars(event)))
     else:
-        row, counts = event.row, (event.number, event.engines)
-        report.progress(EngineReady(target, row.name, *counts, row.state, row.seconds, row.bytes))
+        row = event.row
+        report.progress(
+            EngineReady(
+                row.target,
+                row.name,
+                event.number,
+                event.engines,
+                row.state,
+                row.seconds,
+                row.bytes,
+                row.problem,
+            )
+        )
     return 0
 
 
@@ -290,11 +414,12 @@ def _exported(report: Report, name: str, seconds: float) -> None:
 
 
 def _summary(target: str, done: "CompileReport") -> str:
-    built = [row for row in done.engines if row.state == "built"]
-    size = readable_bytes(sum(row.bytes for row in done.engines))
+    made = [row for row in done.engines if row.manifest]
+    built = [row for row in made if row.state == "built"]
+    size = readable_bytes(sum(row.bytes for row in made))
     text = (
-        f"{target}: {len(done.engines)} engines, {size}; {len(built)} built in "
-        f"{sum(row.seconds for row in built):.1f} s, {len(done.engines) - len(built)} were there"
+        f"{target}: {len(made)} engines, {size}; {len(built)} built in "
+        f"{sum(row.seconds for row in built):.1f} s, {len(made) - len(built)} were there"
     )
     return f"{text}; {done.removed} older ones made room" if done.removed else text
 
@@ -302,9 +427,10 @@ def _summary(target: str, done: "CompileReport") -> str:
 def _row(goal: Goal, row: "EngineRow") -> Data:
     return {
         "name": row.name,
-        "target": goal.target,
+        "target": row.target,
         "precision": goal.plan.precision,
         "state": row.state,
+        "problem": row.problem,
         "seconds": row.seconds,
         "bytes": row.bytes,
         "key": row.manifest.key if row.manifest else None,

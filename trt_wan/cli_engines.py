@@ -1,5 +1,6 @@
 """`trt-wan list`, `show` and `rm`: the engines on disk. A key may be shortened as long as one engine fits."""
 
+import dataclasses
 import difflib
 import hashlib
 import sys
@@ -13,7 +14,8 @@ from trt_wan.errors import GraphError, UsageError
 from trt_wan.report import Report, readable_bytes, table
 
 if TYPE_CHECKING:
-    from trt_wan.engines.engine_store import Candidate, Entry, Manifest
+    from trt_wan.engines.engine_store import Entry, Manifest
+    from trt_wan.engines.figures import Figure
 
 SHORT = 8  # digits of a key that are shown
 Row = dict[str, Any]
@@ -57,7 +59,11 @@ def show_engine(*, report: Report, key: str) -> Any:
     plan = folder() / f"{entry.key}.plan"
     if row["state"] == "whole" and hashlib.sha256(plan.read_bytes()).hexdigest() != manifest.sha256:
         row["state"] = "damaged"
-    data = vars(manifest) | {"state": row["state"], "used": row["used"], "rebuild": row["rebuild"]}
+    data = dataclasses.asdict(manifest) | {
+        "state": row["state"],
+        "used": row["used"],
+        "rebuild": row["rebuild"],
+    }
     return _in_words(manifest, row), data
 
 
@@ -227,13 +233,17 @@ def _in_words(m: "Manifest", row: Row) -> str:
     return f"{text}\n\n{_candidates(m.candidates)}"
 
 
-def _candidates(candidates: "list[Candidate]") -> str:
-    if not candidates:
+def _candidates(figures: "list[Figure]") -> str:
+    """The fastest first; what has no time comes last, with the reason."""
+    if not figures:
         return "No candidates were measured."
-    columns = list(dict.fromkeys(name for candidate in candidates for name in candidate))
-    rows = [[_figure(candidate.get(name, "")) for name in columns] for candidate in candidates]
-    return table([columns, *rows])
+    rows = [
+        (f.candidate, _figure(f.ms, ".2f"), _figure(f.error, ".1e"), f"{f.tolerance:.1e}", f.tier)
+        + (f.chosen, f.gpu, f.version, f.problem)
+        for f in sorted(figures, key=lambda f: (f.gpu, f.ms is None, f.ms, f.candidate))
+    ]
+    return table([tuple("CANDIDATE MS ERROR TOLERANCE TIER CHOSEN GPU TENSORRT PROBLEM".split()), *rows])
 
 
-def _figure(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -51,12 +51,38 @@ class EngineReady:
     name: str
     number: int
     engines: int
-    state: str  # built, there
+    state: str  # built, there, or impossible: then `problem` says why
     seconds: float
     bytes: int
+    problem: str = ""
 
 
-Reported = Event | EngineStep | EngineReady
+@dataclass(frozen=True)
+class CandidateStep:
+    """A candidate for a network's place is being measured."""
+
+    network: str
+    candidate: str
+    number: int  # of this candidate, 1-based
+    candidates: int
+
+
+@dataclass(frozen=True)
+class CandidateReady:
+    """A candidate is measured; `text` says in words what came out."""
+
+    network: str
+    candidate: str
+    number: int
+    candidates: int
+    state: str
+    ms: float | None
+    error: float | None
+    tolerance: float
+    text: str
+
+
+Reported = Event | EngineStep | EngineReady | CandidateStep | CandidateReady
 
 
 class Report(Protocol):
@@ -95,11 +121,11 @@ class TextReport:
     def progress(self, event: Reported) -> None:
         if self.quiet or (isinstance(event, EngineReady) and event.state == "there"):
             return
-        if isinstance(event, Note | EngineReady):
+        if isinstance(event, Note | EngineReady | CandidateReady):
             self._say(describe(event))
         elif sys.stderr.isatty():
             self._update(describe(event))
-        elif not isinstance(event, EngineStep):  # ten a second
+        elif not isinstance(event, EngineStep | CandidateStep):  # ten a second; its result follows
             self._say(describe(event))
 
     def done(self, result: Result, data: dict[str, Any]) -> None:
@@ -139,7 +165,12 @@ def describe(event: Reported) -> str:
         engine = f"{event.target}  engine {event.number}/{event.engines}  {event.name}"
         if isinstance(event, EngineStep):
             return f"{engine}  {event.phase} {event.step}/{event.steps}"
+        if event.problem:
+            return f"{engine}  {event.state}: {event.problem}"
         return f"{engine}  {event.state} in {event.seconds:.1f} s, {readable_bytes(event.bytes)}"
+    if isinstance(event, CandidateStep | CandidateReady):
+        candidate = f"{event.network}  candidate {event.number}/{event.candidates}  {event.candidate}"
+        return f"{candidate}  {'measuring' if isinstance(event, CandidateStep) else event.text}"
     where = f"window {event.window}/{event.windows}  " if event.window else ""
     if isinstance(event, StageStarted):
         return where + STAGES.get(event.stage, event.stage)

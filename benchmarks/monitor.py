@@ -1,0 +1,170 @@
+"""What a run takes of the GPU, seen from outside it: memory in use, power, clock, several times a second.
+
+By NVML when nvidia-ml-py is installed, else by nvidia-smi. Memory is the whole GPU's, as a user sees it, less
+what was in use before.
+"""
+
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+
+NVML_INTERVAL, SMI_INTERVAL = 0.05, 0.5  # seconds
+
+
+@dataclass(frozen=True)
+class Sample:
+    memory_bytes: int
+    watts: float | None
+    clock_mhz: float | None
+    joules: float | None = None  # the driver's own counter, where it has one
+
+
+@dataclass(frozen=True)
+class Usage:
+    """None where the driver does not say."""
+
+    source: str
+    samples: int
+    peak_memory_bytes: int | None = None
+    joules: float | None = None
+    mean_watts: float | None = None
+    lowest_clock_mhz: float | None = None  # of those under load: at more than half of the highest power
+
+
+Reader = Callable[[], Sample]
+
+
+@dataclass
+class Monitor:
+    """with Monitor.open() as monitor: …; then `monitor.usage()`."""
+
+    source: str
+    read: Reader | None
+    interval: float = SMI_INTERVAL
+    _samples: list[tuple[float, Sample]] = field(default_factory=list)
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    @staticmethod
+    def open() -> "Monitor":
+        if read := _nvml_reader():
+            return Monitor("NVML", read, NVML_INTERVAL)
+        if read := _smi_reader():
+            return Monitor("nvidia-smi", read, SMI_INTERVAL)
+        return Monitor("none: no GPU driver", None)
+
+    def __enter__(self) -> "Monitor":
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        if self.read is not None:
+            self._samples.append((time.perf_counter(), self.read()))
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        if self.read is not None:
+            self._thread.join()
+
+    def usage(self) -> Usage:
+        if not self._samples:
+            return Usage(self.source, 0)
+        samples = [sample for _, sample in self._samples]
+        before = samples[0].memory_bytes
+        watts = [s.watts for s in samples if s.watts is not None]
+        clocks = [
+            s.clock_mhz
+            for s in samples
+            if s.clock_mhz is not None and s.watts is not None and s.watts > max(watts) / 2
+        ]
+        seconds = self._samples[-1][0] - self._samples[0][0]
+        joules = self._joules()
+        return Usage(
+            self.source,
+            len(samples),
+            max(s.memory_bytes for s in samples) - before,
+            joules,
+            joules / seconds if joules is not None and seconds else None,
+            min(clocks, default=None),
+        )
+
+    def _joules(self) -> float | None:
+        """From the driver's counter, or from power times time."""
+        first, last = self._samples[0][1], self._samples[-1][1]
+        if first.joules is not None and last.joules is not None:
+            return last.joules - first.joules
+        total = 0.0
+        for (before, _), (now, sample) in zip(self._samples, self._samples[1:], strict=False):
+            if sample.watts is None:
+                return None
+            total += sample.watts * (now - before)
+        return total or None
+
+    def _watch(self) -> None:
+        assert self.read is not None
+        while not self._done.wait(self.interval):
+            self._samples.append((time.perf_counter(), self.read()))
+        self._samples.append((time.perf_counter(), self.read()))
+
+
+def _nvml_reader() -> Reader | None:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+    except pynvml.NVMLError:
+        return None
+
+    def asked(function: Callable[..., float], *arguments: object) -> float | None:
+        try:
+            return function(gpu, *arguments)
+        except pynvml.NVMLError:
+            return None
+
+    def read() -> Sample:
+        milliwatts = asked(pynvml.nvmlDeviceGetPowerUsage)
+        millijoules = asked(pynvml.nvmlDeviceGetTotalEnergyConsumption)
+        return Sample(
+            int(pynvml.nvmlDeviceGetMemoryInfo(gpu).used),
+            milliwatts / 1e3 if milliwatts is not None else None,
+            asked(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
+            millijoules / 1e3 if millijoules is not None else None,
+        )
+
+    try:
+        read()
+    except pynvml.NVMLError:  # a driver that lets nobody look
+        return None
+    return read
+
+
+def _smi_reader() -> Reader | None:
+    command = [
+        "nvidia-smi",
+        "--query-gpu=memory.used,power.draw,clocks.sm",
+        "--format=csv,noheader,nounits",
+        "--id=0",
+    ]
+
+    def number(text: str) -> float | None:
+        try:
+            return float(text)
+        except ValueError:  # "[N/A]"
+            return None
+
+    def read() -> Sample:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        memory, watts, clock = (value.strip() for value in answer.stdout.strip().split(","))
+        return Sample(int(float(memory)) << 20, number(watts), number(clock))
+
+    try:
+        read()
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return read

@@ -1,0 +1,264 @@
+"""Our own measured process: a job through the real pipeline, watched from around its executor.
+
+    python -m trt_wan.benchmarks.ours MODE SPEC
+
+SPEC is a `Spec` in JSON. Every line on stdout is a JSON object with an "event". The modes:
+
+    job     a whole job to a video file: the start, every stage and every network of it
+    steps   waits after its warm-up for lines on stdin, each the number of steps to time, and a last empty one
+
+It imports no torch. Times of day (`at`) are for whoever started it to compare with.
+"""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from trt_wan.benchmarks.peers.child import WARM_UP
+from trt_wan.benchmarks.peers.shape import Shape
+from trt_wan.benchmarks.timed import TimedExecutor, timed
+from trt_wan.errors import Stopped, TrtWanError
+from trt_wan.runtime import pipeline
+from trt_wan.runtime.clips import Clips, open_clips
+from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone
+from trt_wan.runtime.job import Inputs, Job, Settings
+from trt_wan.runtime.model import Model
+from trt_wan.runtime.open_model import open_job
+from trt_wan.runtime.pipeline import stream_windows, to_pixels
+from trt_wan.runtime.tokenizer import Tokenizer
+from trt_wan.runtime.writer import VideoWriter
+
+PROFILED = 3  # steps timed network by network, after those that are timed as a whole
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to run. Without `weights` they are random."""
+
+    shape: Shape
+    clips: str  # folder of prepared clips
+    steps: int
+    settings: dict[str, Any] = field(default_factory=dict)  # of runtime.job.Settings
+    weights: str | None = None
+    seed: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Spec":
+        values = json.loads(text)
+        return Spec(**{**values, "shape": Shape(**values["shape"])})
+
+    def job(self) -> Job:
+        return Job(
+            Inputs.from_folder(Path(self.clips), "animate"),
+            weights=Path(self.weights or ""),
+            window=self.shape.window,
+            steps=self.steps,
+            seed=self.seed,
+            settings=Settings(**self.settings),
+            random_weights=None if self.weights else self.shape.model,
+        )
+
+
+class Watch:
+    """Stages, notes and the executor of a job under way."""
+
+    def __init__(self, on_step: Callable[["Watch", StepDone], None], watching: bool) -> None:
+        self.on_step, self.watching = on_step, watching
+        self.executor: TimedExecutor | None = None
+        self.model: Model | None = None
+        self.notes: list[str] = []
+        self.stages: dict[str, float] = defaultdict(float)
+        self.first_step_at: float | None = None
+        self._stage, self._since = "open clips", time.perf_counter()
+
+    def open(self, job: Job, clips: Clips, guided: bool, progress: Progress) -> tuple[Model, Tokenizer]:
+        """The pipeline's `open_job`, with the executor in a watch."""
+        model, tokenizer = open_job(job, clips, guided, progress)
+        self.executor = model.executor = timed(model.executor)
+        self.executor.watching = self.watching
+        self.model = model
+        return model, tokenizer
+
+    def progress(self, event: Event) -> None:
+        if isinstance(event, StageStarted):
+            self.enter(event.stage)
+        elif isinstance(event, Note):
+            self.notes.append(event.text)
+        elif isinstance(event, StepDone):
+            if self.first_step_at is None:
+                self.first_step_at = time.time()
+            self.on_step(self, event)
+
+    def enter(self, stage: str) -> None:
+        """What is enqueued counts for the stage that asked for it."""
+        if self.executor is not None:
+            self.executor.wait()
+            self.executor.stage = stage
+        now = time.perf_counter()
+        self.stages[self._stage] += now - self._since
+        self._stage, self._since = stage, now
+
+    def opened(self) -> dict[str, Any]:
+        assert self.model is not None and self.executor is not None
+        return {
+            "precision": self.model.plan.precision,
+            "executor": type(self.executor.executor).__name__,
+            "choices": self.notes,
+        }
+
+
+def watched(watch: Watch) -> AbstractContextManager[object]:
+    """The pipeline opens its model itself, so the watch goes where it gets it from."""
+    return patch.object(pipeline, "open_job", watch.open)
+
+
+def say(event: str, **values: Any) -> None:
+    print(json.dumps({"event": event, **values}), file=STDOUT, flush=True)
+
+
+def run_job(spec: Spec) -> None:
+    """Reads clips, denoises `steps` steps, writes a video beside the clips."""
+    step_seconds: list[float] = []
+
+    def on_step(watch: Watch, event: StepDone) -> None:
+        step_seconds.append(event.seconds)
+
+    start = time.perf_counter()
+    watch = Watch(on_step, watching=True)
+    job = spec.job()
+    clips = open_clips(job.inputs, job.window)
+    output = Path(spec.clips) / "bench.mp4"
+    frames = 0
+    with (
+        watched(watch),
+        VideoWriter(output, clips.width, clips.height, clips.rate, None, overwrite=True) as writer,
+    ):
+        windows = stream_windows(job, clips=clips, progress=watch.progress)
+        while (window := next(windows, None)) is not None:
+            watch.enter("write")
+            for frame in to_pixels(window):
+                writer.write(frame)
+                frames += 1
+            watch.enter("between windows")
+        watch.enter("write")
+        writer.finish()
+    watch.enter("done")
+    assert watch.executor is not None
+    say(
+        "job",
+        seconds=time.perf_counter() - start,
+        frames=frames,
+        steps=step_seconds,
+        stages={stage: seconds for stage, seconds in watch.stages.items() if stage != "between windows"},
+        networks=[
+            {"stage": stage, "name": name, "calls": len(seconds), "seconds": float(np.sum(seconds))}
+            for (stage, name), seconds in watch.executor.watched().items()
+        ],
+        calls=dict(watch.executor.calls),
+        host_peak_bytes=host_peak_bytes(),
+        first_step_at=watch.first_step_at,
+        at=time.time(),
+        **watch.opened(),
+    )
+
+
+def run_steps(spec: Spec) -> None:
+    """`spec.steps` is the most that may be asked for, warm-ups and profiled steps included."""
+    script: Generator[None, StepDone, None] | None = None
+
+    def on_step(watch: Watch, event: StepDone) -> None:
+        nonlocal script
+        if script is None:
+            script = rounds(watch)
+            next(script)
+        script.send(event)
+
+    watch = Watch(on_step, watching=False)
+    with watched(watch):
+        for _ in stream_windows(spec.job(), progress=watch.progress):
+            raise AssertionError(f"{spec.steps} steps were too few")
+
+
+def rounds(watch: Watch) -> Generator[None, StepDone, None]:
+    """What happens after each step: every `yield` is the pipeline computing the next one."""
+    for _ in range(WARM_UP):
+        yield
+    say("ready", **watch.opened())
+    while line := sys.stdin.readline().strip():
+        for _ in range(WARM_UP):  # the GPU may have done something else in between
+            yield
+        timed_steps = []
+        for _ in range(int(line)):
+            timed_steps.append((yield))
+        say(
+            "round",
+            seconds=[step.seconds for step in timed_steps],
+            host_seconds=[step.host_seconds for step in timed_steps],
+        )
+    assert watch.executor is not None
+    watch.executor.start_watching()
+    for _ in range(PROFILED):
+        yield
+    say_profile(watch.executor)
+    raise Stopped("All rounds are done.")
+
+
+def say_profile(executor: TimedExecutor) -> None:
+    """Every network's time in a step, and what a step asks for."""
+    networks = [
+        {
+            "name": name,
+            "calls": len(seconds) // PROFILED,
+            "seconds": float(np.sum(seconds)) / PROFILED,
+            "fastest": float(np.min(seconds)),
+        }
+        for (_, name), seconds in executor.watched().items()
+    ]
+    say(
+        "profile",
+        networks=networks,
+        calls={name: count / PROFILED for name, count in executor.calls.items()},
+        uploads={name: count / PROFILED for name, count in executor.uploads.items() if count},
+        host_peak_bytes=host_peak_bytes(),
+    )
+
+
+def host_peak_bytes() -> int | None:
+    """The most memory this process has held; None where the system does not keep it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+MODES = {"job": run_job, "steps": run_steps}
+STDOUT = sys.stdout
+
+
+def main() -> None:
+    sys.stdout = sys.stderr  # stdout is for the harness; what a library prints is not for it
+    mode, spec = sys.argv[1:]
+    try:
+        MODES[mode](Spec.from_json(spec))
+    except Stopped:
+        pass
+    except TrtWanError as error:
+        say("failed", code=error.code, message=error.message, hint=error.hint)
+
+
+if __name__ == "__main__":
+    main()

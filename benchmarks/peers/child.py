@@ -1,0 +1,156 @@
+"""A peer's process: builds it, warms it up, times its steps and says so in JSON.
+
+    python -m trt_wan.benchmarks.peers.diffusers_compiled --model 14b --size 832x480 --window 77 --steps 6
+
+With `--serve` it stays: every line on stdin is a number of steps to time, or "rest", and is answered by a
+line of JSON. That is how the harness interleaves peers on one GPU: at rest a peer gives its weights' memory
+back, and as they are random it fills them anew when it is asked again.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from trt_wan.benchmarks.peers.shape import Shape, add_shape_arguments, shape_from
+
+WARM_UP = 2
+
+
+class NotRun(Exception):
+    """This peer cannot run here; the text says why. A package that is not installed says it too."""
+
+
+class Peer(Protocol):
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """Everything that decides its speed, in words."""
+        ...
+
+    def warm_up(self) -> float | None:
+        """Runs WARM_UP steps; the seconds of the first, with its compilation, or None if not known."""
+        ...
+
+    def timed(self, steps: int) -> list[float]:
+        """Seconds of each of `steps` consecutive steps."""
+        ...
+
+    def memory(self) -> Mapping[str, int]:
+        """Peak bytes since the start, by what counts them."""
+        ...
+
+    def parts(self) -> Mapping[str, float]:
+        """Seconds of parts that are worth knowing apart, each measured alone."""
+        ...
+
+    def rest(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+
+Make = Callable[[Shape, str, argparse.Namespace], Peer]  # the shape, the device, and what its arguments say
+
+AddArguments = Callable[[argparse.ArgumentParser], None]
+
+
+def no_arguments(parser: argparse.ArgumentParser) -> None:
+    """For peers that need none."""
+
+
+@dataclass(frozen=True)
+class PeerResult:
+    """What a peer says. `seconds` are of consecutive steps after the warm-up."""
+
+    peer: str
+    shape: dict[str, Any]
+    ran: bool = True
+    reason: str = ""  # why it did not run
+    settings: Mapping[str, str] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    build_seconds: float = 0.0  # imports, model, weights
+    first_step_seconds: float | None = None  # with compilation, where there is one
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    part_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def main(
+    name: str, make: Make, add_arguments: Callable[[argparse.ArgumentParser], None] = no_arguments
+) -> None:
+    parser = argparse.ArgumentParser(prog=f"python -m trt_wan.benchmarks.peers.{name}")
+    add_shape_arguments(parser)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cuda", help="cuda or cpu")
+    parser.add_argument("--json", action="store_true", help="the result as a line of JSON")
+    parser.add_argument("--serve", action="store_true", help="answer lines of stdin until they end")
+    add_arguments(parser)
+    options = parser.parse_args()
+    shape = shape_from(options)
+
+    def answer(result: PeerResult) -> None:
+        if options.json or options.serve:
+            print(json.dumps(asdict(result)), file=stdout, flush=True)
+        else:
+            print(as_text(result), file=stdout, flush=True)
+
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print, and stdout is the result's alone
+        try:
+            start = time.perf_counter()
+            peer = make(shape, options.device, options)
+            build_seconds = time.perf_counter() - start
+            made = PeerResult(
+                name,
+                asdict(shape),
+                settings=peer.settings,
+                build_seconds=build_seconds,
+                first_step_seconds=peer.warm_up(),
+            )
+            if options.serve:
+                answer(made)
+                serve(peer, made, answer)
+            else:
+                answer(measured(peer, made, options.steps))
+        except (NotRun, ModuleNotFoundError) as error:
+            answer(PeerResult(name, asdict(shape), ran=False, reason=str(error)))
+
+
+def serve(peer: Peer, made: PeerResult, answer: Callable[[PeerResult], None]) -> None:
+    resting = False
+    for line in sys.stdin:
+        if line.strip() == "rest":
+            peer.rest()
+            resting = True
+            answer(made)
+            continue
+        if resting:
+            peer.wake()
+            peer.timed(WARM_UP)
+            resting = False
+        answer(measured(peer, made, int(line)))
+
+
+def measured(peer: Peer, made: PeerResult, steps: int) -> PeerResult:
+    seconds = peer.timed(steps)
+    memory = peer.memory()  # before `parts`, which runs more than a step does
+    return replace(made, seconds=seconds, memory_bytes=memory, part_seconds=peer.parts())
+
+
+def as_text(result: PeerResult) -> str:
+    if not result.ran:
+        return f"{result.peer}: not run: {result.reason}"
+    first = result.first_step_seconds
+    start = f"built in {result.build_seconds:.1f} s" + (f", first step {first:.1f} s more" if first else "")
+    lines = [
+        f"{result.peer}: {np.median(result.seconds):.3f} s/step, median of {len(result.seconds)}",
+        f"  {start}",
+        *(f"  {name}: {seconds * 1e3:.1f} ms" for name, seconds in result.part_seconds.items()),
+        *(f"  {name}: {size / 1e9:.2f} GB" for name, size in result.memory_bytes.items()),
+        *(f"  {name}: {value}" for name, value in result.settings.items()),
+    ]
+    return "\n".join(lines)

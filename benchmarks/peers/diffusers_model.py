@@ -1,0 +1,271 @@
+"""diffusers' WanAnimateTransformer3DModel with random weights made where they are used, and its inputs.
+
+What the three diffusers peers share. The module is built without memory and filled on the device, so that the
+14B is there in seconds; the types of its parameters are those that `from_pretrained(torch_dtype=bfloat16)`
+gives. Inputs are random too, and the same in every step.
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from diffusers import WanAnimateTransformer3DModel
+from diffusers.models.transformers.transformer_wan_animate import WanRotaryPosEmbed
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from trt_wan.benchmarks.peers.child import WARM_UP, NotRun
+from trt_wan.benchmarks.peers.shape import Shape
+
+SEED = 0
+E4M3_DEVIATION = 100.0  # of FP8 weights: what scaling a channel's largest to 448 leaves of normal numbers
+BF16 = "bf16; norms, modulation and time embedding float32, as from_pretrained leaves them"
+# What users get is "inductor"; a test, which has no minutes for a C++ compiler, sets "eager".
+BACKEND = os.environ.get("TRT_WAN_BENCH_COMPILE_BACKEND", "inductor")
+COMPILATION = (
+    f"blocks and face adapters by torch.compile(fullgraph=True, dynamic=False), backend {BACKEND}; "
+    "embeddings, motion encoder and head eager"
+)
+BLUR = (1.0, 3.0, 3.0, 1.0)  # of the motion encoder's halving convolutions: a buffer, not a parameter
+
+# The first that takes a call's shapes computes it.
+ATTENTION_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+Model = Any  # WanAnimateTransformer3DModel: diffusers has no types to check against
+
+
+def make_model(shape: Shape, device: str) -> Model:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NotRun("torch sees no CUDA GPU")
+    c, m = shape.config.transformer, shape.config.motion
+    with torch.device("meta"):
+        model = WanAnimateTransformer3DModel(
+            num_attention_heads=c.heads,
+            attention_head_dim=c.head_dim,
+            in_channels=c.latent_channels + c.condition_channels,
+            latent_channels=c.latent_channels,
+            out_channels=c.latent_channels,
+            text_dim=shape.config.text.dim,
+            freq_dim=c.frequency_dim,
+            ffn_dim=c.ffn_dim,
+            num_layers=c.layers,
+            image_dim=shape.config.image.dim,
+            added_kv_proj_dim=c.dim,
+            motion_encoder_size=m.size,
+            motion_encoder_channel_sizes={str(m.size >> i): n for i, n in enumerate(m.channels)},
+            motion_style_dim=m.style_dim,
+            motion_dim=m.motion_dim,
+            motion_encoder_dim=m.style_dim,
+            face_encoder_hidden_dim=shape.config.face.hidden_dim,
+            face_encoder_num_heads=shape.config.face.heads,
+            inject_face_latents_blocks=c.fuser_interval,
+        )
+    exact = set(model._keep_in_fp32_modules)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if exact & set(name.split(".")) else torch.bfloat16)
+    model.to_empty(device=device)
+    fill(model)
+    rope = WanRotaryPosEmbed(c.head_dim, model.config.patch_size, model.config.rope_max_seq_len)
+    model.rope = rope.to(device)
+    row = torch.tensor(BLUR, device=device)
+    for module in model.modules():
+        if getattr(module, "blur", False):
+            module.blur_kernel = torch.outer(row, row) / row.sum() ** 2
+    return model.eval().requires_grad_(False)
+
+
+def compile_blocks(model: Model) -> None:
+    """Regional compilation, as diffusers documents it, and the face adapters as well."""
+    model.compile_repeated_blocks(backend=BACKEND, fullgraph=True, dynamic=False)
+    for adapter in model.face_adapter:
+        adapter.compile(backend=BACKEND, fullgraph=True, dynamic=False)
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Random parameters that keep activations near unit variance, FP8 values times their scale as well."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(SEED)
+    tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "fp8" in n)]
+    for name, tensor in tensors:
+        data = tensor.data
+        if data.dtype == torch.float8_e4m3fn:
+            for rows in torch.split(data, 4096):
+                values = torch.randn(rows.shape, device=device, generator=generator) * E4M3_DEVIATION
+                rows.copy_(values.clamp_(-448, 448))
+        elif name.endswith("fp8_scale"):  # one per output channel of a weight [out, in]
+            layer: Any = model.get_submodule(name.rpartition(".")[0])
+            data.fill_(1 / math.sqrt(layer.in_features) / E4M3_DEVIATION)
+        elif name.endswith(".weight") and tensor.ndim == 1:  # a norm
+            data.normal_(1, 0.1, generator=generator)
+        elif name.startswith("motion_encoder."):  # divides by the root of the fan-in itself
+            data.normal_(0, 1, generator=generator)
+        else:
+            inner = max(1, math.prod(tensor.shape[1:]))
+            data.normal_(0, 0.1 if tensor.ndim == 1 else 1 / math.sqrt(inner), generator=generator)
+
+
+def make_inputs(shape: Shape, device: str) -> dict[str, Any]:
+    """What one call of the model takes: a batch of one."""
+    config, plan = shape.config, shape.plan
+    c = config.transformer
+    grid = (plan.latent_height, plan.latent_width)
+
+    def noise(*size: int) -> torch.Tensor:
+        return torch.randn(size, device=device, dtype=torch.bfloat16)
+
+    torch.manual_seed(SEED)
+    return {
+        "hidden_states": noise(1, c.latent_channels + c.condition_channels, plan.slots, *grid),
+        "timestep": torch.tensor([500], device=device),
+        "encoder_hidden_states": noise(1, config.text.length, config.text.dim),
+        "encoder_hidden_states_image": noise(1, config.image.tokens, config.image.dim),
+        "pose_hidden_states": noise(1, c.latent_channels, plan.latent_frames, *grid),
+        "face_pixel_values": noise(1, 3, plan.frames, config.motion.size, config.motion.size),
+    }
+
+
+class DiffusersPeer:
+    """A model in the form a peer gives it. `wanted` are the attention kernels it may use, best first."""
+
+    def __init__(
+        self,
+        model: Model,
+        shape: Shape,
+        device: str,
+        settings: dict[str, str],
+        wanted: list[SDPBackend] | None = None,
+    ) -> None:
+        self.model, self.shape, self.device = model, shape, device
+        self.wanted = wanted or ATTENTION_ORDER
+        self.inputs = make_inputs(shape, device)
+        self.settings = settings | common_settings(shape, device)
+        self._sizes: dict[str, int] = {}
+        if device == "cuda":  # making the weights takes more than running them
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def step(self) -> torch.Tensor:
+        velocity: torch.Tensor = self.model(**self.inputs, return_dict=False)[0]
+        return velocity
+
+    def warm_up(self) -> float:
+        start = time.perf_counter()  # the host compiles: no event would see all of it
+        self.timed(1)
+        first = time.perf_counter() - start
+        self.timed(WARM_UP - 1)
+        return first
+
+    def timed(self, steps: int) -> list[float]:
+        with torch.inference_mode(), self._attention():
+            return time_calls(self.step, steps, self.device)
+
+    def memory(self) -> dict[str, int]:
+        if self.device != "cuda":
+            return {}
+        return {
+            "peak allocated": torch.cuda.max_memory_allocated(),
+            "peak reserved": torch.cuda.max_memory_reserved(),
+        }
+
+    def parts(self) -> dict[str, float]:
+        """What diffusers computes in every step though no step changes it, and one self-attention."""
+        faces = self.inputs["face_pixel_values"][0].transpose(0, 1)
+        batch = self.model.config.motion_encoder_batch_size
+
+        def encode_faces() -> None:
+            motion = torch.cat([self.model.motion_encoder(part) for part in faces.split(batch)])
+            self.model.face_encoder(motion[None])
+
+        c = self.shape.config.transformer
+        heads = (1, c.heads, self.shape.plan.tokens, c.head_dim)
+        q, k, v = (torch.randn(heads, device=self.device, dtype=torch.bfloat16) for _ in range(3))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        with torch.inference_mode(), self._attention():
+            return {
+                "face encoding, in every step": sorted(time_calls(encode_faces, 3, self.device))[1],
+                "PyTorch's attention, one call": sorted(time_calls(lambda: attend(q, k, v), 3, self.device))[
+                    1
+                ],
+            }
+
+    def rest(self) -> None:
+        for name, tensor in self._tensors():
+            self._sizes[name] = tensor.untyped_storage().size()
+            tensor.untyped_storage().resize_(0)
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        for name, tensor in self._tensors():
+            tensor.untyped_storage().resize_(self._sizes[name])
+        fill(self.model)
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights, which `fill` makes again."""
+        yield from self.model.named_parameters()
+        yield from ((n, b) for n, b in self.model.named_buffers() if "fp8" in n)
+
+    def _attention(self) -> contextlib.AbstractContextManager[None]:
+        if self.device != "cuda":
+            return contextlib.nullcontext()
+        return sdpa_kernel(self.wanted, set_priority=True)
+
+
+def common_settings(shape: Shape, device: str) -> dict[str, str]:
+    tokens, slots = shape.plan.tokens, shape.plan.slots
+    settings = {
+        "library": f"diffusers {version('diffusers')}, torch {torch.__version__}",
+        "class": "WanAnimateTransformer3DModel, one forward per step, batch 1, no guidance",
+        "shape": f"{shape.title}, {slots} latent slots, {tokens} tokens",
+        "weights": "random, normal, made on the device",
+        "not in the step": "sampler, VAE, text and image encoders",
+        "in the step": "patch, time, text, image and pose embeddings, motion and face encoder, blocks, head",
+        "offloading": "none",
+        "CUDA graphs": "none",
+    }
+    if device == "cuda":
+        cudnn: Any = torch.backends.cudnn  # untyped
+        settings["GPU"] = torch.cuda.get_device_name()
+        settings["CUDA, cuDNN"] = f"{torch.version.cuda}, {cudnn.version()}"
+    return settings
+
+
+def attention_setting(shape: Shape, device: str) -> str:
+    """Which kernel PyTorch takes for the self-attention when cuDNN's comes first."""
+    if device != "cuda":
+        return "PyTorch's for the CPU"
+    c = shape.config.transformer
+    heads = torch.empty(1, c.heads, shape.plan.tokens, c.head_dim, device=device, dtype=torch.bfloat16)
+    asked = torch.backends.cuda.SDPAParams(heads, heads, heads, None, 0.0, False, False)
+    if torch.backends.cuda.can_use_cudnn_attention(asked):
+        return "cuDNN, bf16"
+    return "not cuDNN, which refuses the shape: the next of FlashAttention-2, memory-efficient, math"
+
+
+def time_calls(call: Callable[[], Any], count: int, device: str) -> list[float]:
+    """Seconds between the ends of consecutive calls, by events on a GPU: gaps are counted with the call."""
+    if device != "cuda":
+        ends = [time.perf_counter()]
+        for _ in range(count):
+            call()
+            ends.append(time.perf_counter())
+        return [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    event_type: Any = torch.cuda.Event  # untyped
+    events = [event_type(enable_timing=True) for _ in range(count + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in zip(events, events[1:], strict=False)]

@@ -1,0 +1,261 @@
+"""Plots of results, as PNG and SVG. Every one names its units and the hardware."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from textwrap import fill
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from trt_wan.benchmarks.quality import Quality
+from trt_wan.benchmarks.result import OURS, Result
+from trt_wan.benchmarks.sweep import Point, Sweep
+
+INK, LEAST, EXCESS, OTHER = "#222222", "#1b6ca8", "#f2a65a", "#9aa5b1"
+ORDER = ("patch_embed", "attn_in", "attention", "attn_out", "fuser", "head", "sampler")
+
+
+def draw(result: Result, folder: Path) -> list[Path]:
+    """Waterfall of a step, stages of a job, and seconds per step beside the peers'."""
+    figures = {"waterfall": waterfall(result), "stages": stages(result)}
+    if any(peer.ran for peer in result.peers):
+        figures["peers"] = peers(result)
+    return [path for name, figure in figures.items() for path in save(figure, folder / name)]
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    return paths
+
+
+def canvas(title: str, hardware: str, width: float = 9, height: float = 5) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
+    lines = [fill(line, 110) for line in hardware.splitlines()]
+    axes.set_title("\n".join(lines), fontsize=9, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def readable(value: float) -> str:
+    """Three figures, and no more of them than a plot has room for."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def waterfall(result: Result) -> Figure:
+    """Each network's time in a step on top of the one before; of each, the least it can take."""
+    steps = result.steps
+    by_name = {n.name: n for n in steps.networks}
+    names = [name for name in ORDER if name in by_name]
+    names += [name for name in by_name if name not in ORDER]
+    whole = steps.seconds.median
+    factor = 1e3
+    figure, axes = canvas(
+        f"One denoising step: {readable(whole * factor)} ms"
+        + (f", lower bound {readable(steps.bound_seconds * factor)} ms" if steps.bound_seconds else ""),
+        f"{result.title}\nlower bound: {steps.bound_about}",
+    )
+    top = 0.0
+    for x, name in enumerate(names):
+        seconds = by_name[name].seconds * factor
+        least = min(by_name[name].bound_seconds or 0.0, by_name[name].seconds) * factor
+        axes.bar(x, least, 0.7, top, color=LEAST)
+        axes.bar(x, seconds - least, 0.7, top + least, color=EXCESS)
+        axes.annotate(readable(seconds), (x, top + seconds), (0, 3), textcoords="offset points", ha="center")
+        top += seconds
+    between = whole * factor - top
+    x = len(names)
+    axes.bar(x, between, 0.7, top, color=OTHER)
+    axes.annotate(
+        readable(between), (x, max(top, top + between)), (0, 3), textcoords="offset points", ha="center"
+    )
+    axes.bar(x + 1, whole * factor, 0.7, color=INK)
+    axes.annotate(
+        readable(whole * factor), (x + 1, whole * factor), (0, 3), textcoords="offset points", ha="center"
+    )
+    if steps.bound_seconds:
+        axes.axhline(steps.bound_seconds * factor, color=LEAST, linestyle="--", linewidth=1)
+    calls = [f"{name}\n{by_name[name].calls} x" for name in names]
+    axes.set_xticks(range(len(names) + 2), [*calls, "between\nnetworks", "whole\nstep"], fontsize=8)
+    axes.set_ylabel("milliseconds of one step, added up")
+    axes.set_ylim(0, max(top, whole * factor) * 1.12)
+    for colour, label in (
+        (LEAST, "least it can take"),
+        (EXCESS, "beyond that"),
+        (OTHER, "no network running"),
+    ):
+        axes.bar(0, 0, color=colour, label=label)
+    axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def stages(result: Result) -> Figure:
+    """Seconds of every stage of a whole job, from a warm and from a cold start."""
+    jobs = [("warm start", result.warm, LEAST)]
+    if result.cold is not None:
+        jobs.append(("cold start", result.cold, EXCESS))
+    names = [name for name in result.warm.stages]
+    figure, axes = canvas(
+        f"A whole job: one window of {result.warm.frames} frames, {len(result.warm.steps)} steps",
+        result.title,
+        height=1.6 + 0.42 * len(names),
+    )
+    thick = 0.8 / len(jobs)
+    longest = max(max(job.stages.values()) for _, job, _ in jobs)
+    for j, (label, job, colour) in enumerate(jobs):
+        for i, name in enumerate(names):
+            seconds = job.stages.get(name, 0.0)
+            y = i + (j - (len(jobs) - 1) / 2) * thick
+            axes.barh(y, seconds, thick * 0.9, color=colour, label=label if i == 0 else None)
+            axes.annotate(
+                f"{seconds:.2f}", (seconds, y), (3, 0), textcoords="offset points", va="center", fontsize=8
+            )
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    axes.set_xlim(0, longest * 1.12)
+    if len(jobs) > 1:
+        axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def peers(result: Result) -> Figure:
+    """Median seconds per step, with p10 and p90, ours first."""
+    rows = [(OURS, result.steps.seconds)]
+    rows += [(peer.title, peer.seconds) for peer in result.peers if peer.seconds is not None]
+    least = min(spread.count for _, spread in rows)
+    figure, axes = canvas(
+        f"Seconds per denoising step (median and p10 to p90 of {least} steps or more)",
+        result.title,
+        height=1.6 + 0.55 * len(rows),
+    )
+    for y, (name, spread) in enumerate(rows):
+        whiskers = [[spread.median - spread.p10], [spread.p90 - spread.median]]
+        colour = LEAST if name == OURS else OTHER
+        axes.barh(y, spread.median, 0.65, color=colour, xerr=whiskers, ecolor=INK, capsize=3)
+        text = f"{spread.median:.3g} s" + ("" if y == 0 else f"  ({spread.median / rows[0][1].median:.2f} x)")
+        axes.annotate(text, (spread.p90, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
+    if result.steps.bound_seconds:
+        axes.axvline(result.steps.bound_seconds, color=LEAST, linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds per step; dashed: the lower bound of ours")
+    axes.set_xlim(0, max(spread.p90 for _, spread in rows) * 1.22)
+    return figure
+
+
+Law = Callable[[float], float]
+
+
+def scaling(
+    title: str,
+    hardware: str,
+    x_label: str,
+    series: Sequence[tuple[str, Sequence[tuple[float, float, str]]]],
+    law: tuple[str, Law] | None = None,
+) -> Figure:
+    """Seconds per step over something that grows, both axes logarithmic. Points are (x, seconds, label)."""
+    figure, axes = canvas(title, hardware)
+    colours = (LEAST, EXCESS, "#5b8c5a", "#a23b72", OTHER)
+    for (name, points), colour in zip(series, colours * len(series), strict=False):
+        ordered = sorted(points)
+        axes.plot(
+            [x for x, _, _ in ordered],
+            [y for _, y, _ in ordered],
+            "o",
+            color=colour,
+            label=name,
+            markersize=6,
+        )
+        for k, (x, y, label) in enumerate(ordered):
+            below = bool(k % 2)  # neighbours' labels on different sides
+            axes.annotate(
+                label,
+                (x, y),
+                (0, -12 if below else 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7.5,
+                color=INK,
+            )
+    if law is not None:
+        xs = sorted(x for _, points in series for x, _, _ in points)
+        ys = [law[1](x) for x in xs]
+        axes.plot(xs, ys, "--", color=INK, linewidth=1, label=law[0])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.margins(0.12, 0.16)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("seconds per step, median")
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    return figure
+
+
+def draw_sweep(sweep: Sweep, folder: Path) -> list[Path]:
+    """The scaling over work, with its law, and one plot of bars for each other axis."""
+    grown = [p for p in sweep.points if p.axis in ("size", "window") and p.seconds is not None]
+    found = []
+    if grown:
+        series = []
+        for axis in ("window", "size"):
+            placed = [
+                (p.flops / 1e15, p.seconds.median, p.label) for p in grown if p.axis == axis and p.seconds
+            ]
+            series.append((f"over the {axis}", placed))
+        law = sweep.law
+        dashed = (f"law: {law.text}", lambda x: law.seconds(x * 1e15)) if law else None
+        models = ", ".join(dict.fromkeys(p.shape.model for p in grown))
+        figure = scaling(
+            "Seconds per step over the work of a step",
+            f"{models}, {sweep.card.hardware}",
+            "PFLOP per step",
+            [row for row in series if row[1]],
+            dashed,
+        )
+        found += save(figure, folder / "scaling")
+    for axis, what in (("steps", "a whole job"), ("precision", "a step"), ("vram", "a step")):
+        points = [p for p in sweep.points if p.axis == axis and p.seconds is not None]
+        if points:
+            found += save(bars(f"Seconds of {what}", sweep.card.hardware, points), folder / f"sweep-{axis}")
+    return found
+
+
+def bars(title: str, hardware: str, points: Sequence[Point]) -> Figure:
+    """One bar per point of an axis, with its memory where that is known."""
+    figure, axes = canvas(title, f"{points[0].shape.title}, {hardware}", height=1.6 + 0.55 * len(points))
+    for y, point in enumerate(points):
+        assert point.seconds is not None
+        seconds, memory = point.seconds.median, point.peak_memory_bytes
+        axes.barh(y, seconds, 0.65, color=LEAST)
+        text = f"{seconds:.3g} s" + (f", {memory / 1e9:.1f} GB" if memory else "")
+        axes.annotate(text, (seconds, y), (5, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_yticks(range(len(points)), [point.label for point in points])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds, median")
+    axes.set_xlim(0, max(p.seconds.median for p in points if p.seconds) * 1.25)
+    return figure
+
+
+def draw_quality(quality: Quality, folder: Path) -> list[Path]:
+    """Relative error of the velocity over the steps, ours and the noise floor."""
+    figure, axes = canvas(
+        f"Velocity against {quality.reference}, on equal latents",
+        f"{quality.shape.title}, {quality.card.hardware}; weights {quality.weights}",
+        height=4,
+    )
+    for row, colour in zip(quality.rows, (LEAST, OTHER), strict=False):
+        steps = range(1, len(row.velocity_errors) + 1)
+        axes.plot(steps, row.velocity_errors, "o-", color=colour, label=row.name)
+    if any(error > 0 for row in quality.rows for error in row.velocity_errors):
+        axes.set_yscale("log")
+    axes.set_xticks(range(1, max(len(row.velocity_errors) for row in quality.rows) + 1))
+    axes.set_xlabel("denoising step")
+    axes.set_ylabel("relative error")
+    axes.grid(True, axis="y", color="#dddddd", linewidth=0.6)
+    axes.legend(frameon=False)
+    return save(figure, folder / "quality")

@@ -1,0 +1,125 @@
+"""Everything a benchmark measured, as it is written to bench.json. Seconds, bytes, FLOPs; never rounded."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trt_wan.benchmarks.bound import NetworkTime
+from trt_wan.benchmarks.card import Card
+from trt_wan.benchmarks.ceilings import Ceiling
+from trt_wan.benchmarks.monitor import Usage
+from trt_wan.benchmarks.peers.shape import Shape
+from trt_wan.benchmarks.spread import Spread
+
+SCHEMA = "trt-wan-bench/1"
+OURS = "trt-wan"
+
+
+@dataclass(frozen=True)
+class WorkRow:
+    """A network's calls in a step, in a window beside its steps and in a job, and the work of one call."""
+
+    name: str
+    calls_step: int
+    calls_window: int
+    calls_job: int
+    linear: int
+    attention: int
+    convolution: int
+    bytes: int
+    fp8: bool
+
+
+@dataclass(frozen=True)
+class JobTimes:
+    """A whole job in a process of its own: one window, from prepared clips to a video file."""
+
+    process_seconds: float  # from the process's start to its end
+    first_step_seconds: float  # from the process's start to the first finished step
+    seconds: float  # from opening the clips to the finished file
+    frames: int
+    steps: list[float]
+    stages: Mapping[str, float]
+    networks: list[dict[str, Any]]  # by stage: name, calls, seconds
+    host_peak_bytes: int | None
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Consecutive steps, in rounds between which others ran."""
+
+    seconds: Spread
+    host_seconds: Spread  # until everything of a step was enqueued
+    rounds: list[list[float]]
+    networks: list[NetworkTime]
+    uploads: Mapping[str, float]  # host arrays handed in, by network, in a step
+    bound_seconds: float | None
+    bound_about: str
+    datasheet_seconds: float | None  # the same with the datasheet's peaks
+
+
+@dataclass(frozen=True)
+class PeerTimes:
+    name: str
+    title: str
+    ran: bool
+    reason: str = ""
+    seconds: Spread | None = None
+    rounds: list[list[float]] = field(default_factory=list)
+    build_seconds: float | None = None
+    first_step_seconds: float | None = None  # with compilation
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    part_seconds: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    shape: Shape
+    tokens: int
+    step_flops: int
+    weights: str
+    precision: str
+    settings: Mapping[str, Any]  # of runtime.job.Settings, where they were given
+    choices: list[str]  # what was decided, and why
+    card: Card
+    ceilings: list[Ceiling]
+    work: list[WorkRow]
+    cold: JobTimes | None
+    warm: JobTimes
+    steps: StepTimes
+    peers: list[PeerTimes]
+    not_measured: list[str]
+    version: str
+    time: str
+    schema: str = SCHEMA
+
+    @property
+    def title(self) -> str:
+        return f"{self.shape.title}, {self.precision}, {self.card.hardware}"
+
+    def headlines(self) -> dict[str, float]:
+        """The figures by which two results are compared, in seconds or bytes."""
+        figures = {f"{OURS} s/step": self.steps.seconds.median}
+        figures |= {f"{p.title} s/step": p.seconds.median for p in self.peers if p.seconds is not None}
+        figures |= {
+            f"{OURS} first step, warm": self.warm.first_step_seconds,
+            f"{OURS} whole job, warm": self.warm.seconds,
+        }
+        if self.cold is not None:
+            figures[f"{OURS} first step, cold"] = self.cold.first_step_seconds
+        if self.warm.usage.peak_memory_bytes:
+            figures[f"{OURS} peak device memory"] = self.warm.usage.peak_memory_bytes
+        if self.warm.host_peak_bytes:
+            figures[f"{OURS} peak host memory"] = self.warm.host_peak_bytes
+        return figures
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "headlines": self.headlines()}
+
+    def to_json(self) -> str:
+        """One line. Unknown figures are null, so that any reader takes it."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,36 @@
+"""Prepared clips of any size and length for a benchmark: a disc that moves, on grey that changes."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from trt_wan.preprocess.video import Picture
+from trt_wan.runtime.clips import FACE_SIZE
+from trt_wan.runtime.writer import VideoWriter
+
+RATE = Fraction(30)
+
+
+def write_clips(folder: Path, width: int, height: int, frames: int) -> Path:
+    """What the mode animate takes: src_ref.png, src_pose.mp4 and src_face.mp4, in `folder`."""
+    import cv2
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(folder / "src_ref.png"), _picture(width, height, 0.3))
+    for name, size in (("src_pose.mp4", (width, height)), ("src_face.mp4", (FACE_SIZE, FACE_SIZE))):
+        with VideoWriter(folder / name, *size, RATE, None, overwrite=True) as writer:
+            for k in range(frames):
+                writer.write(_picture(*size, k / frames))
+            writer.finish()
+    return folder
+
+
+def _picture(width: int, height: int, phase: float) -> Picture:
+    import cv2
+
+    ramp = np.linspace(40, 120, width) + 40 * phase
+    picture = np.repeat(np.tile(ramp, (height, 1))[..., None], 3, axis=-1).astype(np.uint8)
+    centre = (int(width * (0.25 + 0.5 * phase)), height // 2)
+    cv2.circle(picture, centre, min(width, height) // 4, (220, 130, 70), -1)
+    return picture

@@ -1,0 +1,88 @@
+"""Inputs to measure a network with: seeded, and as awkward as those of a trained model.
+
+In trained transformers a few channels of the residual stream are tens of times larger than the rest, and a
+few channels of k have a large mean that all tokens share. Both are what 8-bit formats suffer from and plain
+Gaussian noise lacks. Weights are Gaussian: what matters of them is their rounding.
+"""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.engines.contract import Network, scale_name
+
+Host = NDArray[Any]
+Float = NDArray[np.float32]
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+E4M3_MAX = 448.0
+WEIGHT_GAIN = 1.4  # deviation times the root of the inputs: 0.02 for the 14B's 5120
+RESIDUAL_FACTORS = (20, 30, 40, 50)  # of the outlier channels of the residual stream
+K_MEANS = (9, -9, 12, -6)  # of k's outlier channels; deviations are 1
+Q_FACTOR = 2  # of q in k's outlier channels; more makes FP8 attention saturate (FP8_ATTENTION_RANGE)
+V_FACTOR = 8  # of one channel of v
+
+
+def realistic(network: Network, seed: int) -> dict[str, Host]:
+    """Every input and weight of `network` (at its precision) by name, in the contract's types."""
+    rng = np.random.default_rng(seed)
+    types = {t.name: np.dtype(t.dtype) for t in network.inputs + network.weights}
+    made: dict[str, Host] = {}
+    for tensor in network.inputs + network.weights:
+        if tensor.name in made:  # a scale came with its weight, a sine with its cosine
+            continue
+        if tensor.name == "rope_cos":
+            angles = rng.uniform(0, 2 * np.pi, tensor.shape)
+            made |= {"rope_cos": np.cos(angles), "rope_sin": np.sin(angles)}
+            continue
+        values = _values(tensor.name, tensor.shape, rng)
+        if types[tensor.name] == E4M3:
+            made[tensor.name], made[scale_name(tensor.name)] = quantise_rows(values)
+        else:
+            made[tensor.name] = values
+    return {name: values.astype(types[name], copy=False) for name, values in made.items()}
+
+
+def quantise_rows(weight: Float) -> tuple[Host, Float]:
+    """[out, in] to E4M3 values and a scale per output channel, like a checkpoint's bf16 weights."""
+    scale = np.maximum(np.abs(weight).max(axis=1) / np.float32(E4M3_MAX), np.float32(1e-12))
+    return (weight / scale[:, None]).astype(E4M3), scale
+
+
+def dequantised(name: str, values: dict[str, Host]) -> Float:
+    """The float32 numbers that the tensor `name` stands for."""
+    tensor = values[name].astype(np.float32)
+    return tensor * values[scale_name(name)][:, None] if values[name].dtype == E4M3 else tensor
+
+
+def outlier_channels(size: int, count: int) -> NDArray[np.int64]:
+    """The same in every head, spread evenly."""
+    return np.arange(count) * size // count + size // (2 * count)
+
+
+def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Float:
+    noise = rng.standard_normal(shape, np.float32)
+    size = shape[-1]
+    if name == "x":
+        noise[:, outlier_channels(size, len(RESIDUAL_FACTORS))] *= RESIDUAL_FACTORS
+    elif name == "q":
+        noise[..., outlier_channels(size, len(K_MEANS))] *= Q_FACTOR
+        noise *= size**-0.5  # q comes multiplied by the softmax scale
+    elif name == "k" or name.endswith("_k"):
+        noise[..., outlier_channels(size, len(K_MEANS))] += K_MEANS
+    elif name == "v":
+        noise[..., outlier_channels(size, 1)] *= V_FACTOR
+    elif name == "attended":  # an average of v, so smaller
+        noise[:, outlier_channels(size, len(K_MEANS))] *= V_FACTOR
+        noise *= 0.3
+    elif name == "time_modulation":
+        noise *= 0.3
+    elif name in ("modulation", "bias") or name.endswith(".bias"):
+        noise *= 0.1
+    elif len(shape) == 1:  # a norm's weight
+        noise = 1 + 0.1 * noise
+    elif name.endswith(".weight"):
+        noise *= WEIGHT_GAIN * size**-0.5
+    return noise

@@ -1,0 +1,94 @@
+"""What a candidate is compared with: the network in float32, for a sample of its tokens.
+
+`attn_in` and `attn_out` act on each token by itself, so a small fp32 graph that takes just the sample
+computes them, on ONNX Runtime on the CPU. Attention is numpy: the sampled queries against all keys.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.build.realistic import Float, Host, dequantised
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.plan import Plan
+from trt_wan.errors import UsageError
+
+SMALL = Plan(64, 64, 9, "fp32")
+SAMPLE = SMALL.tokens  # 64
+Tokens = NDArray[np.int64]
+
+TOKEN_AXIS = {"x": 0, "attended": 0, "rope_cos": 0, "rope_sin": 0, "x_out": 0, "q": 1, "k": 1, "v": 1}
+# A residual stream's outliers would hide a wrong result: what was added to it is compared.
+ADDED_TO = {"x_out": "x"}
+
+
+def sampled(name: str, array: Host, tokens: Tokens) -> Host:
+    return np.take(array, tokens, axis=TOKEN_AXIS[name])
+
+
+def reference(name: str, model: ModelConfig, values: dict[str, Host], tokens: Tokens) -> dict[str, Float]:
+    """The outputs of network `name` at `tokens` (SAMPLE of them) by name, from all its inputs and weights."""
+    compute = attention_reference if name == "attention" else graph_reference
+    return compute(name, model, values, tokens)
+
+
+def attention_reference(
+    name: str, model: ModelConfig, values: dict[str, Host], tokens: Tokens
+) -> dict[str, Float]:
+    heads = []
+    for q, k, v in zip(values["q"], values["k"], values["v"], strict=True):
+        logits = q[tokens].astype(np.float32) @ k.astype(np.float32).T
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        heads.append(weights @ v.astype(np.float32) / weights.sum(axis=1, keepdims=True))
+    return {"attended": np.concatenate(heads, axis=1)}
+
+
+def graph_reference(
+    name: str, model: ModelConfig, values: dict[str, Host], tokens: Tokens
+) -> dict[str, Float]:
+    """UsageError without torch, which exports the graph."""
+    assert len(tokens) == SAMPLE, f"{len(tokens)} tokens, the graph takes {SAMPLE}"
+    network = networks(model, SMALL)[name]
+    given = {tensor.name: dequantised(tensor.name, values) for tensor in network.inputs + network.weights}
+    feeds = {n: sampled(n, array, tokens) if n in TOKEN_AXIS else array for n, array in given.items()}
+    outputs = [tensor.name for tensor in network.outputs]
+    with TemporaryDirectory() as folder:
+        session = _session(name, model, Path(folder) / f"{name}.onnx")
+        return dict(zip(outputs, session.run(outputs, feeds), strict=True))
+
+
+def _session(name: str, model: ModelConfig, path: Path) -> Any:
+    import onnxruntime as ort
+
+    try:
+        from trt_wan.build.export import export
+
+        export(networks(model, SMALL)[name], model, SMALL, path)
+    except ImportError as error:  # torch imports onnxscript only when it exports
+        raise UsageError(
+            f"Measuring needs packages that export its reference and are not here ({error}).",
+            "Run: pip install 'trt-wan[build]', or leave measuring out with --no-measure.",
+        ) from error
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def relative_error(
+    output: dict[str, Host], wanted: dict[str, Float], values: dict[str, Host], tokens: Tokens
+) -> float:
+    """Of the sample, the worst output's; infinite if any number of any whole output is not finite."""
+    errors = []
+    for name, whole in output.items():
+        if not np.isfinite(whole).all():
+            return float("inf")
+        got, want = sampled(name, whole, tokens).astype(np.float32), wanted[name]
+        if name in ADDED_TO:
+            before = sampled(ADDED_TO[name], values[ADDED_TO[name]], tokens)
+            got, want = got - before, want - before
+        errors.append(float(np.linalg.norm(got - want) / np.linalg.norm(want)))
+    return max(errors)

@@ -1,0 +1,318 @@
+// The arithmetic of a transformer block between its matrix products and around its self-attention.
+//
+// One block of threads works on one token: its channels stay in registers from the load to the store, so that
+// every tensor is read once and written once. Threads hold vectors of neighbouring channels: eight, or four where
+// the float32 residual stream passes, so that a warp's accesses have no gaps. Tokens come with one scale each (FP8
+// operands), products come unscaled: what they lack is `token_scale * weight_scale` and the bias. Sizes are macros:
+// DIM, FFN, HEADS, HEAD_DIM, EPS, SOFTMAX_SCALE, DIM_THREADS, FFN_THREADS.
+
+typedef unsigned char fp8;    // E4M3
+typedef unsigned short bf16;
+typedef unsigned int u32;
+typedef long long i64;
+
+constexpr int DIM_VECTORS = DIM / 8 / DIM_THREADS;  // of eight channels, per thread
+constexpr int FFN_VECTORS = FFN / 8 / FFN_THREADS;
+constexpr int STREAM_VECTORS = DIM / 4 / DIM_THREADS;  // of four
+static_assert(DIM_VECTORS * 8 * DIM_THREADS == DIM && DIM_THREADS % 32 == 0, "threads do not cover DIM");
+static_assert(FFN_VECTORS * 8 * FFN_THREADS == FFN && FFN_THREADS % 32 == 0, "threads do not cover FFN");
+static_assert(HEAD_DIM == 128 && HEADS * HEAD_DIM == DIM, "heads of 128 channels");
+
+constexpr float E4M3_MAX = 448.0f;
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// Loads and stores of a vector. What a kernel reads once does not stay in the caches.
+
+__device__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
+__device__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+
+__device__ u32 pack_bf16(float first, float second) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+
+__device__ u32 pack_fp8(float first, float second) {
+#if __CUDA_ARCH__ >= 890
+    unsigned short pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
+    return pair;
+#else
+    return 0;  // never launched: no FP8 there
+#endif
+}
+
+__device__ void load(const bf16* from, float (&x)[8]) {
+    uint4 raw;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(from) : "memory");
+    const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[2 * i] = low(pairs[i]), x[2 * i + 1] = high(pairs[i]);
+}
+
+__device__ void load(const bf16* from, float (&x)[4]) {
+    uint2 raw;
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(raw.x), "=r"(raw.y) : "l"(from) : "memory");
+    x[0] = low(raw.x), x[1] = high(raw.x), x[2] = low(raw.y), x[3] = high(raw.y);
+}
+
+__device__ void load(const float* from, float (&x)[4]) {
+    asm volatile("ld.global.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "l"(from) : "memory");
+}
+
+template <int N>
+__device__ void load_shared_by_tokens(const float* from, float (&x)[N]) {  // scales, biases, norms: kept in L1
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        const float4 four = __ldg((const float4*)(from + i));
+        x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+    }
+}
+
+__device__ void store(float* to, const float (&x)[4]) { *(float4*)to = make_float4(x[0], x[1], x[2], x[3]); }
+
+__device__ void store(bf16* to, const float (&x)[8]) {
+    *(uint4*)to = make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+}
+
+__device__ void store(fp8* to, const float (&x)[4], float factor) {
+    *(u32*)to = pack_fp8(x[0] * factor, x[1] * factor) | pack_fp8(x[2] * factor, x[3] * factor) << 16;
+}
+
+__device__ void store(fp8* to, const float (&x)[8], float factor) {
+    u32 pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = pack_fp8(x[2 * i] * factor, x[2 * i + 1] * factor);
+    *(uint2*)to = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+}
+
+// Reductions over the threads of a token. Every thread gets the result, added in the same order every time.
+
+__device__ float add(float a, float b) { return a + b; }
+__device__ float largest(float a, float b) { return fmaxf(a, b); }
+
+template <int THREADS, float (*combine)(float, float)>
+__device__ float reduce(float x) {
+    __shared__ float partial[THREADS / 32];
+#pragma unroll
+    for (int lane = 16; lane; lane /= 2) x = combine(x, __shfl_xor_sync(~0u, x, lane));
+    if (THREADS == 32) return x;
+    __syncthreads();  // the last reduction has been read
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = partial[0];
+#pragma unroll
+    for (int warp = 1; warp < THREADS / 32; ++warp) x = combine(x, partial[warp]);
+    return x;
+}
+
+// Quantises a token's values and writes its scale; as `operand` of build/models/ops.py does.
+template <int THREADS, int VECTORS, int N>
+__device__ void quantize(const float (&x)[VECTORS][N], fp8* out, float* out_scale) {
+    float most = 0;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v)
+#pragma unroll
+        for (int i = 0; i < N; ++i) most = fmaxf(most, fabsf(x[v][i]));
+    most = fmaxf(reduce<THREADS, largest>(most), 1e-10f);
+    if (threadIdx.x == 0) out_scale[blockIdx.x] = most * (1.0f / E4M3_MAX);
+    const float factor = E4M3_MAX / most;
+    fp8* row = out + (i64)blockIdx.x * (THREADS * VECTORS * N);
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) store(row + (v * THREADS + threadIdx.x) * N, x[v], factor);
+}
+
+// Layer norm over the channels, then x * gain + offset.
+__device__ void norm(float (&x)[STREAM_VECTORS][4], const float* gain, const float* offset) {
+    float sum = 0;
+#pragma unroll
+    for (int v = 0; v < STREAM_VECTORS; ++v)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum += x[v][i];
+    const float mean = reduce<DIM_THREADS, add>(sum) * (1.0f / DIM);
+    float squares = 0;
+#pragma unroll
+    for (int v = 0; v < STREAM_VECTORS; ++v)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) squares += (x[v][i] - mean) * (x[v][i] - mean);
+    const float inverse = rsqrtf(reduce<DIM_THREADS, add>(squares) * (1.0f / DIM) + EPS);
+#pragma unroll
+    for (int v = 0; v < STREAM_VECTORS; ++v) {
+        const int channel = (v * DIM_THREADS + threadIdx.x) * 4;
+        float g[4], o[4];
+        load_shared_by_tokens(gain + channel, g);
+        load_shared_by_tokens(offset + channel, o);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[v][i] = (x[v][i] - mean) * inverse * g[i] + o[i];
+    }
+}
+
+// A product's vector of channels, with the scales and the bias.
+template <int N>
+__device__ void load_product(const bf16* product, float token_scale, const float* weight_scale, const float* bias,
+                             float (&y)[N]) {
+    float s[N], b[N];
+    load(product, y);
+    load_shared_by_tokens(weight_scale, s);
+    load_shared_by_tokens(bias, b);
+#pragma unroll
+    for (int i = 0; i < N; ++i) y[i] = y[i] * (token_scale * s[i]) + b[i];
+}
+
+// The six rows of modulation for this step: shift, 1 + scale, gate; of the attention, then of the FFN.
+extern "C" __global__ void modulation_rows(const float* modulation, const float* time_modulation, float* rows) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= 6 * DIM) return;
+    const int row = i / DIM;
+    rows[i] = modulation[i] + time_modulation[i] + (row == 1 || row == 4 ? 1.0f : 0.0f);
+}
+
+extern "C" __global__ void __launch_bounds__(DIM_THREADS)
+norm_quantize(const float* x, const float* gain, const float* offset, fp8* out, float* out_scale) {
+    float values[STREAM_VECTORS][4];
+#pragma unroll
+    for (int v = 0; v < STREAM_VECTORS; ++v)
+        load(x + (i64)blockIdx.x * DIM + (v * DIM_THREADS + threadIdx.x) * 4, values[v]);
+    norm(values, gain, offset);
+    quantize<DIM_THREADS>(values, out, out_scale);
+}
+
+extern "C" __global__ void __launch_bounds__(DIM_THREADS) quantize_tokens(const bf16* x, fp8* out, float* out_scale) {
+    float values[DIM_VECTORS][8];
+#pragma unroll
+    for (int v = 0; v < DIM_VECTORS; ++v)
+        load(x + (i64)blockIdx.x * DIM + (v * DIM_THREADS + threadIdx.x) * 8, values[v]);
+    quantize<DIM_THREADS>(values, out, out_scale);
+}
+
+// q, k, v from products to heads: scales, bias, RMS norm of q and k over all channels, RoPE, [heads, tokens, 128].
+// blockIdx.y says which of the three; q's norm gets the softmax scale.
+extern "C" __global__ void __launch_bounds__(DIM_THREADS)
+heads_from_products(const bf16* product_q, const bf16* product_k, const bf16* product_v, const float* token_scale,
+                    const float* scale_q, const float* scale_k, const float* scale_v, const float* bias_q,
+                    const float* bias_k, const float* bias_v, const float* norm_q, const float* norm_k,
+                    const float* cosines, const float* sines, bf16* q, bf16* k, bf16* v_out) {
+    const int which = blockIdx.y;
+    const i64 token = blockIdx.x;
+    const bf16* product = which == 0 ? product_q : which == 1 ? product_k : product_v;
+    const float* scale = which == 0 ? scale_q : which == 1 ? scale_k : scale_v;
+    const float* bias = which == 0 ? bias_q : which == 1 ? bias_k : bias_v;
+    bf16* out = which == 0 ? q : which == 1 ? k : v_out;
+    float y[DIM_VECTORS][8];
+    float squares = 0;
+#pragma unroll
+    for (int v = 0; v < DIM_VECTORS; ++v) {
+        const int channel = (v * DIM_THREADS + threadIdx.x) * 8;
+        load_product(product + token * DIM + channel, token_scale[token], scale + channel, bias + channel, y[v]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) squares += y[v][i] * y[v][i];
+    }
+    if (which < 2) {
+        const float inverse = rsqrtf(reduce<DIM_THREADS, add>(squares) * (1.0f / DIM) + EPS)
+                              * (which == 0 ? SOFTMAX_SCALE : 1.0f);
+        const float* weight = which == 0 ? norm_q : norm_k;
+#pragma unroll
+        for (int v = 0; v < DIM_VECTORS; ++v) {
+            const int channel = (v * DIM_THREADS + threadIdx.x) * 8;
+            float w[8];
+            load_shared_by_tokens(weight + channel, w);
+            const i64 pair = token * (HEAD_DIM / 2) + channel % HEAD_DIM / 2;
+            const float4 cosine = __ldg((const float4*)(cosines + pair)), sine = __ldg((const float4*)(sines + pair));
+            const float c[4] = {cosine.x, cosine.y, cosine.z, cosine.w}, s[4] = {sine.x, sine.y, sine.z, sine.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float even = y[v][2 * i] * inverse * w[2 * i], odd = y[v][2 * i + 1] * inverse * w[2 * i + 1];
+                y[v][2 * i] = even * c[i] - odd * s[i];
+                y[v][2 * i + 1] = even * s[i] + odd * c[i];
+            }
+        }
+    }
+#pragma unroll
+    for (int v = 0; v < DIM_VECTORS; ++v) {
+        const int channel = (v * DIM_THREADS + threadIdx.x) * 8;
+        store(out + ((i64)(channel / HEAD_DIM) * gridDim.x + token) * HEAD_DIM + channel % HEAD_DIM, y[v]);
+    }
+}
+
+// q of the cross-attention: scales, bias, RMS norm with the softmax scale; [tokens, channels].
+extern "C" __global__ void __launch_bounds__(DIM_THREADS)
+rms_norm_product(const bf16* product, const float* token_scale, const float* weight_scale, const float* bias,
+                 const float* weight, bf16* out) {
+    const i64 token = blockIdx.x;
+    float y[DIM_VECTORS][8];
+    float squares = 0;
+#pragma unroll
+    for (int v = 0; v < DIM_VECTORS; ++v) {
+        const int channel = (v * DIM_THREADS + threadIdx.x) * 8;
+        load_product(product + token * DIM + channel, token_scale[token], weight_scale + channel, bias + channel, y[v]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) squares += y[v][i] * y[v][i];
+    }
+    const float inverse = rsqrtf(reduce<DIM_THREADS, add>(squares) * (1.0f / DIM) + EPS) * SOFTMAX_SCALE;
+#pragma unroll
+    for (int v = 0; v < DIM_VECTORS; ++v) {
+        const int channel = (v * DIM_THREADS + threadIdx.x) * 8;
+        float w[8];
+        load_shared_by_tokens(weight + channel, w);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) y[v][i] *= inverse * w[i];
+        store(out + token * DIM + channel, y[v]);
+    }
+}
+
+// x + gate * product, as the new residual stream. `gate` may be missing: then it is 1.
+__device__ void add_product(const float* x, const bf16* product, float token_scale, const float* weight_scale,
+                            const float* bias, const float* gate, float* x_out, float (&values)[STREAM_VECTORS][4]) {
+#pragma unroll
+    for (int v = 0; v < STREAM_VECTORS; ++v) {
+        const int channel = (v * DIM_THREADS + threadIdx.x) * 4;
+        const i64 at = (i64)blockIdx.x * DIM + channel;
+        float y[4], g[4];
+        load(x + at, values[v]);
+        load_product(product + at, token_scale, weight_scale + channel, bias + channel, y);
+        if (gate) load_shared_by_tokens(gate + channel, g);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[v][i] += gate ? g[i] * y[i] : y[i];
+        store(x_out + at, values[v]);
+    }
+}
+
+// The residual stream after a product, and its norm as the next product's operand. `x_out` may be `x`.
+extern "C" __global__ void __launch_bounds__(DIM_THREADS)
+add_norm_quantize(const float* x, const bf16* product, const float* token_scale, const float* weight_scale,
+                  const float* bias, const float* gate, float* x_out, const float* gain, const float* offset,
+                  fp8* out, float* out_scale) {
+    float values[STREAM_VECTORS][4];
+    add_product(x, product, token_scale[blockIdx.x], weight_scale, bias, gate, x_out, values);
+    norm(values, gain, offset);
+    quantize<DIM_THREADS>(values, out, out_scale);
+}
+
+extern "C" __global__ void __launch_bounds__(DIM_THREADS)
+add_gated(const float* x, const bf16* product, const float* token_scale, const float* weight_scale, const float* bias,
+          const float* gate, float* x_out) {
+    float values[STREAM_VECTORS][4];
+    add_product(x, product, token_scale[blockIdx.x], weight_scale, bias, gate, x_out, values);
+}
+
+__device__ float gelu_tanh(float x) {  // 0.5 x (1 + tanh u) = x / (1 + e^-2u)
+    const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+    return __fdividef(x, 1.0f + __expf(-2.0f * u));
+}
+
+extern "C" __global__ void __launch_bounds__(FFN_THREADS)
+gelu_quantize(const bf16* product, const float* token_scale, const float* weight_scale, const float* bias, fp8* out,
+              float* out_scale) {
+    float y[FFN_VECTORS][8];
+#pragma unroll
+    for (int v = 0; v < FFN_VECTORS; ++v) {
+        const int channel = (v * FFN_THREADS + threadIdx.x) * 8;
+        load_product(product + (i64)blockIdx.x * FFN + channel, token_scale[blockIdx.x], weight_scale + channel,
+                     bias + channel, y[v]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) y[v][i] = gelu_tanh(y[v][i]);
+    }
+    quantize<FFN_THREADS>(y, out, out_scale);
+}

@@ -1,0 +1,235 @@
+"""Attention providers. Without a GPU: what is missing is said, nothing is loaded early, our kernels compile.
+
+With one, every provider that can be used on it is compared with numpy in float32, for counts of tokens that
+fill no block. The inputs of a provider are bf16, so the reference has the same rounded inputs.
+"""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any, cast
+
+import ml_dtypes
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+
+from trt_wan.engines.candidates import CANDIDATES
+from trt_wan.errors import EnvironmentBroken, UsageError
+from trt_wan.runtime import attention
+from trt_wan.runtime.attention import PROVIDERS, keys, missing, open_attention
+from trt_wan.runtime.device.gpu import Gpu
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "runtime" / "attention"
+
+
+# Which can be used
+
+
+@pytest.fixture
+def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "distribution", lambda package: None)
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(package: str) -> Any:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(attention, "distribution", absent)
+
+
+@pytest.mark.parametrize(
+    ("name", "able", "unable"),
+    [
+        ("cudnn", [(8, 0), (8, 9), (9, 0), (12, 0)], [(7, 5)]),
+        ("cudnn fp8", [(9, 0), (10, 0), (12, 0)], [(8, 0), (8, 9)]),
+        ("flash4", [(8, 0), (9, 0), (12, 0)], [(7, 5)]),
+        ("sage fp8", [(9, 0)], [(8, 9), (10, 0), (12, 0)]),
+    ],
+)
+def test_a_gpu_that_does_not_fit_is_named(
+    everything_installed: None, name: str, able: list[Any], unable: list[Any]
+) -> None:
+    assert [missing(name, capability) for capability in able] == [None] * len(able)
+    for capability in unable:
+        sentence = missing(name, capability) or ""
+        assert sentence.startswith(f"{name} needs a GPU of compute capability ")
+        assert "this one has {}.{}".format(*capability) in sentence and sentence.endswith("attention.")
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_packages_that_are_missing_are_named_with_the_command(nothing_installed: None, name: str) -> None:
+    sentence = missing(name, (9, 0)) or ""
+    assert all(package in sentence for package in PROVIDERS[name].packages)
+    assert sentence.endswith("pip install 'trt-wan[hopper]'.")
+
+
+def test_the_command_installs_what_the_providers_need() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = {Requirement(line).name for line in extras["hopper"]}
+    assert {package for row in PROVIDERS.values() for package in row.packages} <= installed
+
+
+def test_every_row_names_a_class_and_is_a_candidate() -> None:
+    for row in PROVIDERS.values():
+        tree = ast.parse((FOLDER / f"{row.module}.py").read_text())
+        assert row.segment in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    assert {row.name for row in CANDIDATES if row.maker == "attention"} == set(PROVIDERS)
+
+
+class FakeGpu:
+    capability = (9, 0)
+
+
+def test_what_cannot_be_opened_says_why(everything_installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = cast(Gpu, FakeGpu())
+    with pytest.raises(UsageError, match="no attention 'flash5'") as caught:
+        open_attention("flash5", gpu, 2, 5, 128)
+    assert "flash4" in caught.value.hint
+    for name, head_dim in (("cudnn", 100), ("cudnn fp8", 72), ("flash4", 256), ("sage fp8", 64)):
+        with pytest.raises(UsageError, match=f"{name} cannot do heads of {head_dim} channels"):
+            open_attention(name, gpu, 2, 5, head_dim)
+    monkeypatch.setitem(sys.modules, "cutlass", None)  # its import raises ImportError
+    monkeypatch.delitem(sys.modules, f"{attention.__name__}.sage", raising=False)
+    with pytest.raises(EnvironmentBroken, match="sage fp8 does not load .*cutlass"):
+        open_attention("sage fp8", gpu, 2, 5, 128)
+
+
+def test_a_missing_package_stops_the_opening(nothing_installed: None) -> None:
+    with pytest.raises(EnvironmentBroken, match="flash4 needs flash-attn-4 and torch, not installed here"):
+        open_attention("flash4", cast(Gpu, FakeGpu()), 2, 5, 128)
+
+
+def test_asking_loads_nothing() -> None:
+    code = (
+        "import sys; from trt_wan.runtime.attention import PROVIDERS, missing; "
+        "[missing(name, (9, 0)) for name in PROVIDERS]; "
+        "print({'torch', 'cudnn', 'cutlass', 'flash_attn', 'tensorrt'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_torch_is_imported_by_flash_alone() -> None:
+    for module in FOLDER.glob("*.py"):
+        tree = ast.walk(ast.parse(module.read_text()))
+        names = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
+        assert ("torch" in names) == (module.name == "flash.py"), module
+
+
+# Our kernels
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_kernels_compile(nvrtc: None, capability: tuple[int, int]) -> None:
+    code = bytes(keys.compile_for(*capability).code)
+    assert code.startswith(b"\x7fELF")
+    for name in keys.NAMES:
+        assert f".text.{name}".encode() + b"\0" in code
+
+
+def test_parts_of_the_scratch_are_aligned_and_apart() -> None:
+    sizes = {"a": 1, "b": 256, "c": 1000, "d": 0, "e": 3}
+    offsets, total = keys.laid_out(sizes)
+    end = 0
+    for name, size in sizes.items():
+        assert offsets[name] % 256 == 0 and offsets[name] >= end
+        end = offsets[name] + size
+    assert end <= total < end + 256
+
+
+# On a GPU
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Gpu]:
+    try:
+        gpu = Gpu()
+    except EnvironmentBroken as error:
+        pytest.skip(error.message)
+    gpu.reserve(1 << 28)
+    yield gpu
+
+
+HEADS, HEAD_DIM = 3, 128
+GUARD = 1024  # elements behind the output that must stay as they are
+
+
+def inputs(kind: str, tokens: int) -> list[np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(tokens)
+    q, k, v = rng.standard_normal((3, HEADS, tokens, HEAD_DIM), np.float32)
+    if kind == "outliers":  # four channels far from zero in q and in every key, one in v
+        q[..., 5:9] *= 6
+        k[..., 5:9] += 20
+        v[..., 40] *= 8
+    elif kind == "rising":  # each query's scores grow along the keys, by 11 altogether
+        direction = np.sign(rng.standard_normal(HEAD_DIM)).astype(np.float32)
+        q += direction
+        k += direction * np.linspace(-0.5, 0.5, tokens, dtype=np.float32)[:, None]
+    return [x.astype(BF16) for x in (q * np.float32(HEAD_DIM**-0.5), k, v)]
+
+
+def reference(q: Any, k: Any, v: Any) -> np.ndarray[Any, Any]:
+    """[tokens, heads * head_dim], float32."""
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+    scores = q @ k.swapaxes(1, 2)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    attended = weights @ v / weights.sum(-1, keepdims=True)
+    return cast(np.ndarray[Any, Any], attended.swapaxes(0, 1).reshape(q.shape[1], -1))
+
+
+def attend(gpu: Gpu, name: str, q: Any, k: Any, v: Any, times: int = 1) -> list[np.ndarray[Any, Any]]:
+    """The output of every run. NaN lies in the output and behind it, and in the scratch, before each."""
+    segment = open_attention(name, gpu, *q.shape)
+    size = -(-max(segment.scratch_bytes, 1) // 2)
+    buffer = gpu.allocate(2 * size)
+    scratch = gpu.view(int(buffer.handle), (size,), BF16)
+    segment.start(scratch.address)
+    given = {name: gpu.upload(x) for name, x in zip("qkv", (q, k, v), strict=True)}
+    out = gpu.empty((q.size + GUARD,), BF16)
+    results = []
+    for _ in range(times):
+        gpu.write(scratch, np.full(size, np.nan, BF16))
+        gpu.write(out, np.full(out.shape, np.nan, BF16))
+        segment.enqueue({name: x.address for name, x in given.items()} | {"attended": out.address})
+        everything = gpu.download(out)
+        assert np.isnan(everything[q.size :].astype(np.float32)).all(), "wrote behind its output"
+        results.append(everything[: q.size].reshape(q.shape[1], -1))
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        np.testing.assert_array_equal(gpu.download(given[name]), x, f"{name} was written")
+    gpu.sync()
+    buffer.close()
+    return results
+
+
+def require(gpu: Gpu, name: str) -> None:
+    problem = missing(name, gpu.capability)
+    if problem:
+        pytest.skip(problem)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "outliers", "rising"])
+@pytest.mark.parametrize("tokens", [1, 77, 257, 1000])
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_provider_against_numpy(gpu: Gpu, name: str, tokens: int, kind: str) -> None:
+    require(gpu, name)
+    q, k, v = inputs(kind, tokens)
+    expected = reference(q, k, v)
+    (got,) = attend(gpu, name, q, k, v)
+    assert got.shape == expected.shape == (tokens, HEADS * HEAD_DIM)
+    error = np.linalg.norm(got.astype(np.float32) - expected) / np.linalg.norm(expected)
+    assert error <= (1.5e-1 if name.endswith("fp8") else 1e-2)  # NaN, what was not written, is refused too
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_provider_repeats_itself_to_the_bit(gpu: Gpu, name: str) -> None:
+    require(gpu, name)
+    first, *others = attend(gpu, name, *inputs("gaussian", 1000), times=3)
+    assert all(other.tobytes() == first.tobytes() for other in others)

@@ -1,0 +1,362 @@
+"""The table of candidates, the tolerances, and the choice: without a GPU, from figures that are made up."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import trt_wan.runtime.attention
+import trt_wan.runtime.native
+from trt_wan.cli import cli
+from trt_wan.engines.candidates import (
+    CANDIDATES,
+    DEFAULTS,
+    SEGMENTS,
+    Candidate,
+    Engine,
+    Machine,
+    candidates,
+    default_order,
+    tiers,
+)
+from trt_wan.engines.choice import Choice, accurate, choose, figures_of
+from trt_wan.engines.config import TINY
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.engine_id import EngineId, GpuKind
+from trt_wan.engines.engine_store import ensure, entries, record_candidates
+from trt_wan.engines.figures import Figure
+from trt_wan.engines.plan import Plan
+from trt_wan.engines.precision import PRECISIONS
+from trt_wan.engines.recipes import Recipe, engines_of
+from trt_wan.engines.tensorrt import Flavour
+from trt_wan.engines.tolerances import tolerance
+from trt_wan.errors import GraphError, UsageError
+from trt_wan.runtime import open_model, open_segments
+from trt_wan.runtime.events import Event, Note
+from trt_wan.runtime.job import Settings
+
+RTX = Flavour("tensorrt_rtx", "1.6.1.120", SimpleNamespace(), "a test")
+FULL = Flavour("tensorrt", "10.14.0", SimpleNamespace(), "a test")
+H200 = Machine(GpuKind("NVIDIA H200", 13), (9, 0), RTX)
+ADA = Machine(GpuKind("NVIDIA L40S", 13), (8, 9), RTX)
+PLAN = Plan(64, 48, 5, "fp8")
+
+Absent = Mapping[str, str]
+
+
+def absent(sentences: Absent) -> Callable[[Candidate], str | None]:
+    return lambda candidate: sentences.get(candidate.name)
+
+
+NO_LIBRARIES = {name: f"{name} is not installed." for name in ("flash4", "cudnn", "cudnn fp8", "sage fp8")}
+
+
+def figure(name: str, ms: float, error: float, network: str = "attention", machine: Machine = H200) -> Figure:
+    row = next(row for row in CANDIDATES if (row.network, row.name) == (network, name))
+    largest = tolerance(network, "fp8", row.tier)
+    here = (machine.gpu.name, machine.version)
+    return Figure(network, name, "measured", ms, error, largest, row.tier, *here)
+
+
+MEASURED = {
+    f.candidate: f
+    for f in (
+        figure("tensorrt sm89", 77.6, 6.4e-3),
+        figure("cudnn", 38.5, 3.1e-3),
+        figure("flash4", 20.0, 2.3e-3),
+        figure("tensorrt fp8", 26.4, 6.1e-2),
+        figure("sage fp8", 22.0, 9e-2),
+    )
+}
+
+
+def chosen(
+    tier: Any = "exact",
+    figures: Mapping[str, Figure] = MEASURED,
+    machine: Machine = H200,
+    missing: Absent = {},  # noqa: B006  (read only)
+    network: str = "attention",
+    precision: Any = "fp8",
+    asked: str | None = None,
+) -> Choice:
+    return choose(network, precision, tier, machine, figures, absent(missing), asked)
+
+
+# --- the tables ------------------------------------------------------------------------------------------
+
+
+def test_the_tables_name_what_there_is() -> None:
+    assert len({(row.network, row.name) for row in CANDIDATES}) == len(CANDIDATES)
+    assert set(SEGMENTS) <= set(networks(TINY, PLAN)) and {row.network for row in DEFAULTS} == set(SEGMENTS)
+    for default in DEFAULTS:
+        rows = {row.name: row for row in CANDIDATES if row.network == default.network}
+        assert set(default.exact) <= set(default.fast) <= set(rows)
+        assert all(rows[name].tier == "exact" for name in default.exact)
+    libraries = {row.name for row in CANDIDATES if row.maker == "attention"}
+    assert libraries == set(trt_wan.runtime.attention.PROVIDERS)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("machine", [H200, ADA, replace(H200, flavour=FULL)])
+def test_every_machine_has_a_default_without_any_library(machine: Machine, precision: Any) -> None:
+    natives = {"native": "no"}
+    for network in networks(TINY, replace(PLAN, precision=precision)):
+        for tier in tiers(precision):
+            choice = chosen(tier, {}, machine, NO_LIBRARIES | natives, network, precision)
+            assert choice.candidate.maker == "engine" and choice.candidate.network == network
+            assert choice.candidate in candidates(network, precision, machine)
+
+
+def test_rows_fit_precision_flavour_and_gpu() -> None:
+    def names(network: str, precision: Any, machine: Machine) -> set[str]:
+        return {row.name for row in candidates(network, precision, machine)}
+
+    assert names("attention", "fp32", ADA) == {"tensorrt"}
+    assert names("attention", "bf16", ADA) == {"tensorrt", "cudnn", "flash4"}
+    assert names("attention", "fp8", H200) == {row.name for row in CANDIDATES if row.network == "attention"}
+    assert "tensorrt sm89" not in names("attn_out", "fp8", replace(H200, flavour=FULL))
+    assert names("attn_in", "bf16", ADA) == {"tensorrt"}
+    assert names("attn_in", "fp8", ADA) == {"tensorrt", "native"}
+    (head,) = candidates("head", "fp8", H200)
+    assert head.engine == Engine("head") and default_order("head", "exact", (9, 0)) == ("tensorrt",)
+
+
+def test_a_machine_builds_its_own_engines_and_its_guests() -> None:
+    own = (*networks(TINY, PLAN), "attention_fp8")
+    assert [engine.recipe for engine in engines_of(TINY, PLAN, ADA)] == list(own)
+    assert [e.title for e in engines_of(TINY, PLAN, H200)][len(own) :] == [
+        "attn_in sm89",
+        "attention sm89",
+        "attn_out sm89",
+    ]
+
+
+def test_tolerances() -> None:
+    """What was measured on the H200 with the tiny model is inside; SM89's wrong attn_out is outside."""
+    measured = {
+        ("attn_out", "fp8"): 2.9e-2,
+        ("context_kv", "fp8"): 2.6e-2,
+        ("attn_in", "fp8"): 2.6e-2,
+        ("vae_decode_next", "bf16"): 1.4e-2,
+        ("vae_encode_first", "fp8"): 1.4e-2,
+        ("attention", "fp8"): 6.4e-3,
+        ("vae_encode_first", "fp32"): 1.7e-3,
+    }
+    for (network, precision), error in measured.items():
+        assert 1.3 < tolerance(network, precision, "exact") / error < 1.8, network  # type: ignore[arg-type]
+    assert tolerance("attn_out", "fp8", "fast") < 5.8e-2 and tolerance("attn_out", "bf16", "exact") < 8.8e-2
+    assert tolerance("attention", "fp8", "exact") == 1e-2 and tolerance("attention", "fp8", "fast") == 8e-2
+    for precision in PRECISIONS:
+        for network in networks(TINY, PLAN):
+            assert tolerance(network, precision, "exact") <= tolerance(network, precision, "fast") <= 0.1
+
+
+# --- the choice ------------------------------------------------------------------------------------------
+
+
+def test_the_fastest_within_the_tolerance_of_the_tier() -> None:
+    assert chosen().text == "attention = cudnn (38.5 ms; tensorrt sm89 77.6 ms; error 3.1e-03 <= 1.0e-02)"
+    assert chosen("fast").text == (
+        "attention = tensorrt fp8 (26.4 ms; cudnn 38.5 ms; error 6.1e-02 <= 8.0e-02)"
+    )
+    alone = {"cudnn": MEASURED["cudnn"]}
+    assert chosen(figures=alone).text == "attention = cudnn (38.5 ms; error 3.1e-03 <= 1.0e-02)"
+
+
+def test_what_is_not_here_any_more_is_not_chosen() -> None:
+    assert chosen(missing={"cudnn": "cudnn is gone."}).candidate.name == "tensorrt sm89"
+    assert chosen("fast", missing={"sage fp8": "no"}).candidate.name == "tensorrt fp8"
+
+
+def test_8_bit_attention_is_not_exact_however_good() -> None:
+    good = {"sage fp8": figure("sage fp8", 1.0, 1e-3), "cudnn": MEASURED["cudnn"]}
+    assert chosen(figures=good).candidate.name == "cudnn"
+    assert chosen("fast", good).candidate.name == "sage fp8"
+    assert [f.candidate for f in accurate(good.values(), "fp8", "exact")] == ["cudnn"]
+
+
+def test_without_figures_the_default_says_so() -> None:
+    assert chosen(figures={}, missing={"cudnn": "cudnn is not installed."}).text == (
+        "attention = tensorrt sm89 (default for compute capability 9.0; cudnn: cudnn is not installed; "
+        "not measured: run trt-wan build)"
+    )
+    assert chosen(figures={}, missing=NO_LIBRARIES).candidate.name == "tensorrt sm89"
+    assert chosen("fast", {}).candidate.name == "tensorrt fp8"
+    assert chosen(figures={}, network="attn_in").candidate.name == "native"
+    assert chosen(figures={}, network="attn_in", missing={"native": "No."}).candidate.name == "tensorrt"
+    assert chosen(figures={}, network="attn_in", precision="bf16").candidate.name == "tensorrt"
+    assert chosen(figures={}, machine=ADA).candidate.name == "tensorrt"
+
+
+def test_a_default_that_was_found_wrong_is_passed_over() -> None:
+    sm89 = figure("tensorrt sm89", 1.0, 0.5)
+    broken = replace(MEASURED["cudnn"], state="broken", ms=None, error=None, problem="NaN.")
+    text = chosen(figures={"tensorrt sm89": sm89, "cudnn": broken}).text
+    assert text.startswith("attention = tensorrt (default for compute capability 9.0; cudnn: broken: NaN.")
+    assert "error 5.0e-01 > 1.0e-02" in text
+    failed = {"cudnn": replace(broken, state="failed", problem="No memory.")}
+    assert chosen(figures=failed).text == (
+        "attention = cudnn (default for compute capability 9.0; measuring it failed: No memory)"
+    )
+
+
+def test_nothing_accurate_enough_is_an_error_with_the_way_out() -> None:
+    wrong = {"tensorrt": figure("tensorrt", 30.0, 9.2e-2, "attn_out")}
+    with pytest.raises(GraphError, match="attn_out is within 5.0e-02 of fp32 .*9.2e-02") as caught:
+        chosen(figures=wrong, network="attn_out", machine=ADA)
+    assert "build --measure" in caught.value.hint and "--segment attn_out='tensorrt'" in caught.value.hint
+
+
+def test_what_is_asked_for() -> None:
+    assert chosen(asked="flash4").text == "attention = flash4 (asked for)"  # and only then, though it is fast
+    wrong = {"cudnn": figure("cudnn", 1.0, 0.5)}
+    assert chosen(figures=wrong, asked="cudnn").text == "attention = cudnn (asked for)"
+    for tier, asked, missing, says in (
+        ("exact", "sage fp8", {}, "belongs to the tier fast"),
+        ("fast", "sage fp8", {"sage fp8": "sage fp8 is not installed."}, "sage fp8 is not installed"),
+        ("exact", "nonsense", {}, "cannot be nonsense here"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            chosen(tier, asked=asked, missing=missing)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="at precision bf16") as caught:
+        chosen(network="attn_in", asked="native", precision="bf16")
+    assert caught.value.hint == "Use one of: tensorrt, tensorrt sm89."
+
+
+# --- from the store to a run -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Engine, Recipe]:
+    """For the H200; "compiling" gives the engine's title."""
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
+
+    def recipe(engine: Engine) -> Recipe:
+        gpu = H200.gpu if engine.target == "current" else None
+        identity = EngineId(engine.recipe, "tiny", PLAN, engine.recipe, engine.target, RTX, gpu)
+        return Recipe(identity, lambda progress: engine.title.encode())
+
+    return {engine: recipe(engine) for engine in engines_of(TINY, PLAN, H200)}
+
+
+def measure(recipes: dict[Engine, Recipe], engine: Engine, *figures: Figure) -> None:
+    identity = recipes[engine].engine
+    ensure(identity, lambda: b"a plan")
+    record_candidates(identity, figures)
+
+
+def test_figures_are_read_from_any_engine_of_this_gpu_and_version(recipes: dict[Engine, Recipe]) -> None:
+    every = [recipe.engine for recipe in recipes.values()]
+    assert figures_of(every, H200) == {}
+    later = replace(MEASURED["flash4"], version="tensorrt_rtx 1.7.0")
+    measure(recipes, Engine("attention_fp8"), MEASURED["cudnn"], figure("cudnn", 60.0, 1e-3, machine=ADA))
+    measure(recipes, Engine("attention", "sm89"), MEASURED["tensorrt sm89"], later)
+    assert figures_of(every, H200) == {name: MEASURED[name] for name in ("cudnn", "tensorrt sm89")}
+    assert figures_of(every, ADA)["cudnn"].ms == 60.0
+
+
+def segments_of(
+    recipes: dict[Engine, Recipe], settings: Settings, plan: Plan = PLAN
+) -> tuple[dict[str, Candidate], list[str]]:
+    events: list[Event] = []
+    found = open_model.choose_segments(TINY, plan, H200, recipes, settings, events.append)
+    assert all(isinstance(event, Note) for event in events)
+    return found, [event.text for event in events if isinstance(event, Note)]
+
+
+def test_a_run_takes_what_was_measured_and_says_why(
+    recipes: dict[Engine, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_model, "missing", lambda candidate, capability: None)
+    measure(recipes, Engine("attention_fp8"), *MEASURED.values())
+    found, notes = segments_of(recipes, Settings())
+    assert list(found) == list(networks(TINY, PLAN)) and len(notes) == len(SEGMENTS)
+    assert found["attention"].name == "cudnn" and found["head"].engine == Engine("head")
+    assert any(note.startswith("attention = cudnn (38.5 ms;") for note in notes)
+    asked = Settings(tier="fast", segments={"attention": "cudnn fp8", "attn_out": "tensorrt sm89"})
+    found, notes = segments_of(recipes, asked)
+    assert found["attention"].name == "cudnn fp8" and found["attn_out"].engine == Engine("attn_out", "sm89")
+    assert "attention = cudnn fp8 (asked for)" in notes
+    with pytest.raises(UsageError, match="fast needs FP8; the precision is bf16"):
+        segments_of(recipes, Settings(tier="fast"), replace(PLAN, precision="bf16"))
+
+
+def test_only_what_is_chosen_is_opened_and_the_engines_together(
+    recipes: dict[Engine, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Any] = []
+
+    def engines(gpu: Any, flavour: Any, plans: dict[str, bytes], cache: Path, progress: Any) -> Any:
+        opened.append(plans)
+        return {name: f"engine {name}" for name in plans}
+
+    def library(name: str, gpu: Any, heads: int, tokens: int, head_dim: int) -> str:
+        return f"{name} {heads} {tokens} {head_dim}"
+
+    def native(network: Any, config: Any, plan: Plan, gpu: Any) -> str:
+        assert (network, config, plan) == (networks(TINY, PLAN)[network.name], TINY, PLAN)
+        return f"native {network.name}"
+
+    monkeypatch.setattr(open_segments, "open_engines", engines)
+    monkeypatch.setattr(trt_wan.runtime.attention, "open_attention", library)
+    monkeypatch.setattr(trt_wan.runtime.native, "open_native", native)
+    rows = {(row.network, row.name): row for row in CANDIDATES}
+    (head,) = candidates("head", "fp8", H200)
+    places = {
+        "head": head,
+        "attn_in": rows["attn_in", "native"],
+        "attention": rows["attention", "cudnn"],
+        "attn_out": rows["attn_out", "tensorrt sm89"],
+    }
+    events: list[Event] = []
+    gpu: Any = SimpleNamespace()
+    found = open_segments.open_segments(places, TINY, PLAN, gpu, RTX, recipes, events.append)
+    assert found == {
+        "head": "engine head",
+        "attn_in": "native attn_in",
+        "attention": f"cudnn 2 {PLAN.tokens} 128",
+        "attn_out": "engine attn_out",
+    }
+    assert opened == [{"head": b"head", "attn_out": b"attn_out sm89"}]
+    assert len(entries()) == len(events) == 2
+
+
+def test_what_is_missing_is_asked_of_who_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_wan.runtime.attention, "missing", lambda name, capability: f"{name} {capability}")
+    monkeypatch.setattr(trt_wan.runtime.native, "missing", lambda capability: f"native {capability}")
+    found = {row.name: open_segments.missing(row, (9, 0)) for row in CANDIDATES}
+    assert found["cudnn fp8"] == "cudnn fp8 (9, 0)" and found["native"] == "native (9, 0)"
+    assert found["tensorrt"] is found["tensorrt sm89"] is None
+
+
+@pytest.mark.parametrize(
+    ("value", "says", "names"),
+    [
+        ("attn=cudnn", "network called 'attn'", "attn_in, attention, attn_out"),
+        ("attention=cuddn", "no candidate called 'cuddn'", "tensorrt, tensorrt sm89, cudnn, flash4"),
+        ("attention", "'attention' is not NETWORK=CANDIDATE", "run --help"),
+    ],
+)
+def test_the_override_refuses_bad_names(tmp_path: Path, value: str, says: str, names: str) -> None:
+    (tmp_path / "src_ref.png").touch()
+    command = ["run", "--inputs", str(tmp_path), "-o", "x.mp4", "--random-weights", "tiny", "--json"]
+    result = CliRunner().invoke(cli, [*command, "--segment", value])
+    error = json.loads(result.stdout.splitlines()[-1])["error"]
+    assert result.exit_code == 2 and says in error["message"] and names in error["hint"]
+
+
+def test_the_override_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import trt_wan.cli
+
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(trt_wan.cli, "_render", lambda *_, **options: seen.update(options) or (None, {}))
+    options = ["--segment", "attention=cudnn fp8", "--segment", "attn_in=native"]
+    result = CliRunner().invoke(cli, ["run", "--inputs", str(tmp_path), "-o", "x.mp4", *options])
+    assert result.exit_code == 0, result.output
+    assert seen["segments"] == {"attention": "cudnn fp8", "attn_in": "native"}
+    assert "--segment NETWORK=CANDIDATE" in CliRunner().invoke(cli, ["run", "--help"]).output

@@ -1,0 +1,100 @@
+"""Our own block kernels. Without a GPU: they compile for every GPU with FP8, and threads cover all channels.
+
+With one, `attn_in` and `attn_out` are compared with the fp32 graphs, on the same awkward inputs that build
+measures candidates with, every weight random.
+"""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from on_gpu import require_gpu, run_segment
+
+from trt_wan.build.realistic import realistic
+from trt_wan.build.reference import SAMPLE, reference, relative_error
+from trt_wan.engines.config import ANIMATE_14B, MODELS, TINY
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.plan import Plan
+from trt_wan.engines.tolerances import tolerance
+from trt_wan.errors import EnvironmentBroken
+from trt_wan.runtime import native
+from trt_wan.runtime.native import block, gemm
+
+FOLDER = Path(__file__).parents[1] / "runtime" / "native"
+
+
+@pytest.mark.parametrize("channels", [256, 512, 5120, 13824])
+@pytest.mark.parametrize("limit", [32, 320, 576])
+def test_threads_cover_all_channels_in_whole_warps(channels: int, limit: int) -> None:
+    threads = block.threads_for(channels, limit)
+    assert threads % 32 == 0 and threads <= limit and channels // block.VECTOR % threads == 0
+
+
+def test_channels_that_warps_cannot_share_are_a_mistake() -> None:
+    with pytest.raises(AssertionError, match="cannot be shared"):
+        block.threads_for(200, 320)
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 0)])
+@pytest.mark.parametrize("model", ["14b", "tiny"])
+def test_kernels_compile(nvrtc: None, model: str, capability: tuple[int, int]) -> None:
+    code = bytes(block.compile_for(MODELS[model], capability).code)
+    for name in block.KERNELS:
+        assert f".text.{name}".encode() + b"\0" in code
+
+
+def test_every_kernel_has_a_launch() -> None:
+    defined = re.findall(
+        r'extern "C" __global__ void(?: __launch_bounds__\([^)]*\))?\s+(\w+)\(',  # one line or two
+        "".join((FOLDER / name).read_text() for name in block.SOURCES),
+    )
+    assert tuple(defined) == block.KERNELS
+    segments = (block.AttnIn, block.AttnOut, block._Native)
+    launched = "".join(inspect.getsource(segment) for segment in segments)
+    assert all(f'"{name}"' in launched for name in defined)
+
+
+def test_the_reason_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.missing((8, 0)) == "A GPU of compute capability 8.0 has no FP8."
+
+    def absent() -> Any:
+        raise EnvironmentBroken("cuBLASLt is not installed.", "Run: pip install it")
+
+    monkeypatch.setattr(gemm, "_open", absent)
+    assert native.missing((9, 0)) == "cuBLASLt is not installed. Run: pip install it"
+
+
+# On a GPU
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Any:
+    found = require_gpu()
+    if (reason := native.missing(found.capability)) is not None:
+        pytest.skip(reason)
+    return found
+
+
+@pytest.mark.parametrize("name", ["attn_in", "attn_out"])
+@pytest.mark.parametrize(
+    ("model", "plan"),
+    [
+        (TINY, Plan(64, 48, 5, "fp8")),  # 36 tokens: less than a block of queries
+        (TINY, Plan(256, 144, 9, "fp8")),  # 576: no multiple of 128
+        (ANIMATE_14B, Plan(208, 112, 5, "fp8")),  # 273
+    ],
+)
+def test_networks_against_the_fp32_graphs(gpu: Any, model: Any, plan: Plan, name: str) -> None:
+    network = networks(model, plan)[name]
+    rng = np.random.default_rng(1)
+    tokens = rng.choice(plan.tokens, SAMPLE, replace=plan.tokens < SAMPLE)
+    tokens[:2] = 0, plan.tokens - 1
+    values = realistic(network, seed=2)
+    segment = native.open_native(network, model, plan, gpu)
+    made, again = (run_segment(gpu, segment, network, values, poison) for poison in (0xFF, 0x7F))
+    assert all((made[n].view(np.uint8) == again[n].view(np.uint8)).all() for n in made)
+    error = relative_error(made, reference(name, model, values, tokens), values, tokens)
+    assert error <= tolerance(name, "fp8", "exact")
