@@ -26,10 +26,9 @@ from trt_wan.benchmarks.bound import (
 )
 from trt_wan.benchmarks.card import Card, read_card, read_gpu
 from trt_wan.benchmarks.ceilings import Ceiling, measure_host
-from trt_wan.benchmarks.cost import calls, step_flops, works
+from trt_wan.benchmarks.cost import Calls, Work, calls, step_flops, works
 from trt_wan.benchmarks.monitor import Monitor
-from trt_wan.benchmarks.ours import PROFILED, Spec
-from trt_wan.benchmarks.peers.child import WARM_UP
+from trt_wan.benchmarks.ours import Spec, most_steps
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.peers.table import PEERS
 from trt_wan.benchmarks.processes import Child
@@ -83,6 +82,7 @@ def run_bench(options: Options, progress: Progress = silent) -> Result:
         host_seconds=Spread.of(sum(host_rounds, [])),
         rounds=rounds,
         networks=network_times(work, profile["networks"], rates),
+        profiled_seconds=profile["seconds"],
         uploads=profile["uploads"],
         bound_seconds=step_bound(work, counts, rates) if rates else None,
         bound_about=rates.about if rates else "no ceilings were measured",
@@ -98,20 +98,7 @@ def run_bench(options: Options, progress: Progress = silent) -> Result:
         choices=opened["choices"],
         card=card,
         ceilings=ceilings,
-        work=[
-            WorkRow(
-                name,
-                counts[name].step,
-                counts[name].window,
-                counts[name].job,
-                w.linear,
-                w.attention,
-                w.convolution,
-                w.bytes,
-                w.fp8,
-            )
-            for name, w in work.items()
-        ],
+        work=[work_row(name, work, counts) for name in work],
         cold=cold,
         warm=warm,
         steps=steps,
@@ -120,6 +107,12 @@ def run_bench(options: Options, progress: Progress = silent) -> Result:
         version=__version__,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def work_row(name: str, work: Mapping[str, Work], counts: Mapping[str, Calls]) -> WorkRow:
+    w, n = work[name], counts[name]
+    flops = (w.linear, w.attention, w.convolution)
+    return WorkRow(name, n.step, n.window, n.job, *flops, w.bytes, w.fp8)
 
 
 @contextlib.contextmanager
@@ -221,7 +214,7 @@ def _rounds(
     """We and the peers in turns: A B C, A B C, …; each warms up anew at the start of its turn. Between turns
     we keep our memory; a peer gives its weights' back.
     """
-    most = WARM_UP + options.rounds * (WARM_UP + options.steps) + PROFILED
+    most = most_steps(options.rounds, options.steps)
     ours: Rounds = []
     host: Rounds = []
 

@@ -37,7 +37,7 @@ from trt_wan.runtime.pipeline import stream_windows, to_pixels
 from trt_wan.runtime.tokenizer import Tokenizer
 from trt_wan.runtime.writer import VideoWriter
 
-PROFILED = 3  # steps timed network by network, after those that are timed as a whole
+PROFILED = 5  # steps timed network by network, after those that are timed as a whole
 
 
 @dataclass(frozen=True)
@@ -193,12 +193,10 @@ def run_steps(spec: Spec) -> None:
 
 def rounds(watch: Watch) -> Generator[None, StepDone, None]:
     """What happens after each step: every `yield` is the pipeline computing the next one."""
-    for _ in range(WARM_UP):
-        yield
+    yield from warm_up()
     say("ready", **watch.opened())
     while line := sys.stdin.readline().strip():
-        for _ in range(WARM_UP):  # the GPU may have done something else in between
-            yield
+        yield from warm_up()
         timed_steps = []
         for _ in range(int(line)):
             timed_steps.append((yield))
@@ -207,27 +205,43 @@ def rounds(watch: Watch) -> Generator[None, StepDone, None]:
             seconds=[step.seconds for step in timed_steps],
             host_seconds=[step.host_seconds for step in timed_steps],
         )
+    yield from warm_up()
     assert watch.executor is not None
     watch.executor.start_watching()
+    profiled = []
     for _ in range(PROFILED):
-        yield
-    say_profile(watch.executor)
+        profiled.append((yield))
+    say_profile(watch.executor, float(np.median([step.seconds for step in profiled])))
     raise Stopped("All rounds are done.")
 
 
-def say_profile(executor: TimedExecutor) -> None:
-    """Every network's time in a step, and what a step asks for."""
-    networks = [
-        {
-            "name": name,
-            "calls": len(seconds) // PROFILED,
-            "seconds": float(np.sum(seconds)) / PROFILED,
-            "fastest": float(np.min(seconds)),
-        }
-        for (_, name), seconds in executor.watched().items()
-    ]
+def warm_up() -> Generator[None, StepDone, None]:
+    """The GPU may have done something else before, or nothing."""
+    for _ in range(WARM_UP):
+        yield
+
+
+def most_steps(rounds: int, steps: int) -> int:
+    """What the mode "steps" computes for so many rounds of so many steps."""
+    return WARM_UP + rounds * (WARM_UP + steps) + WARM_UP + PROFILED
+
+
+def say_profile(executor: TimedExecutor, step_seconds: float) -> None:
+    """Every network's time in a step (the median of PROFILED), and what a step asks for."""
+    networks = []
+    for (_, name), seconds in executor.watched().items():
+        by_step = np.array_split(seconds, PROFILED)
+        networks.append(
+            {
+                "name": name,
+                "calls": len(seconds) // PROFILED,
+                "seconds": float(np.median([part.sum() for part in by_step])),
+                "fastest": float(np.min(seconds)),
+            }
+        )
     say(
         "profile",
+        seconds=step_seconds,
         networks=networks,
         calls={name: count / PROFILED for name, count in executor.calls.items()},
         uploads={name: count / PROFILED for name, count in executor.uploads.items() if count},

@@ -1,11 +1,14 @@
 """Plots of results, as PNG and SVG. Every one names its units and the hardware."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from trt_wan.benchmarks.quality import Quality
 from trt_wan.benchmarks.result import OURS, Result
@@ -25,8 +28,9 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for path in paths:
-        figure.savefig(path, dpi=150)
+    with rc_context({"svg.fonttype": "none"}):  # text stays text: it can be searched and copied
+        for path in paths:
+            figure.savefig(path, dpi=150)
     return paths
 
 
@@ -52,11 +56,11 @@ def waterfall(result: Result) -> Figure:
     by_name = {n.name: n for n in steps.networks}
     names = [name for name in ORDER if name in by_name]
     names += [name for name in by_name if name not in ORDER]
-    whole = steps.seconds.median
     factor = 1e3
+    whole = steps.profiled_seconds
+    bound = f", lower bound {readable(steps.bound_seconds * factor)} ms" if steps.bound_seconds else ""
     figure, axes = canvas(
-        f"One denoising step: {readable(whole * factor)} ms"
-        + (f", lower bound {readable(steps.bound_seconds * factor)} ms" if steps.bound_seconds else ""),
+        f"One denoising step: {readable(steps.seconds.median * factor)} ms{bound}",
         f"{result.title}\nlower bound: {steps.bound_about}",
     )
     top = 0.0
@@ -160,34 +164,32 @@ def scaling(
 ) -> Figure:
     """Seconds per step over something that grows, both axes logarithmic. Points are (x, seconds, label)."""
     figure, axes = canvas(title, hardware)
-    colours = (LEAST, EXCESS, "#5b8c5a", "#a23b72", OTHER)
-    for (name, points), colour in zip(series, colours * len(series), strict=False):
-        ordered = sorted(points)
-        axes.plot(
-            [x for x, _, _ in ordered],
-            [y for _, y, _ in ordered],
-            "o",
-            color=colour,
-            label=name,
-            markersize=6,
+    colours = (LEAST, EXCESS)
+    for (name, points), colour in zip(series, colours, strict=False):
+        xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
+        axes.plot(xs, ys, "o", color=colour, label=name, markersize=6)
+    for k, (x, y, labels) in enumerate(_together([point for _, points in series for point in points])):
+        above = k % 2 == 0  # on both sides of a rising line
+        axes.annotate(
+            "\n".join(labels),
+            (x, y),
+            (-7, 5) if above else (7, -5),
+            textcoords="offset points",
+            ha="right" if above else "left",
+            va="bottom" if above else "top",
+            fontsize=7.5,
+            color=INK,
         )
-        for k, (x, y, label) in enumerate(ordered):
-            below = bool(k % 2)  # neighbours' labels on different sides
-            axes.annotate(
-                label,
-                (x, y),
-                (0, -12 if below else 7),
-                textcoords="offset points",
-                ha="center",
-                fontsize=7.5,
-                color=INK,
-            )
     if law is not None:
         xs = sorted(x for _, points in series for x, _, _ in points)
         ys = [law[1](x) for x in xs]
         axes.plot(xs, ys, "--", color=INK, linewidth=1, label=law[0])
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
     axes.margins(0.12, 0.16)
     axes.set_xlabel(x_label)
     axes.set_ylabel("seconds per step, median")
@@ -196,24 +198,40 @@ def scaling(
     return figure
 
 
+NEAR = 1.08  # points nearer than this in x share a label
+
+
+def _together(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, list[str]]]:
+    """Points in the order of x, with those that lie on top of each other as one."""
+    found: list[tuple[float, float, list[str]]] = []
+    for x, y, label in sorted(points):
+        if found and x <= found[-1][0] * NEAR:
+            found[-1][2].append(label)
+        else:
+            found.append((x, y, [label]))
+    return found
+
+
 def draw_sweep(sweep: Sweep, folder: Path) -> list[Path]:
     """The scaling over work, with its law, and one plot of bars for each other axis."""
     grown = [p for p in sweep.points if p.axis in ("size", "window") and p.seconds is not None]
     found = []
     if grown:
+        largest = max(p.flops for p in grown)
+        factor, unit = (1e15, "PFLOP") if largest >= 1e14 else (1e9, "GFLOP")
         series = []
         for axis in ("window", "size"):
             placed = [
-                (p.flops / 1e15, p.seconds.median, p.label) for p in grown if p.axis == axis and p.seconds
+                (p.flops / factor, p.seconds.median, p.label) for p in grown if p.axis == axis and p.seconds
             ]
             series.append((f"over the {axis}", placed))
         law = sweep.law
-        dashed = (f"law: {law.text}", lambda x: law.seconds(x * 1e15)) if law else None
+        dashed = (f"law: {law.text}", lambda x: law.seconds(x * factor)) if law else None
         models = ", ".join(dict.fromkeys(p.shape.model for p in grown))
         figure = scaling(
             "Seconds per step over the work of a step",
             f"{models}, {sweep.card.hardware}",
-            "PFLOP per step",
+            f"{unit} per step",
             [row for row in series if row[1]],
             dashed,
         )
@@ -250,9 +268,12 @@ def draw_quality(quality: Quality, folder: Path) -> list[Path]:
     )
     for row, colour in zip(quality.rows, (LEAST, OTHER), strict=False):
         steps = range(1, len(row.velocity_errors) + 1)
-        axes.plot(steps, row.velocity_errors, "o-", color=colour, label=row.name)
-    if any(error > 0 for row in quality.rows for error in row.velocity_errors):
+        same = "" if any(row.velocity_errors) else ": no difference"
+        axes.plot(steps, row.velocity_errors, "o-", color=colour, label=row.name + same)
+    errors = [error for row in quality.rows for error in row.velocity_errors if error]
+    if errors:
         axes.set_yscale("log")
+        axes.set_ylim(10 ** math.floor(math.log10(min(errors))), 10 ** math.ceil(math.log10(max(errors))))
     axes.set_xticks(range(1, max(len(row.velocity_errors) for row in quality.rows) + 1))
     axes.set_xlabel("denoising step")
     axes.set_ylabel("relative error")

@@ -34,12 +34,15 @@ class Child:
         )
 
     def read(self) -> dict[str, Any]:
-        """The next line. TrtWanError if there is none, with the end of what the child wrote to stderr."""
+        """The next line of JSON. TrtWanError if there is none, with the end of what it wrote to stderr.
+
+        Lines that are none are passed over: libraries in C print what they like.
+        """
         assert self._process.stdout is not None
         watchdog = threading.Timer(self.patience, self._process.kill)
         watchdog.start()
         try:
-            line = self._process.stdout.readline()
+            line = next((text for text in self._process.stdout if text.startswith("{")), "")
         finally:
             watchdog.cancel()
         if not line:

@@ -54,7 +54,8 @@ class StepTimes:
     seconds: Spread
     host_seconds: Spread  # until everything of a step was enqueued
     rounds: list[list[float]]
-    networks: list[NetworkTime]
+    networks: list[NetworkTime]  # of a few more steps, each network's median
+    profiled_seconds: float  # of one of these steps
     uploads: Mapping[str, float]  # host arrays handed in, by network, in a step
     bound_seconds: float | None
     bound_about: str

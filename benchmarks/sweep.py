@@ -23,8 +23,7 @@ from trt_wan.benchmarks.card import Card, read_card
 from trt_wan.benchmarks.cost import calls, step_flops, works
 from trt_wan.benchmarks.law import Bend, PowerLaw, bends, fit
 from trt_wan.benchmarks.monitor import Monitor
-from trt_wan.benchmarks.ours import PROFILED, Spec
-from trt_wan.benchmarks.peers.child import WARM_UP
+from trt_wan.benchmarks.ours import Spec, most_steps
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.processes import Child
 from trt_wan.benchmarks.spread import Spread
@@ -163,7 +162,7 @@ def _point(ask: Ask, steps: int, weights: str | None, progress: Progress) -> Poi
 
 
 def _steps(spec: Spec, steps: int, env: Mapping[str, str]) -> tuple[Rounds, dict[str, float], int | None]:
-    most = WARM_UP + WARM_UP + steps + PROFILED
+    most = most_steps(1, steps)
     whole = Spec(spec.shape, spec.clips, most, spec.settings, spec.weights)
     with Monitor.open() as monitor, Child(OURS_MODULE, ["steps", whole.to_json()], env) as child:
         child.read()

@@ -25,8 +25,9 @@ class Tolerance:
 
 # The first row that fits counts.
 TOLERANCES = (
-    # fp32 with TF32 convolutions and products, which cannot be switched off: 1.7e-3 measured (VAE encode).
-    Tolerance((), ("fp32",), 3e-3),
+    # fp32 with TF32 convolutions and products, which cannot be switched off: 4.1e-3 measured (the motion
+    # encoder's 37 convolutions), then 2.7e-3 (VAE encode).
+    Tolerance((), ("fp32",), 6e-3),
     # bf16 rounds by 1.7e-3 (rms), and attention rounds its logits' operands, probabilities and result: 6.4e-3
     # measured in TensorRT, 2.4e-3 in numpy.
     Tolerance(("attention",), ("bf16", "fp8"), 1e-2, "exact"),

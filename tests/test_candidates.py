@@ -145,7 +145,7 @@ def test_tolerances() -> None:
         ("vae_decode_next", "bf16"): 1.4e-2,
         ("vae_encode_first", "fp8"): 1.4e-2,
         ("attention", "fp8"): 6.4e-3,
-        ("vae_encode_first", "fp32"): 1.7e-3,
+        ("motion_encoder", "fp32"): 4.1e-3,
     }
     for (network, precision), error in measured.items():
         assert 1.3 < tolerance(network, precision, "exact") / error < 1.8, network  # type: ignore[arg-type]

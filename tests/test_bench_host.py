@@ -1,0 +1,203 @@
+"""Continuous benchmark of what the host does: planning, enqueueing, loading. Counts are exact; times are
+ratios to a loop of plain Python measured beside them, so that a slow or busy machine passes and slower code
+does not.
+
+The limits are three times what was measured or more; a regression to catch is of another order: a plan that
+is made every step, a tensor that is uploaded for every block, a weight that is read twice.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from trt_wan.benchmarks.cost import calls
+from trt_wan.engines.config import ANIMATE_14B
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.plan import Plan
+from trt_wan.runtime.checkpoints.loading import load_weights
+from trt_wan.runtime.checkpoints.tiny import write_tiny_weights
+from trt_wan.runtime.denoise import Branch, denoise
+from trt_wan.runtime.device.arena import Arena
+from trt_wan.runtime.device.gpu import DeviceArray, Gpu
+from trt_wan.runtime.device.weights import DeviceWeights
+from trt_wan.runtime.executors.gpu import GpuExecutor
+from trt_wan.runtime.model import Model
+from trt_wan.runtime.rehearsal import activation_bytes
+from trt_wan.runtime.schedulers import schedule
+from trt_wan.runtime.transformer import WindowCondition
+
+CONFIG, PLAN = ANIMATE_14B, Plan(832, 480, 77, "fp8")
+STEPS = 4
+
+
+class HostGpu:
+    """What the executor asks of a Gpu, in bookkeeping alone: real spans of a real arena, no memory."""
+
+    def __init__(self) -> None:
+        self.arena, self.uploads, self.handle = Arena(1 << 50), 0, 0
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+        span = self.arena.take(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        return DeviceArray(cast(Gpu, self), span.start, shape, dtype, span)
+
+    def view(self, address: int, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+        return DeviceArray(cast(Gpu, self), address, shape, dtype, None)
+
+    def upload(self, host: np.ndarray[Any, Any]) -> DeviceArray:
+        self.uploads += 1
+        return self.empty(host.shape, host.dtype)
+
+    def combine(self, terms: Any) -> DeviceArray:
+        return self.empty(terms[0][1].shape, np.float32)
+
+    def allocate(self, size: int) -> Any:
+        return SimpleNamespace(handle=0, close=lambda stream: None)
+
+    def reserve(self, size: int) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+
+class CountingSegment:
+    scratch_bytes = 0
+
+    def __init__(self, name: str, counts: Counter[str]) -> None:
+        self.name, self.counts = name, counts
+
+    def start(self, scratch: int) -> None:
+        pass
+
+    def enqueue(self, addresses: Mapping[str, int]) -> None:
+        self.counts[self.name] += 1
+
+    def settle(self) -> None:
+        pass
+
+
+class NoWeights:
+    """Fills nothing, and counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.filled = 0
+
+    def fill_device(self, gpu: Any, pack: Any, arrays: Any) -> None:
+        self.filled += 1
+
+    def fill_host(self, pack: Any, target: Any) -> None:
+        raise AssertionError("nothing streams here")
+
+
+class HostJob:
+    """The denoising loop of the 14B on a GPU executor whose GPU does nothing."""
+
+    def __init__(self) -> None:
+        self.gpu, self.counts, self.source = HostGpu(), Counter[str](), NoWeights()
+        table = networks(CONFIG, PLAN)
+        gpu = cast(Gpu, self.gpu)
+        executor = GpuExecutor(gpu, {name: CountingSegment(name, self.counts) for name in table})
+        executor.start(0, DeviceWeights(gpu, self.source, [], set()))
+        self.model = Model(CONFIG, PLAN, executor, {})
+
+        def made(network: str, name: str) -> Any:
+            tensor = next(t for t in table[network].inputs if t.name == name)
+            return self.gpu.empty(tensor.shape, tensor.dtype)
+
+        context = tuple(made("attn_out", name) for name in ("text_k", "text_v", "image_k", "image_v"))
+        face = (made("fuser", "face_k"), made("fuser", "face_v"))
+        window = WindowCondition(
+            made("patch_embed", "condition"),
+            made("patch_embed", "pose_latent"),
+            1.0,
+            [face] * CONFIG.transformer.fusers,
+            1.0,
+        )
+        self.branch = Branch([context] * CONFIG.transformer.layers, window)
+        self.time = (made("head", "time_embedding"), made("attn_in", "time_modulation"))
+        self.rope = (made("attn_in", "rope_cos"), made("attn_in", "rope_sin"))
+        self.noise = made("patch_embed", "latent")
+
+    def run(self, steps: int) -> None:
+        denoise(
+            self.model,
+            self.noise,
+            self.branch,
+            None,
+            1.0,
+            "unipc",
+            schedule("official", steps, 5.0),
+            [self.time] * steps,
+            self.rope,
+            lambda done: None,
+        )
+
+
+@pytest.fixture(scope="module")
+def job() -> HostJob:
+    made = HostJob()
+    made.run(STEPS)  # weights are bound on first use
+    return made
+
+
+def plain_python() -> int:
+    """The measure: dictionaries, strings and calls, as the host's own work is."""
+    total = 0
+    for i in range(20_000):
+        entry = {"name": f"tensor {i}", "size": i}
+        total += len(entry["name"]) + max(int(entry["size"]), 1)
+    return total
+
+
+def in_loops(act: Callable[[], object], repeats: int = 5) -> float:
+    """The time of `act` in times of `plain_python`: the least of several, each measured beside the other."""
+    ratios = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        plain_python()
+        between = time.perf_counter()
+        act()
+        ratios.append((time.perf_counter() - between) / (between - start))
+    return min(ratios)
+
+
+def test_a_step_asks_for_each_network_as_often_as_the_cost_table_says(job: HostJob) -> None:
+    job.counts.clear()
+    job.run(STEPS)
+    expected = {name: STEPS * count.step for name, count in calls(CONFIG, PLAN, STEPS).items() if count.step}
+    assert dict(job.counts) == expected
+    assert sum(expected.values()) == STEPS * (1 + 40 * 3 + 8 + 1)
+
+
+def test_a_step_uploads_nothing_but_the_strengths(job: HostJob) -> None:
+    """Whatever depends on no step is on the device; pose and face strength are four bytes each."""
+    before = job.gpu.uploads
+    job.run(STEPS)
+    assert job.gpu.uploads - before == STEPS * (1 + CONFIG.transformer.fusers)
+
+
+def test_weights_are_bound_once_and_all_memory_comes_back(job: HostJob) -> None:
+    filled, used = job.source.filled, job.gpu.arena.used
+    assert filled == 40 + 40 + 8 + 3  # of blocks, of fusers; patch_embed, head, attention's empty one
+    job.run(2 * STEPS)
+    assert (job.source.filled, job.gpu.arena.used) == (filled, used)
+
+
+def test_enqueueing_a_step(job: HostJob) -> None:
+    assert in_loops(lambda: job.run(STEPS)) / STEPS < 1  # measured 0.3
+
+
+def test_planning() -> None:
+    assert in_loops(lambda: activation_bytes(CONFIG, PLAN, guided=True), 3) < 150  # measured 48
+
+
+def test_loading(tmp_path: Path) -> None:
+    """Opening checkpoints reads their headers and no tensor."""
+    write_tiny_weights(tmp_path, 0)
+    assert in_loops(lambda: load_weights(tmp_path, {})) < 8  # measured 1.8

@@ -1,0 +1,369 @@
+"""The harness's own arithmetic: spreads, laws, ratios, bounds, similarity, energy; and how it fails."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trt_wan.benchmarks import bench, card, plots, sweep
+from trt_wan.benchmarks.bench import with_graphs
+from trt_wan.benchmarks.bound import (
+    attention_rate,
+    datasheet_rates,
+    measured_rates,
+    network_times,
+    step_bound,
+)
+from trt_wan.benchmarks.ceilings import Ceiling
+from trt_wan.benchmarks.compare import compare
+from trt_wan.benchmarks.cost import calls, step_flops, works
+from trt_wan.benchmarks.files import write_files
+from trt_wan.benchmarks.law import bends, fit
+from trt_wan.benchmarks.monitor import Monitor, Sample, Usage
+from trt_wan.benchmarks.peers.shape import Shape
+from trt_wan.benchmarks.processes import Child
+from trt_wan.benchmarks.repeat import repeated, to_json
+from trt_wan.benchmarks.result import JobTimes, PeerTimes, Result, StepTimes
+from trt_wan.benchmarks.similarity import psnr, relative_error, ssim
+from trt_wan.benchmarks.spread import Spread
+from trt_wan.benchmarks.sweep import Point
+from trt_wan.benchmarks.tables import console, render
+from trt_wan.engines.config import ANIMATE_14B
+from trt_wan.engines.plan import Plan
+from trt_wan.errors import GraphError, InputError, TrtWanError, UsageError
+
+PLAN = Plan(832, 480, 77, "fp8")
+WORK, CALLS = works(ANIMATE_14B, PLAN), calls(ANIMATE_14B, PLAN, 4)
+CEILINGS = [
+    Ceiling("copy", "1024 MiB", 4.27e12),
+    Ceiling("bf16 GEMM", "32760x5120x5120", 700e12),
+    Ceiling("bf16 GEMM", "32760x13824x5120", 716e12),
+    Ceiling("fp8 GEMM", "32760x5120x5120", 1370e12),
+]
+MILLISECONDS = {
+    "attn_in": 8.9,
+    "attention": 25.4,
+    "attn_out": 23.0,
+    "fuser": 7.0,
+    "patch_embed": 1.4,
+    "head": 0.6,
+}
+PROFILE: list[dict[str, float | str]] = [
+    {"name": n, "calls": CALLS[n].step, "seconds": CALLS[n].step * ms / 1e3, "fastest": ms / 1e3}
+    for n, ms in MILLISECONDS.items()
+]
+
+
+def made_result(seconds: float = 2.35, window: int = 77, noise: float = 0.01, seed: int = 0) -> Result:
+    """A result with an H200's figures of docs/log.md, made up where there are none."""
+    rng = np.random.default_rng(seed)
+    rounds = [list(seconds * (1 + noise * rng.standard_normal(20)))]
+    theirs = [list(2.87 * (1 + noise * rng.standard_normal(20)))]
+    rates = measured_rates(CEILINGS, attention_rate(WORK, PROFILE))
+    assert rates is not None
+    sheet = datasheet_rates(card.DATASHEETS["H200"], fp8_attention=True)
+    steps = StepTimes(
+        Spread.of(sum(rounds, [])),
+        Spread.of([0.02]),
+        rounds,
+        network_times(WORK, PROFILE, rates),
+        2.37,
+        {"patch_embed": 1.0},
+        step_bound(WORK, CALLS, rates),
+        rates.about,
+        step_bound(WORK, CALLS, sheet),
+    )
+    stages = {"weights": 7.1, "text": 0.4, "condition": 2.3, "denoise": 9.5, "decode": 1.6, "write": 0.7}
+    usage = Usage("NVML", 100, 23_400_000_000, 4000.0, 650.0, 1700.0)
+    warm = JobTimes(23.0, 9.2, 22.0, 77, [seconds] * 4, stages, [], 6_000_000_000, usage)
+    gpu = card.Gpu(
+        "NVIDIA H200", "580", "143771 MiB", "9.0", "1980 MHz", "1980 MHz", "3201 MHz", "700 W", "45"
+    )
+    return Result(
+        shape=Shape("14b", 832, 480, window),
+        tokens=PLAN.tokens,
+        step_flops=step_flops(ANIMATE_14B, PLAN),
+        weights="random",
+        precision="fp8",
+        settings={"tier": "fast"},
+        choices=["attention = tensorrt fp8 (25.4 ms)"],
+        card=card.Card(gpu, card.datasheet(gpu.name), "EPYC", 16, 137.0, "Linux", "3.12", {"numpy": "2"}),
+        ceilings=CEILINGS,
+        work=[],
+        cold=dataclasses.replace(warm, first_step_seconds=62.0),
+        warm=warm,
+        steps=steps,
+        peers=[
+            PeerTimes("diffusers_compiled", "diffusers compiled", True, "", Spread.of(theirs[0]), theirs),
+            PeerTimes("lightx2v", "LightX2V", False, "no checkout"),
+        ],
+        not_measured=[],
+        version="0",
+        time="2026-11-22",
+    )
+
+
+# Figures
+
+
+def test_the_bound_of_a_step_is_the_sum_of_its_networks() -> None:
+    """By hand: linears of attn_in and attn_out in FP8, fusers in bf16, attention at its own rate."""
+    rates = measured_rates(CEILINGS, attention_rate(WORK, PROFILE))
+    assert rates is not None and rates.units["linear"] == 716e12
+    tokens, d = PLAN.tokens, 5120
+    fp8 = 40 * 2 * tokens * (6 * d * d + 2 * d * 13824) / 1370e12
+    cross = 40 * 4 * tokens * (512 + 264) * d / rates.units["attention"]
+    fusers = 8 * (2 * tokens * 2 * d * d / 716e12 + 4 * tokens * 5 * d / rates.units["attention"])
+    small = sum(WORK[name].bytes for name in ("patch_embed", "head")) / 4.27e12
+    assert step_bound(WORK, CALLS, rates) == pytest.approx(fp8 + cross + fusers + small + 40 * 25.4e-3)
+
+
+def test_no_bound_is_claimed_where_a_rate_is_not_known() -> None:
+    """bf16's rate in the place of FP8's would be a "lower bound" above what can be reached."""
+    rates = measured_rates(CEILINGS[:3], 880e12)
+    assert rates is not None and step_bound(WORK, CALLS, rates) is None
+    rows = {row.name: row for row in network_times(WORK, PROFILE, rates)}
+    assert rows["attn_in"].bound_seconds is None and rows["attention"].bound_seconds is not None
+    assert measured_rates(CEILINGS[1:], 880e12) is None
+    assert measured_rates(CEILINGS, None) is None
+
+
+def test_a_law_is_found_again() -> None:
+    flops = np.array([0.1, 0.4, 1.7, 6.6]) * 1e15
+    law = fit([(f, 1.5 * (f / 1e15) ** 1.08) for f in flops])
+    assert (law.seconds_per_petaflop, law.exponent) == (pytest.approx(1.5), pytest.approx(1.08))
+    points = [(1e15, 1.0), (2e15, 2.0), (4e15, 8.0), (4e15, 8.1)]
+    assert [b.exponent for b in bends(points)] == [pytest.approx(1), pytest.approx(2)]
+
+
+def test_similarity_against_the_formulas_written_out() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (1, 13, 14, 3), np.uint8)
+    b = np.clip(a + rng.integers(-20, 21, a.shape), 0, 255).astype(np.uint8)
+    ramp = np.exp(-np.square(np.arange(-5, 6)) / (2 * 1.5**2))
+    window = np.outer(ramp, ramp) / ramp.sum() ** 2
+    values = []
+    for y in range(3):
+        for x in range(4):
+            for channel in range(3):
+                p, q = (t[0, y : y + 11, x : x + 11, channel].astype(np.float64) for t in (a, b))
+                mp, mq = (window * p).sum(), (window * q).sum()
+                vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+                cov = (window * (p - mp) * (q - mq)).sum()
+                c1, c2 = 2.55**2, 7.65**2
+                values.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
+    assert ssim(a, b) == pytest.approx(np.mean(values), abs=1e-9)
+    assert ssim(a, a) == pytest.approx(1)
+    assert psnr(a, a) is None
+    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    assert psnr(a, b) == pytest.approx(10 * np.log10(255**2 / error))
+    assert relative_error(np.array([3.0, 4.4]), np.array([3.0, 4.0])) == pytest.approx(0.08)
+
+
+def test_energy_and_memory_of_what_was_watched() -> None:
+    """Memory is beyond what was there before; energy is the driver's counter where it has one."""
+    readings = iter([Sample(5, 100, 1000, 50.0), Sample(30, 600, 1500, 70.0), Sample(20, 500, 1400, 90.0)])
+    last = Sample(10, 50, 300, 95.0)
+    monitor = Monitor("fake", lambda: next(readings, last), interval=0.001)
+    with monitor:
+        while len(monitor._samples) < 4:
+            pass
+    usage = monitor.usage()
+    assert (usage.peak_memory_bytes, usage.joules, usage.lowest_clock_mhz) == (25, 45.0, 1400)
+
+
+def test_energy_from_power_where_the_driver_has_no_counter() -> None:
+    monitor = Monitor("fake", None)
+    monitor._samples = [(0.0, Sample(0, 1, None)), (2.0, Sample(0, 300, None)), (3.0, Sample(0, 100, None))]
+    assert monitor.usage().joules == pytest.approx(2 * 300 + 100)
+
+
+# Comparison and repetition
+
+
+def test_ratios_say_what_differs(tmp_path: Path) -> None:
+    for name, result in (
+        ("a", made_result(2.35)),
+        ("b", made_result(2.35, seed=1)),
+        ("c", made_result(2.20, seed=2)),
+    ):
+        (tmp_path / name).write_text(result.to_json())
+    same = {row.name: row for row in compare(tmp_path / "a", tmp_path / "b").ratios}
+    faster = {row.name: row for row in compare(tmp_path / "a", tmp_path / "c").ratios}
+    assert same["trt-wan s/step"].differs is False and faster["trt-wan s/step"].differs is True
+    assert faster["trt-wan s/step"].ratio == pytest.approx(2.20 / 2.35, rel=0.01)
+    assert same["diffusers compiled s/step"].differs is False
+    assert same["trt-wan whole job, warm"].differs is None
+
+
+def test_different_jobs_are_not_compared(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(made_result(window=77).to_json())
+    (tmp_path / "b.json").write_text(made_result(window=81).to_json())
+    (tmp_path / "c.json").write_text('{"schema": "something else"}')
+    with pytest.raises(UsageError, match="a.json has the window 77, b.json 81"):
+        compare(tmp_path / "a.json", tmp_path / "b.json")
+    with pytest.raises(InputError, match="not a result of trt-wan bench"):
+        compare(tmp_path / "a.json", tmp_path / "c.json")
+
+
+def test_repeated_runs_show_their_spread_and_can_be_compared(tmp_path: Path) -> None:
+    results = [made_result(s, noise=0.0) for s in (2.30, 2.35, 2.42)]
+    rows = {row.name: row for row in repeated(results)}
+    assert rows["trt-wan s/step"].spread == pytest.approx(0.12 / 2.35) and not rows["trt-wan s/step"].steady
+    assert rows["trt-wan whole job, warm"].steady
+    (tmp_path / "three.json").write_text(to_json(results))
+    ratios = {row.name: row for row in compare(tmp_path / "three.json", tmp_path / "three.json").ratios}
+    assert ratios["trt-wan whole job, warm"].low == pytest.approx(1)
+
+
+# Files
+
+
+def test_plots_are_named_and_labelled(tmp_path: Path) -> None:
+    paths = write_files(made_result(), tmp_path)
+    names = {path.name for path in paths}
+    assert {"bench.json", "bench.csv", "waterfall.png", "stages.svg", "peers.svg"} <= names
+    svg = (tmp_path / "waterfall.svg").read_text()
+    assert all(text in svg for text in ("NVIDIA H200", "milliseconds", "attn_out", "lower bound"))
+    assert "seconds" in (tmp_path / "peers.svg").read_text()
+    lines = (tmp_path / "bench.csv").read_text().splitlines()
+    assert any(line.startswith("step median,trt-wan,s,2.3") for line in lines)
+    assert any(line.startswith("network's bound in a step,attention,s,1.0") for line in lines)
+
+
+def test_tables_name_what_was_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    result = dataclasses.replace(made_result(), work=[bench.work_row("attention", WORK, CALLS)])
+    console().print(render(result))
+    shown = capsys.readouterr().err
+    assert "NVIDIA H200" in shown and "not run: no checkout" in shown
+    assert f"{result.steps.seconds.median:.3f}" in shown
+
+
+# Sweeps
+
+
+def test_a_sweep_fits_its_law_and_keeps_points_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steps(spec: Any, n: int, env: Mapping[str, str]) -> Any:
+        plan = spec.shape.plan
+        if plan.frames == 161:
+            raise TrtWanError("out of memory")
+        flops = step_flops(ANIMATE_14B, plan)
+        seconds = 1.4 * (flops / 1e15) ** 1.05
+        share = 0.3 + plan.tokens / 100_000
+        return [[seconds] * n], {"attention": seconds * share, "attn_in": seconds * (1 - share)}, 10**10
+
+    monkeypatch.setattr(sweep, "_steps", steps)
+    monkeypatch.setattr(sweep, "workplace", lambda shape: FakePlace())
+    asked = sweep.asks(
+        Shape("14b", 832, 480, 77), {}, ("size", "window"), ("832x480", "1280x720"), (5, 33, 77, 161)
+    )
+    result = sweep.run_sweep(asked, 3)
+    assert result.law is not None and result.law.exponent == pytest.approx(1.05)
+    assert [p.reason for p in result.points if p.seconds is None] == ["out of memory"]
+    assert all(b.exponent == pytest.approx(1.05) for b in result.bends)
+    pair = sweep.crossing(result.points)
+    assert pair is not None and (pair[0].tokens, pair[1].tokens) == (15600, 32760)
+    names = {path.name for path in sweep.write_sweep(result, tmp_path)}
+    assert {"sweep.json", "sweep.csv", "scaling.png", "scaling.svg"} <= names
+    assert "PFLOP" in (tmp_path / "scaling.svg").read_text()
+
+
+class FakePlace:
+    def __enter__(self) -> tuple[dict[str, str], str]:
+        return {}, "clips"
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_an_impossible_point_is_refused_before_anything_is_measured() -> None:
+    with pytest.raises(UsageError, match="14 frames"):
+        sweep.asks(Shape("tiny", 64, 48, 13), {}, ("window",), windows=(5, 14))
+
+
+def test_bars_of_an_axis(tmp_path: Path) -> None:
+    shape = Shape("14b", 832, 480, 77)
+    points = [
+        Point("vram", f"{gb} GB", shape, {}, 32760, 10**15, 0.5, Spread.of([s]), gb * 10**9)
+        for gb, s in ((12, 2.7), (24, 2.5))
+    ]
+    paths = plots.save(plots.bars("Seconds of a step", "NVIDIA H200", points), tmp_path / "vram")
+    assert "2.7 s, 12.0 GB" in paths[1].read_text()
+
+
+# Processes
+
+
+def run_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, patience: float = 60) -> Child:
+    (tmp_path / "a_child.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    import os
+
+    return Child("a_child", [], dict(os.environ), patience)
+
+
+def test_a_child_that_dies_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = "print('a library says hello')\nprint('{\"event\": \"ready\"}', flush=True)"
+    code = f"import sys\n{ready}\nsys.stdin.readline()\nsys.exit('no memory')"
+    with run_child(tmp_path, monkeypatch, code) as child:
+        assert child.read() == {"event": "ready"}
+        with pytest.raises(TrtWanError, match="a_child ended with 1 before it answered: no memory"):
+            child.ask("20")
+
+
+def test_a_child_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with run_child(tmp_path, monkeypatch, "import time\ntime.sleep(60)", patience=0.5) as child:
+        with pytest.raises(TrtWanError, match="ended with -9"):
+            child.read()
+
+
+def test_a_refusal_in_a_child_is_a_refusal_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = json.dumps(
+        {"event": "failed", "code": "graph_unusable", "message": "No graphs.", "hint": "Build."}
+    )
+    with run_child(tmp_path, monkeypatch, f"print({line!r})") as child:
+        with pytest.raises(GraphError) as caught:
+            child.read()
+    assert (caught.value.message, caught.value.hint) == ("No graphs.", "Build.")
+
+
+def test_missing_graphs_are_built_by_the_command_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Sequence[str]] = []
+
+    class Done:
+        returncode, stderr = 0, ""
+
+    monkeypatch.setattr(bench.subprocess, "run", lambda command, **options: ran.append(command) or Done())
+    attempts = count()
+
+    def act() -> str:
+        if not next(attempts):
+            raise GraphError("They are not built.", "Run: trt-wan build --model tiny --size 64x48 --window 5")
+        return "measured"
+
+    assert with_graphs(act, lambda event: None) == "measured"
+    assert ran == [[sys.executable, "-m", "trt_wan", *"build --model tiny --size 64x48 --window 5".split()]]
+    with pytest.raises(GraphError, match="Damaged"):
+        with_graphs(lambda: (_ for _ in ()).throw(GraphError("Damaged.", "Update.")), lambda event: None)
+
+
+def test_the_card_without_a_driver_and_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert card.read_gpu() is None
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\necho 'NVIDIA H200, 580.1, 143771 MiB, 9.0, 345 MHz, 1980 MHz, 3201 MHz, 700 W, 31'"
+    )
+    smi.chmod(0o755)
+    gpu = card.read_gpu()
+    assert gpu is not None and (gpu.name, gpu.power_limit) == ("NVIDIA H200", "700 W")
+    assert card.datasheet(gpu.name) is card.DATASHEETS["H200"]
+    assert card.datasheet("GeForce GT 710") is None
