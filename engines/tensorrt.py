@@ -5,7 +5,7 @@ that is there. What is called here has the same name in all of them, except wher
 (trt_facts.md 4.3). Full TensorRT could not be installed where this was written: nothing of it is proved.
 
 Networks are strongly typed: the graph alone decides what is computed in which type. A compiled engine
-("plan") holds no weights; they are inputs. Nothing here knows of models or of files.
+("plan") holds no weights; they are inputs. Nothing here knows of models.
 """
 
 import math
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trt_wan.engines import timing_cache
 from trt_wan.errors import EnvironmentBroken, GraphError, UsageError
 
 FlavourName = Literal["tensorrt", "tensorrt_rtx"]
@@ -275,6 +276,8 @@ def _build(flavour: Flavour, builder: Any, network: Any, log: Any, target: Targe
         config.num_compute_capabilities = 1
         capability = getattr(trt.ComputeCapability, TARGETS[target].compute_capability)
         config.set_compute_capability(capability, 0)
+    else:
+        timing_cache.attach(config, flavour.version)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -284,6 +287,8 @@ def _build(flavour: Flavour, builder: Any, network: Any, log: Any, target: Targe
         raise GraphError(
             f"{flavour.name} {flavour.version} cannot build for {target}: {'; '.join(log.errors)}.", hint
         )
+    if flavour.name == "tensorrt":
+        timing_cache.keep(config, flavour.version)
     return bytes(plan)
 
 

