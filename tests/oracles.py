@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel
 
-from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.config import ImageConfig, ModelConfig, TextConfig
 from trt_wan.runtime.executors import Array
 
 
@@ -68,39 +68,51 @@ def diffusers_vae(model: ModelConfig, weights: Mapping[str, Array]) -> Autoencod
     return vae.eval().requires_grad_(False)
 
 
-def transformers_text_encoder(model: ModelConfig, weights: Mapping[str, Array]) -> UMT5EncoderModel:
-    t = model.text
-    config = UMT5Config(
+def umt5_config(t: TextConfig) -> UMT5Config:
+    return UMT5Config(
         vocab_size=t.vocabulary,
         d_model=t.dim,
         d_kv=t.head_dim,
         d_ff=t.ffn_dim,
         num_layers=t.layers,
         num_heads=t.heads,
+        relative_attention_num_buckets=t.buckets,
+        relative_attention_max_distance=t.max_distance,
+        layer_norm_epsilon=t.eps,
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
+        attn_implementation="eager",
     )
-    encoder = UMT5EncoderModel(config)
+
+
+def transformers_text_encoder(model: ModelConfig, weights: Mapping[str, Array]) -> UMT5EncoderModel:
+    encoder = UMT5EncoderModel(umt5_config(model.text))
     named = state_dict(weights)
     named["encoder.embed_tokens.weight"] = named["shared.weight"]  # the same tensor under its second name
     encoder.load_state_dict(named, strict=True)
     return encoder.eval().requires_grad_(False)
 
 
-def transformers_image_encoder(
-    model: ModelConfig, weights: Mapping[str, Array]
-) -> CLIPVisionModelWithProjection:
-    i = model.image
-    config = CLIPVisionConfig(
+def clip_config(i: ImageConfig) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
         hidden_size=i.dim,
         intermediate_size=i.ffn_dim,
         num_hidden_layers=i.layers,
         num_attention_heads=i.heads,
         image_size=i.size,
         patch_size=i.patch,
+        layer_norm_eps=i.eps,
         hidden_act="gelu",
+        projection_dim=1024,
+        attn_implementation="eager",
     )
-    encoder = CLIPVisionModelWithProjection(config)
+
+
+def transformers_image_encoder(
+    model: ModelConfig, weights: Mapping[str, Array]
+) -> CLIPVisionModelWithProjection:
+    i = model.image
+    encoder = CLIPVisionModelWithProjection(clip_config(i))
     loaded = encoder.load_state_dict(state_dict(weights), strict=False)
     unused = (
         f"vision_model.encoder.layers.{i.layers_used}.",

@@ -7,31 +7,17 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from oracles import clip_config
+from transformers import CLIPVisionModelWithProjection
 
 from trt_wan.build.export import export
 from trt_wan.engines.checkpoint import required_tensors
-from trt_wan.engines.config import ANIMATE_14B, TINY, ImageConfig
+from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.plan import Plan
 from trt_wan.runtime.checkpoints.random_weights import random_tensor
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.image_encoder import MEAN, STD, clip_pixels, encode_image
-
-
-def clip_config(i: ImageConfig) -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=i.dim,
-        intermediate_size=i.ffn_dim,
-        num_hidden_layers=i.layers,
-        num_attention_heads=i.heads,
-        image_size=i.size,
-        patch_size=i.patch,
-        layer_norm_eps=i.eps,
-        hidden_act="gelu",
-        projection_dim=1024,
-        attn_implementation="eager",
-    )
 
 
 def test_features_equal_transformers(make_model):

@@ -13,6 +13,7 @@ import sentencepiece
 import tokenizers
 import torch
 from diffusers.pipelines.wan.pipeline_wan_animate import prompt_clean
+from oracles import umt5_config
 from transformers import PreTrainedTokenizerFast, T5Tokenizer, UMT5Config, UMT5EncoderModel
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
@@ -92,21 +93,7 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def umt5() -> UMT5EncoderModel:
-    t = TINY.text
-    config = UMT5Config(
-        vocab_size=t.vocabulary,
-        d_model=t.dim,
-        d_kv=t.head_dim,
-        d_ff=t.ffn_dim,
-        num_layers=t.layers,
-        num_heads=t.heads,
-        relative_attention_num_buckets=t.buckets,
-        relative_attention_max_distance=t.max_distance,
-        layer_norm_epsilon=t.eps,
-        feed_forward_proj="gated-gelu",
-        attn_implementation="eager",
-    )
-    encoder = UMT5EncoderModel(config).eval().requires_grad_(False)
+    encoder = UMT5EncoderModel(umt5_config(TINY.text)).eval().requires_grad_(False)
     rng = np.random.default_rng(0)
     for name, parameter in encoder.named_parameters():
         parameter.copy_(torch.from_numpy(random_tensor(name, tuple(parameter.shape), rng)))
