@@ -1,7 +1,7 @@
 """FP8 matrix products by cuBLASLt, called through ctypes: no torch, no other binding.
 
-y [tokens, out] in bf16 = x [tokens, inner] times w [out, inner] transposed, both E4M3, sums nearly float32. No
-scale and no bias: who reads y multiplies by the tokens' and the weight's scales anyway.
+y [tokens, out] in bf16 = x [tokens, inner] times w [out, inner] transposed, both E4M3, sums nearly float32.
+No scale and no bias: who reads y multiplies by the tokens' and the weight's scales anyway.
 """
 
 import ctypes
