@@ -22,6 +22,7 @@ from trt_wan.engines.candidates import CANDIDATES
 from trt_wan.errors import EnvironmentBroken, UsageError
 from trt_wan.runtime import attention
 from trt_wan.runtime.attention import PROVIDERS, keys, missing, open_attention
+from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -137,7 +138,7 @@ def test_kernels_compile(nvrtc: None, capability: tuple[int, int]) -> None:
 
 def test_parts_of_the_scratch_are_aligned_and_apart() -> None:
     sizes = {"a": 1, "b": 256, "c": 1000, "d": 0, "e": 3}
-    offsets, total = keys.laid_out(sizes)
+    offsets, total = laid_out(sizes)
     end = 0
     for name, size in sizes.items():
         assert offsets[name] % 256 == 0 and offsets[name] >= end

@@ -14,7 +14,8 @@ import numpy as np
 
 from trt_wan.engines.tensorrt import E4M3_MAX, FP8_ATTENTION_RANGE
 from trt_wan.errors import EnvironmentBroken
-from trt_wan.runtime.attention.keys import Fp8Kernels, laid_out
+from trt_wan.runtime.attention.keys import Fp8Kernels
+from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 
 SCALAR = (1, 1, 1, 1)

@@ -9,7 +9,6 @@ at a time. What is called `sage` is the format of cuDNN frontend's block-sparse 
 query, one for each 16 keys, one for each channel of v, and v stored [heads, dim, tokens].
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -231,15 +230,6 @@ def compile_for(major: int, minor: int) -> Any:
 
     options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}")
     return Program(SOURCE, "c++", options).compile("cubin")
-
-
-def laid_out(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
-    """Offsets of parts of a scratch, multiples of 256, and the bytes of all together."""
-    offsets, end = {}, 0
-    for name, size in sizes.items():
-        offsets[name] = end
-        end += -(-size // 256) * 256
-    return offsets, end
 
 
 class Fp8Kernels:

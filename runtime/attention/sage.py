@@ -20,7 +20,8 @@ from cudnn.block_sparse_attention.csrc.fwd.sm90_blk128.bsa_fwd_sm90_fp8 import (
 from cutlass import cute
 from cutlass.cute.runtime import make_fake_stream, make_ptr
 
-from trt_wan.runtime.attention.keys import KEY_GROUP, Fp8Kernels, laid_out
+from trt_wan.runtime.attention.keys import KEY_GROUP, Fp8Kernels
+from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 
 BLOCK = 128  # tokens, of queries and of keys

@@ -5,11 +5,21 @@ so bytes that were given back may be handed out again at once: whoever gets them
 """
 
 from bisect import insort
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trt_wan.errors import MemoryShort
 
 ALIGNMENT = 256  # bytes; what TensorRT asks of every address
+
+
+def laid_out(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Offsets of parts of one block, aligned, and the bytes of all together."""
+    offsets, end = {}, 0
+    for name, size in sizes.items():
+        offsets[name] = end
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return offsets, end
 
 
 @dataclass(frozen=True, order=True)

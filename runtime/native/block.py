@@ -6,7 +6,7 @@ costs in several passes over the tokens is one pass here.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.plan import Plan
-from trt_wan.runtime.device.arena import ALIGNMENT
+from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.native.gemm import WORKSPACE_BYTES, CublasLt, Fp8Gemm
 
@@ -116,17 +116,11 @@ class _Native:
         assert 2 * c.dim <= c.ffn_dim, "the cross-attention's q does not fit where the hidden layer will be"
         self.text_keys, self.image_keys = model.text.length, model.image.tokens
         self.gpu, self._on = gpu, _kernels(gpu, model)
-        self._dim_threads, self._ffn_threads = (
-            threads_for(c.dim, DIM_THREADS),
-            threads_for(c.ffn_dim, FFN_THREADS),
-        )
+        self._dim_threads = threads_for(c.dim, DIM_THREADS)
+        self._ffn_threads = threads_for(c.ffn_dim, FFN_THREADS)
         self._square = Fp8Gemm(gpu, self._on.library, self.tokens, c.dim, c.dim)
-        self._offsets: dict[str, int] = {}
+        self._offsets, self.scratch_bytes = laid_out(self._parts())
         self._at: dict[str, int] = {}
-        self.scratch_bytes = 0
-        for name, size in self._layout():
-            self._offsets[name] = self.scratch_bytes
-            self.scratch_bytes += -(-size // ALIGNMENT) * ALIGNMENT
 
     def start(self, scratch: int) -> None:
         self._at = {name: scratch + offset for name, offset in self._offsets.items()}
@@ -134,12 +128,14 @@ class _Native:
     def settle(self) -> None:
         pass
 
-    def _layout(self) -> Iterator[tuple[str, int]]:
-        """Names and bytes of the buffers in the scratch."""
-        yield "workspace", WORKSPACE_BYTES
-        yield "modulation", 6 * self.dim * 4
-        yield "scale", self.tokens * 4
-        yield "operand", self.tokens * self.dim
+    def _parts(self) -> dict[str, int]:
+        """Bytes of the buffers in the scratch."""
+        return {
+            "workspace": WORKSPACE_BYTES,
+            "modulation": 6 * self.dim * 4,
+            "scale": self.tokens * 4,
+            "operand": self.tokens * self.dim,
+        }
 
     def _row(self, row: int) -> int:
         """Where a row of modulation is: 0 shift, 1 scale + 1, 2 gate of the attention; then the FFN's."""
@@ -158,10 +154,9 @@ class _Native:
 
 
 class AttnIn(_Native):
-    def _layout(self) -> Iterator[tuple[str, int]]:
-        yield from super()._layout()
-        for name in ("product_q", "product_k", "product_v"):
-            yield name, self.tokens * self.dim * 2
+    def _parts(self) -> dict[str, int]:
+        products = ("product_q", "product_k", "product_v")
+        return super()._parts() | dict.fromkeys(products, self.tokens * self.dim * 2)
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         a, at = addresses, self._at
@@ -188,11 +183,12 @@ class AttnOut(_Native):
         self._up = Fp8Gemm(gpu, self._on.library, self.tokens, self.ffn, self.dim)
         self._down = Fp8Gemm(gpu, self._on.library, self.tokens, self.dim, self.ffn)
 
-    def _layout(self) -> Iterator[tuple[str, int]]:
-        yield from super()._layout()
-        yield "hidden_scale", self.tokens * 4
-        yield "hidden", self.tokens * self.ffn  # FP8; the cross-attention's q waits here before
-        yield "product", self.tokens * self.ffn * 2
+    def _parts(self) -> dict[str, int]:
+        return super()._parts() | {
+            "hidden_scale": self.tokens * 4,
+            "hidden": self.tokens * self.ffn,  # FP8; the cross-attention's q waits here before
+            "product": self.tokens * self.ffn * 2,
+        }
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         a, at = addresses, self._at
