@@ -124,11 +124,11 @@ def _load(name: FlavourName, capability: Capability | None, problems: list[str])
 
 def compile_onnx(flavour: Flavour, graph: bytes, target: Target, progress: Progress) -> bytes:
     """The plan of an ONNX graph. GraphError names the node that is not taken, or what stopped the builder."""
-    return _in_a_thread(flavour, progress, lambda monitor: _onnx(flavour, graph, target, monitor))
+    return in_a_thread(flavour, progress, lambda monitor: _onnx(flavour, graph, target, monitor))
 
 
 def _onnx(flavour: Flavour, graph: bytes, target: Target, monitor: Any) -> bytes:
-    builder, network, log = _start(flavour, target)
+    builder, network, log = start_network(flavour, target)
     parser = flavour.module.OnnxParser(network, log)  # has to live until the plan is built
     if not parser.parse(graph) or not network.num_outputs:  # bytes that are no graph "parse", and are empty
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
@@ -137,7 +137,7 @@ def _onnx(flavour: Flavour, graph: bytes, target: Target, monitor: Any) -> bytes
             f"{flavour.name} {flavour.version} cannot read the graph: {'; '.join(nodes) or 'it is empty'}.",
             "Export it again with `trt-wan build`; if that does not help, report it.",
         )
-    return _build(flavour, builder, network, log, target, monitor)
+    return build_plan(flavour, builder, network, log, target, monitor)
 
 
 def compile_attention(
@@ -156,7 +156,7 @@ def compile_attention(
     of k stand out. In bf16 the ONNX graph is better: this one costs two more copies, of q and v.
     """
     shape = (heads, tokens, head_dim)
-    return _in_a_thread(flavour, progress, lambda monitor: _attention(flavour, shape, fp8, target, monitor))
+    return in_a_thread(flavour, progress, lambda monitor: _attention(flavour, shape, fp8, target, monitor))
 
 
 def _attention(
@@ -164,7 +164,7 @@ def _attention(
 ) -> bytes:
     heads, tokens, head_dim = shape
     trt = flavour.module
-    builder, network, log = _start(flavour, target)
+    builder, network, log = start_network(flavour, target)
     if not hasattr(network, "add_attention"):
         raise GraphError(
             f"{flavour.name} {flavour.version} has no attention layer.", "Run: pip install 'tensorrt>=10.14'"
@@ -203,7 +203,7 @@ def _attention(
     merge.reshape_dims = (tokens, heads * head_dim)
     merge.get_output(0).name = "attended"
     network.mark_output(merge.get_output(0))
-    return _build(flavour, builder, network, log, target, monitor)
+    return build_plan(flavour, builder, network, log, target, monitor)
 
 
 def _without_mean(trt: Any, network: Any, k: Any) -> Any:
@@ -233,7 +233,7 @@ def _without_mean(trt: Any, network: Any, k: Any) -> Any:
     return network.add_cast(centred, trt.DataType.BF16).get_output(0)
 
 
-def _start(flavour: Flavour, target: Target) -> tuple[Any, Any, Any]:
+def start_network(flavour: Flavour, target: Target) -> tuple[Any, Any, Any]:
     """A builder, an empty strongly typed network, and the log that both write to."""
     trt = flavour.module
     if flavour.name == "tensorrt" and target != "current":
@@ -247,7 +247,7 @@ def _start(flavour: Flavour, target: Target) -> tuple[Any, Any, Any]:
     return builder, builder.create_network(flags), log
 
 
-def _in_a_thread(flavour: Flavour, progress: Progress, work: Callable[[Any], bytes]) -> bytes:
+def in_a_thread(flavour: Flavour, progress: Progress, work: Callable[[Any], bytes]) -> bytes:
     """Calls `work(monitor)` in a thread, so that this one can report and be stopped.
 
     Python sees no Ctrl-C while TensorRT works, and one that comes while TensorRT calls our log is swallowed;
@@ -266,7 +266,7 @@ def _in_a_thread(flavour: Flavour, progress: Progress, work: Callable[[Any], byt
     return future.result()
 
 
-def _build(flavour: Flavour, builder: Any, network: Any, log: Any, target: Target, monitor: Any) -> bytes:
+def build_plan(flavour: Flavour, builder: Any, network: Any, log: Any, target: Target, monitor: Any) -> bytes:
     trt = flavour.module
     config = builder.create_builder_config()
     # More streams take a gigabyte more at full size, and what could run beside is tiny (trt_facts.md 1.3).

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trt_wan.engines.tensorrt import Flavour
 from trt_wan.errors import GraphError
 from trt_wan.runtime.device.gpu import Gpu
@@ -45,7 +47,7 @@ class EngineSegment:
     def __init__(
         self, stream: int, trt: Any, runtime: Any, name: str, plan: bytes, kernel_cache: Path
     ) -> None:
-        self._stream, self.name = stream, name
+        self._stream, self._trt, self.name = stream, trt, name
         self._runtime = runtime  # TensorRT wants it to outlive its engines
         self._engine = runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
@@ -68,6 +70,11 @@ class EngineSegment:
     @property
     def scratch_bytes(self) -> int:
         return int(self._engine.device_memory_size_v2)
+
+    def tensor(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and type of an input or output, for engines that no contract describes."""
+        dtype = self._trt.nptype(self._engine.get_tensor_dtype(name))
+        return tuple(int(d) for d in self._engine.get_tensor_shape(name)), np.dtype(dtype)
 
     def start(self, scratch: int) -> None:
         self._context.set_device_memory(scratch, self.scratch_bytes)

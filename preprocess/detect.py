@@ -1,0 +1,128 @@
+"""Finds persons with YOLOv10m (or another COCO detector of its contract), in batches.
+
+The network sees the whole frame stretched to its input size, RGB in 0..1. It gives either [n, 300, 6] rows
+of x0, y0, x1, y1, score, class, or [n, 84, 8400] with x, y, width, height and 80 class scores per column,
+both in pixels of its input (preprocess_spec.md A1.2).
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.errors import WeightsError
+from trt_wan.preprocess.onnx_net import Executor, OnnxNet
+from trt_wan.preprocess.people import Box, iou
+from trt_wan.preprocess.video import Picture
+from trt_wan.runtime.events import Progress, silent
+
+Array = NDArray[Any]
+
+FRAME = (3, 640, 640)
+PERSON = 0  # COCO's first class
+LEAST_SCORE = 0.05
+MOST_OVERLAP = 0.5  # IoU beyond which the lesser of two boxes goes
+LEAST_SIDE = 10  # pixels; the official code takes the whole frame for anything smaller
+
+
+class Detector:
+    """`official`: a box of any class removes a lesser person's box that it overlaps; else only persons do."""
+
+    def __init__(self, net: OnnxNet, official: bool = False) -> None:
+        _require_detector(net.path.name, net.output_shapes[0])
+        self.net, self.official = net, official
+
+    def detect(self, frames: Sequence[Picture]) -> list[list[Box]]:
+        """The persons of each frame, the best score first, in whole pixels of the frame."""
+        sizes = [frame.shape[:2] for frame in frames]
+        found: list[list[Box]] = []
+        for outputs in self.net.stream(self._batches(frames)):
+            _require_detector(self.net.path.name, outputs[0].shape)
+            for output in outputs[0]:
+                height, width = sizes[len(found)]
+                found.append(self._persons(rows(output), width, height))
+        return found
+
+    def _batches(self, frames: Sequence[Picture]) -> Iterator[Array]:
+        n, _, height, width = self.net.input_shape
+        for start in range(0, len(frames), n):
+            stretched = [cv2.resize(f, (width, height)) for f in frames[start : start + n]]
+            yield np.stack(stretched).transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+
+    def _persons(self, found: Array, width: int, height: int) -> list[Box]:
+        _, _, net_height, net_width = self.net.input_shape
+        found = found[found[:, 4] > LEAST_SCORE]
+        if not self.official:
+            found = found[found[:, 5] == PERSON]
+        scale = np.array([width / net_width, height / net_height] * 2, np.float32)
+        corners = found[:, :4] * scale
+        # x, y, width and height are truncated one by one, as the official code does.
+        whole = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).astype(np.int32)
+        order = np.argsort(-found[:, 4], kind="stable")
+        boxes = [
+            Box(float(x), float(y), float(x + w), float(y + h), float(score))
+            for (x, y, w, h), score in zip(whole[order], found[order, 4], strict=True)
+        ]
+        kept = without_overlaps(boxes)
+        return [boxes[i] for i in kept if found[order[i], 5] == PERSON]
+
+
+def open_detector(
+    path: Path,
+    executor: Executor = "auto",
+    batch: int = 16,
+    official: bool = False,
+    progress: Progress = silent,
+) -> Detector:
+    return Detector(OnnxNet(path, executor, batch, FRAME, progress), official)
+
+
+def rows(output: Array) -> Array:
+    """Either form of the network's output for one frame as rows of x0, y0, x1, y1, score, class."""
+    if output.shape[-1] == 6:
+        return output
+    centre, size, scores = output[:2].T, output[2:4].T, output[4:].T
+    best = scores.argmax(1)
+    score = np.take_along_axis(scores, best[:, None], 1)
+    return np.concatenate([centre - size / 2, centre + size / 2, score, best[:, None]], 1)
+
+
+def without_overlaps(boxes: Sequence[Box]) -> list[int]:
+    """Numbers of the boxes that no better one overlaps; `boxes` are sorted, the best first."""
+    kept: list[int] = []
+    for i, box in enumerate(boxes):
+        if all(iou(box, boxes[k]) <= MOST_OVERLAP for k in kept):
+            kept.append(i)
+    return kept
+
+
+def official_person(boxes: Sequence[Box], width: int, height: int) -> Box:
+    """What the official code follows: each frame's largest person by itself, or the whole frame, score -1.
+
+    A box is passed over if its longer side is under 0.4 of the longest; that length is the last pick's
+    afterwards.
+    """
+    picked: Box | None = None
+    longest = max((max(box.width, box.height) for box in boxes), default=0.0)
+    for box in boxes:
+        side = max(box.width, box.height)
+        if (picked is None or box.area > picked.area) and side >= 0.4 * longest:
+            picked, longest = box, side
+    if picked is None or picked.score <= 0 or min(picked.width, picked.height) < LEAST_SIDE:
+        return Box(0.0, 0.0, float(width), float(height), -1.0)
+    return picked
+
+
+def _require_detector(name: str, shape: Sequence[int | None]) -> None:
+    rank_fits = len(shape) == 3
+    if rank_fits and (shape[2] in (6, None) or (shape[1] in (84, None))):
+        return
+    given = " x ".join("?" if size is None else str(size) for size in shape)
+    meant = "; it looks like a pose network" if len(shape) == 4 else ""
+    raise WeightsError(
+        f"{name} is not a person detector that is known: its output is {given}{meant}.",
+        "Use yolov10m.onnx, whose output is n x 300 x 6.",
+    )

@@ -1,0 +1,88 @@
+"""Frame numbers: golden values of the official rule, the ComfyUI loader's rule, uneven times."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from made_person import GOLDEN
+
+from trt_wan.errors import UsageError
+from trt_wan.preprocess.sampling import SamplingRule, frame_indices
+
+RATES = (Fraction(12), Fraction(16), Fraction(24000, 1001), Fraction(25), Fraction(30000, 1001), Fraction(60))
+
+
+@pytest.mark.parametrize("case", GOLDEN["indices"], ids=str)
+def test_official_golden(case: list[object]) -> None:
+    frames, source_rate, rate, count, first, last = case
+    assert isinstance(frames, int) and isinstance(source_rate, float) and isinstance(rate, (int, float))
+    indices = frame_indices(frames, source_rate, rate, "official")
+    assert (len(indices), indices[:8], indices[-4:]) == (count, first, last)
+
+
+def test_the_wrapper_takes_the_first_frame_that_is_not_too_early() -> None:
+    assert frame_indices(12, 25, 16, "kijai") == [0, 2, 4, 5, 7, 8, 10, 11]
+    assert frame_indices(6, 25, 50, "kijai") == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    # Frame 3 is at 0.125 s exactly, but the loader's 3/24 - 2/16 in doubles comes out a hair too small.
+    assert frame_indices(12, 24, 16, "kijai") == [0, 2, 4, 5, 7, 8, 10, 11]
+    for source in RATES:
+        for rate in RATES:
+            indices = np.array(frame_indices(200, source, rate, "kijai"))
+            exact = np.array([math.ceil(i * source / rate) for i in range(len(indices))])
+            # Its sum of rounded times may be a hair before or after the exact time, never a whole frame.
+            on_time = np.array([(i * source / rate).denominator == 1 for i in range(len(indices))])
+            assert np.abs(indices - exact).max() <= 1
+            assert (indices == exact)[~on_time].all()
+
+
+@pytest.mark.parametrize("rule", ["official", "kijai"])
+@pytest.mark.parametrize("frames", [1, 2, 7, 300])
+def test_any_clip_gives_ascending_frames_that_exist_at_the_right_speed(
+    rule: SamplingRule, frames: int
+) -> None:
+    for source in RATES:
+        assert frame_indices(frames, source, None, rule) == list(range(frames))
+        assert frame_indices(frames, source, source, rule) == list(range(frames))
+        for rate in RATES:
+            indices = frame_indices(frames, source, rate, rule)
+            assert indices and indices == sorted(indices) and 0 <= indices[0] and indices[-1] < frames
+            shown, meant = np.array(indices) / float(source), np.arange(len(indices)) / float(rate)
+            assert np.abs(shown - meant).max() <= 1.001 / float(source)
+            assert (
+                abs(len(indices) / float(rate) - frames / float(source)) <= max(1 / source, 1 / rate) * 1.001
+            )
+
+
+def test_even_times_are_the_official_rule() -> None:
+    for source in RATES:
+        times = [float(i / source) for i in range(101)]
+        for rate in RATES:
+            by_rate = frame_indices(101, source, rate)
+            by_time = frame_indices(101, source, rate, times=times)
+            assert len(by_rate) - len(by_time) in (
+                0,
+                -1,
+            )  # a rounding error may cost the official rule a frame
+            # Half-way between two frames a rounding error decides, so there the two may differ.
+            halves = {i for i in range(len(by_rate)) if (2 * i * source / rate).denominator == 1}
+            assert all(
+                a == b for i, (a, b) in enumerate(zip(by_rate, by_time, strict=False)) if i not in halves
+            )
+
+
+def test_uneven_times_are_followed() -> None:
+    # 10 frames in the first second, 30 in the second one: the mean rate, 20, is right nowhere.
+    times = [i / 10 for i in range(10)] + [1 + i / 30 for i in range(30)]
+    indices = frame_indices(40, 20, 10, times=times)
+    assert indices == list(range(10)) + [10 + 3 * i for i in range(10)]
+    wrong = frame_indices(40, 20, 10)
+    assert abs(times[wrong[5]] - 0.5) > 0.3  # what the mean rate would show at 0.5 s
+    # Phones start a clip at a time of their own.
+    assert frame_indices(40, 20, 10, times=[t + 7 for t in times]) == indices
+
+
+@pytest.mark.parametrize("rate", [0, -5, math.nan, math.inf])
+def test_a_rate_that_is_none_is_refused(rate: float) -> None:
+    with pytest.raises(UsageError):
+        frame_indices(10, 25, rate)
