@@ -236,13 +236,21 @@ class _Sound:
             return next(self._packets, None)
 
     def _copied(self) -> "Iterator[Packet[AudioStream]]":
+        rate, size = self._input.codec_context.sample_rate, self._input.codec_context.frame_size
         for packet in self._source.demux(self._input):
             if packet.pts is None:
                 continue
             shift = round(self._zero / packet.time_base)
-            packet.pts, packet.dts = packet.pts - shift, packet.pts - shift
+            pts, duration = packet.pts - shift, packet.duration or 0
+            whole = round(Fraction(size, rate) / packet.time_base) if rate else 0
+            if (
+                pts < 0 and duration > whole > 0
+            ):  # mp4 stretches what starts before the picture: it ends as it did
+                pts, duration = pts + duration - whole, whole
+            packet.pts = packet.dts = pts
+            packet.duration = duration
             # One packet from before the start stays: a codec whose packets overlap needs it for the next.
-            if packet.pts + 2 * (packet.duration or 0) > 0:
+            if pts + 2 * duration > 0:
                 packet.stream = self._output
                 yield packet
 

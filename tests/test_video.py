@@ -417,6 +417,18 @@ def test_copied_sound_is_the_same_bits(tmp_path: Path) -> None:
     assert len(copied) >= 47 and copied == packets(sound)[: len(copied)]
 
 
+@pytest.mark.parametrize("rate", [Fraction(25), Fraction(30), Fraction(24000, 1001)])
+def test_sound_of_our_own_video_at_another_rate_does_not_move_the_pictures(
+    tmp_path: Path, rate: Fraction
+) -> None:
+    """mp4 stretches the packet before the first picture to two frames' time; copied so, it delayed all."""
+    sound = Path(trt_wan.__file__).parent / "sample" / "driving.mp4"
+    black = np.zeros((20, HEIGHT, WIDTH, 3), np.uint8)
+    slow = write(tmp_path / "slow.mp4", black, Fraction(12), sound)
+    with Clip(write(tmp_path / "out.mp4", black, rate, slow)) as clip:
+        assert (clip.rate, clip.frames) == (rate, 20)
+
+
 def test_a_source_without_sound_gives_a_silent_video(tmp_path: Path) -> None:
     sound = make_clip(tmp_path / "source.mp4", numbered(4))
     with Clip(write(tmp_path / "out.mp4", numbered(4), sound=sound)) as clip:
