@@ -6,6 +6,7 @@ with its contract (names, shapes, types) and passes the ONNX checker before it c
 
 import logging
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx
@@ -21,38 +22,52 @@ from trt_wan.engines.plan import Plan
 
 _DTYPES = {
     "float32": torch.float32,
+    "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float8_e4m3fn": torch.float8_e4m3fn,
     "int64": torch.int64,
 }
 _ONNX_TYPES = {
     "float32": onnx.TensorProto.FLOAT,
+    "float16": onnx.TensorProto.FLOAT16,
     "bfloat16": onnx.TensorProto.BFLOAT16,
     "float8_e4m3fn": onnx.TensorProto.FLOAT8E4M3FN,
     "int64": onnx.TensorProto.INT64,
 }
 
 
+# A network's graph: its inputs in the contract's order, its weights by name.
+GraphFunction = Callable[[Sequence[torch.Tensor], dict[str, torch.Tensor]], tuple[torch.Tensor, ...]]
+
+
 class _Graph(torch.nn.Module):
     """A graph function as a module whose positional arguments are the contract's inputs, then its weights."""
 
-    def __init__(self, network: Network, model: ModelConfig, plan: Plan) -> None:
+    def __init__(self, network: Network, function: GraphFunction) -> None:
         super().__init__()
-        self.network, self.model, self.plan = network, model, plan
+        self.network, self.function = network, function
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         count = len(self.network.inputs)
         names = (weight.name for weight in self.network.weights)
-        weights = dict(zip(names, tensors[count:], strict=True))
-        return GRAPHS[self.network.name](*tensors[:count], w=weights, model=self.model, plan=self.plan)
+        return self.function(tensors[:count], dict(zip(names, tensors[count:], strict=True)))
 
 
 def export(network: Network, model: ModelConfig, plan: Plan, path: Path) -> None:
     """Writes the ONNX graph of `network` to `path`."""
+
+    def graph(inputs: Sequence[torch.Tensor], weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return GRAPHS[network.name](*inputs, w=weights, model=model, plan=plan)
+
+    export_function(network, graph, path)
+
+
+def export_function(network: Network, function: GraphFunction, path: Path) -> None:
+    """Writes the ONNX graph of `network`, which `function` computes, to `path`."""
     tensors = network.inputs + network.weights
     with FakeTensorMode(), torch.no_grad():
         args = tuple(torch.empty(t.shape, dtype=_DTYPES[t.dtype]) for t in tensors)
-        program = torch.export.export(_Graph(network, model, plan), args)
+        program = torch.export.export(_Graph(network, function), args)
     logging.getLogger("torch.onnx").setLevel(
         logging.ERROR
     )  # it reports that torchvision is missing; nothing needs it

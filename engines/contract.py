@@ -11,8 +11,8 @@ from typing import Literal
 
 from trt_wan.engines.precision import PRECISIONS, Precision
 
-Part = Literal["transformer", "vae", "text_encoder", "image_encoder"]
-DType = Literal["float32", "bfloat16", "float8_e4m3fn", "int64"]
+Part = Literal["transformer", "vae", "text_encoder", "image_encoder", "sam2"]
+DType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "int64"]
 # What a contract writes for a tensor whose type the precision decides: see `at_precision`.
 Role = Literal["activation", "linear"]
 

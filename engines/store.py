@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -58,9 +58,14 @@ def graphs_folder(model: ModelConfig, plan: Plan) -> Path:
 
 def is_complete(folder: Path, model: ModelConfig, plan: Plan) -> bool:
     """Whether every graph is there, byte for byte as it was exported. They hold no weights: 2 MB in all."""
+    return holds(folder, networks(model, plan))
+
+
+def holds(folder: Path, names: Collection[str]) -> bool:
+    """Whether `folder` is a finished one of exactly the graphs `names`."""
     try:
         exported = json.loads((folder / MANIFEST).read_text())["sha256"]
-        return bool(exported == {name: _sha256(folder / f"{name}.onnx") for name in networks(model, plan)})
+        return bool(exported == {name: _sha256(folder / f"{name}.onnx") for name in names})
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -91,12 +96,19 @@ def building(model: ModelConfig, plan: Plan) -> Iterator[Path | None]:
     None if the graphs are already there. One process at a time builds a given folder; the others wait and
     then find it.
     """
+    described = {"model": model.name, "plan": repr(plan)}
+    with filling(graphs_folder(model, plan), networks(model, plan), described) as temporary:
+        yield temporary
+
+
+@contextmanager
+def filling(final: Path, names: Collection[str], described: Mapping[str, str]) -> Iterator[Path | None]:
+    """`building` for any folder of the graphs `names`; `described` goes into its manifest."""
     from filelock import FileLock
 
-    final = graphs_folder(model, plan)
     final.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(final.with_name(f"{final.name}.lock")):
-        if is_complete(final, model, plan):
+        if holds(final, names):
             yield None
             return
         temporary = final.with_name(f"{final.name}.partial")
@@ -105,8 +117,7 @@ def building(model: ModelConfig, plan: Plan) -> Iterator[Path | None]:
         try:
             yield temporary
             exported = {path.stem: _sha256(path) for path in sorted(temporary.glob("*.onnx"))}
-            manifest = {"model": model.name, "plan": repr(plan), "sha256": exported}
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            (temporary / MANIFEST).write_text(json.dumps({**described, "sha256": exported}, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
         finally:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trt_wan.errors import InputError, TrtWanError
+from trt_wan.preprocess.background import pasted_back
 from trt_wan.runtime.clips import Clips, open_clips
 from trt_wan.runtime.events import Progress, silent
 from trt_wan.runtime.job import Job
@@ -26,10 +27,12 @@ def render(
     *,
     sound: Path | None = None,
     overwrite: bool = False,
+    paste_back: bool = False,
     progress: Progress = silent,
     should_stop: ShouldStop = lambda: False,
 ) -> Rendered:
     """Writes `output`. `sound` is the file whose sound is copied; without it, the pose or face clip's own is.
+    With `paste_back` (mode replace) pixels that the model had no part in are the background clip's own.
 
     When the job fails or is stopped, the finished windows are kept beside `output` in a file that plays, and
     the error says where: a TrtWanError in its hint, any other in a note.
@@ -41,7 +44,11 @@ def render(
     try:
         if sound is not None and not writer.has_sound:
             raise InputError(f"{sound} has no sound.", "Leave out --audio, or name a file with sound.")
-        for frame in stream(job, clips=clips, progress=progress, should_stop=should_stop):
+        frames = stream(job, clips=clips, progress=progress, should_stop=should_stop)
+        if paste_back:
+            assert job.inputs.background is not None and job.inputs.mask is not None, "not the mode replace"
+            frames = pasted_back(frames, job.inputs.background, job.inputs.mask)
+        for frame in frames:
             writer.write(frame)
         writer.finish()
     except BaseException as error:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,9 +19,13 @@ from trt_wan import __version__
 from trt_wan.cli_bench import bench
 from trt_wan.cli_build import build, build_for
 from trt_wan.cli_engines import list_engines, remove_engines, show_engine
+from trt_wan.cli_preprocess import PREPARING_NAMES, prepare, preparing_options, preprocess
 from trt_wan.command import Group, command, note
-from trt_wan.errors import UsageError
+from trt_wan.errors import TrtWanError, UsageError
 from trt_wan.report import Report
+
+if TYPE_CHECKING:
+    from trt_wan.runtime.job import Inputs, Job
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -45,17 +49,18 @@ def cli() -> None:
     """Wan2.2-Animate: one picture of a character and a driving video in, a finished video out."""
 
 
-for subcommand in (build, bench, list_engines, show_engine, remove_engines):
+for subcommand in (build, bench, preprocess, list_engines, show_engine, remove_engines):
     cli.add_command(subcommand)
 
 
 @cli.command(short_help="Make a video.")
+@click.argument("reference", type=FILE, required=False)
+@click.argument("clip", type=FILE, required=False)
 @click.option(
     "--inputs",
     type=FOLDER,
-    required=True,
-    help="Folder of the prepared clips: src_ref.png, src_pose.mp4, src_face.mp4; for replace also "
-    "src_bg.mp4, src_mask.mp4.",
+    help="Instead of REFERENCE and CLIP, the folder of the prepared clips: src_ref.png, src_pose.mp4, "
+    "src_face.mp4; for replace also src_bg.mp4, src_mask.mp4.",
 )
 @click.option(
     "-o",
@@ -130,22 +135,99 @@ for subcommand in (build, bench, list_engines, show_engine, remove_engines):
 @click.option(
     "--random-weights", type=click.Choice(["14b", "tiny"]), help="A model of noise instead of --weights."
 )
+@click.option(
+    "--paste-back", is_flag=True, help="Put the clip's own pixels back around the mask (mode replace)."
+)
 @click.option("-y", "--overwrite", is_flag=True, help="Replace the output if it exists.")
+@preparing_options
 @command
 def run(
-    *, report: Report, inputs: Path, output: Path, audio: Path | None, overwrite: bool, **options: Any
+    *,
+    report: Report,
+    reference: Path | None,
+    clip: Path | None,
+    inputs: Path | None,
+    output: Path,
+    audio: Path | None,
+    overwrite: bool,
+    **options: Any,
 ) -> Any:
-    """Make a video from a reference picture and prepared clips.
+    """Make a video from a picture of the character, REFERENCE, and a driving video, CLIP.
 
     \b
-    trt-wan run --inputs prepared/ --weights models/ -o out.mp4
+    trt-wan run character.png dance.mp4 --weights models/ -o out.mp4
     trt-wan run --inputs prepared/ --weights models/ -o out.mp4 --mode replace --steps 6
+
+    The clips are prepared into the folder out.inputs beside the output, as `trt-wan preprocess` does; its
+    options are the last ones below.
     """
     from trt_wan.runtime.job import unused_clips
 
+    if options["paste_back"] and options["mode"] == "animate":
+        raise UsageError(
+            "In the mode animate there is nothing to paste back.",
+            "Leave out --paste-back, or use --mode replace.",
+        )
+    preparing = {name: options.pop(name) for name in PREPARING_NAMES}
+    if inputs is None:
+        inputs = _prepare_beside(report, reference, clip, output, overwrite, preparing, options)
+        try:
+            return _render(report, inputs, output, audio, overwrite, **options)
+        except TrtWanError as error:
+            error.hint = f"{error.hint} The prepared clips can be used again: --inputs {inputs}".strip()
+            raise
+    _refuse_preparing(reference)
     if unused := unused_clips(inputs, options["mode"]):
         note(report, f"Not used in the mode {options['mode']}: {', '.join(unused)}.")
     return _render(report, inputs, output, audio, overwrite, **options)
+
+
+def _prepare_beside(
+    report: Report,
+    reference: Path | None,
+    clip: Path | None,
+    output: Path,
+    overwrite: bool,
+    preparing: dict[str, Any],
+    options: dict[str, Any],
+) -> Path:
+    """The folder of clips made from `reference` and `clip`; what the job itself refuses is refused before."""
+    from fractions import Fraction
+
+    from trt_wan.preprocess import artifacts
+    from trt_wan.runtime.job import Inputs
+    from trt_wan.runtime.writer import VideoWriter
+
+    if reference is None or clip is None:
+        raise UsageError(
+            "There is nothing to make a video from.",
+            "Give a picture and a driving video, or prepared clips with --inputs DIR.",
+        )
+    folder = output.with_name(f"{output.stem}.inputs")
+    options = {name: value for name, value in options.items() if name != "paste_back"}
+    face = folder / artifacts.FACE if preparing["face"] else None
+    hole = (folder / artifacts.BACKGROUND, folder / artifacts.MASK) if options["mode"] == "replace" else ()
+    _job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole), **options)
+    VideoWriter(output, 16, 16, Fraction(1), overwrite=overwrite).abandon(keep=False)
+    shared = {"mode": options["mode"], "executor": options["executor"], "overwrite": overwrite}
+    made, _ = prepare(report, reference, clip, folder, **shared, **preparing)
+    return made
+
+
+def _refuse_preparing(reference: Path | None) -> None:
+    """With --inputs nothing is prepared: an option about it would be left aside in silence."""
+    given = "REFERENCE and CLIP" if reference else ""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in PREPARING_NAMES and source is click.core.ParameterSource.COMMANDLINE:
+            off = context.params[parameter.name] is False
+            given = given or (parameter.secondary_opts if off else parameter.opts)[0]
+    if given:
+        raise UsageError(
+            f"--inputs names clips that are prepared already, so {given} would do nothing.",
+            f"Leave out {given}, or --inputs.",
+        )
 
 
 @cli.group()
@@ -197,31 +279,37 @@ def demo(*, report: Report, output: Path) -> Any:
     )
 
 
-def _render(
-    report: Report,
-    inputs: Path,
-    output: Path,
-    audio: Path | None,
-    overwrite: bool,
-    *,
-    weights: Path | None,
-    **options: Any,
-) -> tuple[Path, dict[str, Any]]:
+def _job(inputs: "Inputs", *, weights: Path | None, **options: Any) -> "Job":
     from trt_wan.engines.checkpoint import PARTS
-    from trt_wan.runtime.job import Inputs, Job, Settings
-    from trt_wan.runtime.render import render
+    from trt_wan.runtime.job import Job, Settings
 
     if weights is None and not options.get("random_weights"):
         raise UsageError("There are no weights.", "Name their folder with --weights DIR.")
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: options.pop(name) for name in names if name in options})
-
     weight_files = {part: file for part in PARTS if (file := options.pop(part, None))}
     given = {
         name: value for name, value in options.items() if value is not None
     }  # the others have Job's defaults
-    clips = Inputs.from_folder(inputs, given.get("mode", "animate"))
-    job = Job(inputs=clips, weights=weights or Path(), weight_files=weight_files, settings=settings, **given)
+    return Job(
+        inputs=inputs, weights=weights or Path(), weight_files=weight_files, settings=settings, **given
+    )
+
+
+def _render(
+    report: Report,
+    folder: Path,
+    output: Path,
+    audio: Path | None,
+    overwrite: bool,
+    *,
+    paste_back: bool = False,
+    **options: Any,
+) -> tuple[Path, dict[str, Any]]:
+    from trt_wan.runtime.job import Inputs
+    from trt_wan.runtime.render import render
+
+    job = _job(Inputs.from_folder(folder, options.get("mode", "animate")), **options)
     start = time.perf_counter()
     with _stop_between_steps() as should_stop:
         result = render(
@@ -229,6 +317,7 @@ def _render(
             output,
             sound=audio,
             overwrite=overwrite,
+            paste_back=paste_back,
             progress=report.progress,
             should_stop=should_stop,
         )

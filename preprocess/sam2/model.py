@@ -1,0 +1,140 @@
+"""SAM2 ready to run: contracts, host weights, and what computes.
+
+On a GPU, TensorRT-RTX engines that are missing are built on the spot from the graphs, which have to be there
+already (`python -m trt_wan.build.sam2 MODEL`).
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.engines import engine_store
+from trt_wan.engines.contract import Network
+from trt_wan.engines.engine_id import EngineId, GpuKind
+from trt_wan.engines.plan import Plan
+from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan, Sam2Precision
+from trt_wan.engines.sam2.contracts import graphs_folder, networks
+from trt_wan.engines.store import holds
+from trt_wan.engines.tensorrt import Flavour, choose_flavour, compile_onnx
+from trt_wan.errors import EnvironmentBroken, GraphError
+from trt_wan.preprocess.sam2.weights import Sam2Source, Sam2Weights
+from trt_wan.runtime.device.arena import ALIGNMENT
+from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.device.weights import DeviceWeights, nbytes
+from trt_wan.runtime.engine_segment import open_engines
+from trt_wan.runtime.events import Note, Progress, silent
+from trt_wan.runtime.executors import Array, Executor
+from trt_wan.runtime.executors.gpu import GpuExecutor
+from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
+from trt_wan.runtime.open_segments import kernel_cache
+
+ExecutorName = Literal["auto", "onnxruntime", "tensorrt"]
+BATCH = 4  # frames per call of the encoder on a GPU
+# Kept at once at most, over all objects: an object has 18, and one for every prompted frame ahead.
+MEMORIES = 256
+
+
+@dataclass(frozen=True)
+class Sam2Model:
+    """`weights` are those that the host itself reads: time rows, the mask prompt's convolution."""
+
+    config: Sam2Config
+    plan: Sam2Plan
+    executor: Executor
+    weights: Mapping[str, NDArray[np.float32]]
+    networks: Mapping[str, Network] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "networks", networks(self.config, self.plan))
+
+    def run(self, name: str, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
+        """The outputs of a network, in the contract's order; `inputs` are by the contract's names."""
+        network = self.networks[name]
+        for tensor in network.inputs:
+            shape = tuple(inputs[tensor.name].shape)
+            assert shape == tensor.shape, f"{name}.{tensor.name} is {tensor.shape}, got {shape}"
+        wanted = {tensor.name: inputs[tensor.name] for tensor in network.inputs}
+        return self.executor.run(network, 0, wanted)
+
+
+def open_sam2(
+    weights: Sam2Weights,
+    executor: ExecutorName = "auto",
+    precision: Sam2Precision | None = None,
+    progress: Progress = silent,
+) -> Sam2Model:
+    """On the GPU in fp16, or with ONNX Runtime on the CPU in fp32; "auto" says which and why."""
+    if executor != "onnxruntime":
+        try:
+            gpu = Gpu()
+            flavour = choose_flavour(None, gpu.capability)
+        except EnvironmentBroken as error:
+            if executor == "tensorrt":
+                raise
+            progress(Note(f"SAM2 runs with onnxruntime on the CPU ({error.message})"))
+        else:
+            progress(Note(f"SAM2 runs with {flavour.name} {flavour.version} on {gpu.name}"))
+            return open_sam2_on_gpu(weights, Sam2Plan(precision or "fp16", BATCH), gpu, flavour, progress)
+    plan = Sam2Plan()
+    graphs = require_sam2_graphs(weights.config, plan)
+    return Sam2Model(weights.config, plan, OnnxRuntimeExecutor(graphs, {"sam2": weights}), weights)
+
+
+def require_sam2_graphs(config: Sam2Config, plan: Sam2Plan) -> Path:
+    folder = graphs_folder(config, plan)
+    if holds(folder, networks(config, plan)):
+        return folder
+    raise GraphError(
+        f"The graphs of {config.name}, {plan.precision}, batch {plan.batch}, are not built ({folder}).",
+        f"Run: python -m trt_wan.build.sam2 {config.name} {plan.precision} {plan.batch}",
+    )
+
+
+def open_sam2_on_gpu(
+    weights: Sam2Weights, plan: Sam2Plan, gpu: Gpu, flavour: Flavour, progress: Progress
+) -> Sam2Model:
+    config = weights.config
+    graphs = require_sam2_graphs(config, plan)
+    plans = {}
+    for name in networks(config, plan):
+        graph = (graphs / f"{name}.onnx").read_bytes()
+        engine = engine_id(config, name, graph, gpu, flavour)
+        engine_store.ensure(engine, partial(compile_onnx, flavour, graph, "current", _unheard))
+        plans[name] = engine_store.open_checked(engine)
+    segments = open_engines(gpu, flavour, plans, kernel_cache(flavour), progress)
+    executor = GpuExecutor(gpu, segments)
+    executor.start(arena_bytes(config, plan), DeviceWeights(gpu, Sam2Source(weights), [], set()))
+    return Sam2Model(config, plan, executor, weights)
+
+
+def arena_bytes(config: Sam2Config, plan: Sam2Plan) -> int:
+    """Inputs and outputs of every network once, the encoder's thrice, and memories."""
+    contracts = networks(config, plan)
+
+    def size(network: Network) -> int:
+        tensors = network.inputs + network.outputs
+        return sum(-(-nbytes(t) // ALIGNMENT) * ALIGNMENT for t in tensors)
+
+    memory = nbytes(contracts["memory_encoder"].outputs[0])
+    total = sum(map(size, contracts.values())) + 2 * size(contracts["encoder"]) + MEMORIES * memory
+    return math.ceil(1.1 * total)
+
+
+def engine_id(config: Sam2Config, name: str, graph: bytes, gpu: Gpu, flavour: Flavour) -> EngineId:
+    """In the store beside the video model's: the key is the graph's, the rest is for people."""
+    size = config.image_size
+    described = Plan(size, size, 5)
+    kind = GpuKind(gpu.name, gpu.driver)
+    digest = hashlib.sha256(graph).hexdigest()
+    return EngineId(f"sam2 {name}", config.name, described, digest, "current", flavour, kind)
+
+
+def _unheard(phase: str, step: int, steps: int) -> None:
+    """Each engine takes seconds."""

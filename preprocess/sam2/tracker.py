@@ -1,0 +1,366 @@
+"""Objects followed through a clip, frame by frame: prompts in, masks out.
+
+    tracker = Sam2Tracker(model)
+    tracker.add_points(0, PERSON, points, labels)
+    for masks in tracker.propagate(frames): ...       # {PERSON: bool [H, W]}
+
+A prompt for a frame still to come waits for that frame; with the frame's picture it is answered at once, and
+then frames before it see it too, as in the official code. A frame before an object's first prompt has no mask
+of it. Frames are encoded in batches ahead of the tracker, and however long the clip is, the memory does not
+grow.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.engines.sam2.config import Sam2Config, pointers_of
+from trt_wan.engines.sam2.contracts import LABELS, MASK_DOWNSAMPLE, NO_POINTER, TIME_ROWS, track_name
+from trt_wan.errors import UsageError
+from trt_wan.preprocess.sam2.bank import MemoryBank, View
+from trt_wan.preprocess.sam2.model import Sam2Model
+from trt_wan.preprocess.sam2.resample import InputRule, model_input, resize_antialiased
+from trt_wan.preprocess.video import Picture
+from trt_wan.runtime.device.gpu import DeviceArray
+from trt_wan.runtime.executors import Array
+
+Mask = NDArray[np.bool_]
+Logits = NDArray[np.float32]
+
+MASKED = -30000.0
+PRESENT = 10.0  # the object score, and the logits, of a mask that the user gave
+HOLE_VALUE = 0.1
+BACKGROUND, OBJECT, CORNER_1, CORNER_2 = 0, 1, 2, 3  # labels of points
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of one frame. `owner` keeps the batch's memory alive while a part of it is in use."""
+
+    feat: Array
+    high1: Array
+    high0: Array
+    owner: object
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Either points, in pixels of the frame, with labels; or a mask of 0 and 1 at the model's size."""
+
+    points: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 2), np.float32))
+    labels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    mask: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object in one frame."""
+
+    logits: Logits  # [S/4, S/4]
+    score: float  # above 0: the object is there
+    prompted: bool
+
+
+@dataclass(frozen=True)
+class TrackedFrame:
+    frame: int
+    height: int
+    width: int
+    objects: dict[int, Found]
+
+    def logits(self, number: int) -> Logits:
+        """At the frame's size, [H, W]."""
+        found = self.objects[number].logits
+        return np.asarray(
+            cv2.resize(found, (self.width, self.height), interpolation=cv2.INTER_LINEAR), np.float32
+        )
+
+    def mask(self, number: int) -> Mask:
+        return self.logits(number) > 0
+
+
+@dataclass
+class _Object:
+    bank: MemoryBank
+    waiting: dict[int, Prompt] = field(default_factory=dict)
+    answers: dict[int, Found] = field(default_factory=dict)  # of prompted frames that are still to come
+
+
+class Sam2Tracker:
+    """`chunk` starts afresh every so many frames (the official preprocessing: 400). `frames` is the length of
+    the clip, if it is known; it matters for fewer than 16. `fill_holes` is the largest hole, in pixels of the
+    coarse mask, that is closed.
+    """
+
+    def __init__(
+        self,
+        model: Sam2Model,
+        *,
+        rule: InputRule = "official",
+        chunk: int | None = None,
+        frames: int | None = None,
+        fill_holes: int = 8,
+    ) -> None:
+        self.model, self.rule, self.fill_holes = model, rule, fill_holes
+        self.chunk, self.frames = chunk, frames
+        self.objects: dict[int, _Object] = {}
+        self._next = 0  # frames before it are done
+        place = model.executor.place
+        self._tables = {name: place(table) for name, table in tables(model.config).items()}
+        self._no_dense = place(np.zeros((model.config.mask_size,) * 2, np.float32))
+        self._time_rows = model.weights[TIME_ROWS].reshape(-1, model.config.memory_channels)
+
+    def add_points(
+        self,
+        frame: int,
+        number: int,
+        points: NDArray[np.floating],
+        labels: Sequence[int] | NDArray[np.integer],
+        picture: Picture | None = None,
+        box: Sequence[float] | None = None,
+    ) -> None:
+        """`points` [n, 2] in pixels of the frame, x and y, `labels` 1 for the object and 0 for what is not
+        it. `box` is x0, y0, x1, y1. A later prompt for the same frame takes the earlier one's place.
+        """
+        points = np.asarray(points, np.float32).reshape(-1, 2)
+        kinds = np.asarray(labels, np.int64).reshape(-1)
+        if len(points) != len(kinds) or not np.isin(kinds, (BACKGROUND, OBJECT)).all():
+            raise UsageError(
+                f"{len(points)} points have {len(kinds)} labels, or other labels than 0 and 1.",
+                "Give every point 1 (the object) or 0 (not the object).",
+            )
+        if box is not None:
+            points = np.concatenate((np.asarray(box, np.float32).reshape(2, 2), points))
+            kinds = np.concatenate(([CORNER_1, CORNER_2], kinds))
+        most = self.model.plan.prompt_tokens - 1
+        if not 1 <= len(points) <= most:
+            raise UsageError(f"A prompt of {len(points)} points is not possible.", f"Use 1 to {most}.")
+        if not np.isfinite(points).all():
+            raise UsageError("A prompt's point is no number.", "Leave out points that are not known.")
+        self._add(frame, number, Prompt(points, kinds), picture)
+
+    def add_box(self, frame: int, number: int, box: Sequence[float], picture: Picture | None = None) -> None:
+        """`box` is x0, y0, x1, y1 in pixels of the frame."""
+        self.add_points(frame, number, np.zeros((0, 2)), [], picture=picture, box=box)
+
+    def add_mask(self, frame: int, number: int, mask: Mask, picture: Picture | None = None) -> None:
+        """`mask` [H, W] is the answer for that frame."""
+        size = self.model.config.image_size
+        resized = resize_antialiased(mask.astype(np.float32), size, size)
+        self._add(frame, number, Prompt(mask=(resized >= 0.5).astype(np.float32)), picture)
+
+    def propagate(self, frames: Iterable[Picture]) -> Iterator[dict[int, Mask]]:
+        """The masks of every frame, in order, by object; later calls go on where this one ended."""
+        for tracked in self.track(frames):
+            yield {number: tracked.mask(number) for number in tracked.objects}
+
+    def track(self, frames: Iterable[Picture]) -> Iterator[TrackedFrame]:
+        """As `propagate`, with logits and scores. A prompt may be added while it runs, for any frame that
+        was not yet returned.
+        """
+        for picture, features in self._encoded(frames):
+            height, width = picture.shape[:2]
+            found = {
+                number: result
+                for number, thing in self.objects.items()
+                if (result := self._follow(thing, features, (width, height))) is not None
+            }
+            frame, self._next = self._next, self._next + 1
+            yield TrackedFrame(frame, height, width, found)
+
+    def _add(self, frame: int, number: int, prompt: Prompt, picture: Picture | None) -> None:
+        if frame < self._next:
+            raise UsageError(
+                f"A prompt for frame {frame} comes too late: {self._next} frames are done.",
+                "Add it before its frame is asked for.",
+            )
+        room = max(self.model.plan.memories)
+        config = self.model.config
+        thing = self.objects.setdefault(number, _Object(MemoryBank(config, room, self.chunk, self.frames)))
+        if picture is None:
+            thing.waiting[frame] = prompt
+            return
+        (features,) = self._encode([model_input(picture, config.image_size, self.rule)])
+        height, width = picture.shape[:2]
+        thing.answers[frame] = self._answer(thing, frame, prompt, features, (width, height))
+
+    def _encoded(self, frames: Iterable[Picture]) -> Iterator[tuple[Picture, Features]]:
+        """Every picture with its features; the next batch is resized while this one is tracked."""
+        size, batch, source = self.model.config.image_size, self.model.plan.batch, iter(frames)
+
+        def prepare() -> tuple[list[Picture], list[Future[NDArray[np.float32]]]]:
+            pictures = list(islice(source, batch))
+            return pictures, [pool.submit(model_input, p, size, self.rule) for p in pictures]
+
+        with ThreadPoolExecutor(max_workers=min(4, batch), thread_name_prefix="sam2") as pool:
+            pictures, pixels = prepare()
+            while pictures:
+                features = self._encode([future.result() for future in pixels])
+                current, (pictures, pixels) = pictures, prepare()
+                yield from zip(current, features, strict=True)
+
+    def _encode(self, pixels: list[NDArray[np.float32]]) -> list[Features]:
+        """The last batch of a clip is filled up with its last frame."""
+        filled = pixels + pixels[-1:] * (self.model.plan.batch - len(pixels))
+        outputs = self.model.run("encoder", {"pixels": np.stack(filled)})
+        feat, high1, high0 = outputs
+        return [Features(part(feat, i), part(high1, i), part(high0, i), outputs) for i in range(len(pixels))]
+
+    def _follow(self, thing: _Object, features: Features, size: tuple[int, int]) -> Found | None:
+        """One object in the next frame; None if there is nothing to go by."""
+        frame = self._next
+        if frame in thing.answers:
+            return thing.answers.pop(frame)
+        if frame in thing.waiting:
+            return self._answer(thing, frame, thing.waiting.pop(frame), features, size)
+        view = thing.bank.view(frame)
+        return None if view is None else self._track_frame(thing, frame, features, view)
+
+    def _answer(
+        self, thing: _Object, frame: int, prompt: Prompt, features: Features, size: tuple[int, int]
+    ) -> Found:
+        """The mask of a prompted frame, which is remembered as it is shown."""
+        logits, score, pointer = (
+            self._from_points(prompt, features, size)
+            if prompt.mask is None
+            else self._from_mask(prompt.mask, features)
+        )
+        logits = fill_small_holes(logits, self.fill_holes)
+        named = {"feat": features.feat, "mask": logits, "object_score": np.array([score], np.float32)}
+        (memory,) = self.model.run("memory_encoder", named)
+        thing.bank.add_prompted(frame, memory, pointer)
+        return Found(logits, score, prompted=True)
+
+    def _from_points(
+        self, prompt: Prompt, features: Features, size: tuple[int, int]
+    ) -> tuple[Logits, float, NDArray[np.float32]]:
+        scale = np.float32(self.model.config.image_size) / np.array(size, np.float32)
+        points = (prompt.points * scale).astype(np.float32)
+        named = self._prompt_inputs(points, prompt.labels) | {
+            "dense": self._no_dense,
+            "use_dense": np.zeros(1, np.float32),
+            "use_no_memory": np.ones(1, np.float32),
+            "multimask": np.array([len(points) <= 1], np.float32),
+        }
+        logits, pointer, score, _ = self.model.run("prompt", named | _named(features))
+        return np.asarray(logits), float(np.asarray(score)[0]), np.asarray(pointer)
+
+    def _from_mask(
+        self, mask: NDArray[np.float32], features: Features
+    ) -> tuple[Logits, float, NDArray[np.float32]]:
+        """The mask is the answer; the decoder is asked for a pointer alone, and the score is the mask's."""
+        c, weights = self.model.config, self.model.weights
+        there = bool(mask.any())
+        tiles = mask.reshape(c.mask_size, 4, c.mask_size, 4)
+        kernel = weights[f"{MASK_DOWNSAMPLE}.weight"][0, 0]
+        dense = np.einsum("yaxb,ab->yx", tiles, kernel) + weights[f"{MASK_DOWNSAMPLE}.bias"]
+        nothing = np.zeros((1, 2), np.float32), np.array([-1])
+        named = self._prompt_inputs(*nothing) | {
+            "dense": dense.astype(np.float32),
+            "use_dense": np.ones(1, np.float32),
+            "use_no_memory": np.zeros(1, np.float32),
+            "multimask": np.zeros(1, np.float32),
+        }
+        _, pointer, _, _ = self.model.run("prompt", named | _named(features))
+        if not there:
+            pointer = np.asarray(weights[NO_POINTER][0])
+        logits = resize_antialiased(mask * (2 * PRESENT) - PRESENT, c.mask_size, c.mask_size)
+        return logits, PRESENT if there else -PRESENT, np.asarray(pointer)
+
+    def _prompt_inputs(
+        self, points: NDArray[np.float32], labels: NDArray[np.int64]
+    ) -> dict[str, NDArray[np.float32]]:
+        """The points, the token that ends them, and places that are masked."""
+        count, places = len(points) + 1, self.model.plan.prompt_tokens
+        coordinates = np.zeros((places, 2), np.float32)
+        coordinates[: len(points)] = points
+        one_hot = np.zeros((places, len(LABELS)), np.float32)
+        for i, label in enumerate((*labels, -1)):
+            one_hot[i, LABELS.index(int(label))] = 1
+        bias = np.full(places, MASKED, np.float32)
+        bias[:count] = 0
+        return {"points": coordinates, "labels": one_hot, "token_bias": bias}
+
+    def _track_frame(self, thing: _Object, frame: int, features: Features, view: View) -> Found:
+        plan, c = self.model.plan, self.model.config
+        places = next(n for n in plan.memories if n >= len(view.memories))
+        named: dict[str, Array] = _named(features) | self._tables
+        times = np.zeros((places, c.memory_channels), np.float32)
+        memory_bias = np.full(places, MASKED, np.float32)
+        for i in range(places):
+            seen = i < len(view.memories)
+            memory, row = view.memories[i if seen else 0]  # any numbers do where nothing looks
+            named[f"memory_{i}"] = memory
+            if seen:
+                times[i], memory_bias[i] = self._time_rows[row], 0
+        pointers = np.zeros((pointers_of(places), c.channels), np.float32)
+        ages = np.zeros(len(pointers), np.float32)
+        pointer_bias = np.full(len(pointers), MASKED, np.float32)
+        for i, (seen_pointer, age) in enumerate(view.pointers):
+            pointers[i], ages[i], pointer_bias[i] = seen_pointer, age, 0
+        named |= {"memory_time": times, "memory_bias": memory_bias}
+        named |= {"pointers": pointers, "pointer_bias": pointer_bias}
+        if c.new:
+            named["pointer_time"] = ages
+        logits, pointer, score, memory = self.model.run(track_name(places), named)
+        thing.bank.add_tracked(frame, memory, np.asarray(pointer, np.float32))
+        shown = fill_small_holes(np.asarray(logits, np.float32), self.fill_holes)
+        return Found(shown, float(np.asarray(score)[0]), prompted=False)
+
+
+def part(batch: Array, i: int) -> Array:
+    """Row `i` of a batch, uncopied."""
+    if isinstance(batch, DeviceArray):
+        size = math.prod(batch.shape[1:]) * batch.dtype.itemsize
+        return batch.gpu.view(batch.address + i * size, batch.shape[1:], batch.dtype)
+    row: Array = batch[i]
+    return row
+
+
+def tables(config: Sam2Config) -> dict[str, NDArray[np.float32]]:
+    """The position tables and rotations that track graphs take."""
+    grid = config.grid
+    pairs = config.channels // 4
+    frequency = 10000.0 ** (-4 * np.arange(pairs) / config.channels)
+    y, x = np.divmod(np.arange(config.tokens), grid)
+    angles = np.concatenate((x[:, None] * frequency, y[:, None] * frequency), axis=1)
+    return {
+        "position": sines(grid, config.channels),
+        "memory_position": sines(grid, config.memory_channels),
+        "rope_cos": np.cos(angles).astype(np.float32),
+        "rope_sin": np.sin(angles).astype(np.float32),
+    }
+
+
+def sines(grid: int, channels: int) -> NDArray[np.float32]:
+    """[cells, channels]: sines and cosines in turn, of the row in the first half and the column in the
+    second, both 1..grid taken as a full circle.
+    """
+    half = channels // 2
+    place = (np.arange(grid) + 1) / (grid + 1e-6) * 2 * math.pi
+    angles = place[:, None] / 10000.0 ** (2 * (np.arange(half) // 2) / half)
+    line = np.where(np.arange(half) % 2, np.cos(angles), np.sin(angles))
+    rows = np.broadcast_to(line[:, None], (grid, grid, half))
+    columns = np.broadcast_to(line[None], (grid, grid, half))
+    return np.concatenate((rows, columns), axis=2).reshape(grid * grid, channels).astype(np.float32)
+
+
+def fill_small_holes(logits: Logits, largest: int) -> Logits:
+    """Background regions (8-connected) of at most `largest` pixels get a small positive logit."""
+    if largest <= 0:
+        return logits
+    background = (logits <= 0).astype(np.uint8)
+    _, regions, statistics, _ = cv2.connectedComponentsWithStats(background, connectivity=8)
+    small = statistics[:, cv2.CC_STAT_AREA] <= largest
+    small[0] = False  # region 0 is the object itself
+    return np.where(small[regions], np.float32(HOLE_VALUE), logits)
+
+
+def _named(features: Features) -> dict[str, Array]:
+    return {"feat": features.feat, "high1": features.high1, "high0": features.high0}

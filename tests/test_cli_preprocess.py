@@ -1,0 +1,377 @@
+"""`trt-wan preprocess` and `run REF CLIP` as users run them, with made-up people instead of networks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from made_clips import FakePeople, FakeSegmenter, write_clip, write_reference
+
+import trt_wan.preprocess.stages
+from trt_wan.cli import cli
+from trt_wan.preprocess.masks import Mask
+from trt_wan.preprocess.people import PersonFrame
+from trt_wan.preprocess.stages import BoxSegmenter, Networks, Stages, open_stages
+from trt_wan.preprocess.video import Clip, Picture
+from trt_wan.runtime.checkpoints.tiny import write_tiny_weights
+
+ROOT = Path(__file__).parents[1]
+ALL = {
+    "keypoints.json",
+    "preview.mp4",
+    "src_bg.mp4",
+    "src_face.mp4",
+    "src_mask.mp4",
+    "src_pose.mp4",
+    "src_ref.png",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's folder, with a character, 64x48 or a multiple of it, and a clip of 15 frames."""
+    monkeypatch.chdir(tmp_path)
+    write_reference(tmp_path / "character.png", (128, 96))
+    write_clip(tmp_path / "dance.mp4", 15, codec="libx264", sound=True)
+    return tmp_path
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Networks]:
+    """No networks; what was asked for is kept."""
+    asked: list[Networks] = []
+
+    def opened(networks: Networks, *arguments: Any, **options: Any) -> Stages:
+        asked.append(networks)
+        return Stages(FakePeople(), FakeSegmenter())
+
+    monkeypatch.setattr(trt_wan.preprocess.stages, "open_stages", opened)
+    return asked
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, arguments)
+
+
+def refused(result: Result, exit_code: int, code: str) -> tuple[str, str]:
+    assert result.exit_code == exit_code, result.output
+    error = json.loads(result.stdout.splitlines()[-1])["error"]
+    assert error["code"] == code and error["message"].endswith((".", ")")) and error["hint"], error
+    return error["message"], error["hint"]
+
+
+PREPARE = ("preprocess", "character.png", "dance.mp4", "-o", "out", "--size", "64x48")
+
+
+# --- preprocess ------------------------------------------------------------------------------------------
+
+
+def test_preprocess_says_the_folder_and_nothing_else_on_stdout(folder: Path, fakes: list[Networks]) -> None:
+    result = invoke(*PREPARE, "--mode", "replace")
+    assert (result.exit_code, result.stdout) == (0, "out\n"), result.output
+    assert {path.name for path in (folder / "out").iterdir()} == ALL
+    assert "People are found by a made-up source." in result.stderr
+    assert "writing the clips, frame 15 of 15" in result.stderr
+    with Clip(folder / "out" / "src_pose.mp4") as pose:
+        assert (pose.frames, pose.rate, pose.has_sound) == (15, Fraction(12), True)
+
+
+def test_preprocess_in_json(folder: Path, fakes: list[Networks]) -> None:
+    result = invoke(*PREPARE, "--json")
+    envelope = json.loads(result.stdout.splitlines()[-1])
+    assert result.exit_code == 0 and envelope["ok"] and envelope["data"]["result"] == "out"
+    assert {Path(file).name for file in envelope["data"]["files"]} == ALL - {"src_bg.mp4", "src_mask.mp4"}
+    assert envelope["data"]["seconds"] > 0
+
+
+def test_what_is_there_is_kept_without_y(folder: Path, fakes: list[Networks]) -> None:
+    assert invoke(*PREPARE).exit_code == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (folder / "out").iterdir()}
+    message, hint = refused(invoke(*PREPARE, "--json"), 1, "output_unwritable")
+    assert "already" in message and "--inputs out" in hint
+    assert {path.name: path.stat().st_mtime_ns for path in (folder / "out").iterdir()} == before
+    assert invoke(*PREPARE, "-y", "--mode", "replace").exit_code == 0
+    assert {path.name for path in (folder / "out").iterdir()} == ALL
+
+
+def test_options_reach_the_job(folder: Path, fakes: list[Networks], monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = []
+    monkeypatch.setattr(
+        "trt_wan.preprocess.preprocess.preprocess", lambda job, *_: jobs.append(job) or folder
+    )
+    options = (
+        "--rate 24000/1001 --box 1,2,30.5,40 --mode replace --grow 4 --block 48 --fill --fit pad --no-head"
+    )
+    assert invoke(*PREPARE, *options.split(), "--segmenter", "box", "--face-padding", "7").exit_code == 0
+    (job,) = jobs
+    assert (job.rate, job.size, job.fit) == (Fraction(24000, 1001), (64, 48), "pad")
+    assert (job.choice.box.x0, job.choice.box.y1) == (1, 40) and job.choice.number is None
+    assert (job.mask.grow, job.mask.block, job.mask.fill) == (4, 48, True)
+    assert (job.head, job.hands, job.face, job.face_padding) == (False, True, True, 7)
+    assert fakes[0].segmenter == "box"
+    assert (
+        invoke(*PREPARE, "--point", "3,4.5", "--retarget", "official", "--compat", "official").exit_code == 0
+    )
+    assert (jobs[1].choice.point, jobs[1].retarget, jobs[1].compat) == ((3, 4.5), "official", "official")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    exit_code: int
+    code: str
+    says: str
+    fix: str
+    options: tuple[str, ...]
+
+
+REFUSALS = {
+    "size": Refusal(2, "usage", "'0x48' is not a size such as 832x480.", "--help", ("--size", "0x48")),
+    "size too small": Refusal(1, "input_unusable", "too thin", "Crop", ("--size", "5x5")),
+    "rate": Refusal(2, "usage", "'fast' is not a rate", "--help", ("--rate", "fast")),
+    "rate 0": Refusal(2, "usage", "'0' is not between 0 and 1000", "--help", ("--rate", "0")),
+    "rate 1/0": Refusal(2, "usage", "'1/0' is not a rate", "--help", ("--rate", "1/0")),
+    "point": Refusal(2, "usage", "'3' is not 2 pixel numbers", "--help", ("--point", "3")),
+    "box": Refusal(2, "usage", "'1,2,3,nan' is not 4 pixel numbers", "--help", ("--box", "1,2,3,nan")),
+    "person 0": Refusal(2, "usage", "0 is not in the range", "--help", ("--person", "0")),
+    "person twice": Refusal(
+        2, "usage", "three ways to say the same", "Give one", ("--person", "1", "--point", "1,2")
+    ),
+    "block": Refusal(
+        2, "usage", "A block of 20 pixels", "--block 16", ("--mode", "replace", "--block", "20")
+    ),
+    "block in animate": Refusal(
+        2, "usage", "there is no mask, so --block", "--mode replace", ("--block", "32")
+    ),
+    "sam2 in animate": Refusal(
+        2, "usage", "there is no mask, so --sam2", "--mode replace", ("--sam2", "x.pt")
+    ),
+    "official blocks": Refusal(
+        2, "usage", "one rectangle", "--block", ("--mode", "replace", "--compat", "official", "--block", "32")
+    ),
+    "retarget in replace": Refusal(
+        2, "usage", "nothing is retargeted", "--mode animate", ("--mode", "replace", "--retarget", "safe")
+    ),
+    "edited without retarget": Refusal(
+        2, "usage", "read for retargeting only", "--retarget safe", ("--edited-driving", "character.png")
+    ),
+    "keypoints": Refusal(
+        1, "input_unusable", "nowhere.json cannot be read", "keypoints.json", ("--keypoints", "nowhere.json")
+    ),
+    "unknown option": Refusal(2, "usage", "No such option", "--help", ("--sizes", "3")),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_preprocess_refuses(folder: Path, fakes: list[Networks], name: str) -> None:
+    case, before = REFUSALS[name], set(folder.iterdir())
+    message, hint = refused(invoke(*PREPARE, "--json", *case.options), case.exit_code, case.code)
+    assert case.says in message and case.fix in hint, (message, hint)
+    assert set(folder.iterdir()) == before
+
+
+# --- What is used ----------------------------------------------------------------------------------------
+
+
+def clean(folder: Path, *options: str, exit_code: int, code: str) -> tuple[str, str]:
+    """A refusal that leaves nothing, by the real stages."""
+    before = set(folder.iterdir())
+    told = refused(invoke(*PREPARE, "--json", *options), exit_code, code)
+    assert set(folder.iterdir()) == before
+    return told
+
+
+@pytest.fixture
+def no_mediapipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_wan.preprocess.stages, "_has_mediapipe", lambda: False)
+
+
+def test_nothing_to_find_people_with(folder: Path, no_mediapipe: None) -> None:
+    message, hint = clean(folder, exit_code=2, code="usage")
+    assert message.startswith("There is nothing to find people with")
+    assert hint == "Give the two ONNX files, or: pip install 'trt-wan[mediapipe]'"
+
+
+@pytest.mark.parametrize("option", ["--detector", "--pose"])
+def test_a_detector_or_a_pose_network_alone(folder: Path, option: str) -> None:
+    message, _ = clean(folder, option, "x.onnx", exit_code=2, code="usage")
+    assert f"{'--pose' if option == '--detector' else '--detector'} is not given" in message
+
+
+def test_a_wrong_onnx_file(folder: Path) -> None:
+    """Text, an empty file, a missing one, a cut one; as detector and as pose network."""
+    (folder / "text.onnx").write_text("no network " * 99)
+    (folder / "empty.onnx").write_bytes(b"")
+    (folder / "noise.onnx").write_bytes(np.random.default_rng(0).bytes(5000))
+    for name in ("text.onnx", "empty.onnx", "noise.onnx", "nowhere.onnx", "character.png"):
+        message, _ = clean(folder, "--detector", name, "--pose", name, exit_code=1, code="weights_unusable")
+        assert name in message
+
+
+def test_nothing_to_make_masks_with(folder: Path, no_mediapipe: None) -> None:
+    people = ("--keypoints", "k.json", "--mode", "replace")
+    message, hint = clean(folder, *people, exit_code=2, code="usage")
+    assert "nothing to make masks with" in message and "--segmenter box" in hint
+    message, _ = clean(folder, *people, "--segmenter", "sam2", exit_code=2, code="usage")
+    assert message == "SAM2 has no weights."
+    (folder / "sam2.pt").write_text("no weights")
+    message, _ = clean(folder, *people, "--sam2", "sam2.pt", exit_code=1, code="weights_unusable")
+    assert "sam2.pt" in message
+
+
+def test_keypoints_need_nobody_to_find_people(no_mediapipe: None) -> None:
+    stages = open_stages(Networks(segmenter="box"), "replace", None, needs_people=False)
+    assert stages.people is None and isinstance(stages.segmenter, BoxSegmenter)
+    assert open_stages(Networks(), "animate", None, needs_people=False).segmenter is None
+
+
+# --- run REF CLIP ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(folder: Path, tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tiny_home))
+    write_tiny_weights(folder / "weights", seed=5)
+    return folder
+
+
+RUN = ("run", "--weights", "weights", "-o", "out.mp4", "--window", "13", "--steps", "1", "--no-face")
+RUN_CLIP = (*RUN, "character.png", "dance.mp4", "--size", "64x48")
+
+
+def test_run_prepares_on_its_own_and_again_with_inputs(place: Path, fakes: list[Networks]) -> None:
+    result = invoke(*RUN_CLIP)
+    assert (result.exit_code, result.stdout) == (0, "out.mp4\n"), result.output
+    with Clip(place / "out.mp4") as clip:
+        assert (clip.width, clip.height, clip.frames, clip.rate) == (64, 48, 15, Fraction(12))
+        assert clip.has_sound
+    made = {path.name for path in (place / "out.inputs").iterdir()}
+    assert made == {"keypoints.json", "preview.mp4", "src_pose.mp4", "src_ref.png"}
+    first = (place / "out.mp4").read_bytes()
+    again = invoke(*RUN[:-1], "--inputs", "out.inputs", "-y")
+    assert again.exit_code == 0 and (place / "out.mp4").read_bytes() == first and len(fakes) == 1
+
+
+def test_run_in_replace_mode(place: Path, fakes: list[Networks]) -> None:
+    write_clip(place / "dance.mp4", 15, (128, 96), codec="libx264")
+    assert invoke(*RUN_CLIP, "--mode", "replace", "--segmenter", "box").exit_code == 0
+    assert {path.name for path in (place / "out.inputs").iterdir()} == ALL - {"src_face.mp4"}
+    assert fakes[0].segmenter == "box" and fakes[0].executor == "auto"
+
+
+def test_a_run_that_fails_later_says_where_the_clips_are(
+    place: Path, fakes: list[Networks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRT_WAN_HOME", str(place / "elsewhere"))
+    _, hint = refused(invoke(*RUN_CLIP, "--json"), 1, "graph_unusable")
+    assert "trt-wan build" in hint and hint.endswith("can be used again: --inputs out.inputs")
+    assert (place / "out.inputs" / "src_pose.mp4").exists() and not (place / "out.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "code", "says"),
+    [
+        (RUN, 2, "usage", "There is nothing to make a video from."),
+        ((*RUN, "character.png"), 2, "usage", "There is nothing to make a video from."),
+        ((*RUN, "character.png", "nowhere.mp4"), 2, "usage", "'nowhere.mp4' does not exist"),
+        ((*RUN, "--inputs", "x"), 2, "usage", "so --no-face would do nothing"),
+        ((*RUN_CLIP[:-2], "--inputs", "x"), 2, "usage", "so REFERENCE and CLIP would do nothing"),
+        ((*RUN[:-1], "--inputs", "x", "--person", "1"), 2, "usage", "so --person would do nothing"),
+        ((*RUN_CLIP, "--overlap", "2"), 2, "usage", "An overlap of 2 frames"),
+        ((*RUN_CLIP, "-o", "out.gif"), 2, "usage", "ends in .gif"),
+        ((*RUN_CLIP, "-o", "nowhere/out.mp4"), 1, "output_unwritable", "There is no folder nowhere"),
+        (("run", *RUN_CLIP[3:]), 2, "usage", "There are no weights."),
+    ],
+)
+def test_run_refuses_before_it_prepares(
+    place: Path, fakes: list[Networks], arguments: tuple[str, ...], exit_code: int, code: str, says: str
+) -> None:
+    before = set(place.iterdir())
+    message, _ = refused(invoke(*arguments, "--json"), exit_code, code)
+    assert says in message and not fakes and set(place.iterdir()) == before
+
+
+def test_an_output_that_exists_stays_and_nothing_is_prepared(place: Path, fakes: list[Networks]) -> None:
+    (place / "out.mp4").write_bytes(b"precious")
+    message, _ = refused(invoke(*RUN_CLIP, "--json"), 1, "output_unwritable")
+    assert message == "out.mp4 exists already." and not fakes
+    assert (place / "out.mp4").read_bytes() == b"precious" and not (place / "out.inputs").exists()
+
+
+# --- In a process of its own -----------------------------------------------------------------------------
+
+# `trt-wan …` with made-up people, slowly: python -c SLOW …
+SLOW = """
+import sys, time
+sys.path.insert(0, "{tests}")
+import trt_wan.preprocess.stages as stages
+from made_clips import FakePeople, FakeSegmenter
+
+class Slow(FakePeople):
+    def follow(self, frames, choice, progress):
+        for person in super().follow(frames, choice, progress):
+            time.sleep(0.2)
+            yield person
+
+stages.open_stages = lambda *a, **o: stages.Stages(Slow(), FakeSegmenter())
+from trt_wan.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT])
+def test_ctrl_c_leaves_nothing(folder: Path, stop: signal.Signals) -> None:
+    code = SLOW.format(tests=ROOT / "tests")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *PREPARE], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "frame 3 of 15" in line:
+            break
+    process.send_signal(stop)
+    told = process.stderr.read()
+    assert process.wait(timeout=20) == 130 and "Stopped at once." in told and "Traceback" not in told
+    assert {path.name for path in folder.iterdir()} == {"character.png", "dance.mp4"}
+
+
+def test_help_is_quick(folder: Path) -> None:
+    start = time.perf_counter()
+    shown = subprocess.run(
+        [sys.executable, "-m", "trt_wan", "preprocess", "--help"],
+        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert time.perf_counter() - start < 1.5 and "--retarget" in shown.stdout
+
+
+def test_run_pastes_back_the_clips_own_pixels(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are random: far from the mask only paste-back makes the background."""
+
+    class Corner(FakeSegmenter):
+        def outlines(self, frames: Iterable[Picture], people: Sequence[PersonFrame]) -> Iterator[Mask]:
+            for frame in frames:
+                mask = np.zeros(frame.shape[:2], bool)
+                mask[:16, :16] = True
+                yield mask
+
+    stages = Stages(FakePeople(), Corner())
+    monkeypatch.setattr(trt_wan.preprocess.stages, "open_stages", lambda *_, **options: stages)
+    write_clip(place / "dance.mp4", 15, (128, 96), codec="libx264")
+    arguments = (*RUN_CLIP, "--mode", "replace", "--grow", "0", "--block", "16", "--paste-back")
+    assert invoke(*arguments).exit_code == 0
+    with Clip(place / "out.mp4") as out, Clip(place / "out.inputs" / "src_bg.mp4") as background:
+        for k in range(15):
+            difference = abs(out.window([k])[0].astype(int) - background.window([k])[0])
+            assert difference[:, 34:].mean() < 6 < 30 < difference[:16, :16].mean()
+    message, _ = refused(invoke(*RUN_CLIP, "--paste-back", "-y", "--json"), 2, "usage")
+    assert message == "In the mode animate there is nothing to paste back."

@@ -1,0 +1,126 @@
+"""TensorRT-RTX takes SAM2's fp16 graphs, on a machine without a GPU, for both kinds of GPU that people have,
+and ONNX Runtime computes nearly what float32 does. What the engines compute takes a GPU to tell.
+
+Here a small model at 256x256; base_plus and large at 1024 take seconds each and were compiled once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from plan_text import fused_attentions
+
+from trt_wan.build.sam2 import GRAPHS, build_sam2_graphs
+from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Plan
+from trt_wan.engines.sam2.contracts import networks
+from trt_wan.engines.tensorrt import Target, choose_flavour, compile_onnx
+from trt_wan.errors import GraphError
+from trt_wan.preprocess.sam2.model import require_sam2_graphs
+from trt_wan.preprocess.sam2.tracker import MASKED, tables
+from trt_wan.preprocess.sam2.weights import random_sam2_weights, weights_of
+
+pytest.importorskip("tensorrt_rtx")
+
+Values = NDArray[np.float32]
+
+# One block per stage, one of them global, one layer of memory attention: every kind of layer once.
+MODEL = replace(
+    SAM2_MODELS["sam2.1_tiny"], image_size=256, blocks=(1, 1, 2, 1), global_blocks=(3,), memory_layers=1
+)
+PLAN = Sam2Plan("fp16", batch=2, memories=(7,))
+HALF = ("half", "half", "half")
+FUSED = {"encoder": 5, "prompt": 0, "memory_encoder": 0, "track_7": 2}  # the decoder is float32
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRT_WAN_HOME", str(home))
+        with pytest.raises(GraphError, match="not built") as caught:
+            require_sam2_graphs(MODEL, PLAN)
+        assert caught.value.hint == "Run: python -m trt_wan.build.sam2 sam2.1_tiny fp16 2"
+        made: list[str] = []
+        folder = build_sam2_graphs(MODEL, PLAN, lambda name, seconds: made.append(name))
+        assert made == list(networks(MODEL, PLAN)) and require_sam2_graphs(MODEL, PLAN) == folder
+        build_sam2_graphs(MODEL, PLAN, lambda name, seconds: pytest.fail("made twice"))
+    return folder
+
+
+@pytest.mark.parametrize("target", ["sm89", "sm120"])
+@pytest.mark.parametrize("name", networks(MODEL, PLAN))
+def test_every_graph_compiles_and_heavy_attention_is_fused(graphs: Path, name: str, target: Target) -> None:
+    graph = (graphs / f"{name}.onnx").read_bytes()
+    assert len(graph) < 3e6, "a graph holds weights or tables"
+    flavour = choose_flavour("tensorrt_rtx", None)
+    plan = compile_onnx(flavour, graph, target, lambda phase, step, steps: None)
+    assert fused_attentions(plan) == [HALF] * FUSED[name]
+
+
+def test_fp16_is_near_float32(graphs: Path) -> None:
+    """The fp16 graphs in ONNX Runtime against the same functions run by torch in float32."""
+    weights = weights_of(MODEL, random_sam2_weights(MODEL, 1))
+    rng = np.random.default_rng(0)
+    pixels = rng.standard_normal((2, 3, 256, 256), np.float32)
+    features = by_torch("encoder", {"pixels": pixels}, weights)
+    for got, want in zip(
+        by_onnxruntime(graphs, "encoder", {"pixels": pixels}, weights), features, strict=True
+    ):
+        assert relative(got, want) < 3e-3
+
+    names = ("feat", "high1", "high0")
+    inputs = {name: feature[0] for name, feature in zip(names, features, strict=True)} | tables(MODEL)
+    unused = np.arange(16) >= 6
+    inputs |= {
+        "memory_time": 0.3 * rng.standard_normal((7, 64)),
+        "memory_bias": np.where(unused[2:9], MASKED, 0),
+        "pointers": rng.standard_normal((16, 256)),
+        "pointer_bias": np.where(unused, MASKED, 0),
+        "pointer_time": np.arange(16) / 15,
+    }
+    inputs |= {f"memory_{i}": rng.standard_normal((256, 64)).astype(ml_dtypes.bfloat16) for i in range(7)}
+    mask, pointer, score, _ = by_torch("track_7", inputs, weights)
+    got = by_onnxruntime(graphs, "track_7", inputs, weights)
+    print([f"{relative(g, w):.1e}" for g, w in zip(got, (mask, pointer, score), strict=True)])
+    assert all(relative(g, w) < 3e-3 for g, w in zip(got, (mask, pointer, score), strict=True))
+
+
+def relative(got: Values, want: Values) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def by_torch(name: str, inputs: Mapping[str, Any], weights: Mapping[str, Values]) -> list[Values]:
+    network = networks(MODEL, replace(PLAN, precision="fp32"))[name]
+    given = [torch.from_numpy(np.asarray(inputs[t.name], np.float32)) for t in network.inputs]
+    w = {t.name: torch.from_numpy(weights[t.name]) for t in network.weights}
+    with torch.no_grad():
+        outputs = GRAPHS[name.removesuffix("_7")](*given, w=w, config=MODEL)
+    return [output.numpy() for output in outputs]
+
+
+def by_onnxruntime(
+    graphs: Path, name: str, inputs: Mapping[str, Any], weights: Mapping[str, Values]
+) -> list[Values]:
+    """Without outputs in bf16, which numpy cannot take."""
+    network = networks(MODEL, PLAN)[name]
+    session = onnxruntime.InferenceSession(graphs / f"{name}.onnx", providers=["CPUExecutionProvider"])
+    feeds = {}
+    for t in network.inputs + network.weights:
+        value = np.ascontiguousarray(
+            inputs[t.name] if t.name in inputs else weights[t.name], np.dtype(t.dtype)
+        )
+        make = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
+        if t.dtype == "bfloat16":
+            feeds[t.name] = make(value.view(np.uint16), onnx.TensorProto.BFLOAT16)
+        else:
+            feeds[t.name] = onnxruntime.OrtValue.ortvalue_from_numpy(value)
+    wanted = [t.name for t in network.outputs if t.dtype == "float32"]
+    return [output.numpy() for output in session.run_with_ort_values(wanted, feeds)]
