@@ -74,6 +74,14 @@ class Networks:
     executor: Executor = "auto"
 
 
+# What a user is told of the followed person; the number is of the frame.
+TOLD = {
+    "lost": "The person is out of sight from frame {} on.",
+    "back": "Who is in the picture at frame {} is taken for the person that was out of sight.",
+    "cut": "Frame {} shows others, as after a cut: the largest of them is followed.",
+}
+
+
 class OnnxPeople:
     """The users' own detector and pose network. `official`: no tracking, the largest person of each frame."""
 
@@ -84,7 +92,7 @@ class OnnxPeople:
     def follow(
         self, frames: Iterable[Picture], choice: PersonChoice, progress: Progress
     ) -> Iterator[PersonFrame]:
-        tracker, told = Tracker(choice), False
+        tracker, told, reported = Tracker(choice), False, 0
         for batch in batches(frames):
             found = self.detector.detect(batch)
             boxes: list[Box | None]
@@ -98,6 +106,9 @@ class OnnxPeople:
             if not told and (several := tracker.several_people()):
                 progress(Note(several))
                 told = True
+            for event in tracker.events[reported:]:
+                progress(Note(TOLD[event.what].format(event.frame)))
+            reported = len(tracker.events)
             here = [(frame, box) for frame, box in zip(batch, boxes, strict=True) if box is not None]
             poses = iter(self.pose.estimate([f for f, _ in here], [b for _, b in here]) if here else [])
             for box in boxes:

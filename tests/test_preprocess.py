@@ -495,6 +495,29 @@ def test_several_people_are_said_once(tmp_path: Path) -> None:
     assert sum("--person" in text for text in texts) == 1, texts
 
 
+def test_what_happens_to_the_followed_person_is_said() -> None:
+    """Out of sight, and then a cut to somebody else: never a silent jump."""
+
+    class Cut(TwoPeople):
+        def detect(self, frames: Sequence[Picture]) -> list[list[Box]]:
+            found = []
+            for _ in frames:
+                scenes = ([Box(20, 40, 60, 160, 0.9)], [], [Box(200, 20, 290, 170, 0.9)])
+                found.append(scenes[min(self.frame // 10, 2)])
+                self.frame += 1
+            return found
+
+    events, both = list[Event](), Cut()
+    frames = [np.zeros((180, 320, 3), np.uint8)] * 90
+    source = OnnxPeople(both, both)  # type: ignore[arg-type]
+    boxes = [person.box for person in source.follow(frames, PersonChoice(), events.append)]
+    texts = [event.text for event in events if isinstance(event, Note)]
+    (first, *_) = [k for k, box in enumerate(boxes) if box is not None and box.x0 > 100]
+    assert "out of sight from frame 10 on" in texts[0]
+    assert f"frame {first} " in texts[1] and "taken for the person" in texts[1]
+    assert len(texts) == 2, texts
+
+
 def test_the_official_choice_is_each_frames_largest() -> None:
     both = TwoPeople()
     frames = [np.zeros((180, 320, 3), np.uint8)] * 20
