@@ -343,7 +343,8 @@ def test_what_is_missing_is_asked_of_who_knows(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_the_override_refuses_bad_names(tmp_path: Path, value: str, says: str, names: str) -> None:
-    (tmp_path / "src_ref.png").touch()
+    for name in ("src_ref.png", "src_pose.mp4"):
+        (tmp_path / name).touch()
     command = ["run", "--inputs", str(tmp_path), "-o", "x.mp4", "--random-weights", "tiny", "--json"]
     result = CliRunner().invoke(cli, [*command, "--segment", value])
     error = json.loads(result.stdout.splitlines()[-1])["error"]
