@@ -8,7 +8,7 @@ there, so that velocities can be compared on equal inputs; its frames then mean 
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_wan.benchmarks.forwarding import ForwardingExecutor
 from trt_wan.benchmarks.ours import Spec, say
 from trt_wan.engines.contract import Network
 from trt_wan.errors import Stopped, TrtWanError
@@ -48,11 +49,12 @@ class Recording:
         return Recording(**{**values, "spec": Spec.from_json(values["spec"])})
 
 
-class RecordingExecutor:
+class RecordingExecutor(ForwardingExecutor):
     """Another executor, with what passes through the first and last network of a step kept on the host."""
 
     def __init__(self, executor: Executor, latents: NDArray[np.float32] | None) -> None:
-        self.executor, self.given = executor, latents
+        super().__init__(executor)
+        self.given = latents
         self.latents: list[Array] = []
         self.velocities: list[Array] = []
 
@@ -65,21 +67,6 @@ class RecordingExecutor:
         if network.name == "head":
             self.velocities.append(np.array(outputs[0], np.float32))
         return outputs
-
-    def place(self, array: Array) -> Array:
-        return self.executor.place(array)
-
-    def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
-        return self.executor.combine(terms)
-
-    def wait(self) -> None:
-        self.executor.wait()
-
-    def settle(self) -> None:
-        self.executor.settle()
-
-    def release(self, names: set[str]) -> None:
-        self.executor.release(names)
 
 
 class PlainOnnxRuntime(OnnxRuntimeExecutor):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from trt_wan.benchmarks.forwarding import ForwardingExecutor
 from trt_wan.engines.contract import Network
 from trt_wan.runtime.executors import Array, Executor
 
@@ -32,11 +33,12 @@ class HostClock:
         return end - start
 
 
-class TimedExecutor:
+class TimedExecutor(ForwardingExecutor):
     """`watching` says whether calls are timed; `calls` and `uploads` (host arrays handed in) always count."""
 
     def __init__(self, executor: Executor, clock: Clock) -> None:
-        self.executor, self.clock = executor, clock
+        super().__init__(executor)
+        self.clock = clock
         self.watching = False
         self.stage = ""
         self.calls: Counter[str] = Counter()
@@ -65,18 +67,6 @@ class TimedExecutor:
         if start is not None:
             self._marks.append((self.stage, SAMPLER, start, self.clock.mark()))
         return result
-
-    def place(self, array: Array) -> Array:
-        return self.executor.place(array)
-
-    def wait(self) -> None:
-        self.executor.wait()
-
-    def settle(self) -> None:
-        self.executor.settle()
-
-    def release(self, names: set[str]) -> None:
-        self.executor.release(names)
 
     def watched(self) -> dict[tuple[str, str], list[float]]:
         """Seconds of every call that was watched, by stage and network, in order; forgets them."""

@@ -59,7 +59,7 @@ def open_segments(
     recipes: Mapping[Engine, Recipe],
     progress: Progress,
 ) -> dict[str, Segment]:
-    """By network. All engines are opened in one call, because their contexts are created side by side."""
+    """By network. All engines are opened in one call: new ones have their kernels finished side by side."""
     engines = {name: row.engine for name, row in chosen.items() if row.engine is not None}
     plans = {name: _plan(recipes[engine], progress) for name, engine in engines.items()}
     segments: dict[str, Segment] = {}

@@ -11,6 +11,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel
 
+from trt_wan.benchmarks.peers.diffusers_arguments import diffusers_arguments
 from trt_wan.engines.config import ImageConfig, ModelConfig, TextConfig
 from trt_wan.runtime.executors import Array
 
@@ -20,28 +21,7 @@ def state_dict(weights: Mapping[str, Array]) -> dict[str, torch.Tensor]:
 
 
 def diffusers_transformer(model: ModelConfig, weights: Mapping[str, Array]) -> WanAnimateTransformer3DModel:
-    c, m = model.transformer, model.motion
-    transformer = WanAnimateTransformer3DModel(
-        num_attention_heads=c.heads,
-        attention_head_dim=c.head_dim,
-        in_channels=c.latent_channels + c.condition_channels,
-        latent_channels=c.latent_channels,
-        out_channels=c.latent_channels,
-        text_dim=model.text.dim,
-        freq_dim=c.frequency_dim,
-        ffn_dim=c.ffn_dim,
-        num_layers=c.layers,
-        image_dim=model.image.dim,
-        added_kv_proj_dim=c.dim,
-        motion_encoder_size=m.size,
-        motion_encoder_channel_sizes={str(m.size >> i): n for i, n in enumerate(m.channels)},
-        motion_style_dim=m.style_dim,
-        motion_dim=m.motion_dim,
-        motion_encoder_dim=m.style_dim,
-        face_encoder_hidden_dim=model.face.hidden_dim,
-        face_encoder_num_heads=model.face.heads,
-        inject_face_latents_blocks=c.fuser_interval,
-    )
+    transformer = WanAnimateTransformer3DModel(**diffusers_arguments(model))
     # diffusers' converter numbers the motion convolutions of the full-size model; TINY has as many.
     converted = convert_wan_transformer_to_diffusers(state_dict(weights))
     transformer.load_state_dict(converted, strict=True)

@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_wan_animate import WanRotaryPosEm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trt_wan.benchmarks.peers.child import WARM_UP, NotRun
+from trt_wan.benchmarks.peers.diffusers_arguments import diffusers_arguments
 from trt_wan.benchmarks.peers.shape import Shape
 
 SEED = 0
@@ -47,29 +48,9 @@ Model = Any  # WanAnimateTransformer3DModel: diffusers has no types to check aga
 def make_model(shape: Shape, device: str) -> Model:
     if device == "cuda" and not torch.cuda.is_available():
         raise NotRun("torch sees no CUDA GPU")
-    c, m = shape.config.transformer, shape.config.motion
+    c = shape.config.transformer
     with torch.device("meta"):
-        model = WanAnimateTransformer3DModel(
-            num_attention_heads=c.heads,
-            attention_head_dim=c.head_dim,
-            in_channels=c.latent_channels + c.condition_channels,
-            latent_channels=c.latent_channels,
-            out_channels=c.latent_channels,
-            text_dim=shape.config.text.dim,
-            freq_dim=c.frequency_dim,
-            ffn_dim=c.ffn_dim,
-            num_layers=c.layers,
-            image_dim=shape.config.image.dim,
-            added_kv_proj_dim=c.dim,
-            motion_encoder_size=m.size,
-            motion_encoder_channel_sizes={str(m.size >> i): n for i, n in enumerate(m.channels)},
-            motion_style_dim=m.style_dim,
-            motion_dim=m.motion_dim,
-            motion_encoder_dim=m.style_dim,
-            face_encoder_hidden_dim=shape.config.face.hidden_dim,
-            face_encoder_num_heads=shape.config.face.heads,
-            inject_face_latents_blocks=c.fuser_interval,
-        )
+        model = WanAnimateTransformer3DModel(**diffusers_arguments(shape.config))
     exact = set(model._keep_in_fp32_modules)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if exact & set(name.split(".")) else torch.bfloat16)

@@ -15,6 +15,7 @@ import numpy as np
 
 from trt_wan.engines.tensorrt import E4M3_MAX
 from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.device.kernels import compile_source
 
 THREADS = 256
 CHUNK = 256  # tokens that one block of threads reduces
@@ -226,10 +227,7 @@ NAMES = (
 
 def compile_for(major: int, minor: int) -> Any:
     """The kernels' code for GPUs of a compute capability; needs no GPU."""
-    from cuda.core import Program, ProgramOptions
-
-    options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}")
-    return Program(SOURCE, "c++", options).compile("cubin")
+    return compile_source(SOURCE, major, minor)
 
 
 class Fp8Kernels:

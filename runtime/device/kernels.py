@@ -3,6 +3,7 @@
 Compiled once per process by NVRTC for the GPU that is there; all work on flat arrays.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 THREADS = 256
@@ -86,12 +87,18 @@ extern "C" __global__ void quantize_rows(const bf16* w, fp8* out, float* scale, 
 NAMES = ("combine", "random_float32", "random_bfloat16", "random_float8_e4m3fn", "quantize_rows")
 
 
-def compile_for(major: int, minor: int) -> Any:
-    """The kernels' code for GPUs of a compute capability; needs no GPU."""
+def compile_source(source: str, major: int, minor: int, macros: Mapping[str, object] | None = None) -> Any:
+    """The code of kernels for GPUs of a compute capability; needs no GPU."""
     from cuda.core import Program, ProgramOptions
 
-    options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}")
-    return Program(SOURCE, "c++", options).compile("cubin")
+    defined = [(name, str(value)) for name, value in (macros or {}).items()]
+    options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}", define_macro=defined or None)
+    return Program(source, "c++", options).compile("cubin")
+
+
+def compile_for(major: int, minor: int) -> Any:
+    """The code of these kernels."""
+    return compile_source(SOURCE, major, minor)
 
 
 class Kernels:

@@ -17,10 +17,11 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.plan import Plan
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.device.kernels import compile_source
 from trt_wan.runtime.native.gemm import WORKSPACE_BYTES, CublasLt, Fp8Gemm
 
 VECTOR = 8  # channels of a thread's load
-DIM_THREADS, FFN_THREADS = 320, 576  # at most, per token: measured on an H200, docs/log.md
+DIM_THREADS, FFN_THREADS = 320, 576  # at most, per token; 288 for the FFN was no slower (docs/log.md)
 QUERIES = 128  # of a block of threads in the cross-attention
 CROSS_THREADS = 256
 CROSS_SHARED_BYTES = 64 << 10  # two tiles of 64 keys and values
@@ -49,8 +50,6 @@ def threads_for(channels: int, limit: int) -> int:
 
 def compile_for(model: ModelConfig, capability: tuple[int, int]) -> Any:
     """The kernels' code for a model and GPUs of a compute capability; needs no GPU."""
-    from cuda.core import Program, ProgramOptions
-
     c = model.transformer
     macros = {
         "DIM": c.dim,
@@ -64,12 +63,7 @@ def compile_for(model: ModelConfig, capability: tuple[int, int]) -> Any:
     }
     folder = files(__package__)
     source = "".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
-    options = ProgramOptions(
-        std="c++17",
-        arch=f"sm_{capability[0]}{capability[1]}",
-        define_macro=[(name, str(value)) for name, value in macros.items()],
-    )
-    return Program(source, "c++", options).compile("cubin")
+    return compile_source(source, *capability, macros)
 
 
 class _Kernels:

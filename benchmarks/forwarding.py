@@ -1,0 +1,29 @@
+"""An executor that hands everything on to another: what watches one adds to this."""
+
+from collections.abc import Mapping, Sequence
+
+from trt_wan.engines.contract import Network
+from trt_wan.runtime.executors import Array, Executor
+
+
+class ForwardingExecutor:
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+
+    def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
+        return self.executor.run(network, n, inputs)
+
+    def place(self, array: Array) -> Array:
+        return self.executor.place(array)
+
+    def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
+        return self.executor.combine(terms)
+
+    def wait(self) -> None:
+        self.executor.wait()
+
+    def settle(self) -> None:
+        self.executor.settle()
+
+    def release(self, names: set[str]) -> None:
+        self.executor.release(names)
