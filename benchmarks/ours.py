@@ -38,6 +38,7 @@ from trt_wan.runtime.tokenizer import Tokenizer
 from trt_wan.runtime.writer import VideoWriter
 
 PROFILED = 5  # steps timed network by network, after those that are timed as a whole
+PAUSE = 0.5  # seconds in which a GPU neither cools down nor works for somebody else
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,7 @@ def rounds(watch: Watch) -> Generator[None, StepDone, None]:
     """What happens after each step: every `yield` is the pipeline computing the next one."""
     yield from warm_up()
     say("ready", **watch.opened())
-    while line := sys.stdin.readline().strip():
-        yield from warm_up()
+    while line := (yield from asked()):
         timed_steps = []
         for _ in range(int(line)):
             timed_steps.append((yield))
@@ -205,7 +205,6 @@ def rounds(watch: Watch) -> Generator[None, StepDone, None]:
             seconds=[step.seconds for step in timed_steps],
             host_seconds=[step.host_seconds for step in timed_steps],
         )
-    yield from warm_up()
     assert watch.executor is not None
     watch.executor.start_watching()
     profiled = []
@@ -215,6 +214,15 @@ def rounds(watch: Watch) -> Generator[None, StepDone, None]:
     raise Stopped("All rounds are done.")
 
 
+def asked() -> Generator[None, StepDone, str]:
+    """The next line of stdin, stripped; the GPU is warm again if it was long in coming."""
+    since = time.perf_counter()
+    line = sys.stdin.readline().strip()
+    if time.perf_counter() - since > PAUSE:
+        yield from warm_up()
+    return line
+
+
 def warm_up() -> Generator[None, StepDone, None]:
     """The GPU may have done something else before, or nothing."""
     for _ in range(WARM_UP):
@@ -222,7 +230,7 @@ def warm_up() -> Generator[None, StepDone, None]:
 
 
 def most_steps(rounds: int, steps: int) -> int:
-    """What the mode "steps" computes for so many rounds of so many steps."""
+    """What the mode "steps" computes at most for so many rounds of so many steps."""
     return WARM_UP + rounds * (WARM_UP + steps) + WARM_UP + PROFILED
 
 

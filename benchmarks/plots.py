@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -61,7 +62,8 @@ def waterfall(result: Result) -> Figure:
     bound = f", lower bound {readable(steps.bound_seconds * factor)} ms" if steps.bound_seconds else ""
     figure, axes = canvas(
         f"One denoising step: {readable(steps.seconds.median * factor)} ms{bound}",
-        f"{result.title}\nlower bound: {steps.bound_about}",
+        f"{result.title}\nlower bound: {steps.bound_about}\nbars: a step that is timed network by network, "
+        f"which takes {readable(whole * factor)} ms",
     )
     top = 0.0
     for x, name in enumerate(names):
@@ -225,8 +227,17 @@ def draw_sweep(sweep: Sweep, folder: Path) -> list[Path]:
                 (p.flops / factor, p.seconds.median, p.label) for p in grown if p.axis == axis and p.seconds
             ]
             series.append((f"over the {axis}", placed))
-        law = sweep.law
+        shares = {p.flops: p.attention_share for p in grown}
+        rates, law = sweep.rates, sweep.law
         dashed = (f"law: {law.text}", lambda x: law.seconds(x * factor)) if law else None
+        if rates:
+            ordered = sorted(shares)
+            dashed = (
+                f"law: {rates.text}",
+                lambda x: rates.seconds(
+                    x * factor, float(np.interp(x * factor, ordered, [shares[f] for f in ordered]))
+                ),
+            )
         models = ", ".join(dict.fromkeys(p.shape.model for p in grown))
         figure = scaling(
             "Seconds per step over the work of a step",

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from trt_wan.benchmarks.bound import NetworkTime
 from trt_wan.benchmarks.card import Card
@@ -90,7 +92,7 @@ class Result:
     ceilings: list[Ceiling]
     work: list[WorkRow]
     cold: JobTimes | None
-    warm: JobTimes
+    warm_jobs: list[JobTimes]
     steps: StepTimes
     peers: list[PeerTimes]
     not_measured: list[str]
@@ -99,27 +101,39 @@ class Result:
     schema: str = SCHEMA
 
     @property
+    def warm(self) -> JobTimes:
+        """The job from a warm start that took the middle of their times: the one to look into."""
+        return sorted(self.warm_jobs, key=lambda job: job.seconds)[len(self.warm_jobs) // 2]
+
+    @property
     def title(self) -> str:
         return f"{self.shape.title}, {self.precision}, {self.card.hardware}"
 
     def headlines(self) -> dict[str, float]:
-        """The figures by which two results are compared, in seconds or bytes."""
+        """The figures by which two results are compared, in seconds or bytes; of several jobs the median."""
+
+        def median(values: Iterable[float | None]) -> float | None:
+            known = [value for value in values if value]
+            return float(np.median(known)) if known else None
+
+        jobs = self.warm_jobs
         figures = {f"{OURS} s/step": self.steps.seconds.median}
         figures |= {f"{p.title} s/step": p.seconds.median for p in self.peers if p.seconds is not None}
-        figures |= {
-            f"{OURS} first step, warm": self.warm.first_step_seconds,
-            f"{OURS} whole job, warm": self.warm.seconds,
+        of_jobs = {
+            "first step, warm": median(job.first_step_seconds for job in jobs),
+            "whole job, warm": median(job.seconds for job in jobs),
+            "first step, cold": self.cold.first_step_seconds if self.cold else None,
+            "peak device memory": median(job.usage.peak_memory_bytes for job in jobs),
+            "peak host memory": median(job.host_peak_bytes for job in jobs),
         }
-        if self.cold is not None:
-            figures[f"{OURS} first step, cold"] = self.cold.first_step_seconds
-        if self.warm.usage.peak_memory_bytes:
-            figures[f"{OURS} peak device memory"] = self.warm.usage.peak_memory_bytes
-        if self.warm.host_peak_bytes:
-            figures[f"{OURS} peak host memory"] = self.warm.host_peak_bytes
-        return figures
+        return figures | {f"{OURS} {name}": value for name, value in of_jobs.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "headlines": self.headlines()}
+        return {
+            **dataclasses.asdict(self),
+            "warm": dataclasses.asdict(self.warm),
+            "headlines": self.headlines(),
+        }
 
     def to_json(self) -> str:
         """One line. Unknown figures are null, so that any reader takes it."""

@@ -21,7 +21,7 @@ from trt_wan.benchmarks.bench import (
 )
 from trt_wan.benchmarks.card import Card, read_card
 from trt_wan.benchmarks.cost import calls, step_flops, works
-from trt_wan.benchmarks.law import Bend, PowerLaw, bends, fit
+from trt_wan.benchmarks.law import Bend, PowerLaw, RateLaw, bends, fit, fit_rates
 from trt_wan.benchmarks.monitor import Monitor
 from trt_wan.benchmarks.ours import Spec, most_steps
 from trt_wan.benchmarks.peers.shape import Shape
@@ -38,6 +38,7 @@ WINDOWS = (5, 17, 33, 49, 77, 101, 129, 161)
 STEPS = (4, 10, 20)
 PRECISIONS = (("bf16", "exact"), ("fp8", "exact"), ("fp8", "fast"))
 VRAM = (12.0, 16.0, 24.0)
+RATES = 3  # terms of the cost law: it needs more points than that
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class Point:
 class Sweep:
     card: Card
     points: list[Point]
-    law: PowerLaw | None  # over sizes and windows
+    rates: RateLaw | None  # over sizes and windows
+    errors: list[float]  # of it at each of those points, relative
+    law: PowerLaw | None  # the same points as one power
     bends: list[Bend]
     schema: str = SWEEP_SCHEMA
 
@@ -130,7 +133,14 @@ def run_sweep(
         {(p.flops, p.seconds.median) for p in found if p.seconds and p.axis in ("size", "window")}
     )
     enough = len({flops for flops, _ in measured}) > 1
-    return Sweep(read_card(), found, fit(measured) if enough else None, bends(measured))
+    grown = {
+        (p.flops, p.attention_share, p.seconds.median)
+        for p in found
+        if p.seconds and p.axis in ("size", "window")
+    }
+    rates = fit_rates(sorted(grown)) if len({flops for flops, _, _ in grown}) > RATES else None
+    errors = [seconds / rates.seconds(f, share) - 1 for f, share, seconds in sorted(grown)] if rates else []
+    return Sweep(read_card(), found, rates, errors, fit(measured) if enough else None, bends(measured))
 
 
 def _fields(point: Point) -> dict[str, Any]:

@@ -145,6 +145,8 @@ def _stages(result: Result) -> Table:
     rows = [(name, *(f"{job.stages.get(name, 0):.3f}" for _, job in jobs)) for name in names]
     rows += [(label, *(value(job) for _, job in jobs)) for label, value in _JOB_FIGURES]
     title = f"A whole job: one window, {len(result.warm.steps)} steps (seconds unless named)"
+    if len(result.warm_jobs) > 1:
+        title += f"; warm: the middle one of {len(result.warm_jobs)}"
     return _table(title, "stage", *(f"{name} start" for name, _ in jobs), rows=rows)
 
 
@@ -172,11 +174,8 @@ def _ends(result: Result) -> Table:
         return title, f"{s.median:.3f}", spread, str(s.count), f"{s.median / ours:.2f}", first, _giga(memory)
 
     steps, ours = result.steps, result.steps.seconds.median
-    rows = [
-        row(
-            OURS, steps.seconds, result.warm.first_step_seconds, result.warm.usage.peak_memory_bytes, ours, ""
-        )
-    ]
+    first, memory = result.headlines()[f"{OURS} first step, warm"], result.warm.usage.peak_memory_bytes
+    rows = [row(OURS, steps.seconds, first, memory, ours, "")]
     for p in result.peers:
         start = None if p.first_step_seconds is None else (p.build_seconds or 0) + p.first_step_seconds
         memory = next(iter(p.memory_bytes.values()), None)
@@ -232,15 +231,18 @@ def sweep_table(sweep: Sweep) -> Group:
             return p.axis, p.label, *work, f"not measured: {p.reason}", "", "", ""
         rate = f"{p.flops / p.seconds.median / 1e12:.4g}"
         law = ""
-        if sweep.law is not None and p.axis in ("size", "window"):
-            law = f"{p.seconds.median / sweep.law.seconds(p.flops):.2f}"
+        if sweep.rates is not None and p.axis in ("size", "window"):
+            law = f"{p.seconds.median / sweep.rates.seconds(p.flops, p.attention_share):.2f}"
         return p.axis, p.label, *work, f"{p.seconds.median:.4g}", rate, law, _giga(p.peak_memory_bytes)
 
     heads = ("point", "tokens", "PFLOP", "attention", "seconds", "TFLOP/s", "times the law", "memory")
     table = _table(f"Sweep, {sweep.card.hardware}", "axis", *heads, rows=map(cells, sweep.points))
     said = []
+    if sweep.rates is not None:
+        worst = max(abs(error) for error in sweep.errors)
+        said.append(Text(f"Cost law over sizes and windows: {sweep.rates.text}; off by {worst:.1%} at most"))
     if sweep.law is not None:
-        said.append(Text(f"Law over sizes and windows: {sweep.law.text}"))
+        said.append(Text(f"As one power of the work: {sweep.law.text}"))
         local = ", ".join(
             f"{b.exponent:.2f} from {b.first / 1e15:.3g} to {b.second / 1e15:.3g}" for b in sweep.bends
         )

@@ -24,7 +24,7 @@ from trt_wan.benchmarks.ceilings import Ceiling
 from trt_wan.benchmarks.compare import compare
 from trt_wan.benchmarks.cost import calls, step_flops, works
 from trt_wan.benchmarks.files import write_files
-from trt_wan.benchmarks.law import bends, fit
+from trt_wan.benchmarks.law import bends, fit, fit_rates
 from trt_wan.benchmarks.monitor import Monitor, Sample, Usage
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.processes import Child
@@ -97,7 +97,7 @@ def made_result(seconds: float = 2.35, window: int = 77, noise: float = 0.01, se
         ceilings=CEILINGS,
         work=[],
         cold=dataclasses.replace(warm, first_step_seconds=62.0),
-        warm=warm,
+        warm_jobs=[warm],
         steps=steps,
         peers=[
             PeerTimes("diffusers_compiled", "diffusers compiled", True, "", Spread.of(theirs[0]), theirs),
@@ -140,6 +140,23 @@ def test_a_law_is_found_again() -> None:
     assert (law.seconds_per_petaflop, law.exponent) == (pytest.approx(1.5), pytest.approx(1.08))
     points = [(1e15, 1.0), (2e15, 2.0), (4e15, 8.0), (4e15, 8.1)]
     assert [b.exponent for b in bends(points)] == [pytest.approx(1), pytest.approx(2)]
+
+
+def test_rates_are_found_again() -> None:
+    """Whatever the noise, no part of the law takes less than no time."""
+    points = [
+        (f, share, 0.02 + f / 1e15 * ((1 - share) * 0.8 + share * 1.2))
+        for f, share in ((1e13, 0.1), (4e14, 0.3), (1.7e15, 0.51), (6.6e15, 0.71))
+    ]
+    law = fit_rates(points)
+    assert law.fixed_seconds == pytest.approx(0.02)
+    assert (law.seconds_per_petaflop, law.seconds_per_attention_petaflop) == (
+        pytest.approx(0.8),
+        pytest.approx(1.2),
+    )
+    assert law.seconds(*points[2][:2]) == pytest.approx(points[2][2])
+    slow_start = [(f, share, seconds - 0.025 * (f > 1e13)) for f, share, seconds in points]
+    assert min(dataclasses.astuple(fit_rates(slow_start))) >= 0
 
 
 def test_similarity_against_the_formulas_written_out() -> None:

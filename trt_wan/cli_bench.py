@@ -105,7 +105,10 @@ def _options(*rows: Decorator) -> Decorator:
     help="In which we and the peers take turns.",
 )
 @click.option(
-    "--job-steps", type=click.IntRange(1), default=4, show_default=True, help="Steps of the whole job."
+    "--job-steps", type=click.IntRange(1), default=4, show_default=True, help="Steps of a whole job."
+)
+@click.option(
+    "--jobs", type=click.IntRange(1), default=3, show_default=True, help="Whole jobs from a warm start."
 )
 @click.option(
     "--peers",
@@ -132,6 +135,7 @@ def measure(
     steps: int,
     rounds: int,
     job_steps: int,
+    jobs: int,
     peers: tuple[str, ...],
     peer_steps: int | None,
     lightx2v: Path | None,
@@ -159,6 +163,7 @@ def measure(
         steps=steps,
         rounds=rounds,
         job_steps=job_steps,
+        jobs=jobs,
         peers=peers,
         peer_steps=peer_steps,
         peer_arguments={"lightx2v": _lightx2v(lightx2v, weights)},
