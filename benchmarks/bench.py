@@ -68,6 +68,9 @@ def run_bench(options: Options, progress: Progress = silent) -> Result:
         ceilings = _ceilings(options.shape, card, env, not_measured)
         spec = Spec(options.shape, clips, options.job_steps, dict(options.settings), options.weights)
         cold = _cold(options, card, spec, env, progress, not_measured)
+        if cold is None and card.gpu is not None:
+            progress(Note("a whole job that is not counted: it finishes the kernels"))
+            with_graphs(lambda: measure_job(spec, env), progress)
         warm_jobs = []
         for n in range(options.jobs):
             progress(Note(f"a whole job, warm, {n + 1} of {options.jobs}"))
@@ -243,9 +246,10 @@ def _rounds(
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(Child(OURS_MODULE, arguments, env))
         own.read()
-        peers = [stack.enter_context(_Contestant(name, options, env, progress)) for name in options.peers]
-        for peer in peers:
-            peer.rest()
+        peers = []
+        for name in options.peers:
+            peers.append(stack.enter_context(_Contestant(name, options, env, progress)))
+            peers[-1].rest()  # before the next one takes memory
         for n in range(options.rounds):
             our_turn(own)
             for peer in peers:
