@@ -22,6 +22,7 @@ from trt_wan.engines.tensorrt import Target, choose_flavour
 from trt_wan.errors import EnvironmentBroken, GraphError, WeightsError
 from trt_wan.preprocess import onnx_engine, onnx_net
 from trt_wan.preprocess.detect import Detector, official_person, open_detector, rows
+from trt_wan.preprocess.device import memory
 from trt_wan.preprocess.onnx_engine import compile_file, engine_of
 from trt_wan.preprocess.onnx_file import read_onnx
 from trt_wan.preprocess.onnx_net import OnnxNet
@@ -322,24 +323,17 @@ def test_an_engine_belongs_to_its_file_and_batch(tmp_path: Path) -> None:
     assert engine.rebuild == f"trt-wan rm {engine.key}; it is built again when it is used"
 
 
-class FakeGpu:
-    """Memory is the host's; work is done when its event is waited for, in the order it was enqueued."""
+class FakeStream:
+    """Work is done when its event is waited for, in the order it was enqueued."""
 
-    name, driver = "Fake", 13
+    handle = 0
 
     def __init__(self) -> None:
-        self.stream, self.handle, self.queue = self, 0, list[Any]()
-        self.most_waiting = 0
-
-    def allocate(self, size: int) -> Any:
-        memory = np.full(size, 0xFF, np.uint8)
-        return SimpleNamespace(handle=memory.ctypes.data, memory=memory)
+        self.queue = list[Any]()
 
     def record(self) -> Any:
         mark = object()
         self.queue.append(mark)
-        marks = sum(not callable(work) for work in self.queue)
-        self.most_waiting = max(self.most_waiting, marks)
 
         def sync() -> None:
             while mark in self.queue:
@@ -348,6 +342,23 @@ class FakeGpu:
                     work()
 
         return SimpleNamespace(sync=sync)
+
+    def wait(self, event: Any) -> None:
+        self.queue.append(event.sync)
+
+
+class FakeGpu:
+    """Memory is the host's."""
+
+    name, driver, handle = "Fake", 13, 0
+
+    def __init__(self) -> None:
+        self.stream, self.copies = FakeStream(), FakeStream()
+        self.computing = self.most_computing = 0  # batches
+
+    def allocate(self, size: int) -> Any:
+        memory = np.full(size, 0xFF, np.uint8)
+        return SimpleNamespace(handle=memory.ctypes.data, memory=memory)
 
 
 class FakeSegment:
@@ -375,8 +386,11 @@ class FakeSegment:
             images = view("images", ctypes.c_float)
             view("output", ctypes.c_float)[:] = -images
             view("sum", ctypes.c_uint16).view(np.float16)[:] = images.reshape(2, -1).sum(1)
+            self.gpu.computing -= 1
 
-        self.gpu.queue.append(work)
+        self.gpu.stream.queue.append(work)
+        self.gpu.computing += 1
+        self.gpu.most_computing = max(self.gpu.most_computing, self.gpu.computing)
 
 
 def test_batches_on_a_gpu_overlap_and_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,18 +399,25 @@ def test_batches_on_a_gpu_overlap_and_stay_in_order(tmp_path: Path, monkeypatch:
     """
     gpu = FakeGpu()
 
-    def copy(target: int, source: int, size: int, stream: FakeGpu) -> None:
+    def copy(target: int, source: int, size: int, stream: FakeStream) -> None:
         stream.queue.append(lambda: ctypes.memmove(target, source, size))
 
-    def pinned(size: int) -> Any:
-        memory = np.full(size, 0xFF, np.uint8)
-        return SimpleNamespace(address=memory.ctypes.data, bytes=memory)
+    class Pinned:
+        def __init__(self, size: int) -> None:
+            self.bytes = np.full(size, 0xFF, np.uint8)
+            self.address, self.event = self.bytes.ctypes.data, SimpleNamespace(sync=lambda: None)
+
+        def used_by(self, stream: FakeStream) -> None:
+            self.event = stream.record()
+
+        def wait(self) -> None:
+            self.event.sync()
 
     flavour: Any = SimpleNamespace(
         name="fake", version="1", reason="", module=SimpleNamespace(nptype=np.dtype)
     )
-    monkeypatch.setattr(onnx_engine, "copy", copy)
-    monkeypatch.setattr(onnx_engine, "Pinned", pinned)
+    monkeypatch.setattr(memory, "copy", copy)
+    monkeypatch.setattr(memory, "Pinned", Pinned)
     monkeypatch.setattr(onnx_engine, "compile_file", lambda *_: b"plan")
     opened: list[bytes] = []
 
@@ -420,7 +441,7 @@ def test_batches_on_a_gpu_overlap_and_stay_in_order(tmp_path: Path, monkeypatch:
     output, sums = net.run(frames)
     np.testing.assert_array_equal(output, -frames)
     np.testing.assert_allclose(sums, frames.sum((1, 2, 3)), rtol=1e-3)
-    assert gpu.most_waiting == 2 and opened == [b"plan"]
+    assert gpu.most_computing == 2 and opened == [b"plan"]
     assert "built engine neg.onnx (batch 2, 4x4, current, fake 1)" in notes[0].text
     OnnxNet(path, "tensorrt", 2, progress=notes.append)
     assert len(notes) == 1  # the second time it is in the store

@@ -10,8 +10,10 @@ import tracemalloc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import av
 import numpy as np
@@ -474,6 +476,12 @@ class TwoPeople:
             points[:, :2] = (points[:, :2] - low) / (high - low) * (box.width, box.height) + (box.x0, box.y0)
             made.append(points)
         return made
+
+    def detecting(self, frames: Sequence[Picture]) -> Any:
+        return partial(self.detect, frames)
+
+    def estimating(self, frames: Sequence[Picture], boxes: Sequence[Box]) -> Any:
+        return partial(self.estimate, frames, boxes)
 
 
 @pytest.mark.parametrize(("number", "width"), [(1, 40), (2, 50)])
