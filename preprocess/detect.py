@@ -41,7 +41,7 @@ class Detector:
         return self.detecting(frames)()
 
     def detecting(self, frames: Sequence[Picture]) -> Callable[[], list[list[Box]]]:
-        """A function that gives what `detect` does. On a GPU the work is begun here, else in the function."""
+        """A function that gives what `detect` does. On a GPU the work begins here, else in the function."""
         if self.net.engine is None:
             return partial(self._detect_on_host, frames)
         from trt_wan.preprocess.device import people

@@ -139,8 +139,8 @@ def _ignore(*progress: Any) -> None:
 class EngineRunner:
     """An engine and its memory. Batches are of exactly `shape`; results are copies on the host.
 
-    Whoever asks for a slot sends a batch into it, has the engine compute it and fetches what is wanted of it; that
-    only enqueues. A slot that is still in use is waited for.
+    Whoever asks for a slot sends a batch into it, has the engine compute it and fetches what is wanted of it;
+    that only enqueues. A slot that is still in use is waited for.
     """
 
     def __init__(

@@ -30,8 +30,8 @@ TYPES: dict[int, np.dtype[Any]] = {FLOAT: np.dtype(np.float32), HALF: np.dtype(n
 class OnnxNet:
     """`frame` is [3, H, W] of one frame, for files that leave it open; dimensions that a file fixes win.
 
-    `reason` says what it runs on and why; `engine` is there if that is TensorRT, for those who have the GPU make
-    the input and read the output. Raises WeightsError for a file that is no such network.
+    `reason` says what it runs on and why; `engine` is there if that is TensorRT, for those who have the GPU
+    make the input and read the output. Raises WeightsError for a file that is no such network.
     """
 
     def __init__(

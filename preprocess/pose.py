@@ -4,8 +4,8 @@ The network takes a crop [3, 256, 192] around the box and gives a heat map [64, 
 and their constants are the official code's (preprocess_spec.md A1.3): DARK decoding with one Taylor step, a
 crop's border is not shifted by half a pixel ("non-UDP").
 
-Where the network runs on TensorRT, the GPU makes the crops and finds the peaks of the heat maps as well, by the
-same rules (device/): frames go there once, and 133 peaks a frame come back.
+Where the network runs on TensorRT, the GPU makes the crops and finds the peaks of the heat maps as well, by
+the same rules (device/): frames go there as they are, and 133 peaks a frame come back.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +61,7 @@ class PoseEstimator:
         return self.estimating(frames, boxes)()
 
     def estimating(self, frames: Sequence[Picture], boxes: Sequence[Box]) -> Callable[[], list[Keypoints]]:
-        """A function that gives what `estimate` does. On a GPU the work is begun here, else in the function."""
+        """A function that gives what `estimate` does. On a GPU the work begins here, else in the function."""
         _, _, height, width = self.net.input_shape
         crops = [crop_for(box, width, height) for box in boxes]
         if self.net.engine is None:

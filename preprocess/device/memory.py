@@ -1,7 +1,7 @@
 """The memory that a batch travels through: to the GPU beside what is being computed, and back.
 
-A slot holds one batch from its sending until its results are on the host. Nobody touches its memory before that,
-so its next batch may be sent while the GPU still works on another slot's.
+A slot holds one batch from its sending until its results are on the host. Nobody touches its memory before
+that, so its next batch may be sent while the GPU still works on another slot's.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,8 @@ from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu, Pinned, copy
 
 Array = NDArray[Any]
-Part = tuple[int, tuple[int, ...], np.dtype[Any]]  # address, shape and type of what lies on the GPU
+Shape = tuple[int, ...]
+Part = tuple[int, Shape, np.dtype[Any]]  # address, shape and type of what lies on the GPU
 
 PIECE_BYTES, PIECES = 4 << 20, 4  # of pinned memory, which takes 1 s per GB to get
 
@@ -77,11 +78,9 @@ class Flight:
 
 
 class Slot:
-    """`input` and `outputs` are those of the network: name, address, shape and type."""
+    """`parts` are the network's input and outputs, by name."""
 
-    def __init__(
-        self, gpu: Gpu, sender: Sender, parts: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
-    ) -> None:
+    def __init__(self, gpu: Gpu, sender: Sender, parts: dict[str, tuple[Shape, np.dtype[Any]]]) -> None:
         self._gpu, self._sender = gpu, sender
         sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, (shape, dtype) in parts.items()}
         self._buffers = {name: gpu.allocate(size) for name, size in sizes.items()}

@@ -1,8 +1,7 @@
 """A batch of frames through an engine: sent as uint8, made into its input, and what little comes back.
 
-`engine` is a detector's or a pose network's; at most as many frames as its batch has. The rest of a batch that is
-not full is its last frame again, so that no number comes from nowhere. Nothing here waits for the GPU, unless all
-slots are in use.
+`engine` is a detector's or a pose network's, and takes at most as many frames as its batch has. The rest of a
+batch that is not full is its last frame again. Nothing here waits for the GPU, unless all slots are in use.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,8 +39,8 @@ def detect(engine: "EngineRunner", frames: Sequence[Picture]) -> Flight:
 
 
 def estimate(engine: "EngineRunner", frames: Sequence[Picture], crops: Sequence[Crop], bgr: bool) -> Flight:
-    """The flight of the peaks, float32 [frames, joints, 3]: x and y in pixels of a heat map, and the score. It
-    is no number where a heat map is not finite.
+    """The flight of the peaks, float32 [frames, joints, 3], as of pose.peaks. The score is no number where a
+    heat map is not finite.
     """
     slot, kernels = engine.slot(), people_kernels(engine.gpu)
     address, shape, kind = slot.parts[engine.input]

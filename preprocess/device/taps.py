@@ -1,7 +1,7 @@
 """Which pixels a resampled picture is made of: for every column and every row two, with their weights.
 
-The host makes these tables, and the kernels of frames.cu only multiply and add: there is one definition of where
-a sample lies. `first` and `second` are pixels of the frame.
+The host makes these tables, and the kernels of frames.cu only multiply and add: there is one definition of
+where a sample lies. `first` and `second` are pixels of the frame.
 """
 
 from functools import lru_cache
