@@ -158,7 +158,8 @@ class EngineRunner:
             progress(events.Note(f"built {engine.title} in {manifest.build_seconds:.1f} s"))
         kernels = home() / "kernels" / flavour.name
         name = file.path.name
-        self._segment = open_engines(gpu, flavour, {name: open_checked(engine)}, kernels, progress)[name]
+        plans, hashes = {name: open_checked(engine)}, {name: manifest.sha256}
+        self._segment = open_engines(gpu, flavour, plans, kernels, progress, hashes)[name]
         self._scratch = gpu.allocate(max(1, self._segment.scratch_bytes))
         self._segment.start(int(self._scratch.handle))
         self.input = file.inputs[0].name

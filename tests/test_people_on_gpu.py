@@ -1,8 +1,8 @@
 """Finding people on the GPU: what its kernels make of frames and heat maps is what the host makes of them.
 
 Without a GPU: the kernels compile for every GPU we name, and the tables of taps give OpenCV's resize. With
-one: each kernel against the host's function, then whole networks on TensorRT against ONNX Runtime, whose frames
-take the host's way.
+one: each kernel against the host's function, then whole networks on TensorRT against ONNX Runtime, for which
+the host does what the kernels do.
 """
 
 from pathlib import Path
