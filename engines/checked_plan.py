@@ -1,9 +1,9 @@
 """Whether a plan has the hash that its manifest names, without reading a gigabyte each time.
 
-Once a large plan has passed, what the file system says of the file is remembered beside it: size, inode and the
-times of its last writing and last change. A file that was written to, replaced, swapped or cut differs in one
-of them: on POSIX the time of the last change cannot be set back. On Windows there is no such time, and an edit
-that keeps the size and sets the other time back goes unseen. Small plans are hashed each time.
+Once a large plan has passed, what the file system says of the file is remembered beside it: size, inode and
+the times of its last writing and last change. A file that was written to, replaced, swapped or cut differs in
+one of them: on POSIX the time of the last change cannot be set back. On Windows there is no such time, and an
+edit that keeps the size and sets the other time back goes unseen. Small plans are hashed each time.
 """
 
 import hashlib
