@@ -35,6 +35,10 @@ class Detector:
     def __init__(self, net: OnnxNet, official: bool = False) -> None:
         _require_detector(net.path.name, net.output_shapes[0])
         self.net, self.official = net, official
+        if net.engine is not None:
+            from trt_wan.preprocess.device import people
+
+            people.prepare(net.engine)
 
     def detect(self, frames: Sequence[Picture]) -> list[list[Box]]:
         """The persons of each frame, the best score first, in whole pixels of the frame."""

@@ -55,6 +55,10 @@ class PoseEstimator:
     def __init__(self, net: OnnxNet, channel_order: ChannelOrder = "rgb") -> None:
         _require_pose(net.path.name, net.output_shapes[0])
         self.net, self.channel_order = net, channel_order
+        if net.engine is not None:
+            from trt_wan.preprocess.device import people
+
+            people.prepare(net.engine)
 
     def estimate(self, frames: Sequence[Picture], boxes: Sequence[Box]) -> list[Keypoints]:
         """The joints of the person in each frame's box; to leave a frame out, leave it out of both."""

@@ -1,14 +1,15 @@
 """Finding people on the GPU: what its kernels make of frames and heat maps is what the host makes of them.
 
-Without a GPU: the kernels compile for every GPU we name, and the tables of taps give OpenCV's resize. With
-one: each kernel against the host's function, then whole networks on TensorRT against ONNX Runtime, for which
-the host does what the kernels do.
+Without a GPU: the kernels compile for every GPU we name, the tables of taps give OpenCV's resize, and networks
+run on a fake. With one: each kernel against the host's function, then whole networks on TensorRT against ONNX
+Runtime, for which the host does what the kernels do.
 """
 
 from pathlib import Path
 from typing import Any
 
 import cv2
+import fake_gpu
 import numpy as np
 import onnx_nets
 import pytest
@@ -274,6 +275,15 @@ def test_frames_of_any_size_arrive(gpu: Any) -> None:
 # Networks
 
 
+@pytest.fixture(params=["a fake", "a GPU"])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake proves what is around engines and kernels: order, places in memory, who waits for what."""
+    if request.param == "a fake":
+        fake_gpu.install(monkeypatch)
+    else:
+        request.getfixturevalue("gpu")
+
+
 ROWS = np.array(
     [(64, 64, 128, 320, 0.5, 0), (320, 64, 448, 576, 0.9, 0), (60, 60, 130, 322, 0.95, 77)], np.float32
 )
@@ -291,7 +301,7 @@ def lit_frames(count: int) -> list[Array]:
 
 
 @pytest.mark.parametrize(("batch", "most"), [("batch", 4), ("batch", 16), (1, 16)])
-def test_a_detector_finds_the_same(gpu: Any, tmp_path: Path, batch: int | str, most: int) -> None:
+def test_a_detector_finds_the_same(machine: None, tmp_path: Path, batch: int | str, most: int) -> None:
     """11 frames: the last batch is not full, and there are more batches than slots."""
     path = onnx_nets.detector(tmp_path / "yolo.onnx", ROWS, batch)
     frames = lit_frames(11)
@@ -345,7 +355,7 @@ def apart(found: list[Array], expected: list[Array], boxes: list[Box]) -> tuple[
 @pytest.mark.parametrize(("batch", "most"), [("batch", 4), ("batch", 16), (1, 16)])
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
 def test_a_pose_network_finds_the_same(
-    gpu: Any, tmp_path: Path, batch: int | str, most: int, order: Any
+    machine: None, tmp_path: Path, batch: int | str, most: int, order: Any
 ) -> None:
     path = averaging(tmp_path / "pose.onnx", batch)
     frames, boxes = spots(11)
@@ -359,7 +369,7 @@ def test_a_pose_network_finds_the_same(
         assert distance < 0.05 and scores < 2e-3, (distance, scores)
 
 
-def test_a_file_in_half_precision_finds_the_same(gpu: Any, tmp_path: Path) -> None:
+def test_a_file_in_half_precision_finds_the_same(machine: None, tmp_path: Path) -> None:
     frames, boxes = spots(5)
     full = averaging(tmp_path / "full.onnx")
     half = averaging(tmp_path / "half.onnx", kind=TensorProto.FLOAT16)
@@ -369,7 +379,7 @@ def test_a_file_in_half_precision_finds_the_same(gpu: Any, tmp_path: Path) -> No
     assert distance < 0.05 and scores < 2e-3, (distance, scores)
 
 
-def test_a_network_that_overflows_is_said(gpu: Any, tmp_path: Path) -> None:
+def test_a_network_that_overflows_is_said(machine: None, tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Conv", ["images", "kernel"], ["some"], strides=[4, 4]),
         helper.make_node("Log", ["some"], ["output"]),
@@ -383,7 +393,7 @@ def test_a_network_that_overflows_is_said(gpu: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("official", [False, True])
-def test_following_gives_the_same(gpu: Any, tmp_path: Path, official: bool) -> None:
+def test_following_gives_the_same(machine: None, tmp_path: Path, official: bool) -> None:
     """40 frames in three batches through both networks; the person is away in some of them."""
     detector = onnx_nets.detector(tmp_path / "yolo.onnx", ROWS[:2])
     pose = averaging(tmp_path / "pose.onnx")
@@ -405,7 +415,7 @@ def test_following_gives_the_same(gpu: Any, tmp_path: Path, official: bool) -> N
             np.testing.assert_allclose(a.keypoints[:, 2], b.keypoints[:, 2], atol=5e-3)
 
 
-def test_an_8k_frame(gpu: Any, tmp_path: Path) -> None:
+def test_an_8k_frame(machine: None, tmp_path: Path) -> None:
     """Its last row lies 99 MB behind its first."""
     frame = noise(4320, 7680)
     frame[-200:, -200:] = 255

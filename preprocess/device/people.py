@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from trt_wan.preprocess.onnx_engine import EngineRunner
 
 
+def prepare(engine: "EngineRunner") -> None:
+    """Compiles the kernels, half a second, before the first frame comes."""
+    people_kernels(engine.gpu)
+
+
 def detect(engine: "EngineRunner", frames: Sequence[Picture]) -> Flight:
     """The flight of the engine's first output, of the whole batch."""
     slot, kernels = engine.slot(), people_kernels(engine.gpu)
