@@ -1,6 +1,6 @@
 """Finding people on the GPU: what its kernels make of frames and heat maps is what the host makes of them.
 
-Without a GPU: the kernels compile for every GPU we name, the tables of taps give OpenCV's resize, and networks
+Without a GPU: the kernels compile for every GPU we name, the tables of taps give OpenCV's resize, networks
 run on a fake. With one: each kernel against the host's function, then whole networks on TensorRT against ONNX
 Runtime, for which the host does what the kernels do.
 """
