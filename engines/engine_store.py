@@ -1,7 +1,8 @@
 """Compiled engines on disk, in $TRT_WAN_HOME/engines: `<key>.plan`, and `<key>.json` that says what it is.
 
 The manifest is written last and holds the plan's hash and its own: a plan that was cut, edited or swapped, or
-whose manifest was, is found before anything loads it. Reading takes no lock; building takes one per key, so
+whose manifest was, is found before anything loads it. Hashing a large plan takes a second, so `<key>.checked`
+remembers which file has passed (checked_plan.py). Reading takes no lock; building takes one per key, so
 that one process compiles and the others wait. When the store outgrows TRT_WAN_ENGINES_GB, what was used
 longest ago goes. Nothing here knows how engines are compiled or what runs them.
 """
@@ -15,16 +16,18 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from trt_wan.engines import checked_plan
 from trt_wan.engines.engine_id import FORMAT, EngineId
 from trt_wan.engines.figures import Figure
 from trt_wan.engines.store import home
 from trt_wan.errors import GraphError, UsageError
 
 DEFAULT_LIMIT_GB = 4.0
-_FILE = re.compile(r"([0-9a-f]{32})\.(plan|json)(\.\d+\.partial)?")
+_FILE = re.compile(r"([0-9a-f]{32})\.(plan|json|checked)(\.\d+\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def open_checked(engine: EngineId) -> bytes:
 
     GraphError, with the command that builds it, if it is not there, was cut or edited, or is another's.
     """
-    plan, _ = _check(engine)
+    with _checked(engine) as (file, _):
+        plan = file.read()
     _touch(engine.key)
     return plan
 
@@ -91,7 +95,8 @@ def open_checked(engine: EngineId) -> bytes:
 def find(engine: EngineId) -> Manifest | None:
     """The manifest if `open_checked` would succeed, else None."""
     try:
-        return _check(engine)[1]
+        with _checked(engine) as (_, manifest):
+            return manifest
     except GraphError:
         return None
 
@@ -119,7 +124,8 @@ def record_candidates(engine: EngineId, figures: Collection[Figure]) -> None:
 
     new = {measured(figure) for figure in figures}
     with _lock(engine.key):
-        _, manifest = _check(engine)
+        with _checked(engine) as (_, manifest):
+            pass
         kept = [figure for figure in manifest.candidates if measured(figure) not in new]
         _write_manifest(replace(manifest, candidates=[*kept, *figures]))
 
@@ -169,23 +175,29 @@ def trim(in_use: Collection[str]) -> list[Entry]:
     return removed
 
 
-def _check(engine: EngineId) -> tuple[bytes, Manifest]:
+@contextmanager
+def _checked(engine: EngineId) -> Iterator[tuple[BufferedReader, Manifest]]:
+    """The open plan, proved to be the one that was built, and its manifest."""
     key, hint = engine.key, f"Run: {engine.rebuild}"
     try:
-        plan = _path(key, "plan").read_bytes()
+        file = _path(key, "plan").open("rb")
     except FileNotFoundError:
         raise GraphError(f"The {engine.title} is not built{_others(engine)}.", hint) from None
-    manifest = read_manifest(key)
-    if manifest is None:
-        edited = _path(key, "json")
-        raise GraphError(f"The {engine.title} has no manifest, or an edited one ({edited}).", hint)
-    if manifest.key != key:
-        raise GraphError(f"Where the {engine.title} should be there is another, {manifest.network}.", hint)
-    if len(plan) != manifest.bytes:
-        raise GraphError(f"The {engine.title} has {len(plan)} bytes instead of {manifest.bytes}.", hint)
-    if hashlib.sha256(plan).hexdigest() != manifest.sha256:
-        raise GraphError(f"The {engine.title} is not what was built ({_path(key, 'plan')}).", hint)
-    return plan, manifest
+    with file:
+        manifest = read_manifest(key)
+        if manifest is None:
+            edited = _path(key, "json")
+            raise GraphError(f"The {engine.title} has no manifest, or an edited one ({edited}).", hint)
+        if manifest.key != key:
+            raise GraphError(
+                f"Where the {engine.title} should be there is another, {manifest.network}.", hint
+            )
+        size = os.fstat(file.fileno()).st_size
+        if size != manifest.bytes:
+            raise GraphError(f"The {engine.title} has {size} bytes instead of {manifest.bytes}.", hint)
+        if not checked_plan.has_hash(file, manifest.sha256, _path(key, "checked")):
+            raise GraphError(f"The {engine.title} is not what was built ({_path(key, 'plan')}).", hint)
+        yield file, manifest
 
 
 def _others(engine: EngineId) -> str:
@@ -283,8 +295,9 @@ def _erase(key: str) -> None:
 
 
 def _touch(key: str) -> None:
+    """Marks the engine as used, on the manifest: the plan's own times say whether it is as it was."""
     try:
-        os.utime(_path(key, "plan"))
+        os.utime(_path(key, "json"))
     except OSError:  # removed meanwhile, or a store that this user may only read
         pass
 

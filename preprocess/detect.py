@@ -5,7 +5,8 @@ of x0, y0, x1, y1, score, class, or [n, 84, 8400] with x, y, width, height and 8
 both in pixels of its input (preprocess_spec.md A1.2).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,49 @@ class Detector:
     def __init__(self, net: OnnxNet, official: bool = False) -> None:
         _require_detector(net.path.name, net.output_shapes[0])
         self.net, self.official = net, official
+        if net.engine is not None:
+            from trt_wan.preprocess.device import people
+
+            people.prepare(net.engine)
 
     def detect(self, frames: Sequence[Picture]) -> list[list[Box]]:
         """The persons of each frame, the best score first, in whole pixels of the frame."""
-        sizes = [frame.shape[:2] for frame in frames]
+        return self.detecting(frames)()
+
+    def detecting(self, frames: Sequence[Picture]) -> Callable[[], list[list[Box]]]:
+        """A function that gives what `detect` does. On a GPU the work begins here, else in the function."""
+        if self.net.engine is None:
+            return partial(self._detect_on_host, frames)
+        from trt_wan.preprocess.device import people
+
+        flights = [
+            (people.detect(self.net.engine, piece), [frame.shape for frame in piece])
+            for piece in people.pieces(frames, self.net.batch)
+        ]
+
+        def wait() -> list[list[Box]]:
+            found: list[list[Box]] = []
+            for flight, sizes in flights:
+                (output,) = flight.wait()
+                self.net.require_finite(output[: len(sizes)])
+                found += self._read(output[: len(sizes)].astype(np.float32, copy=False), sizes)
+            return found
+
+        return wait
+
+    def _detect_on_host(self, frames: Sequence[Picture]) -> list[list[Box]]:
         found: list[list[Box]] = []
         for outputs in self.net.stream(self._batches(frames)):
-            _require_detector(self.net.path.name, outputs[0].shape)
-            for output in outputs[0]:
-                height, width = sizes[len(found)]
-                found.append(self._persons(rows(output), width, height))
+            these = frames[len(found) : len(found) + len(outputs[0])]
+            found += self._read(outputs[0], [frame.shape for frame in these])
         return found
+
+    def _read(self, output: Array, sizes: Sequence[tuple[int, ...]]) -> list[list[Box]]:
+        _require_detector(self.net.path.name, output.shape)
+        return [
+            self._persons(rows(of_frame), width, height)
+            for of_frame, (height, width, _) in zip(output, sizes, strict=True)
+        ]
 
     def _batches(self, frames: Sequence[Picture]) -> Iterator[Array]:
         n, _, height, width = self.net.input_shape

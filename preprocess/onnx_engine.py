@@ -7,9 +7,8 @@ around those layers before the network is built.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ from trt_wan.engines.plan import Plan
 from trt_wan.engines.store import home
 from trt_wan.engines.tensorrt import Flavour, Progress, Target
 from trt_wan.errors import GraphError
+from trt_wan.preprocess.device.memory import Flight, Sender, Slot
 from trt_wan.preprocess.onnx_file import OnnxFile
 from trt_wan.runtime import events
-from trt_wan.runtime.device.gpu import Gpu, Pinned, copy
+from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.engine_segment import open_engines
 
 Array = NDArray[Any]
@@ -136,17 +136,12 @@ def _ignore(*progress: Any) -> None:
     """The engine is reported when it is built, not while."""
 
 
-@dataclass
-class _Slot:
-    """One batch on its way: pinned memory and device memory of every tensor, by name."""
-
-    pinned: Mapping[str, Pinned]
-    device: Mapping[str, Any]
-    done: Any = None
-
-
 class EngineRunner:
-    """An engine and its memory. Batches are of exactly `shape`; results are copies on the host."""
+    """An engine and its memory. Batches are of exactly `shape`; results are copies on the host.
+
+    Whoever asks for a slot sends a batch into it, has the engine compute it and fetches what is wanted of it;
+    that only enqueues. A slot that is still in use is waited for.
+    """
 
     def __init__(
         self,
@@ -163,52 +158,40 @@ class EngineRunner:
             progress(events.Note(f"built {engine.title} in {manifest.build_seconds:.1f} s"))
         kernels = home() / "kernels" / flavour.name
         name = file.path.name
-        self._segment = open_engines(gpu, flavour, {name: open_checked(engine)}, kernels, progress)[name]
+        plans, hashes = {name: open_checked(engine)}, {name: manifest.sha256}
+        self._segment = open_engines(gpu, flavour, plans, kernels, progress, hashes)[name]
         self._scratch = gpu.allocate(max(1, self._segment.scratch_bytes))
         self._segment.start(int(self._scratch.handle))
-        self._input = file.inputs[0].name
-        tensors = {n: self._segment.tensor(n) for n in (self._input, *(value.name for value in file.outputs))}
-        self.shapes = {n: shape for n, (shape, _) in tensors.items()}
-        self._types = {n: dtype for n, (_, dtype) in tensors.items()}
-        self._slots = [self._slot() for _ in range(SLOTS)]
+        self.input = file.inputs[0].name
+        self.outputs = [value.name for value in file.outputs]
+        sender = Sender(gpu)
+        parts = {n: self._segment.tensor(n) for n in (self.input, *self.outputs)}
+        self.shapes = {n: shape for n, (shape, _) in parts.items()}
+        self._slots = [Slot(gpu, sender, parts) for _ in range(SLOTS)]
+        self.settle = self._segment.settle
+
+    def slot(self) -> Slot:
+        """The one that was used longest ago; results of it that nobody has waited for yet are kept."""
+        slot = self._slots.pop(0)
+        self._slots.append(slot)
+        if slot.flight is not None:
+            slot.flight.wait()
+        return slot
+
+    def compute(self, slot: Slot) -> None:
+        self._segment.enqueue({name: address for name, (address, _, _) in slot.parts.items()})
 
     def stream(self, batches: Iterable[Array]) -> Iterator[list[Array]]:
         """The outputs of each batch, in order; the next batch is asked for while one is computed."""
-        waiting: list[_Slot] = []
-        for number, batch in enumerate(batches):
-            slot = self._slots[number % SLOTS]
-            self._enqueue(slot, batch)
-            waiting.append(slot)
+        waiting: deque[Flight] = deque()
+        for batch in batches:
+            slot = self.slot()
+            address, shape, dtype = slot.parts[self.input]
+            assert batch.shape == shape, f"{batch.shape} != {shape}"
+            slot.send_to(address, np.asarray(batch, dtype))
+            self.compute(slot)
+            waiting.append(slot.fetch([slot.parts[name] for name in self.outputs], self.settle))
             if len(waiting) == SLOTS:
-                yield self._results(waiting.pop(0))
+                yield waiting.popleft().wait()
         while waiting:
-            yield self._results(waiting.pop(0))
-
-    def _slot(self) -> _Slot:
-        sizes = {name: prod(shape) * self._types[name].itemsize for name, shape in self.shapes.items()}
-        return _Slot(
-            {name: Pinned(size) for name, size in sizes.items()},
-            {name: self.gpu.allocate(size) for name, size in sizes.items()},
-        )
-
-    def _enqueue(self, slot: _Slot, batch: Array) -> None:
-        assert batch.shape == self.shapes[self._input], f"{batch.shape} != {self.shapes[self._input]}"
-        stream, name = self.gpu.stream, self._input
-        source = np.ascontiguousarray(batch, self._types[name]).reshape(-1).view(np.uint8)
-        slot.pinned[name].bytes[:] = source
-        address = {n: int(buffer.handle) for n, buffer in slot.device.items()}
-        copy(address[name], slot.pinned[name].address, source.size, stream)
-        self._segment.enqueue(address)
-        for output in address.keys() - {name}:
-            pinned = slot.pinned[output]
-            copy(pinned.address, address[output], pinned.bytes.size, stream)
-        slot.done = stream.record()
-
-    def _results(self, slot: _Slot) -> list[Array]:
-        slot.done.sync()
-        self._segment.settle()
-        outputs = [name for name in self.shapes if name != self._input]
-        return [
-            slot.pinned[name].bytes.view(self._types[name]).reshape(self.shapes[name]).copy()
-            for name in outputs
-        ]
+            yield waiting.popleft().wait()

@@ -8,7 +8,7 @@ pose.py only.
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from trt_wan.engines.tensorrt import Flavour, choose_flavour
 from trt_wan.errors import EnvironmentBroken, WeightsError
 from trt_wan.preprocess.onnx_file import FLOAT, HALF, OnnxFile, read_onnx
 from trt_wan.runtime.events import Progress, silent
+
+if TYPE_CHECKING:
+    from trt_wan.preprocess.onnx_engine import EngineRunner
 
 Array = NDArray[Any]
 Executor = Literal["auto", "onnxruntime", "tensorrt"]
@@ -27,7 +30,8 @@ TYPES: dict[int, np.dtype[Any]] = {FLOAT: np.dtype(np.float32), HALF: np.dtype(n
 class OnnxNet:
     """`frame` is [3, H, W] of one frame, for files that leave it open; dimensions that a file fixes win.
 
-    `reason` says what it runs on and why. Raises WeightsError for a file that is no such network.
+    `reason` says what it runs on and why; `engine` is there if that is TensorRT, for those who have the GPU
+    make the input and read the output. Raises WeightsError for a file that is no such network.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class OnnxNet:
         self.input_shape = _input_shape(self.file, batch, frame)
         self._type = TYPES[self.file.inputs[0].type]
         self._runner, self.reason = _open(self.file, self.input_shape, executor, progress)
+        self.engine: EngineRunner | None = None if isinstance(self._runner, SessionRunner) else self._runner
 
     @property
     def batch(self) -> int:
@@ -77,12 +82,15 @@ class OnnxNet:
         for outputs in self._runner.stream(filled()):
             count = counts.pop(0)
             for output in outputs:
-                if output.dtype.kind == "f" and not np.isfinite(output[:count]).all():
-                    raise WeightsError(
-                        f"{self.path.name} gives numbers that are not finite.",
-                        "Try --executor onnxruntime, which computes in fp32; else the file is damaged.",
-                    )
+                self.require_finite(output[:count])
             yield [output[:count].astype(np.float32, copy=False) for output in outputs]
+
+    def require_finite(self, output: Array) -> None:
+        if output.dtype.kind == "f" and not np.isfinite(output).all():
+            raise WeightsError(
+                f"{self.path.name} gives numbers that are not finite.",
+                "Try --executor onnxruntime, which computes in fp32; else the file is damaged.",
+            )
 
 
 class SessionRunner:
@@ -136,7 +144,7 @@ def _input_shape(file: OnnxFile, batch: int, frame: tuple[int, int, int]) -> tup
 
 def _open(
     file: OnnxFile, shape: tuple[int, int, int, int], executor: Executor, progress: Progress
-) -> tuple[Any, str]:
+) -> "tuple[SessionRunner | EngineRunner, str]":
     why = "it was asked for"
     if executor != "onnxruntime":
         try:

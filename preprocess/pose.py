@@ -4,12 +4,14 @@ The network takes a crop [3, 256, 192] around the box and gives a heat map [64, 
 and their constants are the official code's (preprocess_spec.md A1.3): DARK decoding with one Taylor step, a
 crop's border is not shifted by half a pixel ("non-UDP").
 
-The decoding works on whole batches with arg-max, gathers and small products only, which a GPU has as well.
+Where the network runs on TensorRT, the GPU makes the crops and finds the peaks of the heat maps as well, by
+the same rules (device/): frames go there as they are, and 133 peaks a frame come back.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +35,7 @@ PADDING = 1.25  # of the box, so that hands and feet at its border are seen whol
 BLUR, SIGMA = 11, 2.0  # the kernel's taps; OpenCV's sigma for that many
 REACH = BLUR // 2
 LEAST_HEAT = 1e-10  # what the logarithm is taken of, at least
+LOW_HEAT = 1e-6  # where a value may come near that, once the blurred map is scaled
 CROP_THREADS = 4
 
 
@@ -52,22 +55,59 @@ class PoseEstimator:
     def __init__(self, net: OnnxNet, channel_order: ChannelOrder = "rgb") -> None:
         _require_pose(net.path.name, net.output_shapes[0])
         self.net, self.channel_order = net, channel_order
+        if net.engine is not None:
+            from trt_wan.preprocess.device import people
+
+            people.prepare(net.engine)
 
     def estimate(self, frames: Sequence[Picture], boxes: Sequence[Box]) -> list[Keypoints]:
         """The joints of the person in each frame's box; to leave a frame out, leave it out of both."""
+        return self.estimating(frames, boxes)()
+
+    def estimating(self, frames: Sequence[Picture], boxes: Sequence[Box]) -> Callable[[], list[Keypoints]]:
+        """A function that gives what `estimate` does. On a GPU the work begins here, else in the function."""
         _, _, height, width = self.net.input_shape
         crops = [crop_for(box, width, height) for box in boxes]
+        if self.net.engine is None:
+            return partial(self._estimate_on_host, frames, crops)
+        from trt_wan.preprocess.device import people
+
+        engine = self.net.engine
+        shape = engine.shapes[engine.outputs[0]]
+        _require_pose(self.net.path.name, shape)
+        map_size = (shape[3], shape[2])
+        flights, begun = [], 0
+        for piece in people.pieces(frames, self.net.batch):
+            these = crops[begun : begun + len(piece)]
+            begun += len(piece)
+            bgr = self.channel_order == "bgr"
+            flights.append((people.estimate(engine, piece, these, bgr), these))
+
+        def wait() -> list[Keypoints]:
+            found: list[Keypoints] = []
+            for flight, these in flights:
+                (peaks,) = flight.wait()
+                self.net.require_finite(peaks[..., 2])
+                found += self._read(peaks, map_size, these)
+            return found
+
+        return wait
+
+    def _estimate_on_host(self, frames: Sequence[Picture], crops: Sequence[Crop]) -> list[Keypoints]:
         found: list[Keypoints] = []
         with ThreadPoolExecutor(CROP_THREADS) as pool:
             for outputs in self.net.stream(self._batches(frames, crops, pool)):
-                heatmaps = outputs[0]
-                _require_pose(self.net.path.name, heatmaps.shape)
-                these = crops[len(found) : len(found) + len(heatmaps)]
-                centres, sizes = (np.array([getattr(c, k) for c in these]) for k in ("centre", "size"))
-                keypoints = decode_heatmaps(heatmaps, centres, sizes)
-                keypoints[..., 2] = keypoints[..., 2].clip(0)  # -1 where a map is empty
-                found += list(keypoints)
+                _require_pose(self.net.path.name, outputs[0].shape)
+                n, _, height, width = outputs[0].shape
+                these = crops[len(found) : len(found) + n]
+                found += self._read(peaks(outputs[0]), (width, height), these)
         return found
+
+    def _read(self, found: Array, map_size: tuple[int, int], crops: Sequence[Crop]) -> list[Keypoints]:
+        centres, sizes = (np.array([getattr(crop, k) for crop in crops]) for k in ("centre", "size"))
+        keypoints = in_frame(found, map_size, centres, sizes)
+        keypoints[..., 2] = keypoints[..., 2].clip(0)  # -1 where a map is empty
+        return list(keypoints)
 
     def _batches(
         self, frames: Sequence[Picture], crops: Sequence[Crop], pool: ThreadPoolExecutor
@@ -122,8 +162,8 @@ def cut(frame: Picture, crop: Crop, width: int, height: int) -> Array:
     It equals cv2.resize(INTER_LINEAR) of the whole crop in float32, without ever making that: around a person
     in an 8K frame it takes 1.5 GB.
     """
-    rows = _taps(crop.y0, crop.y1, height, frame.shape[0])
-    columns = _taps(crop.x0, crop.x1, width, frame.shape[1])
+    rows = taps(crop.y0, crop.y1, height, frame.shape[0])
+    columns = taps(crop.x0, crop.x1, width, frame.shape[1])
     result = np.zeros((height, width, 3), np.float32)
     places, nothing = np.empty((height, width, 2), np.int16), np.empty(0, np.int16)
     for y, wy in rows:
@@ -135,7 +175,10 @@ def cut(frame: Picture, crop: Crop, width: int, height: int) -> Array:
     return result
 
 
-def _taps(start: int, end: int, size: int, limit: int) -> list[tuple[NDArray[np.intp], Array]]:
+Taps = list[tuple[NDArray[np.intp], Array]]
+
+
+def taps(start: int, end: int, size: int, limit: int) -> Taps:
     """For `size` samples between pixels `start` and `end`: the two pixels that each lies between, with their
     weights, which are 0 outside the frame's `limit` pixels.
     """
@@ -143,12 +186,12 @@ def _taps(start: int, end: int, size: int, limit: int) -> list[tuple[NDArray[np.
     at = (np.arange(size) + 0.5) * (length / size) - 0.5
     low = np.floor(at)
     part = (at - low).astype(np.float32)
-    taps = []
+    both = []
     for offset, weight in ((0, 1 - part), (1, part)):
         pixel = (low + offset).clip(0, length - 1).astype(np.intp) + start
         inside = (pixel >= 0) & (pixel < limit)
-        taps.append((pixel.clip(0, limit - 1), weight * inside))
-    return taps
+        both.append((pixel.clip(0, limit - 1), weight * inside))
+    return both
 
 
 def normalised(crop: Array, order: ChannelOrder) -> Array:
@@ -161,6 +204,14 @@ def decode_heatmaps(heatmaps: Array, centre: Array, size: Array) -> Keypoints:
     """Heat maps float32 [n, joints, H, W] and each crop's centre and size [n, 2] to keypoints
     [n, joints, 3] in pixels of the frame. A map without anything above 0 gives score -1.
     """
+    height, width = heatmaps.shape[2:]
+    return in_frame(peaks(heatmaps), (width, height), centre, size)
+
+
+def peaks(heatmaps: Array) -> Array:
+    """Of heat maps float32 [n, joints, H, W]: x and y in pixels of the map, and the score, float32
+    [n, joints, 3]. A map without anything above 0 gives -1 for all three.
+    """
     n, joints, height, width = heatmaps.shape
     maps = np.ascontiguousarray(heatmaps, np.float32).reshape(n * joints, height, width)
     peak = maps.reshape(n * joints, -1).argmax(1)
@@ -171,10 +222,14 @@ def decode_heatmaps(heatmaps: Array, centre: Array, size: Array) -> Keypoints:
     at[inside] += _taylor_step(maps[inside], x[inside], y[inside], score[inside])
     at[score <= 0] = -1
     score = np.where(score > 0, score, np.float32(-1))
-    scale = (size / (width, height)).astype(np.float32)[:, None]
+    return np.concatenate([at, score[:, None]], 1).reshape(n, joints, 3).astype(np.float32)
+
+
+def in_frame(found: Array, map_size: tuple[int, int], centre: Array, size: Array) -> Keypoints:
+    """What `peaks` gives, in pixels of the frame; `map_size` is (width, height)."""
+    scale = (size / map_size).astype(np.float32)[:, None]
     corner = (np.asarray(centre) - np.asarray(size) / 2).astype(np.float32)[:, None]
-    places = at.reshape(n, joints, 2) * scale + corner
-    return np.concatenate([places, score.reshape(n, joints, 1)], 2).astype(np.float32)
+    return np.concatenate([found[..., :2] * scale + corner, found[..., 2:]], 2).astype(np.float32)
 
 
 def _taylor_step(maps: Array, x: Array, y: Array, score: Array) -> Array:

@@ -5,7 +5,8 @@ The users' own ONNX files and SAM2 weights come first, MediaPipe's bundled model
 named, and what is missing is said in one sentence before any frame is read.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
@@ -18,9 +19,9 @@ from trt_wan.errors import UsageError
 from trt_wan.preprocess.detect import official_person
 from trt_wan.preprocess.masks import Compat, Mask
 from trt_wan.preprocess.mediapipe_people import MediapipePeople
-from trt_wan.preprocess.people import NOBODY, Box, PersonFrame, box_of_joints
+from trt_wan.preprocess.people import NOBODY, Box, Keypoints, PersonFrame, box_of_joints
 from trt_wan.preprocess.skeleton import from_keypoints
-from trt_wan.preprocess.streams import batches, split
+from trt_wan.preprocess.streams import Item, batches, split
 from trt_wan.preprocess.track import PersonChoice, Tracker
 from trt_wan.preprocess.video import Picture
 from trt_wan.runtime.events import Note, Progress, silent
@@ -92,9 +93,12 @@ class OnnxPeople:
     def follow(
         self, frames: Iterable[Picture], choice: PersonChoice, progress: Progress
     ) -> Iterator[PersonFrame]:
+        """The next frames are asked for and looked at while the poses in these are awaited."""
         tracker, told, reported = Tracker(choice), False, 0
-        for batch in batches(frames):
-            found = self.detector.detect(batch)
+        under_way: deque[tuple[list[Box | None], Callable[[], list[Keypoints]]]] = deque()
+        looking = ((batch, self.detector.detecting(batch)) for batch in batches(frames))
+        for batch, detected in _one_ahead(looking):
+            found = detected()
             boxes: list[Box | None]
             if self.official and choice == PersonChoice():
                 boxes = [
@@ -110,9 +114,28 @@ class OnnxPeople:
                 progress(Note(TOLD[event.what].format(event.frame)))
             reported = len(tracker.events)
             here = [(frame, box) for frame, box in zip(batch, boxes, strict=True) if box is not None]
-            poses = iter(self.pose.estimate([f for f, _ in here], [b for _, b in here]) if here else [])
-            for box in boxes:
-                yield NOBODY if box is None else PersonFrame(box, next(poses))
+            posing = self.pose.estimating([frame for frame, _ in here], [box for _, box in here])
+            under_way.append((boxes, posing))
+            if len(under_way) > 1:
+                yield from _people(*under_way.popleft())
+        while under_way:
+            yield from _people(*under_way.popleft())
+
+
+def _people(boxes: Sequence[Box | None], posed: Callable[[], list[Keypoints]]) -> Iterator[PersonFrame]:
+    poses = iter(posed())
+    for box in boxes:
+        yield NOBODY if box is None else PersonFrame(box, next(poses))
+
+
+def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each when the next has been made."""
+    waiting: deque[Item] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
 
 
 class Sam2Segmenter:

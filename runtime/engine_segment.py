@@ -30,13 +30,18 @@ def open_engines(
     plans: Mapping[str, bytes],
     kernel_cache: Path,
     progress: Progress = silent,
+    hashes: Mapping[str, str] | None = None,
 ) -> dict[str, "EngineSegment"]:
-    """`plans` are engines by name, checked by the store; `kernel_cache` is where RTX keeps its kernels."""
-    if len(unfinished(flavour, plans, kernel_cache)) > 1:
+    """`plans` are engines by name, checked by the store; `kernel_cache` is where RTX keeps its kernels.
+
+    `hashes` are the plans' sha256, if they are known: of a gigabyte they take a second.
+    """
+    known = hashes or {}
+    if len(plans) > 1 and len(unfinished(flavour, plans, kernel_cache)) > 1:
         finish_kernels(flavour, plans, kernel_cache, progress)
     runtime = flavour.module.Runtime(flavour.module.Logger(flavour.module.Logger.ERROR))
     return {
-        name: EngineSegment(gpu.handle, flavour.module, runtime, name, plan, kernel_cache)
+        name: EngineSegment(gpu.handle, flavour.module, runtime, name, plan, kernel_cache, known.get(name))
         for name, plan in plans.items()
     }
 
@@ -45,7 +50,14 @@ class EngineSegment:
     """`stream` is the handle of the stream to compute on."""
 
     def __init__(
-        self, stream: int, trt: Any, runtime: Any, name: str, plan: bytes, kernel_cache: Path
+        self,
+        stream: int,
+        trt: Any,
+        runtime: Any,
+        name: str,
+        plan: bytes,
+        kernel_cache: Path,
+        sha256: str | None = None,
     ) -> None:
         self._stream, self._trt, self.name = stream, trt, name
         self._runtime = runtime  # TensorRT wants it to outlive its engines
@@ -58,7 +70,7 @@ class EngineSegment:
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self._cache: Any = None
-        self._cache_file = cache_file(kernel_cache, plan)
+        self._cache_file = cache_file(kernel_cache, plan, sha256)
         self._cached = False
         if hasattr(config, "create_runtime_cache"):
             self._cache = config.create_runtime_cache()
@@ -99,8 +111,8 @@ class EngineSegment:
         self._cached = True
 
 
-def cache_file(folder: Path, plan: bytes) -> Path:
-    return folder / f"{hashlib.sha256(plan).hexdigest()[:32]}.kernels"
+def cache_file(folder: Path, plan: bytes, sha256: str | None = None) -> Path:
+    return folder / f"{(sha256 or hashlib.sha256(plan).hexdigest())[:32]}.kernels"
 
 
 def unfinished(flavour: Flavour, plans: Mapping[str, bytes], kernel_cache: Path) -> list[str]:

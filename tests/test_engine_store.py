@@ -17,9 +17,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from trt_wan.engines import checked_plan
 from trt_wan.engines.engine_id import EngineId, GpuKind
 from trt_wan.engines.engine_store import (
     ensure,
@@ -195,6 +197,89 @@ def test_damage_is_found_named_and_repaired(damage: str) -> None:
     assert not build(A)
     if "swapped" in damage:
         assert build(B) and open_checked(B) == plan_of(B)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every plan counts as large; who is hashed, by their number of bytes."""
+    sizes: list[int] = []
+    digest = hashlib.file_digest
+
+    def counted(opened: Any, name: str) -> Any:
+        sizes.append(os.fstat(opened.fileno()).st_size)
+        return digest(opened, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    monkeypatch.setattr(checked_plan, "LARGE", 1)
+    monkeypatch.setattr(checked_plan, "SETTLED", SETTLED)
+    return sizes
+
+
+SETTLED = 0.05  # s; some file systems tell times in hundredths
+
+
+def remember(*wanted: EngineId) -> None:
+    for each in wanted:
+        build(each)
+    time.sleep(2 * SETTLED)
+    for each in wanted:
+        open_checked(each)
+    time.sleep(2 * SETTLED)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_to_a_remembered_plan_is_found_as_well(damage: str, hashed: list[int]) -> None:
+    remember(A, B)
+    hashed.clear()
+    assert open_checked(A) == plan_of(A) and find(A) and not build(A) and hashed == []
+    spoil, words = DAMAGES[damage]
+    spoil()
+    assert words in refused(A).message
+    assert build(A)
+    assert open_checked(A) == plan_of(A)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no time of the last change")
+@pytest.mark.parametrize("how", ["in place", "another file"])
+def test_an_edit_that_sets_the_time_back_is_found(how: str, hashed: list[int]) -> None:
+    remember(A)
+    plan = file(A, "plan")
+    before = plan.stat()
+    if how == "in place":
+        with plan.open("r+b") as opened:
+            opened.write(b"?")
+    else:
+        other = plan.with_name("other")
+        other.write_bytes(WRONG_PLAN)
+        other.replace(plan)
+    os.utime(plan, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert plan.stat().st_size == SIZE and plan.stat().st_mtime_ns == before.st_mtime_ns
+    assert "is not what was built" in refused(A).message
+
+
+def test_what_is_remembered_may_be_damaged_or_old(hashed: list[int]) -> None:
+    remember(A)
+    for text in ("", "{", "[]", "null", file(A, "checked").read_text().replace("[", "[1, ")):
+        file(A, "checked").write_text(text)
+        hashed.clear()
+        assert open_checked(A) == plan_of(A) and hashed == [SIZE]
+        assert open_checked(A) == plan_of(A) and hashed == [SIZE]
+    assert remove(A.key) and not file(A, "checked").exists()
+
+
+def test_a_plan_that_has_just_been_written_is_not_remembered(
+    hashed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checked_plan, "SETTLED", 60.0)
+    build(A)
+    hashed.clear()
+    assert open_checked(A) == open_checked(A) == plan_of(A) and hashed == [SIZE, SIZE]
+
+
+def test_small_plans_are_hashed_each_time() -> None:
+    build(A)
+    open_checked(A)
+    assert not file(A, "checked").exists() and checked_plan.LARGE > SIZE
 
 
 def test_a_plan_and_its_hash_exchanged_together_are_found() -> None:

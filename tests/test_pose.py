@@ -157,7 +157,7 @@ class KnownJoints:
     def __init__(self, joints: Array, crops: list[Crop], batch: int) -> None:
         self.joints, self.crops, self.path = joints, crops, Path("known.onnx")
         self.input_shape, self.output_shapes = (batch, 3, 256, 192), ((None, JOINTS, 64, 48),)
-        self.given = 0
+        self.given, self.engine = 0, None
 
     def stream(self, batches: Any) -> Any:
         for batch in batches:

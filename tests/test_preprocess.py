@@ -10,8 +10,10 @@ import tracemalloc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import av
 import numpy as np
@@ -474,6 +476,50 @@ class TwoPeople:
             points[:, :2] = (points[:, :2] - low) / (high - low) * (box.width, box.height) + (box.x0, box.y0)
             made.append(points)
         return made
+
+    def detecting(self, frames: Sequence[Picture]) -> Any:
+        return partial(self.detect, frames)
+
+    def estimating(self, frames: Sequence[Picture], boxes: Sequence[Box]) -> Any:
+        return partial(self.estimate, frames, boxes)
+
+
+def test_the_next_frames_are_looked_at_while_poses_are_awaited() -> None:
+    """What was asked of whom, and who was waited for, in batches; results come in order all the same."""
+    told: list[str] = []
+
+    class Slow(TwoPeople):
+        begun = {"detect": 0, "pose": 0}
+
+        def begin(self, what: str, work: Any) -> Any:
+            k = self.begun[what]
+            self.begun[what] += 1
+            told.append(f"{what} {k}")
+
+            def wait() -> Any:
+                told.append(f"{what} {k} there")
+                return work()
+
+            return wait
+
+        def detecting(self, frames: Sequence[Picture]) -> Any:
+            return self.begin("detect", partial(self.detect, frames))
+
+        def estimating(self, frames: Sequence[Picture], boxes: Sequence[Box]) -> Any:
+            return self.begin("pose", partial(self.estimate, frames, boxes))
+
+    frames = [np.zeros((180, 320, 3), np.uint8)] * (2 * BATCH + 3)
+    slow, both = Slow(), TwoPeople()
+    source, plain = OnnxPeople(slow, slow), OnnxPeople(both, both)  # type: ignore[arg-type]
+    found = list(source.follow(iter(frames), PersonChoice(), silent))
+    expected = list(plain.follow(iter(frames), PersonChoice(), silent))
+    assert [person.box for person in found] == [person.box for person in expected]
+    assert len(found) == len(frames)
+    assert told == [
+        *("detect 0", "detect 1", "detect 0 there", "pose 0"),
+        *("detect 2", "detect 1 there", "pose 1", "pose 0 there"),
+        *("detect 2 there", "pose 2", "pose 1 there", "pose 2 there"),
+    ]
 
 
 @pytest.mark.parametrize(("number", "width"), [(1, 40), (2, 50)])

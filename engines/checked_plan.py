@@ -1,0 +1,48 @@
+"""Whether a plan has the hash that its manifest names, without reading a gigabyte each time.
+
+Once a large plan has passed, what the file system says of the file is remembered beside it: size, inode and
+the times of its last writing and last change. A file that was written to, replaced, swapped or cut differs in
+one of them: on POSIX the time of the last change cannot be set back. On Windows there is no such time, and an
+edit that keeps the size and sets the other time back goes unseen. Small plans are hashed each time.
+"""
+
+import hashlib
+import json
+import os
+import time
+from io import BufferedReader
+from pathlib import Path
+
+LARGE = 64 << 20  # bytes; hashing fewer takes less than 50 ms
+SETTLED = 2.0  # s since the last change: times are that coarse on some disks, so one more could look the same
+
+
+def has_hash(file: BufferedReader, sha256: str, memory: Path) -> bool:
+    """`file` is open for reading, and is at its beginning afterwards; `memory` is where it is remembered."""
+    now, found = time.time_ns(), os.fstat(file.fileno())  # before it is read: a change meanwhile shows later
+    state = [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, sha256]
+    large = found.st_size >= LARGE
+    if large and _remembered(memory) == state:
+        return True
+    if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+        return False
+    file.seek(0)
+    if large and now - max(found.st_mtime_ns, found.st_ctime_ns) > SETTLED * 1e9:
+        _remember(memory, state)
+    return True
+
+
+def _remembered(memory: Path) -> object:
+    try:
+        return json.loads(memory.read_text())
+    except (OSError, ValueError):  # not there, or damaged: hashed again
+        return None
+
+
+def _remember(memory: Path, state: list[object]) -> None:
+    temporary = memory.with_name(f"{memory.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_text(json.dumps(state))
+        temporary.replace(memory)
+    except OSError:  # a store that this user may only read
+        pass
