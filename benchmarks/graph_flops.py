@@ -1,4 +1,6 @@
-"""FLOPs of an ONNX graph, from its shapes alone: two for each multiply and add of matrix products and convolutions."""
+"""FLOPs of an ONNX graph, from its shapes alone: two for each multiply and add of matrix products and
+convolutions.
+"""
 
 import math
 from typing import Any
@@ -7,8 +9,8 @@ import onnx
 
 
 def counted_flops(model: Any) -> tuple[int, int]:
-    """Of the matrix products and of the convolutions of an `onnx.ModelProto`, for one frame where the batch is
-    open. Weights may be missing; their shapes have to be there.
+    """Of the matrix products and of the convolutions of an `onnx.ModelProto`, for one frame where the batch
+    is open. Weights may be missing; their shapes have to be there.
     """
     counted = onnx.ModelProto()
     counted.CopyFrom(model)

@@ -1,5 +1,5 @@
-"""Clips of any size and length for a benchmark: prepared ones, a disc that moves on grey that changes; and the
-sample that comes along, as a driving clip with its reference.
+"""Clips of any size and length for a benchmark: prepared ones, a disc that moves on grey that changes; and
+the sample that comes along, as a driving clip with its reference.
 """
 
 from fractions import Fraction
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trt_wan.preprocess.video import Clip, Picture
+from trt_wan.preprocess.video import Clip, Picture, read_picture
 from trt_wan.runtime.clips import FACE_SIZE
 from trt_wan.runtime.writer import VideoWriter
 
@@ -48,8 +48,8 @@ def write_reference(path: Path, width: int, height: int) -> Path:
     """The sample's character at that size."""
     import cv2
 
-    picture = cv2.imread(str(SAMPLE / "src_ref.png"))
-    cv2.imwrite(str(path), cv2.resize(picture, (width, height)))
+    picture = cv2.resize(read_picture(SAMPLE / "src_ref.png"), (width, height))
+    cv2.imwrite(str(path), picture[..., ::-1])
     return path
 
 

@@ -52,6 +52,11 @@ class Options:
     def modes(self) -> tuple[What, ...]:
         return ("animate", "replace") if self.mode == "both" else (self.mode,)
 
+    @property
+    def networks(self) -> tuple[What, ...]:
+        """SAM2 has nothing to do in the mode animate."""
+        return ("detector", "pose") if self.mode == "animate" else ("detector", "pose", "sam2")
+
 
 @dataclass(frozen=True)
 class Networks:
@@ -76,21 +81,26 @@ def run_bench(options: Options, progress: Progress = silent) -> PreprocessResult
         progress(Note(f"{card.hardware}; {frames} frames, {size[0]}x{size[1]}"))
 
         def spec(what: What) -> Spec:
-            files = {name: str(path) for name, path in networks.files.items()}
+            files = {"sam2": ""} | {name: str(path) for name, path in networks.files.items()}
             places = {"clip": str(clip), "reference": str(reference), "output": str(folder / what)}
-            return Spec(what, **files, **places, size=options.size, executor=options.executor, repeat=options.repeat)
+            return Spec(
+                what, **files, **places, size=options.size, executor=options.executor, repeat=options.repeat
+            )
+
+        def measured(what: What) -> _Measured:
+            return with_graphs(lambda: _measured(spec(what)), progress, (tiny_sam2.SELF,))
 
         timed: list[NetworkTimes] = []
-        for what in ("detector", "pose", "sam2") if "replace" in options.modes else ("detector", "pose"):
+        for what in options.networks:
             progress(Note(f"{what}: {networks.files[what].name}"))
-            found = with_graphs(lambda s=spec(what): _measured(s), progress, (tiny_sam2.SELF,))  # type: ignore[misc]
+            found = measured(what)
             timed.append(_network_times(what, networks, found))
             if found.end["alone"] is None and what != "sam2":
                 not_measured.append(f"{what} alone: its network has no stream of its own")
         whole = []
         for what in options.modes:
             progress(Note(f"a whole preprocessing, mode {what}, stages opened"))
-            steady = with_graphs(lambda s=spec(what): _measured(s), progress, (tiny_sam2.SELF,))  # type: ignore[misc]
+            steady = measured(what)
             progress(Note(f"the whole command, mode {what}"))
             whole.append(_whole_times(what, steady, _commands(spec(what))))
             not_measured += [f"part {name} of {what}: no such function" for name in steady.end["missing"]]
@@ -119,8 +129,7 @@ def run_bench(options: Options, progress: Progress = silent) -> PreprocessResult
 
 def _networks(options: Options, model: ModelName, aspect: float, progress: Progress) -> Networks:
     given = {"detector": options.detector, "pose": options.pose, "sam2": options.sam2}
-    if "replace" not in options.modes and options.sam2 is None:
-        given["sam2"] = Path("not used")
+    given = {name: path for name, path in given.items() if name in options.networks}
     make = {
         "detector": lambda: random_networks.random_detector(model, progress),
         "pose": lambda: random_networks.random_pose(model, aspect, progress),
@@ -193,7 +202,16 @@ class _Commands:
 
 def _commands(spec: Spec) -> _Commands:
     """The command in fresh processes; the first one warms up the disk's cache and the kernels'."""
-    arguments = [spec.reference, spec.clip, "-o", f"{spec.output}-command", "--mode", spec.what, "-y", "--json"]
+    arguments = [
+        spec.reference,
+        spec.clip,
+        "-o",
+        f"{spec.output}-command",
+        "--mode",
+        spec.what,
+        "-y",
+        "--json",
+    ]
     arguments += ["--detector", spec.detector, "--pose", spec.pose, "--executor", spec.executor]
     arguments += ["--size", "x".join(map(str, spec.size))]
     if spec.what == "replace":

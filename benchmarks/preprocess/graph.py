@@ -95,7 +95,8 @@ class GraphBuilder:
             ],
         )
         opset = [helper.make_opsetid("", OPSET)]
-        return helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)
+        model: onnx.ModelProto = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)
+        return model
 
     def _placeholder(self, weight: Weight) -> Any:
         tensor = self.onnx.TensorProto(name=weight.name, dims=weight.shape)

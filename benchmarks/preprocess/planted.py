@@ -53,7 +53,8 @@ def in_frame(width: int, height: int) -> Points:
     """[133, 2] in pixels of a frame."""
     x0, y0, x1, y1 = BOX
     corner, size = np.array((x0, y0)), np.array((x1 - x0, y1 - y0))
-    return ((corner + joints() * size) * (width, height)).astype(np.float32)
+    places: Points = ((corner + joints() * size) * (width, height)).astype(np.float32)
+    return places
 
 
 def detector_rows(side: int, rows: int) -> Points:

@@ -1,5 +1,5 @@
-"""Everything that `trt-wan bench preprocess` measured, as it is written to preprocess.json and its table. Seconds
-and bytes, never rounded.
+"""Everything that `trt-wan bench preprocess` measured, as it is written to preprocess.json and its table.
+Seconds and bytes, never rounded.
 """
 
 import csv
@@ -70,7 +70,9 @@ class WholeTimes:
     open_seconds: float
     first_seconds: float  # the warm-up
     command: Spread  # from the start of the process to its end, engines built before
-    command_work: Spread  # of that, what the command itself counts: opening and making, without Python's start
+    command_work: (
+        Spread  # of that, what the command itself counts: opening and making, without Python's start
+    )
     runs_on: str
     notes: list[str]
     host_peak_bytes: int | None
@@ -110,12 +112,13 @@ class PreprocessResult:
 
     @property
     def about_random(self) -> str:
-        """What a reader must know before believing anything but speed; empty if every network is the user's."""
+        """What a reader must know before believing anything but speed; empty if all networks are the user's."""
         if not self.random:
             return ""
         return (
-            f"Random weights: {', '.join(self.random)}. Their shapes are the named networks', so this is their "
-            "speed; the person that is found is planted, and outlines are nearly the whole picture."
+            f"Random weights: {', '.join(self.random)}. The shapes are those of the named networks, so this is "
+            "their speed. The person that is found is planted, and outlines are nearly the whole picture, so "
+            "that the background clip is nearly black and quicker to encode."
         )
 
     def headlines(self) -> dict[str, float]:

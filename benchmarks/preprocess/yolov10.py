@@ -1,5 +1,5 @@
-"""YOLOv10 as an ONNX graph with random weights: the genuine topology and widths ("YOLOv10: Real-Time End-to-End
-Object Detection", its yolov10m.yaml), batch norms folded into the convolutions as an export has them, and the
+"""YOLOv10 as an ONNX graph with random weights: the genuine topology and widths ("YOLOv10: Real-Time
+End-to-End Object Detection", its yolov10m.yaml), batch norms folded into the convolutions as an export has them, and the
 one-to-one head that needs no suppression. What it finds is planted.
 """
 
@@ -103,7 +103,9 @@ class _Parts:
 
     def doubled(self, x: Grid) -> Grid:
         scales = self.g.constant([1, 1, 2, 2])
-        name = self.g.op("Resize", x.name, "", scales, mode="nearest", coordinate_transformation_mode="asymmetric")
+        name = self.g.op(
+            "Resize", x.name, "", scales, mode="nearest", coordinate_transformation_mode="asymmetric"
+        )
         return Grid(name, x.channels)
 
     def attended(self, x: Grid, cells: int) -> Grid:
