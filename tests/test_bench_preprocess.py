@@ -220,7 +220,7 @@ def test_random_networks_are_said_to_be_random(
     ran: "subprocess.CompletedProcess[str]", result: dict[str, Any], out: Path
 ) -> None:
     assert result["random"] == ["yolov10-tiny", "vitpose-tiny", "sam2.1_bench_tiny"]
-    assert set(result["networks_from"].values()) == {"random weights"}
+    assert result["sources"]["pose"] == "vitpose-tiny, random weights"
     assert "planted" in result["about_random"] and "planted" in " ".join(ran.stderr.split())
     assert "Random weights" in (out / "preprocess-networks.svg").read_text()
 

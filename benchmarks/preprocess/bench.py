@@ -66,6 +66,14 @@ class Networks:
     flops: Mapping[str, int | None]
     random: tuple[str, ...]
 
+    def model(self, name: str) -> str:
+        """What a random network is made like; of another, its file."""
+        file = self.files[name]
+        return file.parent.name.rpartition("-")[0] if name in self.random else file.name
+
+    def source(self, name: str) -> str:
+        return f"{self.model(name)}, random weights" if name in self.random else str(self.files[name])
+
 
 def run_bench(options: Options, progress: Progress = silent) -> PreprocessResult:
     card = read_card()
@@ -109,11 +117,8 @@ def run_bench(options: Options, progress: Progress = silent) -> PreprocessResult
     if frames > MOST_FRAMES:
         not_measured.append(f"networks on more than the first {MOST_FRAMES} frames")
     return PreprocessResult(
-        networks_from={
-            name: "random weights" if name in networks.random else str(path)
-            for name, path in networks.files.items()
-        },
-        random=[networks.files[name].parent.name.rpartition("-")[0] for name in networks.random],
+        sources={name: networks.source(name) for name in networks.files},
+        random=[networks.model(name) for name in networks.random],
         clip=str(options.clip) if options.clip else "the sample, scaled, back and forth",
         frames=frames,
         size=size,
@@ -172,11 +177,9 @@ def _measured(spec: Spec) -> _Measured:
 
 def _network_times(name: str, networks: Networks, found: _Measured) -> NetworkTimes:
     alone = found.end["alone"]
-    random = name in networks.random
-    file = networks.files[name]
     return NetworkTimes(
         name=name,
-        title=f"{file.parent.name.rpartition('-')[0]}, random weights" if random else file.name,
+        title=networks.model(name) + (", random weights" if name in networks.random else ""),
         frames=found.opened["frames"],
         seconds=found.seconds,
         alone=Spread.of(alone) if alone else None,

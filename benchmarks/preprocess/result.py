@@ -91,7 +91,7 @@ class WholeTimes:
 
 @dataclass(frozen=True)
 class PreprocessResult:
-    networks_from: Mapping[str, str]  # file of each, or that it is random
+    sources: Mapping[str, str]  # of each network: its file, or that it is random
     random: list[str]  # networks with random weights
     clip: str
     frames: int
@@ -112,13 +112,13 @@ class PreprocessResult:
 
     @property
     def about_random(self) -> str:
-        """What a reader must know before believing anything but speed; empty if all networks are the user's."""
+        """What a reader must know before believing more than speed; empty if all networks are the user's."""
         if not self.random:
             return ""
         return (
-            f"Random weights: {', '.join(self.random)}. The shapes are those of the named networks, so this is "
-            "their speed. The person that is found is planted, and outlines are nearly the whole picture, so "
-            "that the background clip is nearly black and quicker to encode."
+            f"Random weights: {', '.join(self.random)}. Their shapes are those of the named networks, so "
+            "this is their speed. The person that is found is planted, and outlines are nearly the whole "
+            "picture, so that the background clip is nearly black and quicker to encode."
         )
 
     def headlines(self) -> dict[str, float]:

@@ -26,7 +26,7 @@ def _card(result: PreprocessResult) -> Table:
     card, gpu, (width, height) = result.card, result.card.gpu, result.size
     rows = [
         ("clip", f"{result.clip}: {result.frames} frames, {width}x{height}"),
-        *((name, source) for name, source in result.networks_from.items()),
+        *((name, source) for name, source in result.sources.items()),
         ("host", f"{card.cpu}, {card.cores} cores, {card.memory_gb:.0f} GB, {card.system}"),
         ("versions", ", ".join(f"{name} {v}" for name, v in card.packages.items())),
     ]
@@ -61,7 +61,7 @@ def _network_row(n: NetworkTimes) -> tuple[str, ...]:
     work = f"{alone * n.flops / 1e12:.3g}" if alone and n.flops else ""
     prompts = f", {n.prompted} prompts" if n.prompted is not None else ""
     return (
-        f"{n.name}: {n.title}{prompts}",
+        f"{n.name}{prompts}",
         f"{n.rate:.1f}",
         f"{1e3 / n.rate:.2f}",
         str(n.seconds.count),

@@ -1,4 +1,4 @@
-"""A SAM2 that a CPU tracks with in a fraction of a second: 256 pixels wide, a trunk of five blocks.
+"""A SAM2 that a CPU tracks with in a fraction of a second: 256 pixels wide, one layer of each kind.
 
 It is no model that anybody has, so the table of models does not name it. What should know it in another
 process is run by this module:
@@ -16,10 +16,12 @@ TINY_SAM2 = replace(
     SAM2_MODELS["sam2.1_tiny"],
     name="sam2.1_bench_tiny",
     dim=32,
-    blocks=(1, 1, 2, 1),
-    global_blocks=(3,),
+    blocks=(1, 1, 1, 1),
+    global_blocks=(2,),
     image_size=256,
     memory_layers=1,
+    decoder_layers=1,
+    fuser_layers=1,
 )
 SELF = "trt_wan.benchmarks.preprocess.tiny_sam2"
 

@@ -1,6 +1,6 @@
 """YOLOv10 as an ONNX graph with random weights: the genuine topology and widths ("YOLOv10: Real-Time
-End-to-End Object Detection", its yolov10m.yaml), batch norms folded into the convolutions as an export has them, and the
-one-to-one head that needs no suppression. What it finds is planted.
+End-to-End Object Detection", its yolov10m.yaml), batch norms folded into the convolutions as an export has
+them, and the one-to-one head that needs no suppression. What it finds is planted.
 """
 
 import math
