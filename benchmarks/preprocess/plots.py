@@ -1,6 +1,7 @@
 """Plots of `trt-wan bench preprocess`, as PNG and SVG, with their units and the hardware."""
 
 from pathlib import Path
+from textwrap import wrap
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,7 +25,8 @@ COLOURS = {
     "wait for encoders": "#c4b1d4",
     "finish clips": "#6b4f7f",
 }
-NARROW = 0.03  # of the axis: parts under it have no figure of their own
+NARROW = 0.04  # of the longest bar: parts under it have no figure of their own
+LINE = 88  # characters
 
 
 def draw(result: PreprocessResult, folder: Path) -> list[Path]:
@@ -36,7 +38,8 @@ def draw(result: PreprocessResult, folder: Path) -> list[Path]:
 
 
 def _under(result: PreprocessResult) -> str:
-    return "\n".join(text for text in (result.title, result.about_random) if text)
+    """Beside the axes there is less room than `canvas` wraps lines for."""
+    return "\n".join([result.title, *wrap(result.about_random, LINE)])
 
 
 def rates(result: PreprocessResult) -> Figure:
@@ -58,7 +61,7 @@ def rates(result: PreprocessResult) -> Figure:
     axes.set_yticks(
         range(len(result.networks)), [f"{n.name}\n{n.title}" for n in result.networks], fontsize=8
     )
-    axes.invert_yaxis()
+    axes.set_ylim(len(result.networks) - 0.5, -0.5)
     axes.set_xlim(0, most * 1.12)
     axes.set_xlabel("frames per second")
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
