@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,25 @@ import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner
+from plan_text import fused_attentions
 from tiny_job import as_argv
 
 from trt_wan.benchmarks.graph_flops import counted_flops
-from trt_wan.benchmarks.preprocess import bench, planted, random_networks, tiny_sam2, vitpose, yolov10
+from trt_wan.benchmarks.preprocess import bench, graph, planted, random_networks, tiny_sam2, vitpose, yolov10
 from trt_wan.benchmarks.preprocess.parts import PARTS, PartClock
 from trt_wan.cli import cli
 from trt_wan.engines.sam2.config import SAM2_MODELS
+from trt_wan.engines.tensorrt import choose_flavour
 from trt_wan.preprocess.detect import open_detector
+from trt_wan.preprocess.onnx_engine import compile_file
+from trt_wan.preprocess.onnx_file import read_onnx
 from trt_wan.preprocess.people import Box
 from trt_wan.preprocess.pose import open_pose
 from trt_wan.preprocess.sam2.weights import load_sam2
 
 ROOT = Path(__file__).parents[1]
 SIZE, FRAMES, REPEAT = (320, 192), 9, 2
+needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 
 
 # --- random networks -------------------------------------------------------------------------------------
@@ -150,6 +156,22 @@ def test_sam2_files_are_read_as_the_models_they_are(home: Path, monkeypatch: pyt
     monkeypatch.setitem(SAM2_MODELS, tiny_sam2.TINY_SAM2.name, tiny_sam2.TINY_SAM2)
     assert load_sam2(random_networks.random_sam2("tiny").path).config == tiny_sam2.TINY_SAM2
     assert len(random_networks.sam2_tensors(random_networks.SAM2["full"])) == 615
+
+
+@needs_rtx
+def test_tensorrt_takes_the_graphs_and_fuses_their_attention(home: Path, tmp_path: Path) -> None:
+    """With heads of 80 channels as ViTPose-H has them, not the tiny one's 24."""
+    built, g = vitpose.build(vitpose.VitPose("two blocks", 160, 2, 2), 1.5)
+    graph.write(built, g.weights, tmp_path / "pose.onnx", 0, beside="weights")
+    flavour = choose_flavour(None, None)
+
+    def compiled(path: Path, height: int, width: int) -> bytes:
+        return compile_file(flavour, read_onnx(path), (2, 3, height, width), "sm89", lambda *_: None)
+
+    assert fused_attentions(compiled(tmp_path / "pose.onnx", 256, 192)) == [("half", "half", "half")] * 2
+    side = yolov10.TINY.side
+    plan = compiled(random_networks.random_detector("tiny").path, side, side)
+    assert b"dims={ 2 300 6 }" in plan
 
 
 # --- parts -----------------------------------------------------------------------------------------------
