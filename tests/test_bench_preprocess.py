@@ -28,6 +28,7 @@ from trt_wan.benchmarks.preprocess.parts import PARTS, PartClock
 from trt_wan.cli import cli
 from trt_wan.engines.sam2.config import SAM2_MODELS
 from trt_wan.engines.tensorrt import choose_flavour
+from trt_wan.errors import InputError, TrtWanError
 from trt_wan.preprocess.detect import open_detector
 from trt_wan.preprocess.onnx_engine import compile_file
 from trt_wan.preprocess.onnx_file import read_onnx
@@ -341,7 +342,17 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_a_command_that_fails_is_told() -> None:
-    line = json.dumps({"ok": False, "error": {"code": "x", "message": "No person.", "hint": "Use another."}})
-    failed = subprocess.CompletedProcess([], 1, stdout=f"{line}\n", stderr="")
-    with pytest.raises(bench.TrtWanError, match="trt-wan preprocess failed: No person."):
+    error = {"code": InputError.code, "message": "No person.", "hint": "Use another."}
+    failed = subprocess.CompletedProcess([], 1, f"{json.dumps({'ok': False, 'error': error})}\n", "")
+    with pytest.raises(InputError, match="No person."):
         bench._envelope(failed)
+    with pytest.raises(TrtWanError, match="ended with -9"):
+        bench._envelope(subprocess.CompletedProcess([], -9, "", "Killed"))
+
+
+def test_a_file_that_is_no_network_is_the_users_mistake(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"no network at all")
+    arguments = f"--model tiny --size 64x48 --frames 2 --mode animate --detector {tmp_path}/broken.onnx"
+    refused = CliRunner().invoke(cli, ["bench", "preprocess", *arguments.split()])
+    assert refused.exit_code == 1 and "broken.onnx is not an ONNX file" in refused.stderr
+    assert "mistake in trt-wan" not in refused.stderr and refused.stdout == ""

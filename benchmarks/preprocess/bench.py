@@ -21,7 +21,7 @@ from trt_wan.benchmarks.preprocess.child import MOST_FRAMES, Spec, What
 from trt_wan.benchmarks.preprocess.parts import PARTS
 from trt_wan.benchmarks.preprocess.random_networks import ModelName, RandomNetwork
 from trt_wan.benchmarks.preprocess.result import NetworkTimes, PartTime, PreprocessResult, WholeTimes
-from trt_wan.benchmarks.processes import Child
+from trt_wan.benchmarks.processes import Child, refusal
 from trt_wan.benchmarks.sample_clips import write_driving, write_reference
 from trt_wan.benchmarks.spread import Spread
 from trt_wan.errors import TrtWanError
@@ -235,8 +235,9 @@ def _envelope(ran: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
     lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
     last = json.loads(lines[-1]) if lines else {}
     if not last.get("ok"):
-        error = last.get("error", {"message": ran.stderr.strip()[-300:] or "It said nothing.", "hint": ""})
-        raise TrtWanError(f"trt-wan preprocess failed: {error['message']}", error["hint"])
+        if "error" in last:
+            raise refusal(last["error"])
+        raise TrtWanError(f"trt-wan preprocess ended with {ran.returncode}.", ran.stderr.strip()[-300:])
     data: dict[str, Any] = last["data"]
     return data
 
