@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +41,8 @@ from trt_wan.runtime.events import Note, Progress, silent
 
 OURS_MODULE = "trt_wan.benchmarks.ours"
 T = TypeVar("T")
-BUILD_HINT = "Run: trt-wan "  # how a GraphError names the command that builds what is missing
+# How a GraphError names the command that builds what is missing, and what module of ours that is.
+BUILD_HINTS = {"Run: trt-wan ": ("trt_wan",), "Run: python -m ": ()}
 
 
 @dataclass(frozen=True)
@@ -179,16 +180,19 @@ def _cold(
         progress(Note("engines were built on the way: once more without that"))
 
 
-def with_graphs(act: Callable[[], T], progress: Progress) -> T:
-    """What `act` returns. If it lacks graphs, the command that it names builds them, and it acts again."""
+def with_graphs(act: Callable[[], T], progress: Progress, within: Sequence[str] = ()) -> T:
+    """What `act` returns. If it lacks graphs, the command that it names builds them, and it acts again.
+    `within` are modules that run the command's in their turn.
+    """
     try:
         return act()
     except GraphError as error:
-        if not error.hint.startswith(BUILD_HINT):
+        hint = next((hint for hint in BUILD_HINTS if error.hint.startswith(hint)), None)
+        if hint is None:
             raise
-        command = shlex.split(error.hint.removeprefix(BUILD_HINT))
-    progress(Note(f"trt-wan {shlex.join(command)}"))
-    built = subprocess.run([sys.executable, "-m", "trt_wan", *command], capture_output=True, text=True)
+        command = [*BUILD_HINTS[hint], *shlex.split(error.hint.removeprefix(hint))]
+        progress(Note(error.hint.removeprefix("Run: ")))
+    built = subprocess.run([sys.executable, "-m", *within, *command], capture_output=True, text=True)
     if built.returncode:
         raise TrtWanError("The graphs could not be built.", built.stderr.strip()[-300:])
     return act()

@@ -10,9 +10,15 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from trt_wan.errors import GraphError, TrtWanError
+from trt_wan.errors import TrtWanError
 
 PATIENCE = 900  # seconds for one answer: a 14B that is compiled takes minutes
+
+
+def refusal(answer: Mapping[str, Any]) -> TrtWanError:
+    """Another process's error as it was raised there, so that a user's mistake stays one."""
+    kinds = {kind.code: kind for kind in TrtWanError.__subclasses__()}
+    return kinds.get(answer["code"], TrtWanError)(answer["message"], answer["hint"])
 
 
 class Child:
@@ -54,8 +60,7 @@ class Child:
             )
         answer: dict[str, Any] = json.loads(line)
         if answer.get("event") == "failed":
-            kind = GraphError if answer["code"] == GraphError.code else TrtWanError
-            raise kind(answer["message"], answer["hint"])
+            raise refusal(answer)
         return answer
 
     def ask(self, line: str) -> dict[str, Any]:

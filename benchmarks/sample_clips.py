@@ -1,15 +1,18 @@
-"""Prepared clips of any size and length for a benchmark: a disc that moves, on grey that changes."""
+"""Clips of any size and length for a benchmark: prepared ones, a disc that moves on grey that changes; and
+the sample that comes along, as a driving clip with its reference.
+"""
 
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from trt_wan.preprocess.video import Picture
+from trt_wan.preprocess.video import Clip, Picture, read_picture
 from trt_wan.runtime.clips import FACE_SIZE
 from trt_wan.runtime.writer import VideoWriter
 
 RATE = Fraction(30)
+SAMPLE = Path(__file__).parents[1] / "trt_wan" / "sample"
 
 
 def write_clips(folder: Path, width: int, height: int, frames: int) -> Path:
@@ -24,6 +27,30 @@ def write_clips(folder: Path, width: int, height: int, frames: int) -> Path:
                 writer.write(_picture(*size, k / frames))
             writer.finish()
     return folder
+
+
+def write_driving(path: Path, width: int, height: int, frames: int) -> Path:
+    """The sample's driving clip at that size, played back and forth until there are enough frames."""
+    import cv2
+
+    with Clip(SAMPLE / "driving.mp4") as sample:
+        pictures = [cv2.resize(sample.window([i])[0], (width, height)) for i in range(sample.frames)]
+        rate = sample.rate
+    around = [*pictures, *pictures[-2:0:-1]]
+    with VideoWriter(path, width, height, rate, None, overwrite=True) as writer:
+        for k in range(frames):
+            writer.write(around[k % len(around)])
+        writer.finish()
+    return path
+
+
+def write_reference(path: Path, width: int, height: int) -> Path:
+    """The sample's character at that size."""
+    import cv2
+
+    picture = cv2.resize(read_picture(SAMPLE / "src_ref.png"), (width, height))
+    cv2.imwrite(str(path), picture[..., ::-1])
+    return path
 
 
 def _picture(width: int, height: int, phase: float) -> Picture:

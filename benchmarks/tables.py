@@ -36,14 +36,14 @@ def render(result: Result) -> Group:
     return Group(*parts)
 
 
-def _table(title: str, *columns: str, rows: Iterable[Iterable[str]]) -> Table:
+def table(title: str, *columns: str, rows: Iterable[Iterable[str]]) -> Table:
     """The first column is text, the others are figures."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    found = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+        found.add_column(column, justify="right" if i else "left")
     for row in rows:
-        table.add_row(*row)
-    return table
+        found.add_row(*row)
+    return found
 
 
 def _card(result: Result) -> Table:
@@ -67,10 +67,10 @@ def _card(result: Result) -> Table:
             ),
         ]
     rows += [("choice", choice) for choice in result.choices]
-    table = _table(f"trt-wan {result.version}, {result.time}", "", "", rows=rows)
-    table.show_header = False
-    table.columns[1].justify = "left"
-    return table
+    shown = table(f"trt-wan {result.version}, {result.time}", "", "", rows=rows)
+    shown.show_header = False
+    shown.columns[1].justify = "left"
+    return shown
 
 
 def _ceilings(result: Result) -> Table:
@@ -80,7 +80,7 @@ def _ceilings(result: Result) -> Table:
         return f"{value / 1e12:.2f} TB/s" if name == "copy" else f"{value / 1e12:.4g} TFLOP/s"
 
     rows = [(c.name, c.shape, rate(c.name, c.rate, c.reason)) for c in result.ceilings]
-    return _table("Ceilings of this machine, measured", "what", "shape", "rate", rows=rows)
+    return table("Ceilings of this machine, measured", "what", "shape", "rate", rows=rows)
 
 
 def _work(result: Result) -> Table:
@@ -99,7 +99,7 @@ def _work(result: Result) -> Table:
         kinds = (row.linear, row.attention, row.convolution)
         rows.append((row.name, *cells, figure(flops), *map(figure, kinds), f"{row.bytes / 1e9:.3g}"))
     heads = ("in a step", "window", "job", f"{unit} a call", "linear", "attention", "convolution", "GB")
-    return _table("Work: calls, FLOPs of one call, least bytes of one call", "network", *heads, rows=rows)
+    return table("Work: calls, FLOPs of one call, least bytes of one call", "network", *heads, rows=rows)
 
 
 def _step(result: Result) -> Table:
@@ -128,7 +128,7 @@ def _step(result: Result) -> Table:
             ("at the datasheet's peaks", "", "", "", "", _milli(sheet), _ratio(steps.seconds.median, sheet))
         )
     heads = ("calls", "ms a step", "ms a call", "TFLOP/s", "bound ms", "times the bound")
-    return _table(f"A step of {OURS} ({steps.bound_about})", "network", *heads, rows=rows)
+    return table(f"A step of {OURS} ({steps.bound_about})", "network", *heads, rows=rows)
 
 
 def _milli(seconds: float | None) -> str:
@@ -147,19 +147,19 @@ def _stages(result: Result) -> Table:
     title = f"A whole job: one window, {len(result.warm.steps)} steps (seconds unless named)"
     if len(result.warm_jobs) > 1:
         title += f"; warm: the middle one of {len(result.warm_jobs)}"
-    return _table(title, "stage", *(f"{name} start" for name, _ in jobs), rows=rows)
+    return table(title, "stage", *(f"{name} start" for name, _ in jobs), rows=rows)
 
 
 _JOB_FIGURES: tuple[tuple[str, Callable[[JobTimes], str]], ...] = (
     ("whole job", lambda job: f"{job.seconds:.3f}"),
     ("process start to first finished step", lambda job: f"{job.first_step_seconds:.3f}"),
-    ("peak device memory", lambda job: _giga(job.usage.peak_memory_bytes)),
-    ("peak host memory", lambda job: _giga(job.host_peak_bytes)),
+    ("peak device memory", lambda job: giga(job.usage.peak_memory_bytes)),
+    ("peak host memory", lambda job: giga(job.host_peak_bytes)),
     ("energy", lambda job: f"{job.usage.joules:.0f} J" if job.usage.joules else "not known"),
 )
 
 
-def _giga(size: int | None) -> str:
+def giga(size: int | None) -> str:
     return f"{size / 1e9:.2f} GB" if size is not None else "not known"
 
 
@@ -171,7 +171,7 @@ def _ends(result: Result) -> Table:
             return title, f"not run: {reason}", "", "", "", "", ""
         first = f"{start:.1f} s" if start is not None else ""
         spread = f"{s.p10:.3f} to {s.p90:.3f}"
-        return title, f"{s.median:.3f}", spread, str(s.count), f"{s.median / ours:.2f}", first, _giga(memory)
+        return title, f"{s.median:.3f}", spread, str(s.count), f"{s.median / ours:.2f}", first, giga(memory)
 
     steps, ours = result.steps, result.steps.seconds.median
     first, memory = result.headlines()[f"{OURS} first step, warm"], result.warm.usage.peak_memory_bytes
@@ -183,12 +183,12 @@ def _ends(result: Result) -> Table:
     heads = ("s/step, median", "p10 to p90", "steps", "times ours", "first step after", "memory")
     host = _milli(steps.host_seconds.median)
     title = f"Seconds per step, {result.title}; the host asks for a step of ours in {host} ms"
-    return _table(title, "", *heads, rows=rows)
+    return table(title, "", *heads, rows=rows)
 
 
 def repeat_table(rows: Sequence[Repeated], title: str) -> Table:
     def value(row: Repeated, figure: float) -> str:
-        return _giga(int(figure)) if row.name.endswith("memory") else f"{figure:.4g} s"
+        return giga(int(figure)) if row.name.endswith("memory") else f"{figure:.4g} s"
 
     cells = (
         (
@@ -201,7 +201,7 @@ def repeat_table(rows: Sequence[Repeated], title: str) -> Table:
         for row in rows
     )
     heads = ("median", "runs", "spread", "")
-    return _table(
+    return table(
         f"Repeatability: {title} (spread: the whole range over the median)", "figure", *heads, rows=cells
     )
 
@@ -218,10 +218,8 @@ def comparison_table(comparison: Comparison) -> Group:
         return row.name, f"{row.first:.4g}", f"{row.second:.4g}", f"{row.ratio:.3f}", spread, verdict
 
     heads = (comparison.first, comparison.second, "second / first", "95 % of the ratio", "")
-    table = _table(
-        f"{comparison.shape}: seconds, bytes", "figure", *heads, rows=map(cells, comparison.ratios)
-    )
-    return Group(table, *(Text(f"Different {warning}") for warning in comparison.warnings))
+    shown = table(f"{comparison.shape}: seconds, bytes", "figure", *heads, rows=map(cells, comparison.ratios))
+    return Group(shown, *(Text(f"Different {warning}") for warning in comparison.warnings))
 
 
 def sweep_table(sweep: Sweep) -> Group:
@@ -233,10 +231,10 @@ def sweep_table(sweep: Sweep) -> Group:
         law = ""
         if sweep.rates is not None and p.axis in ("size", "window"):
             law = f"{p.seconds.median / sweep.rates.seconds(p.flops, p.attention_share):.2f}"
-        return p.axis, p.label, *work, f"{p.seconds.median:.4g}", rate, law, _giga(p.peak_memory_bytes)
+        return p.axis, p.label, *work, f"{p.seconds.median:.4g}", rate, law, giga(p.peak_memory_bytes)
 
     heads = ("point", "tokens", "PFLOP", "attention", "seconds", "TFLOP/s", "times the law", "memory")
-    table = _table(f"Sweep, {sweep.card.hardware}", "axis", *heads, rows=map(cells, sweep.points))
+    shown = table(f"Sweep, {sweep.card.hardware}", "axis", *heads, rows=map(cells, sweep.points))
     said = []
     if sweep.rates is not None:
         worst = max(abs(error) for error in sweep.errors)
@@ -251,7 +249,7 @@ def sweep_table(sweep: Sweep) -> Group:
         said.append(
             Text(f"Attention takes most of a step from {pair[1].label} on ({pair[1].tokens} tokens).")
         )
-    return Group(table, *said)
+    return Group(shown, *said)
 
 
 def quality_table(quality: Quality) -> Group:
@@ -270,6 +268,6 @@ def quality_table(quality: Quality) -> Group:
     title = (
         f"Against {quality.reference}: {quality.shape.title}, seed {quality.seed}, {quality.card.hardware}"
     )
-    table = _table(title, "", *heads, rows=map(cells, quality.rows))
+    shown = table(title, "", *heads, rows=map(cells, quality.rows))
     said = [Text(f"Weights: {quality.weights}."), *(Text(f"Not measured: {x}") for x in quality.not_measured)]
-    return Group(table, *said)
+    return Group(shown, *said)

@@ -1,7 +1,6 @@
 """The cost table against the graphs it speaks of and against a job that counts its calls."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 import onnx
@@ -9,6 +8,7 @@ import pytest
 from tiny_job import PLAN
 
 from trt_wan.benchmarks.cost import Unit, Work, calls, seconds_at_best, works
+from trt_wan.benchmarks.graph_flops import counted_flops
 from trt_wan.build.export import export
 from trt_wan.engines.config import ANIMATE_14B, TINY, ModelConfig
 from trt_wan.engines.contracts import networks
@@ -16,28 +16,9 @@ from trt_wan.engines.plan import Plan
 from trt_wan.engines.store import require_graphs
 
 
-def counted_flops(path: Path) -> tuple[int, int]:
-    """FLOPs of the matrix products and of the convolutions of a graph, from its shapes alone."""
-    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
-    values = [*graph.input, *graph.output, *graph.value_info]
-    shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
-    shapes |= {t.name: tuple(t.dims) for t in graph.initializer}
-    products = convolutions = 0
-    for node in graph.node:
-        out = math.prod(shapes[node.output[0]])
-        if node.op_type == "MatMul":
-            products += 2 * out * shapes[node.input[0]][-1]
-        elif node.op_type == "Gemm":
-            transposed = any(a.name == "transA" and a.i for a in node.attribute)
-            products += 2 * out * shapes[node.input[0]][0 if transposed else -1]
-        elif node.op_type == "Conv":
-            convolutions += 2 * out * math.prod(shapes[node.input[1]][1:])
-    return products, convolutions
-
-
 def same_as_graph(name: str, model: ModelConfig, plan: Plan, path: Path) -> None:
     work = works(model, plan)[name]
-    assert (work.linear + work.attention, work.convolution) == counted_flops(path), name
+    assert (work.linear + work.attention, work.convolution) == counted_flops(onnx.load(path)), name
 
 
 @pytest.mark.parametrize("name", sorted(networks(TINY, PLAN)))

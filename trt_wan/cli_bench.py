@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from trt_wan.command import Group, command, note
+from trt_wan.cli_bench_preprocess import bench_preprocess
+from trt_wan.command import Group, command, note, show
 from trt_wan.report import Report
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from trt_wan.benchmarks.peers.shape import Shape
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -174,11 +173,11 @@ def measure(
         if repeat > 1:
             note(report, f"run {n + 1} of {repeat}")
         results.append(run_bench(options, report.progress))
-        _show(report, render(results[-1]))
+        show(report, render(results[-1]))
     document = results[-1].to_dict()
     if repeat > 1:
         document = to_dict(results)
-        _show(report, repeat_table(repeated(results), results[-1].title))
+        show(report, repeat_table(repeated(results), results[-1].title))
     if out:
         paths = write_files(results[-1], out)
         if repeat > 1:
@@ -199,7 +198,7 @@ def compare_results(*, report: Report, first: Path, second: Path) -> Any:
     from trt_wan.benchmarks.tables import comparison_table
 
     comparison = compare(first, second)
-    _show(report, comparison_table(comparison))
+    show(report, comparison_table(comparison))
     return _line(asdict(comparison)), asdict(comparison)
 
 
@@ -246,7 +245,7 @@ def sweep_shapes(
         job_steps or sweep.STEPS,
     )
     result = sweep.run_sweep(points, steps, str(weights) if weights else None, report.progress)
-    _show(report, sweep_table(result))
+    show(report, sweep_table(result))
     if out:
         paths = sweep.write_sweep(result, out)
         note(report, f"written: {', '.join(path.name for path in paths)} in {out}")
@@ -278,7 +277,7 @@ def quality_of(
     shape = _shape(model, size, window)
     given = _given(settings)
     result = measure_quality(shape, given, steps, seed, str(weights) if weights else None, report.progress)
-    _show(report, quality_table(result))
+    show(report, quality_table(result))
     if out:
         paths = write_quality(result, out)
         note(report, f"written: {', '.join(path.name for path in paths)} in {out}")
@@ -299,7 +298,7 @@ bench = Group(
     help=measure.help,
     short_help="Measure how fast this machine is.",
 )
-for subcommand in (compare_results, sweep_shapes, quality_of):
+for subcommand in (compare_results, sweep_shapes, quality_of, bench_preprocess):
     bench.add_command(subcommand)
 
 
@@ -329,13 +328,3 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _line(document: Mapping[str, Any]) -> str:
     return json.dumps(document, ensure_ascii=False, allow_nan=False)
-
-
-def _show(report: Report, tables: "RenderableType") -> None:
-    """For people: not in quiet runs, nor beside JSON lines."""
-    from trt_wan.report import TextReport
-
-    if isinstance(report, TextReport) and not report.quiet:
-        from trt_wan.benchmarks.tables import console
-
-        console().print(tables)

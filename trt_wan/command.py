@@ -3,13 +3,16 @@
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from trt_wan.errors import MemoryShort, OutputError, Stopped, TrtWanError, UsageError
-from trt_wan.report import Report, Result, report_for
+from trt_wan.report import Report, Result, TextReport, report_for
 from trt_wan.runtime.events import Note
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def command(function: Callable[..., tuple[Result, dict[str, Any]]]) -> Callable[..., None]:
@@ -69,3 +72,11 @@ class Group(click.Group):
 
 def note(report: Report, text: str) -> None:
     report.progress(Note(text))
+
+
+def show(report: Report, tables: "RenderableType") -> None:
+    """A benchmark's tables, for people: not in quiet runs, nor beside JSON lines."""
+    if isinstance(report, TextReport) and not report.quiet:
+        from trt_wan.benchmarks.tables import console
+
+        console().print(tables)
