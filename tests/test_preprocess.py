@@ -578,6 +578,10 @@ class FakeTracker:
         assert number == 1 and (np.asarray(labels) == 1).all() and 4 <= len(labels) == len(points)
         (self.later if self.done else self.before).append(frame)
 
+    @property
+    def next_frame(self) -> int:
+        return self.done
+
     def track(self, frames: Iterable[Picture]) -> Iterator[SimpleNamespace]:
         for k, _ in enumerate(frames):
             self.done = k + 1

@@ -47,7 +47,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("TRT_WAN_HOME", str(home))
         with pytest.raises(GraphError, match="not built") as caught:
             require_sam2_graphs(MODEL, PLAN)
-        assert caught.value.hint == "Run: python -m trt_wan.build.sam2 sam2.1_tiny fp16 2"
+        assert caught.value.hint == "Run: trt-wan build --sam2 sam2.1_tiny"
         made: list[str] = []
         folder = build_sam2_graphs(MODEL, PLAN, lambda name, seconds: made.append(name))
         assert made == list(networks(MODEL, PLAN)) and require_sam2_graphs(MODEL, PLAN) == folder
