@@ -219,8 +219,9 @@ def _find_people(
 ) -> FoundPeople:
     assert stages.people is not None, "keypoints that are not given have to be found"
     progress(Note(f"People are found by {stages.people.name}."))
-    frames = counted(footage, len(footage.indices), FIND, progress)
-    people = list(stages.people.follow(frames, job.choice, progress))
+    with closing(ahead(footage, READ_AHEAD)) as read:
+        frames = counted(read, len(footage.indices), FIND, progress)
+        people = list(stages.people.follow(frames, job.choice, progress))
     return FoundPeople(fill_gaps(people, max_gap=round(MAX_GAP * rate)), sizes.clip, None, sizes.canvas)
 
 
