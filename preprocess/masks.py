@@ -71,6 +71,12 @@ class MaskShape:
         return fill_holes(outline) if self.fill else outline
 
 
+def as_picture(mask: Mask) -> NDArray[np.uint8]:
+    """RGB, white inside."""
+    white = mask.view(np.uint8) * np.uint8(255)
+    return np.asarray(cv2.merge((white, white, white)), np.uint8)
+
+
 def grow(mask: Mask, pixels: int) -> Mask:
     """By a diamond of that radius; a negative number shrinks."""
     if pixels == 0:

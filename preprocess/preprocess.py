@@ -6,10 +6,10 @@ clip is; of each frame some 10 KB of numbers stay.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Literal
@@ -20,11 +20,12 @@ from trt_wan.errors import InputError, UsageError
 from trt_wan.preprocess import artifacts
 from trt_wan.preprocess.artifacts import ArtifactFolder, ClipWriter, FoundPeople
 from trt_wan.preprocess.background import cut_hole
+from trt_wan.preprocess.clip_set import ClipSet
 from trt_wan.preprocess.draw import draw_skeleton
 from trt_wan.preprocess.face import SIDE as FACE_SIDE
 from trt_wan.preprocess.face import FaceCropper
 from trt_wan.preprocess.fill import fill_gaps
-from trt_wan.preprocess.masks import Compat, Mask, MaskShape
+from trt_wan.preprocess.masks import Compat, Mask, MaskShape, as_picture
 from trt_wan.preprocess.people import Box, PersonFrame
 from trt_wan.preprocess.preview import draw_preview, preview_size
 from trt_wan.preprocess.retarget import RetargetRule, retarget
@@ -32,7 +33,7 @@ from trt_wan.preprocess.sampling import SamplingRule, frame_indices
 from trt_wan.preprocess.sizes import Fit, Size, fit, output_size, padding_resize, resize_by_area
 from trt_wan.preprocess.skeleton import Skeleton, from_keypoints
 from trt_wan.preprocess.stages import Stages
-from trt_wan.preprocess.streams import counted, split
+from trt_wan.preprocess.streams import ahead, counted, split
 from trt_wan.preprocess.track import PersonChoice
 from trt_wan.preprocess.video import Clip, Picture, read_picture
 from trt_wan.runtime.events import Note, Progress, silent
@@ -41,6 +42,8 @@ from trt_wan.runtime.job import Mode
 SIZE = (832, 480)
 RATES = {"official": Fraction(30), "kijai": Fraction(16)}  # frames per second; ours: the clip's own
 MAX_GAP = Fraction(1, 2)  # s over which a joint or a person that is lost is filled in
+READ_AHEAD = 2  # frames
+MASKS_AHEAD = 2  # beyond the frames that share a mask
 FIND, WRITE = "finding the person", "writing the clips"
 
 
@@ -216,8 +219,9 @@ def _find_people(
 ) -> FoundPeople:
     assert stages.people is not None, "keypoints that are not given have to be found"
     progress(Note(f"People are found by {stages.people.name}."))
-    frames = counted(footage, len(footage.indices), FIND, progress)
-    people = list(stages.people.follow(frames, job.choice, progress))
+    with closing(ahead(footage, READ_AHEAD)) as read:
+        frames = counted(read, len(footage.indices), FIND, progress)
+        people = list(stages.people.follow(frames, job.choice, progress))
     return FoundPeople(fill_gaps(people, max_gap=round(MAX_GAP * rate)), sizes.clip, None, sizes.canvas)
 
 
@@ -272,62 +276,56 @@ def _write_clips(
     if job.face and not any(face_boxes):
         progress(Note(f"No face was found in any frame, so {artifacts.FACE} is black."))
     replacing = job.mode == "replace"
-    frames, *more = split(counted(footage, count, WRITE, progress), 1 + job.face + replacing)
-    faces: Iterable[Picture | None] = cropper.crops(more.pop(), skeletons) if job.face else repeat(None)
-    masks: Iterable[Mask | None] = repeat(None)
-    if replacing:
-        assert stages.segmenter is not None, "the mode replace needs a segmenter"
-        progress(Note(f"Masks are made by {stages.segmenter.name}."))
-        masks = job.mask.of(stages.segmenter.outlines(more.pop(), people), count)
     label = "person" if job.choice.number is None else f"person {job.choice.number}"
     some_mask = False
 
     with ExitStack() as open_files:
+        # Frames are read, masks found, and every clip drawn and encoded, in threads of their own.
+        read = open_files.enter_context(closing(ahead(footage, READ_AHEAD)))
+        frames, *more = split(read, 1 + job.face + replacing)
+        faces = cropper.crops(more.pop(), skeletons) if job.face else None
+        masks: Iterable[Mask | None] = repeat(None)
+        if replacing:
+            assert stages.segmenter is not None, "the mode replace needs a segmenter"
+            progress(Note(f"Masks are made by {stages.segmenter.name}."))
+            found = job.mask.of(stages.segmenter.outlines(more.pop(), people), count)
+            masks = open_files.enter_context(closing(ahead(found, MASKS_AHEAD)))
 
         def clip(name: str, size: Size, crf: int = artifacts.CRF, sound: Path | None = None) -> ClipWriter:
             return open_files.enter_context(ClipWriter(folder.making / name, size, rate, crf, sound))
 
-        clips = {artifacts.POSE: clip(artifacts.POSE, sizes.canvas, sound=sound)}
-        clips[artifacts.PREVIEW] = clip(
+        writers = {artifacts.POSE: clip(artifacts.POSE, sizes.canvas, sound=sound)}
+        writers[artifacts.PREVIEW] = clip(
             artifacts.PREVIEW, preview_size(sizes.frame), crf=artifacts.PREVIEW_CRF
         )
         if job.face:
-            clips[artifacts.FACE] = clip(artifacts.FACE, (FACE_SIDE, FACE_SIDE))
+            writers[artifacts.FACE] = clip(artifacts.FACE, (FACE_SIDE, FACE_SIDE))
         if replacing:
-            clips[artifacts.BACKGROUND] = clip(artifacts.BACKGROUND, sizes.canvas)
-            clips[artifacts.MASK] = clip(artifacts.MASK, sizes.canvas)
-        # The clips are encoded side by side, while the next frame is drawn.
-        pool = open_files.enter_context(ThreadPoolExecutor(len(clips)))
-        under_way: list[Future[None]] = []
-        for k, (frame, face, mask) in enumerate(zip(frames, faces, masks, strict=False)):
-            pose = draw_skeleton(poses[k], poses[k].width, poses[k].height, hands=job.hands, head=job.head)
-            pictures = {
-                artifacts.POSE: padding_resize(pose, *reversed(sizes.canvas)),
-                artifacts.PREVIEW: draw_preview(
-                    frame, skeletons[k], people[k].box, face_boxes[k], mask, label
-                ),
+            writers[artifacts.BACKGROUND] = clip(artifacts.BACKGROUND, sizes.canvas)
+            writers[artifacts.MASK] = clip(artifacts.MASK, sizes.canvas)
+        clips = open_files.enter_context(ClipSet(writers))
+
+        def drawn(pose: Skeleton) -> Picture:
+            picture = draw_skeleton(pose, pose.width, pose.height, hands=job.hands, head=job.head)
+            return padding_resize(picture, *reversed(sizes.canvas))
+
+        shown = zip(counted(frames, count, WRITE, progress), masks, strict=False)
+        for k, (frame, mask) in enumerate(shown):
+            box, face = people[k].box, face_boxes[k]
+            pictures: dict[str, Callable[[], Picture]] = {
+                artifacts.POSE: partial(drawn, poses[k]),
+                artifacts.PREVIEW: partial(draw_preview, frame, skeletons[k], box, face, mask, label),
             }
-            if face is not None:
-                pictures[artifacts.FACE] = face
+            if faces is not None:
+                pictures[artifacts.FACE] = partial(next, faces)
             if mask is not None:
-                pictures[artifacts.BACKGROUND] = cut_hole(frame, mask)
-                pictures[artifacts.MASK] = np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
+                pictures[artifacts.BACKGROUND] = partial(cut_hole, frame, mask)
+                pictures[artifacts.MASK] = partial(as_picture, mask)
                 some_mask = some_mask or bool(mask.any())
-            wait_for(under_way)
-            under_way = [pool.submit(clips[name].write, picture) for name, picture in pictures.items()]
-        wait_for(under_way)
+            clips.write(pictures)
         if replacing and not some_mask:
             raise InputError(
                 f"No outline of a person was found in any of the {count} frames of {job.clip}.",
                 "Use --mode animate, or --segmenter box.",
             )
-        for name, writer in clips.items():
-            assert writer.frames == count, f"{name} has {writer.frames} of {count} frames"
-            writer.finish()
-
-
-def wait_for(writing: list[Future[None]]) -> None:
-    """Raises what one of them has raised, when all of them have ended."""
-    wait(writing)
-    for future in writing:
-        future.result()
+        clips.finish(count)

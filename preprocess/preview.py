@@ -1,10 +1,12 @@
 """The clip that shows whether the preparation is right: person, pose, face and mask drawn over the frame."""
 
+import functools
 import math
 from dataclasses import replace
 
 import cv2
 import numpy as np
+from cv2.typing import MatLike
 
 from trt_wan.preprocess.draw import draw_skeleton
 from trt_wan.preprocess.masks import Mask
@@ -16,6 +18,8 @@ from trt_wan.preprocess.video import Picture
 AREA = 832 * 480  # pixels: a preview of a 4K clip need not be 4K
 FRAME_COLOUR, FACE_COLOUR, MASK_COLOUR = (255, 255, 255), (255, 220, 0), (255, 40, 160)
 EDGE_COLOUR = (255, 160, 210)
+# What the mask makes of a level, [1, 256, 3].
+TINT = ((np.arange(256)[None, :, None] * 3 + np.asarray(MASK_COLOUR) * 2) // 5).astype(np.uint8)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -40,12 +44,9 @@ def draw_preview(
     across, down = size[0] / width, size[1] / height
     picture = np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
     if mask is not None:
-        _tint(
-            picture,
-            np.asarray(cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST), bool),
-        )
+        _tint(picture, cv2.resize(mask.view(np.uint8), size, interpolation=cv2.INTER_NEAREST))
     drawn = draw_skeleton(_scaled(skeleton, across, down, size), *size)
-    np.copyto(picture, drawn, where=drawn.any(axis=2, keepdims=True))
+    cv2.copyTo(drawn, functools.reduce(cv2.max, cv2.split(drawn)), picture)
     if face is not None:
         x0, y0, x1, y1 = face
         left, top, _, _ = _rectangle(picture, (x0 * across, y0 * down, x1 * across, y1 * down), FACE_COLOUR)
@@ -59,11 +60,10 @@ def draw_preview(
     return picture
 
 
-def _tint(picture: Picture, mask: Mask) -> None:
-    """Colours the mask, with a line around it."""
-    colour = np.asarray(MASK_COLOUR, np.uint16)
-    picture[mask] = ((picture[mask].astype(np.uint16) * 3 + colour * 2) // 5).astype(np.uint8)
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+def _tint(picture: Picture, mask: MatLike) -> None:
+    """Colours where the mask is not 0, with a line around it."""
+    cv2.copyTo(cv2.LUT(picture, TINT), mask, picture)
+    contours, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(picture, contours, -1, EDGE_COLOUR, 1)
 
 

@@ -168,10 +168,11 @@ class Sam2Segmenter:
             here = PERSON in tracked.objects
             mask = tracked.mask(PERSON) if here else np.zeros((height, width), bool)
             lost = lost + 1 if prompts.wants_prompt(mask, bodies[k]) else 0
-            if lost >= PATIENCE and k + 1 < len(bodies) and not self.official:
-                points = prompts.safe_points(bodies[k + 1], width, height)
+            following = tracker.next_frame  # frames before it are under way on a GPU
+            if lost >= PATIENCE and following < len(bodies) and not self.official:
+                points = prompts.safe_points(bodies[following], width, height)
                 if len(points) >= prompts.MIN_JOINTS:
-                    tracker.add_points(k + 1, PERSON, points, np.ones(len(points), np.int64))
+                    tracker.add_points(following, PERSON, points, np.ones(len(points), np.int64))
                     lost = 0
             yield mask
 

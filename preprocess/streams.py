@@ -1,8 +1,12 @@
-"""Frames as they come: in batches, for several readers, with a word now and then on how far they are."""
+"""Frames as they come: in batches, ahead of whoever uses them, for several readers, with a word now and then
+on how far they are.
+"""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from threading import Lock
 from typing import TypeVar
 
 from trt_wan.preprocess.video import Picture
@@ -23,22 +27,60 @@ def batches(frames: Iterable[Picture]) -> Iterator[list[Picture]]:
         yield [first, *islice(coming, size - 1)]
 
 
+def ahead(items: Iterable[Item], count: int) -> Generator[Item]:
+    """The items, made in a thread of their own, at most `count` of them before they are asked for.
+
+    What the thread raises comes where its item would have come. Whoever stops reading closes the items too,
+    in that thread, when the item under way is made.
+    """
+    end = object()
+    coming = iter(items)
+    waiting: deque[Future[object]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        try:
+            waiting.extend(thread.submit(next, coming, end) for _ in range(count))
+            while (item := waiting.popleft().result()) is not end:
+                waiting.append(thread.submit(next, coming, end))
+                yield item  # type: ignore[misc]
+                del item
+        finally:
+            for future in waiting:
+                future.cancel()
+            if isinstance(coming, Generator):
+                thread.submit(coming.close)
+
+
 def split(items: Iterable[Item], readers: int) -> list[Iterator[Item]]:
     """The same items for several readers, of whom none is far ahead of the others: what lies between is kept.
+    Readers may be in different threads, and each gets the error in which the items end.
 
     As itertools.tee, but that also keeps up to 57 items that everybody has read, gigabytes of 8K frames.
     """
     coming = iter(items)
     waiting: list[deque[Item]] = [deque() for _ in range(readers)]
+    lock = Lock()
+    errors: list[BaseException] = []
+
+    def more(mine: deque[Item]) -> bool:
+        """Whether `mine` has an item, which may have to be asked for."""
+        with lock:
+            if mine:
+                return True
+            if errors:
+                raise errors[0]
+            try:
+                item = next(coming)
+            except StopIteration:
+                return False
+            except BaseException as error:
+                errors.append(error)
+                raise
+            for queue in waiting:
+                queue.append(item)
+            return True
 
     def read(mine: deque[Item]) -> Iterator[Item]:
-        while True:
-            if not mine:
-                for item in islice(coming, 1):
-                    for queue in waiting:
-                        queue.append(item)
-                if not mine:
-                    return
+        while more(mine):
             yield mine.popleft()
 
     return [read(queue) for queue in waiting]

@@ -6,12 +6,15 @@ Every case of broken input ends in prepared clips or in one sentence, and then n
 
 import json
 import os
+import time
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from threading import get_ident
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,7 +42,7 @@ from trt_wan.preprocess.people import Box, PersonFrame
 from trt_wan.preprocess.preprocess import PreprocessJob, _plan_sizes
 from trt_wan.preprocess.sizes import Fit, fit, resize_by_area
 from trt_wan.preprocess.stages import BoxSegmenter, OnnxPeople, Sam2Segmenter
-from trt_wan.preprocess.streams import BATCH, batches, split
+from trt_wan.preprocess.streams import BATCH, ahead, batches, split
 from trt_wan.preprocess.track import PersonChoice
 from trt_wan.preprocess.video import Clip, Picture
 from trt_wan.runtime.clips import open_clips
@@ -312,13 +315,58 @@ def test_readers_of_the_same_frames() -> None:
             yield np.full(1, k)
         raise InputError("damaged")
 
-    ahead, behind = split(items(), 2)
-    seen = [weakref.ref(next(ahead)) for _ in range(3)]
+    before, behind = split(items(), 2)
+    seen = [weakref.ref(next(before)) for _ in range(3)]
     assert [int(next(behind)[0]) for _ in range(2)] == [0, 1]
     assert [ref() is None for ref in seen] == [True, True, False]
-    assert int(next(ahead)[0]) == 3 and [int(next(behind)[0]) for _ in range(4)] == [2, 3, 4, 5]
+    assert int(next(before)[0]) == 3 and [int(next(behind)[0]) for _ in range(4)] == [2, 3, 4, 5]
+    assert [int(next(before)[0]) for _ in range(2)] == [4, 5]
+    for reader in (behind, before):
+        with pytest.raises(InputError, match="damaged"):
+            next(reader)
+
+
+def test_items_are_made_ahead_in_another_thread() -> None:
+    """As many as asked for and no more; errors come in their place; who stops reading stops the making."""
+    made: list[tuple[int, int]] = []
+    closed: list[bool] = []
+
+    def items(count: int = 9) -> Iterator[int]:
+        try:
+            for k in range(count):
+                made.append((k, get_ident()))
+                yield k
+            raise InputError("damaged")
+        finally:
+            closed.append(True)
+
+    coming = ahead(items(), 2)
+    assert not made, "before the first is asked for"
+    assert next(coming) == 0
+    until(lambda: len(made) == 3)
+    assert [next(coming) for _ in range(2)] == [1, 2] and len({thread for _, thread in made}) == 1
+    assert made[0][1] != get_ident()
+    coming.close()
+    assert closed and len(made) <= 5
+    rest = ahead(items(3), 5)
+    assert [next(rest) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(InputError, match="damaged"):
-        next(behind)
+        next(rest)
+    assert list(ahead(range(4), 9)) == [0, 1, 2, 3] and list(ahead([], 1)) == []
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end, "waited for in vain"
+        time.sleep(0.01)
+
+
+def test_readers_in_two_threads_get_the_same() -> None:
+    first, second = split(range(3000), 2)
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.submit(list, first), threads.submit(list, second)
+        assert one.result() == other.result() == list(range(3000))
 
 
 def test_batches_are_small_for_large_frames() -> None:
@@ -623,6 +671,10 @@ class FakeTracker:
     def add_points(self, frame: int, number: int, points: np.ndarray, labels: np.ndarray) -> None:
         assert number == 1 and (np.asarray(labels) == 1).all() and 4 <= len(labels) == len(points)
         (self.later if self.done else self.before).append(frame)
+
+    @property
+    def next_frame(self) -> int:
+        return self.done
 
     def track(self, frames: Iterable[Picture]) -> Iterator[SimpleNamespace]:
         for k, _ in enumerate(frames):

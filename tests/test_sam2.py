@@ -20,7 +20,7 @@ from sam2_oracle import ExportingExecutor, our_model, prompt, session_of, transf
 
 from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Config, Sam2Plan
 from trt_wan.engines.sam2.contracts import networks
-from trt_wan.preprocess.sam2 import tracker as tracker_module
+from trt_wan.preprocess.sam2 import carriers
 from trt_wan.preprocess.sam2.model import Sam2Model
 from trt_wan.preprocess.sam2.tracker import Sam2Tracker
 from trt_wan.preprocess.sam2.weights import random_sam2_weights
@@ -65,7 +65,7 @@ def frames_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     def unchanged(frame: Values, size: int, rule: str) -> Values:
         return frame.transpose(2, 0, 1)
 
-    monkeypatch.setattr(tracker_module, "model_input", unchanged)
+    monkeypatch.setattr(carriers, "model_input", unchanged)
 
 
 def noise(frames: int, seed: int) -> Values:

@@ -4,6 +4,7 @@ and ONNX Runtime computes nearly what float32 does. What the engines compute tak
 Here a small model at 256x256; base_plus and large at 1024 take seconds each and were compiled once.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,17 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from plan_text import fused_attentions
 
 from trt_wan.build.sam2 import GRAPHS, build_sam2_graphs
+from trt_wan.cli import cli
 from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Plan
 from trt_wan.engines.sam2.contracts import networks
 from trt_wan.engines.tensorrt import Target, choose_flavour, compile_onnx
 from trt_wan.errors import GraphError
-from trt_wan.preprocess.sam2.model import require_sam2_graphs
+from trt_wan.preprocess.sam2.model import GPU_PLAN, require_sam2_graphs
 from trt_wan.preprocess.sam2.tracker import MASKED, tables
 from trt_wan.preprocess.sam2.weights import random_sam2_weights, weights_of
 
@@ -47,7 +50,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("TRT_WAN_HOME", str(home))
         with pytest.raises(GraphError, match="not built") as caught:
             require_sam2_graphs(MODEL, PLAN)
-        assert caught.value.hint == "Run: python -m trt_wan.build.sam2 sam2.1_tiny fp16 2"
+        assert caught.value.hint == "Run: trt-wan build --sam2 sam2.1_tiny"
         made: list[str] = []
         folder = build_sam2_graphs(MODEL, PLAN, lambda name, seconds: made.append(name))
         assert made == list(networks(MODEL, PLAN)) and require_sam2_graphs(MODEL, PLAN) == folder
@@ -91,6 +94,45 @@ def test_fp16_is_near_float32(graphs: Path) -> None:
     got = by_onnxruntime(graphs, "track_7", inputs, weights)
     print([f"{relative(g, w):.1e}" for g, w in zip(got, (mask, pointer, score), strict=True)])
     assert all(relative(g, w) < 3e-3 for g, w in zip(got, (mask, pointer, score), strict=True))
+
+
+def test_trt_wan_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs for both executors and engines, once; listed with the command that builds them again."""
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
+    monkeypatch.setitem(SAM2_MODELS, "sam2.1_tiny", MODEL)
+    command = ("build", "--sam2", "tiny", "--target", "sm89")
+
+    dry = data_of(*command, "--dry-run")
+    assert len(dry["missing_graphs"]) == 10 and {row["state"] for row in dry["engines"]} == {"would be built"}
+    built = data_of(*command)
+    names = list(networks(MODEL, GPU_PLAN))
+    assert built["graphs"] == 10 and [row["name"] for row in built["engines"]] == names
+    assert {row["state"] for row in built["engines"]} == {"built"}
+    require_sam2_graphs(MODEL, Sam2Plan())
+    again = data_of(*command)
+    assert again["graphs"] == 0 and {row["state"] for row in again["engines"]} == {"there"}
+    rows = data_of("list")["engines"]
+    assert {row["network"] for row in rows} == {f"sam2 {name}" for name in names}
+    rebuild = "trt-wan build --sam2 sam2.1_tiny --target sm89 --flavour tensorrt_rtx"
+    assert {row["rebuild"] for row in rows} == {rebuild}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("nobody",), "no file and no SAM2 model"),
+        (("base_plus", "--precision", "bf16"), "SAM2's engines are fp16"),
+    ],
+)
+def test_what_trt_wan_build_cannot_do(options: tuple[str, ...], says: str) -> None:
+    result = CliRunner().invoke(cli, ("build", "--sam2", *options))
+    assert result.exit_code == 2 and says in result.output
+
+
+def data_of(*arguments: str) -> dict[str, Any]:
+    result = CliRunner().invoke(cli, (*arguments, "--json"))
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.stdout.splitlines()[-1])["data"])
 
 
 def relative(got: Values, want: Values) -> float:

@@ -112,6 +112,11 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str | None) -> t
     default=None,
     help="Measure the candidates again, or not at all. Default: those that were not yet, on this GPU.",
 )
+@click.option(
+    "--sam2",
+    metavar="NAME|FILE",
+    help="Build SAM2's engines instead: of a model such as base_plus, or of the one that a file holds.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what is there and what would be built; build nothing.")
 @command
 def build(
@@ -124,6 +129,7 @@ def build(
     targets: "tuple[Target, ...]",
     flavour: str | None,
     measure: bool | None,
+    sam2: str | None,
     dry_run: bool,
 ) -> Any:
     """Build the engines of one size and window length for the GPU that is here, or for named ones.
@@ -137,7 +143,17 @@ def build(
     \b
     trt-wan build --size 832x480 --window 77
     trt-wan build --size 832x480 --window 77 --target sm89,sm120
+    trt-wan build --sam2 base_plus
     """
+    if sam2 is not None:
+        from trt_wan.build_sam2 import build_sam2_for
+
+        if precision is not None or measure:
+            raise UsageError(
+                "SAM2's engines are fp16, and nothing of them is measured.",
+                "Leave out --precision and --measure.",
+            )
+        return build_sam2_for(report, sam2, targets, flavour, dry_run)
     return build_for(report, model, size, window, precision, targets, flavour, measure, dry_run)
 
 

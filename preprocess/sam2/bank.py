@@ -8,13 +8,10 @@ of whatever executor made them.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from trt_wan.engines.sam2.config import Sam2Config
 from trt_wan.runtime.executors import Array
 
-Pointer = NDArray[np.float32]  # [channels]
+Pointer = Array  # [channels]
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """SAM2 ready to run: contracts, host weights, and what computes.
 
 On a GPU, TensorRT-RTX engines that are missing are built on the spot from the graphs, which have to be there
-already (`python -m trt_wan.build.sam2 MODEL`).
+already (`trt-wan build --sam2 MODEL`).
 """
 
-import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -17,13 +16,14 @@ from numpy.typing import NDArray
 
 from trt_wan.engines import engine_store
 from trt_wan.engines.contract import Network
-from trt_wan.engines.engine_id import EngineId, GpuKind
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.engine_id import GpuKind
 from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan, Sam2Precision
 from trt_wan.engines.sam2.contracts import graphs_folder, networks
 from trt_wan.engines.store import holds
 from trt_wan.engines.tensorrt import Flavour, choose_flavour, compile_onnx
 from trt_wan.errors import EnvironmentBroken, GraphError
+from trt_wan.preprocess.sam2.carriers import Carrier, DeviceCarrier, HostCarrier
+from trt_wan.preprocess.sam2.engine import build_command, engine_of
 from trt_wan.preprocess.sam2.weights import Sam2Source, Sam2Weights
 from trt_wan.runtime.device.arena import ALIGNMENT
 from trt_wan.runtime.device.gpu import Gpu
@@ -37,6 +37,7 @@ from trt_wan.runtime.open_segments import kernel_cache
 
 ExecutorName = Literal["auto", "onnxruntime", "tensorrt"]
 BATCH = 4  # frames per call of the encoder on a GPU
+GPU_PLAN = Sam2Plan("fp16", BATCH)  # what `trt-wan build --sam2` builds engines of
 # Kept at once at most, over all objects: an object has 18, and one for every prompted frame ahead.
 MEMORIES = 256
 
@@ -49,10 +50,15 @@ class Sam2Model:
     plan: Sam2Plan
     executor: Executor
     weights: Mapping[str, NDArray[np.float32]]
+    gpu: Gpu | None = None  # the executor's, if it computes on one
     networks: Mapping[str, Network] = field(init=False)
+    carrier: Carrier = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "networks", networks(self.config, self.plan))
+        config, plan = self.config, self.plan
+        carrier = HostCarrier(config, plan) if self.gpu is None else DeviceCarrier(self.gpu, config, plan)
+        object.__setattr__(self, "networks", networks(config, plan))
+        object.__setattr__(self, "carrier", carrier)
 
     def run(self, name: str, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
         """The outputs of a network, in the contract's order; `inputs` are by the contract's names."""
@@ -81,7 +87,8 @@ def open_sam2(
             progress(Note(f"SAM2 runs with onnxruntime on the CPU ({error.message})"))
         else:
             progress(Note(f"SAM2 runs with {flavour.name} {flavour.version} on {gpu.name}"))
-            return open_sam2_on_gpu(weights, Sam2Plan(precision or "fp16", BATCH), gpu, flavour, progress)
+            plan = replace(GPU_PLAN, precision=precision or GPU_PLAN.precision)
+            return open_sam2_on_gpu(weights, plan, gpu, flavour, progress)
     plan = Sam2Plan()
     graphs = require_sam2_graphs(weights.config, plan)
     return Sam2Model(weights.config, plan, OnnxRuntimeExecutor(graphs, {"sam2": weights}), weights)
@@ -93,7 +100,7 @@ def require_sam2_graphs(config: Sam2Config, plan: Sam2Plan) -> Path:
         return folder
     raise GraphError(
         f"The graphs of {config.name}, {plan.precision}, batch {plan.batch}, are not built ({folder}).",
-        f"Run: python -m trt_wan.build.sam2 {config.name} {plan.precision} {plan.batch}",
+        f"Run: {build_command(config.name)}",
     )
 
 
@@ -105,13 +112,13 @@ def open_sam2_on_gpu(
     plans = {}
     for name in networks(config, plan):
         graph = (graphs / f"{name}.onnx").read_bytes()
-        engine = engine_id(config, name, graph, gpu, flavour)
+        engine = engine_of(config, name, graph, "current", flavour, GpuKind(gpu.name, gpu.driver))
         engine_store.ensure(engine, partial(compile_onnx, flavour, graph, "current", _unheard))
         plans[name] = engine_store.open_checked(engine)
     segments = open_engines(gpu, flavour, plans, kernel_cache(flavour), progress)
     executor = GpuExecutor(gpu, segments)
     executor.start(arena_bytes(config, plan), DeviceWeights(gpu, Sam2Source(weights), [], set()))
-    return Sam2Model(config, plan, executor, weights)
+    return Sam2Model(config, plan, executor, weights, gpu)
 
 
 def arena_bytes(config: Sam2Config, plan: Sam2Plan) -> int:
@@ -125,15 +132,6 @@ def arena_bytes(config: Sam2Config, plan: Sam2Plan) -> int:
     memory = nbytes(contracts["memory_encoder"].outputs[0])
     total = sum(map(size, contracts.values())) + 2 * size(contracts["encoder"]) + MEMORIES * memory
     return math.ceil(1.1 * total)
-
-
-def engine_id(config: Sam2Config, name: str, graph: bytes, gpu: Gpu, flavour: Flavour) -> EngineId:
-    """In the store beside the video model's: the key is the graph's, the rest is for people."""
-    size = config.image_size
-    described = Plan(size, size, 5)
-    kind = GpuKind(gpu.name, gpu.driver)
-    digest = hashlib.sha256(graph).hexdigest()
-    return EngineId(f"sam2 {name}", config.name, described, digest, "current", flavour, kind)
 
 
 def _unheard(phase: str, step: int, steps: int) -> None:

@@ -1,4 +1,5 @@
-"""Resampling in numpy, by separable filters, and the rules by which frames become SAM2's input.
+"""Resampling in numpy, by separable filters, and the rules by which frames become SAM2's input. On a GPU
+resize_on_gpu.py does it with the same filters, as `filter_table` has them.
 
 official       as Pillow's bicubic (antialiased, on uint8), then ImageNet mean and deviation
 transformers   bilinear, antialiased, on uint8, then the same
@@ -76,11 +77,7 @@ def _apply(x: Values, outputs: int, kernel: Kernel, support: float) -> Values:
 @cache
 def _bands(inputs: int, outputs: int, kernel: Kernel, support: float) -> list[tuple[int, int, Values]]:
     """The filter's matrix in blocks: first output, first input, [outputs, inputs] of the block."""
-    scale = inputs / outputs
-    stretch = max(scale, 1.0)
-    centre = (np.arange(outputs) + 0.5) * scale
-    low = np.maximum((centre - support * stretch + 0.5).astype(int), 0)
-    high = np.minimum((centre + support * stretch + 0.5).astype(int), inputs)
+    centre, stretch, low, high = _reach(inputs, outputs, support)
     found = []
     for start in range(0, outputs, BLOCK):
         stop = min(start + BLOCK, outputs)
@@ -91,6 +88,44 @@ def _bands(inputs: int, outputs: int, kernel: Kernel, support: float) -> list[tu
         weights /= weights.sum(1, keepdims=True)
         found.append((start, int(first), weights.astype(np.float32)))
     return found
+
+
+@cache
+def filter_table(inputs: int, outputs: int, rule: InputRule) -> tuple[NDArray[np.int32], Values]:
+    """The filter of a rule as taps: of every output the first input, [outputs], and weights
+    [taps, outputs]; those of taps that an output does not have, which may lie past the last input, are 0.
+    """
+    if rule == "kijai":
+        return _plain_table(inputs, outputs)
+    kernel, support = (_cubic, 2.0) if rule == "official" else (_triangle, 1.0)
+    centre, stretch, low, high = _reach(inputs, outputs, support)
+    at = low + np.arange(int((high - low).max()))[:, None]
+    weights = kernel((at + 0.5 - centre) / stretch) * (at < high)
+    weights /= weights.sum(0)
+    return low.astype(np.int32), weights.astype(np.float32)
+
+
+def _plain_table(inputs: int, outputs: int) -> tuple[NDArray[np.int32], Values]:
+    """Two taps, as cv2's INTER_LINEAR has them: places are float32, and edges are repeated."""
+    where = ((np.arange(outputs) + 0.5) * (inputs / outputs) - 0.5).astype(np.float32)
+    first = np.floor(where)
+    share = np.where((first < 0) | (first >= inputs - 1), np.float32(0), where - first)
+    weights = np.stack((1 - share, share)).astype(np.float32)
+    return np.clip(first, 0, inputs - 1).astype(np.int32), weights
+
+
+def _reach(
+    inputs: int, outputs: int, support: float
+) -> tuple[NDArray[np.float64], float, NDArray[np.int_], NDArray[np.int_]]:
+    """Of every output its place among the inputs, and the inputs from which to which it takes; how much the
+    filter is stretched.
+    """
+    scale = inputs / outputs
+    stretch = max(scale, 1.0)
+    centre = ((np.arange(outputs) + 0.5) * scale).astype(np.float64)
+    low = np.maximum((centre - support * stretch + 0.5).astype(int), 0)
+    high = np.minimum((centre + support * stretch + 0.5).astype(int), inputs)
+    return centre, stretch, low, high
 
 
 def _triangle(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -7,12 +7,13 @@
 A prompt for a frame still to come waits for that frame; with the frame's picture it is answered at once, and
 then frames before it see it too, as in the official code. A frame before an object's first prompt has no mask
 of it. Frames are encoded in batches ahead of the tracker, and however long the clip is, the memory does not
-grow.
+grow. On a GPU a few frames are tracked ahead of the one that is returned: a frame needs the memory and the
+pointer of those before it, which stay there, and never their masks.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -25,9 +26,8 @@ from trt_wan.engines.sam2.contracts import LABELS, MASK_DOWNSAMPLE, NO_POINTER, 
 from trt_wan.errors import UsageError
 from trt_wan.preprocess.sam2.bank import MemoryBank, View
 from trt_wan.preprocess.sam2.model import Sam2Model
-from trt_wan.preprocess.sam2.resample import InputRule, model_input, resize_antialiased
+from trt_wan.preprocess.sam2.resample import InputRule, resize_antialiased
 from trt_wan.preprocess.video import Picture
-from trt_wan.runtime.device.gpu import DeviceArray
 from trt_wan.runtime.executors import Array
 
 Mask = NDArray[np.bool_]
@@ -110,7 +110,9 @@ class Sam2Tracker:
         self.model, self.rule, self.fill_holes = model, rule, fill_holes
         self.chunk, self.frames = chunk, frames
         self.objects: dict[int, _Object] = {}
-        self._next = 0  # frames before it are done
+        self._next = 0  # frames before it are done, or under way
+        self._carrier = model.carrier
+        self._carrier.begin()
         place = model.executor.place
         self._tables = {name: place(table) for name, table in tables(model.config).items()}
         self._no_dense = place(np.zeros((model.config.mask_size,) * 2, np.float32))
@@ -160,24 +162,41 @@ class Sam2Tracker:
         for tracked in self.track(frames):
             yield {number: tracked.mask(number) for number in tracked.objects}
 
+    @property
+    def next_frame(self) -> int:
+        """The first frame that a prompt may still be added for."""
+        return self._next
+
     def track(self, frames: Iterable[Picture]) -> Iterator[TrackedFrame]:
-        """As `propagate`, with logits and scores. A prompt may be added while it runs, for any frame that
-        was not yet returned.
+        """As `propagate`, with logits and scores. A prompt may be added while it runs, for `next_frame` and
+        later: with ONNX Runtime for any frame that was not yet returned.
         """
+        self._carrier.begin()
+        under_way: deque[Callable[[], TrackedFrame]] = deque()
         for picture, features in self._encoded(frames):
-            height, width = picture.shape[:2]
-            found = {
-                number: result
-                for number, thing in self.objects.items()
-                if (result := self._follow(thing, features, (width, height))) is not None
-            }
-            frame, self._next = self._next, self._next + 1
-            yield TrackedFrame(frame, height, width, found)
+            under_way.append(self._start(features, picture.shape[0], picture.shape[1]))
+            if len(under_way) > self._carrier.ahead:
+                yield under_way.popleft()()
+        while under_way:
+            yield under_way.popleft()()
+        if self.model.gpu is not None:
+            self.model.executor.settle()
+
+    def _start(self, features: Features, height: int, width: int) -> Callable[[], TrackedFrame]:
+        """Asks for everything of the next frame, and returns how to get it."""
+        frame = self._next
+        started = {
+            number: found
+            for number, thing in self.objects.items()
+            if (found := self._follow(thing, features, (width, height))) is not None
+        }
+        self._next += 1
+        return lambda: TrackedFrame(frame, height, width, {number: get() for number, get in started.items()})
 
     def _add(self, frame: int, number: int, prompt: Prompt, picture: Picture | None) -> None:
         if frame < self._next:
             raise UsageError(
-                f"A prompt for frame {frame} comes too late: {self._next} frames are done.",
+                f"A prompt for frame {frame} comes too late: {self._next} frames are done or under way.",
                 "Add it before its frame is asked for.",
             )
         room = max(self.model.plan.memories)
@@ -186,39 +205,50 @@ class Sam2Tracker:
         if picture is None:
             thing.waiting[frame] = prompt
             return
-        (features,) = self._encode([model_input(picture, config.image_size, self.rule)])
+        self._carrier.begin()
+        (features,) = self._encode(self._carrier.pixels([picture], self.rule)(), 1)
         height, width = picture.shape[:2]
         thing.answers[frame] = self._answer(thing, frame, prompt, features, (width, height))
 
     def _encoded(self, frames: Iterable[Picture]) -> Iterator[tuple[Picture, Features]]:
-        """Every picture with its features; the next batch is resized while this one is tracked."""
-        size, batch, source = self.model.config.image_size, self.model.plan.batch, iter(frames)
+        """Every picture with its features. While a batch is tracked the host resizes the next one; of a GPU
+        that and its encoding are asked before, so that it is never out of work.
+        """
+        source = iter(frames)
 
-        def prepare() -> tuple[list[Picture], list[Future[NDArray[np.float32]]]]:
-            pictures = list(islice(source, batch))
-            return pictures, [pool.submit(model_input, p, size, self.rule) for p in pictures]
+        def prepare() -> tuple[list[Picture], Callable[[], list[Features]]]:
+            pictures = list(islice(source, self.model.plan.batch))
+            if not pictures:
+                return pictures, list
+            pixels = self._carrier.pixels(pictures, self.rule)
+            if self._carrier.ahead:
+                features = self._encode(pixels(), len(pictures))
+                return pictures, lambda: features
+            return pictures, lambda: self._encode(pixels(), len(pictures))
 
-        with ThreadPoolExecutor(max_workers=min(4, batch), thread_name_prefix="sam2") as pool:
-            pictures, pixels = prepare()
-            while pictures:
-                features = self._encode([future.result() for future in pixels])
-                current, (pictures, pixels) = pictures, prepare()
-                yield from zip(current, features, strict=True)
+        pictures, encoded = prepare()
+        while pictures:
+            current, features = pictures, encoded()
+            pictures, encoded = prepare()
+            yield from zip(current, features, strict=True)
 
-    def _encode(self, pixels: list[NDArray[np.float32]]) -> list[Features]:
-        """The last batch of a clip is filled up with its last frame."""
-        filled = pixels + pixels[-1:] * (self.model.plan.batch - len(pixels))
-        outputs = self.model.run("encoder", {"pixels": np.stack(filled)})
+    def _encode(self, pixels: Array, count: int) -> list[Features]:
+        """Of the first `count` pictures of a batch."""
+        outputs = self.model.run("encoder", {"pixels": pixels})
         feat, high1, high0 = outputs
-        return [Features(part(feat, i), part(high1, i), part(high0, i), outputs) for i in range(len(pixels))]
+        part = self._carrier.part
+        return [Features(part(feat, i), part(high1, i), part(high0, i), outputs) for i in range(count)]
 
-    def _follow(self, thing: _Object, features: Features, size: tuple[int, int]) -> Found | None:
+    def _follow(
+        self, thing: _Object, features: Features, size: tuple[int, int]
+    ) -> Callable[[], Found] | None:
         """One object in the next frame; None if there is nothing to go by."""
         frame = self._next
+        if frame in thing.waiting and frame not in thing.answers:
+            thing.answers[frame] = self._answer(thing, frame, thing.waiting.pop(frame), features, size)
         if frame in thing.answers:
-            return thing.answers.pop(frame)
-        if frame in thing.waiting:
-            return self._answer(thing, frame, thing.waiting.pop(frame), features, size)
+            found = thing.answers.pop(frame)
+            return lambda: found
         view = thing.bank.view(frame)
         return None if view is None else self._track_frame(thing, frame, features, view)
 
@@ -232,28 +262,27 @@ class Sam2Tracker:
             else self._from_mask(prompt.mask, features)
         )
         logits = fill_small_holes(logits, self.fill_holes)
-        named = {"feat": features.feat, "mask": logits, "object_score": np.array([score], np.float32)}
-        (memory,) = self.model.run("memory_encoder", named)
+        small = self._carrier.small({"mask": logits, "object_score": np.array([score], np.float32)})
+        (memory,) = self.model.run("memory_encoder", {"feat": features.feat, **small})
         thing.bank.add_prompted(frame, memory, pointer)
         return Found(logits, score, prompted=True)
 
     def _from_points(
         self, prompt: Prompt, features: Features, size: tuple[int, int]
-    ) -> tuple[Logits, float, NDArray[np.float32]]:
+    ) -> tuple[Logits, float, Array]:
         scale = np.float32(self.model.config.image_size) / np.array(size, np.float32)
         points = (prompt.points * scale).astype(np.float32)
-        named = self._prompt_inputs(points, prompt.labels) | {
-            "dense": self._no_dense,
+        small = self._prompt_inputs(points, prompt.labels) | {
             "use_dense": np.zeros(1, np.float32),
             "use_no_memory": np.ones(1, np.float32),
             "multimask": np.array([len(points) <= 1], np.float32),
         }
-        logits, pointer, score, _ = self.model.run("prompt", named | _named(features))
-        return np.asarray(logits), float(np.asarray(score)[0]), np.asarray(pointer)
+        named = {"dense": self._no_dense, **self._carrier.small(small), **_named(features)}
+        logits, pointer, score, _ = self.model.run("prompt", named)
+        found, seen = self._carrier.fetch((logits, score))()
+        return found, float(seen[0]), pointer
 
-    def _from_mask(
-        self, mask: NDArray[np.float32], features: Features
-    ) -> tuple[Logits, float, NDArray[np.float32]]:
+    def _from_mask(self, mask: NDArray[np.float32], features: Features) -> tuple[Logits, float, Array]:
         """The mask is the answer; the decoder is asked for a pointer alone, and the score is the mask's."""
         c, weights = self.model.config, self.model.weights
         there = bool(mask.any())
@@ -261,17 +290,18 @@ class Sam2Tracker:
         kernel = weights[f"{MASK_DOWNSAMPLE}.weight"][0, 0]
         dense = np.einsum("yaxb,ab->yx", tiles, kernel) + weights[f"{MASK_DOWNSAMPLE}.bias"]
         nothing = np.zeros((1, 2), np.float32), np.array([-1])
-        named = self._prompt_inputs(*nothing) | {
+        small = self._prompt_inputs(*nothing) | {
             "dense": dense.astype(np.float32),
             "use_dense": np.ones(1, np.float32),
             "use_no_memory": np.zeros(1, np.float32),
             "multimask": np.zeros(1, np.float32),
         }
-        _, pointer, _, _ = self.model.run("prompt", named | _named(features))
+        named = {**self._carrier.small(small), **_named(features)}
+        _, pointer, _, _ = self.model.run("prompt", named)
         if not there:
-            pointer = np.asarray(weights[NO_POINTER][0])
+            pointer = self.model.executor.place(np.asarray(weights[NO_POINTER][0]))
         logits = resize_antialiased(mask * (2 * PRESENT) - PRESENT, c.mask_size, c.mask_size)
-        return logits, PRESENT if there else -PRESENT, np.asarray(pointer)
+        return logits, PRESENT if there else -PRESENT, pointer
 
     def _prompt_inputs(
         self, points: NDArray[np.float32], labels: NDArray[np.int64]
@@ -287,7 +317,7 @@ class Sam2Tracker:
         bias[:count] = 0
         return {"points": coordinates, "labels": one_hot, "token_bias": bias}
 
-    def _track_frame(self, thing: _Object, frame: int, features: Features, view: View) -> Found:
+    def _track_frame(self, thing: _Object, frame: int, features: Features, view: View) -> Callable[[], Found]:
         plan, c = self.model.plan, self.model.config
         places = next(n for n in plan.memories if n >= len(view.memories))
         named: dict[str, Array] = _named(features) | self._tables
@@ -299,28 +329,25 @@ class Sam2Tracker:
             named[f"memory_{i}"] = memory
             if seen:
                 times[i], memory_bias[i] = self._time_rows[row], 0
-        pointers = np.zeros((pointers_of(places), c.channels), np.float32)
-        ages = np.zeros(len(pointers), np.float32)
-        pointer_bias = np.full(len(pointers), MASKED, np.float32)
-        for i, (seen_pointer, age) in enumerate(view.pointers):
-            pointers[i], ages[i], pointer_bias[i] = seen_pointer, age, 0
-        named |= {"memory_time": times, "memory_bias": memory_bias}
-        named |= {"pointers": pointers, "pointer_bias": pointer_bias}
+        count = pointers_of(places)
+        ages = np.zeros(count, np.float32)
+        ages[: len(view.pointers)] = [age for _, age in view.pointers]
+        pointer_bias = np.full(count, MASKED, np.float32)
+        pointer_bias[: len(view.pointers)] = 0
+        small = {"memory_time": times, "memory_bias": memory_bias, "pointer_bias": pointer_bias}
         if c.new:
-            named["pointer_time"] = ages
+            small["pointer_time"] = ages
+        named["pointers"] = self._carrier.rows([pointer for pointer, _ in view.pointers], count)
+        named |= self._carrier.small(small)
         logits, pointer, score, memory = self.model.run(track_name(places), named)
-        thing.bank.add_tracked(frame, memory, np.asarray(pointer, np.float32))
-        shown = fill_small_holes(np.asarray(logits, np.float32), self.fill_holes)
-        return Found(shown, float(np.asarray(score)[0]), prompted=False)
+        thing.bank.add_tracked(frame, memory, pointer)
+        read = self._carrier.fetch((logits, score))
 
+        def found() -> Found:
+            shown, seen = read()
+            return Found(fill_small_holes(shown, self.fill_holes), float(seen[0]), prompted=False)
 
-def part(batch: Array, i: int) -> Array:
-    """Row `i` of a batch, uncopied."""
-    if isinstance(batch, DeviceArray):
-        size = math.prod(batch.shape[1:]) * batch.dtype.itemsize
-        return batch.gpu.view(batch.address + i * size, batch.shape[1:], batch.dtype)
-    row: Array = batch[i]
-    return row
+        return found
 
 
 def tables(config: Sam2Config) -> dict[str, NDArray[np.float32]]:
