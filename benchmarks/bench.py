@@ -41,8 +41,7 @@ from trt_wan.runtime.events import Note, Progress, silent
 
 OURS_MODULE = "trt_wan.benchmarks.ours"
 T = TypeVar("T")
-# How a GraphError names the command that builds what is missing, and what module of ours that is.
-BUILD_HINTS = {"Run: trt-wan ": ("trt_wan",), "Run: python -m ": ()}
+BUILD_HINT = "Run: trt-wan "  # how a GraphError names the command that builds what is missing
 
 
 @dataclass(frozen=True)
@@ -187,12 +186,12 @@ def with_graphs(act: Callable[[], T], progress: Progress, within: Sequence[str] 
     try:
         return act()
     except GraphError as error:
-        hint = next((hint for hint in BUILD_HINTS if error.hint.startswith(hint)), None)
-        if hint is None:
+        if not error.hint.startswith(BUILD_HINT):
             raise
-        command = [*BUILD_HINTS[hint], *shlex.split(error.hint.removeprefix(hint))]
-        progress(Note(error.hint.removeprefix("Run: ")))
-    built = subprocess.run([sys.executable, "-m", *within, *command], capture_output=True, text=True)
+        command = shlex.split(error.hint.removeprefix(BUILD_HINT))
+        progress(Note(f"trt-wan {shlex.join(command)}"))
+    run = [sys.executable, "-m", *within, "trt_wan", *command]
+    built = subprocess.run(run, capture_output=True, text=True)
     if built.returncode:
         raise TrtWanError("The graphs could not be built.", built.stderr.strip()[-300:])
     return act()

@@ -236,7 +236,7 @@ def test_stdout_is_the_document_that_is_written(
     assert json.loads((out / "preprocess.json").read_text()) == result
     assert result["schema"] == "trt-wan-bench-preprocess/1"
     assert result["frames"] == FRAMES and tuple(result["size"]) == SIZE
-    assert "frames/s" in ran.stderr and "trt_wan.build.sam2 sam2.1_bench_tiny" in ran.stderr
+    assert "frames/s" in ran.stderr and "trt-wan build --sam2 sam2.1_bench_tiny" in ran.stderr
 
 
 def test_random_networks_are_said_to_be_random(

@@ -313,7 +313,8 @@ def test_a_detector_finds_the_same(machine: None, tmp_path: Path, batch: int | s
         assert [len(boxes) for boxes in found] == [len(boxes) for boxes in wanted]
         for a, b in zip(sum(found, []), sum(wanted, []), strict=True):
             assert (a.x0, a.y0, a.x1, a.y1) == (b.x0, b.y0, b.x1, b.y1)
-            assert abs(a.score - b.score) < 1e-4, (a, b)
+            # The score is a mean over 409,600 pixels, summed differently: 2.2e-4 apart on an H100.
+            assert abs(a.score - b.score) < 1e-3, (a, b)
 
 
 def averaging(path: Path, batch: int | str = "batch", kind: int = TensorProto.FLOAT) -> Path:
