@@ -29,10 +29,12 @@ Values = NDArray[np.float32]
 
 SIZE, FRAMES, KEYS, POINTS = 256, 20, (0, 11), 8
 TOLERANCE = 1e-3  # of logits with a deviation of about 2
-# With the other's memories in the bank. On its own each has memories that were rounded to bf16 and came from
-# masks cut at 0, so that one pixel may fall to the other side: then everything after it differs by some 1e-3.
-# The seeds are such that none does.
+# With the other's memories in the bank. On its own each cuts the prompted masks at 0, and a pixel that lies
+# on the edge may fall to either side: then everything after it differs by 1.5e-3 to 9e-3. On which seeds one
+# does depends on the processor, so seeds are tried until on one none does.
 TOLERANCE_SAME_MEMORIES = 1e-4
+SEEDS = 8
+ON_THE_EDGE = 1e-3  # logits that the rounding of two implementations can bring to either side of 0
 LED = 10  # frames of that comparison: the last ones have 8 memories
 BF16_STEP = 2.0**-7  # memories are rounded to bf16, and a sum on the edge may fall to either side
 
@@ -125,22 +127,36 @@ def ours(
             bank.add_tracked(tracked.frame, seen.memory, seen.pointer)
 
 
+def fallen(got: Remembered, want: Remembered) -> int:
+    """Pixels of a prompted mask, at the memory encoder's size, that lie on the two sides of 0."""
+    a, b = (
+        torch.nn.functional.interpolate(
+            torch.from_numpy(found.mask)[None, None], (SIZE, SIZE), mode="bilinear"
+        )
+        for found in (got, want)
+    )
+    different = (a > 0) != (b > 0)
+    assert not different.any() or float(a[different].abs().max()) < ON_THE_EDGE, "no matter of rounding"
+    return int(different.sum())
+
+
 def compare(
     name: str, folder: Path, frames: int, keys: dict[int, Values], score: float = 3.0, seed: int = 0
 ) -> list[Remembered]:
+    """Ours on the first seed from `seed` on with no pixel on the edge; the rest is asserted at every seed."""
     c = config(name)
-    weights, pixels = random_sam2_weights(c, seed, score), noise(frames, seed)
-    want = theirs(c, weights, pixels, keys)
-    model = our_model(c, weights, folder, Sam2Plan())
-    got = list(ours(model, pixels, keys))
+    for tried in range(seed, seed + SEEDS):
+        weights, pixels = random_sam2_weights(c, tried, score), noise(frames, tried)
+        want = theirs(c, weights, pixels, keys)
+        model = our_model(c, weights, folder, Sam2Plan())
+        got = list(ours(model, pixels, keys))
+        require_alike(name, model, pixels, keys, want)
+        if not sum(fallen(got[f], want[f]) for f in keys):
+            break
+        print(f"{name}: a pixel of seed {tried} lies on the edge")
+    else:
+        pytest.fail(f"none of {SEEDS} seeds is without a pixel on the edge")
     assert len(got) == len(want) == frames
-    led = [
-        float(np.abs(g.mask - w.mask).max())
-        for g, w in zip(islice(ours(model, pixels, keys, want), LED), want, strict=False)
-    ]
-    tracked = [difference for f, difference in enumerate(led) if f not in keys]
-    print(f"{name}, same memories: {max(tracked, default=0):.1e}")
-    assert all(difference <= TOLERANCE_SAME_MEMORIES for difference in tracked), tracked
     worst = {
         what: max(
             float(np.abs(getattr(g, what) - getattr(w, what)).max()) for g, w in zip(got, want, strict=True)
@@ -152,6 +168,19 @@ def compare(
     assert worst["mask"] <= TOLERANCE and worst["pointer"] <= TOLERANCE and worst["score"] <= TOLERANCE, worst
     assert worst["memory"] <= BF16_STEP * size, worst
     return got
+
+
+def require_alike(
+    name: str, model: Sam2Model, pixels: Values, keys: dict[int, Values], want: list[Remembered]
+) -> None:
+    """With the same memories, whatever fell on the edge."""
+    led = [
+        float(np.abs(g.mask - w.mask).max())
+        for g, w in zip(islice(ours(model, pixels, keys, want), LED), want, strict=False)
+    ]
+    tracked = [difference for f, difference in enumerate(led) if f not in keys]
+    print(f"{name}, same memories: {max(tracked, default=0):.1e}")
+    assert all(difference <= TOLERANCE_SAME_MEMORIES for difference in tracked), tracked
 
 
 def test_a_clip_with_two_prompted_frames(folder: Path) -> None:

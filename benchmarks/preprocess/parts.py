@@ -40,6 +40,7 @@ PARTS = (
     Part("draw preview", "preprocess", "draw_preview"),
     Part("cut background", "preprocess", "cut_hole"),
     Part("encode", "artifacts", "ClipWriter.write"),
+    Part("wait for frames and masks", "preprocess", "ahead", "generator"),
     Part("wait for a clip", "clip_set", "ClipSet.write"),
     Part("finish clips", "artifacts", "ClipWriter.finish"),
     Part("wait for the last frames", "clip_set", "ClipSet.finish"),
