@@ -23,7 +23,16 @@ from plan_text import fused_attentions
 from tiny_job import as_argv
 
 from trt_wan.benchmarks.graph_flops import counted_flops
-from trt_wan.benchmarks.preprocess import bench, graph, planted, random_networks, tiny_sam2, vitpose, yolov10
+from trt_wan.benchmarks.preprocess import (
+    bench,
+    graph,
+    planted,
+    plots,
+    random_networks,
+    tiny_sam2,
+    vitpose,
+    yolov10,
+)
 from trt_wan.benchmarks.preprocess.parts import PARTS, PartClock
 from trt_wan.cli import cli
 from trt_wan.engines.sam2.config import SAM2_MODELS
@@ -182,7 +191,7 @@ def test_every_part_is_there() -> None:
     """A part that was renamed would go missing from the table."""
     with PartClock().watching() as clock:
         assert clock.missing == []
-    assert {part.name for part in PARTS} >= {"decode", "detect", "pose", "SAM2", "draw skeleton", "encode"}
+    assert {part.name for part in PARTS} == set(plots.COLOURS)
 
 
 def test_a_part_does_not_count_what_it_calls() -> None:
@@ -256,8 +265,14 @@ def test_networks_are_timed_as_often_as_was_asked_for(result: dict[str, Any]) ->
         assert result["headlines"][f"{row['name']} frames/s"] == FRAMES / row["seconds"]["median"]
         assert row["host_peak_bytes"] > 50_000_000
     detector, pose, sam2 = result["networks"]
-    assert detector["flops"] > pose["flops"] > 1e7 and detector["alone"]["count"] == REPEAT
-    assert sam2["alone"] is None and sam2["prompted"] == 4
+    assert detector["flops"] > pose["flops"] > 1e7 and detector["by_arrays"]["count"] == REPEAT
+    assert sam2["by_arrays"] is None and sam2["prompted"] == 4
+    inside = {row["name"]: row for row in sam2["inside"]}
+    assert inside["encoder"]["calls"] == FRAMES and inside["prompt"]["calls"] == 4
+    tracked = sum(row["calls"] for name, row in inside.items() if name.startswith("track_"))
+    assert tracked == FRAMES - 4
+    whole = sam2["seconds"]["median"]
+    assert 0 < sum(row["seconds"] for row in inside.values()) < 2 * whole
     assert "sam2.1_bench_tiny, fp32" in sam2["runs_on"]
 
 

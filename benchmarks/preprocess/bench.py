@@ -20,7 +20,13 @@ from trt_wan.benchmarks.preprocess import random_networks, tiny_sam2
 from trt_wan.benchmarks.preprocess.child import MOST_FRAMES, Spec, What
 from trt_wan.benchmarks.preprocess.parts import PARTS
 from trt_wan.benchmarks.preprocess.random_networks import ModelName, RandomNetwork
-from trt_wan.benchmarks.preprocess.result import NetworkTimes, PartTime, PreprocessResult, WholeTimes
+from trt_wan.benchmarks.preprocess.result import (
+    InsideTime,
+    NetworkTimes,
+    PartTime,
+    PreprocessResult,
+    WholeTimes,
+)
 from trt_wan.benchmarks.processes import Child, refusal
 from trt_wan.benchmarks.sample_clips import write_driving, write_reference
 from trt_wan.benchmarks.spread import Spread
@@ -103,8 +109,6 @@ def run_bench(options: Options, progress: Progress = silent) -> PreprocessResult
             progress(Note(f"{what}: {networks.files[what].name}"))
             found = measured(what)
             timed.append(_network_times(what, networks, found))
-            if found.end["alone"] is None and what != "sam2":
-                not_measured.append(f"{what} alone: its network has no stream of its own")
         whole = []
         for what in options.modes:
             progress(Note(f"a whole preprocessing, mode {what}, stages opened"))
@@ -176,13 +180,13 @@ def _measured(spec: Spec) -> _Measured:
 
 
 def _network_times(name: str, networks: Networks, found: _Measured) -> NetworkTimes:
-    alone = found.end["alone"]
+    by_arrays = found.end["by_arrays"]
     return NetworkTimes(
         name=name,
         title=networks.model(name) + (", random weights" if name in networks.random else ""),
         frames=found.opened["frames"],
         seconds=found.seconds,
-        alone=Spread.of(alone) if alone else None,
+        by_arrays=Spread.of(by_arrays) if by_arrays else None,
         open_seconds=found.opened["seconds"],
         first_seconds=found.passes[0]["seconds"],
         flops=networks.flops[name],
@@ -190,6 +194,7 @@ def _network_times(name: str, networks: Networks, found: _Measured) -> NetworkTi
         runs_on=found.opened["runs_on"],
         found=found.end["found"],
         prompted=found.end.get("prompted"),
+        inside=[InsideTime(**row) for row in found.end.get("inside", ())],
         notes=found.end["notes"],
         host_peak_bytes=found.end["host_peak_bytes"],
         usage=found.usage,

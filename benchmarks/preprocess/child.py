@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,8 +19,11 @@ import numpy as np
 from trt_wan.benchmarks.ours import host_peak_bytes, say
 from trt_wan.benchmarks.preprocess import planted, tiny_sam2
 from trt_wan.benchmarks.preprocess.parts import PartClock
+from trt_wan.benchmarks.preprocess.result import InsideTime
+from trt_wan.benchmarks.timed import timed
 from trt_wan.errors import TrtWanError
 from trt_wan.preprocess.detect import open_detector
+from trt_wan.preprocess.onnx_net import OnnxNet
 from trt_wan.preprocess.people import JOINTS, Box
 from trt_wan.preprocess.pose import open_pose
 from trt_wan.preprocess.preprocess import FIND, WRITE, PreprocessJob, preprocess
@@ -105,7 +108,7 @@ def run_detector(spec: Spec) -> None:
     detector = open_detector(Path(spec.detector), spec.executor, progress=notes)
     say("opened", seconds=time.perf_counter() - start, frames=len(frames), **_of(detector.net))
     found = passes(spec, lambda: sum(bool(persons) for persons in detector.detect(frames)))
-    end(notes, found=found, alone=_alone(spec, detector.net, len(frames)))
+    end(notes, found=found, by_arrays=_by_arrays(spec, detector.net, len(frames)))
 
 
 def run_pose(spec: Spec) -> None:
@@ -116,17 +119,15 @@ def run_pose(spec: Spec) -> None:
     x0, y0, x1, y1 = planted.BOX
     boxes = [Box(x0 * width, y0 * height, x1 * width, y1 * height)] * len(frames)
     found = passes(spec, lambda: len(pose.estimate(frames, boxes)))
-    end(notes, found=found, alone=_alone(spec, pose.net, len(frames)))
+    end(notes, found=found, by_arrays=_by_arrays(spec, pose.net, len(frames)))
 
 
 def _of(net: Any) -> dict[str, Any]:
     return {"runs_on": net.reason, "batch": net.batch}
 
 
-def _alone(spec: Spec, net: Any, frames: int) -> list[float] | None:
-    """Seconds of the network by itself for as many frames: prepared batches go in, raw results come out."""
-    if not hasattr(net, "stream"):
-        return None
+def _by_arrays(spec: Spec, net: OnnxNet, frames: int) -> list[float]:
+    """Seconds of as many frames where prepared batches go in and raw results come out."""
     batch = np.random.default_rng(0).random(net.input_shape, np.float32)
     calls = -(-frames // net.batch)
     found = []
@@ -142,7 +143,7 @@ def _alone(spec: Spec, net: Any, frames: int) -> list[float] | None:
 def run_sam2(spec: Spec) -> None:
     """Prompted as the mode replace prompts it: on up to four frames of a quarter each, and on the first."""
     from trt_wan.preprocess.sam2 import prompts
-    from trt_wan.preprocess.sam2.model import open_sam2
+    from trt_wan.preprocess.sam2.model import Sam2Model, open_sam2
     from trt_wan.preprocess.sam2.tracker import Sam2Tracker
     from trt_wan.preprocess.sam2.weights import load_sam2
 
@@ -158,14 +159,21 @@ def run_sam2(spec: Spec) -> None:
     body = from_keypoints(points, width, height).body
     keys = prompts.key_prompts([body] * len(frames), width, height, "safe")
 
-    def track() -> int:
+    def track(model: Sam2Model = model) -> int:
         tracker = Sam2Tracker(model, frames=len(frames))
         for key in keys:
             tracker.add_points(key.frame, PERSON, key.points, key.labels)
         return sum(bool(found.mask(PERSON).any()) for found in tracker.track(iter(frames)))
 
     found = passes(spec, track)
-    end(notes, found=found, prompted=len(keys), alone=None)
+    watched = timed(model.executor)
+    watched.start_watching()
+    track(replace(model, executor=watched))
+    inside = [
+        InsideTime(name, len(seconds), sum(seconds), float(np.median(seconds)))
+        for (_, name), seconds in watched.watched().items()
+    ]
+    end(notes, found=found, prompted=len(keys), by_arrays=None, inside=[asdict(row) for row in inside])
 
 
 def run_whole(spec: Spec) -> None:

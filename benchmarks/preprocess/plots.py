@@ -22,8 +22,10 @@ COLOURS = {
     "draw preview": "#b9d9bd",
     "cut background": "#c77dba",
     "encode": "#8b5fa3",
-    "wait for encoders": "#c4b1d4",
+    "wait for frames and masks": "#f0c05a",
+    "wait for a clip": "#c4b1d4",
     "finish clips": "#6b4f7f",
+    "wait for the last frames": "#43324f",
 }
 NARROW = 0.04  # of the longest bar: parts under it have no figure of their own
 LINE = 88  # characters
@@ -48,16 +50,16 @@ def rates(result: PreprocessResult) -> Figure:
         _under(result),
         height=2.2 + 0.6 * len(result.networks),
     )
-    most = max(max(n.rate, n.alone_rate or 0) for n in result.networks)
+    most = max(max(n.rate, n.by_arrays_rate or 0) for n in result.networks)
     for y, n in enumerate(result.networks):
-        for dy, rate, colour in ((-0.19, n.rate, LEAST), (0.19, n.alone_rate, OTHER)):
+        for dy, rate, colour in ((-0.19, n.rate, LEAST), (0.19, n.by_arrays_rate, OTHER)):
             if rate is None:
                 continue
             axes.barh(y + dy, rate, 0.36, color=colour)
             place = (rate, y + dy)
             axes.annotate(readable(rate), place, (4, 0), textcoords="offset points", va="center", fontsize=9)
     axes.barh(0, 0, color=LEAST, label="from pictures to results, work on the host included")
-    axes.barh(0, 0, color=OTHER, label="the network alone: prepared numbers in, raw ones out")
+    axes.barh(0, 0, color=OTHER, label="prepared float arrays in, raw ones out")
     axes.set_yticks(
         range(len(result.networks)), [f"{n.name}\n{n.title}" for n in result.networks], fontsize=8
     )

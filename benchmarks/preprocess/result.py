@@ -19,6 +19,16 @@ SCHEMA = "trt-wan-bench-preprocess/1"
 
 
 @dataclass(frozen=True)
+class InsideTime:
+    """A network that others are made of, in one more run over the clip: on a GPU by events."""
+
+    name: str
+    calls: int
+    seconds: float  # of all calls
+    median: float  # of a call
+
+
+@dataclass(frozen=True)
 class NetworkTimes:
     """A network over all frames of the clip, again and again, in a process of its own."""
 
@@ -26,7 +36,9 @@ class NetworkTimes:
     title: str
     frames: int
     seconds: Spread  # of all frames, from pictures in memory to boxes, joints or outlines
-    alone: Spread | None  # the network by itself: prepared numbers go in from host memory, raw ones come back
+    # The same frames as float arrays that the host has prepared, and raw results to it: more bytes to move
+    # than pictures and joints are, where a GPU prepares and reads them.
+    by_arrays: Spread | None
     open_seconds: float  # engines that were missing are built in it
     first_seconds: float  # of all frames, the warm-up
     flops: int | None  # of one frame; None where it is not known
@@ -34,6 +46,7 @@ class NetworkTimes:
     runs_on: str
     found: int  # frames in which something was found
     prompted: int | None  # frames that SAM2 was prompted on
+    inside: list[InsideTime]  # of SAM2: its networks
     notes: list[str]
     host_peak_bytes: int | None
     usage: Usage
@@ -43,8 +56,8 @@ class NetworkTimes:
         return self.frames / self.seconds.median
 
     @property
-    def alone_rate(self) -> float | None:
-        return self.frames / self.alone.median if self.alone else None
+    def by_arrays_rate(self) -> float | None:
+        return self.frames / self.by_arrays.median if self.by_arrays else None
 
 
 @dataclass(frozen=True)
@@ -124,7 +137,9 @@ class PreprocessResult:
     def headlines(self) -> dict[str, float]:
         """Frames per second and seconds, for a glance and for comparing."""
         figures = {f"{n.name} frames/s": n.rate for n in self.networks}
-        figures |= {f"{n.name} alone frames/s": n.alone_rate for n in self.networks if n.alone_rate}
+        figures |= {
+            f"{n.name} by arrays frames/s": n.by_arrays_rate for n in self.networks if n.by_arrays_rate
+        }
         for whole in self.whole:
             figures[f"{whole.mode} frames/s, opened"] = whole.rate
             figures[f"{whole.mode} s, opened"] = whole.seconds.median
@@ -163,8 +178,10 @@ def figures(result: PreprocessResult) -> Iterator[Row]:
     for n in result.networks:
         yield "network", n.name, "frames/s", n.rate
         yield "network", n.name, "s a clip", n.seconds.median
-        if n.alone_rate is not None:
-            yield "network alone", n.name, "frames/s", n.alone_rate
+        if n.by_arrays_rate is not None:
+            yield "network by arrays", n.name, "frames/s", n.by_arrays_rate
+        for inside in n.inside:
+            yield f"{n.name} network", inside.name, "s a call", inside.median
         yield from _memory(n.name, n.host_peak_bytes, n.usage)
     for w in result.whole:
         yield "whole, opened", w.mode, "frames/s", w.rate

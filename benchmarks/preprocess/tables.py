@@ -13,6 +13,7 @@ from trt_wan.benchmarks.tables import giga, table
 
 def render(result: PreprocessResult) -> Group:
     parts: list[RenderableType] = [_card(result), _networks(result)]
+    parts += [_inside(n) for n in result.networks if n.inside]
     if result.whole:
         parts += [_whole(result), _parts(result)]
     if result.about_random:
@@ -43,30 +44,45 @@ def _networks(result: PreprocessResult) -> Table:
         "frames/s",
         "ms a frame",
         "runs",
-        "alone frames/s",
-        "TFLOP/s alone",
+        "TFLOP/s",
+        "by arrays frames/s",
         "batch",
         "opened in",
         "GPU",
         "host",
     )
     title = (
-        "Networks: frames per second with their work on the host; alone: prepared numbers in, raw ones out"
+        "Networks: frames per second from pictures to results; by arrays: prepared floats in, raw ones out"
     )
     return table(title, "", *heads, rows=map(_network_row, result.networks))
 
 
+def _inside(n: NetworkTimes) -> Table:
+    whole = sum(row.seconds for row in n.inside)
+    rows = [
+        (
+            row.name,
+            str(row.calls),
+            f"{row.median * 1e3:.2f}",
+            f"{row.seconds:.3f}",
+            f"{row.seconds / whole:.0%}",
+        )
+        for row in n.inside
+    ]
+    heads = ("calls", "ms a call, median", "seconds a clip", "of all")
+    return table(f"Inside {n.name}, over the clip once more", "", *heads, rows=rows)
+
+
 def _network_row(n: NetworkTimes) -> tuple[str, ...]:
-    alone = n.alone_rate
-    work = f"{alone * n.flops / 1e12:.3g}" if alone and n.flops else ""
+    arrays = n.by_arrays_rate
     prompts = f", {n.prompted} prompts" if n.prompted is not None else ""
     return (
         f"{n.name}{prompts}",
         f"{n.rate:.1f}",
         f"{1e3 / n.rate:.2f}",
         str(n.seconds.count),
-        f"{alone:.1f}" if alone else "",
-        work,
+        f"{n.rate * n.flops / 1e12:.3g}" if n.flops else "",
+        f"{arrays:.1f}" if arrays else "",
         str(n.batch),
         f"{n.open_seconds:.1f} s",
         giga(n.usage.peak_memory_bytes),
