@@ -53,8 +53,10 @@ def stream(
 
 def to_pixels(frames: Array) -> Pixels:
     """float32 [3, n, H, W] in [-1, 1] to uint8 [n, H, W, 3]."""
-    levels = np.rint((frames.astype(np.float32) + 1) * 127.5)
-    pixels: Pixels = levels.astype(np.uint8).transpose(1, 2, 3, 0)
+    levels = frames.astype(np.float32)  # a copy: in place from here on
+    levels += 1
+    levels *= 127.5
+    pixels: Pixels = np.rint(levels, out=levels).astype(np.uint8).transpose(1, 2, 3, 0)
     return pixels
 
 
@@ -114,8 +116,7 @@ def stream_windows(
             pose = encode(model, to_signal(clips.pose.window(indices)))
         face = None
         if clips.face is not None:
-            crops = to_signal(clips.face.window(indices)).transpose(1, 0, 2, 3)
-            face = encode_face(model, np.ascontiguousarray(crops))
+            face = encode_face(model, to_signal(clips.face.window(indices)).transpose(1, 0, 2, 3))
         pose_strength = job.pose_strength if clips.pose is not None else 0.0
         condition, pose = model.place(condition), model.place(pose)
         branches = [

@@ -68,14 +68,11 @@ def encode_context(model: Model, text: Array, image: Array) -> PerLayer:
 
 def encode_face(model: Model, face: Array) -> PerLayer:
     """Per fuser: face_k, face_v, from the window's face crops [frames, 3, 512, 512] in [-1, 1]."""
-    batch = model.plan.face_batch
-    filled = np.concatenate((face, np.repeat(face[-1:], -len(face) % batch, axis=0)))
-    motion = np.concatenate(
-        [
-            np.asarray(model.run("motion_encoder", filled[i : i + batch])[0])
-            for i in range(0, len(filled), batch)
-        ]
-    )
+    size = model.plan.face_batch
+    batches = [face[i : i + size] for i in range(0, len(face), size)]
+    if missing := size - len(batches[-1]):
+        batches[-1] = np.concatenate((batches[-1], np.repeat(face[-1:], missing, axis=0)))
+    motion = np.concatenate([np.asarray(model.run("motion_encoder", batch)[0]) for batch in batches])
     return _fuser_keys(model, motion[: len(face)])
 
 

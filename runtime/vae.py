@@ -17,11 +17,10 @@ def encode(model: Model, frames: Array) -> Array:
     step = 4 * model.plan.vae_chunk
     count = frames.shape[1]
     assert count % step == 1, f"{count} frames are not one and a multiple of {step}"
-    latent, *caches = model.run("vae_encode_first", np.ascontiguousarray(frames[:, :1]))
+    latent, *caches = model.run("vae_encode_first", frames[:, :1])
     latents = [latent]
     for start in range(1, count, step):
-        chunk = np.ascontiguousarray(frames[:, start : start + step])
-        latent, *caches = model.run("vae_encode_next", chunk, *caches)
+        latent, *caches = model.run("vae_encode_next", frames[:, start : start + step], *caches)
         latents.append(latent)
     return np.concatenate([np.asarray(latent) for latent in latents], axis=1)
 
@@ -35,9 +34,8 @@ def decode(model: Model, latent: Array) -> Iterator[Array]:
     latent = np.asarray(latent)
     count = latent.shape[1]
     assert (count - 1) % step == 0, f"{count} latent frames are not one and a multiple of {step}"
-    frames, *caches = model.run("vae_decode_first", np.ascontiguousarray(latent[:, :1]))
+    frames, *caches = model.run("vae_decode_first", latent[:, :1])
     yield np.asarray(frames)
     for start in range(1, count, step):
-        chunk = np.ascontiguousarray(latent[:, start : start + step])
-        frames, *caches = model.run("vae_decode_next", chunk, *caches)
+        frames, *caches = model.run("vae_decode_next", latent[:, start : start + step], *caches)
         yield np.asarray(frames)
