@@ -38,10 +38,13 @@ class EngineId:
 
     @property
     def title(self) -> str:
-        plan, flavour = self.plan, self.flavour
-        shape = f"{plan.width}x{plan.height}, {plan.frames} frames, {plan.precision}"
-        made = f"{self.target}, {flavour.name} {flavour.version}"
-        return f"engine {self.network} ({self.model}, {shape}, {made})"
+        made = f"{self.target}, {self.flavour.name} {self.flavour.version}"
+        return f"engine {self.network} ({self.model}, {self.shape}{made})"
+
+    @property
+    def shape(self) -> str:
+        """In the title, where the model's name does not say it."""
+        return f"{self.plan.width}x{self.plan.height}, {self.plan.frames} frames, {self.plan.precision}, "
 
     @property
     def rebuild(self) -> str:

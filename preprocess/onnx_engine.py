@@ -37,9 +37,8 @@ class FileEngine(EngineId):
     """An engine whose graph is a user's file: no command builds it ahead, the next use does."""
 
     @property
-    def title(self) -> str:
-        made = f"{self.target}, {self.flavour.name} {self.flavour.version}"
-        return f"engine {self.network} ({self.model}, {made})"
+    def shape(self) -> str:
+        return ""
 
     @property
     def rebuild(self) -> str:

@@ -14,9 +14,8 @@ class Sam2Engine(EngineId):
     """The key is the graph's and so says everything; `plan` is of the picture's size alone."""
 
     @property
-    def title(self) -> str:
-        made = f"{self.target}, {self.flavour.name} {self.flavour.version}"
-        return f"engine {self.network} ({self.model}, {made})"
+    def shape(self) -> str:
+        return ""
 
     @property
     def rebuild(self) -> str:
