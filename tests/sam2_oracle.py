@@ -88,7 +88,7 @@ def transformers_names(weights: Mapping[str, Values]) -> dict[str, torch.Tensor]
             # `layers.1` of a head becomes `layers.0`, which must not be renamed again
             new = re.sub(pattern, to, name)
             name = new
-        found[name] = torch.from_numpy(value)
+        found[name] = torch.from_numpy(value.copy())
     found["prompt_encoder.point_embed.weight"] = torch.from_numpy(
         np.concatenate([weights[p] for p in POINTS])
     )
