@@ -129,18 +129,19 @@ def run_sweep(
             known[key] = _point(ask, steps, weights, progress)
         same = known[key]
         found.append(Point(**{**_fields(same), "axis": ask.axis, "label": ask.label}))
-    measured = sorted(
-        {(p.flops, p.seconds.median) for p in found if p.seconds and p.axis in ("size", "window")}
+    grown = sorted(
+        {
+            (p.flops, p.attention_share, p.seconds.median)
+            for p in found
+            if p.seconds and p.axis in ("size", "window")
+        }
     )
-    enough = len({flops for flops, _ in measured}) > 1
-    grown = {
-        (p.flops, p.attention_share, p.seconds.median)
-        for p in found
-        if p.seconds and p.axis in ("size", "window")
-    }
-    rates = fit_rates(sorted(grown)) if len({flops for flops, _, _ in grown}) > RATES else None
-    errors = [seconds / rates.seconds(f, share) - 1 for f, share, seconds in sorted(grown)] if rates else []
-    return Sweep(read_card(), found, rates, errors, fit(measured) if enough else None, bends(measured))
+    measured = [(flops, seconds) for flops, _, seconds in grown]
+    amounts = len({flops for flops, _ in measured})
+    rates = fit_rates(grown) if amounts > RATES else None
+    errors = [seconds / rates.seconds(flops, share) - 1 for flops, share, seconds in grown] if rates else []
+    law = fit(measured) if amounts > 1 else None
+    return Sweep(read_card(), found, rates, errors, law, bends(measured))
 
 
 def _fields(point: Point) -> dict[str, Any]:
