@@ -18,9 +18,10 @@ from on_gpu import require_gpu
 from sam2_oracle import our_model
 
 from trt_wan.build.sam2 import build_sam2_graphs
-from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Plan, Sam2Precision
+from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Plan, Sam2Precision, pointers_of
 from trt_wan.engines.tensorrt import choose_flavour
-from trt_wan.preprocess.sam2 import kernels, resize_on_gpu
+from trt_wan.errors import EnvironmentBroken
+from trt_wan.preprocess.sam2 import kernels, memory_attention, resize_on_gpu
 from trt_wan.preprocess.sam2.carriers import AHEAD, DeviceCarrier
 from trt_wan.preprocess.sam2.model import Sam2Model, open_sam2_on_gpu
 from trt_wan.preprocess.sam2.resample import DEVIATION, InputRule, filter_table, model_input
@@ -47,6 +48,26 @@ def test_kernels_compile(nvrtc: None, capability: tuple[int, int]) -> None:
     code = bytes(kernels.compile_for(*capability).code)
     for name in kernels.NAMES:
         assert f".text.{name}".encode() + b"\0" in code
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
+def test_attention_to_memories_compiles(nvrtc: None, capability: tuple[int, int]) -> None:
+    code = bytes(memory_attention.compile_for(CONFIG, capability).code)
+    for name in memory_attention.NAMES:
+        assert f".text.{name}".encode() + b"\0" in code
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "shares"), [(132, 4), (128, 4), (170, 5), (76, 7), (60, 7), (24, 3), (1, 1)]
+)
+def test_keys_are_shared_out_so_that_few_multiprocessors_idle(multiprocessors: int, shares: int) -> None:
+    assert memory_attention.shares_of(32, multiprocessors) == shares
+
+
+def test_a_gpu_that_is_too_old() -> None:
+    memory_attention.require_kernel((8, 0))
+    with pytest.raises(EnvironmentBroken, match="compute capability 7.5 is too old"):
+        memory_attention.require_kernel((7, 5))
 
 
 @pytest.mark.parametrize("rule", get_args(InputRule))
@@ -165,6 +186,36 @@ def test_small_things_go_up_and_come_down() -> None:
     pixels = gpu.download(carrier.pixels(frames, "official")())
     np.testing.assert_array_equal(pixels[2:], np.stack([pixels[1]] * 2))
     assert np.isfinite(pixels).all() and not np.array_equal(pixels[0], pixels[1])
+
+
+@pytest.mark.parametrize("size", [256, 464, 1024])
+@pytest.mark.parametrize("seen", [(1, 1), (4, 6), (7, 16), (0, 3)])
+def test_attention_to_memories(size: int, seen: tuple[int, int]) -> None:
+    """Memories and pointers, some of each unseen: with NaN in them, which nothing may look at."""
+    gpu, config, places = require_gpu(), replace(CONFIG, image_size=size), 7
+    rng = np.random.default_rng(0)
+    front, start, back = seen[0] * config.tokens, places * config.tokens, 4 * seen[1]
+    keys = rng.standard_normal((start + 4 * pointers_of(places), config.channels), np.float32)
+    values = rng.standard_normal((len(keys), config.memory_channels), np.float32)
+    queries = 0.3 * rng.standard_normal((config.tokens, config.channels), np.float32)
+    q, k, v = (t.astype(np.float16) for t in (queries, keys, values))
+    for t in (k, v):
+        t[front:start] = t[start + back :] = np.nan
+    segment = memory_attention.open_memory_attention(gpu, config, (places,))[places]
+    gpu.reserve(1 << 28)
+    scratch = gpu.empty((segment.scratch_bytes,), np.uint8)
+    segment.start(scratch.address)
+    out = gpu.empty((config.tokens, config.memory_channels), np.float16)
+    given = {"q": q, "keys": k, "values": v, "seen": np.array([front, back], np.int64)}
+    arrays = {name: gpu.upload(value) for name, value in given.items()} | {"attended": out}
+    segment.enqueue({name: array.address for name, array in arrays.items()})
+    there = np.r_[0:front, start : start + back]
+    logits = q.astype(np.float32) @ k[there].astype(np.float32).T
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    want = shares / shares.sum(1, keepdims=True) @ v[there].astype(np.float32)
+    error = np.linalg.norm(gpu.download(out) - want) / np.linalg.norm(want)
+    print(f"{size}, {seen}: {error:.1e}")
+    assert error < 1e-3  # fp16 has 2e-4 of it
 
 
 def follow(model: Sam2Model) -> list[TrackedFrame]:

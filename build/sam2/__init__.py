@@ -2,6 +2,7 @@
 names, and their export into the graph store.
 """
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,16 +21,19 @@ GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "prompt": decoder.prompt,
     "memory_encoder": memory.memory_encoder,
     "track": memory.track,
+    "track_start": memory.track_start,
+    "track_query": memory.track_query,
+    "track_read": memory.track_read,
+    "track_end": memory.track_end,
 }
 
 
 def export_sam2(network: Network, config: Sam2Config, path: Path) -> None:
     """Writes the ONNX graph of `network`, of whatever plan it is, to `path`."""
-
-    kind = "track" if network.name.startswith("track_") else network.name
+    function = GRAPHS[re.sub(r"_\d+$", "", network.name)]  # track_7 is track, for seven memories
 
     def graph(inputs: Sequence[Tensor], weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return GRAPHS[kind](*inputs, w=weights, config=config)
+        return function(*inputs, w=weights, config=config)
 
     export_function(network, graph, path)
 

@@ -3,6 +3,9 @@ B1.4).
 
 Memories are [cells, memory channels]. Their keys are rotated slot by slot with the one table of the grid,
 pointers' keys are not: so nothing depends on how many there are, and no slice has a length of run time.
+
+The weights of attention add up to 1, so a layer's projection of the values is one of what was attended to:
+attention is to the memories themselves, with a quarter of the channels, the same ones in every layer.
 """
 
 import torch
@@ -13,6 +16,7 @@ from trt_wan.build.models.ops import Weights, linear
 from trt_wan.build.sam2.decoder import best_mask, decode
 from trt_wan.build.sam2.encoder import EPS, conv1x1, norm
 from trt_wan.engines.sam2.config import Sam2Config
+from trt_wan.engines.sam2.contracts import CROSS, layer_scope
 
 NORM_EPS = 1e-5  # of memory attention
 MASK_SCALE, MASK_BIAS = 20.0, -10.0
@@ -23,33 +27,86 @@ def track(
     feat: Tensor,
     high1: Tensor,
     high0: Tensor,
-    position: Tensor,
-    memory_position: Tensor,
-    rope_cos: Tensor,
-    rope_sin: Tensor,
-    memory_time: Tensor,
     memory_bias: Tensor,
-    pointers: Tensor,
     pointer_bias: Tensor,
-    *rest: Tensor,
+    *looked_at: Tensor,
     w: Weights,
     config: Sam2Config,
 ) -> tuple[Tensor, ...]:
-    """`rest` is the pointers' ages, for 2.1, and the memories."""
-    age = rest[0] if config.new else None
-    memories = torch.stack(rest[1:] if config.new else rest).float()
+    """All of it; `looked_at` is what `track_start` takes."""
     parts = config.channels // config.memory_channels  # tokens of a pointer
-    split = pointers.reshape(-1, config.memory_channels)
-    values = (memories, split)
-    keys = (memories + memory_position + memory_time[:, None], split + _age(age, parts, w, config))
     bias = torch.cat(
         (
             memory_bias[:, None].expand(-1, config.tokens).reshape(-1),
             pointer_bias[:, None].expand(-1, parts).reshape(-1),
         )
     )
-    pixels = _memory_attention(feat + 0.1 * position, keys, values, bias, rope_cos, rope_sin, w, config)
+    turns = looked_at[2:4]
+    x, keys, values = track_start(feat, *looked_at, w=w, config=config)
+    for n in range(config.memory_layers):
+        layer = _layer(w, n)
+        x, q = track_query(x, *turns, w=layer, config=config)
+        (x,) = track_read(x, _one_head(q, keys[n], values, bias.to(q.dtype)), w=layer, config=config)
+    return track_end(x, feat, high1, high0, w=w, config=config)
 
+
+def track_start(
+    feat: Tensor,
+    position: Tensor,
+    memory_position: Tensor,
+    rope_cos: Tensor,
+    rope_sin: Tensor,
+    memory_time: Tensor,
+    pointers: Tensor,
+    *rest: Tensor,
+    w: Weights,
+    config: Sam2Config,
+) -> tuple[Tensor, ...]:
+    """The frame's tokens; every layer's keys, and the values, of memories and then pointers. `rest` is the
+    pointers' ages, for 2.1, and the memories.
+    """
+    age = rest[0] if config.new else None
+    memories = torch.stack(rest[1:] if config.new else rest).float()
+    parts = config.channels // config.memory_channels
+    split = pointers.reshape(-1, config.memory_channels)
+    of_memories = memories + memory_position + memory_time[:, None]
+    of_pointers = split + _age(age, parts, w, config)
+    keys = []
+    for n in range(config.memory_layers):
+        layer = _layer(w, n)
+        rotated = _rotated(linear(of_memories, layer, f"{CROSS}.k_proj"), rope_cos, rope_sin)
+        k = linear(of_pointers, layer, f"{CROSS}.k_proj")
+        keys.append(torch.cat((rotated.to(k.dtype).flatten(0, 1), k)))
+    values = torch.cat((memories.flatten(0, 1), split)).to(keys[0].dtype)
+    return feat + 0.1 * position, torch.stack(keys), values
+
+
+def track_query(
+    x: Tensor, rope_cos: Tensor, rope_sin: Tensor, *, w: Weights, config: Sam2Config
+) -> tuple[Tensor, Tensor]:
+    """The first half of a layer: tokens after attention to themselves, and their queries to memories."""
+    half = w["self_attn.q_proj.weight"].dtype
+    scale = config.channels**-0.5
+    h = norm(x, w, "norm1", NORM_EPS).to(half)
+    q, k = (_rotated(linear(h, w, f"self_attn.{part}_proj"), rope_cos, rope_sin) for part in "qk")
+    v = linear(h, w, "self_attn.v_proj")
+    attended = _one_head((q * scale).to(half), k.to(half), v)
+    x = x + linear(attended, w, "self_attn.out_proj").float()
+    q = _rotated(linear(norm(x, w, "norm2", NORM_EPS), w, f"{CROSS}.q_proj"), rope_cos, rope_sin)
+    return x, (q * scale).to(half)
+
+
+def track_read(x: Tensor, attended: Tensor, *, w: Weights, config: Sam2Config) -> tuple[Tensor]:
+    """The second half: `attended` [cells, memory channels] is what the queries found."""
+    x = x + linear(linear(attended, w, f"{CROSS}.v_proj"), w, f"{CROSS}.out_proj").float()
+    h = F.relu(linear(norm(x, w, "norm3", NORM_EPS), w, "linear1"))
+    return (x + linear(h, w, "linear2").float(),)
+
+
+def track_end(
+    x: Tensor, feat: Tensor, high1: Tensor, high0: Tensor, *, w: Weights, config: Sam2Config
+) -> tuple[Tensor, ...]:
+    pixels = norm(x, w, "memory_attention.norm", NORM_EPS)
     nothing = w["sam_prompt_encoder.not_a_point_embed.weight"].expand(2, -1)
     pixels = pixels + w["sam_prompt_encoder.no_mask_embed.weight"]
     found = decode(pixels, high1, high0, nothing, None, w, config)
@@ -76,48 +133,18 @@ def _age(age: Tensor | None, parts: int, w: Weights, config: Sam2Config) -> Tens
     return encoded[:, None].expand(-1, parts, -1).reshape(-1, config.memory_channels)
 
 
-def _memory_attention(
-    x: Tensor,
-    keys: tuple[Tensor, Tensor],
-    values: tuple[Tensor, Tensor],
-    bias: Tensor,
-    rope_cos: Tensor,
-    rope_sin: Tensor,
-    w: Weights,
-    config: Sam2Config,
-) -> Tensor:
-    """`keys` and `values` are of memories [n, cells, channels] and pointers [tokens, channels]."""
+def _layer(w: Weights, n: int) -> Weights:
+    """The weights of a layer of memory attention, by their names in it."""
+    scope = layer_scope(n)
+    return {name.removeprefix(scope): tensor for name, tensor in w.items() if name.startswith(scope)}
+
+
+def _rotated(t: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
+    """Turns pairs of channels; a sum of two products, which TensorRT fuses (build/models/block.py)."""
     by_even = torch.stack((rope_cos, rope_sin), dim=-1)
     by_odd = torch.stack((-rope_sin, rope_cos), dim=-1)
-
-    def rotated(t: Tensor) -> Tensor:
-        """Turns pairs of channels; a sum of two products, which TensorRT fuses (build/models/block.py)."""
-        pairs = t.float().reshape(*t.shape[:-1], -1, 2)
-        return (pairs[..., :1] * by_even + pairs[..., 1:] * by_odd).flatten(-2)
-
-    value_tokens = torch.cat((values[0].flatten(0, 1), values[1]))
-    scale = config.channels**-0.5
-    for n in range(config.memory_layers):
-        name = f"memory_attention.layers.{n}"
-        half = w[f"{name}.linear1.weight"].dtype
-
-        h = norm(x, w, f"{name}.norm1", NORM_EPS).to(half)
-        q, k = (rotated(linear(h, w, f"{name}.self_attn.{part}_proj")) for part in "qk")
-        v = linear(h, w, f"{name}.self_attn.v_proj")
-        attended = _one_head((q * scale).to(half), k.to(half), v)
-        x = x + linear(attended, w, f"{name}.self_attn.out_proj").float()
-
-        cross = f"{name}.cross_attn_image"
-        q = rotated(linear(norm(x, w, f"{name}.norm2", NORM_EPS), w, f"{cross}.q_proj")) * scale
-        of_memories = rotated(linear(keys[0], w, f"{cross}.k_proj")).to(half).flatten(0, 1)
-        k = torch.cat((of_memories, linear(keys[1], w, f"{cross}.k_proj")))
-        v = linear(value_tokens, w, f"{cross}.v_proj")
-        attended = _one_head(q.to(half), k, v, bias.to(half))
-        x = x + linear(attended, w, f"{cross}.out_proj").float()
-
-        h = F.relu(linear(norm(x, w, f"{name}.norm3", NORM_EPS), w, f"{name}.linear1"))
-        x = x + linear(h, w, f"{name}.linear2").float()
-    return norm(x, w, "memory_attention.norm", NORM_EPS)
+    pairs = t.float().reshape(*t.shape[:-1], -1, 2)
+    return (pairs[..., :1] * by_even + pairs[..., 1:] * by_odd).flatten(-2)
 
 
 def _one_head(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

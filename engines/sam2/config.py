@@ -10,9 +10,9 @@ from typing import Literal
 from trt_wan.engines.contract import DType
 
 Version = Literal["2.0", "2.1"]
-Sam2Precision = Literal["fp32", "bf16", "fp16"]
+Sam2Precision = Literal["fp32", "fp16"]
 
-HALVES: dict[Sam2Precision, DType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+HALVES: dict[Sam2Precision, DType] = {"fp32": "float32", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ class Sam2Plan:
     A track graph has room for so many memories, and for nine pointers more than that; unused places are
     masked, which is exact (preprocess_spec.md S9). With c prompted frames at most c + 6 memories and c + 15
     pointers are looked at. One prompted frame fills 7 places from the seventh frame on, so the mask costs
-    nothing in the long run, where graphs of exact lengths would be dozens.
+    nothing in the long run, where graphs of exact lengths would be dozens. A kernel passes over what is not
+    seen, so there one graph, with room for all, does.
     """
 
     precision: Sam2Precision = "fp32"
@@ -120,6 +121,11 @@ class Sam2Plan:
     def half(self) -> DType:
         """The type of what is heavy: trunk, memory attention, memory encoder."""
         return HALVES[self.precision]
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether a kernel attends to memories (preprocess/sam2/memory_attention.py), else the graphs."""
+        return self.precision == "fp16"
 
 
 def pointers_of(memories: int) -> int:

@@ -5,6 +5,14 @@
     memory_encoder  features and the mask of a prompted frame to its memory
     track_<n>       a frame with up to n memories to mask, pointer and its own memory, in one launch
 
+In half precision, for GPUs, the last one is in parts, and its attention to memories a kernel's (`by_kernel`):
+
+    track_start_<n>      the frame's tokens, and keys and values of memories and pointers
+    track_query          tokens after a layer's attention to themselves, and their queries
+    track_attention_<n>  the kernel: as many of the keys as `seen` says
+    track_read           tokens after what the queries found and the layer's feed-forward
+    track_end            tokens to mask, pointer and memory
+
 Features are [cells, channels], row by row. `feat` has T cells, `high1` 4T, `high0` 16T; masks are logits
 [S/4, S/4]. Inputs whose name ends in `_bias` are 0 for what counts and MASKED for what does not. Position
 tables and rotations are the host's, so that no graph stores them.
@@ -26,6 +34,7 @@ POS_EMBED = "image_encoder.trunk.pos_embed"
 POS_EMBED_WINDOW = "image_encoder.trunk.pos_embed_window"
 TIME_ROWS = "maskmem_tpos_enc"
 NO_POINTER = "no_obj_ptr"
+CROSS = "cross_attn_image"  # a layer's attention to memories
 MASK_DOWNSAMPLE = "mask_downsample"
 
 LABELS = (-1, 0, 1, 2, 3)  # columns of the prompt's one-hot labels: none, background, object, box corners
@@ -34,12 +43,23 @@ LABELS = (-1, 0, 1, 2, 3)  # columns of the prompt's one-hot labels: none, backg
 def networks(config: Sam2Config, plan: Sam2Plan) -> dict[str, Network]:
     """Every graph by name."""
     found = [_encoder(config, plan), _prompt(config, plan), _memory_encoder(config, plan)]
-    found += [_track(config, plan, memories) for memories in plan.memories]
+    if plan.by_kernel:
+        found += [_track_start(config, plan, memories) for memories in plan.memories]
+        found += [_track_query(config, plan), _track_read(config, plan), _track_end(config, plan)]
+    else:
+        found += [_track(config, plan, memories) for memories in plan.memories]
     return {network.name: network for network in found}
 
 
-def track_name(memories: int) -> str:
-    return f"track_{memories}"
+def kernels(config: Sam2Config, plan: Sam2Plan) -> dict[str, Network]:
+    """What is computed beside the graphs, by name; it has no weights."""
+    found = [_track_attention(config, plan, n) for n in plan.memories] if plan.by_kernel else []
+    return {network.name: network for network in found}
+
+
+def layer_scope(n: int | str) -> str:
+    """What the names of a memory attention layer's weights begin with."""
+    return f"memory_attention.layers.{n}."
 
 
 def required_tensors(config: Sam2Config) -> dict[str, tuple[int, ...]]:
@@ -131,40 +151,119 @@ def _memory_encoder(c: Sam2Config, plan: Sam2Plan) -> Network:
 
 
 def _track(c: Sam2Config, plan: Sam2Plan, memories: int) -> Network:
-    pointers = pointers_of(memories)
-    age = (Tensor("pointer_time", (pointers,)),) if c.new else ()
-    age_weights = tuple(_exact("obj_ptr_tpos_proj", c.memory_channels, c.channels)) if c.new else ()
+    layers = [layer_scope(n) for n in range(c.memory_layers)]
+    of_layers = (w for layer in layers for part in (_query_weights, _read_weights) for w in part(c, layer))
     return Network(
-        name=track_name(memories),
+        name=f"track_{memories}",
         part="sam2",
         inputs=(
             *_features(c),
-            Tensor("position", (c.tokens, c.channels)),
-            Tensor("memory_position", (c.tokens, c.memory_channels)),
-            Tensor("rope_cos", (c.tokens, c.channels // 2)),
-            Tensor("rope_sin", (c.tokens, c.channels // 2)),
-            Tensor("memory_time", (memories, c.memory_channels)),
             Tensor("memory_bias", (memories,)),
-            Tensor("pointers", (pointers, c.channels)),
-            Tensor("pointer_bias", (pointers,)),
-            *age,
-            *(memory_tensor(c, plan, f"memory_{i}") for i in range(memories)),
+            Tensor("pointer_bias", (pointers_of(memories),)),
+            *_looked_at(c, plan, memories),
         ),
-        weights=(
-            *_typed(plan, _memory_attention(c)),
-            *age_weights,
-            Tensor("sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", (2, c.channels // 2)),
-            Tensor("sam_prompt_encoder.not_a_point_embed.weight", (1, c.channels)),
-            Tensor("sam_prompt_encoder.no_mask_embed.weight", (1, c.channels)),
-            *_decoder(c),
-            *_memory_encoder_weights(c, plan),
-        ),
+        weights=(*_start_weights(c, plan), *_typed(plan, tuple(of_layers)), *_end_weights(c, plan)),
+        outputs=_tracked(c, plan),
+    )
+
+
+def _track_start(c: Sam2Config, plan: Sam2Plan, memories: int) -> Network:
+    seen = _seen_tokens(c, memories)
+    return Network(
+        name=f"track_start_{memories}",
+        part="sam2",
+        inputs=(_features(c)[0], *_looked_at(c, plan, memories)),
+        weights=tuple(_start_weights(c, plan)),
         outputs=(
-            Tensor("mask", (c.mask_size, c.mask_size)),
-            Tensor("pointer", (c.channels,)),
-            Tensor("object_score", (1,)),
-            memory_tensor(c, plan, "memory"),
+            _tokens(c),
+            Tensor("keys", (c.memory_layers, seen, c.channels), plan.half),
+            Tensor("values", (seen, c.memory_channels), plan.half),
         ),
+    )
+
+
+def _track_query(c: Sam2Config, plan: Sam2Plan) -> Network:
+    return Network(
+        name="track_query",
+        part="sam2",
+        inputs=(_tokens(c), *_rotations(c)),
+        weights=tuple(_typed(plan, _query_weights(c))),
+        outputs=(Tensor("x_out", (c.tokens, c.channels)), Tensor("q", (c.tokens, c.channels), plan.half)),
+        scope=layer_scope("{n}"),
+        repeats=c.memory_layers,
+    )
+
+
+def _track_attention(c: Sam2Config, plan: Sam2Plan, memories: int) -> Network:
+    tokens = _seen_tokens(c, memories)
+    return Network(
+        name=f"track_attention_{memories}",
+        part="sam2",
+        inputs=(
+            Tensor("q", (c.tokens, c.channels), plan.half),
+            Tensor("keys", (tokens, c.channels), plan.half),  # of one layer
+            Tensor("values", (tokens, c.memory_channels), plan.half),
+            Tensor("seen", (2,), "int64"),  # tokens of memories, and of pointers, that count: the first ones
+        ),
+        weights=(),
+        outputs=(Tensor("attended", (c.tokens, c.memory_channels), plan.half),),
+    )
+
+
+def _track_read(c: Sam2Config, plan: Sam2Plan) -> Network:
+    return Network(
+        name="track_read",
+        part="sam2",
+        inputs=(_tokens(c), Tensor("attended", (c.tokens, c.memory_channels), plan.half)),
+        weights=tuple(_typed(plan, _read_weights(c))),
+        outputs=(Tensor("x_out", (c.tokens, c.channels)),),
+        scope=layer_scope("{n}"),
+        repeats=c.memory_layers,
+    )
+
+
+def _track_end(c: Sam2Config, plan: Sam2Plan) -> Network:
+    return Network(
+        name="track_end",
+        part="sam2",
+        inputs=(_tokens(c), *_features(c)),
+        weights=tuple(_end_weights(c, plan)),
+        outputs=_tracked(c, plan),
+    )
+
+
+def _tokens(c: Sam2Config) -> Tensor:
+    return Tensor("x", (c.tokens, c.channels))
+
+
+def _seen_tokens(c: Sam2Config, memories: int) -> int:
+    return memories * c.tokens + pointers_of(memories) * (c.channels // c.memory_channels)
+
+
+def _rotations(c: Sam2Config) -> tuple[Tensor, Tensor]:
+    shape = (c.tokens, c.channels // 2)
+    return Tensor("rope_cos", shape), Tensor("rope_sin", shape)
+
+
+def _looked_at(c: Sam2Config, plan: Sam2Plan, memories: int) -> tuple[Tensor, ...]:
+    pointers = pointers_of(memories)
+    return (
+        Tensor("position", (c.tokens, c.channels)),
+        Tensor("memory_position", (c.tokens, c.memory_channels)),
+        *_rotations(c),
+        Tensor("memory_time", (memories, c.memory_channels)),
+        Tensor("pointers", (pointers, c.channels)),
+        *((Tensor("pointer_time", (pointers,)),) if c.new else ()),
+        *(memory_tensor(c, plan, f"memory_{i}") for i in range(memories)),
+    )
+
+
+def _tracked(c: Sam2Config, plan: Sam2Plan) -> tuple[Tensor, ...]:
+    return (
+        Tensor("mask", (c.mask_size, c.mask_size)),
+        Tensor("pointer", (c.channels,)),
+        Tensor("object_score", (1,)),
+        memory_tensor(c, plan, "memory"),
     )
 
 
@@ -223,20 +322,36 @@ def _neck(c: Sam2Config) -> tuple[Tensor, ...]:
     return tuple(tensors)
 
 
-def _memory_attention(c: Sam2Config) -> tuple[Tensor, ...]:
-    tensors: list[Tensor] = []
+def _start_weights(c: Sam2Config, plan: Sam2Plan) -> Iterator[Tensor]:
     for n in range(c.memory_layers):
-        name = f"memory_attention.layers.{n}"
-        for attention, inner in (("self_attn", c.channels), ("cross_attn_image", c.memory_channels)):
-            tensors += _pair(f"{name}.{attention}.q_proj", c.channels, c.channels)
-            tensors += _pair(f"{name}.{attention}.k_proj", c.channels, inner)
-            tensors += _pair(f"{name}.{attention}.v_proj", c.channels, inner)
-            tensors += _pair(f"{name}.{attention}.out_proj", c.channels, c.channels)
-        tensors += _pair(f"{name}.linear1", c.memory_ffn, c.channels)
-        tensors += _pair(f"{name}.linear2", c.channels, c.memory_ffn)
-        for i in (1, 2, 3):
-            tensors += _norm(f"{name}.norm{i}", c.channels)
-    return (*tensors, *_norm("memory_attention.norm", c.channels))
+        yield from _typed(plan, _pair(f"{layer_scope(n)}{CROSS}.k_proj", c.channels, c.memory_channels))
+    if c.new:
+        yield from _exact("obj_ptr_tpos_proj", c.memory_channels, c.channels)
+
+
+def _query_weights(c: Sam2Config, layer: str = "") -> tuple[Tensor, ...]:
+    projections = [f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")] + [f"{CROSS}.q_proj"]
+    tensors = [w for name in projections for w in _pair(f"{layer}{name}", c.channels, c.channels)]
+    return (*tensors, *_norm(f"{layer}norm1", c.channels), *_norm(f"{layer}norm2", c.channels))
+
+
+def _read_weights(c: Sam2Config, layer: str = "") -> tuple[Tensor, ...]:
+    return (
+        *_pair(f"{layer}{CROSS}.v_proj", c.channels, c.memory_channels),
+        *_pair(f"{layer}{CROSS}.out_proj", c.channels, c.channels),
+        *_norm(f"{layer}norm3", c.channels),
+        *_pair(f"{layer}linear1", c.memory_ffn, c.channels),
+        *_pair(f"{layer}linear2", c.channels, c.memory_ffn),
+    )
+
+
+def _end_weights(c: Sam2Config, plan: Sam2Plan) -> Iterator[Tensor]:
+    yield from _norm("memory_attention.norm", c.channels)
+    yield Tensor("sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", (2, c.channels // 2))
+    yield Tensor("sam_prompt_encoder.not_a_point_embed.weight", (1, c.channels))
+    yield Tensor("sam_prompt_encoder.no_mask_embed.weight", (1, c.channels))
+    yield from _decoder(c)
+    yield from _memory_encoder_weights(c, plan)
 
 
 def _memory_encoder_weights(c: Sam2Config, plan: Sam2Plan) -> Iterator[Tensor]:

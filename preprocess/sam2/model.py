@@ -6,7 +6,7 @@ already (`trt-wan build --sam2 MODEL`).
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from trt_wan.engines import engine_store
 from trt_wan.engines.contract import Network
 from trt_wan.engines.engine_id import GpuKind
-from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan, Sam2Precision
-from trt_wan.engines.sam2.contracts import graphs_folder, networks
+from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan
+from trt_wan.engines.sam2.contracts import graphs_folder, kernels, networks
 from trt_wan.engines.store import holds
 from trt_wan.engines.tensorrt import Flavour, choose_flavour, compile_onnx
 from trt_wan.errors import EnvironmentBroken, GraphError
 from trt_wan.preprocess.sam2.carriers import Carrier, DeviceCarrier, HostCarrier
 from trt_wan.preprocess.sam2.engine import build_command, engine_of
+from trt_wan.preprocess.sam2.memory_attention import open_memory_attention, require_kernel
 from trt_wan.preprocess.sam2.weights import Sam2Source, Sam2Weights
 from trt_wan.runtime.device.arena import ALIGNMENT
 from trt_wan.runtime.device.gpu import Gpu
@@ -34,10 +35,11 @@ from trt_wan.runtime.executors import Array, Executor
 from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 from trt_wan.runtime.open_segments import kernel_cache
+from trt_wan.runtime.segments import Segment
 
 ExecutorName = Literal["auto", "onnxruntime", "tensorrt"]
 BATCH = 4  # frames per call of the encoder on a GPU
-GPU_PLAN = Sam2Plan("fp16", BATCH)  # what `trt-wan build --sam2` builds engines of
+GPU_PLAN = Sam2Plan("fp16", BATCH, memories=(11,))  # what `trt-wan build --sam2` builds engines of
 # Kept at once at most, over all objects: an object has 18, and one for every prompted frame ahead.
 MEMORIES = 256
 
@@ -57,29 +59,45 @@ class Sam2Model:
     def __post_init__(self) -> None:
         config, plan = self.config, self.plan
         carrier = HostCarrier(config, plan) if self.gpu is None else DeviceCarrier(self.gpu, config, plan)
-        object.__setattr__(self, "networks", networks(config, plan))
+        object.__setattr__(self, "networks", networks(config, plan) | kernels(config, plan))
         object.__setattr__(self, "carrier", carrier)
 
-    def run(self, name: str, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
-        """The outputs of a network, in the contract's order; `inputs` are by the contract's names."""
+    def track(self, places: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
+        """Mask, pointer, object score and memory of a frame with up to `places` memories; `inputs` are those
+        of `track_<n>`, or those of its parts.
+        """
+        if not self.plan.by_kernel:
+            return self.run(f"track_{places}", inputs)
+        x, keys, values = self.run(f"track_start_{places}", inputs)
+        for layer in range(self.config.memory_layers):
+            x, q = self.run("track_query", {**inputs, "x": x}, layer)
+            looked_at = {"q": q, "keys": self.carrier.part(keys, layer), "values": values}
+            (attended,) = self.run(f"track_attention_{places}", {**looked_at, "seen": inputs["seen"]})
+            (x,) = self.run("track_read", {"x": x, "attended": attended}, layer)
+        return self.run("track_end", {**inputs, "x": x})
+
+    def run(self, name: str, inputs: Mapping[str, Array], n: int = 0) -> tuple[Array, ...]:
+        """The outputs of a network with its `n`-th weights, in the contract's order; of `inputs` those are
+        taken that the contract names.
+        """
         network = self.networks[name]
         for tensor in network.inputs:
             shape = tuple(inputs[tensor.name].shape)
             assert shape == tensor.shape, f"{name}.{tensor.name} is {tensor.shape}, got {shape}"
         wanted = {tensor.name: inputs[tensor.name] for tensor in network.inputs}
-        return self.executor.run(network, 0, wanted)
+        return self.executor.run(network, n, wanted)
 
 
 def open_sam2(
     weights: Sam2Weights,
     executor: ExecutorName = "auto",
-    precision: Sam2Precision | None = None,
     progress: Progress = silent,
 ) -> Sam2Model:
     """On the GPU in fp16, or with ONNX Runtime on the CPU in fp32; "auto" says which and why."""
     if executor != "onnxruntime":
         try:
             gpu = Gpu()
+            require_kernel(gpu.capability)
             flavour = choose_flavour(None, gpu.capability)
         except EnvironmentBroken as error:
             if executor == "tensorrt":
@@ -87,8 +105,7 @@ def open_sam2(
             progress(Note(f"SAM2 runs with onnxruntime on the CPU ({error.message})"))
         else:
             progress(Note(f"SAM2 runs with {flavour.name} {flavour.version} on {gpu.name}"))
-            plan = replace(GPU_PLAN, precision=precision or GPU_PLAN.precision)
-            return open_sam2_on_gpu(weights, plan, gpu, flavour, progress)
+            return open_sam2_on_gpu(weights, GPU_PLAN, gpu, flavour, progress)
     plan = Sam2Plan()
     graphs = require_sam2_graphs(weights.config, plan)
     return Sam2Model(weights.config, plan, OnnxRuntimeExecutor(graphs, {"sam2": weights}), weights)
@@ -115,7 +132,10 @@ def open_sam2_on_gpu(
         engine = engine_of(config, name, graph, "current", flavour, GpuKind(gpu.name, gpu.driver))
         engine_store.ensure(engine, partial(compile_onnx, flavour, graph, "current", _unheard))
         plans[name] = engine_store.open_checked(engine)
-    segments = open_engines(gpu, flavour, plans, kernel_cache(flavour), progress)
+    segments: dict[str, Segment] = {}
+    segments |= open_engines(gpu, flavour, plans, kernel_cache(flavour), progress)
+    attention = open_memory_attention(gpu, config, plan.memories if plan.by_kernel else ())
+    segments |= {f"track_attention_{n}": segment for n, segment in attention.items()}
     executor = GpuExecutor(gpu, segments)
     executor.start(arena_bytes(config, plan), DeviceWeights(gpu, Sam2Source(weights), [], set()))
     return Sam2Model(config, plan, executor, weights, gpu)
@@ -123,7 +143,7 @@ def open_sam2_on_gpu(
 
 def arena_bytes(config: Sam2Config, plan: Sam2Plan) -> int:
     """Inputs and outputs of every network once, the encoder's thrice, and memories."""
-    contracts = networks(config, plan)
+    contracts = networks(config, plan) | kernels(config, plan)
 
     def size(network: Network) -> int:
         tensors = network.inputs + network.outputs

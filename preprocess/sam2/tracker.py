@@ -16,13 +16,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.engines.sam2.config import Sam2Config, pointers_of
-from trt_wan.engines.sam2.contracts import LABELS, MASK_DOWNSAMPLE, NO_POINTER, TIME_ROWS, track_name
+from trt_wan.engines.sam2.contracts import LABELS, MASK_DOWNSAMPLE, NO_POINTER, TIME_ROWS
 from trt_wan.errors import UsageError
 from trt_wan.preprocess.sam2.bank import MemoryBank, View
 from trt_wan.preprocess.sam2.model import Sam2Model
@@ -313,33 +314,32 @@ class Sam2Tracker:
         one_hot = np.zeros((places, len(LABELS)), np.float32)
         for i, label in enumerate((*labels, -1)):
             one_hot[i, LABELS.index(int(label))] = 1
-        bias = np.full(places, MASKED, np.float32)
-        bias[:count] = 0
-        return {"points": coordinates, "labels": one_hot, "token_bias": bias}
+        return {"points": coordinates, "labels": one_hot, "token_bias": _bias(count, places)}
 
     def _track_frame(self, thing: _Object, frame: int, features: Features, view: View) -> Callable[[], Found]:
         plan, c = self.model.plan, self.model.config
         places = next(n for n in plan.memories if n >= len(view.memories))
         named: dict[str, Array] = _named(features) | self._tables
         times = np.zeros((places, c.memory_channels), np.float32)
-        memory_bias = np.full(places, MASKED, np.float32)
         for i in range(places):
             seen = i < len(view.memories)
             memory, row = view.memories[i if seen else 0]  # any numbers do where nothing looks
             named[f"memory_{i}"] = memory
             if seen:
-                times[i], memory_bias[i] = self._time_rows[row], 0
+                times[i] = self._time_rows[row]
         count = pointers_of(places)
         ages = np.zeros(count, np.float32)
         ages[: len(view.pointers)] = [age for _, age in view.pointers]
-        pointer_bias = np.full(count, MASKED, np.float32)
-        pointer_bias[: len(view.pointers)] = 0
-        small = {"memory_time": times, "memory_bias": memory_bias, "pointer_bias": pointer_bias}
-        if c.new:
-            small["pointer_time"] = ages
+        small: dict[str, NDArray[Any]] = {"memory_time": times, "pointer_time": ages}
+        if plan.by_kernel:
+            parts = c.channels // c.memory_channels  # tokens of a pointer
+            small["seen"] = np.array([len(view.memories) * c.tokens, len(view.pointers) * parts], np.int64)
+        else:
+            small["memory_bias"] = _bias(len(view.memories), places)
+            small["pointer_bias"] = _bias(len(view.pointers), count)
         named["pointers"] = self._carrier.rows([pointer for pointer, _ in view.pointers], count)
         named |= self._carrier.small(small)
-        logits, pointer, score, memory = self.model.run(track_name(places), named)
+        logits, pointer, score, memory = self.model.track(places, named)
         thing.bank.add_tracked(frame, memory, pointer)
         read = self._carrier.fetch((logits, score))
 
@@ -387,6 +387,10 @@ def fill_small_holes(logits: Logits, largest: int) -> Logits:
     small = statistics[:, cv2.CC_STAT_AREA] <= largest
     small[0] = False  # region 0 is the object itself
     return np.where(small[regions], np.float32(HOLE_VALUE), logits)
+
+
+def _bias(seen: int, places: int) -> NDArray[np.float32]:
+    return np.where(np.arange(places) < seen, 0, MASKED).astype(np.float32)
 
 
 def _named(features: Features) -> dict[str, Array]:

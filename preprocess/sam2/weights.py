@@ -66,7 +66,8 @@ class Sam2Source:
 
     def fill_device(self, gpu: Gpu, pack: Pack, arrays: Mapping[str, DeviceArray]) -> None:
         for tensor in pack.network.weights:
-            gpu.write(arrays[tensor.name], self.weights[tensor.name].astype(np.dtype(tensor.dtype)))
+            values = self.weights[pack.network.weight_key(tensor.name, pack.n)]
+            gpu.write(arrays[tensor.name], values.astype(np.dtype(tensor.dtype)))
 
     def fill_host(self, pack: Pack, target: NDArray[np.uint8]) -> None:
         raise AssertionError("SAM2's weights are never streamed")

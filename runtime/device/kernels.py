@@ -101,6 +101,17 @@ def compile_for(major: int, minor: int) -> Any:
     return compile_source(SOURCE, major, minor)
 
 
+def allow_shared_memory(kernel: Any, size: int) -> None:
+    """More than 48 KB have to be asked for."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    error, function = driver.cuKernelGetFunction(int(kernel.handle))
+    assert not error, error
+    (error,) = driver.cuFuncSetAttribute(function, attribute, size)
+    assert not error, error
+
+
 class Kernels:
     """The compiled kernels of one device, by name."""
 

@@ -17,7 +17,7 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.plan import Plan
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.kernels import compile_source
+from trt_wan.runtime.device.kernels import allow_shared_memory, compile_source
 from trt_wan.runtime.native.gemm import WORKSPACE_BYTES, CublasLt, Fp8Gemm
 
 VECTOR = 8  # channels of a thread's load
@@ -88,17 +88,6 @@ class _Kernels:
 @lru_cache(maxsize=1)
 def _kernels(gpu: Gpu, model: ModelConfig) -> _Kernels:
     return _Kernels(gpu, model)
-
-
-def allow_shared_memory(kernel: Any, size: int) -> None:
-    """More than 48 KB have to be asked for."""
-    from cuda.bindings import driver
-
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    error, function = driver.cuKernelGetFunction(int(kernel.handle))
-    assert not error, error
-    (error,) = driver.cuFuncSetAttribute(function, attribute, size)
-    assert not error, error
 
 
 class _Native:
