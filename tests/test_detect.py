@@ -2,6 +2,7 @@
 and each way of being wrong.
 """
 
+import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,10 +14,13 @@ import numpy as np
 import onnx
 import onnx_nets
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from plan_text import fused_attentions, gemms, kernels
 
+from trt_wan.cli import cli
+from trt_wan.engines.engine_store import ensure
 from trt_wan.engines.tensorrt import Target, choose_flavour
 from trt_wan.errors import EnvironmentBroken, GraphError, WeightsError
 from trt_wan.preprocess import onnx_net
@@ -306,7 +310,7 @@ def test_a_node_that_tensorrt_does_not_know_is_named(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_an_engine_belongs_to_its_file_and_batch(tmp_path: Path) -> None:
+def test_an_engine_belongs_to_its_file_and_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flavour = choose_flavour(None, None)
     file = read_onnx(onnx_nets.pose(tmp_path / "a.onnx", KERNEL))
     other = read_onnx(onnx_nets.pose(tmp_path / "b.onnx", KERNEL + 1))
@@ -318,7 +322,11 @@ def test_an_engine_belongs_to_its_file_and_batch(tmp_path: Path) -> None:
     assert len(keys) == 4
     engine = engine_of(file, (8, 3, 256, 192), "sm89", flavour, None)
     assert engine.title.startswith("engine a.onnx (batch 8, 192x256, sm89, tensorrt_rtx")
-    assert engine.rebuild == f"trt-wan rm {engine.key}; it is built again when it is used"
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
+    ensure(engine, lambda: b"plan")
+    listed = CliRunner().invoke(cli, ("list", "--json"))
+    (row,) = json.loads(listed.stdout.splitlines()[-1])["data"]["engines"]
+    assert row["rebuild"] == f"trt-wan rm {engine.key}; it is built again when it is used"
 
 
 def test_batches_on_a_gpu_overlap_and_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,12 +172,15 @@ def _rebuild(m: "Manifest") -> str:
     from trt_wan.engines.plan import Plan
     from trt_wan.engines.precision import Precision
     from trt_wan.engines.tensorrt import Flavour, FlavourName, Target
+    from trt_wan.preprocess.onnx_engine import FileEngine
     from trt_wan.preprocess.sam2.engine import PREFIX, Sam2Engine
 
     flavour = Flavour(cast(FlavourName, m.flavour), m.version, None, m.flavour_reason)
     plan = Plan(m.width, m.height, m.frames, cast(Precision, m.precision))
     gpu = GpuKind(m.gpu, m.driver) if m.gpu is not None and m.driver is not None else None
-    kind = Sam2Engine if m.network.startswith(PREFIX) else EngineId
+    kind: type[EngineId] = Sam2Engine if m.network.startswith(PREFIX) else EngineId
+    if m.network.endswith(".onnx"):
+        kind = FileEngine
     return kind(m.network, m.model, plan, m.source, cast(Target, m.target), flavour, gpu).rebuild
 
 
