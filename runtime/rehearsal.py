@@ -93,7 +93,7 @@ def activation_bytes(config: ModelConfig, plan: Plan, guided: bool) -> int:
 
 
 def _rehearse(model: Model, guided: bool) -> None:
-    """What `pipeline.stream_windows` does, in the same order and with the same names: in every window after
+    """What `pipeline.stream_pieces` does, in the same order and with the same names: in every window after
     the first, what the one before used is alive until it is replaced.
     """
     config, plan = model.config, model.plan
