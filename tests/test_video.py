@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 import trt_wan
 from trt_wan.errors import InputError, OutputError, TrtWanError, UsageError
 from trt_wan.preprocess.video import Clip, Picture, read_picture
-from trt_wan.runtime.writer import VideoWriter
+from trt_wan.runtime.writer import VideoWriter, encoders
 
 WIDTH, HEIGHT = 96, 64
 RATES = (Fraction(12), Fraction(30000, 1001), Fraction(25))
@@ -452,11 +452,11 @@ def test_the_same_frames_give_the_same_file_whatever_was_in_memory_on_any_number
         if sys.argv[1].endswith("85.mp4"):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         rng = np.random.default_rng(0)
-        base = rng.normal(128, 60, (24, 40, 3))
-        with VideoWriter(Path(sys.argv[1]), 320, 192, Fraction(25)) as writer:
+        base = rng.normal(128, 60, (60, 40, 3))
+        with VideoWriter(Path(sys.argv[1]), 320, 480, Fraction(25)) as writer:
             for _ in range(12):
                 base += rng.normal(0, 15, base.shape)
-                frame = cv2.resize(base, (320, 192), interpolation=cv2.INTER_CUBIC)
+                frame = cv2.resize(base, (320, 480), interpolation=cv2.INTER_CUBIC)
                 writer.write((frame + rng.normal(0, 8, frame.shape)).clip(0, 255).astype(np.uint8))
             writer.finish()
     """
@@ -467,6 +467,11 @@ def test_the_same_frames_give_the_same_file_whatever_was_in_memory_on_any_number
     assert len({file.read_bytes() for file in files}) == 1
     said = re.search(rb"x264 - core.* threads=(\d+) .*sliced_threads=(\d+)", files[0].read_bytes())
     assert said and said.groups() == (b"4", b"0"), "a number of its own, whole pictures in parallel"
+
+
+@pytest.mark.parametrize(("height", "threads"), [(48, 1), (240, 2), (480, 4), (720, 6), (832, 6), (2160, 8)])
+def test_x264s_threads_come_from_the_picture_alone(height: int, threads: int) -> None:
+    assert encoders(height) == threads
 
 
 def test_a_stopped_job_leaves_a_partial_file_that_plays(tmp_path: Path) -> None:
