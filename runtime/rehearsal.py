@@ -45,7 +45,7 @@ class _Shape:
         self._span: Span = arena.take(int(np.prod(shape)) * self.dtype.itemsize)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        return np.zeros(self.shape, self.dtype if dtype is None else dtype)
+        return np.broadcast_to(np.zeros((), self.dtype if dtype is None else dtype), self.shape)
 
     def __del__(self) -> None:
         self._arena.give(self._span)
