@@ -81,8 +81,9 @@ class Watch:
         self.model: Model | None = None
         self.notes: list[str] = []
         self.stages: dict[str, float] = defaultdict(float)
+        self.stages_cpu: dict[str, float] = defaultdict(float)  # of all threads
         self.first_step_at: float | None = None
-        self._stage, self._since = "open clips", time.perf_counter()
+        self._stage, self._since, self._cpu_since = "open clips", time.perf_counter(), time.process_time()
 
     def open(self, job: Job, clips: Clips, guided: bool, progress: Progress) -> tuple[Model, Tokenizer]:
         """The pipeline's `open_job`, with the executor in a watch."""
@@ -107,9 +108,10 @@ class Watch:
         if self.executor is not None:
             self.executor.wait()
             self.executor.stage = stage
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()
         self.stages[self._stage] += now - self._since
-        self._stage, self._since = stage, now
+        self.stages_cpu[self._stage] += cpu - self._cpu_since
+        self._stage, self._since, self._cpu_since = stage, now, cpu
 
     def opened(self) -> dict[str, Any]:
         assert self.model is not None and self.executor is not None
@@ -150,6 +152,8 @@ def run_job(spec: Spec) -> None:
         writing_seconds=made.writing_seconds,
         steps=step_seconds,
         stages=watch.stages,
+        stages_cpu=watch.stages_cpu,
+        cpu_seconds=time.process_time(),
         networks=[
             {"stage": stage, "name": name, "calls": len(seconds), "seconds": float(np.sum(seconds))}
             for (stage, name), seconds in watch.executor.watched().items()
