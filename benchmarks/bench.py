@@ -27,6 +27,7 @@ from trt_wan.benchmarks.bound import (
 from trt_wan.benchmarks.card import Card, read_card, read_gpu
 from trt_wan.benchmarks.ceilings import Ceiling, measure_host
 from trt_wan.benchmarks.cost import Calls, Work, calls, step_flops, works
+from trt_wan.benchmarks.host_use import host_use
 from trt_wan.benchmarks.monitor import Monitor
 from trt_wan.benchmarks.ours import Spec, most_steps
 from trt_wan.benchmarks.peers.shape import Shape
@@ -41,6 +42,7 @@ from trt_wan.runtime.events import Note, Progress, silent
 
 OURS_MODULE = "trt_wan.benchmarks.ours"
 T = TypeVar("T")
+NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"  # in containers, often
 BUILD_HINT = "Run: trt-wan "  # how a GraphError names the command that builds what is missing
 
 
@@ -62,6 +64,10 @@ class Options:
 def run_bench(options: Options, progress: Progress = silent) -> Result:
     card = read_card()
     not_measured: list[str] = []
+    if os.environ.get(NO_BYTECODE):
+        not_measured.append(
+            f"starts without bytecode: {NO_BYTECODE} is set here, and not for what is measured"
+        )
     with workplace(options.shape) as (env, clips):
         progress(Note(f"{card.hardware}; {options.shape.title}, {options.shape.plan.tokens} tokens"))
         progress(Note("measuring the ceilings of this machine"))
@@ -125,7 +131,8 @@ def work_row(name: str, work: Mapping[str, Work], counts: Mapping[str, Calls]) -
 @contextlib.contextmanager
 def workplace(shape: Shape) -> Iterator[tuple[dict[str, str], str]]:
     """The environment of our processes and a folder of clips. Graphs and engines are the user's own; kernels
-    that TensorRT-RTX finishes on this machine are not: that is what makes a start cold.
+    that TensorRT-RTX finishes on this machine are not: that is what makes a start cold. Python keeps bytecode
+    as it does by itself, in a folder of ours where it is told not to: it would compile ours anew each time.
     """
     with tempfile.TemporaryDirectory(prefix="trt-wan-bench-") as temporary:
         folder = Path(temporary)
@@ -134,7 +141,10 @@ def workplace(shape: Shape) -> Iterator[tuple[dict[str, str], str]]:
             real.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(real.resolve(), target_is_directory=True)
         clips = write_clips(folder / "clips", shape.width, shape.height, shape.window)
-        yield os.environ | {"TRT_WAN_HOME": str(folder), "CUDA_CACHE_PATH": str(folder / "cuda")}, str(clips)
+        env = os.environ | {"TRT_WAN_HOME": str(folder), "CUDA_CACHE_PATH": str(folder / "cuda")}
+        if env.pop(NO_BYTECODE, ""):
+            env["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
+        yield env, str(clips)
 
 
 def forget_kernels(env: Mapping[str, str]) -> None:
@@ -198,6 +208,7 @@ def with_graphs(act: Callable[[], T], progress: Progress, within: Sequence[str] 
 
 
 def measure_job(spec: Spec, env: Mapping[str, str]) -> tuple[JobTimes, dict[str, Any]]:
+    before = host_use()
     with Monitor.open() as monitor, Child(OURS_MODULE, ["job", spec.to_json()], env) as child:
         answer = child.read()
         ended_at = answer["at"]
@@ -211,6 +222,10 @@ def measure_job(spec: Spec, env: Mapping[str, str]) -> tuple[JobTimes, dict[str,
         networks=answer["networks"],
         host_peak_bytes=answer["host_peak_bytes"],
         usage=monitor.usage(),
+        writing_seconds=answer["writing_seconds"],
+        stages_cpu=answer["stages_cpu"],
+        cpu_seconds=answer["cpu_seconds"],
+        host=host_use().since(before),
     )
     return times, answer
 

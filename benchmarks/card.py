@@ -6,6 +6,8 @@ import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from trt_wan.benchmarks.host_use import cpu_quota
+
 PACKAGES = (
     "numpy",
     "onnxruntime-gpu",
@@ -66,6 +68,7 @@ class Card:
     system: str
     python: str
     packages: dict[str, str]
+    cpu_quota: float | None = None  # CPUs' time that the container may use; None without a limit
 
     @property
     def hardware(self) -> str:
@@ -86,6 +89,7 @@ def read_card() -> Card:
         system=platform.platform(),
         python=platform.python_version(),
         packages=_versions(),
+        cpu_quota=cpu_quota(),
     )
 
 

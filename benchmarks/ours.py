@@ -28,14 +28,14 @@ from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.timed import TimedExecutor, timed
 from trt_wan.errors import Stopped, TrtWanError
 from trt_wan.runtime import pipeline
-from trt_wan.runtime.clips import Clips, open_clips
+from trt_wan.runtime.clips import Clips
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone
 from trt_wan.runtime.job import Inputs, Job, Settings
 from trt_wan.runtime.model import Model
 from trt_wan.runtime.open_model import open_job
-from trt_wan.runtime.pipeline import stream_windows, to_pixels
+from trt_wan.runtime.pipeline import stream_pieces
+from trt_wan.runtime.render import render
 from trt_wan.runtime.tokenizer import Tokenizer
-from trt_wan.runtime.writer import VideoWriter
 
 PROFILED = 5  # steps timed network by network, after those that are timed as a whole
 PAUSE = 0.5  # seconds in which a GPU neither cools down nor works for somebody else
@@ -81,8 +81,9 @@ class Watch:
         self.model: Model | None = None
         self.notes: list[str] = []
         self.stages: dict[str, float] = defaultdict(float)
+        self.stages_cpu: dict[str, float] = defaultdict(float)  # of all threads
         self.first_step_at: float | None = None
-        self._stage, self._since = "open clips", time.perf_counter()
+        self._stage, self._since, self._cpu_since = "open clips", time.perf_counter(), time.process_time()
 
     def open(self, job: Job, clips: Clips, guided: bool, progress: Progress) -> tuple[Model, Tokenizer]:
         """The pipeline's `open_job`, with the executor in a watch."""
@@ -107,9 +108,10 @@ class Watch:
         if self.executor is not None:
             self.executor.wait()
             self.executor.stage = stage
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()
         self.stages[self._stage] += now - self._since
-        self._stage, self._since = stage, now
+        self.stages_cpu[self._stage] += cpu - self._cpu_since
+        self._stage, self._since, self._cpu_since = stage, now, cpu
 
     def opened(self) -> dict[str, Any]:
         assert self.model is not None and self.executor is not None
@@ -139,30 +141,19 @@ def run_job(spec: Spec) -> None:
     start = time.perf_counter()
     watch = Watch(on_step, watching=True)
     job = spec.job()
-    clips = open_clips(job.inputs, job.window)
-    output = Path(spec.clips) / "bench.mp4"
-    frames = 0
-    with (
-        watched(watch),
-        VideoWriter(output, clips.width, clips.height, clips.rate, None, overwrite=True) as writer,
-    ):
-        windows = stream_windows(job, clips=clips, progress=watch.progress)
-        while (window := next(windows, None)) is not None:
-            watch.enter("write")
-            for frame in to_pixels(window):
-                writer.write(frame)
-                frames += 1
-            watch.enter("between windows")
-        watch.enter("write")
-        writer.finish()
+    with watched(watch):
+        made = render(job, Path(spec.clips) / "bench.mp4", overwrite=True, progress=watch.progress)
     watch.enter("done")
     assert watch.executor is not None
     say(
         "job",
         seconds=time.perf_counter() - start,
-        frames=frames,
+        frames=made.frames,
+        writing_seconds=made.writing_seconds,
         steps=step_seconds,
-        stages={stage: seconds for stage, seconds in watch.stages.items() if stage != "between windows"},
+        stages=watch.stages,
+        stages_cpu=watch.stages_cpu,
+        cpu_seconds=time.process_time(),
         networks=[
             {"stage": stage, "name": name, "calls": len(seconds), "seconds": float(np.sum(seconds))}
             for (stage, name), seconds in watch.executor.watched().items()
@@ -188,7 +179,7 @@ def run_steps(spec: Spec) -> None:
 
     watch = Watch(on_step, watching=False)
     with watched(watch):
-        for _ in stream_windows(spec.job(), progress=watch.progress):
+        for _ in stream_pieces(spec.job(), progress=watch.progress):
             raise AssertionError(f"{spec.steps} steps were too few")
 
 

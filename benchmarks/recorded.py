@@ -29,7 +29,7 @@ from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.model import Model
 from trt_wan.runtime.open_model import open_job
-from trt_wan.runtime.pipeline import stream_windows, to_pixels
+from trt_wan.runtime.pipeline import stream_pieces, to_pixels
 from trt_wan.runtime.tokenizer import Tokenizer
 
 
@@ -106,7 +106,7 @@ def record(recording: Recording) -> None:
 
     frames = []
     with patch.object(pipeline, "open_job", opened), suppress(Stopped):
-        frames = [to_pixels(window) for window in stream_windows(recording.spec.job(), progress=progress)]
+        frames = [to_pixels(window) for window in stream_pieces(recording.spec.job(), progress=progress)]
     np.savez(
         recording.target,
         latents=np.stack(kept[0].latents),

@@ -1,7 +1,7 @@
 """A benchmark several times in a row: how far its headline figures spread."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,14 +28,23 @@ class Repeated:
 
 
 def repeated(results: Sequence[Result]) -> list[Repeated]:
-    """Figures that every run has."""
-    headlines = [result.headlines() for result in results]
+    """The headline figures that every run has."""
+    return _over_runs([result.headlines() for result in results])
+
+
+def repeated_parts(results: Sequence[Result]) -> list[Repeated]:
+    """What starts and jobs are made of: which part of them a spread comes from."""
+    return _over_runs([result.parts() for result in results])
+
+
+def _over_runs(runs: Sequence[Mapping[str, float]]) -> list[Repeated]:
     found = []
-    for name in headlines[0]:
-        values = [figures[name] for figures in headlines if name in figures]
-        if len(values) == len(results):
+    for name in runs[0]:
+        values = [figures[name] for figures in runs if name in figures]
+        if len(values) == len(runs):
             median = float(np.median(values))
-            found.append(Repeated(name, values, median, (max(values) - min(values)) / median))
+            spread = (max(values) - min(values)) / median if median else 0.0
+            found.append(Repeated(name, values, median, spread))
     return found
 
 
@@ -44,6 +53,7 @@ def to_dict(results: Sequence[Result]) -> dict[str, Any]:
     return {
         "schema": REPEAT_SCHEMA,
         "repeatability": [{**asdict(row), "steady": row.steady} for row in repeated(results)],
+        "parts": [asdict(row) for row in repeated_parts(results)],
         "runs": [result.to_dict() for result in results],
     }
 

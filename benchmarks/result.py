@@ -11,12 +11,14 @@ import numpy as np
 from trt_wan.benchmarks.bound import NetworkTime
 from trt_wan.benchmarks.card import Card
 from trt_wan.benchmarks.ceilings import Ceiling
+from trt_wan.benchmarks.host_use import HostUse
 from trt_wan.benchmarks.monitor import Usage
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.spread import Spread
 
 SCHEMA = "trt-wan-bench/1"
 OURS = "trt-wan"
+WRITING = "writing, beside the rest"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,19 @@ class JobTimes:
     networks: list[dict[str, Any]]  # by stage: name, calls, seconds
     host_peak_bytes: int | None
     usage: Usage
+    writing_seconds: float  # of the thread that writes, beside the stages
+    stages_cpu: Mapping[str, float]  # CPU seconds of all threads
+    cpu_seconds: float  # of the whole process
+    host: HostUse
+
+    def parts(self) -> dict[str, float]:
+        """What the first step and the whole job are made of, in order, and what runs beside it."""
+        begun = {"process start, imports": self.process_seconds - self.seconds}
+        return (
+            begun
+            | dict(self.stages)
+            | {"denoise, first step alone": self.steps[0], WRITING: self.writing_seconds}
+        )
 
 
 @dataclass(frozen=True)
@@ -127,6 +142,11 @@ class Result:
             "peak host memory": median(job.host_peak_bytes for job in jobs),
         }
         return figures | {f"{OURS} {name}": value for name, value in of_jobs.items() if value is not None}
+
+    def parts(self) -> dict[str, float]:
+        """What the starts and jobs from a warm start are made of, in seconds; of several jobs the median."""
+        jobs = [job.parts() for job in self.warm_jobs]
+        return {name: float(np.median([job[name] for job in jobs])) for name in jobs[0]}
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -6,10 +6,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from trt_wan.benchmarks.card import Card
 from trt_wan.benchmarks.compare import Comparison, Ratio
 from trt_wan.benchmarks.quality import Quality, QualityRow
 from trt_wan.benchmarks.repeat import LARGEST_SPREAD, Repeated
-from trt_wan.benchmarks.result import OURS, JobTimes, Result
+from trt_wan.benchmarks.result import OURS, WRITING, JobTimes, Result
 from trt_wan.benchmarks.spread import Spread
 from trt_wan.benchmarks.sweep import Point, Sweep, crossing
 
@@ -54,7 +55,7 @@ def _card(result: Result) -> Table:
             f"{result.shape.title}, {result.tokens} tokens, {result.precision}, weights {result.weights}",
         ),
         ("settings", ", ".join(f"{k} {v}" for k, v in result.settings.items()) or "the defaults"),
-        ("host", f"{card.cpu}, {card.cores} cores, {card.memory_gb:.0f} GB, {card.system}"),
+        ("host", f"{card.cpu}, {card.cores} cores{_quota(card)}, {card.memory_gb:.0f} GB, {card.system}"),
         ("versions", ", ".join(f"{name} {v}" for name, v in card.packages.items())),
     ]
     if gpu:
@@ -139,24 +140,38 @@ def _ratio(seconds: float, bound: float | None) -> str:
     return f"{seconds / bound:.2f}" if bound else ""
 
 
+def _quota(card: Card) -> str:
+    return "" if card.cpu_quota is None else f" (of which the container may use {card.cpu_quota:g})"
+
+
 def _stages(result: Result) -> Table:
     jobs = [("warm", result.warm)] + ([("cold", result.cold)] if result.cold else [])
     names = list(dict.fromkeys(stage for _, job in jobs for stage in job.stages))
-    rows = [(name, *(f"{job.stages.get(name, 0):.3f}" for _, job in jobs)) for name in names]
+    rows = [
+        (name, *(f"{job.stages.get(name, 0):.3f} ({job.stages_cpu.get(name, 0):.2f})" for _, job in jobs))
+        for name in names
+    ]
     rows += [(label, *(value(job) for _, job in jobs)) for label, value in _JOB_FIGURES]
-    title = f"A whole job: one window, {len(result.warm.steps)} steps (seconds unless named)"
+    title = f"A whole job: one window, {len(result.warm.steps)} steps (seconds, in brackets of CPU)"
     if len(result.warm_jobs) > 1:
         title += f"; warm: the middle one of {len(result.warm_jobs)}"
     return table(title, "stage", *(f"{name} start" for name, _ in jobs), rows=rows)
 
 
 _JOB_FIGURES: tuple[tuple[str, Callable[[JobTimes], str]], ...] = (
-    ("whole job", lambda job: f"{job.seconds:.3f}"),
+    (WRITING, lambda job: f"{job.writing_seconds:.3f}"),
+    ("whole job", lambda job: f"{job.seconds:.3f} ({job.cpu_seconds:.2f})"),
     ("process start to first finished step", lambda job: f"{job.first_step_seconds:.3f}"),
+    ("stopped by the container's quota", lambda job: _or_unknown(job.host.throttled_seconds)),
+    ("CPUs given to others by the host", lambda job: _or_unknown(job.host.stolen_seconds)),
     ("peak device memory", lambda job: giga(job.usage.peak_memory_bytes)),
     ("peak host memory", lambda job: giga(job.host_peak_bytes)),
     ("energy", lambda job: f"{job.usage.joules:.0f} J" if job.usage.joules else "not known"),
 )
+
+
+def _or_unknown(seconds: float | None) -> str:
+    return "not known" if seconds is None else f"{seconds:.2f}"
 
 
 def giga(size: int | None) -> str:
@@ -184,6 +199,16 @@ def _ends(result: Result) -> Table:
     host = _milli(steps.host_seconds.median)
     title = f"Seconds per step, {result.title}; the host asks for a step of ours in {host} ms"
     return table(title, "", *heads, rows=rows)
+
+
+def parts_table(rows: Sequence[Repeated]) -> Table:
+    """What the spread of starts and jobs comes from; no part has a limit of its own."""
+    cells = (
+        (row.name, f"{row.median:.3f} s", ", ".join(f"{v:.3f}" for v in row.values), f"{row.spread:.1%}")
+        for row in rows
+    )
+    title = "What a start and a job are made of, warm (each run's median)"
+    return table(title, "part", "median", "runs", "spread", rows=cells)
 
 
 def repeat_table(rows: Sequence[Repeated], title: str) -> Table:

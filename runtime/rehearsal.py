@@ -45,7 +45,7 @@ class _Shape:
         self._span: Span = arena.take(int(np.prod(shape)) * self.dtype.itemsize)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        return np.zeros(self.shape, self.dtype if dtype is None else dtype)
+        return np.broadcast_to(np.zeros((), self.dtype if dtype is None else dtype), self.shape)
 
     def __del__(self) -> None:
         self._arena.give(self._span)
@@ -93,7 +93,7 @@ def activation_bytes(config: ModelConfig, plan: Plan, guided: bool) -> int:
 
 
 def _rehearse(model: Model, guided: bool) -> None:
-    """What `pipeline.stream_windows` does, in the same order and with the same names: in every window after
+    """What `pipeline.stream_pieces` does, in the same order and with the same names: in every window after
     the first, what the one before used is alive until it is replaced.
     """
     config, plan = model.config, model.plan

@@ -1,15 +1,27 @@
-"""A job to a video file: frames encoded as they come, with the driving clip's rate and sound."""
+"""A job to a video file: frames encoded as they come, with the driving clip's rate and sound.
 
+Frames are rounded, pasted back and encoded in a thread of their own, in order, while the next ones are
+decoded: after the last decoding only the last frames are left to write.
+"""
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from trt_wan.errors import InputError, TrtWanError
 from trt_wan.preprocess.background import pasted_back
+from trt_wan.runtime.beside import Beside
 from trt_wan.runtime.clips import Clips, open_clips
-from trt_wan.runtime.events import Progress, silent
+from trt_wan.runtime.conditioning import Pixels
+from trt_wan.runtime.events import Progress, StageStarted, silent
+from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Job
-from trt_wan.runtime.pipeline import ShouldStop, stream
+from trt_wan.runtime.pipeline import ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.writer import VideoWriter
+
+# Decoded pieces that may wait to be written, of 4 frames each (`Plan.vae_chunk` 1): 64 frames of float32, in
+# all 0.3 GB at 832x480 and less than a window.
+ROOM = 16
 
 
 @dataclass(frozen=True)
@@ -19,6 +31,7 @@ class Rendered:
     width: int
     height: int
     rate: float  # frames per second
+    writing_seconds: float  # of the thread that wrote, which ran beside the rest
 
 
 def render(
@@ -44,12 +57,25 @@ def render(
     try:
         if sound is not None and not writer.has_sound:
             raise InputError(f"{sound} has no sound.", "Leave out --audio, or name a file with sound.")
-        frames = stream(job, clips=clips, progress=progress, should_stop=should_stop)
-        if paste_back:
-            assert job.inputs.background is not None and job.inputs.mask is not None, "not the mode replace"
-            frames = pasted_back(frames, job.inputs.background, job.inputs.mask)
-        for frame in frames:
-            writer.write(frame)
+
+        def write(pieces: Iterator[Array]) -> None:
+            frames: Iterable[Pixels] = (frame for piece in pieces for frame in to_pixels(piece))
+            if paste_back:
+                background, mask = job.inputs.background, job.inputs.mask
+                assert background is not None and mask is not None, "not the mode replace"
+                frames = pasted_back(frames, background, mask)
+            for frame in frames:
+                writer.write(frame)
+
+        with Beside(write, ROOM) as beside:
+
+            def stop() -> bool:
+                beside.check()  # a disk that is full ends the job at the next step, not with the next window
+                return should_stop()
+
+            for piece in stream_pieces(job, clips=clips, progress=progress, should_stop=stop):
+                beside.put(piece)
+            progress(StageStarted("write"))
         writer.finish()
     except BaseException as error:
         if partial := writer.abandon(keep=True):
@@ -59,7 +85,7 @@ def render(
             else:
                 error.add_note(where)
         raise
-    return Rendered(output, writer.frames, clips.width, clips.height, float(clips.rate))
+    return Rendered(output, writer.frames, clips.width, clips.height, float(clips.rate), beside.busy_seconds)
 
 
 def _own_sound(clips: Clips) -> Path | None:

@@ -89,6 +89,8 @@ def test_times_add_up(result: dict[str, Any]) -> None:
     assert warm["process_seconds"] > warm["first_step_seconds"] > warm["steps"][0]
     assert set(warm["stages"]) >= {"text", "image", "condition", "denoise", "decode", "write"}
     assert warm["host_peak_bytes"] > 50_000_000
+    assert set(warm["stages_cpu"]) == set(warm["stages"]) and warm["writing_seconds"] > 0
+    assert 0 < sum(warm["stages_cpu"].values()) < warm["cpu_seconds"]
     assert result["steps"]["bound_seconds"] > 0
 
 

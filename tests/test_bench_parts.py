@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import count
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from trt_wan.benchmarks import bench, card, plots, sweep
-from trt_wan.benchmarks.bench import with_graphs
+from trt_wan.benchmarks.bench import with_graphs, workplace
 from trt_wan.benchmarks.bound import (
     attention_rate,
     datasheet_rates,
@@ -24,11 +25,12 @@ from trt_wan.benchmarks.ceilings import Ceiling
 from trt_wan.benchmarks.compare import compare
 from trt_wan.benchmarks.cost import calls, step_flops, works
 from trt_wan.benchmarks.files import write_files
+from trt_wan.benchmarks.host_use import HostUse, _throttled, cpu_quota
 from trt_wan.benchmarks.law import bends, fit, fit_rates
 from trt_wan.benchmarks.monitor import Monitor, Sample, Usage
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.processes import Child
-from trt_wan.benchmarks.repeat import repeated, to_json
+from trt_wan.benchmarks.repeat import repeated, repeated_parts, to_json
 from trt_wan.benchmarks.result import JobTimes, PeerTimes, Result, StepTimes
 from trt_wan.benchmarks.similarity import psnr, relative_error, ssim
 from trt_wan.benchmarks.spread import Spread
@@ -81,7 +83,9 @@ def made_result(seconds: float = 2.35, window: int = 77, noise: float = 0.01, se
     )
     stages = {"weights": 7.1, "text": 0.4, "condition": 2.3, "denoise": 9.5, "decode": 1.6, "write": 0.7}
     usage = Usage("NVML", 100, 23_400_000_000, 4000.0, 650.0, 1700.0)
-    warm = JobTimes(23.0, 9.2, 22.0, 77, [seconds] * 4, stages, [], 6_000_000_000, usage)
+    cpu, host = {stage: 0.5 for stage in stages}, HostUse(0.0, 0.25)
+    job = (23.0, 9.2, 22.0, 77, [seconds] * 4, stages, [], 6_000_000_000, usage)
+    warm = JobTimes(*job, writing_seconds=1.2, stages_cpu=cpu, cpu_seconds=9.5, host=host)
     gpu = card.Gpu(
         "NVIDIA H200", "580", "143771 MiB", "9.0", "1980 MHz", "1980 MHz", "3201 MHz", "700 W", "45"
     )
@@ -234,9 +238,62 @@ def test_repeated_runs_show_their_spread_and_can_be_compared(tmp_path: Path) -> 
     rows = {row.name: row for row in repeated(results)}
     assert rows["trt-wan s/step"].spread == pytest.approx(0.12 / 2.35) and not rows["trt-wan s/step"].steady
     assert rows["trt-wan whole job, warm"].steady
+    parts = {row.name: row for row in repeated_parts(results)}
+    assert parts["process start, imports"].values == [1.0, 1.0, 1.0] and parts["weights"].median == 7.1
+    assert parts["denoise, first step alone"].values == [2.30, 2.35, 2.42]
+    assert json.loads(to_json(results))["parts"][0]["name"] == "process start, imports"
     (tmp_path / "three.json").write_text(to_json(results))
     ratios = {row.name: row for row in compare(tmp_path / "three.json", tmp_path / "three.json").ratios}
     assert ratios["trt-wan whole job, warm"].low == pytest.approx(1)
+
+
+# The host
+
+
+@pytest.mark.parametrize(
+    ("files", "quota", "throttled"),
+    [
+        ({"cpu.max": "1600000 100000\n", "cpu.stat": "usage_usec 9\nthrottled_usec 2500000\n"}, 16, 2.5),
+        ({"cpu.max": "max 100000\n", "cpu.stat": "usage_usec 9\n"}, None, None),
+        (
+            {
+                "cpu/cpu.cfs_quota_us": "150000\n",
+                "cpu/cpu.cfs_period_us": "100000\n",
+                "cpu/cpu.stat": "nr_throttled 3\nthrottled_time 500000000\n",
+            },
+            1.5,
+            0.5,
+        ),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None, None),
+        ({}, None, None),
+    ],
+)
+def test_what_a_container_may_use_and_was_refused(
+    tmp_path: Path, files: dict[str, str], quota: float | None, throttled: float | None
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert cpu_quota(tmp_path) == quota and _throttled(tmp_path) == throttled
+
+
+def test_what_the_host_took_is_the_difference() -> None:
+    assert HostUse(3.5, None).since(HostUse(1.0, 2.0)) == HostUse(2.5, None)
+
+
+@pytest.mark.parametrize("told", ["", "1"])
+def test_measured_processes_keep_their_bytecode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", told)
+    (tmp_path / "imported.py").write_text("")
+    with workplace(Shape("tiny", 64, 48, 5)) as (env, _):
+        command = [sys.executable, "-c", "import imported"]
+        subprocess.run(command, env=env | {"PYTHONPATH": str(tmp_path)}, check=True)
+        kept = tmp_path if not told else Path(env["PYTHONPYCACHEPREFIX"])
+        assert list(kept.rglob("imported.*.pyc"))
+        assert (tmp_path / "__pycache__").exists() is not bool(told)
 
 
 # Files

@@ -49,6 +49,7 @@ from trt_wan.errors import MemoryShort, UsageError
 from trt_wan.preprocess.video import Clip, Picture
 from trt_wan.runtime.checkpoints.tensor_file import TensorFile
 from trt_wan.runtime.checkpoints.tiny import write_tiny_weights
+from trt_wan.runtime.executors import Array
 from trt_wan.runtime.executors.onnxruntime import require_memory
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.pipeline import stream
@@ -240,8 +241,8 @@ def test_sound_is_the_files_that_is_named_else_the_driving_clips(
     place: Workplace, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pose clip's, and where that has none the face clip's. The pictures do not matter here."""
-    black = np.zeros((PLAN.height, PLAN.width, 3), np.uint8)
-    monkeypatch.setattr(trt_wan.runtime.render, "stream", lambda job, **options: iter([black] * FRAMES))
+    black = np.full((3, FRAMES, PLAN.height, PLAN.width), -1, np.float32)
+    monkeypatch.setattr(trt_wan.runtime.render, "stream_pieces", lambda job, **options: iter([black]))
 
     def has_sound(*options: str) -> bool:
         result = invoke(*run_arguments(place, tmp_path / "o.mp4", "-y", *options, clips=clips))
@@ -350,13 +351,12 @@ def test_ctrl_c_is_the_callers_own_again_after_a_run(
     place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handlers = [signal.getsignal(signal.SIGINT)]
-    black = np.zeros((PLAN.height, PLAN.width, 3), np.uint8)
 
-    def one_frame(job: Job, **options: object) -> Iterator[Picture]:
+    def one_frame(job: Job, **options: object) -> Iterator[Array]:
         handlers.append(signal.getsignal(signal.SIGINT))
-        yield black
+        yield np.full((3, 1, PLAN.height, PLAN.width), -1, np.float32)
 
-    monkeypatch.setattr(trt_wan.runtime.render, "stream", one_frame)
+    monkeypatch.setattr(trt_wan.runtime.render, "stream_pieces", one_frame)
     assert invoke(*run_arguments(place, tmp_path / "out.mp4")).exit_code == 0
     assert handlers[1] is not handlers[0] and signal.getsignal(signal.SIGINT) is handlers[0]
 

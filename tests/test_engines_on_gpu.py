@@ -32,7 +32,7 @@ from trt_wan.errors import GraphError
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 from trt_wan.runtime.job import Inputs, Job, Settings
 from trt_wan.runtime.open_segments import finish_engines, machine_of, missing, open_segments
-from trt_wan.runtime.pipeline import stream_windows
+from trt_wan.runtime.pipeline import stream_pieces
 
 Values = dict[str, Any]
 # Calls of the tiny job by network: inputs and weights together.
@@ -61,7 +61,7 @@ def calls(gpu: Any, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnnxRuntimeExecutor, "run", recorded)
         patch.setenv("TRT_WAN_HOME", str(tiny_home))
-        list(stream_windows(job))
+        list(stream_pieces(job))
     assert set(found) == set(networks(TINY, PLAN))
     return found
 

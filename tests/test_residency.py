@@ -116,7 +116,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, plan: Plan, guidance: float, steps:
         steps=steps,
         guidance=guidance,
     )
-    made = sum(window.shape[1] for window in pipeline.stream_windows(job, clips=clips))
+    made = sum(window.shape[1] for window in pipeline.stream_pieces(job, clips=clips))
     assert made == frames
     return executor.peak
 

@@ -5,6 +5,7 @@ cv2's own video reader is the independent one: it decodes the same file with its
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 import trt_wan
 from trt_wan.errors import InputError, OutputError, TrtWanError, UsageError
 from trt_wan.preprocess.video import Clip, Picture, read_picture
-from trt_wan.runtime.writer import VideoWriter
+from trt_wan.runtime.writer import VideoWriter, encoders
 
 WIDTH, HEIGHT = 96, 64
 RATES = (Fraction(12), Fraction(30000, 1001), Fraction(25))
@@ -436,20 +437,26 @@ def test_a_source_without_sound_gives_a_silent_video(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc fills new memory for this test")
-def test_the_same_frames_give_the_same_file_whatever_was_in_memory(tmp_path: Path) -> None:
+def test_the_same_frames_give_the_same_file_whatever_was_in_memory_on_any_number_of_cpus(
+    tmp_path: Path,
+) -> None:
+    """x264 takes its own number of threads from the CPUs that a process may use, unless it is told."""
     script = """if True:
+        import os
         import sys
         from fractions import Fraction
         from pathlib import Path
         import cv2
         import numpy as np
         from trt_wan.runtime.writer import VideoWriter
+        if sys.argv[1].endswith("85.mp4"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         rng = np.random.default_rng(0)
-        base = rng.normal(128, 60, (24, 40, 3))
-        with VideoWriter(Path(sys.argv[1]), 320, 192, Fraction(25)) as writer:
+        base = rng.normal(128, 60, (60, 40, 3))
+        with VideoWriter(Path(sys.argv[1]), 320, 480, Fraction(25)) as writer:
             for _ in range(12):
                 base += rng.normal(0, 15, base.shape)
-                frame = cv2.resize(base, (320, 192), interpolation=cv2.INTER_CUBIC)
+                frame = cv2.resize(base, (320, 480), interpolation=cv2.INTER_CUBIC)
                 writer.write((frame + rng.normal(0, 8, frame.shape)).clip(0, 255).astype(np.uint8))
             writer.finish()
     """
@@ -458,6 +465,13 @@ def test_the_same_frames_give_the_same_file_whatever_was_in_memory(tmp_path: Pat
         environment = {**os.environ, "MALLOC_PERTURB_": file.stem}
         subprocess.run([sys.executable, "-c", script, str(file)], env=environment, check=True)
     assert len({file.read_bytes() for file in files}) == 1
+    said = re.search(rb"x264 - core.* threads=(\d+) .*sliced_threads=(\d+)", files[0].read_bytes())
+    assert said and said.groups() == (b"4", b"0"), "a number of its own, whole pictures in parallel"
+
+
+@pytest.mark.parametrize(("height", "threads"), [(48, 1), (240, 2), (480, 4), (720, 6), (832, 6), (2160, 8)])
+def test_x264s_threads_come_from_the_picture_alone(height: int, threads: int) -> None:
+    assert encoders(height) == threads
 
 
 def test_a_stopped_job_leaves_a_partial_file_that_plays(tmp_path: Path) -> None:

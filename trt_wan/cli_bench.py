@@ -107,7 +107,7 @@ def _options(*rows: Decorator) -> Decorator:
     "--job-steps", type=click.IntRange(1), default=4, show_default=True, help="Steps of a whole job."
 )
 @click.option(
-    "--jobs", type=click.IntRange(1), default=3, show_default=True, help="Whole jobs from a warm start."
+    "--jobs", type=click.IntRange(1), help="Whole jobs from a warm start. Default: 3, or 5 with --repeat."
 )
 @click.option(
     "--peers",
@@ -134,7 +134,7 @@ def measure(
     steps: int,
     rounds: int,
     job_steps: int,
-    jobs: int,
+    jobs: int | None,
     peers: tuple[str, ...],
     peer_steps: int | None,
     lightx2v: Path | None,
@@ -152,8 +152,8 @@ def measure(
     """
     from trt_wan.benchmarks.bench import Options, run_bench
     from trt_wan.benchmarks.files import write_files
-    from trt_wan.benchmarks.repeat import repeated, to_dict
-    from trt_wan.benchmarks.tables import render, repeat_table
+    from trt_wan.benchmarks.repeat import repeated, repeated_parts, to_dict
+    from trt_wan.benchmarks.tables import parts_table, render, repeat_table
 
     options = Options(
         shape=_shape(model, size, window),
@@ -162,7 +162,7 @@ def measure(
         steps=steps,
         rounds=rounds,
         job_steps=job_steps,
-        jobs=jobs,
+        jobs=jobs or (5 if repeat > 1 else 3),
         peers=peers,
         peer_steps=peer_steps,
         peer_arguments={"lightx2v": _lightx2v(lightx2v, weights)},
@@ -178,6 +178,7 @@ def measure(
     if repeat > 1:
         document = to_dict(results)
         show(report, repeat_table(repeated(results), results[-1].title))
+        show(report, parts_table(repeated_parts(results)))
     if out:
         paths = write_files(results[-1], out)
         if repeat > 1:

@@ -24,6 +24,7 @@ STAGES = {
     "condition": "encoding pose, face and background",
     "denoise": "denoising",
     "decode": "decoding",
+    "write": "writing the last frames",
 }
 
 

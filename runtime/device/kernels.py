@@ -1,10 +1,12 @@
 """The few kernels that are not TensorRT's: sampler arithmetic, and weights made or converted on the device.
 
-Compiled once per process by NVRTC for the GPU that is there; all work on flat arrays.
+Compiled by NVRTC for the GPU that is there; all work on flat arrays.
 """
 
 from collections.abc import Mapping
 from typing import Any
+
+from trt_wan.runtime.device.cubins import kept
 
 THREADS = 256
 MAX_TERMS = 6  # of a linear combination: UniPC's corrector has four
@@ -88,12 +90,18 @@ NAMES = ("combine", "random_float32", "random_bfloat16", "random_float8_e4m3fn",
 
 
 def compile_source(source: str, major: int, minor: int, macros: Mapping[str, object] | None = None) -> Any:
-    """The code of kernels for GPUs of a compute capability; needs no GPU."""
-    from cuda.core import Program, ProgramOptions
+    """The code of kernels for GPUs of a compute capability, compiled once per machine; needs no GPU."""
+    from cuda.core import ObjectCode, Program, ProgramOptions
 
+    standard, arch = "c++17", f"sm_{major}{minor}"
     defined = [(name, str(value)) for name, value in (macros or {}).items()]
-    options = ProgramOptions(std="c++17", arch=f"sm_{major}{minor}", define_macro=defined or None)
-    return Program(source, "c++", options).compile("cubin")
+
+    def compile() -> bytes:
+        options = ProgramOptions(std=standard, arch=arch, define_macro=defined or None)
+        return bytes(Program(source, "c++", options).compile("cubin").code)
+
+    origin = (source, standard, arch, *(f"{name}={value}" for name, value in defined))
+    return ObjectCode.from_cubin(kept(origin, compile))
 
 
 def compile_for(major: int, minor: int) -> Any:

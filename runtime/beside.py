@@ -1,0 +1,83 @@
+"""A thread that uses items while its caller makes the next ones: pictures are encoded while a GPU decodes.
+
+    with Beside(use, room=16) as beside:  # use(items: Iterator) runs in the thread
+        for item in make():
+            beside.put(item)
+
+Items are used in the order in which they were put, each once. After the block all of them are used, or what
+the thread raised is raised.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from queue import Queue
+from threading import Thread
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+Item = TypeVar("Item")
+
+
+class _End:
+    pass
+
+
+class Beside(Generic[Item]):
+    """`use` gets an iterator of what is put; of items that it has not asked for, `room` at most wait."""
+
+    def __init__(self, use: Callable[[Iterator[Item]], object], room: int) -> None:
+        self.busy_seconds = 0.0  # of the thread, without its waiting for items
+        self._use = use
+        self._waiting: Queue[Item | _End] = Queue(room)
+        self._error: BaseException | None = None
+        self._dropping = self._ended = False
+        self._thread = Thread(target=self._run, name="beside")
+
+    def put(self, item: Item) -> None:
+        """Waits for room. Raises what the thread raised."""
+        self.check()
+        self._waiting.put(item)
+
+    def check(self) -> None:
+        """Raises what the thread raised: for callers that take long to make an item."""
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """What was put is used after an error too. An interrupt while it waits drops what is left."""
+        try:
+            self._waiting.put(_End())
+            self._thread.join()
+        except BaseException:
+            self._dropping = True
+            self._waiting.put(_End())
+            self._thread.join()
+            raise
+        if error is None:
+            self.check()
+
+    def _run(self) -> None:
+        try:
+            self._use(self._items())
+        except BaseException as error:
+            self._error = error
+        while not self._ended:  # so that nobody waits for room
+            self._get()
+
+    def _items(self) -> Iterator[Item]:
+        while not isinstance(item := self._get(), _End) and not self._dropping:
+            since = time.perf_counter()
+            yield item
+            self.busy_seconds += time.perf_counter() - since
+            del item
+
+    def _get(self) -> Item | _End:
+        item = self._waiting.get()
+        self._ended = isinstance(item, _End)
+        return item

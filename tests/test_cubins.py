@@ -1,0 +1,80 @@
+"""Compiled kernels on disk: compiled once, for what decides them, and again where the file is not whole."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trt_wan.runtime.device import cubins, kernels
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def one_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cubins, "_compiler", lambda: ("libnvrtc.so", "100", "200"))
+
+
+def counting(code: bytes) -> tuple[list[bytes], Callable[[], bytes]]:
+    made: list[bytes] = []
+
+    def compile() -> bytes:
+        made.append(code)
+        return code
+
+    return made, compile
+
+
+def test_code_is_compiled_once(one_compiler: None) -> None:
+    made, compile = counting(b"code")
+    assert [cubins.kept(("source", "sm_90"), compile) for _ in range(3)] == [b"code"] * 3
+    assert len(made) == 1
+    assert [path.suffix for path in cubins.folder().iterdir()] == [".cubin"], "nothing partial is left"
+
+
+def test_whatever_decides_the_code_makes_it_anew(one_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, compile = counting(b"code")
+    for origin in (("source", "sm_90"), ("source", "sm_89"), ("other", "sm_90"), ("source", "sm_90", "A=1")):
+        cubins.kept(origin, compile)
+    monkeypatch.setattr(cubins, "_compiler", lambda: ("libnvrtc.so", "100", "201"))
+    cubins.kept(("source", "sm_90"), compile)
+    assert len(made) == 5
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: b"", lambda data: data[:-1], lambda data: data + b"x", lambda data: data[:-1] + b"x"],
+    ids=["empty", "cut", "longer", "edited"],
+)
+def test_a_damaged_file_is_made_again(one_compiler: None, damage: Callable[[bytes], bytes]) -> None:
+    made, compile = counting(b"some code")
+    cubins.kept(("source",), compile)
+    (path,) = cubins.folder().iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    assert cubins.kept(("source",), compile) == cubins.kept(("source",), compile) == b"some code"
+    assert len(made) == 2
+
+
+def test_what_cannot_be_kept_is_compiled_every_time(
+    one_compiler: None, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, compile = counting(b"code")
+    (home / "kernels").write_text("a file where the folder should be")
+    assert [cubins.kept(("source",), compile) for _ in range(2)] == [b"code"] * 2
+    monkeypatch.setattr(cubins, "_compiler", lambda: None)
+    assert cubins.kept(("source",), compile) == b"code"
+    assert len(made) == 3
+
+
+def test_kept_kernels_are_those_that_nvrtc_made(nvrtc: None, home: Path) -> None:
+    first = bytes(kernels.compile_for(9, 0).code)
+    (path,) = cubins.folder().iterdir()
+    before = path.stat().st_mtime_ns
+    assert bytes(kernels.compile_for(9, 0).code) == first and path.stat().st_mtime_ns == before
+    path.unlink()
+    assert bytes(kernels.compile_for(9, 0).code) == first, "the same code every time"
+    assert bytes(kernels.compile_for(8, 9).code) != first

@@ -1,0 +1,208 @@
+"""A job to its file, the network's part made up: what is written while frames are decoded, and what is left
+of a job that fails. The whole way with a network is in test_cli.py.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from tiny_job import FRAMES, PLAN, prepare, read_frames, write_sound
+
+from trt_wan.errors import OutputError, Stopped
+from trt_wan.preprocess.background import SOFT_EDGE
+from trt_wan.preprocess.video import Clip, Picture
+from trt_wan.runtime import render as module
+from trt_wan.runtime.events import Event, StageStarted
+from trt_wan.runtime.executors import Array
+from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.pipeline import to_pixels
+from trt_wan.runtime.render import render
+from trt_wan.runtime.writer import VideoWriter
+
+SOON = 20  # seconds after which a test that waits has failed
+PIECES = [1, 4, 4, 4, 4, 3]
+Make = Callable[..., Iterator[Array]]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    return prepare(folder, write_sound(folder / "tone.m4a", 1))
+
+
+def job(clips: Path, mode: Any = "animate") -> Job:
+    return Job(Inputs.from_folder(clips, mode), weights=Path("none"), mode=mode, window=PLAN.frames)
+
+
+def pieces() -> list[Array]:
+    """A grey that gets lighter, by 10 levels a frame."""
+    levels = np.arange(FRAMES, dtype=np.float32) * 10 / 127.5 - 1
+    frames = np.broadcast_to(levels[None, :, None, None], (3, FRAMES, PLAN.height, PLAN.width))
+    return np.split(np.ascontiguousarray(frames), np.cumsum(PIECES)[:-1], axis=1)
+
+
+def decoding(monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
+    monkeypatch.setattr(module, "stream_pieces", lambda job, **options: make(**options))
+
+
+def on_write(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
+    """`act` before every frame is written, with its number."""
+    write = VideoWriter.write
+
+    def acting(writer: VideoWriter, frame: Picture) -> None:
+        act(writer.frames)
+        write(writer, frame)
+
+    monkeypatch.setattr(VideoWriter, "write", acting)
+
+
+def greys(path: Path) -> list[int]:
+    return [round(float(frame.mean()) / 10) for frame in read_frames(path)]
+
+
+def test_the_next_piece_is_decoded_while_one_is_written(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path
+) -> None:
+    """The first frame is not written before the last but one piece is decoded, and no piece after that before
+    the first frame is under way: one after the other, neither would come.
+    """
+    under_way, decoded = threading.Event(), threading.Event()
+
+    def make(**options: Any) -> Iterator[Array]:
+        for k, piece in enumerate(pieces()):
+            if k == len(PIECES) - 1:
+                assert under_way.wait(SOON), "nothing is written while frames are decoded"
+                decoded.set()
+            yield piece
+
+    def hold(frame: int) -> None:
+        under_way.set()
+        assert decoded.wait(SOON), "nothing is decoded while frames are written"
+
+    decoding(monkeypatch, make)
+    on_write(monkeypatch, hold)
+    events: list[Event] = []
+    made = render(job(clips), tmp_path / "out.mp4", progress=events.append)
+    assert greys(made.path) == list(range(FRAMES)) and made.frames == FRAMES
+    assert made.writing_seconds > 0 and events == [StageStarted("write")]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+    with Clip(made.path) as clip:
+        assert clip.has_sound
+
+
+def test_what_is_decoded_ahead_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "ROOM", 2)
+    taken, ahead = 0, []
+
+    def make(**options: Any) -> Iterator[Array]:
+        nonlocal taken
+        for piece in pieces():
+            yield piece
+            taken += 1
+
+    def slow(frame: int) -> None:
+        time.sleep(0.02)
+        ahead.append(taken - int(np.searchsorted(np.cumsum(PIECES), frame, side="right")))
+
+    decoding(monkeypatch, make)
+    on_write(monkeypatch, slow)
+    assert greys(render(job(clips), tmp_path / "out.mp4").path) == list(range(FRAMES))
+    assert max(ahead) <= 3, "one in use and two that wait"
+
+
+def full(frame: int) -> None:
+    if frame == 3:
+        raise OutputError("The disk is full.", "Free some space.")
+
+
+def test_a_writer_that_fails_ends_the_job_at_the_next_step(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path
+) -> None:
+    """The pipeline asks between steps whether to stop: no other piece comes before the error is reported."""
+
+    def make(should_stop: Callable[[], bool], **options: Any) -> Iterator[Array]:
+        yield from pieces()[:2]
+        end = time.monotonic() + SOON
+        while time.monotonic() < end:
+            assert not should_stop()
+            time.sleep(0.001)
+        pytest.fail("the job went on")
+
+    decoding(monkeypatch, make)
+    on_write(monkeypatch, full)
+    with pytest.raises(OutputError) as caught:
+        render(job(clips), tmp_path / "out.mp4")
+    partial = tmp_path / "out.partial.mp4"
+    assert caught.value.message == "The disk is full."
+    assert caught.value.hint == f"Free some space. The 3 finished frames are in {partial}."
+    assert greys(partial) == [0, 1, 2] and list(tmp_path.iterdir()) == [partial]
+
+
+@pytest.mark.parametrize("last", [2, len(PIECES)])
+def test_a_writer_that_fails_at_the_end_is_reported_too(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path, last: int
+) -> None:
+    decoding(monkeypatch, lambda **options: iter(pieces()[:last]))
+    on_write(monkeypatch, full)
+    with pytest.raises(OutputError, match="disk is full"):
+        render(job(clips), tmp_path / "out.mp4")
+    assert not (tmp_path / "out.mp4").exists() and greys(tmp_path / "out.partial.mp4") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [Stopped("Stopped in window 2."), RuntimeError("the GPU is gone")])
+def test_a_job_that_fails_keeps_every_decoded_frame(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path, error: Exception
+) -> None:
+    """Those that were waiting to be written as well."""
+
+    def make(**options: Any) -> Iterator[Array]:
+        yield from pieces()[:4]
+        raise error
+
+    decoding(monkeypatch, make)
+    on_write(monkeypatch, lambda frame: time.sleep(0.02))
+    with pytest.raises(type(error)) as caught:
+        render(job(clips), tmp_path / "out.mp4")
+    where = f"The 13 finished frames are in {tmp_path / 'out.partial.mp4'}."
+    assert where in (caught.value.hint if isinstance(caught.value, Stopped) else caught.value.__notes__)
+    assert greys(tmp_path / "out.partial.mp4") == list(range(13))
+
+
+def test_pasting_back_happens_beside_decoding_too(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path
+) -> None:
+    threads = set()
+    paste = module.pasted_back
+
+    def pasting(*arguments: Any) -> Iterator[Picture]:
+        for frame in paste(*arguments):
+            threads.add(threading.current_thread().name)
+            yield frame
+
+    monkeypatch.setattr(module, "pasted_back", pasting)
+    decoding(monkeypatch, lambda **options: iter(pieces()))
+    made = render(job(clips, "replace"), tmp_path / "out.mp4", paste_back=True)
+    assert threads == {"beside"} and made.frames == FRAMES
+    with Clip(clips / "src_mask.mp4") as mask, Clip(clips / "src_bg.mp4") as background:
+        for k, frame in enumerate(read_frames(made.path)):
+            painted = mask.window([k])[0, ..., 0] > 127
+            assert abs(float(frame[painted].mean()) - 10 * k) < 6
+            away = cv2.distanceTransform((~painted).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+            kept = away > SOFT_EDGE + 1
+            assert kept.any() and np.abs(frame.astype(int) - background.window([k])[0])[kept].mean() < 6
+
+
+def test_rounding_is_numpys() -> None:
+    values = np.random.default_rng(0).uniform(-1, 1, (3, 5, 48, 64)).astype(np.float32)
+    values[:, 0, 0] = (np.arange(64, dtype=np.float32) + 0.5) / 127.5 - 1  # halves
+    values[:, 0, 1, :2] = -1, 1
+    expected = np.rint((values + np.float32(1)) * np.float32(127.5)).astype(np.uint8).transpose(1, 2, 3, 0)
+    pixels = to_pixels(values[:, ::-1])
+    assert pixels.flags.c_contiguous and np.array_equal(pixels, expected[::-1])
