@@ -7,6 +7,7 @@ loaded strictly, so the names, shapes and number of tensors are compared too.
 import math
 import resource
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def weights() -> dict[str, Array]:
 
 
 class Oracle:
-    """diffusers' VAE with the normalisation that its pipelines put around it."""
+    """diffusers' VAE with the normalisation that its pipelines put around it. A length is computed once."""
 
     def __init__(self, weights: Mapping[str, Array]) -> None:
         self.vae = AutoencoderKLWan(base_dim=TINY.vae.base_dim, z_dim=TINY.vae.latent_channels).eval()
@@ -89,13 +90,14 @@ class Oracle:
             torch.tensor(values).reshape(-1, 1, 1, 1)
             for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
         )
+        self.latent, self.frames = cache(self._latent), cache(self._frames)
 
-    def latent(self, count: int) -> Array:
+    def _latent(self, count: int) -> Array:
         with torch.no_grad():
             posterior = self.vae.encode(torch.from_numpy(random_frames(count))[None]).latent_dist
         return ((posterior.mode()[0] - self.mean) / self.std).numpy()
 
-    def frames(self, count: int) -> Array:
+    def _frames(self, count: int) -> Array:
         z = torch.from_numpy(random_latent(count)) * self.std + self.mean
         with torch.no_grad():
             return self.vae.decode(z[None]).sample[0].numpy()
