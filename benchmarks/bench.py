@@ -258,7 +258,7 @@ def _rounds(
         times = []
         for name in options.peers:
             with _Contestant(name, options, env, progress) as peer:
-                peer.take_turn(last=True)
+                peer.take_turn()
                 times.append(peer.times())
         return ours, host, profile, times
     with contextlib.ExitStack() as stack:
@@ -268,10 +268,11 @@ def _rounds(
         for name in options.peers:
             peers.append(stack.enter_context(_Contestant(name, options, env, progress)))
             peers[-1].rest()  # before the next one takes memory
-        for n in range(options.rounds):
+        for _ in range(options.rounds):
             our_turn(own)
             for peer in peers:
-                peer.take_turn(last=n == options.rounds - 1)
+                peer.take_turn()
+                peer.rest()
         profile = own.ask("")
         return ours, host, profile, [peer.times() for peer in peers]
 
@@ -300,10 +301,8 @@ class _Contestant:
     def rest(self) -> None:
         self._guarded(lambda: self.child.ask("rest"))
 
-    def take_turn(self, last: bool) -> None:
+    def take_turn(self) -> None:
         self._guarded(self._turn)
-        if not last:
-            self.rest()
 
     def times(self) -> PeerTimes:
         if self.reason or not self.rounds:

@@ -28,6 +28,7 @@ from trt_wan.benchmarks.files import write_files
 from trt_wan.benchmarks.host_use import HostUse, _throttled, cpu_quota
 from trt_wan.benchmarks.law import bends, fit, fit_rates
 from trt_wan.benchmarks.monitor import Monitor, Sample, Usage
+from trt_wan.benchmarks.ours import Spec
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.processes import Child
 from trt_wan.benchmarks.repeat import repeated, repeated_parts, to_json
@@ -374,6 +375,47 @@ def test_bars_of_an_axis(tmp_path: Path) -> None:
 
 
 # Processes
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_one_peer_at_a_time_has_its_weights(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them do not fit on a GPU beside us."""
+    awake: set[str] = set()
+
+    class FakeChild:
+        def __init__(self, module: str, arguments: Sequence[str], env: Mapping[str, str]) -> None:
+            self.module = module
+            self.peer = module != bench.OURS_MODULE
+            self._wake()
+
+        def _wake(self) -> None:
+            if self.peer:
+                awake.add(self.module)
+                assert awake == {self.module}
+
+        def read(self) -> dict[str, Any]:
+            return {"ran": True}
+
+        def ask(self, line: str) -> dict[str, Any]:
+            if line == "rest":
+                awake.discard(self.module)
+            else:
+                self._wake()
+            made = {"build_seconds": 1.0, "first_step_seconds": 1.0, "memory_bytes": {}, "part_seconds": {}}
+            return {"ran": True, "seconds": [1.0], "host_seconds": [1.0], "settings": {}, **made}
+
+        def __enter__(self) -> "FakeChild":
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            awake.discard(self.module)
+
+    monkeypatch.setattr(bench, "Child", FakeChild)
+    shape = Shape("tiny", 64, 48, 13)
+    options = bench.Options(shape, rounds=rounds, peers=("diffusers_eager", "diffusers_fp8"))
+    spec = Spec(shape, "clips", 4)
+    ours, _, _, peers = bench._rounds(options, spec, {}, lambda event: None)
+    assert len(ours) == rounds and all(peer.ran and peer.rounds == [[1.0]] * rounds for peer in peers)
 
 
 def run_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, patience: float = 60) -> Child:
