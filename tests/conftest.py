@@ -41,6 +41,15 @@ def one_registry() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests build and compile is not left in the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "TRT_WAN_HOME" not in os.environ:
+            patch.setenv("TRT_WAN_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def threads() -> Iterator[None]:
     """OMP_NUM_THREADS for ONNX Runtime too, which does not read it: its threads spin while they wait, on the
     core of the other test process.

@@ -15,7 +15,7 @@ from trt_wan.engines.sam2.config import Sam2Config
 from trt_wan.errors import EnvironmentBroken
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.kernels import THREADS, allow_shared_memory, compile_source
+from trt_wan.runtime.device.kernels import THREADS, allow_shared_memory, attention_source, compile_source
 
 OLDEST = (8, 0)  # compute capability
 WARPS = 8
@@ -36,8 +36,8 @@ def require_kernel(capability: tuple[int, int]) -> None:
 
 def compile_for(config: Sam2Config, capability: tuple[int, int]) -> Any:
     """The kernels' code; needs no GPU."""
-    source = (files(__package__) / "memory_attention.cu").read_text(encoding="utf-8")
-    sizes = {"WARPS": WARPS, "CHANNELS": config.channels, "VALUES": config.memory_channels}
+    source = attention_source() + (files(__package__) / "memory_attention.cu").read_text(encoding="utf-8")
+    sizes = {"WARPS": WARPS, "TILE": TILE, "CHANNELS": config.channels, "VALUES": config.memory_channels}
     return compile_source(source, *capability, sizes)
 
 

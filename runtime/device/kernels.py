@@ -4,6 +4,7 @@ Compiled by NVRTC for the GPU that is there; all work on flat arrays.
 """
 
 from collections.abc import Mapping
+from importlib.resources import files
 from typing import Any
 
 from trt_wan.runtime.device.cubins import kept
@@ -102,6 +103,11 @@ def compile_source(source: str, major: int, minor: int, macros: Mapping[str, obj
 
     origin = (source, standard, arch, *(f"{name}={value}" for name, value in defined))
     return ObjectCode.from_cubin(kept(origin, compile))
+
+
+def attention_source() -> str:
+    """What stands in front of the source of a kernel that attends."""
+    return (files(__package__) / "attention.cu").read_text(encoding="utf-8")
 
 
 def compile_for(major: int, minor: int) -> Any:

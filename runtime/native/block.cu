@@ -8,8 +8,6 @@
 
 typedef unsigned char fp8;    // E4M3
 typedef unsigned short bf16;
-typedef unsigned int u32;
-typedef long long i64;
 
 constexpr int DIM_VECTORS = DIM / 8 / DIM_THREADS;  // of eight channels, per thread
 constexpr int FFN_VECTORS = FFN / 8 / FFN_THREADS;
@@ -19,7 +17,6 @@ static_assert(FFN_VECTORS * 8 * FFN_THREADS == FFN && FFN_THREADS % 32 == 0, "th
 static_assert(HEAD_DIM == 128 && HEADS * HEAD_DIM == DIM, "heads of 128 channels");
 
 constexpr float E4M3_MAX = 448.0f;
-constexpr float LOG2_E = 1.4426950408889634f;
 
 // Loads and stores of a vector. What a kernel reads once does not stay in the caches.
 

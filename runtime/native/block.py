@@ -17,7 +17,7 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.plan import Plan
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.kernels import allow_shared_memory, compile_source
+from trt_wan.runtime.device.kernels import allow_shared_memory, attention_source, compile_source
 from trt_wan.runtime.native.gemm import WORKSPACE_BYTES, CublasLt, Fp8Gemm
 
 VECTOR = 8  # channels of a thread's load
@@ -62,8 +62,8 @@ def compile_for(model: ModelConfig, capability: tuple[int, int]) -> Any:
         "FFN_THREADS": threads_for(c.ffn_dim, FFN_THREADS),
     }
     folder = files(__package__)
-    source = "".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
-    return compile_source(source, *capability, macros)
+    parts = ((folder / name).read_text(encoding="utf-8") for name in SOURCES)
+    return compile_source("".join((attention_source(), *parts)), *capability, macros)
 
 
 class _Kernels:
