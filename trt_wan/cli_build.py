@@ -67,12 +67,12 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, 
     raise click.BadParameter(f"{value!r} is not a size such as 832x480.")
 
 
-def _targets(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
-    if value is None:
+def _targets(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    if not values:
         return ()
     from trt_wan.engines.tensorrt import TARGETS
 
-    names = dict.fromkeys(name.strip().lower() for name in value.split(","))
+    names = dict.fromkeys(name.strip().lower() for value in values for name in value.split(","))
     for name in names:
         if name not in TARGETS:
             raise click.BadParameter(f"{name!r} is no target; there are {', '.join(TARGETS)}.")
@@ -98,6 +98,7 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str | None) -> t
 @click.option(
     "--target",
     "targets",
+    multiple=True,
     callback=_targets,
     metavar="sm89,sm120",
     help="GPUs to build for, which need not be here. Default: the one that is.",
