@@ -27,6 +27,23 @@ MakeModel = Callable[..., Model]
 Weights = Mapping[Part, Mapping[str, Array]]
 
 
+# A minute and more each. They come first, so that no process is left alone with one at the end.
+SLOW = (
+    *("test_compile.py", "test_export.py", "test_readme.py", "test_sam2_compile.py", "test_sam2.py"),
+    *(
+        "test_bench_preprocess.py",
+        "test_cli.py",
+        "test_cli_engines.py",
+        "test_bench.py",
+        "test_transformer.py",
+    ),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in SLOW)
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays: the collector need not look through it again, a sixth of an export."""
     gc.freeze()
