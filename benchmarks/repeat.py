@@ -9,6 +9,7 @@ import numpy as np
 
 from trt_wan.benchmarks.result import Result
 
+JOBS = 5  # of a run; the host is shared, and the middle one of three still varies with it
 REPEAT_SCHEMA = "trt-wan-bench-repeat/1"
 LARGEST_SPREAD = 0.03  # what a headline figure may differ by between runs
 

@@ -6,6 +6,7 @@ it is to be made. Grey (0) stands for "unknown", black (-1) for a hole in a know
 different to the model.
 """
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,8 +26,6 @@ def to_signal(frames: Pixels) -> Array:
 
     By a table, plane by plane: a third of the time of arithmetic and a transposed copy, of 0.4 GB a window.
     """
-    import cv2
-
     signal = np.empty((3, *frames.shape[:3]), np.float32)
     for k, frame in enumerate(frames):
         for plane, target in zip(cv2.split(frame), signal[:, k], strict=True):
@@ -36,8 +35,6 @@ def to_signal(frames: Pixels) -> Array:
 
 def letterbox(picture: Pixels, width: int, height: int) -> Pixels:
     """[h, w, 3] scaled to fit into [height, width, 3], centred on black (model_spec.md 2.3)."""
-    import cv2
-
     h, w = picture.shape[:2]
     if h / w > height / width:
         new_w, new_h = max(1, int(height / h * w)), height

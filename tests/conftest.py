@@ -27,7 +27,7 @@ MakeModel = Callable[..., Model]
 Weights = Mapping[Part, Mapping[str, Array]]
 
 
-# A minute and more each. They come first, so that no process is left alone with one at the end.
+# The files that take longest. They come first, so that no process is left alone with one at the end.
 SLOW = (
     *("test_compile.py", "test_export.py", "test_readme.py", "test_sam2_compile.py", "test_sam2.py"),
     *(

@@ -194,14 +194,16 @@ def test_attention_to_memories(size: int, seen: tuple[int, int]) -> None:
     """Memories and pointers, some of each unseen: with NaN in them, which nothing may look at."""
     gpu, config, places = require_gpu(), replace(CONFIG, image_size=size), 7
     rng = np.random.default_rng(0)
-    front, start, back = seen[0] * config.tokens, places * config.tokens, 4 * seen[1]
-    keys = rng.standard_normal((start + 4 * pointers_of(places), config.channels), np.float32)
+    front, start, back = seen[0] * config.tokens, places * config.tokens, config.pointer_tokens * seen[1]
+    keys = rng.standard_normal(
+        (start + config.pointer_tokens * pointers_of(places), config.channels), np.float32
+    )
     values = rng.standard_normal((len(keys), config.memory_channels), np.float32)
     queries = 0.3 * rng.standard_normal((config.tokens, config.channels), np.float32)
     q, k, v = (t.astype(np.float16) for t in (queries, keys, values))
     for t in (k, v):
         t[front:start] = t[start + back :] = np.nan
-    segment = memory_attention.open_memory_attention(gpu, config, (places,))[places]
+    (segment,) = memory_attention.open_memory_attention(gpu, config, (places,)).values()
     gpu.reserve(1 << 28)
     scratch = gpu.empty((segment.scratch_bytes,), np.uint8)
     segment.start(scratch.address)

@@ -152,7 +152,7 @@ def measure(
     """
     from trt_wan.benchmarks.bench import Options, run_bench
     from trt_wan.benchmarks.files import write_files
-    from trt_wan.benchmarks.repeat import repeated, repeated_parts, to_dict
+    from trt_wan.benchmarks.repeat import JOBS, repeated, repeated_parts, to_dict
     from trt_wan.benchmarks.tables import parts_table, render, repeat_table
 
     options = Options(
@@ -162,7 +162,7 @@ def measure(
         steps=steps,
         rounds=rounds,
         job_steps=job_steps,
-        jobs=jobs or (5 if repeat > 1 else 3),
+        jobs=jobs or (JOBS if repeat > 1 else Options.jobs),
         peers=peers,
         peer_steps=peer_steps,
         peer_arguments={"lightx2v": _lightx2v(lightx2v, weights)},

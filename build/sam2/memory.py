@@ -34,11 +34,10 @@ def track(
     config: Sam2Config,
 ) -> tuple[Tensor, ...]:
     """All of it; `looked_at` is what `track_start` takes."""
-    parts = config.channels // config.memory_channels  # tokens of a pointer
     bias = torch.cat(
         (
             memory_bias[:, None].expand(-1, config.tokens).reshape(-1),
-            pointer_bias[:, None].expand(-1, parts).reshape(-1),
+            pointer_bias[:, None].expand(-1, config.pointer_tokens).reshape(-1),
         )
     )
     turns = looked_at[2:4]
@@ -67,10 +66,9 @@ def track_start(
     """
     age = rest[0] if config.new else None
     memories = torch.stack(rest[1:] if config.new else rest).float()
-    parts = config.channels // config.memory_channels
     split = pointers.reshape(-1, config.memory_channels)
     of_memories = memories + memory_position + memory_time[:, None]
-    of_pointers = split + _age(age, parts, w, config)
+    of_pointers = split + _age(age, w, config)
     keys = []
     for n in range(config.memory_layers):
         layer = _layer(w, n)
@@ -122,7 +120,7 @@ def memory_encoder(
     return (_memory(feat, (_enlarged(mask, config) > 0).float(), object_score, w, config),)
 
 
-def _age(age: Tensor | None, parts: int, w: Weights, config: Sam2Config) -> Tensor | float:
+def _age(age: Tensor | None, w: Weights, config: Sam2Config) -> Tensor | float:
     """Of each pointer's tokens: sines and cosines of how far back it is, projected; 2.0 has none."""
     if age is None:
         return 0.0
@@ -130,7 +128,7 @@ def _age(age: Tensor | None, parts: int, w: Weights, config: Sam2Config) -> Tens
     pairs = (torch.arange(half) // 2).float()
     angles = age[:, None] / 10000.0 ** (2 * pairs / half)
     encoded = linear(torch.cat((angles.sin(), angles.cos()), dim=-1), w, "obj_ptr_tpos_proj")
-    return encoded[:, None].expand(-1, parts, -1).reshape(-1, config.memory_channels)
+    return encoded[:, None].expand(-1, config.pointer_tokens, -1).reshape(-1, config.memory_channels)
 
 
 def _layer(w: Weights, n: int) -> Weights:

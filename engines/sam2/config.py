@@ -52,6 +52,11 @@ class Sam2Config:
         return self.grid**2
 
     @property
+    def pointer_tokens(self) -> int:
+        """Into how many tokens a pointer is split, for the memories' channels."""
+        return self.channels // self.memory_channels
+
+    @property
     def mask_size(self) -> int:
         return self.image_size // 4
 

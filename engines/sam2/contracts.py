@@ -237,7 +237,7 @@ def _tokens(c: Sam2Config) -> Tensor:
 
 
 def _seen_tokens(c: Sam2Config, memories: int) -> int:
-    return memories * c.tokens + pointers_of(memories) * (c.channels // c.memory_channels)
+    return memories * c.tokens + pointers_of(memories) * c.pointer_tokens
 
 
 def _rotations(c: Sam2Config) -> tuple[Tensor, Tensor]:

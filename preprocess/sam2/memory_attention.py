@@ -5,7 +5,7 @@ block of threads all the keys of its queries, which leaves most multiprocessors 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -49,7 +49,7 @@ def shares_of(blocks: int, multiprocessors: int) -> int:
 
 
 class MemoryAttention:
-    """A segment for `memories` of them; those of other numbers may share its kernels."""
+    """The segment for `memories` of them; `module` is what `compile_for` made."""
 
     def __init__(self, gpu: Gpu, config: Sam2Config, memories: int, module: Any) -> None:
         self._gpu, self._tokens = gpu, config.tokens
@@ -85,8 +85,8 @@ class MemoryAttention:
 
 
 def open_memory_attention(
-    gpu: Gpu, config: Sam2Config, memories: tuple[int, ...]
-) -> dict[int, MemoryAttention]:
-    """By number of memories."""
-    module = compile_for(config, gpu.capability) if memories else None
-    return {n: MemoryAttention(gpu, config, n, module) for n in memories}
+    gpu: Gpu, config: Sam2Config, memories: Sequence[int]
+) -> dict[str, MemoryAttention]:
+    """By network, one for each number of memories."""
+    module = compile_for(config, gpu.capability)
+    return {f"track_attention_{n}": MemoryAttention(gpu, config, n, module) for n in memories}

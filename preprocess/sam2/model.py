@@ -134,8 +134,8 @@ def open_sam2_on_gpu(
         plans[name] = engine_store.open_checked(engine)
     segments: dict[str, Segment] = {}
     segments |= open_engines(gpu, flavour, plans, kernel_cache(flavour), progress)
-    attention = open_memory_attention(gpu, config, plan.memories if plan.by_kernel else ())
-    segments |= {f"track_attention_{n}": segment for n, segment in attention.items()}
+    if plan.by_kernel:
+        segments |= open_memory_attention(gpu, config, plan.memories)
     executor = GpuExecutor(gpu, segments)
     executor.start(arena_bytes(config, plan), DeviceWeights(gpu, Sam2Source(weights), [], set()))
     return Sam2Model(config, plan, executor, weights, gpu)

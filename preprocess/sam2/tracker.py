@@ -332,8 +332,8 @@ class Sam2Tracker:
         ages[: len(view.pointers)] = [age for _, age in view.pointers]
         small: dict[str, NDArray[Any]] = {"memory_time": times, "pointer_time": ages}
         if plan.by_kernel:
-            parts = c.channels // c.memory_channels  # tokens of a pointer
-            small["seen"] = np.array([len(view.memories) * c.tokens, len(view.pointers) * parts], np.int64)
+            seen_tokens = len(view.memories) * c.tokens, len(view.pointers) * c.pointer_tokens
+            small["seen"] = np.array(seen_tokens, np.int64)
         else:
             small["memory_bias"] = _bias(len(view.memories), places)
             small["pointer_bias"] = _bias(len(view.pointers), count)
