@@ -17,30 +17,30 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trt_wan import __version__
-from trt_wan.benchmarks.bound import (
+from trt_wan.benchmarks.measure.bound import (
     attention_rate,
     datasheet_rates,
     measured_rates,
     network_times,
     step_bound,
 )
-from trt_wan.benchmarks.card import Card, read_card, read_gpu
-from trt_wan.benchmarks.ceilings import Ceiling, measure_host
-from trt_wan.benchmarks.cost import Calls, Work, calls, step_flops, works
-from trt_wan.benchmarks.host_use import host_use
-from trt_wan.benchmarks.monitor import Monitor
-from trt_wan.benchmarks.ours import Spec, most_steps
+from trt_wan.benchmarks.measure.card import Card, read_card, read_gpu
+from trt_wan.benchmarks.measure.ceilings import Ceiling, measure_host
+from trt_wan.benchmarks.measure.cost import Calls, Work, calls, step_flops, works
+from trt_wan.benchmarks.measure.host_use import host_use
+from trt_wan.benchmarks.measure.measured_process import Spec, most_steps
+from trt_wan.benchmarks.measure.monitor import Monitor
+from trt_wan.benchmarks.measure.processes import Child
+from trt_wan.benchmarks.measure.sample_clips import write_clips
+from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.peers.table import PEERS
-from trt_wan.benchmarks.processes import Child
-from trt_wan.benchmarks.result import JobTimes, PeerTimes, Result, StepTimes, WorkRow
-from trt_wan.benchmarks.sample_clips import write_clips
-from trt_wan.benchmarks.spread import Spread
-from trt_wan.engines.store import home
+from trt_wan.benchmarks.report.result import JobTimes, PeerTimes, Result, StepTimes, WorkRow
+from trt_wan.engines.store.home import home
 from trt_wan.errors import GraphError, TrtWanError
 from trt_wan.runtime.events import Note, Progress, silent
 
-OURS_MODULE = "trt_wan.benchmarks.ours"
+OURS_MODULE = "trt_wan.benchmarks.measure.measured_process"
 T = TypeVar("T")
 NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"  # in containers, often
 BUILD_HINT = "Run: trt-wan "  # how a GraphError names the command that builds what is missing
@@ -156,7 +156,7 @@ def forget_kernels(env: Mapping[str, str]) -> None:
 def _ceilings(shape: Shape, card: Card, env: Mapping[str, str], not_measured: list[str]) -> list[Ceiling]:
     if card.gpu is None:
         return measure_host()
-    command = [sys.executable, "-m", "trt_wan.benchmarks.ceilings", *shape.arguments()]
+    command = [sys.executable, "-m", "trt_wan.benchmarks.measure.ceilings", *shape.arguments()]
     answer = subprocess.run(command, capture_output=True, text=True, env=env)
     if answer.returncode:
         last = [line for line in answer.stderr.splitlines() if line.strip()][-1:]

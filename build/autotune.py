@@ -19,18 +19,18 @@ from numpy.typing import NDArray
 
 from trt_wan.build.realistic import Float, Host, realistic
 from trt_wan.build.reference import SAMPLE, Tokens, reference, relative_error
-from trt_wan.engines.candidates import SEGMENTS, Candidate, Machine, candidates, tiers
-from trt_wan.engines.choice import Missing, accurate, figures_of
+from trt_wan.engines.choice.candidates import SEGMENTS, Candidate, Machine, candidates, tiers
+from trt_wan.engines.choice.choose import Missing, accurate, figures_of
+from trt_wan.engines.choice.recipes import recipes_here
+from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.engine_id import EngineId
-from trt_wan.engines.engine_store import find, record_candidates
-from trt_wan.engines.figures import Figure
-from trt_wan.engines.plan import Plan
 from trt_wan.engines.precision import Precision
-from trt_wan.engines.recipes import recipes_here
-from trt_wan.engines.tolerances import tolerance
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.engine_id import EngineId
+from trt_wan.engines.store.engines import find, record_candidates
+from trt_wan.engines.store.measurements import Figure
 from trt_wan.errors import TrtWanError
 
 SEED = 0

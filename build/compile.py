@@ -9,13 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from trt_wan.engines.candidates import SEGMENTS, Candidate, Engine, Machine, candidates
-from trt_wan.engines.choice import Missing
-from trt_wan.engines.config import ModelConfig
-from trt_wan.engines.contracts import networks
-from trt_wan.engines.engine_store import Manifest, ensure, find, trim
-from trt_wan.engines.plan import Plan
-from trt_wan.engines.recipes import (
+from trt_wan.engines.choice.candidates import SEGMENTS, Candidate, Engine, Machine, candidates
+from trt_wan.engines.choice.choose import Missing
+from trt_wan.engines.choice.recipes import (
     Recipe,
     engine_names,
     engines_of,
@@ -23,7 +19,11 @@ from trt_wan.engines.recipes import (
     recipes_here,
     require_target,
 )
-from trt_wan.engines.store import graphs_folder, is_complete
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.engines import Manifest, ensure, find, trim
+from trt_wan.engines.store.graphs import graphs_folder, is_complete
 from trt_wan.engines.tensorrt import Flavour, Target
 from trt_wan.errors import GraphError, UsageError
 

@@ -18,7 +18,7 @@ from trt_wan.build.models import GRAPHS
 from trt_wan.build.models.ops import OPSET
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 _DTYPES = {
     "float32": torch.float32,

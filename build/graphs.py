@@ -6,8 +6,8 @@ from pathlib import Path
 from trt_wan.build.export import export
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
-from trt_wan.engines.store import GraphExported, building, graphs_folder
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.graphs import GraphExported, building, graphs_folder
 
 
 def build_graphs(model: ModelConfig, plan: Plan, exported: GraphExported) -> Path:

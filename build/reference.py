@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from trt_wan.build.realistic import Float, Host, dequantised
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError
 
 SMALL = Plan(64, 64, 9, "fp32")

@@ -8,7 +8,7 @@ its projection) are not required.
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder", "image_encoder")
 

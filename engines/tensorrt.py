@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trt_wan.engines import timing_cache
+from trt_wan.engines.store import timings as timing_cache
 from trt_wan.errors import EnvironmentBroken, GraphError, UsageError
 
 FlavourName = Literal["tensorrt", "tensorrt_rtx"]

@@ -17,27 +17,27 @@ from typing import Literal
 import numpy as np
 
 from trt_wan.errors import InputError, UsageError
-from trt_wan.preprocess import artifacts
-from trt_wan.preprocess.artifacts import ArtifactFolder, ClipWriter, FoundPeople
-from trt_wan.preprocess.background import cut_hole
-from trt_wan.preprocess.clip_set import ClipSet
-from trt_wan.preprocess.draw import draw_skeleton
-from trt_wan.preprocess.face import SIDE as FACE_SIDE
-from trt_wan.preprocess.face import FaceCropper
-from trt_wan.preprocess.fill import fill_gaps
-from trt_wan.preprocess.masks import Compat, Mask, MaskShape, as_picture
-from trt_wan.preprocess.people import Box, PersonFrame
-from trt_wan.preprocess.preview import draw_preview, preview_size
-from trt_wan.preprocess.retarget import RetargetRule, retarget
-from trt_wan.preprocess.sampling import SamplingRule, frame_indices
-from trt_wan.preprocess.sizes import Fit, Size, fit, output_size, padding_resize, resize_by_area
-from trt_wan.preprocess.skeleton import Skeleton, from_keypoints
+from trt_wan.preprocess.clips import artifacts
+from trt_wan.preprocess.clips.artifacts import ArtifactFolder, ClipWriter, FoundPeople
+from trt_wan.preprocess.clips.sampling import SamplingRule, frame_indices
+from trt_wan.preprocess.clips.sizes import Fit, Size, fit, output_size, padding_resize, resize_by_area
+from trt_wan.preprocess.clips.streams import ahead, counted, split
+from trt_wan.preprocess.clips.writers import ClipSet
+from trt_wan.preprocess.people.fill import fill_gaps
+from trt_wan.preprocess.people.person import Box, PersonFrame
+from trt_wan.preprocess.people.skeleton import Skeleton, from_keypoints
+from trt_wan.preprocess.people.track import PersonChoice
+from trt_wan.preprocess.pictures.background import cut_hole
+from trt_wan.preprocess.pictures.draw import draw_skeleton
+from trt_wan.preprocess.pictures.face import SIDE as FACE_SIDE
+from trt_wan.preprocess.pictures.face import FaceCropper
+from trt_wan.preprocess.pictures.masks import Compat, Mask, MaskShape, as_picture
+from trt_wan.preprocess.pictures.preview import draw_preview, preview_size
+from trt_wan.preprocess.retarget.rules import RetargetRule, retarget
 from trt_wan.preprocess.stages import Stages
-from trt_wan.preprocess.streams import ahead, counted, split
-from trt_wan.preprocess.track import PersonChoice
-from trt_wan.preprocess.video import Clip, Picture, read_picture
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.job import Mode
+from trt_wan.runtime.video.reader import Clip, Picture, read_picture
 
 SIZE = (832, 480)
 RATES = {"official": Fraction(30), "kijai": Fraction(16)}  # frames per second; ours: the clip's own

@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from trt_wan.errors import UsageError
-from trt_wan.preprocess.detect import official_person
-from trt_wan.preprocess.masks import Compat, Mask
-from trt_wan.preprocess.mediapipe_people import MediapipePeople
-from trt_wan.preprocess.people import NOBODY, Box, Keypoints, PersonFrame, box_of_joints
-from trt_wan.preprocess.skeleton import from_keypoints
-from trt_wan.preprocess.streams import Item, batches, split
-from trt_wan.preprocess.track import PersonChoice, Tracker
-from trt_wan.preprocess.video import Picture
+from trt_wan.preprocess.clips.streams import Item, batches, split
+from trt_wan.preprocess.people.detect import official_person
+from trt_wan.preprocess.people.mediapipe import MediapipePeople
+from trt_wan.preprocess.people.person import NOBODY, Box, Keypoints, PersonFrame, box_of_joints
+from trt_wan.preprocess.people.skeleton import from_keypoints
+from trt_wan.preprocess.people.track import PersonChoice, Tracker
+from trt_wan.preprocess.pictures.masks import Compat, Mask
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.job import Mode
+from trt_wan.runtime.video.reader import Picture
 
 if TYPE_CHECKING:
-    from trt_wan.preprocess.detect import Detector
-    from trt_wan.preprocess.pose import PoseEstimator
+    from trt_wan.preprocess.people.detect import Detector
+    from trt_wan.preprocess.people.pose import PoseEstimator
 
 Executor = Literal["auto", "onnxruntime", "tensorrt"]
 SegmenterName = Literal["auto", "sam2", "mediapipe", "box"]
@@ -250,8 +250,8 @@ def _open_people(networks: Networks, compat: Compat | None, progress: Progress) 
             f"A detector and a pose network work together, and {missing} is not given.",
             "Give --detector yolov10m.onnx and --pose vitpose-h-wholebody.onnx, or neither.",
         )
-    from trt_wan.preprocess.detect import open_detector
-    from trt_wan.preprocess.pose import open_pose
+    from trt_wan.preprocess.people.detect import open_detector
+    from trt_wan.preprocess.people.pose import open_pose
 
     official = compat is not None  # the wrapper detects as the official code does
     detector = open_detector(networks.detector, networks.executor, official=official, progress=progress)

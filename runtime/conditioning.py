@@ -10,10 +10,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.model import Model
-from trt_wan.runtime.vae import encode
+from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.vae import encode
 
 Pixels = NDArray[np.uint8]
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.model import Model
+from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, velocity
 from trt_wan.runtime.schedulers import SAMPLERS, Schedule
-from trt_wan.runtime.transformer import PerLayer, WindowCondition, velocity
 
 BetweenSteps = Callable[[int], None]  # called with the number of finished steps; may raise to end the run
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from trt_wan.engines.candidates import Tier, require_known
+from trt_wan.engines.choice.candidates import Tier, require_known
 from trt_wan.engines.contract import Part
-from trt_wan.engines.plan import Plan
 from trt_wan.engines.precision import Precision
+from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.schedulers import SAMPLERS, schedule

@@ -10,19 +10,15 @@ import cv2
 import numpy as np
 
 from trt_wan.errors import Stopped
-from trt_wan.runtime.clips import FACE_SIZE, Clips, open_clips
 from trt_wan.runtime.conditioning import Pixels, encode_condition, encode_reference, letterbox, to_signal
 from trt_wan.runtime.denoise import BetweenSteps, Branch, denoise
 from trt_wan.runtime.events import Progress, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.image_encoder import encode_image
 from trt_wan.runtime.job import Job
-from trt_wan.runtime.model import Model
-from trt_wan.runtime.noise import CpuGenerator
-from trt_wan.runtime.open_model import open_job
-from trt_wan.runtime.schedulers import schedule as make_schedule
-from trt_wan.runtime.text_encoder import encode_text
-from trt_wan.runtime.transformer import (
+from trt_wan.runtime.networks.image_encoder import encode_image
+from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.text_encoder import encode_text
+from trt_wan.runtime.networks.transformer import (
     WindowCondition,
     encode_blank_face,
     encode_context,
@@ -30,7 +26,11 @@ from trt_wan.runtime.transformer import (
     encode_time,
     rope_tables,
 )
-from trt_wan.runtime.vae import decode, encode
+from trt_wan.runtime.networks.vae import decode, encode
+from trt_wan.runtime.noise import CpuGenerator
+from trt_wan.runtime.opening.model import open_job
+from trt_wan.runtime.schedulers import schedule as make_schedule
+from trt_wan.runtime.video.clips import FACE_SIZE, Clips, open_clips
 from trt_wan.runtime.windows import Windows
 
 ShouldStop = Callable[[], bool]

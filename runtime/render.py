@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trt_wan.errors import InputError, TrtWanError
-from trt_wan.preprocess.background import pasted_back
-from trt_wan.runtime.beside import Beside
-from trt_wan.runtime.clips import Clips, open_clips
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.events import Progress, StageStarted, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Job
+from trt_wan.runtime.paste_back import pasted_back
 from trt_wan.runtime.pipeline import ShouldStop, stream_pieces, to_pixels
-from trt_wan.runtime.writer import VideoWriter
+from trt_wan.runtime.video.clips import Clips, open_clips
+from trt_wan.runtime.video.writer import VideoWriter
+from trt_wan.runtime.video.writer_thread import Beside
 
 # Decoded pieces that may wait to be written, of 4 frames each (`Plan.vae_chunk` 1): 64 frames of float32, in
 # all 0.3 GB at 832x480 and less than a window.

@@ -20,7 +20,7 @@ import mediapipe
 import numpy as np
 import skimage
 
-from trt_wan.runtime.writer import VideoWriter
+from trt_wan.runtime.video.writer import VideoWriter
 
 SAMPLE = Path(__file__).parent.parent / "trt_wan" / "sample"
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"

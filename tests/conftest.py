@@ -18,10 +18,10 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from trt_wan.build.export import export
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Part
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
-from trt_wan.runtime.model import Model
+from trt_wan.runtime.networks.model import Model
 
 MakeModel = Callable[..., Model]
 Weights = Mapping[Part, Mapping[str, Array]]

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from trt_wan.preprocess import onnx_engine, onnx_net
-from trt_wan.preprocess.device import memory, people
-from trt_wan.preprocess.device.taps import TAP, WHOLE_TAP
-from trt_wan.preprocess.pose import MEAN, STD, peaks
+from trt_wan.preprocess.onnx import engine as onnx_engine
+from trt_wan.preprocess.onnx import memory
+from trt_wan.preprocess.onnx import net as onnx_net
+from trt_wan.preprocess.people.gpu import batches as people
+from trt_wan.preprocess.people.gpu.resampling_tables import TAP, WHOLE_TAP
+from trt_wan.preprocess.people.pose import MEAN, STD, peaks
 
 Array = NDArray[Any]
 

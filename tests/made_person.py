@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.preprocess.skeleton import Skeleton, from_keypoints
+from trt_wan.preprocess.people.skeleton import Skeleton, from_keypoints
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "preprocess.json").read_text())
 WIDTH, HEIGHT = 1280, 720

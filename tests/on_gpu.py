@@ -9,7 +9,7 @@ import pytest
 
 from trt_wan.engines.contract import Network
 from trt_wan.errors import EnvironmentBroken
-from trt_wan.runtime.segments import Segment
+from trt_wan.runtime.segments.segment import Segment
 
 
 def require_gpu() -> Any:

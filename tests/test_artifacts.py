@@ -13,7 +13,7 @@ import pytest
 from made_clips import box_of, standing, textured
 
 from trt_wan.errors import InputError, OutputError
-from trt_wan.preprocess.artifacts import (
+from trt_wan.preprocess.clips.artifacts import (
     ALL,
     REFERENCE,
     ArtifactFolder,
@@ -24,10 +24,10 @@ from trt_wan.preprocess.artifacts import (
     rounded,
     write_keypoints,
 )
-from trt_wan.preprocess.background import cut_hole
-from trt_wan.preprocess.masks import grid_blocks
-from trt_wan.preprocess.people import NOBODY, PersonFrame
-from trt_wan.preprocess.video import Clip
+from trt_wan.preprocess.people.person import NOBODY, PersonFrame
+from trt_wan.preprocess.pictures.background import cut_hole
+from trt_wan.preprocess.pictures.masks import grid_blocks
+from trt_wan.runtime.video.reader import Clip
 
 # --- The folder ------------------------------------------------------------------------------------------
 

@@ -18,16 +18,17 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
-from trt_wan.engines.candidates import CANDIDATES
+from trt_wan.engines.choice.candidates import CANDIDATES
 from trt_wan.errors import EnvironmentBroken, UsageError
-from trt_wan.runtime import attention
-from trt_wan.runtime.attention import PROVIDERS, keys, missing, open_attention
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.segments import attention
+from trt_wan.runtime.segments.attention import PROVIDERS, missing, open_attention
+from trt_wan.runtime.segments.attention import fp8_kernels as keys
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "runtime" / "attention"
+FOLDER = ROOT / "runtime" / "segments" / "attention"
 
 
 # Which can be used
@@ -110,7 +111,7 @@ def test_a_missing_package_stops_the_opening(nothing_installed: None) -> None:
 
 def test_asking_loads_nothing() -> None:
     code = (
-        "import sys; from trt_wan.runtime.attention import PROVIDERS, missing; "
+        "import sys; from trt_wan.runtime.segments.attention import PROVIDERS, missing; "
         "[missing(name, (9, 0)) for name in PROVIDERS]; "
         "print({'torch', 'cudnn', 'cutlass', 'flash_attn', 'tensorrt'} & set(sys.modules))"
     )

@@ -21,19 +21,19 @@ from trt_wan.build.autotune import Measured, Measuring, autotune, event_clock
 from trt_wan.build.compile import EngineDone, compile_engines
 from trt_wan.build.realistic import dequantised, outlier_channels, quantise_rows, realistic
 from trt_wan.build.reference import SAMPLE, reference, relative_error
-from trt_wan.engines import recipes as recipes_module
-from trt_wan.engines.candidates import Candidate, Engine, Machine
-from trt_wan.engines.choice import figures_of
+from trt_wan.engines.choice import recipes as recipes_module
+from trt_wan.engines.choice.candidates import Candidate, Engine, Machine
+from trt_wan.engines.choice.choose import figures_of
+from trt_wan.engines.choice.recipes import Recipe, engines_of
+from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import Network
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.engine_id import EngineId, GpuKind
-from trt_wan.engines.engine_store import ensure
-from trt_wan.engines.figures import Figure
-from trt_wan.engines.plan import Plan
-from trt_wan.engines.recipes import Recipe, engines_of
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.engine_id import EngineId, GpuKind
+from trt_wan.engines.store.engines import ensure
+from trt_wan.engines.store.measurements import Figure
 from trt_wan.engines.tensorrt import Flavour
-from trt_wan.engines.tolerances import tolerance
 from trt_wan.errors import GraphError, MemoryShort, UsageError
 
 Host = np.ndarray[Any, Any]

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trt_wan.preprocess.artifacts import ClipWriter
-from trt_wan.preprocess.background import cut_hole, paste_back, pasted_back
-from trt_wan.preprocess.masks import Mask
-from trt_wan.preprocess.video import Picture
+from trt_wan.preprocess.clips.artifacts import ClipWriter
+from trt_wan.preprocess.pictures.background import cut_hole
+from trt_wan.preprocess.pictures.masks import Mask
+from trt_wan.runtime.paste_back import paste_back, pasted_back
+from trt_wan.runtime.video.reader import Picture
 
 
 @pytest.fixture

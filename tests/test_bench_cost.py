@@ -7,13 +7,13 @@ import onnx
 import pytest
 from tiny_job import PLAN
 
-from trt_wan.benchmarks.cost import Unit, Work, calls, seconds_at_best, works
-from trt_wan.benchmarks.graph_flops import counted_flops
+from trt_wan.benchmarks.measure.cost import Unit, Work, calls, seconds_at_best, works
+from trt_wan.benchmarks.measure.graph_flops import counted_flops
 from trt_wan.build.export import export
 from trt_wan.engines.config import ANIMATE_14B, TINY, ModelConfig
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
-from trt_wan.engines.store import require_graphs
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.graphs import require_graphs
 
 
 def same_as_graph(name: str, model: ModelConfig, plan: Plan, path: Path) -> None:

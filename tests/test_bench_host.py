@@ -16,21 +16,21 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from trt_wan.benchmarks.cost import calls
+from trt_wan.benchmarks.measure.cost import calls
 from trt_wan.engines.config import ANIMATE_14B
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
-from trt_wan.runtime.checkpoints.loading import load_weights
-from trt_wan.runtime.checkpoints.tiny import write_tiny_weights
+from trt_wan.engines.shape import Plan
 from trt_wan.runtime.denoise import Branch, denoise
 from trt_wan.runtime.device.arena import Arena
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu
-from trt_wan.runtime.device.weights import DeviceWeights
 from trt_wan.runtime.executors.gpu import GpuExecutor
-from trt_wan.runtime.model import Model
-from trt_wan.runtime.rehearsal import activation_bytes
+from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.transformer import WindowCondition
+from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.schedulers import schedule
-from trt_wan.runtime.transformer import WindowCondition
+from trt_wan.runtime.weights.checkpoint import load_weights
+from trt_wan.runtime.weights.on_device import DeviceWeights
+from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 CONFIG, PLAN = ANIMATE_14B, Plan(832, 480, 77, "fp8")
 STEPS = 4

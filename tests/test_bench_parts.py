@@ -12,33 +12,35 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trt_wan.benchmarks import bench, card, plots, sweep
+from trt_wan.benchmarks import bench
 from trt_wan.benchmarks.bench import with_graphs, workplace
-from trt_wan.benchmarks.bound import (
+from trt_wan.benchmarks.measure import card, sweep
+from trt_wan.benchmarks.measure.bound import (
     attention_rate,
     datasheet_rates,
     measured_rates,
     network_times,
     step_bound,
 )
-from trt_wan.benchmarks.ceilings import Ceiling
-from trt_wan.benchmarks.compare import compare
-from trt_wan.benchmarks.cost import calls, step_flops, works
-from trt_wan.benchmarks.files import write_files
-from trt_wan.benchmarks.host_use import HostUse, _throttled, cpu_quota
-from trt_wan.benchmarks.law import bends, fit, fit_rates
-from trt_wan.benchmarks.monitor import Monitor, Sample, Usage
-from trt_wan.benchmarks.ours import Spec
+from trt_wan.benchmarks.measure.ceilings import Ceiling
+from trt_wan.benchmarks.measure.cost import calls, step_flops, works
+from trt_wan.benchmarks.measure.cost_law import bends, fit, fit_rates
+from trt_wan.benchmarks.measure.host_use import HostUse, _throttled, cpu_quota
+from trt_wan.benchmarks.measure.measured_process import Spec
+from trt_wan.benchmarks.measure.monitor import Monitor, Sample, Usage
+from trt_wan.benchmarks.measure.processes import Child
+from trt_wan.benchmarks.measure.repeat import repeated, repeated_parts, to_json
+from trt_wan.benchmarks.measure.similarity import psnr, relative_error, ssim
+from trt_wan.benchmarks.measure.spread import Spread
+from trt_wan.benchmarks.measure.sweep import Point
 from trt_wan.benchmarks.peers.shape import Shape
-from trt_wan.benchmarks.processes import Child
-from trt_wan.benchmarks.repeat import repeated, repeated_parts, to_json
-from trt_wan.benchmarks.result import JobTimes, PeerTimes, Result, StepTimes
-from trt_wan.benchmarks.similarity import psnr, relative_error, ssim
-from trt_wan.benchmarks.spread import Spread
-from trt_wan.benchmarks.sweep import Point
-from trt_wan.benchmarks.tables import console, render
+from trt_wan.benchmarks.report import plots
+from trt_wan.benchmarks.report.compare import compare
+from trt_wan.benchmarks.report.files import write_files
+from trt_wan.benchmarks.report.result import JobTimes, PeerTimes, Result, StepTimes
+from trt_wan.benchmarks.report.tables import console, render
 from trt_wan.engines.config import ANIMATE_14B
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 from trt_wan.errors import GraphError, InputError, TrtWanError, UsageError
 
 PLAN = Plan(832, 480, 77, "fp8")

@@ -20,7 +20,7 @@ from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.peers.torch_fp8 import Fp8Linear, quantize_blocks
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.store import require_graphs
+from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 
 SHAPE = Shape("tiny", 64, 48, 5)

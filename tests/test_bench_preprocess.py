@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from plan_text import fused_attentions
 from tiny_job import as_argv
 
-from trt_wan.benchmarks.graph_flops import counted_flops
+from trt_wan.benchmarks.measure.graph_flops import counted_flops
 from trt_wan.benchmarks.preprocess import (
     bench,
     graph,
@@ -34,15 +34,15 @@ from trt_wan.benchmarks.preprocess import (
     yolov10,
 )
 from trt_wan.benchmarks.preprocess.parts import PARTS, PartClock
-from trt_wan.cli import cli
+from trt_wan.cli.main import cli
 from trt_wan.engines.sam2.config import SAM2_MODELS
 from trt_wan.engines.tensorrt import choose_flavour
 from trt_wan.errors import InputError, TrtWanError
-from trt_wan.preprocess.detect import open_detector
-from trt_wan.preprocess.onnx_engine import compile_file
-from trt_wan.preprocess.onnx_file import read_onnx
-from trt_wan.preprocess.people import Box
-from trt_wan.preprocess.pose import open_pose
+from trt_wan.preprocess.onnx.engine import compile_file
+from trt_wan.preprocess.onnx.file import read_onnx
+from trt_wan.preprocess.people.detect import open_detector
+from trt_wan.preprocess.people.person import Box
+from trt_wan.preprocess.people.pose import open_pose
 from trt_wan.preprocess.sam2.weights import load_sam2
 
 ROOT = Path(__file__).parents[1]
@@ -346,7 +346,7 @@ def test_wrong_usage_is_one_sentence(arguments: str, said: str) -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom trt_wan.cli import cli\n"
+        "import sys\nfrom trt_wan.cli.main import cli\n"
         "cli(['bench', 'preprocess', '--help'], standalone_mode=False)\n"
         "heavy = {'numpy', 'onnx', 'onnxruntime', 'cv2', 'av', 'rich', 'torch', 'matplotlib'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"

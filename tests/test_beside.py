@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from trt_wan.runtime.beside import Beside
+from trt_wan.runtime.video.writer_thread import Beside
 
 SOON = 20  # seconds after which a test that waits has failed
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-import trt_wan.runtime.attention
-import trt_wan.runtime.native
-from trt_wan.cli import cli
-from trt_wan.engines.candidates import (
+import trt_wan.runtime.segments.attention
+import trt_wan.runtime.segments.native
+from trt_wan.cli.main import cli
+from trt_wan.engines.choice.candidates import (
     CANDIDATES,
     DEFAULTS,
     SEGMENTS,
@@ -24,21 +24,22 @@ from trt_wan.engines.candidates import (
     default_order,
     tiers,
 )
-from trt_wan.engines.choice import Choice, accurate, choose, figures_of
+from trt_wan.engines.choice.choose import Choice, accurate, choose, figures_of
+from trt_wan.engines.choice.recipes import Recipe, engines_of
+from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.engine_id import EngineId, GpuKind
-from trt_wan.engines.engine_store import ensure, entries, record_candidates
-from trt_wan.engines.figures import Figure
-from trt_wan.engines.plan import Plan
 from trt_wan.engines.precision import PRECISIONS
-from trt_wan.engines.recipes import Recipe, engines_of
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.engine_id import EngineId, GpuKind
+from trt_wan.engines.store.engines import ensure, entries, record_candidates
+from trt_wan.engines.store.measurements import Figure
 from trt_wan.engines.tensorrt import Flavour
-from trt_wan.engines.tolerances import tolerance
 from trt_wan.errors import GraphError, UsageError
-from trt_wan.runtime import open_model, open_segments
 from trt_wan.runtime.events import Event, Note
 from trt_wan.runtime.job import Settings
+from trt_wan.runtime.opening import model as open_model
+from trt_wan.runtime.opening import segments as open_segments
 
 RTX = Flavour("tensorrt_rtx", "1.6.1.120", SimpleNamespace(), "a test")
 FULL = Flavour("tensorrt", "10.14.0", SimpleNamespace(), "a test")
@@ -98,7 +99,7 @@ def test_the_tables_name_what_there_is() -> None:
         assert set(default.exact) <= set(default.fast) <= set(rows)
         assert all(rows[name].tier == "exact" for name in default.exact)
     libraries = {row.name for row in CANDIDATES if row.maker == "attention"}
-    assert libraries == set(trt_wan.runtime.attention.PROVIDERS)
+    assert libraries == set(trt_wan.runtime.segments.attention.PROVIDERS)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -303,8 +304,8 @@ def test_only_what_is_chosen_is_opened_and_the_engines_together(
         return f"native {network.name}"
 
     monkeypatch.setattr(open_segments, "open_engines", engines)
-    monkeypatch.setattr(trt_wan.runtime.attention, "open_attention", library)
-    monkeypatch.setattr(trt_wan.runtime.native, "open_native", native)
+    monkeypatch.setattr(trt_wan.runtime.segments.attention, "open_attention", library)
+    monkeypatch.setattr(trt_wan.runtime.segments.native, "open_native", native)
     rows = {(row.network, row.name): row for row in CANDIDATES}
     (head,) = candidates("head", "fp8", H200)
     places = {
@@ -327,8 +328,10 @@ def test_only_what_is_chosen_is_opened_and_the_engines_together(
 
 
 def test_what_is_missing_is_asked_of_who_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_wan.runtime.attention, "missing", lambda name, capability: f"{name} {capability}")
-    monkeypatch.setattr(trt_wan.runtime.native, "missing", lambda capability: f"native {capability}")
+    monkeypatch.setattr(
+        trt_wan.runtime.segments.attention, "missing", lambda name, capability: f"{name} {capability}"
+    )
+    monkeypatch.setattr(trt_wan.runtime.segments.native, "missing", lambda capability: f"native {capability}")
     found = {row.name: open_segments.missing(row, (9, 0)) for row in CANDIDATES}
     assert found["cudnn fp8"] == "cudnn fp8 (9, 0)" and found["native"] == "native (9, 0)"
     assert found["tensorrt"] is found["tensorrt sm89"] is None
@@ -352,10 +355,10 @@ def test_the_override_refuses_bad_names(tmp_path: Path, value: str, says: str, n
 
 
 def test_the_override_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import trt_wan.cli
+    import trt_wan.cli.main
 
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(trt_wan.cli, "_render", lambda *_, **options: seen.update(options) or (None, {}))
+    monkeypatch.setattr(trt_wan.cli.main, "_render", lambda *_, **options: seen.update(options) or (None, {}))
     options = ["--segment", "attention=cudnn fp8", "--segment", "attn_in=native"]
     result = CliRunner().invoke(cli, ["run", "--inputs", str(tmp_path), "-o", "x.mp4", *options])
     assert result.exit_code == 0, result.output

@@ -25,13 +25,13 @@ from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL, PARTS, TOKEN_EMBE
 from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contract import Part
 from trt_wan.errors import WeightsError
-from trt_wan.runtime.checkpoints.find_tokenizer import find_tokenizer
-from trt_wan.runtime.checkpoints.loading import Checkpoint, load_weights, orthonormal
-from trt_wan.runtime.checkpoints.random_weights import random_weights
-from trt_wan.runtime.checkpoints.tensor_file import TensorFile
-from trt_wan.runtime.checkpoints.tiny import write_tiny_weights
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.tokenizer import load_sentencepiece, load_tokenizer_json
+from trt_wan.runtime.networks.tokenizer import load_sentencepiece, load_tokenizer_json
+from trt_wan.runtime.weights.checkpoint import Checkpoint, load_weights, orthonormal
+from trt_wan.runtime.weights.find_tokenizer import find_tokenizer
+from trt_wan.runtime.weights.random import random_weights
+from trt_wan.runtime.weights.tensor_file import TensorFile
+from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 SEED = 1
 LAYER = "blocks.0.self_attn.q"

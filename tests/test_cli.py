@@ -40,19 +40,19 @@ from tiny_job import (
 )
 
 import trt_wan.runtime.render
-from trt_wan.cli import cli
+from trt_wan.cli.main import cli
 from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contract import Network
-from trt_wan.engines.plan import Plan
-from trt_wan.engines.store import graphs_folder
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.graphs import graphs_folder
 from trt_wan.errors import MemoryShort, UsageError
-from trt_wan.preprocess.video import Clip, Picture
-from trt_wan.runtime.checkpoints.tensor_file import TensorFile
-from trt_wan.runtime.checkpoints.tiny import write_tiny_weights
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.executors.onnxruntime import require_memory
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.pipeline import stream
+from trt_wan.runtime.video.reader import Clip, Picture
+from trt_wan.runtime.weights.tensor_file import TensorFile
+from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 ROOT = Path(__file__).parents[1]
 FIRST_WINDOW = PLAN.frames
@@ -64,7 +64,7 @@ LISTING = """
 import atexit, pathlib, sys
 file = pathlib.Path(sys.argv.pop(1))
 atexit.register(lambda: file.write_text(" ".join(sys.modules)))
-from trt_wan.cli import main
+from trt_wan.cli.main import main
 main()
 """
 
@@ -79,7 +79,7 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())
-from trt_wan.cli import main
+from trt_wan.cli.main import main
 main()
 """
 
@@ -97,7 +97,7 @@ def stuck(*arguments):
     return velocity(*arguments)
 
 denoise.velocity = stuck
-from trt_wan.cli import main
+from trt_wan.cli.main import main
 main()
 """
 

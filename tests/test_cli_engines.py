@@ -24,19 +24,19 @@ from tiny_job import PLAN, TRT_WAN
 
 import trt_wan.build.autotune
 import trt_wan.build.compile
-import trt_wan.cli_build
-import trt_wan.cli_engines
-import trt_wan.engines.recipes
+import trt_wan.cli.build
+import trt_wan.cli.engines
+import trt_wan.engines.choice.recipes
 import trt_wan.runtime.device.gpu
 from trt_wan.build.autotune import Measured, Measuring
-from trt_wan.cli import cli
-from trt_wan.engines.candidates import CANDIDATES, Engine, Machine
+from trt_wan.cli.main import cli
+from trt_wan.engines.choice.candidates import CANDIDATES, Engine, Machine
+from trt_wan.engines.choice.recipes import engine_names, recipes
 from trt_wan.engines.config import TINY
-from trt_wan.engines.engine_id import GpuKind
-from trt_wan.engines.engine_store import Manifest, entries, find, record_candidates
-from trt_wan.engines.figures import Figure
-from trt_wan.engines.plan import Plan
-from trt_wan.engines.recipes import engine_names, recipes
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.engine_id import GpuKind
+from trt_wan.engines.store.engines import Manifest, entries, find, record_candidates
+from trt_wan.engines.store.measurements import Figure
 from trt_wan.engines.tensorrt import choose_flavour
 
 pytest.importorskip("tensorrt_rtx", reason="engines are compiled with TensorRT-RTX")
@@ -251,7 +251,7 @@ def test_with_a_gpu_it_builds_for_it(
         return [FIGURE]
 
     monkeypatch.setattr(trt_wan.build.compile, "compile_engines", compiled)
-    monkeypatch.setattr(trt_wan.cli_build, "_measure", measured)
+    monkeypatch.setattr(trt_wan.cli.build, "_measure", measured)
     data = data_of(*BUILD[:-2], *options)
     plan = Plan(PLAN.width, PLAN.height, PLAN.frames, precision)  # type: ignore[arg-type]
     build = (TINY, plan, "current", "tensorrt_rtx", GpuKind("A GPU", 13), capability, False)
@@ -270,7 +270,7 @@ def test_what_could_not_be_built_is_no_candidate(tmp_path: Path, monkeypatch: py
     row = trt_wan.build.compile.EngineRow("attention", "current", "impossible", None, "It asks for 68 GB.")
     report = trt_wan.build.compile.CompileReport((row,), (), 0.0, 0)
     monkeypatch.setattr(trt_wan.build.compile, "compile_engines", lambda *_, **options: report)
-    monkeypatch.setattr(trt_wan.engines.recipes, "recipes_here", lambda *_: {})
+    monkeypatch.setattr(trt_wan.engines.choice.recipes, "recipes_here", lambda *_: {})
     sentences = []
 
     def tuned(
@@ -483,7 +483,7 @@ def test_rm_leaves_what_another_process_builds(store: Path, monkeypatch: pytest.
 
 def test_the_commands_are_documented_without_heavy_imports() -> None:
     program = (
-        "import sys\nfrom trt_wan.cli import cli\n"
+        "import sys\nfrom trt_wan.cli.main import cli\n"
         "for name in ('build', 'list', 'show', 'rm'):\n"
         "    cli.commands[name].get_help(__import__('click').Context(cli.commands[name]))\n"
         "print(*sys.modules)"

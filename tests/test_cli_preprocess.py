@@ -18,12 +18,12 @@ from click.testing import CliRunner, Result
 from made_clips import FakePeople, FakeSegmenter, write_clip, write_reference
 
 import trt_wan.preprocess.stages
-from trt_wan.cli import cli
-from trt_wan.preprocess.masks import Mask
-from trt_wan.preprocess.people import PersonFrame
+from trt_wan.cli.main import cli
+from trt_wan.preprocess.people.person import PersonFrame
+from trt_wan.preprocess.pictures.masks import Mask
 from trt_wan.preprocess.stages import BoxSegmenter, Networks, Stages, open_stages
-from trt_wan.preprocess.video import Clip, Picture
-from trt_wan.runtime.checkpoints.tiny import write_tiny_weights
+from trt_wan.runtime.video.reader import Clip, Picture
+from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 ROOT = Path(__file__).parents[1]
 ALL = {
@@ -323,7 +323,7 @@ class Slow(FakePeople):
             yield person
 
 stages.open_stages = lambda *a, **o: stages.Stages(Slow(), FakeSegmenter())
-from trt_wan.cli import main
+from trt_wan.cli.main import main
 main()
 """
 

@@ -10,9 +10,9 @@ import pytest
 from tiny_job import FRAMES, PLAN, RATE, prepare, write_clip, write_reference, write_sound
 
 from trt_wan.errors import InputError, UsageError
-from trt_wan.preprocess.video import read_picture
-from trt_wan.runtime.clips import Clips, open_clips
 from trt_wan.runtime.job import Inputs, Mode, unused_clips
+from trt_wan.runtime.video.clips import Clips, open_clips
+from trt_wan.runtime.video.reader import read_picture
 
 SIZE = (PLAN.width, PLAN.height)
 

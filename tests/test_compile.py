@@ -20,12 +20,12 @@ from plan_text import fused_attentions, gemms
 
 from trt_wan.build.compile import BuildProgress, EngineDone, EngineProgress, compile_engines
 from trt_wan.build.export import export
-from trt_wan.engines import engine_store
+from trt_wan.engines.choice.recipes import Recipe, engine_names, recipes
 from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
 from trt_wan.engines.precision import Precision
-from trt_wan.engines.recipes import Recipe, engine_names, recipes
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store import engines as engine_store
 from trt_wan.engines.tensorrt import Target, choose_flavour, compile_onnx
 from trt_wan.errors import UsageError
 
@@ -45,7 +45,7 @@ import json, sys
 from dataclasses import replace
 from trt_wan.build.compile import compile_engines
 from trt_wan.engines.config import TINY
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 from trt_wan.engines.tensorrt import choose_flavour
 
 model, plan = replace(TINY, vae=replace(TINY.vae, residual_blocks=1)), Plan(64, 48, 5, sys.argv[1])
@@ -62,7 +62,7 @@ from pathlib import Path
 from trt_wan.build.export import export
 from trt_wan.engines.config import ANIMATE_14B as model
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 from trt_wan.engines.tensorrt import choose_flavour, compile_attention, compile_onnx
 
 folder, plan, flavour = Path(sys.argv[1]), Plan(832, 480, 77, "fp8"), choose_flavour("tensorrt_rtx", None)

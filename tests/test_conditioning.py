@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 from trt_wan.runtime.conditioning import condition_clip, known_mask, letterbox, to_signal
 from trt_wan.runtime.executors import Array
 

@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from plan_text import fused_attentions, gemms, kernels
 
-from trt_wan.cli import cli
-from trt_wan.engines.engine_store import ensure
+from trt_wan.cli.main import cli
+from trt_wan.engines.store.engines import ensure
 from trt_wan.engines.tensorrt import Target, choose_flavour
 from trt_wan.errors import EnvironmentBroken, GraphError, WeightsError
-from trt_wan.preprocess import onnx_net
-from trt_wan.preprocess.detect import Detector, official_person, open_detector, rows
-from trt_wan.preprocess.onnx_engine import compile_file, engine_of
-from trt_wan.preprocess.onnx_file import read_onnx
-from trt_wan.preprocess.onnx_net import OnnxNet
-from trt_wan.preprocess.people import Box
+from trt_wan.preprocess.onnx import net as onnx_net
+from trt_wan.preprocess.onnx.engine import compile_file, engine_of
+from trt_wan.preprocess.onnx.file import read_onnx
+from trt_wan.preprocess.onnx.net import OnnxNet
+from trt_wan.preprocess.people.detect import Detector, official_person, open_detector, rows
+from trt_wan.preprocess.people.person import Box
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 
@@ -93,7 +93,7 @@ def test_the_other_output_form() -> None:
 
 def test_overlaps_against_opencv() -> None:
     """The boxes that OpenCV's own suppression keeps, on whole pixels."""
-    from trt_wan.preprocess.detect import without_overlaps
+    from trt_wan.preprocess.people.detect import without_overlaps
 
     rng = np.random.default_rng(0)
     for _ in range(20):

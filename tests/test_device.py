@@ -20,23 +20,23 @@ from safetensors.numpy import save_file
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import Network, Part, Tensor
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
 from trt_wan.engines.precision import Precision
+from trt_wan.engines.shape import Plan
 from trt_wan.engines.tensorrt import Flavour
 from trt_wan.errors import GraphError, MemoryShort
-from trt_wan.runtime import engine_segment
-from trt_wan.runtime.checkpoints.loading import Checkpoint, load_weights
-from trt_wan.runtime.checkpoints.random_weights import random_moments
-from trt_wan.runtime.checkpoints.tiny import write_tiny_weights
 from trt_wan.runtime.device import gpu as gpu_module
 from trt_wan.runtime.device import kernels
-from trt_wan.runtime.device import weights as weights_module
 from trt_wan.runtime.device.arena import Arena, Span
 from trt_wan.runtime.device.gpu import DeviceArray
-from trt_wan.runtime.device.sources import FileSource, RandomSource
-from trt_wan.runtime.device.weights import SLOTS, DeviceWeights, Pack, nbytes
-from trt_wan.runtime.engine_segment import open_engines
 from trt_wan.runtime.executors.gpu import GpuExecutor
+from trt_wan.runtime.segments import tensorrt as engine_segment
+from trt_wan.runtime.segments.tensorrt import open_engines
+from trt_wan.runtime.weights import on_device as weights_module
+from trt_wan.runtime.weights.checkpoint import Checkpoint, load_weights
+from trt_wan.runtime.weights.convert import FileSource, RandomSource
+from trt_wan.runtime.weights.on_device import SLOTS, DeviceWeights, Pack, nbytes
+from trt_wan.runtime.weights.random import random_moments
+from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -557,7 +557,7 @@ def test_new_engines_are_opened_in_processes_of_their_own_first(
     executor(FakeTensorRt(), FakeGpu(), {"known": b"known"}, tmp_path).settle()
     assert not children, "one engine is opened here at once"
     executor(FakeTensorRt(), FakeGpu(), plans, tmp_path).settle()
-    module = ("trt_wan.runtime.finish_kernels", "tensorrt_rtx")
+    module = ("trt_wan.runtime.segments.finish_kernels", "tensorrt_rtx")
     assert sorted(children) == [
         ((*module, "large", str(tmp_path)), b"a large plan"),
         ((*module, "small", str(tmp_path)), b"plan"),

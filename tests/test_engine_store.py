@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 
-from trt_wan.engines import checked_plan
-from trt_wan.engines.engine_id import EngineId, GpuKind
-from trt_wan.engines.engine_store import (
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store import checksums as checked_plan
+from trt_wan.engines.store.engine_id import EngineId, GpuKind
+from trt_wan.engines.store.engines import (
     ensure,
     entries,
     find,
@@ -33,8 +34,7 @@ from trt_wan.engines.engine_store import (
     remove,
     trim,
 )
-from trt_wan.engines.figures import Figure
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.store.measurements import Figure
 from trt_wan.engines.tensorrt import Flavour
 from trt_wan.errors import GraphError, UsageError
 
@@ -317,7 +317,7 @@ BUILD_FOR_EVER = """
 import random, sys
 sys.path.insert(0, sys.argv[1])
 from test_engine_store import A, B, plan_of
-from trt_wan.engines import engine_store
+from trt_wan.engines.store import engines as engine_store
 print("ready", flush=True)
 while True:
     wanted = random.choice((A, B))
@@ -330,7 +330,7 @@ BUILD_SLOWLY = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from test_engine_store import A, B, plan_of
-from trt_wan.engines.engine_store import ensure, open_checked
+from trt_wan.engines.store.engines import ensure, open_checked
 
 def compile(wanted):
     print(wanted.network, flush=True)

@@ -17,21 +17,21 @@ from tiny_job import PLAN, prepare, write_sound
 from trt_wan.build.graphs import build_graphs
 from trt_wan.build.realistic import E4M3, dequantised, quantise_rows
 from trt_wan.build.reference import ADDED_TO
-from trt_wan.engines.candidates import Candidate, candidates
+from trt_wan.engines.choice.candidates import Candidate, candidates
+from trt_wan.engines.choice.recipes import Recipe, recipes_here
+from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import Network, scale_name
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.engine_store import ensure
-from trt_wan.engines.plan import Plan
 from trt_wan.engines.precision import PRECISIONS, Precision
-from trt_wan.engines.recipes import Recipe, recipes_here
-from trt_wan.engines.store import require_graphs
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.engines import ensure
+from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.engines.tensorrt import choose_flavour
-from trt_wan.engines.tolerances import tolerance
 from trt_wan.errors import GraphError
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 from trt_wan.runtime.job import Inputs, Job, Settings
-from trt_wan.runtime.open_segments import finish_engines, machine_of, missing, open_segments
+from trt_wan.runtime.opening.segments import finish_engines, machine_of, missing, open_segments
 from trt_wan.runtime.pipeline import stream_pieces
 
 Values = dict[str, Any]

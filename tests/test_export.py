@@ -11,7 +11,7 @@ import pytest
 
 from trt_wan.engines.config import ANIMATE_14B
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 MEMORY_LIMIT_GB = 4
 

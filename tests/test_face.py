@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from made_person import GOLDEN, HEIGHT, PERSON, WIDTH, person, skeleton, wild_points
 
-from trt_wan.preprocess.face import Compat, FaceCropper, face_box, smoothed
-from trt_wan.preprocess.skeleton import Skeleton, from_keypoints, nobody
-from trt_wan.preprocess.video import Picture
+from trt_wan.preprocess.people.skeleton import Skeleton, from_keypoints, nobody
+from trt_wan.preprocess.pictures.face import Compat, FaceCropper, face_box, smoothed
+from trt_wan.runtime.video.reader import Picture
 
 AWAY = nobody(WIDTH, HEIGHT)
 

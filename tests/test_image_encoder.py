@@ -14,10 +14,10 @@ from trt_wan.build.export import export
 from trt_wan.engines.checkpoint import required_tensors
 from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
-from trt_wan.runtime.checkpoints.random_weights import random_tensor
+from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.image_encoder import MEAN, STD, clip_pixels, encode_image
+from trt_wan.runtime.networks.image_encoder import MEAN, STD, clip_pixels, encode_image
+from trt_wan.runtime.weights.random import random_tensor
 
 
 def test_features_equal_transformers(make_model):

@@ -23,7 +23,7 @@ FOLDERS = {"build", "runtime", "preprocess", "engines", "benchmarks"}
 NOT_PACKAGED = {"trt_wan", "tests", "scripts"}
 
 # Loaded only when chosen by an attention provider that needs torch.
-MAY_IMPORT_TORCH = ROOT / "runtime" / "attention"
+MAY_IMPORT_TORCH = ROOT / "runtime" / "segments" / "attention"
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxscript"}
 
 PLATFORMS = {
@@ -179,7 +179,7 @@ def test_the_wheel_has_nothing_beside_trt_wan(wheel: zipfile.ZipFile) -> None:
     top = {name.partition("/")[0] for name in wheel.namelist()}
     assert {"trt_wan"} == {name for name in top if not name.endswith(".dist-info")}
     entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert b"trt-wan = trt_wan.cli:main" in wheel.read(entry_points)
+    assert b"trt-wan = trt_wan.cli.main:main" in wheel.read(entry_points)
 
 
 def test_the_sdist_makes_the_same_wheel(checkout: Path, tmp_path: Path) -> None:
@@ -201,10 +201,12 @@ def test_the_wheel_works_without_the_checkout(wheel: zipfile.ZipFile, tmp_path: 
     wheel.extractall(tmp_path)
     program = """
 from importlib.util import find_spec
-import trt_wan.cli, trt_wan.runtime.pipeline
-from trt_wan.engines import config, plan, store
-files = [trt_wan.cli.__file__, trt_wan.runtime.pipeline.__file__, store.__file__]
-files += [find_spec(f"trt_wan.{name}").origin for name in ("build.export", "preprocess.video", "benchmarks")]
+import trt_wan.cli.main, trt_wan.runtime.pipeline
+from trt_wan.engines import shape as plan
+from trt_wan.engines.store import graphs as store
+from trt_wan.engines import config
+files = [trt_wan.cli.main.__file__, trt_wan.runtime.pipeline.__file__, store.__file__]
+files += [find_spec(f"trt_wan.{name}").origin for name in ("build.export", "runtime.video.reader", "benchmarks")]
 print(store.graphs_folder(config.TINY, plan.Plan()).name, *files, len(trt_wan.__path__))
 """
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError
-from trt_wan.preprocess.masks import (
+from trt_wan.preprocess.pictures.masks import (
     Compat,
     Mask,
     MaskShape,

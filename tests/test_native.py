@@ -15,13 +15,13 @@ from on_gpu import require_gpu, run_segment
 
 from trt_wan.build.realistic import realistic
 from trt_wan.build.reference import SAMPLE, reference, relative_error
+from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import ANIMATE_14B, MODELS, TINY
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
-from trt_wan.engines.tolerances import tolerance
+from trt_wan.engines.shape import Plan
 from trt_wan.errors import EnvironmentBroken
-from trt_wan.runtime import native
-from trt_wan.runtime.native import block, gemm
+from trt_wan.runtime.segments import native
+from trt_wan.runtime.segments.native import block, gemm
 
 FOLDER = Path(__file__).parents[1] / "runtime" / "native"
 

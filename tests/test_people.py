@@ -15,9 +15,19 @@ import pytest
 from made_clips import package_file
 
 from trt_wan.errors import EnvironmentBroken
-from trt_wan.preprocess.mediapipe_people import FACE_POINTS, MediapipePeople, keypoints_of
-from trt_wan.preprocess.people import BODY, FACE, FEET, JOINTS, LEFT_HAND, RIGHT_HAND, Box, box_of_joints, iou
-from trt_wan.preprocess.video import Clip, read_picture
+from trt_wan.preprocess.people.mediapipe import FACE_POINTS, MediapipePeople, keypoints_of
+from trt_wan.preprocess.people.person import (
+    BODY,
+    FACE,
+    FEET,
+    JOINTS,
+    LEFT_HAND,
+    RIGHT_HAND,
+    Box,
+    box_of_joints,
+    iou,
+)
+from trt_wan.runtime.video.reader import Clip, read_picture
 
 needs_mediapipe = pytest.mark.skipif(find_spec("mediapipe") is None, reason="mediapipe is not installed")
 

@@ -29,14 +29,14 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 
 from trt_wan.engines.checkpoint import required_tensors
 from trt_wan.engines.config import TINY
-from trt_wan.preprocess.video import Clip
-from trt_wan.runtime.checkpoints.loading import load_weights
-from trt_wan.runtime.checkpoints.tiny import write_tiny_weights
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.image_encoder import MEAN, STD
 from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.networks.image_encoder import MEAN, STD
 from trt_wan.runtime.pipeline import stream_pieces
-from trt_wan.runtime.writer import VideoWriter
+from trt_wan.runtime.video.reader import Clip
+from trt_wan.runtime.video.writer import VideoWriter
+from trt_wan.runtime.weights.checkpoint import load_weights
+from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 TOLERANCE = 1e-4
 WIDTH, HEIGHT, WINDOW, STEPS = 64, 48, 13, 3

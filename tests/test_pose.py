@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from on_gpu import require_gpu
 
 from trt_wan.errors import WeightsError
-from trt_wan.preprocess.onnx_net import OnnxNet
-from trt_wan.preprocess.people import JOINTS, Box
-from trt_wan.preprocess.pose import (
+from trt_wan.preprocess.onnx.net import OnnxNet
+from trt_wan.preprocess.people.person import JOINTS, Box
+from trt_wan.preprocess.people.pose import (
     MEAN,
     STD,
     Crop,

@@ -7,8 +7,8 @@ import pytest
 
 from trt_wan.engines.config import ANIMATE_14B, TINY, ModelConfig
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
 from trt_wan.engines.precision import PRECISIONS, Precision
+from trt_wan.engines.shape import Plan
 
 BLOCK_LINEARS = {
     f"{part}.weight"

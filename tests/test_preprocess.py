@@ -37,18 +37,18 @@ from made_clips import (
 )
 
 from trt_wan.errors import InputError, OutputError, TrtWanError, UsageError
-from trt_wan.preprocess.artifacts import ClipWriter
-from trt_wan.preprocess.masks import Compat, Mask, MaskShape
-from trt_wan.preprocess.people import Box, PersonFrame
+from trt_wan.preprocess.clips.artifacts import ClipWriter
+from trt_wan.preprocess.clips.sizes import Fit, fit, resize_by_area
+from trt_wan.preprocess.clips.streams import BATCH, ahead, batches, split
+from trt_wan.preprocess.people.person import Box, PersonFrame
+from trt_wan.preprocess.people.track import PersonChoice
+from trt_wan.preprocess.pictures.masks import Compat, Mask, MaskShape
 from trt_wan.preprocess.preprocess import PreprocessJob, _plan_sizes
-from trt_wan.preprocess.sizes import Fit, fit, resize_by_area
 from trt_wan.preprocess.stages import BoxSegmenter, OnnxPeople, Sam2Segmenter
-from trt_wan.preprocess.streams import BATCH, ahead, batches, split
-from trt_wan.preprocess.track import PersonChoice
-from trt_wan.preprocess.video import Clip, Picture
-from trt_wan.runtime.clips import open_clips
 from trt_wan.runtime.events import Event, Note, silent
 from trt_wan.runtime.job import Inputs, Mode
+from trt_wan.runtime.video.clips import open_clips
+from trt_wan.runtime.video.reader import Clip, Picture
 
 ANIMATE = {"keypoints.json", "preview.mp4", "src_face.mp4", "src_pose.mp4", "src_ref.png"}
 REPLACE = ANIMATE | {"src_bg.mp4", "src_mask.mp4"}

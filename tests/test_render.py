@@ -14,15 +14,15 @@ import pytest
 from tiny_job import FRAMES, PLAN, prepare, read_frames, write_sound
 
 from trt_wan.errors import OutputError, Stopped
-from trt_wan.preprocess.background import SOFT_EDGE
-from trt_wan.preprocess.video import Clip, Picture
 from trt_wan.runtime import render as module
 from trt_wan.runtime.events import Event, StageStarted
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.paste_back import SOFT_EDGE
 from trt_wan.runtime.pipeline import to_pixels
 from trt_wan.runtime.render import render
-from trt_wan.runtime.writer import VideoWriter
+from trt_wan.runtime.video.reader import Clip, Picture
+from trt_wan.runtime.video.writer import VideoWriter
 
 SOON = 20  # seconds after which a test that waits has failed
 PIECES = [1, 4, 4, 4, 4, 3]

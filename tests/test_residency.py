@@ -17,19 +17,20 @@ from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contract import Network
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
 from trt_wan.engines.precision import Precision
+from trt_wan.engines.shape import Plan
 from trt_wan.errors import MemoryShort
-from trt_wan.runtime import pipeline, rehearsal
-from trt_wan.runtime.checkpoints.random_weights import RandomWeights
-from trt_wan.runtime.clips import Clips
-from trt_wan.runtime.device.weights import SLOTS
+from trt_wan.runtime import pipeline
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Inputs, Job
-from trt_wan.runtime.model import Model
-from trt_wan.runtime.rehearsal import activation_bytes
-from trt_wan.runtime.residency import BLOCK, Residency, plan_residency
-from trt_wan.runtime.tokenizer import byte_tokenizer
+from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.tokenizer import byte_tokenizer
+from trt_wan.runtime.opening import activation_memory as rehearsal
+from trt_wan.runtime.opening.activation_memory import activation_bytes
+from trt_wan.runtime.opening.residency import BLOCK, Residency, plan_residency
+from trt_wan.runtime.video.clips import Clips
+from trt_wan.runtime.weights.on_device import SLOTS
+from trt_wan.runtime.weights.random import RandomWeights
 
 GB = 10**9
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int64": 8}

@@ -10,9 +10,7 @@ from made_person import GOLDEN, HEIGHT, PERSON, WIDTH, person, skeleton, wild_po
 from numpy.typing import NDArray
 
 from trt_wan.errors import InputError, UsageError
-from trt_wan.preprocess.draw import draw_skeleton
-from trt_wan.preprocess.retarget import RetargetRule, retarget
-from trt_wan.preprocess.skeleton import (
+from trt_wan.preprocess.people.skeleton import (
     L_ANKLE,
     L_ELBOW,
     L_EYE,
@@ -35,6 +33,8 @@ from trt_wan.preprocess.skeleton import (
     from_keypoints,
     nobody,
 )
+from trt_wan.preprocess.pictures.draw import draw_skeleton
+from trt_wan.preprocess.retarget.rules import RetargetRule, retarget
 
 Points = NDArray[np.float32]
 BOTH: tuple[RetargetRule, ...] = ("official", "safe")

@@ -20,7 +20,7 @@ from sam2_oracle import ExportingExecutor, our_model, prompt, session_of, transf
 
 from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Config, Sam2Plan
 from trt_wan.engines.sam2.contracts import networks
-from trt_wan.preprocess.sam2 import carriers
+from trt_wan.preprocess.sam2 import transfer as carriers
 from trt_wan.preprocess.sam2.model import Sam2Model
 from trt_wan.preprocess.sam2.tracker import Sam2Tracker
 from trt_wan.preprocess.sam2.weights import random_sam2_weights

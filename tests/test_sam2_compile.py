@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from plan_text import fused_attentions
 
 from trt_wan.build.sam2 import GRAPHS, build_sam2_graphs
-from trt_wan.cli import cli
+from trt_wan.cli.main import cli
 from trt_wan.engines.contract import Network
 from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Plan
 from trt_wan.engines.sam2.contracts import networks

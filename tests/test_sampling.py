@@ -8,7 +8,7 @@ import pytest
 from made_person import GOLDEN
 
 from trt_wan.errors import UsageError
-from trt_wan.preprocess.sampling import SamplingRule, frame_indices
+from trt_wan.preprocess.clips.sampling import SamplingRule, frame_indices
 
 RATES = (Fraction(12), Fraction(16), Fraction(24000, 1001), Fraction(25), Fraction(30000, 1001), Fraction(60))
 

@@ -8,8 +8,8 @@ import pytest
 from made_person import GOLDEN
 
 from trt_wan.errors import InputError, UsageError
-from trt_wan.preprocess.sizes import Fit, fit, output_size, padding_resize, resize_by_area
-from trt_wan.preprocess.video import Picture
+from trt_wan.preprocess.clips.sizes import Fit, fit, output_size, padding_resize, resize_by_area
+from trt_wan.runtime.video.reader import Picture
 
 Size = tuple[int, int]
 

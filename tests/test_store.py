@@ -18,8 +18,8 @@ from tiny_job import BUILD, PLAN
 
 from trt_wan.engines.config import ANIMATE_14B, TINY, ModelConfig
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
-from trt_wan.engines.store import MANIFEST, building, graphs_folder, is_complete, require_graphs
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.graphs import MANIFEST, building, graphs_folder, is_complete, require_graphs
 from trt_wan.errors import GraphError
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def export(network, model, plan, path):
 sys.modules["trt_wan.build.export"] = types.SimpleNamespace(export=export)
 from trt_wan.build.graphs import build_graphs
 from trt_wan.engines.config import TINY
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 made = []
 build_graphs(TINY, Plan(64, 48, 13), lambda name, seconds: made.append(name))
@@ -212,7 +212,8 @@ def test_the_folder_follows_the_source_of_the_graphs_and_no_other(tmp_path: Path
 
     def key() -> str:
         program = (
-            "from trt_wan.engines import config, plan, store\n"
+            "from trt_wan.engines import config, shape as plan\n"
+            "from trt_wan.engines.store import graphs as store\n"
             "print(store.__file__, store.graphs_folder(config.TINY, plan.Plan()).name)"
         )
         command = [sys.executable, "-c", program]

@@ -17,7 +17,7 @@ import pytest
 from onnx import TensorProto, helper
 from plan_text import fused_attentions, gemms
 
-from trt_wan.engines.store import home
+from trt_wan.engines.store.home import home
 from trt_wan.engines.tensorrt import (
     Capability,
     Flavour,

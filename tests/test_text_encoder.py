@@ -21,14 +21,14 @@ from trt_wan.build.export import export
 from trt_wan.engines.checkpoint import FINAL_TEXT_NORM, TOKEN_EMBEDDING, required_tensors
 from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 from trt_wan.errors import WeightsError
-from trt_wan.runtime.checkpoints.random_weights import random_tensor
-from trt_wan.runtime.checkpoints.tiny_tokenizer import write_tiny_tokenizer
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.model import Model
-from trt_wan.runtime.text_encoder import encode_text, position_buckets
-from trt_wan.runtime.tokenizer import Tokenizer, clean, load_sentencepiece, load_tokenizer_json
+from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.text_encoder import encode_text, position_buckets
+from trt_wan.runtime.networks.tokenizer import Tokenizer, clean, load_sentencepiece, load_tokenizer_json
+from trt_wan.runtime.weights.random import random_tensor
+from trt_wan.runtime.weights.tiny_tokenizer import write_tiny_tokenizer
 
 LENGTH = TINY.text.length
 CHINESE = "视频中的人在做动作"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from trt_wan.errors import UsageError
-from trt_wan.preprocess.detect import without_overlaps
-from trt_wan.preprocess.fill import fill_gaps
-from trt_wan.preprocess.people import JOINTS, NOBODY, Box, Keypoints, PersonFrame, iou
-from trt_wan.preprocess.track import COAST, PersonChoice, Tracker, TrackEvent, assign, people_in
+from trt_wan.preprocess.people.detect import without_overlaps
+from trt_wan.preprocess.people.fill import fill_gaps
+from trt_wan.preprocess.people.person import JOINTS, NOBODY, Box, Keypoints, PersonFrame, iou
+from trt_wan.preprocess.people.track import COAST, PersonChoice, Tracker, TrackEvent, assign, people_in
 
 A, B = Box(100, 50, 220, 400, 0.9), Box(500, 60, 600, 380, 0.8)
 
@@ -70,7 +70,7 @@ def test_slow_crossings_with_bad_boxes() -> None:
 
 def test_without_motion_the_same_crossings_swap(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above can fail: nearest boxes alone are not enough."""
-    monkeypatch.setattr("trt_wan.preprocess.track.SMOOTHING", 0.0)
+    monkeypatch.setattr("trt_wan.preprocess.people.track.SMOOTHING", 0.0)
     assert sum(bool(crossing(seed, (4, 9), 0.05, 90, 2)[2]) for seed in range(8)) >= 4
 
 

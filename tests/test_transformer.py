@@ -8,11 +8,9 @@ from oracles import diffusers_transformer
 
 from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL
 from trt_wan.engines.config import TINY
-from trt_wan.engines.plan import Plan
-from trt_wan.runtime.checkpoints.loading import orthonormal
-from trt_wan.runtime.checkpoints.random_weights import random_weights
+from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.transformer import (
+from trt_wan.runtime.networks.transformer import (
     WindowCondition,
     encode_blank_face,
     encode_context,
@@ -21,6 +19,8 @@ from trt_wan.runtime.transformer import (
     rope_tables,
     velocity,
 )
+from trt_wan.runtime.weights.checkpoint import orthonormal
+from trt_wan.runtime.weights.random import random_weights
 
 TOLERANCE = 1e-4  # fp32 against fp32, values of order 1; measured 2e-6 to 2e-5
 

@@ -21,11 +21,11 @@ from trt_wan.build.models import GRAPHS
 from trt_wan.engines.config import ANIMATE_14B, TINY, ModelConfig
 from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.plan import Plan
-from trt_wan.runtime import vae
+from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
-from trt_wan.runtime.model import Model
+from trt_wan.runtime.networks import vae
+from trt_wan.runtime.networks.model import Model
 
 WIDTH, HEIGHT, LONGEST = 48, 32, 17
 TOLERANCE = 1e-4

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 import trt_wan
 from trt_wan.errors import InputError, OutputError, TrtWanError, UsageError
-from trt_wan.preprocess.video import Clip, Picture, read_picture
-from trt_wan.runtime.writer import VideoWriter, encoders
+from trt_wan.runtime.video.reader import Clip, Picture, read_picture
+from trt_wan.runtime.video.writer import VideoWriter, encoders
 
 WIDTH, HEIGHT = 96, 64
 RATES = (Fraction(12), Fraction(30000, 1001), Fraction(25))
@@ -448,7 +448,7 @@ def test_the_same_frames_give_the_same_file_whatever_was_in_memory_on_any_number
         from pathlib import Path
         import cv2
         import numpy as np
-        from trt_wan.runtime.writer import VideoWriter
+        from trt_wan.runtime.video.writer import VideoWriter
         if sys.argv[1].endswith("85.mp4"):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         rng = np.random.default_rng(0)
@@ -576,7 +576,7 @@ def test_a_full_disk_keeps_what_was_written(small_disk: Path, suffix: str) -> No
 def test_a_killed_job_leaves_a_file_that_plays(tmp_path: Path) -> None:
     script = (
         "import os, numpy as np; from fractions import Fraction; from pathlib import Path;"
-        "from trt_wan.runtime.writer import VideoWriter;"
+        "from trt_wan.runtime.video.writer import VideoWriter;"
         f"w = VideoWriter(Path({str(tmp_path / 'out.mp4')!r}), 64, 64, Fraction(25));"
         "noise = np.random.default_rng(0);"
         "[w.write(noise.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(300)];"

@@ -12,9 +12,9 @@ import av
 import cv2
 import numpy as np
 
-from trt_wan.engines.plan import Plan
-from trt_wan.preprocess.video import Clip, Picture
-from trt_wan.runtime.writer import VideoWriter
+from trt_wan.engines.shape import Plan
+from trt_wan.runtime.video.reader import Clip, Picture
+from trt_wan.runtime.video.writer import VideoWriter
 
 PLAN = Plan(64, 48, 13)
 FRAMES = 20  # two windows: 13 frames, then 7 that need padding

@@ -1,5 +1,5 @@
 """`python -m trt_wan` is the `trt-wan` command."""
 
-from trt_wan.cli import main
+from trt_wan.cli.main import main
 
 main()

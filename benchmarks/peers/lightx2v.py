@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from trt_wan.benchmarks.measure.sample_clips import write_clips
 from trt_wan.benchmarks.peers.child import WARM_UP, NotRun, Peer, main
 from trt_wan.benchmarks.peers.shape import Shape
-from trt_wan.benchmarks.sample_clips import write_clips
 from trt_wan.runtime.job import DEFAULT_NEGATIVE_PROMPT, DEFAULT_PROMPT
 
 CONFIG = "configs/wan22/wan_animate.json"

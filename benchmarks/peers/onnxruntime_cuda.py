@@ -108,16 +108,16 @@ class OnnxRuntimeCuda:
     def __init__(self, shape: Shape) -> None:
         import onnxruntime as ort
 
-        from trt_wan.benchmarks.gpu_events import GpuEvents
+        from trt_wan.benchmarks.measure.gpu_events import GpuEvents
         from trt_wan.engines.contracts import networks
-        from trt_wan.engines.store import require_graphs
+        from trt_wan.engines.store.graphs import require_graphs
         from trt_wan.runtime.device.gpu import Gpu
-        from trt_wan.runtime.device.sources import RandomSource
-        from trt_wan.runtime.device.weights import DeviceWeights
         from trt_wan.runtime.executors.gpu import GpuExecutor
-        from trt_wan.runtime.model import Model
-        from trt_wan.runtime.rehearsal import activation_bytes
-        from trt_wan.runtime.transformer import WindowCondition, rope_tables, velocity
+        from trt_wan.runtime.networks.model import Model
+        from trt_wan.runtime.networks.transformer import WindowCondition, rope_tables, velocity
+        from trt_wan.runtime.opening.activation_memory import activation_bytes
+        from trt_wan.runtime.weights.convert import RandomSource
+        from trt_wan.runtime.weights.on_device import DeviceWeights
 
         config, plan = shape.config, replace(shape.plan, precision="bf16")
         folder = require_graphs(config, plan)

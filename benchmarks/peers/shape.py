@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 from trt_wan.engines.config import MODELS, ModelConfig
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,11 @@ from typing import Any, Literal
 
 from trt_wan import __version__
 from trt_wan.benchmarks.bench import with_graphs
-from trt_wan.benchmarks.card import read_card
-from trt_wan.benchmarks.monitor import Monitor, Usage
+from trt_wan.benchmarks.measure.card import read_card
+from trt_wan.benchmarks.measure.monitor import Monitor, Usage
+from trt_wan.benchmarks.measure.processes import Child, refusal
+from trt_wan.benchmarks.measure.sample_clips import write_driving, write_reference
+from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.preprocess import random_networks, tiny_sam2
 from trt_wan.benchmarks.preprocess.child import MOST_FRAMES, Spec, What
 from trt_wan.benchmarks.preprocess.parts import PARTS
@@ -27,13 +30,10 @@ from trt_wan.benchmarks.preprocess.result import (
     PreprocessResult,
     WholeTimes,
 )
-from trt_wan.benchmarks.processes import Child, refusal
-from trt_wan.benchmarks.sample_clips import write_driving, write_reference
-from trt_wan.benchmarks.spread import Spread
 from trt_wan.errors import TrtWanError
 from trt_wan.preprocess.stages import Executor
-from trt_wan.preprocess.video import Clip
 from trt_wan.runtime.events import Note, Progress, silent
+from trt_wan.runtime.video.reader import Clip
 
 CHILD = "trt_wan.benchmarks.preprocess.child"
 Modes = Literal["animate", "replace", "both"]

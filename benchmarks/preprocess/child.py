@@ -16,22 +16,22 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from trt_wan.benchmarks.ours import host_peak_bytes, say
+from trt_wan.benchmarks.measure.measured_process import host_peak_bytes, say
+from trt_wan.benchmarks.measure.timed import timed
 from trt_wan.benchmarks.preprocess import planted, tiny_sam2
 from trt_wan.benchmarks.preprocess.parts import PartClock
 from trt_wan.benchmarks.preprocess.result import InsideTime
-from trt_wan.benchmarks.timed import timed
 from trt_wan.errors import TrtWanError
-from trt_wan.preprocess.detect import open_detector
-from trt_wan.preprocess.onnx_net import OnnxNet
-from trt_wan.preprocess.people import JOINTS, Box
-from trt_wan.preprocess.pose import open_pose
+from trt_wan.preprocess.onnx.net import OnnxNet
+from trt_wan.preprocess.people.detect import open_detector
+from trt_wan.preprocess.people.person import JOINTS, Box
+from trt_wan.preprocess.people.pose import open_pose
+from trt_wan.preprocess.people.skeleton import from_keypoints
 from trt_wan.preprocess.preprocess import FIND, WRITE, PreprocessJob, preprocess
-from trt_wan.preprocess.skeleton import from_keypoints
 from trt_wan.preprocess.stages import PERSON, Executor, Networks, open_stages
-from trt_wan.preprocess.video import Clip, Picture
 from trt_wan.runtime.events import Event, Note, StageStarted
 from trt_wan.runtime.job import Mode
+from trt_wan.runtime.video.reader import Clip, Picture
 
 What = Literal["detector", "pose", "sam2", "animate", "replace"]
 MOST_FRAMES = 256  # of a clip, held in memory while a network is timed

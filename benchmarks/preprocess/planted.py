@@ -7,7 +7,7 @@ his joints parts of his box.
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.preprocess.people import BODY, FACE, FEET, JOINTS, LEFT_HAND, RIGHT_HAND
+from trt_wan.preprocess.people.person import BODY, FACE, FEET, JOINTS, LEFT_HAND, RIGHT_HAND
 
 Points = NDArray[np.float32]
 

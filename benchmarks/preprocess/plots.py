@@ -6,8 +6,8 @@ from textwrap import wrap
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trt_wan.benchmarks.plots import EXCESS, INK, LEAST, OTHER, canvas, readable, save
 from trt_wan.benchmarks.preprocess.result import PreprocessResult, WholeTimes
+from trt_wan.benchmarks.report.plots import EXCESS, INK, LEAST, OTHER, canvas, readable, save
 
 # Neighbours in a bar can be told apart, and a part has the same colour in both modes.
 COLOURS = {

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trt_wan.benchmarks.graph_flops import counted_flops
+from trt_wan.benchmarks.measure.graph_flops import counted_flops
 from trt_wan.benchmarks.preprocess import graph, vitpose, yolov10
 from trt_wan.benchmarks.preprocess.tiny_sam2 import TINY_SAM2
 from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Config
 from trt_wan.engines.sam2.contracts import required_tensors
-from trt_wan.engines.store import home
+from trt_wan.engines.store.home import home
 from trt_wan.preprocess.sam2.weights import random_sam2_weights
 from trt_wan.runtime.events import Note, Progress, silent
 

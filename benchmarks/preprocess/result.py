@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trt_wan.benchmarks.card import Card
-from trt_wan.benchmarks.files import Row
-from trt_wan.benchmarks.monitor import Usage
-from trt_wan.benchmarks.spread import Spread
+from trt_wan.benchmarks.measure.card import Card
+from trt_wan.benchmarks.measure.monitor import Usage
+from trt_wan.benchmarks.measure.spread import Spread
+from trt_wan.benchmarks.report.files import Row
 
 SCHEMA = "trt-wan-bench-preprocess/1"
 

@@ -6,9 +6,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.preprocess.result import NetworkTimes, PreprocessResult, WholeTimes
-from trt_wan.benchmarks.spread import Spread
-from trt_wan.benchmarks.tables import giga, table
+from trt_wan.benchmarks.report.tables import giga, table
 
 
 def render(result: PreprocessResult) -> Group:

@@ -11,7 +11,7 @@ import numpy as np
 
 from trt_wan.benchmarks.preprocess import planted
 from trt_wan.benchmarks.preprocess.graph import GraphBuilder
-from trt_wan.preprocess.people import JOINTS
+from trt_wan.preprocess.people.person import JOINTS
 
 HEIGHT, WIDTH = 256, 192
 PATCH, PADDING = 16, 2

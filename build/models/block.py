@@ -23,7 +23,7 @@ from trt_wan.build.models.ops import (
     split_heads,
 )
 from trt_wan.engines.config import ModelConfig, TransformerConfig
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 
 def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trt_wan.build.models.ops import Weights, gelu_tanh, layer_norm, linear
 from trt_wan.engines.config import ModelConfig
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 IMAGE_NORM_EPS = 1e-5  # of img_emb only; every other norm of the transformer has 1e-6
 

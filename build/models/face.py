@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trt_wan.build.models.ops import Weights, activation, attend, layer_norm, linear, rms_norm
 from trt_wan.engines.config import FACE_TOKENS, ModelConfig
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 FACE_NORM_EPS = 1e-6
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from trt_wan.build.models.ops import Weights, layer_norm, linear
 from trt_wan.engines.config import ModelConfig
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 
 def head(x: Tensor, time_embedding: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor]:

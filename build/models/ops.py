@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trt_wan.engines.plan import Plan
 from trt_wan.engines.precision import PRECISIONS
+from trt_wan.engines.shape import Plan
 
 Weights = Mapping[str, Tensor]
 

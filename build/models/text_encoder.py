@@ -17,7 +17,7 @@ from trt_wan.build.models.ops import (
     split_heads,
 )
 from trt_wan.engines.config import ModelConfig
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 
 def layer(

@@ -16,7 +16,7 @@ from trt_wan.build.models.ops import Weights, activation, attend
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import vae_layers
 from trt_wan.engines.contracts.vae_layers import LATENT_MEAN, LATENT_STD, Layer
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 
 class _History:

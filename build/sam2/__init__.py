@@ -14,7 +14,7 @@ from trt_wan.build.sam2 import decoder, encoder, memory
 from trt_wan.engines.contract import Network
 from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan
 from trt_wan.engines.sam2.contracts import graphs_folder, networks
-from trt_wan.engines.store import GraphExported, filling
+from trt_wan.engines.store.graphs import GraphExported, filling
 
 GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "encoder": encoder.encoder,

@@ -21,7 +21,7 @@ from trt_wan.engines.contracts import (
     vae_decode,
     vae_encode,
 )
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 
 def networks(model: ModelConfig, plan: Plan) -> dict[str, Network]:

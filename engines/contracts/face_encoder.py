@@ -2,7 +2,7 @@
 
 from trt_wan.engines.config import FACE_TOKENS, ModelConfig
 from trt_wan.engines.contract import Network, Tensor, exact_linear
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 
 def network(model: ModelConfig, plan: Plan) -> Network:

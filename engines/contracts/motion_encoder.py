@@ -8,7 +8,7 @@ has no QR.
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor, exact_linear
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 
 def network(model: ModelConfig, plan: Plan) -> Network:

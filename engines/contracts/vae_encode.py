@@ -3,7 +3,7 @@
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor
 from trt_wan.engines.contracts import vae_layers
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 
 def _network(name: str, model: ModelConfig, plan: Plan, frames: int, latents: int, first: bool) -> Network:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from trt_wan.engines.config import VaeConfig
 from trt_wan.engines.contract import Network, Tensor
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 
 Kind = Literal["pointwise", "conv", "residual", "attention", "down2d", "down3d", "up2d", "up3d", "head"]
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from trt_wan.engines.contract import Network, Tensor
 from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan, pointers_of, trunk_blocks
-from trt_wan.engines.store import home
+from trt_wan.engines.store.home import home
 
 POSITION = "image_encoder.trunk.position"
 POS_EMBED = "image_encoder.trunk.pos_embed"

@@ -2,9 +2,9 @@
 
 import hashlib
 
-from trt_wan.engines.engine_id import EngineId, GpuKind
-from trt_wan.engines.plan import Plan
 from trt_wan.engines.sam2.config import Sam2Config
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.engine_id import EngineId, GpuKind
 from trt_wan.engines.tensorrt import Flavour, Target
 
 PREFIX = "sam2 "  # of the network's name in a manifest

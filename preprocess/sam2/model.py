@@ -14,28 +14,28 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.engines import engine_store
 from trt_wan.engines.contract import Network
-from trt_wan.engines.engine_id import GpuKind
 from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan
 from trt_wan.engines.sam2.contracts import graphs_folder, kernels, networks
-from trt_wan.engines.store import holds
+from trt_wan.engines.store import engines as engine_store
+from trt_wan.engines.store.engine_id import GpuKind
+from trt_wan.engines.store.graphs import holds
 from trt_wan.engines.tensorrt import Flavour, choose_flavour, compile_onnx
 from trt_wan.errors import EnvironmentBroken, GraphError
-from trt_wan.preprocess.sam2.carriers import Carrier, DeviceCarrier, HostCarrier
 from trt_wan.preprocess.sam2.engine import build_command, engine_of
 from trt_wan.preprocess.sam2.memory_attention import open_memory_attention, require_kernel
+from trt_wan.preprocess.sam2.transfer import Carrier, DeviceCarrier, HostCarrier
 from trt_wan.preprocess.sam2.weights import Sam2Source, Sam2Weights
 from trt_wan.runtime.device.arena import ALIGNMENT
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.weights import DeviceWeights, nbytes
-from trt_wan.runtime.engine_segment import open_engines
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.executors import Array, Executor
 from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
-from trt_wan.runtime.open_segments import kernel_cache
-from trt_wan.runtime.segments import Segment
+from trt_wan.runtime.opening.segments import kernel_cache
+from trt_wan.runtime.segments.segment import Segment
+from trt_wan.runtime.segments.tensorrt import open_engines
+from trt_wan.runtime.weights.on_device import DeviceWeights, nbytes
 
 ExecutorName = Literal["auto", "onnxruntime", "tensorrt"]
 BATCH = 4  # frames per call of the encoder on a GPU

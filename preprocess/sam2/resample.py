@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.preprocess.video import Picture
+from trt_wan.runtime.video.reader import Picture
 
 Values = NDArray[np.float32]
 Kernel = Callable[[NDArray[np.float64]], NDArray[np.float64]]

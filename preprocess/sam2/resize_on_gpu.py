@@ -14,10 +14,10 @@ import numpy as np
 
 from trt_wan.preprocess.sam2.kernels import THREADS, Sam2Kernels
 from trt_wan.preprocess.sam2.resample import DEVIATION, MEAN, InputRule, filter_table
-from trt_wan.preprocess.video import Picture
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu, copy
-from trt_wan.runtime.device.ring import Ring
+from trt_wan.runtime.device.pinned import Ring
+from trt_wan.runtime.video.reader import Picture
 
 PIECE_BYTES = 8 << 20  # a frame of 1080p is one piece
 PIECES = 4  # pinned: the frames of a batch that the host may be ahead of the copies

@@ -28,8 +28,8 @@ from trt_wan.errors import UsageError
 from trt_wan.preprocess.sam2.bank import MemoryBank, View
 from trt_wan.preprocess.sam2.model import Sam2Model
 from trt_wan.preprocess.sam2.resample import InputRule, resize_antialiased
-from trt_wan.preprocess.video import Picture
 from trt_wan.runtime.executors import Array
+from trt_wan.runtime.video.reader import Picture
 
 Mask = NDArray[np.bool_]
 Logits = NDArray[np.float32]

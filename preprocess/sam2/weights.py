@@ -23,9 +23,9 @@ from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Config
 from trt_wan.engines.sam2.contracts import POS_EMBED, POS_EMBED_WINDOW, POSITION, required_tensors
 from trt_wan.errors import WeightsError
 from trt_wan.preprocess.sam2.resample import bicubic_matrix
-from trt_wan.runtime.checkpoints.tensor_file import TensorFile
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu
-from trt_wan.runtime.device.weights import Pack
+from trt_wan.runtime.weights.on_device import Pack
+from trt_wan.runtime.weights.tensor_file import TensorFile
 
 Values = NDArray[np.float32]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from trt_wan.engines.store import home
+from trt_wan.engines.store.home import home
 
 DIGEST = 32  # bytes of a sha256
 

@@ -107,7 +107,7 @@ def compile_source(source: str, major: int, minor: int, macros: Mapping[str, obj
 
 def attention_source() -> str:
     """What stands in front of the source of a kernel that attends."""
-    return (files(__package__) / "attention.cu").read_text(encoding="utf-8")
+    return (files(__package__) / "attention.cuh").read_text(encoding="utf-8")
 
 
 def compile_for(major: int, minor: int) -> Any:

@@ -12,9 +12,9 @@ import numpy as np
 
 from trt_wan.engines.contract import Network
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu
-from trt_wan.runtime.device.weights import DeviceWeights
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.segments import Segment
+from trt_wan.runtime.segments.segment import Segment
+from trt_wan.runtime.weights.on_device import DeviceWeights
 
 
 class GpuExecutor:

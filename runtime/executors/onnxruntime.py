@@ -9,7 +9,7 @@ from typing import Any
 from trt_wan.engines.checkpoint import PARTS, required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Part
-from trt_wan.engines.plan import Plan
+from trt_wan.engines.shape import Plan
 from trt_wan.errors import EnvironmentBroken, GraphError, MemoryShort
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.schedulers import combine_fp32

@@ -1,0 +1,1 @@
+"""What is measured: this program, its peers, the card and its ceilings."""

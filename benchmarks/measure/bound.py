@@ -1,0 +1,100 @@
+"""How fast a step can be at most on this machine, network by network, and how near the measured one is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from trt_wan.benchmarks.measure.card import Datasheet
+from trt_wan.benchmarks.measure.ceilings import Ceiling
+from trt_wan.benchmarks.measure.cost import Calls, Unit, Work, seconds_at_best
+
+ATTENTION = "attention"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """In FLOP/s and bytes/s. `about` says where they come from."""
+
+    units: Mapping[Unit, float]
+    bytes_per_second: float
+    about: str
+
+
+@dataclass(frozen=True)
+class NetworkTime:
+    """A network in one step: measured, and the least it can take."""
+
+    name: str
+    calls: int
+    flops: int
+    bytes: int
+    seconds: float
+    bound_seconds: float | None  # None where no ceiling was measured, or no work is counted
+
+    @property
+    def rate(self) -> float:
+        """FLOP/s."""
+        return self.flops / self.seconds if self.seconds else 0.0
+
+
+def measured_rates(ceilings: Sequence[Ceiling], attention: float | None) -> Rates | None:
+    """`attention` is the rate of the fastest attention that was measured, FLOP/s. None if a ceiling that
+    every step needs was not measured.
+    """
+
+    def best(name: str) -> float | None:
+        rates = [c.rate for c in ceilings if c.name.endswith(name) and c.rate is not None]
+        return max(rates, default=None)
+
+    copy, linear = best("copy"), best("bf16 GEMM") or best("fp32 GEMM")
+    if copy is None or linear is None or attention is None:
+        return None
+    fp8 = best("fp8 GEMM")
+    units: dict[Unit, float] = {"linear": linear, "attention": attention, "convolution": linear}
+    if fp8 is not None:
+        units["linear fp8"] = fp8
+    return Rates(units, copy, "GEMM and copy as measured here, attention at the rate of its fastest call")
+
+
+def datasheet_rates(sheet: Datasheet, fp8_attention: bool) -> Rates:
+    fp8 = sheet.fp8 or sheet.bf16
+    units: dict[Unit, float] = {
+        "linear": sheet.bf16,
+        "linear fp8": fp8,
+        "attention": fp8 if fp8_attention else sheet.bf16,
+        "convolution": sheet.bf16,
+    }
+    return Rates(units, sheet.bandwidth, "the datasheet's dense peaks")
+
+
+def attention_rate(work: Mapping[str, Work], profile: Sequence[Mapping[str, float | str]]) -> float | None:
+    """FLOP/s of the fastest call of the attention in a profile."""
+    fastest = [float(row["fastest"]) for row in profile if row["name"] == ATTENTION]
+    return work[ATTENTION].flops / min(fastest) if fastest else None
+
+
+def step_bound(work: Mapping[str, Work], calls: Mapping[str, Calls], rates: Rates) -> float | None:
+    """Seconds of a step in which every network takes the least it can; None if one's is not known."""
+    total = 0.0
+    for name, w in work.items():
+        if calls[name].step:
+            least = seconds_at_best(w, rates.units, rates.bytes_per_second)
+            if least is None:
+                return None
+            total += calls[name].step * least
+    return total
+
+
+def network_times(
+    work: Mapping[str, Work], profile: Sequence[Mapping[str, float | str]], rates: Rates | None
+) -> list[NetworkTime]:
+    """Every network of a step, the longest first."""
+    found = []
+    for row in profile:
+        name, calls = str(row["name"]), int(row["calls"])
+        w = work.get(name, Work())
+        least = None
+        if rates is not None and name in work:
+            once = seconds_at_best(w, rates.units, rates.bytes_per_second)
+            least = None if once is None else calls * once
+        found.append(NetworkTime(name, calls, calls * w.flops, calls * w.bytes, float(row["seconds"]), least))
+    return sorted(found, key=lambda row: -row.seconds)

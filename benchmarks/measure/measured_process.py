@@ -1,0 +1,277 @@
+"""Our own measured process: a job through the real pipeline, watched from around its executor.
+
+    python -m trt_wan.benchmarks.measure.measured_process MODE SPEC
+
+SPEC is a `Spec` in JSON. Every line on stdout is a JSON object with an "event". The modes:
+
+    job     a whole job to a video file: the start, every stage and every network of it
+    steps   waits after its warm-up for lines on stdin, each the number of steps to time, and a last empty one
+
+It imports no torch. Times of day (`at`) are for whoever started it to compare with.
+"""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from trt_wan.benchmarks.measure.timed import TimedExecutor, timed
+from trt_wan.benchmarks.peers.child import WARM_UP
+from trt_wan.benchmarks.peers.shape import Shape
+from trt_wan.errors import Stopped, TrtWanError
+from trt_wan.runtime import pipeline
+from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone
+from trt_wan.runtime.job import Inputs, Job, Settings
+from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.tokenizer import Tokenizer
+from trt_wan.runtime.opening.model import open_job
+from trt_wan.runtime.pipeline import stream_pieces
+from trt_wan.runtime.render import render
+from trt_wan.runtime.video.clips import Clips
+
+PROFILED = 5  # steps timed network by network, after those that are timed as a whole
+PAUSE = 0.5  # seconds in which a GPU neither cools down nor works for somebody else
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to run. Without `weights` they are random."""
+
+    shape: Shape
+    clips: str  # folder of prepared clips
+    steps: int
+    settings: dict[str, Any] = field(default_factory=dict)  # of runtime.job.Settings
+    weights: str | None = None
+    seed: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Spec":
+        values = json.loads(text)
+        return Spec(**{**values, "shape": Shape(**values["shape"])})
+
+    def job(self) -> Job:
+        return Job(
+            Inputs.from_folder(Path(self.clips), "animate"),
+            weights=Path(self.weights or ""),
+            window=self.shape.window,
+            steps=self.steps,
+            seed=self.seed,
+            settings=Settings(**self.settings),
+            random_weights=None if self.weights else self.shape.model,
+        )
+
+
+class Watch:
+    """Stages, notes and the executor of a job under way."""
+
+    def __init__(self, on_step: Callable[["Watch", StepDone], None], watching: bool) -> None:
+        self.on_step, self.watching = on_step, watching
+        self.executor: TimedExecutor | None = None
+        self.model: Model | None = None
+        self.notes: list[str] = []
+        self.stages: dict[str, float] = defaultdict(float)
+        self.stages_cpu: dict[str, float] = defaultdict(float)  # of all threads
+        self.first_step_at: float | None = None
+        self._stage, self._since, self._cpu_since = "open clips", time.perf_counter(), time.process_time()
+
+    def open(self, job: Job, clips: Clips, guided: bool, progress: Progress) -> tuple[Model, Tokenizer]:
+        """The pipeline's `open_job`, with the executor in a watch."""
+        model, tokenizer = open_job(job, clips, guided, progress)
+        self.executor = model.executor = timed(model.executor)
+        self.executor.watching = self.watching
+        self.model = model
+        return model, tokenizer
+
+    def progress(self, event: Event) -> None:
+        if isinstance(event, StageStarted):
+            self.enter(event.stage)
+        elif isinstance(event, Note):
+            self.notes.append(event.text)
+        elif isinstance(event, StepDone):
+            if self.first_step_at is None:
+                self.first_step_at = time.time()
+            self.on_step(self, event)
+
+    def enter(self, stage: str) -> None:
+        """What is enqueued counts for the stage that asked for it."""
+        if self.executor is not None:
+            self.executor.wait()
+            self.executor.stage = stage
+        now, cpu = time.perf_counter(), time.process_time()
+        self.stages[self._stage] += now - self._since
+        self.stages_cpu[self._stage] += cpu - self._cpu_since
+        self._stage, self._since, self._cpu_since = stage, now, cpu
+
+    def opened(self) -> dict[str, Any]:
+        assert self.model is not None and self.executor is not None
+        return {
+            "precision": self.model.plan.precision,
+            "executor": type(self.executor.executor).__name__,
+            "choices": self.notes,
+        }
+
+
+def watched(watch: Watch) -> AbstractContextManager[object]:
+    """The pipeline opens its model itself, so the watch goes where it gets it from."""
+    return patch.object(pipeline, "open_job", watch.open)
+
+
+def say(event: str, **values: Any) -> None:
+    print(json.dumps({"event": event, **values}), file=STDOUT, flush=True)
+
+
+def run_job(spec: Spec) -> None:
+    """Reads clips, denoises `steps` steps, writes a video beside the clips."""
+    step_seconds: list[float] = []
+
+    def on_step(watch: Watch, event: StepDone) -> None:
+        step_seconds.append(event.seconds)
+
+    start = time.perf_counter()
+    watch = Watch(on_step, watching=True)
+    job = spec.job()
+    with watched(watch):
+        made = render(job, Path(spec.clips) / "bench.mp4", overwrite=True, progress=watch.progress)
+    watch.enter("done")
+    assert watch.executor is not None
+    say(
+        "job",
+        seconds=time.perf_counter() - start,
+        frames=made.frames,
+        writing_seconds=made.writing_seconds,
+        steps=step_seconds,
+        stages=watch.stages,
+        stages_cpu=watch.stages_cpu,
+        cpu_seconds=time.process_time(),
+        networks=[
+            {"stage": stage, "name": name, "calls": len(seconds), "seconds": float(np.sum(seconds))}
+            for (stage, name), seconds in watch.executor.watched().items()
+        ],
+        calls=dict(watch.executor.calls),
+        host_peak_bytes=host_peak_bytes(),
+        first_step_at=watch.first_step_at,
+        at=time.time(),
+        **watch.opened(),
+    )
+
+
+def run_steps(spec: Spec) -> None:
+    """`spec.steps` is the most that may be asked for, warm-ups and profiled steps included."""
+    script: Generator[None, StepDone, None] | None = None
+
+    def on_step(watch: Watch, event: StepDone) -> None:
+        nonlocal script
+        if script is None:
+            script = rounds(watch)
+            next(script)
+        script.send(event)
+
+    watch = Watch(on_step, watching=False)
+    with watched(watch):
+        for _ in stream_pieces(spec.job(), progress=watch.progress):
+            raise AssertionError(f"{spec.steps} steps were too few")
+
+
+def rounds(watch: Watch) -> Generator[None, StepDone, None]:
+    """What happens after each step: every `yield` is the pipeline computing the next one."""
+    yield from warm_up()
+    say("ready", **watch.opened())
+    while line := (yield from asked()):
+        timed_steps = []
+        for _ in range(int(line)):
+            timed_steps.append((yield))
+        say(
+            "round",
+            seconds=[step.seconds for step in timed_steps],
+            host_seconds=[step.host_seconds for step in timed_steps],
+        )
+    assert watch.executor is not None
+    watch.executor.start_watching()
+    profiled = []
+    for _ in range(PROFILED):
+        profiled.append((yield))
+    say_profile(watch.executor, float(np.median([step.seconds for step in profiled])))
+    raise Stopped("All rounds are done.")
+
+
+def asked() -> Generator[None, StepDone, str]:
+    """The next line of stdin, stripped; the GPU is warm again if it was long in coming."""
+    since = time.perf_counter()
+    line = sys.stdin.readline().strip()
+    if time.perf_counter() - since > PAUSE:
+        yield from warm_up()
+    return line
+
+
+def warm_up() -> Generator[None, StepDone, None]:
+    """The GPU may have done something else before, or nothing."""
+    for _ in range(WARM_UP):
+        yield
+
+
+def most_steps(rounds: int, steps: int) -> int:
+    """What the mode "steps" computes at most for so many rounds of so many steps."""
+    return WARM_UP + rounds * (WARM_UP + steps) + WARM_UP + PROFILED
+
+
+def say_profile(executor: TimedExecutor, step_seconds: float) -> None:
+    """Every network's time in a step (the median of PROFILED), and what a step asks for."""
+    networks = []
+    for (_, name), seconds in executor.watched().items():
+        by_step = np.array_split(seconds, PROFILED)
+        networks.append(
+            {
+                "name": name,
+                "calls": len(seconds) // PROFILED,
+                "seconds": float(np.median([part.sum() for part in by_step])),
+                "fastest": float(np.min(seconds)),
+            }
+        )
+    say(
+        "profile",
+        seconds=step_seconds,
+        networks=networks,
+        calls={name: count / PROFILED for name, count in executor.calls.items()},
+        uploads={name: count / PROFILED for name, count in executor.uploads.items() if count},
+        host_peak_bytes=host_peak_bytes(),
+    )
+
+
+def host_peak_bytes() -> int | None:
+    """The most memory this process has held; None where the system does not keep it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+MODES = {"job": run_job, "steps": run_steps}
+STDOUT = sys.stdout
+
+
+def main() -> None:
+    sys.stdout = sys.stderr  # stdout is for the harness; what a library prints is not for it
+    mode, spec = sys.argv[1:]
+    try:
+        MODES[mode](Spec.from_json(spec))
+    except Stopped:
+        pass
+    except TrtWanError as error:
+        say("failed", code=error.code, message=error.message, hint=error.hint)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""A job whose steps are kept: the latent that went into each, the velocity that came out, and the frames.
+
+    python -m trt_wan.benchmarks.measure.record_velocities RECORDING
+
+RECORDING is a `Recording` in JSON. With `latents_of` every step gets the latent that another recording had
+there, so that velocities can be compared on equal inputs; its frames then mean nothing and are not kept.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.benchmarks.measure.forwarding import ForwardingExecutor
+from trt_wan.benchmarks.measure.measured_process import Spec, say
+from trt_wan.engines.contract import Network
+from trt_wan.errors import Stopped, TrtWanError
+from trt_wan.runtime import pipeline
+from trt_wan.runtime.events import Event, Note, Progress, StepDone
+from trt_wan.runtime.executors import Array, Executor
+from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
+from trt_wan.runtime.job import Job
+from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.tokenizer import Tokenizer
+from trt_wan.runtime.opening.model import open_job
+from trt_wan.runtime.pipeline import stream_pieces, to_pixels
+from trt_wan.runtime.video.clips import Clips
+
+
+@dataclass(frozen=True)
+class Recording:
+    spec: Spec
+    target: str  # .npz
+    latents_of: str | None = None  # .npz
+    other_kernels: bool = False  # on the CPU: ONNX Runtime without its optimisations
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "spec": self.spec.to_json()})
+
+    @staticmethod
+    def from_json(text: str) -> "Recording":
+        values = json.loads(text)
+        return Recording(**{**values, "spec": Spec.from_json(values["spec"])})
+
+
+class RecordingExecutor(ForwardingExecutor):
+    """Another executor, with what passes through the first and last network of a step kept on the host."""
+
+    def __init__(self, executor: Executor, latents: NDArray[np.float32] | None) -> None:
+        super().__init__(executor)
+        self.given = latents
+        self.latents: list[Array] = []
+        self.velocities: list[Array] = []
+
+    def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
+        if network.name == "patch_embed":
+            if self.given is not None:
+                inputs = {**inputs, "latent": self.given[len(self.latents)]}
+            self.latents.append(np.array(inputs["latent"], np.float32))
+        outputs = self.executor.run(network, n, inputs)
+        if network.name == "head":
+            self.velocities.append(np.array(outputs[0], np.float32))
+        return outputs
+
+
+class PlainOnnxRuntime(OnnxRuntimeExecutor):
+    """Node by node, nothing fused: other kernels, and other orders of summation, for the same graphs."""
+
+    def _session(self, name: str) -> Any:
+        import onnxruntime as ort
+
+        if name not in self._sessions:
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            path = self.graphs / f"{name}.onnx"
+            self._sessions[name] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return self._sessions[name]
+
+
+def record(recording: Recording) -> None:
+    notes: list[str] = []
+    kept: list[RecordingExecutor] = []
+    given = np.load(recording.latents_of)["latents"] if recording.latents_of else None
+
+    def opened(job: Job, clips: Clips, guided: bool, progress: Progress) -> tuple[Model, Tokenizer]:
+        model, tokenizer = open_job(job, clips, guided, progress)
+        executor = model.executor
+        if recording.other_kernels and isinstance(executor, OnnxRuntimeExecutor):
+            executor = PlainOnnxRuntime(executor.graphs, executor.weights)
+        kept.append(RecordingExecutor(executor, given))
+        model.executor = kept[0]
+        return model, tokenizer
+
+    def progress(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+        if isinstance(event, StepDone) and event.step == event.steps and given is not None:
+            raise Stopped("All velocities are there.")
+
+    frames = []
+    with patch.object(pipeline, "open_job", opened), suppress(Stopped):
+        frames = [to_pixels(window) for window in stream_pieces(recording.spec.job(), progress=progress)]
+    np.savez(
+        recording.target,
+        latents=np.stack(kept[0].latents),
+        velocities=np.stack(kept[0].velocities),
+        frames=np.concatenate(frames) if frames else np.zeros((0, 0, 0, 3), np.uint8),
+    )
+    say("recorded", choices=notes)
+
+
+def main() -> None:
+    sys.stdout = sys.stderr
+    try:
+        record(Recording.from_json(sys.argv[1]))
+    except TrtWanError as error:
+        say("failed", code=error.code, message=error.message, hint=error.hint)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Clips of any size and length for a benchmark: prepared ones, a disc that moves on grey that changes; and
+the sample that comes along, as a driving clip with its reference.
+"""
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from trt_wan.runtime.video.clips import FACE_SIZE
+from trt_wan.runtime.video.reader import Clip, Picture, read_picture
+from trt_wan.runtime.video.writer import VideoWriter
+
+RATE = Fraction(30)
+SAMPLE = Path(__file__).parents[1] / "trt_wan" / "sample"
+
+
+def write_clips(folder: Path, width: int, height: int, frames: int) -> Path:
+    """What the mode animate takes: src_ref.png, src_pose.mp4 and src_face.mp4, in `folder`."""
+    import cv2
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(folder / "src_ref.png"), _picture(width, height, 0.3))
+    for name, size in (("src_pose.mp4", (width, height)), ("src_face.mp4", (FACE_SIZE, FACE_SIZE))):
+        with VideoWriter(folder / name, *size, RATE, None, overwrite=True) as writer:
+            for k in range(frames):
+                writer.write(_picture(*size, k / frames))
+            writer.finish()
+    return folder
+
+
+def write_driving(path: Path, width: int, height: int, frames: int) -> Path:
+    """The sample's driving clip at that size, played back and forth until there are enough frames."""
+    import cv2
+
+    with Clip(SAMPLE / "driving.mp4") as sample:
+        pictures = [cv2.resize(sample.window([i])[0], (width, height)) for i in range(sample.frames)]
+        rate = sample.rate
+    around = [*pictures, *pictures[-2:0:-1]]
+    with VideoWriter(path, width, height, rate, None, overwrite=True) as writer:
+        for k in range(frames):
+            writer.write(around[k % len(around)])
+        writer.finish()
+    return path
+
+
+def write_reference(path: Path, width: int, height: int) -> Path:
+    """The sample's character at that size."""
+    import cv2
+
+    picture = cv2.resize(read_picture(SAMPLE / "src_ref.png"), (width, height))
+    cv2.imwrite(str(path), picture[..., ::-1])
+    return path
+
+
+def _picture(width: int, height: int, phase: float) -> Picture:
+    import cv2
+
+    ramp = np.linspace(40, 120, width) + 40 * phase
+    picture = np.repeat(np.tile(ramp, (height, 1))[..., None], 3, axis=-1).astype(np.uint8)
+    centre = (int(width * (0.25 + 0.5 * phase)), height // 2)
+    cv2.circle(picture, centre, min(width, height) // 4, (220, 130, 70), -1)
+    return picture

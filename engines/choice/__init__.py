@@ -1,0 +1,1 @@
+"""Which engine, kernel or library computes a network."""

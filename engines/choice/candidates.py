@@ -1,0 +1,149 @@
+"""What may compute a network on a GPU: one row per candidate. Networks without rows have their own engine.
+
+A candidate is a TensorRT engine (perhaps one made for another target, or by another recipe than the network's
+graph), kernels of our own, or an attention library. Which one a run takes is in choice.py; nothing here knows
+how one is opened, or whether its library is installed.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trt_wan.engines.precision import PRECISIONS, Precision
+from trt_wan.engines.store.engine_id import GpuKind
+from trt_wan.engines.tensorrt import HOPPER, Capability, Flavour, Target
+from trt_wan.errors import UsageError
+
+Tier = Literal["exact", "fast"]
+Maker = Literal["engine", "native", "attention"]  # TensorRT, runtime/native, runtime/attention
+
+ATTENTION_FP8 = "attention_fp8"  # the recipe of the contract `attention`, computed in FP8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPU that is there, and its TensorRT."""
+
+    gpu: GpuKind
+    capability: Capability
+    flavour: Flavour
+
+    @property
+    def version(self) -> str:
+        return f"{self.flavour.name} {self.flavour.version}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A TensorRT engine by the name of its recipe and the target it is built for."""
+
+    recipe: str
+    target: Target = "current"
+
+    @property
+    def title(self) -> str:
+        return self.recipe if self.target == "current" else f"{self.recipe} {self.target}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    network: str
+    name: str  # as users read and write it
+    precisions: tuple[Precision, ...]
+    tier: Tier = "exact"  # the lowest that may use it
+    maker: Maker = "engine"
+    engine: Engine | None = None  # of the maker "engine", and only then
+    on_request: bool = False  # measured, but taken only if it is asked for
+
+    def __post_init__(self) -> None:
+        assert (self.maker == "engine") == (self.engine is not None), self
+
+
+ALL: tuple[Precision, ...] = ("fp32", "bf16", "fp8")
+BF16: tuple[Precision, ...] = ("bf16", "fp8")  # whose q, k, v are bf16
+FP8: tuple[Precision, ...] = ("fp8",)
+
+CANDIDATES = (
+    Candidate("attn_in", "tensorrt", ALL, engine=Engine("attn_in")),
+    Candidate("attn_in", "tensorrt sm89", ALL, engine=Engine("attn_in", "sm89")),
+    Candidate("attn_in", "native", FP8, maker="native"),
+    Candidate("attention", "tensorrt", ALL, engine=Engine("attention")),
+    Candidate("attention", "tensorrt sm89", ALL, engine=Engine("attention", "sm89")),
+    Candidate("attention", "cudnn", BF16, maker="attention"),
+    # It imports torch and compiles itself at every start, for 14 s on an H200: what it saves in 60 steps.
+    Candidate("attention", "flash4", BF16, maker="attention", on_request=True),
+    Candidate("attention", "tensorrt fp8", FP8, "fast", engine=Engine(ATTENTION_FP8)),
+    Candidate("attention", "cudnn fp8", FP8, "fast", maker="attention"),
+    Candidate("attention", "sage fp8", FP8, "fast", maker="attention"),
+    Candidate("attn_out", "tensorrt", ALL, engine=Engine("attn_out")),
+    Candidate("attn_out", "tensorrt sm89", ALL, engine=Engine("attn_out", "sm89")),
+    Candidate("attn_out", "native", FP8, maker="native"),
+)
+SEGMENTS = tuple(dict.fromkeys(candidate.network for candidate in CANDIDATES))
+
+# GPUs that take engines of a named target and may gain by it: the one where what TensorRT-RTX builds for the
+# GPU itself was seen to lose (docs/log.md). What is SM89's own is the same engine as "current".
+GUESTS: dict[Target, tuple[Capability, ...]] = {"sm89": (HOPPER,)}
+
+
+@dataclass(frozen=True)
+class Default:
+    """Which candidates are tried, in this order, where none was measured."""
+
+    network: str
+    capability: Capability | None  # None: every other
+    exact: tuple[str, ...]
+    fast: tuple[str, ...]
+
+
+# The H200's figures are in docs/log.md. TensorRT-RTX cannot build bf16 attention for it at full size: it asks
+# for 68 GB, the whole score matrix.
+_HOPPER_ATTENTION = ("cudnn", "tensorrt sm89", "tensorrt")
+_NATIVE = ("native", "tensorrt")
+DEFAULTS = (
+    Default("attention", HOPPER, _HOPPER_ATTENTION, ("tensorrt fp8", *_HOPPER_ATTENTION)),
+    Default("attention", None, ("tensorrt",), ("tensorrt fp8", "tensorrt")),
+    Default("attn_in", HOPPER, _NATIVE, _NATIVE),
+    Default("attn_in", None, ("tensorrt",), ("tensorrt",)),
+    Default("attn_out", HOPPER, _NATIVE, _NATIVE),
+    Default("attn_out", None, ("tensorrt",), ("tensorrt",)),
+)
+
+
+def candidates(network: str, precision: Precision, machine: Machine) -> tuple[Candidate, ...]:
+    """Those that the machine and the precision allow, of all tiers."""
+    rows = [row for row in CANDIDATES if row.network == network]
+    if not rows:
+        return (Candidate(network, "tensorrt", ALL, engine=Engine(network)),)
+    return tuple(row for row in rows if precision in row.precisions and _fits(row, machine))
+
+
+def _fits(candidate: Candidate, machine: Machine) -> bool:
+    if candidate.engine is None or candidate.engine.target == "current":
+        return True
+    built_elsewhere = machine.flavour.name == "tensorrt_rtx"  # the other flavour knows no targets
+    return built_elsewhere and machine.capability in GUESTS[candidate.engine.target]
+
+
+def default_order(network: str, tier: Tier, capability: Capability) -> tuple[str, ...]:
+    """Names of candidates; a machine need not have all of them."""
+    if network not in SEGMENTS:
+        return ("tensorrt",)
+    rows = [row for row in DEFAULTS if row.network == network]
+    row = next(row for row in rows if row.capability in (capability, None))
+    return row.exact if tier == "exact" else row.fast
+
+
+def tiers(precision: Precision) -> tuple[Tier, ...]:
+    """The tiers that a precision has: 8-bit attention goes with 8-bit linears."""
+    return ("exact", "fast") if PRECISIONS[precision].fp8 else ("exact",)
+
+
+def require_known(network: str, name: str) -> None:
+    """UsageError, with the names there are, if no row is called so."""
+    if network not in SEGMENTS:
+        raise UsageError(
+            f"There is no choice for a network called {network!r}.", f"Use one of: {', '.join(SEGMENTS)}."
+        )
+    names = [row.name for row in CANDIDATES if row.network == network]
+    if name not in names:
+        raise UsageError(f"{network} has no candidate called {name!r}.", f"Use one of: {', '.join(names)}.")

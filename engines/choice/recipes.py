@@ -1,0 +1,88 @@
+"""The engines of a model and plan, and how each is made: from its ONNX graph, or layer by layer.
+
+`trt-wan build` makes all of them ahead; with TensorRT-RTX, which takes less than a second for one, a run can
+make what is missing itself. The graphs have to be there, nothing else: no torch, no weights, for named
+targets no GPU.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from trt_wan.engines.choice.candidates import ATTENTION_FP8, Engine, Machine, candidates
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.precision import PRECISIONS
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.engine_id import EngineId, GpuKind
+from trt_wan.engines.store.graphs import require_graphs
+from trt_wan.engines.tensorrt import (
+    FP8_ATTENTION_RANGE,
+    TARGETS,
+    Flavour,
+    Progress,
+    Target,
+    compile_attention,
+    compile_onnx,
+)
+from trt_wan.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    engine: EngineId
+    compile: Callable[[Progress], bytes]
+
+
+def engine_names(model: ModelConfig, plan: Plan) -> tuple[str, ...]:
+    """One engine per network, and candidates that have no graph of their own."""
+    return (*networks(model, plan), *((ATTENTION_FP8,) if PRECISIONS[plan.precision].fp8 else ()))
+
+
+def engines_of(model: ModelConfig, plan: Plan, machine: Machine) -> tuple[Engine, ...]:
+    """Those for the GPU that is there, and its candidates that are built for another target."""
+    rows = [row for name in networks(model, plan) for row in candidates(name, plan.precision, machine)]
+    guests = [row.engine for row in rows if row.engine is not None and row.engine.target != "current"]
+    return (*(Engine(name) for name in engine_names(model, plan)), *guests)
+
+
+def require_target(plan: Plan, target: Target) -> None:
+    """UsageError if GPUs of that target cannot run the plan's precision."""
+    if PRECISIONS[plan.precision].fp8 and not TARGETS[target].fp8:
+        raise UsageError(f"GPUs of target {target} have no FP8.", "Use --precision bf16.")
+
+
+def recipes(
+    model: ModelConfig, plan: Plan, target: Target, flavour: Flavour, gpu: GpuKind | None = None
+) -> dict[str, Recipe]:
+    """The recipe of every engine by name; GraphError if the graphs are not exported."""
+    require_target(plan, target)
+    graphs = require_graphs(model, plan)
+
+    def engine(name: str, source: bytes) -> EngineId:
+        digest = hashlib.sha256(source).hexdigest()
+        return EngineId(name, model.name, plan, digest, target, flavour, gpu)
+
+    found = {}
+    for name in networks(model, plan):
+        graph = (graphs / f"{name}.onnx").read_bytes()
+        found[name] = Recipe(engine(name, graph), partial(compile_onnx, flavour, graph, target))
+    if ATTENTION_FP8 in engine_names(model, plan):
+        c = model.transformer
+        shape = (c.heads, plan.tokens, c.head_dim)
+        source = f"{ATTENTION_FP8} {shape} {FP8_ATTENTION_RANGE}".encode()
+        found[ATTENTION_FP8] = Recipe(
+            engine(ATTENTION_FP8, source), partial(compile_attention, flavour, *shape, True, target)
+        )
+    return found
+
+
+def recipes_here(model: ModelConfig, plan: Plan, machine: Machine) -> dict[Engine, Recipe]:
+    """The recipe of every engine that the GPU that is there may use."""
+    wanted = engines_of(model, plan, machine)
+    by_target = {
+        target: recipes(model, plan, target, machine.flavour, machine.gpu if target == "current" else None)
+        for target in dict.fromkeys(engine.target for engine in wanted)
+    }
+    return {engine: by_target[engine.target][engine.recipe] for engine in wanted}

@@ -1,0 +1,13 @@
+"""The folder that holds everything trt-wan keeps: graphs, engines, kernels, measurements, demo weights."""
+
+import os
+from pathlib import Path
+
+
+def home() -> Path:
+    """`TRT_WAN_HOME`, or the user's cache folder."""
+    if chosen := os.environ.get("TRT_WAN_HOME"):
+        return Path(chosen)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("trt-wan")

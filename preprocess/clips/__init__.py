@@ -1,0 +1,1 @@
+"""The prepared clips: their names, sizes, sampling, reading ahead and writing."""

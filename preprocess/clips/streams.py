@@ -1,0 +1,95 @@
+"""Frames as they come: in batches, ahead of whoever uses them, for several readers, with a word now and then
+on how far they are.
+"""
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from threading import Lock
+from typing import TypeVar
+
+from trt_wan.runtime.events import Progress, StageStarted
+from trt_wan.runtime.video.reader import Picture
+
+BATCH = 16
+BATCH_PIXELS = 48_000_000  # at most, whatever the frames' size: 144 MB
+REPORTS = 10  # per pass over a clip
+
+Item = TypeVar("Item")
+
+
+def batches(frames: Iterable[Picture]) -> Iterator[list[Picture]]:
+    """Fewer at once of large frames."""
+    coming = iter(frames)
+    for first in coming:
+        size = min(BATCH, max(1, BATCH_PIXELS // (first.shape[0] * first.shape[1])))
+        yield [first, *islice(coming, size - 1)]
+
+
+def ahead(items: Iterable[Item], count: int) -> Generator[Item]:
+    """The items, made in a thread of their own, at most `count` of them before they are asked for.
+
+    What the thread raises comes where its item would have come. Whoever stops reading closes the items too,
+    in that thread, when the item under way is made.
+    """
+    end = object()
+    coming = iter(items)
+    waiting: deque[Future[object]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        try:
+            waiting.extend(thread.submit(next, coming, end) for _ in range(count))
+            while (item := waiting.popleft().result()) is not end:
+                waiting.append(thread.submit(next, coming, end))
+                yield item  # type: ignore[misc]
+                del item
+        finally:
+            for future in waiting:
+                future.cancel()
+            if isinstance(coming, Generator):
+                thread.submit(coming.close)
+
+
+def split(items: Iterable[Item], readers: int) -> list[Iterator[Item]]:
+    """The same items for several readers, of whom none is far ahead of the others: what lies between is kept.
+    Readers may be in different threads, and each gets the error in which the items end.
+
+    As itertools.tee, but that also keeps up to 57 items that everybody has read, gigabytes of 8K frames.
+    """
+    coming = iter(items)
+    waiting: list[deque[Item]] = [deque() for _ in range(readers)]
+    lock = Lock()
+    errors: list[BaseException] = []
+
+    def more(mine: deque[Item]) -> bool:
+        """Whether `mine` has an item, which may have to be asked for."""
+        with lock:
+            if mine:
+                return True
+            if errors:
+                raise errors[0]
+            try:
+                item = next(coming)
+            except StopIteration:
+                return False
+            except BaseException as error:
+                errors.append(error)
+                raise
+            for queue in waiting:
+                queue.append(item)
+            return True
+
+    def read(mine: deque[Item]) -> Iterator[Item]:
+        while more(mine):
+            yield mine.popleft()
+
+    return [read(queue) for queue in waiting]
+
+
+def counted(items: Iterable[Item], count: int, stage: str, progress: Progress) -> Iterator[Item]:
+    """The items, with a report every now and then of how far they are."""
+    step = max(1, -(-count // REPORTS))
+    for k, item in enumerate(items):
+        if k % step == 0:
+            progress(StageStarted(f"{stage}, frame {k + 1} of {count}"))
+        yield item

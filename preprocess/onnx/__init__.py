@@ -1,0 +1,1 @@
+"""Networks from users' ONNX files, on ONNX Runtime or as TensorRT engines."""

@@ -1,0 +1,104 @@
+"""The kernels of frames.cu and heatmaps.cu, compiled once for a GPU, and how each is launched.
+
+Addresses are whole numbers; everything is enqueued on the GPU's compute stream. What comes out of `stretch`
+and `crop` is one picture [3, height, width] of a network's input, in the input's type.
+"""
+
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+import cv2
+import numpy as np
+
+from trt_wan.preprocess.people import pose
+from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.device.kernels import compile_source
+
+SOURCES = ("frames.cu", "heatmaps.cu")
+TYPES = ("float32", "float16")  # of a network's input and output
+NAMES = tuple(f"{name}_{kind}" for name in ("stretch", "crop", "decode") for kind in TYPES)
+FRAME_THREADS = 64  # of a block: columns of one row
+MAP_THREADS = 256
+
+
+def compile_for(capability: tuple[int, int]) -> Any:
+    """The kernels' code for GPUs of a compute capability; needs no GPU."""
+    gaussian = cv2.getGaussianKernel(pose.BLUR, pose.SIGMA, cv2.CV_32F)[:, 0]
+    macros = {
+        "MEAN": _numbers(pose.MEAN),
+        "STD": _numbers(pose.STD),
+        "GAUSSIAN": _numbers(gaussian),
+        "LEAST_HEAT": f"{pose.LEAST_HEAT}f",
+        "LOW_HEAT": f"{pose.LOW_HEAT}f",
+        "THREADS": MAP_THREADS,
+    }
+    folder = files(__package__)
+    source = "".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
+    return compile_source(source, *capability, macros)
+
+
+def _numbers(values: Any) -> str:
+    return ",".join(f"{float(value)!r}f" for value in values)
+
+
+class PeopleKernels:
+    def __init__(self, gpu: Gpu) -> None:
+        module = compile_for(gpu.capability)
+        self._gpu = gpu
+        self._kernels = {name: module.get_kernel(name) for name in NAMES}
+
+    def stretch(
+        self,
+        kind: np.dtype[Any],
+        frame: int,
+        frame_width: int,
+        taps: tuple[int, int],
+        out: int,
+        size: tuple[int, int],
+    ) -> None:
+        """The whole frame, in 0..1. `taps` are tables of columns and of rows, `size` is (width, height)."""
+        self._picture(f"stretch_{kind.name}", frame, frame_width, taps, out, size)
+
+    def crop(
+        self,
+        kind: np.dtype[Any],
+        frame: int,
+        frame_width: int,
+        taps: tuple[int, int],
+        out: int,
+        size: tuple[int, int],
+        bgr: bool,
+    ) -> None:
+        self._picture(f"crop_{kind.name}", frame, frame_width, taps, out, size, np.int32(bgr))
+
+    def decode(self, kind: np.dtype[Any], maps: int, count: int, width: int, height: int, peaks: int) -> None:
+        """`count` maps [height, width] to float32 [count, 3]."""
+        arguments = (maps, peaks, np.int32(width), np.int32(height))
+        self._launch(f"decode_{kind.name}", count, MAP_THREADS, *arguments)
+
+    def _picture(
+        self,
+        name: str,
+        frame: int,
+        frame_width: int,
+        taps: tuple[int, int],
+        out: int,
+        size: tuple[int, int],
+        *more: Any,
+    ) -> None:
+        width, height = size
+        grid = (-(-width // FRAME_THREADS), height)
+        arguments = (frame, np.int64(3 * frame_width), *taps, out, np.int32(width), np.int32(height), *more)
+        self._launch(name, grid, FRAME_THREADS, *arguments)
+
+    def _launch(self, name: str, grid: int | tuple[int, ...], threads: int, *arguments: Any) -> None:
+        from cuda.core import LaunchConfig, launch
+
+        launch(self._gpu.stream, LaunchConfig(grid=grid, block=threads), self._kernels[name], *arguments)
+
+
+@lru_cache(maxsize=1)
+def people_kernels(gpu: Gpu) -> PeopleKernels:
+    """One set for both networks."""
+    return PeopleKernels(gpu)

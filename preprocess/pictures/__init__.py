@@ -1,0 +1,1 @@
+"""Pictures made from people: poses drawn, faces cut out, masks, backgrounds, previews."""

@@ -1,0 +1,1 @@
+"""Poses of the driving person moved to the proportions of the reference."""

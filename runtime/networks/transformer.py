@@ -1,0 +1,114 @@
+"""The transformer as the denoising loop sees it: what is computed once, and `velocity`, which is computed
+every step.
+
+Once per job: the context (keys and values of text and image tokens for every block) and the time table.
+Once per window: the face (keys and values of the face tokens for every fuser). Arrays have no batch axis.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.shape import Plan
+from trt_wan.runtime.executors import Array
+from trt_wan.runtime.networks.model import Model
+
+ROPE_THETA = 10000.0
+
+PerLayer = list[tuple[Array, ...]]
+
+
+@dataclass(frozen=True)
+class WindowCondition:
+    """What one window is conditioned on; the latents are [channels, slots or frames, h, w]."""
+
+    condition: Array  # [20, T1, h, w]: 4 of mask, 16 of latent
+    pose_latent: Array  # [16, T, h, w]; zeros without a pose clip
+    pose_strength: float  # 0 without a pose clip
+    face: PerLayer | None  # None: the fusers are skipped
+    face_strength: float
+
+
+def rope_tables(model: ModelConfig, plan: Plan) -> tuple[Array, Array]:
+    """cos and sin, [tokens, head_dim/2] each, pairs in the order time, height, width (model_spec.md 1.5)."""
+    head_dim = model.transformer.head_dim
+    spatial = 2 * (head_dim // 6)
+    axes = (head_dim - 2 * spatial, spatial, spatial)
+    grid = (plan.slots, plan.latent_height // 2, plan.latent_width // 2)
+    positions = np.indices(grid).reshape(3, -1)
+    angles = np.concatenate(
+        [
+            np.outer(position, ROPE_THETA ** (-np.arange(0, axis, 2) / axis))
+            for position, axis in zip(positions, axes, strict=True)
+        ],
+        axis=1,
+    )
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def encode_time(model: Model, timestep: float) -> tuple[Array, Array]:
+    """Time embedding [1, dim] and modulation [6, dim] of a timestep in 0…1000; the sinusoid is cos first."""
+    half = model.config.transformer.frequency_dim // 2
+    angles = timestep * 10000.0 ** (-np.arange(half) / half)
+    sinusoid = np.concatenate((np.cos(angles), np.sin(angles)))[None].astype(np.float32)
+    embedding, modulation = model.run("time_embed", sinusoid)
+    return embedding, modulation
+
+
+def encode_context(model: Model, text: Array, image: Array) -> PerLayer:
+    """Per block: text_k, text_v, image_k, image_v, from features of text [512, …] and image [257, …]."""
+    (text_tokens,) = model.run("text_embed", text)
+    (image_tokens,) = model.run("image_embed", image)
+    return [
+        model.run("context_kv", text_tokens, image_tokens, n=n)
+        for n in range(model.config.transformer.layers)
+    ]
+
+
+def encode_face(model: Model, face: Array) -> PerLayer:
+    """Per fuser: face_k, face_v, from the window's face crops [frames, 3, 512, 512] in [-1, 1]."""
+    size = model.plan.face_batch
+    batches = [face[i : i + size] for i in range(0, len(face), size)]
+    if missing := size - len(batches[-1]):
+        batches[-1] = np.concatenate((batches[-1], np.repeat(face[-1:], missing, axis=0)))
+    motion = np.concatenate([np.asarray(model.run("motion_encoder", batch)[0]) for batch in batches])
+    return _fuser_keys(model, motion[: len(face)])
+
+
+def encode_blank_face(model: Model) -> PerLayer:
+    """`encode_face` of black crops (all -1), the face of the unconditional branch (model_spec.md 2.4)."""
+    size = model.config.motion.size
+    black = np.full((model.plan.face_batch, 3, size, size), -1, np.float32)
+    (motion,) = model.run("motion_encoder", black)
+    return _fuser_keys(model, np.repeat(np.asarray(motion)[:1], model.plan.frames, axis=0))
+
+
+def _fuser_keys(model: Model, motion: Array) -> PerLayer:
+    (tokens,) = model.run("face_encoder", motion)
+    return [model.run("fuser_kv", tokens, n=i) for i in range(model.config.transformer.fusers)]
+
+
+def velocity(
+    model: Model,
+    latent: Array,
+    time: tuple[Array, Array],
+    context: PerLayer,
+    window: WindowCondition,
+    rope: tuple[Array, Array],
+) -> Array:
+    """The flow velocity, noise - x0, of `latent` [16, T1, h, w]; same shape."""
+    c = model.config.transformer
+    time_embedding, time_modulation = time
+    pose_strength = np.array([window.pose_strength], np.float32)
+    face_strength = np.array([window.face_strength], np.float32)
+    (x,) = model.run("patch_embed", latent, window.condition, window.pose_latent, pose_strength)
+    for n in range(c.layers):
+        q, k, v = model.run("attn_in", x, time_modulation, *rope, n=n)
+        (attended,) = model.run("attention", q, k, v)
+        (x,) = model.run("attn_out", x, attended, time_modulation, *context[n], n=n)
+        if window.face is not None and n % c.fuser_interval == 0:
+            i = n // c.fuser_interval
+            (x,) = model.run("fuser", x, *window.face[i], face_strength, n=i)
+    (result,) = model.run("head", x, time_embedding)
+    return result

@@ -1,0 +1,1 @@
+"""From settings to a model that runs: engines, candidates, memory, each choice with its reason."""

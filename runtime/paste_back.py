@@ -1,0 +1,39 @@
+"""Puts the untouched pixels around the character back into the finished frames (mode replace).
+
+Frames are uint8 RGB [H, W, 3], masks bool [H, W], true where the model paints.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.runtime.video.reader import Clip, Picture
+
+Mask = NDArray[np.bool_]
+SOFT_EDGE = 16  # pixels outside the mask over which the painted picture passes into the original
+
+
+def paste_back(painted: Picture, original: Picture, mask: Mask, soft_edge: int = SOFT_EDGE) -> Picture:
+    """The painted picture inside the mask, the original's own pixels from `soft_edge` pixels outside it on.
+
+    The ramp lies outside the mask alone, so that nothing of the hole, or of the person who was there, shows.
+    `original` is read outside the mask only: a background with its hole will do.
+    """
+    if not mask.any():
+        return original
+    # Distance in pixels to the nearest pixel of the mask; 0 on it.
+    away = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    ours = np.clip(1 - away / (soft_edge + 1), 0, 1)[..., None]
+    mixed = painted * ours + original * (1 - ours)
+    return np.rint(mixed).astype(np.uint8)
+
+
+def pasted_back(painted: Iterable[Picture], background: Path, mask: Path) -> Iterator[Picture]:
+    """`paste_back` for a whole video, with the prepared clips it was made from."""
+    with Clip(background) as original, Clip(mask) as masks:
+        for k, picture in enumerate(painted):
+            here = masks.window([k])[0, ..., 0] > 127
+            yield paste_back(picture, original.window([k])[0], here)

@@ -1,0 +1,93 @@
+"""Attention by libraries other than TensorRT, each in a module that is imported only when it is chosen.
+
+Every provider is a `Segment` for the network `attention`: q, k and v bf16 [heads, tokens, head_dim], q
+already multiplied by head_dim^-0.5, so that the softmax takes the scores as they are; `attended` bf16
+[tokens, heads * head_dim]. Only `flash4` needs torch. Which of them is fast or exact enough is for others to
+measure.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution
+from typing import cast
+
+from trt_wan.errors import EnvironmentBroken, UsageError
+from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.segments.segment import Segment
+
+Capability = tuple[int, int]
+INSTALL = "pip install 'trt-wan[hopper]'"
+
+
+@dataclass(frozen=True)
+class Provider:
+    module: str  # of this package
+    segment: str  # its class there: (gpu, heads, tokens, head_dim) -> Segment
+    packages: tuple[str, ...]  # as pip calls them
+    oldest: Capability
+    newest: Capability
+    head_dims: range
+
+
+ANY_NEWER: Capability = (99, 9)
+FRONTEND = "nvidia-cudnn-frontend"
+
+PROVIDERS = {
+    "cudnn": Provider("cudnn", "Cudnn", (FRONTEND,), (8, 0), ANY_NEWER, range(8, 129, 8)),
+    "cudnn fp8": Provider("cudnn", "CudnnFp8", (FRONTEND,), (9, 0), ANY_NEWER, range(16, 129, 16)),
+    "flash4": Provider("flash", "Flash4", ("flash-attn-4", "torch"), (8, 0), ANY_NEWER, range(8, 129, 8)),
+    "sage fp8": Provider(
+        "sage", "SageFp8", (FRONTEND, "nvidia-cutlass-dsl"), (9, 0), (9, 0), range(128, 129)
+    ),
+}
+
+
+def missing(name: str, capability: Capability) -> str | None:
+    """One sentence that says why provider `name` cannot be used on such a GPU, and the fix; None if it can.
+
+    Loads nothing: it asks which packages are installed. UsageError if there is no such provider.
+    """
+    provider = _provider(name)
+    if not provider.oldest <= capability <= provider.newest:
+        wanted = "{}.{}".format(*provider.oldest)
+        wanted += "" if provider.newest == provider.oldest else " or newer"
+        return (
+            f"{name} needs a GPU of compute capability {wanted}"
+            f" and this one has {capability[0]}.{capability[1]}: choose another attention."
+        )
+    absent = [package for package in provider.packages if not _installed(package)]
+    if absent:
+        return f"{name} needs {' and '.join(absent)}, not installed here: {INSTALL}."
+    return None
+
+
+def open_attention(name: str, gpu: Gpu, heads: int, tokens: int, head_dim: int) -> Segment:
+    """Provider `name` for one shape, its kernels chosen and compiled.
+
+    Raises UsageError for a name or shape that it does not have, EnvironmentBroken if it cannot be used here.
+    """
+    provider = _provider(name)
+    if head_dim not in provider.head_dims:
+        raise UsageError(f"{name} cannot do heads of {head_dim} channels.", "Choose another attention.")
+    problem = missing(name, gpu.capability)
+    if problem is not None:
+        raise EnvironmentBroken(problem)
+    try:
+        module = import_module(f"{__name__}.{provider.module}")
+    except ImportError as error:  # packages that do not fit each other
+        raise EnvironmentBroken(f"{name} does not load ({error}).", f"Run: {INSTALL}") from error
+    return cast(Segment, getattr(module, provider.segment)(gpu, heads, tokens, head_dim))
+
+
+def _provider(name: str) -> Provider:
+    if name not in PROVIDERS:
+        raise UsageError(f"There is no attention {name!r}.", f"Use one of: {', '.join(PROVIDERS)}.")
+    return PROVIDERS[name]
+
+
+def _installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True

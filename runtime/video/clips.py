@@ -1,0 +1,67 @@
+"""The prepared clips of a job, opened together: same length, right sizes, one canvas."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from trt_wan.errors import InputError
+from trt_wan.runtime.conditioning import Pixels
+from trt_wan.runtime.job import Inputs
+from trt_wan.runtime.video.reader import Clip, read_picture
+
+FACE_SIZE = 512  # pixels, both sides: what every Wan-Animate face clip has
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Open clips; those that are not given are None. Frames and rate are the driving clip's."""
+
+    reference: Pixels  # [h, w, 3], as in the file
+    pose: Clip | None
+    face: Clip | None
+    background: Clip | None
+    mask: Clip | None
+    width: int
+    height: int
+    frames: int
+    rate: Fraction
+
+
+def open_clips(inputs: Inputs, window: int) -> Clips:
+    """Opens every clip, to be read in windows of `window` frames; InputError if they do not fit together."""
+    reference = read_picture(inputs.reference)
+    paths = {"pose": inputs.pose, "face": inputs.face, "background": inputs.background, "mask": inputs.mask}
+    clips = {name: Clip(path, history=window) if path else None for name, path in paths.items()}
+    opened = [clip for clip in clips.values() if clip is not None]
+    if len({clip.frames for clip in opened}) > 1:
+        lengths = ", ".join(f"{clip.path.name} has {clip.frames}" for clip in opened)
+        raise InputError(
+            f"The clips have different numbers of frames: {lengths}.",
+            "Cut them to the same length; frame k of each must belong to frame k of the driving clip.",
+        )
+    canvas = next((clips[name] for name in ("pose", "background", "mask") if clips[name] is not None), None)
+    size = (canvas.width, canvas.height) if canvas else (reference.shape[1], reference.shape[0])
+    _require_multiple_of_16(canvas.path.name if canvas else inputs.reference.name, *size)
+    for name, clip in clips.items():
+        if clip is not None:
+            _require_size(clip, *((FACE_SIZE, FACE_SIZE) if name == "face" else size))
+    return Clips(
+        reference, **clips, width=size[0], height=size[1], frames=opened[0].frames, rate=opened[0].rate
+    )
+
+
+def _require_multiple_of_16(name: str, width: int, height: int) -> None:
+    if width % 16 or height % 16:
+        w, h = (max(16, (side + 8) // 16 * 16) for side in (width, height))
+        raise InputError(
+            f"{name} is {width}x{height}; both sides must be multiples of 16.",
+            f"Scale or crop it and the clips that go with it, to {w}x{h} for example "
+            f"(ffmpeg -i {name} -vf scale={w}:{h} …).",
+        )
+
+
+def _require_size(clip: Clip, width: int, height: int) -> None:
+    if (clip.width, clip.height) != (width, height):
+        raise InputError(
+            f"{clip.path.name} is {clip.width}x{clip.height} where {width}x{height} is needed.",
+            f"Scale it: ffmpeg -i {clip.path.name} -vf scale={width}:{height} …",
+        )

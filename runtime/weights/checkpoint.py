@@ -1,0 +1,207 @@
+"""Checkpoint files to canonical float32 tensors: names, scales and types as people have them, checked before
+use.
+
+Everything wrong with a file is found from the header alone and told at once. Values are converted to float32
+when asked for, one tensor at a time.
+
+Scaled FP8 (model_spec.md 5.2): an FP8 tensor is multiplied by `<layer>.scale_weight` (also called
+`weight_scale`), one number for the tensor or one per output channel; a tensor of another type is used as it
+is. A file that has scales must have one for every FP8 tensor; a file without any holds plain FP8 values.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import EllipsisType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL, PARTS, required_tensors
+from trt_wan.engines.config import MODELS, ModelConfig
+from trt_wan.engines.contract import Part
+from trt_wan.errors import WeightsError
+from trt_wan.runtime.weights.find_files import find_files, option, spoken
+from trt_wan.runtime.weights.names import canonical
+from trt_wan.runtime.weights.tensor_file import DTYPES, TensorFile
+
+FP8_TYPES = ("F8_E4M3", "F8_E5M2")
+FLOAT_TYPES = ("F32", "F16", "BF16", *FP8_TYPES)
+SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
+SCALED_MARKER = "scaled_fp8"
+PATCH_EMBEDDING = "patch_embedding.weight"
+
+# The float32 value of each of the 256 codes; five times as fast as ml_dtypes' astype.
+FP8_VALUES = {
+    name: np.arange(256, dtype=np.uint8).view(DTYPES[name]).astype(np.float32) for name in FP8_TYPES
+}
+
+
+class Checkpoint(Mapping[str, NDArray[np.float32]]):
+    """The tensors of one part by canonical name, float32, read from the map when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = TensorFile(path)
+        self.stored = {canonical(name): name for name in self.file}
+        self.scaled = any(name == SCALED_MARKER or name.endswith(SCALE_SUFFIXES) for name in self.stored)
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        if name == ORTHONORMAL:
+            return orthonormal(self[DIRECTION])
+        return self._read(name, ...)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.stored or (name == ORTHONORMAL and DIRECTION in self.stored)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def rows(self, name: str, indices: Sequence[int]) -> NDArray[np.float32]:
+        """Some rows of a table; the rest of it is not read."""
+        return self._read(name, list(indices))
+
+    def raw(self, name: str) -> NDArray[np.generic]:
+        """The stored values of a tensor that is not a weight, such as an embedded tokenizer."""
+        return self.file.read(self.stored[name])
+
+    def scales(self, name: str) -> NDArray[np.float32]:
+        """What the rows of an FP8 tensor are multiplied by, [out]; ones in a file without scales."""
+        rows = self.shape(name)[0]
+        scale = self._scale_of(name)
+        if scale is None:
+            return np.ones(rows, np.float32)
+        return np.broadcast_to(self.file.read(scale).astype(np.float32).reshape(-1), rows).copy()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.file[self.stored[name]].shape
+
+    def require(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
+        """WeightsError that names every tensor that is missing, has another shape, or cannot be read."""
+        faults = [f"{name} {fault}" for name, shape in tensors.items() if (fault := self._fault(name, shape))]
+        if faults:
+            raise WeightsError(
+                f"{self.path} does not fit: {len(faults)} of {len(tensors)} tensors are wrong: "
+                f"{'; '.join(faults)}.",
+                "Use the checkpoint of Wan2.2-Animate-14B in bf16, fp16 or scaled FP8.",
+            )
+
+    def _read(self, name: str, rows: list[int] | EllipsisType) -> NDArray[np.float32]:
+        stored = self.stored[name]
+        dtype = self.file[stored].dtype
+        values = self.file.read(stored)[rows]
+        if dtype not in FP8_TYPES:
+            return values.astype(np.float32)
+        result = FP8_VALUES[dtype][values.view(np.uint8)]
+        scale = self._scale_of(name)
+        if scale is not None:
+            factor = self.file.read(scale).astype(np.float32)
+            per_row = factor.size > 1
+            result *= factor.reshape(-1, *[1] * (result.ndim - 1))[rows] if per_row else factor.reshape(())
+        return result
+
+    def _scale_of(self, name: str) -> str | None:
+        """The stored name of an FP8 tensor's scale."""
+        layer = name.removesuffix(".weight")
+        return next(
+            (self.stored[s] for suffix in SCALE_SUFFIXES if (s := layer + suffix) in self.stored), None
+        )
+
+    def _fault(self, name: str, shape: tuple[int, ...]) -> str | None:
+        if name not in self.stored:
+            return "is missing"
+        entry = self.file[self.stored[name]]
+        if entry.dtype not in FLOAT_TYPES:
+            return f"has the type {entry.dtype}{self._quantisation(name)}, which is not supported"
+        if entry.shape != shape:
+            return f"is {list(entry.shape)} instead of {list(shape)}"
+        return self._scale_fault(name, shape) if entry.dtype in FP8_TYPES and self.scaled else None
+
+    def _scale_fault(self, name: str, shape: tuple[int, ...]) -> str | None:
+        stored = self._scale_of(name)
+        if stored is None:
+            return "is FP8 and has no scale"
+        scale, per_channel = self.file[stored], (shape[:1], (*shape[:1], 1))
+        if scale.dtype in FLOAT_TYPES and scale.shape in ((), (1,), (1, 1), *per_channel):
+            return None
+        return (
+            f"has a scale of the type {scale.dtype} and the shape {list(scale.shape)}"
+            f"{self._quantisation(name)}, which is not supported"
+        )
+
+    def _quantisation(self, name: str) -> str:
+        """What the file says of a tensor's format, for a message (model_spec.md 5.2, comfy_quant)."""
+        described = self.stored.get(name.removesuffix("weight") + "comfy_quant")
+        with suppress(ValueError, KeyError, TypeError):
+            if described is not None:
+                layer = json.loads(self.file.read(described).tobytes())
+            else:
+                layers = json.loads(str(self.file.metadata["_quantization_metadata"]))["layers"]
+                layer = layers[self.stored[name].removesuffix(".weight")]
+            return f" ({layer['format']})"
+        return ""
+
+
+def orthonormal(direction: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Q of the Householder QR with LAPACK's signs: others silently break expressions (model_spec.md 1.6)."""
+    return np.linalg.qr(direction + np.float32(1e-8))[0].astype(np.float32)
+
+
+def identify(transformer: Checkpoint) -> ModelConfig:
+    """The model whose width the transformer has."""
+    dims = {model.transformer.dim: model for model in MODELS.values()}
+    shape = transformer.shape(PATCH_EMBEDDING) if PATCH_EMBEDDING in transformer else ()
+    if not shape or shape[0] not in dims:
+        raise WeightsError(
+            f"{transformer.path} is not a Wan2.2-Animate transformer: its {PATCH_EMBEDDING} is "
+            f"{list(shape) if shape else 'missing'}.",
+            f"Its first dimension must be one of {sorted(dims)}.",
+        )
+    return dims[shape[0]]
+
+
+def load_weights(folder: Path, chosen: Mapping[Part, Path]) -> tuple[ModelConfig, dict[Part, Checkpoint]]:
+    """The model and the checked checkpoint of every part: `chosen`, or found in or below `folder`.
+
+    Of several files that hold a part, the one that fits is taken: a folder of models has other CLIPs and
+    other T5s. Raises WeightsError.
+    """
+    files = {part: [path] for part, path in chosen.items()}
+    files |= find_files(folder, [part for part in PARTS if part not in chosen])
+    transformer = _open_one("transformer", files["transformer"], identify)
+    model = identify(transformer)
+    weights: dict[Part, Checkpoint] = {"transformer": transformer}
+    for part in PARTS:
+        if part not in weights:
+            weights[part] = _open_one(part, files[part], lambda _: model)
+    return model, weights
+
+
+def _open_one(part: Part, paths: Sequence[Path], model: Callable[[Checkpoint], ModelConfig]) -> Checkpoint:
+    """The only one of `paths`, or the only one of them that fits."""
+
+    def opened(path: Path) -> Checkpoint:
+        checkpoint = Checkpoint(path)
+        checkpoint.require(required_tensors(model(checkpoint), part))
+        return checkpoint
+
+    if len(paths) == 1:
+        return opened(paths[0])
+    fitting = []
+    for path in paths:
+        with suppress(WeightsError):
+            fitting.append(opened(path))
+    if len(fitting) != 1:
+        names = ", ".join(str(checkpoint.path) for checkpoint in fitting) or ", ".join(map(str, paths))
+        raise WeightsError(
+            f"Several files hold the {spoken(part)}{'' if fitting else ', and none fits'}: {names}.",
+            f"Choose with {option(part)} FILE.",
+        )
+    return fitting[0]

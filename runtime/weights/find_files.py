@@ -1,0 +1,86 @@
+"""Finds the checkpoint files in a folder by the tensors they list, whatever they are called.
+
+Only headers are read, and of a broken file that nobody needs nothing is said: a folder of models holds
+thousands of files that are none of our business.
+"""
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from trt_wan.engines.contract import Part
+from trt_wan.errors import WeightsError
+from trt_wan.runtime.weights.names import SIGNATURES
+from trt_wan.runtime.weights.tensor_file import INDEX, read_index, stored_names
+
+
+def find_files(folder: Path, parts: Collection[Part]) -> dict[Part, list[Path]]:
+    """For each of `parts` the files (or indexes) in or below `folder` that hold it, at least one.
+
+    Raises WeightsError that names every part that is nowhere, and the files that could not be read.
+    """
+    found: dict[Part, list[Path]] = {part: [] for part in parts}
+    if parts and not folder.is_dir():
+        raise WeightsError(f"There is no weights folder {folder}.", "Name it with --weights DIR.")
+    broken = []
+    for path in _checkpoints_below(folder) if parts else ():
+        try:
+            names = stored_names(path)
+        except WeightsError as error:
+            broken.append(error.message.rstrip("."))
+            continue
+        for part in parts:
+            if not names.isdisjoint(SIGNATURES[part]):
+                found[part].append(path)
+    missing = [part for part, paths in found.items() if not paths]
+    if missing:
+        raise WeightsError(
+            f"No safetensors file in {folder} holds the {' or the '.join(map(spoken, missing))}"
+            + "".join(f"; {fault}" for fault in broken)
+            + ".",
+            f"Put it there, or name it with {', '.join(f'{option(part)} FILE' for part in missing)}.",
+        )
+    return found
+
+
+def spoken(part: Part) -> str:
+    return part.replace("_", " ")
+
+
+def option(part: Part) -> str:
+    return "--" + part.replace("_", "-")
+
+
+def _checkpoints_below(folder: Path) -> Iterator[Path]:
+    """Indexes, then the files that are no index's shards, each real file once."""
+    indexes, singles = [], []
+    for path in _walk(folder):
+        if path.name.endswith(INDEX):
+            indexes.append(path)
+        elif path.suffix == ".safetensors":
+            singles.append(path)
+    seen = set()
+    for index in indexes:
+        yield index
+        try:
+            seen |= {shard.resolve() for shard in read_index(index).values()}
+        except WeightsError:
+            pass  # whoever opens the index hears of it
+    for path in singles:
+        real = path.resolve()
+        if real not in seen:
+            seen.add(real)
+            yield path
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files below, through links to other folders (models live on another disk), each folder once."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = Path(parent).resolve()
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(parent, name) for name in sorted(names))

@@ -1,0 +1,42 @@
+"""Finds the tokenizer that goes with a text encoder: as told, inside its file, or beside it.
+
+Only in the places where umT5's lies in known layouts: a folder of models is full of other models' files of
+the same name, and a foreign tokenizer would be a wrong prompt without an error.
+"""
+
+from pathlib import Path
+
+from trt_wan.errors import WeightsError
+from trt_wan.runtime.networks.tokenizer import Tokenizer, load_sentencepiece, load_tokenizer_json
+from trt_wan.runtime.weights.checkpoint import Checkpoint
+
+EMBEDDED = "spiece_model"  # U8 bytes of a SentencePiece model, in ComfyUI's umT5 files
+NAMES = ("tokenizer.json", "spiece.model")
+
+
+def find_tokenizer(chosen: Path | None, weights: Path, text_encoder: Checkpoint, length: int) -> Tokenizer:
+    """`chosen`, or the one inside `text_encoder`, or one beside it or in `weights`. Raises WeightsError."""
+    if chosen is None and EMBEDDED in text_encoder:
+        return load_sentencepiece(text_encoder.raw(EMBEDDED).tobytes(), length)
+    path = chosen or _search(text_encoder.path.parent, weights)
+    if path is None:
+        raise WeightsError(
+            f"{text_encoder.path} holds no tokenizer and none is beside it.",
+            "Put tokenizer.json or spiece.model of google/umt5-xxl there, or name it with --tokenizer FILE.",
+        )
+    load = load_tokenizer_json if path.suffix == ".json" else load_sentencepiece
+    return load(path, length)
+
+
+def _search(beside: Path, weights: Path) -> Path | None:
+    folders = (
+        beside,
+        beside / "tokenizer",
+        beside / "google/umt5-xxl",  # the official repository
+        beside.parent / "tokenizer",  # diffusers: beside the folder text_encoder
+        weights,
+        weights / "tokenizer",
+        weights / "google/umt5-xxl",
+    )
+    candidates = (folder / name for folder in folders for name in NAMES)
+    return next((path for path in candidates if path.is_file()), None)

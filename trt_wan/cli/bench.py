@@ -1,0 +1,331 @@
+"""`trt-wan bench`: how fast, against whom, how far from the limit. Tables go to stderr; the last line of
+stdout is one JSON document with everything.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from trt_wan.cli.bench_preprocess import bench_preprocess
+from trt_wan.cli.command import Group, command, note, show
+from trt_wan.cli.report import Report
+
+if TYPE_CHECKING:
+    from trt_wan.benchmarks.peers.shape import Shape
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+ON_A_GPU = ("14b", "832x480", 77)
+ON_A_CPU = ("tiny", "64x48", 13)
+PEER_NAMES = ("diffusers_eager", "diffusers_compiled", "diffusers_fp8", "onnxruntime_cuda", "lightx2v")
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    width, _, height = (value or "1x1").partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise click.BadParameter(f"{value!r} is not a size such as 832x480.")
+    return value
+
+
+def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(size for part in (value or "").split(",") if part and (size := _size(ctx, param, part)))
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in (value or "").split(",") if part)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 5,77,161.") from None
+
+
+def _peers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    names = {"all": PEER_NAMES, "none": ()}.get(value, tuple(value.split(",")))
+    unknown = [name for name in names if name not in PEER_NAMES]
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(PEER_NAMES)}, all, none.")
+    return names
+
+
+def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = dict(value.partition("=")[::2] for value in values)
+    if any(not candidate for candidate in pairs.values()):
+        raise click.BadParameter("name them as NETWORK=CANDIDATE, such as attention=cudnn.")
+    return pairs
+
+
+_SHAPE = (
+    click.option("--model", type=click.Choice(["14b", "tiny"]), help="Default: 14b on a GPU, else tiny."),
+    click.option("--size", callback=_size, metavar="WxH", help="Default: 832x480, or 64x48 for tiny."),
+    click.option("--window", type=int, help="Frames per window, 4k+1. Default: 77, or 13 for tiny."),
+    click.option("--weights", type=FOLDER, help="Folder with the checkpoints. Default: random weights."),
+)
+_SETTINGS = (
+    click.option("--executor", type=click.Choice(["auto", "onnxruntime", "tensorrt"])),
+    click.option(
+        "--precision", type=click.Choice(["fp32", "bf16", "fp8"]), help="Default: the best the GPU has."
+    ),
+    click.option("--tier", type=click.Choice(["exact", "fast"]), help="exact: bf16 attention; fast: 8 bits."),
+    click.option("--flavour", type=click.Choice(["tensorrt", "tensorrt_rtx"])),
+    click.option("--vram", type=float, help="GB of GPU memory to use at most."),
+    click.option(
+        "--segment",
+        "segments",
+        multiple=True,
+        callback=_segments,
+        metavar="NETWORK=CANDIDATE",
+        help="Take this candidate, such as attention=cudnn; may be repeated.",
+    ),
+)
+_OUT = click.option("--out", type=FOLDER, help="Folder for JSON, CSV and plots (PNG and SVG).")
+
+Decorator = Callable[[Any], Any]
+
+
+def _options(*rows: Decorator) -> Decorator:
+    def decorate(function: Any) -> Any:
+        for row in reversed(rows):
+            function = row(function)
+        return function
+
+    return decorate
+
+
+@click.command("measure", hidden=True)
+@_options(*_SHAPE, *_SETTINGS)
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Timed steps per round.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="In which we and the peers take turns.",
+)
+@click.option(
+    "--job-steps", type=click.IntRange(1), default=4, show_default=True, help="Steps of a whole job."
+)
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Whole jobs from a warm start. Default: 3, or 5 with --repeat."
+)
+@click.option(
+    "--peers",
+    default="none",
+    show_default=True,
+    callback=_peers,
+    help=f"all, none, or of {', '.join(PEER_NAMES)}.",
+)
+@click.option("--peer-steps", type=click.IntRange(1), help="Timed steps of a peer. Default: as many as ours.")
+@click.option("--lightx2v", type=FOLDER, help="A checkout of LightX2V, for the peer of that name.")
+@click.option("--cold/--no-cold", default=True, show_default=True, help="Measure a cold start as well.")
+@click.option(
+    "--repeat", type=click.IntRange(1), default=1, show_default=True, help="Runs in a row: the spread."
+)
+@_OUT
+@command
+def measure(
+    *,
+    report: Report,
+    model: str | None,
+    size: str | None,
+    window: int | None,
+    weights: Path | None,
+    steps: int,
+    rounds: int,
+    job_steps: int,
+    jobs: int | None,
+    peers: tuple[str, ...],
+    peer_steps: int | None,
+    lightx2v: Path | None,
+    cold: bool,
+    repeat: int,
+    out: Path | None,
+    **settings: Any,
+) -> Any:
+    """Measure a job: the card, ceilings and lower bound, starts, stages, steps, memory, and peers beside it.
+
+    \b
+    trt-wan bench --out bench/
+    trt-wan bench --peers all --rounds 3 --out bench/
+    trt-wan bench compare before/bench.json after/bench.json
+    """
+    from trt_wan.benchmarks.bench import Options, run_bench
+    from trt_wan.benchmarks.measure.repeat import JOBS, repeated, repeated_parts, to_dict
+    from trt_wan.benchmarks.report.files import write_files
+    from trt_wan.benchmarks.report.tables import parts_table, render, repeat_table
+
+    options = Options(
+        shape=_shape(model, size, window),
+        settings=_given(settings),
+        weights=str(weights) if weights else None,
+        steps=steps,
+        rounds=rounds,
+        job_steps=job_steps,
+        jobs=jobs or (JOBS if repeat > 1 else Options.jobs),
+        peers=peers,
+        peer_steps=peer_steps,
+        peer_arguments={"lightx2v": _lightx2v(lightx2v, weights)},
+        cold=cold,
+    )
+    results = []
+    for n in range(repeat):
+        if repeat > 1:
+            note(report, f"run {n + 1} of {repeat}")
+        results.append(run_bench(options, report.progress))
+        show(report, render(results[-1]))
+    document = results[-1].to_dict()
+    if repeat > 1:
+        document = to_dict(results)
+        show(report, repeat_table(repeated(results), results[-1].title))
+        show(report, parts_table(repeated_parts(results)))
+    if out:
+        paths = write_files(results[-1], out)
+        if repeat > 1:
+            paths[0].write_text(_line(document) + "\n")
+        note(report, f"written: {', '.join(path.name for path in paths)} in {out}")
+    return _line(document), document
+
+
+@click.command("compare", short_help="Compare two results.")
+@click.argument("first", type=FILE)
+@click.argument("second", type=FILE)
+@command
+def compare_results(*, report: Report, first: Path, second: Path) -> Any:
+    """Ratios of the headline figures of two bench.json, with their spread; of the same job only."""
+    from dataclasses import asdict
+
+    from trt_wan.benchmarks.report.compare import compare
+    from trt_wan.benchmarks.report.tables import comparison_table
+
+    comparison = compare(first, second)
+    show(report, comparison_table(comparison))
+    return _line(asdict(comparison)), asdict(comparison)
+
+
+@click.command("sweep", short_help="Measure how the cost grows.")
+@_options(*_SHAPE, *_SETTINGS)
+@click.option(
+    "--axes", default="size,window", show_default=True, help="Of size, window, steps, precision, vram."
+)
+@click.option("--sizes", callback=_sizes, metavar="WxH,…", help="Default: 480p, 720p, square, portrait.")
+@click.option("--windows", callback=_numbers, metavar="N,…", help="Default: 5 to 161 frames.")
+@click.option("--job-steps", callback=_numbers, metavar="N,…", help="Of the axis steps. Default: 4,10,20.")
+@click.option("--steps", type=click.IntRange(1), default=6, show_default=True, help="Timed at each point.")
+@_OUT
+@command
+def sweep_shapes(
+    *,
+    report: Report,
+    model: str | None,
+    size: str | None,
+    window: int | None,
+    weights: Path | None,
+    axes: str,
+    sizes: tuple[str, ...],
+    windows: tuple[int, ...],
+    job_steps: tuple[int, ...],
+    steps: int,
+    out: Path | None,
+    **settings: Any,
+) -> Any:
+    """Time steps over sizes, window lengths, step counts, precisions and memory limits, and fit a law."""
+    from trt_wan.benchmarks.measure import sweep
+    from trt_wan.benchmarks.report.tables import sweep_table
+
+    names = axes.split(",")
+    unknown = [name for name in names if name not in sweep.AXES]
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(sweep.AXES)}.")
+    points = sweep.asks(
+        _shape(model, size, window),
+        _given(settings),
+        [cast(sweep.Axis, name) for name in names],
+        sizes or sweep.SIZES,
+        windows or sweep.WINDOWS,
+        job_steps or sweep.STEPS,
+    )
+    result = sweep.run_sweep(points, steps, str(weights) if weights else None, report.progress)
+    show(report, sweep_table(result))
+    if out:
+        paths = sweep.write_sweep(result, out)
+        note(report, f"written: {', '.join(path.name for path in paths)} in {out}")
+    return result.to_json(), result.to_dict()
+
+
+@click.command("quality", short_help="Measure what a precision or tier costs in quality.")
+@_options(*_SHAPE, *_SETTINGS)
+@click.option("--steps", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@_OUT
+@command
+def quality_of(
+    *,
+    report: Report,
+    model: str | None,
+    size: str | None,
+    window: int | None,
+    weights: Path | None,
+    steps: int,
+    seed: int,
+    out: Path | None,
+    **settings: Any,
+) -> Any:
+    """Compare our output with the bf16 reference on the same seed, beside the reference's noise floor."""
+    from trt_wan.benchmarks.measure.quality import measure_quality, write_quality
+    from trt_wan.benchmarks.report.tables import quality_table
+
+    shape = _shape(model, size, window)
+    given = _given(settings)
+    result = measure_quality(shape, given, steps, seed, str(weights) if weights else None, report.progress)
+    show(report, quality_table(result))
+    if out:
+        paths = write_quality(result, out)
+        note(report, f"written: {', '.join(path.name for path in paths)} in {out}")
+    return result.to_json(), result.to_dict()
+
+
+@click.pass_context
+def _bench(ctx: click.Context, /, **options: Any) -> None:
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(measure, **options)
+
+
+bench = Group(
+    "bench",
+    params=measure.params,
+    callback=_bench,
+    invoke_without_command=True,
+    help=measure.help,
+    short_help="Measure how fast this machine is.",
+)
+for subcommand in (compare_results, sweep_shapes, quality_of, bench_preprocess):
+    bench.add_command(subcommand)
+
+
+def _shape(model: str | None, size: str | None, window: int | None) -> "Shape":
+    """What was asked for, or what suits the machine."""
+    from trt_wan.benchmarks.measure.card import read_gpu
+    from trt_wan.benchmarks.peers.shape import Shape
+
+    if model is None:
+        model = "14b" if read_gpu() else "tiny"
+    _, default_size, default_window = ON_A_GPU if model == "14b" else ON_A_CPU
+    width, height = (int(side) for side in (size or default_size).split("x"))
+    shape = Shape(model, width, height, window or default_window)
+    assert shape.plan  # UsageError at once if there is no such shape
+    return shape
+
+
+def _lightx2v(checkout: Path | None, weights: Path | None) -> tuple[str, ...]:
+    given = (("--path", checkout), ("--weights", weights))
+    return tuple(text for name, path in given if path is not None for text in (name, str(path)))
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were given; the others have their defaults."""
+    return {name: value for name, value in settings.items() if value not in (None, {})}
+
+
+def _line(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, ensure_ascii=False, allow_nan=False)

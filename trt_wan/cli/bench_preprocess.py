@@ -1,0 +1,84 @@
+"""`trt-wan bench preprocess`: how fast clips are prepared, by network, by part and as a whole."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trt_wan.cli.command import command, note, show
+from trt_wan.cli.report import Report
+from trt_wan.errors import UsageError
+
+NETWORK = click.Path(path_type=Path, exists=True)
+SIZE, FRAMES = (832, 480), 77
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", value)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not a size such as 832x480.")
+    width, height = int(match[1]), int(match[2])
+    if width % 16 or height % 16:
+        raise click.BadParameter(f"{value!r} has a side that is no multiple of 16.")
+    return width, height
+
+
+@click.command("preprocess", short_help="Measure how fast clips are prepared.")
+@click.option("--detector", type=NETWORK, help="yolov10m.onnx. Default: random weights.")
+@click.option("--pose", type=NETWORK, help="ViTPose wholebody, ONNX. Default: random weights.")
+@click.option("--sam2", type=NETWORK, help="SAM2 weights. Default: random weights.")
+@click.option(
+    "--model",
+    type=click.Choice(["full", "tiny"]),
+    help="Of random networks: YOLOv10m, ViTPose-H, SAM2.1 base_plus; or tiny. Default: full on a GPU.",
+)
+@click.option(
+    "--clip", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Default: the sample."
+)
+@click.option(
+    "--size",
+    callback=_size,
+    default="x".join(map(str, SIZE)),
+    show_default=True,
+    metavar="WxH",
+    help="Of the video, and of the sample's frames.",
+)
+@click.option("--frames", type=click.IntRange(1), help=f"Of the sample, back and forth. Default: {FRAMES}.")
+@click.option("--executor", type=click.Choice(["auto", "onnxruntime", "tensorrt"]), default="auto")
+@click.option("--mode", type=click.Choice(["animate", "replace", "both"]), default="both", show_default=True)
+@click.option(
+    "--repeat",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Timed runs of each, after one more.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for JSON, CSV and plots (PNG and SVG).",
+)
+@command
+def bench_preprocess(*, report: Report, frames: int | None, out: Path | None, **options: Any) -> Any:
+    """Measure detector, pose network and SAM2 in frames per second, and the preparation of a whole clip.
+
+    \b
+    trt-wan bench preprocess --out bench/
+    trt-wan bench preprocess --detector yolov10m.onnx --pose vitpose-h/ --sam2 sam2.1_hiera_base_plus.pt
+    """
+    from trt_wan.benchmarks.preprocess.bench import Options, run_bench
+    from trt_wan.benchmarks.preprocess.result import write_files
+    from trt_wan.benchmarks.preprocess.tables import render
+
+    if options["clip"] is not None and frames is not None:
+        raise UsageError(
+            "--frames makes a clip of that length out of the sample, and --clip names another.",
+            "Give one of them; a clip is taken as it is.",
+        )
+    result = run_bench(Options(frames=frames or FRAMES, **options), report.progress)
+    show(report, render(result))
+    if out:
+        paths = write_files(result, out)
+        note(report, f"written: {', '.join(path.name for path in paths)} in {out}")
+    return result.to_json(), result.to_dict()

@@ -1,0 +1,82 @@
+"""What all commands share: their report, and how exceptions become output and an exit code."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trt_wan.cli.report import Report, Result, TextReport, report_for
+from trt_wan.errors import MemoryShort, OutputError, Stopped, TrtWanError, UsageError
+from trt_wan.runtime.events import Note
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def command(function: Callable[..., tuple[Result, dict[str, Any]]]) -> Callable[..., None]:
+    """Gives a command its `report`, and turns what it returns or raises into output and an exit code."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Events and the result as JSON lines on stdout.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+    @wraps(function)
+    def wrapped(as_json: bool, quiet: bool, **options: Any) -> None:
+        report = report_for(as_json, quiet)
+        try:
+            report.done(*function(report=report, **options))
+        except BrokenPipeError:
+            raise  # nobody reads our stdout any more: click ends quietly
+        except (Exception, KeyboardInterrupt) as error:
+            told = _told(error)
+            report.failed(told)
+            if type(told) is TrtWanError:
+                raise
+            sys.exit(told.exit_code)
+
+    return wrapped
+
+
+def _told(error: BaseException) -> TrtWanError:
+    """What the user is told of an exception; a plain TrtWanError stands for a mistake of ours."""
+    notes = " ".join(getattr(error, "__notes__", ()))
+    if isinstance(error, TrtWanError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped("Stopped at once.", notes)
+    if isinstance(error, MemoryError):
+        return MemoryShort(f"The memory is full ({error}).", f"Use a smaller size or window. {notes}".strip())
+    if isinstance(error, OSError):
+        message = f"{error.filename or 'A file'}: {error.strerror or error}."
+        return OutputError(message, f"Check the disk and its rights. {notes}".strip())
+    message = f"{type(error).__name__}: {error}"
+    return TrtWanError(
+        message, f"This is a mistake in trt-wan: please report it, with the lines below. {notes}"
+    )
+
+
+class Group(click.Group):
+    """A group that reports what click itself refuses as JSON too, when the command line asks for JSON."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            if not as_json:
+                raise
+            where = error.ctx.command_path if error.ctx else ctx.command_path
+            report_for(as_json, quiet=True).failed(UsageError(error.format_message(), f"Run: {where} --help"))
+            ctx.exit(UsageError.exit_code)
+
+
+def note(report: Report, text: str) -> None:
+    report.progress(Note(text))
+
+
+def show(report: Report, tables: "RenderableType") -> None:
+    """A benchmark's tables, for people: not in quiet runs, nor beside JSON lines."""
+    if isinstance(report, TextReport) and not report.quiet:
+        from trt_wan.benchmarks.report.tables import console
+
+        console().print(tables)

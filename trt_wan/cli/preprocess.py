@@ -1,0 +1,219 @@
+"""`trt-wan preprocess`: from a picture and any clip to the folder that `run --inputs` takes.
+
+Its options are those of `run REF CLIP` too, which prepares the clips on its own.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from trt_wan.cli.command import command
+from trt_wan.cli.report import Report
+from trt_wan.errors import UsageError
+
+if TYPE_CHECKING:
+    from trt_wan.preprocess.preprocess import PreprocessJob
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+NETWORK = click.Path(path_type=Path)  # a file or a folder; what is wrong with it is said by who opens it
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
+    if match := re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", value):
+        return int(match[1]), int(match[2])
+    raise click.BadParameter(f"{value!r} is not a size such as 832x480.")
+
+
+def _rate(ctx: click.Context, param: click.Parameter, value: str | None) -> Fraction | None:
+    if value is None:
+        return None
+    try:
+        rate = Fraction(value)
+    except (ValueError, ZeroDivisionError):
+        raise click.BadParameter(f"{value!r} is not a rate such as 16, 29.97 or 30000/1001.") from None
+    if not 0 < rate <= 1000:
+        raise click.BadParameter(f"{value!r} is not between 0 and 1000 frames per second.")
+    return rate.limit_denominator(1001)
+
+
+def _numbers(count: int, example: str) -> Callable[..., tuple[float, ...] | None]:
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+        if value is None:
+            return None
+        try:
+            numbers = tuple(float(number) for number in value.split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) != count or not all(abs(number) < 1e6 for number in numbers):
+            raise click.BadParameter(f"{value!r} is not {count} pixel numbers such as {example}.")
+        return numbers
+
+    return callback
+
+
+PREPARING = (
+    click.option("--size", callback=_size, default="832x480", show_default=True, help="Of the video."),
+    click.option(
+        "--fit",
+        type=click.Choice(["area", "crop", "pad", "stretch"]),
+        help="area: as many pixels as --size, in the picture's own shape; the others: exactly --size. "
+        "Default: area; with --compat kijai crop.",
+    ),
+    click.option("--rate", callback=_rate, help="Default: the clip's; official 30, kijai 16."),
+    click.option("--person", type=click.IntRange(min=1), help="Which one, from left to right."),
+    click.option(
+        "--point", callback=_numbers(2, "410,220"), metavar="X,Y", help="The person at that pixel."
+    ),
+    click.option(
+        "--box", callback=_numbers(4, "300,40,520,470"), metavar="X0,Y0,X1,Y1", help="The person in that box."
+    ),
+    click.option(
+        "--retarget",
+        type=click.Choice(["off", "official", "safe"]),
+        default="off",
+        show_default=True,
+        help="Give the movements the reference's proportions (mode animate).",
+    ),
+    click.option("--edited-reference", type=FILE, help="The reference, posed better, for its proportions."),
+    click.option("--edited-driving", type=FILE, help="The driving person, posed better."),
+    click.option("--detector", type=NETWORK, help="yolov10m.onnx. Without it, MediaPipe."),
+    click.option("--pose", type=NETWORK, help="ViTPose wholebody, an ONNX file or its folder."),
+    click.option("--sam2", type=NETWORK, help="SAM2 weights, .pt or .safetensors (mode replace)."),
+    click.option(
+        "--segmenter",
+        type=click.Choice(["auto", "sam2", "mediapipe", "box"]),
+        default="auto",
+        show_default=True,
+        help="Who makes the mask. box: the person's whole box.",
+    ),
+    click.option("--grow", type=int, help="Pixels that the mask grows. Default: 10."),
+    click.option("--block", type=int, help="Pixels of the mask's blocks, a multiple of 16. Default: 32."),
+    click.option("--fill", is_flag=True, help="Fill what the mask encloses."),
+    click.option(
+        "--compat",
+        type=click.Choice(["official", "kijai"]),
+        help="Rates, sizes, masks and face crops as the official code or the ComfyUI wrapper has them.",
+    ),
+    click.option("--hands/--no-hands", default=True, help="Draw the hands."),
+    click.option("--head/--no-head", default=True, help="Draw the head."),
+    click.option("--face/--no-face", default=True, help="Make the face clip."),
+    click.option("--face-padding", type=int, default=0, help="Pixels around the face."),
+    click.option("--keypoints", type=FILE, help="An edited keypoints.json: nobody is looked for."),
+)  # fmt: skip
+
+
+def preparing_options(function: Function) -> Function:
+    for option in reversed(PREPARING):
+        function = option(function)
+    return function
+
+
+@click.command(short_help="Prepare the clips of a job.")
+@click.argument("reference", type=FILE)
+@click.argument("clip", type=FILE)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="The folder to make.",
+)
+@click.option("--mode", type=click.Choice(["animate", "replace"]), default="animate", show_default=True)
+@preparing_options
+@click.option(
+    "--executor",
+    type=click.Choice(["auto", "onnxruntime", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="What runs the networks.",
+)
+@click.option("-y", "--overwrite", is_flag=True, help="Replace prepared clips that are there.")
+@command
+def preprocess(*, report: Report, reference: Path, clip: Path, output: Path, **options: Any) -> Any:
+    """Find the person in CLIP and make from it what REFERENCE is driven by.
+
+    \b
+    trt-wan preprocess character.png dance.mp4 -o prepared/
+    trt-wan preprocess character.png dance.mp4 -o prepared/ --mode replace --sam2 sam2.1_hiera_base_plus.pt
+
+    The folder gets src_ref.png, src_pose.mp4, src_face.mp4, for replace src_bg.mp4 and src_mask.mp4, a
+    preview.mp4 to look at, and keypoints.json, which can be edited and given back with --keypoints.
+    """
+    return prepare(report, reference, clip, output, **options)
+
+
+PREPARING_NAMES = {str(parameter.name) for parameter in preprocess.params} - {
+    *("reference", "clip", "output", "mode", "executor", "overwrite", "as_json", "quiet")
+}
+
+OF_A_MASK = ("sam2", "segmenter", "grow", "block", "fill")
+NOT_GIVEN = (None, False, "auto")
+
+
+def prepare(
+    report: Report, reference: Path, clip: Path, output: Path, *, executor: Any, **options: Any
+) -> tuple[Path, dict[str, Any]]:
+    """Makes the folder `output`; `options` are those of PREPARING, mode and overwrite."""
+    from trt_wan.preprocess.clips.artifacts import ALL
+    from trt_wan.preprocess.preprocess import preprocess as make
+    from trt_wan.preprocess.stages import Networks, open_stages
+
+    start = time.perf_counter()
+    if options["mode"] == "animate" and (
+        useless := [name for name in OF_A_MASK if options[name] not in NOT_GIVEN]
+    ):
+        raise UsageError(
+            f"In the mode animate there is no mask, so --{useless[0]} would do nothing.",
+            f"Leave out --{useless[0]}, or use --mode replace.",
+        )
+    names = ("detector", "pose", "sam2", "segmenter")
+    networks = Networks(**{name: options.pop(name) for name in names}, executor=executor)
+    job = _job(reference, clip, output, **options)
+    stages = open_stages(
+        networks, job.mode, job.compat, needs_people=job.needs_people, progress=report.progress
+    )
+    folder = make(job, stages, report.progress)
+    made = [str(folder / name) for name in ALL if (folder / name).exists()]
+    return folder, {"files": made, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def _job(
+    reference: Path,
+    clip: Path,
+    output: Path,
+    *,
+    person: int | None,
+    point: tuple[float, float] | None,
+    box: tuple[float, float, float, float] | None,
+    retarget: str,
+    grow: int | None,
+    block: int | None,
+    fill: bool,
+    compat: Any,
+    **options: Any,
+) -> "PreprocessJob":
+    from trt_wan.preprocess.people.person import Box
+    from trt_wan.preprocess.people.track import PersonChoice
+    from trt_wan.preprocess.pictures.masks import MaskShape
+    from trt_wan.preprocess.preprocess import PreprocessJob
+
+    if sum(choice is not None for choice in (person, point, box)) > 1:
+        raise UsageError(
+            "--person, --point and --box are three ways to say the same thing.", "Give one of them."
+        )
+    return PreprocessJob(
+        reference,
+        clip,
+        output,
+        compat=compat,
+        choice=PersonChoice(number=person, point=point, box=Box(*box) if box else None),
+        retarget=None if retarget == "off" else retarget,  # type: ignore[arg-type]  # click has checked it
+        mask=MaskShape(grow, block, fill, compat),
+        **options,
+    )
