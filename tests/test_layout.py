@@ -206,7 +206,8 @@ from trt_wan.engines import shape as plan
 from trt_wan.engines.store import graphs as store
 from trt_wan.engines import config
 files = [trt_wan.cli.main.__file__, trt_wan.runtime.pipeline.__file__, store.__file__]
-files += [find_spec(f"trt_wan.{name}").origin for name in ("build.export", "runtime.video.reader", "benchmarks")]
+names = ("build.export", "runtime.video.reader", "benchmarks")
+files += [find_spec(f"trt_wan.{name}").origin for name in names]
 print(store.graphs_folder(config.TINY, plan.Plan()).name, *files, len(trt_wan.__path__))
 """
 
