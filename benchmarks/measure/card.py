@@ -1,4 +1,4 @@
-"""The card a benchmark opens with: what machine it ran on, in which state, with which versions."""
+"""The card a benchmark opens with: the machine, its state and the versions of its packages."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """As nvidia-smi says it; text with its units, because drivers leave fields out ("[N/A]")."""
+    """Fields of nvidia-smi, as text with units, because drivers leave fields out ("[N/A]")."""
 
     name: str
     driver: str
@@ -74,6 +74,23 @@ class Card:
     def hardware(self) -> str:
         """The label of every table and plot."""
         return self.gpu.name if self.gpu else f"{self.cpu}, {self.cores} cores"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The lines of a table about this machine."""
+        gpu, found = self.gpu, []
+        quota = "" if self.cpu_quota is None else f" (of which the container may use {self.cpu_quota:g})"
+        if gpu is not None:
+            clocks = f"{gpu.clock_now} now, {gpu.clock_highest} at most, memory {gpu.memory_clock_highest}"
+            found = [
+                ("GPU", f"{gpu.name}, {gpu.memory}, driver {gpu.driver}"),
+                ("clocks", f"{clocks}; power limit {gpu.power_limit}, {gpu.temperature} °C"),
+            ]
+        host = f"{self.cpu}, {self.cores} cores{quota}, {self.memory_gb:.0f} GB, {self.system}"
+        return [
+            *found,
+            ("host", host),
+            ("versions", ", ".join(f"{name} {v}" for name, v in self.packages.items())),
+        ]
 
 
 def read_card() -> Card:

@@ -1,17 +1,18 @@
-"""Two results side by side: ratios with their spread. Results of different jobs are refused, since a ratio of
-theirs would say nothing.
+"""Two results side by side: ratios with their spread. Results of different jobs are refused: their ratio means
+nothing.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trt_wan.benchmarks.measure.repeat import REPEAT_SCHEMA
+from trt_wan.benchmarks.report.repeat import REPEAT_SCHEMA
 from trt_wan.benchmarks.report.result import OURS, SCHEMA
+from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
 from trt_wan.errors import InputError, UsageError
 
 RESAMPLES = 2000
@@ -31,7 +32,7 @@ class Ratio:
 
     @property
     def differs(self) -> bool | None:
-        """Whether 1 lies outside; None if that is not known."""
+        """Whether 1 lies outside; None for figures that were measured once."""
         return None if self.low is None or self.high is None else not self.low <= 1 <= self.high
 
 
@@ -43,9 +44,32 @@ class Comparison:
     ratios: list[Ratio]
     warnings: list[str]
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sheets(self) -> list[Sheet | str]:
+        def cells(row: Ratio) -> Row:
+            if row.low is None or row.high is None:
+                spread, verdict = "measured once", ""
+            else:
+                spread = f"{row.low:.3f} to {row.high:.3f}"
+                verdict = "differs" if row.differs else "no difference seen"
+            return (
+                row.name,
+                Figure(row.first),
+                Figure(row.second),
+                Figure(row.ratio, "times"),
+                spread,
+                verdict,
+            )
+
+        heads = (self.first, self.second, "second / first", "95 % of the ratio", "")
+        shown = Sheet("ratio", f"{self.shape}: seconds, bytes", heads, [cells(row) for row in self.ratios])
+        return [shown, *(f"Different {warning}" for warning in self.warnings)]
+
 
 def compare(first: Path, second: Path) -> Comparison:
-    """Raises InputError for files that are no results, UsageError for results of different jobs."""
+    """Raises InputError for files that are not results, UsageError for results of different jobs."""
     a, b = load(first), load(second)
     for key in SAME:
         values = [runs[0]["shape"][key] for runs in (a, b)]
@@ -56,8 +80,8 @@ def compare(first: Path, second: Path) -> Comparison:
             )
     shape = a[0]["shape"]
     warnings = [
-        f"{what}: {x} against {y}"
-        for what, x, y in (
+        f"{name}: {x} against {y}"
+        for name, x, y in (
             ("hardware", _hardware(a[0]), _hardware(b[0])),
             ("precision", a[0]["precision"], b[0]["precision"]),
             ("weights", a[0]["weights"], b[0]["weights"]),
@@ -103,7 +127,7 @@ def _ratios(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> l
 
 
 def _values(runs: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """Everything that was measured of a headline: every step, or one figure per run."""
+    """All measurements of a headline: every step, or one figure per run."""
     if name == f"{OURS} s/step":
         return [s for run in runs for seconds in run["steps"]["rounds"] for s in seconds]
     peers = [peer for run in runs for peer in run["peers"] if name == f"{peer['title']} s/step"]
@@ -113,7 +137,7 @@ def _values(runs: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def _ratio(name: str, first: Sequence[float], second: Sequence[float]) -> Ratio:
-    """Of the medians; the spread by resampling both (bootstrap), always with the same random numbers."""
+    """The ratio of the medians. Its spread comes from resampling both (bootstrap) with fixed random numbers."""
     a, b = np.asarray(first), np.asarray(second)
     ratio = float(np.median(b) / np.median(a))
     if len(a) < 3 or len(b) < 3:

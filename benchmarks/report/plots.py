@@ -1,30 +1,37 @@
-"""Plots of results, as PNG and SVG. Every one names its units and the hardware."""
+"""Plots as PNG and SVG: bars and points. Every plot names its units and the hardware."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from trt_wan.benchmarks.measure.quality import Quality
-from trt_wan.benchmarks.measure.sweep import Point, Sweep
-from trt_wan.benchmarks.report.result import OURS, Result
+from trt_wan.benchmarks.report.times import StepTimes
 
 INK, LEAST, EXCESS, OTHER = "#222222", "#1b6ca8", "#f2a65a", "#9aa5b1"
-ORDER = ("patch_embed", "attn_in", "attention", "attn_out", "fuser", "head", "sampler")
+GRID = "#dddddd"
+ORDER = ("patch_embed", "attn_in", "attention", "attn_out", "cross_attention", "ffn", "fuser", "head")
+NARROW = 0.04  # as a part of the longest bar: a narrower part has no figure of its own
+NEAR = 1.08  # points nearer than this in x share a label
 
 
-def draw(result: Result, folder: Path) -> list[Path]:
-    """Waterfall of a step, stages of a job, and seconds per step beside the peers'."""
-    figures = {"waterfall": waterfall(result), "stages": stages(result)}
-    if any(peer.ran for peer in result.peers):
-        figures["peers"] = peers(result)
-    return [path for name, figure in figures.items() for path in save(figure, folder / name)]
+@dataclass(frozen=True)
+class Bar:
+    """Parts side by side, each with its legend ("" for none), length and colour."""
+
+    parts: Sequence[tuple[str, float, str]]
+    text: str = ""
+    start: float = 0.0
+    spread: tuple[float, float] | None = None  # p10 and p90
+
+    @property
+    def end(self) -> float:
+        return self.start + sum(length for _, length, _ in self.parts)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -35,143 +42,102 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return paths
 
 
-def canvas(title: str, hardware: str, width: float = 9, height: float = 5) -> tuple[Figure, Axes]:
+def canvas(title: str, under: str, width: float = 9, height: float = 5) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     figure.suptitle(title, fontsize=13, fontweight="bold", color=INK)
-    lines = [fill(line, 110) for line in hardware.splitlines()]
-    axes.set_title("\n".join(lines), fontsize=9, color=INK)
+    axes.set_title("\n".join(fill(line, 100) for line in under.splitlines()), fontsize=9, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     return figure, axes
 
 
 def readable(value: float) -> str:
-    """Three figures, and no more of them than a plot has room for."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def waterfall(result: Result) -> Figure:
-    """Each network's time in a step on top of the one before; of each, the least it can take."""
-    steps = result.steps
+def bars(
+    title: str, under: str, groups: Mapping[str, Sequence[Bar]], x_label: str, line: float | None = None
+) -> Figure:
+    """Horizontal bars, one group per name. `line` is dashed across all of them."""
+    count = sum(len(group) for group in groups.values())
+    figure, axes = canvas(title, under, height=2.2 + 0.4 * count)
+    longest = max(bar.end for group in groups.values() for bar in group)
+    legends: dict[str, str] = {}
+    for i, group in enumerate(groups.values()):
+        thick = 0.8 / len(group)
+        for j, bar in enumerate(group):
+            y, left = i + (j - (len(group) - 1) / 2) * thick, bar.start
+            for name, length, colour in bar.parts:
+                legends[name] = colour
+                axes.barh(y, length, thick * 0.9, left=left, color=colour)
+                if len(bar.parts) > 2 and length > NARROW * longest:
+                    middle = (left + length / 2, y)
+                    axes.annotate(readable(length), middle, ha="center", va="center", fontsize=7)
+                left += length
+            if bar.spread is not None:
+                low, high = bar.spread
+                whiskers = [[bar.end - low], [high - bar.end]]
+                axes.errorbar(bar.end, y, xerr=whiskers, color=INK, capsize=3)
+            edge = max(bar.end, *(bar.spread or (0.0,)))
+            axes.annotate(bar.text, (edge, y), (5, 0), textcoords="offset points", va="center", fontsize=8)
+    for name, colour in legends.items():
+        if name:
+            axes.barh(0, 0, color=colour, label=name)
+    if any(legends):
+        figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
+    if line is not None:
+        axes.axvline(line, color=LEAST, linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(groups)), list(groups), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(longest, line or 0) * 1.25)
+    axes.set_xlabel(x_label)
+    return figure
+
+
+def waterfall(under: str, steps: StepTimes) -> Figure:
+    """Each network's time in a step beginning where the one before ends, with the least it can take."""
     by_name = {n.name: n for n in steps.networks}
-    names = [name for name in ORDER if name in by_name]
-    names += [name for name in by_name if name not in ORDER]
-    factor = 1e3
-    whole = steps.profiled_seconds
-    bound = f", lower bound {readable(steps.bound_seconds * factor)} ms" if steps.bound_seconds else ""
-    figure, axes = canvas(
-        f"One denoising step: {readable(steps.seconds.median * factor)} ms{bound}",
-        f"{result.title}\nlower bound: {steps.bound_about}\nbars: a step that is timed network by network, "
-        f"which takes {readable(whole * factor)} ms",
-    )
+    names = [name for name in ORDER if name in by_name] + [name for name in by_name if name not in ORDER]
+    groups: dict[str, list[Bar]] = {}
     top = 0.0
-    for x, name in enumerate(names):
-        seconds = by_name[name].seconds * factor
-        least = min(by_name[name].bound_seconds or 0.0, by_name[name].seconds) * factor
-        axes.bar(x, least, 0.7, top, color=LEAST)
-        axes.bar(x, seconds - least, 0.7, top + least, color=EXCESS)
-        axes.annotate(readable(seconds), (x, top + seconds), (0, 3), textcoords="offset points", ha="center")
+    for name in names:
+        network = by_name[name]
+        seconds = network.seconds * 1e3
+        least = min((network.bound_seconds or 0.0) * 1e3, seconds)
+        parts = (("least it can take", least, LEAST), ("beyond that", seconds - least, EXCESS))
+        groups[f"{name}, {network.calls} x"] = [Bar(parts, readable(seconds), top)]
         top += seconds
-    between = whole * factor - top
-    x = len(names)
-    axes.bar(x, between, 0.7, top, color=OTHER)
-    axes.annotate(
-        readable(between), (x, max(top, top + between)), (0, 3), textcoords="offset points", ha="center"
+    whole = steps.profiled_seconds * 1e3
+    groups["between networks"] = [Bar([("no network runs", whole - top, OTHER)], readable(whole - top), top)]
+    groups["whole step"] = [Bar([("", whole, INK)], readable(whole))]
+    bound = steps.bound_seconds * 1e3 if steps.bound_seconds else None
+    title = f"One denoising step: {readable(steps.seconds.median * 1e3)} ms"
+    return bars(
+        title + (f", lower bound {readable(bound)} ms" if bound else ""),
+        f"{under}\nlower bound: {steps.bound_about}\nbars: a step timed network by network, which takes "
+        f"{readable(whole)} ms",
+        groups,
+        "milliseconds of one step, added up",
+        bound,
     )
-    axes.bar(x + 1, whole * factor, 0.7, color=INK)
-    axes.annotate(
-        readable(whole * factor), (x + 1, whole * factor), (0, 3), textcoords="offset points", ha="center"
-    )
-    if steps.bound_seconds:
-        axes.axhline(steps.bound_seconds * factor, color=LEAST, linestyle="--", linewidth=1)
-    calls = [f"{name}\n{by_name[name].calls} x" for name in names]
-    axes.set_xticks(range(len(names) + 2), [*calls, "between\nnetworks", "whole\nstep"], fontsize=8)
-    axes.set_ylabel("milliseconds of one step, added up")
-    axes.set_ylim(0, max(top, whole * factor) * 1.12)
-    for colour, label in (
-        (LEAST, "least it can take"),
-        (EXCESS, "beyond that"),
-        (OTHER, "no network running"),
-    ):
-        axes.bar(0, 0, color=colour, label=label)
-    axes.legend(frameon=False, loc="upper left")
-    return figure
-
-
-def stages(result: Result) -> Figure:
-    """Seconds of every stage of a whole job, from a warm and from a cold start."""
-    jobs = [("warm start", result.warm, LEAST)]
-    if result.cold is not None:
-        jobs.append(("cold start", result.cold, EXCESS))
-    names = [name for name in result.warm.stages]
-    figure, axes = canvas(
-        f"A whole job: one window of {result.warm.frames} frames, {len(result.warm.steps)} steps",
-        result.title,
-        height=1.6 + 0.42 * len(names),
-    )
-    thick = 0.8 / len(jobs)
-    longest = max(max(job.stages.values()) for _, job, _ in jobs)
-    for j, (label, job, colour) in enumerate(jobs):
-        for i, name in enumerate(names):
-            seconds = job.stages.get(name, 0.0)
-            y = i + (j - (len(jobs) - 1) / 2) * thick
-            axes.barh(y, seconds, thick * 0.9, color=colour, label=label if i == 0 else None)
-            axes.annotate(
-                f"{seconds:.2f}", (seconds, y), (3, 0), textcoords="offset points", va="center", fontsize=8
-            )
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds")
-    axes.set_xlim(0, longest * 1.12)
-    if len(jobs) > 1:
-        axes.legend(frameon=False, loc="lower right")
-    return figure
-
-
-def peers(result: Result) -> Figure:
-    """Median seconds per step, with p10 and p90, ours first."""
-    rows = [(OURS, result.steps.seconds)]
-    rows += [(peer.title, peer.seconds) for peer in result.peers if peer.seconds is not None]
-    least = min(spread.count for _, spread in rows)
-    figure, axes = canvas(
-        f"Seconds per denoising step (median and p10 to p90 of {least} steps or more)",
-        result.title,
-        height=1.6 + 0.55 * len(rows),
-    )
-    for y, (name, spread) in enumerate(rows):
-        whiskers = [[spread.median - spread.p10], [spread.p90 - spread.median]]
-        colour = LEAST if name == OURS else OTHER
-        axes.barh(y, spread.median, 0.65, color=colour, xerr=whiskers, ecolor=INK, capsize=3)
-        text = f"{spread.median:.3g} s" + ("" if y == 0 else f"  ({spread.median / rows[0][1].median:.2f} x)")
-        axes.annotate(text, (spread.p90, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
-    if result.steps.bound_seconds:
-        axes.axvline(result.steps.bound_seconds, color=LEAST, linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds per step; dashed: the lower bound of ours")
-    axes.set_xlim(0, max(spread.p90 for _, spread in rows) * 1.22)
-    return figure
-
-
-Law = Callable[[float], float]
 
 
 def scaling(
     title: str,
-    hardware: str,
+    under: str,
     x_label: str,
-    series: Sequence[tuple[str, Sequence[tuple[float, float, str]]]],
-    law: tuple[str, Law] | None = None,
+    series: Mapping[str, Sequence[tuple[float, float, str]]],
+    law: tuple[str, Callable[[float], float]] | None = None,
 ) -> Figure:
-    """Seconds per step over something that grows, both axes logarithmic. Points are (x, seconds, label)."""
-    figure, axes = canvas(title, hardware)
-    colours = (LEAST, EXCESS)
-    for (name, points), colour in zip(series, colours, strict=False):
+    """Seconds per step over growing work, both axes logarithmic. Points are (x, seconds, label)."""
+    figure, axes = canvas(title, under)
+    for (name, points), colour in zip(series.items(), (LEAST, EXCESS), strict=False):
         xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
         axes.plot(xs, ys, "o", color=colour, label=name, markersize=6)
-    for k, (x, y, labels) in enumerate(_together([point for _, points in series for point in points])):
-        above = k % 2 == 0  # on both sides of a rising line
+    everything = sorted(point for points in series.values() for point in points)
+    for k, (x, y, labels) in enumerate(_together(everything)):
+        above = k % 2 == 0  # labels stand on both sides of a rising line
         axes.annotate(
             "\n".join(labels),
             (x, y),
@@ -180,33 +146,25 @@ def scaling(
             ha="right" if above else "left",
             va="bottom" if above else "top",
             fontsize=7.5,
-            color=INK,
         )
     if law is not None:
-        xs = sorted(x for _, points in series for x, _, _ in points)
-        ys = [law[1](x) for x in xs]
-        axes.plot(xs, ys, "--", color=INK, linewidth=1, label=law[0])
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+        xs = [x for x, _, _ in everything]
+        axes.plot(xs, [law[1](x) for x in xs], "--", color=INK, linewidth=1, label=law[0])
+    axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel="seconds per step, median")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
     axes.margins(0.12, 0.16)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel("seconds per step, median")
-    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axes.grid(True, which="major", color=GRID, linewidth=0.6)
     axes.legend(frameon=False, loc="upper left", fontsize=9)
     return figure
 
 
-NEAR = 1.08  # points nearer than this in x share a label
-
-
 def _together(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, list[str]]]:
-    """Points in the order of x, with those that lie on top of each other as one."""
+    """Points in the order of x; points on top of each other are one, with several labels."""
     found: list[tuple[float, float, list[str]]] = []
-    for x, y, label in sorted(points):
+    for x, y, label in points:
         if found and x <= found[-1][0] * NEAR:
             found[-1][2].append(label)
         else:
@@ -214,80 +172,18 @@ def _together(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, f
     return found
 
 
-def draw_sweep(sweep: Sweep, folder: Path) -> list[Path]:
-    """The scaling over work, with its law, and one plot of bars for each other axis."""
-    grown = [p for p in sweep.points if p.axis in ("size", "window") and p.seconds is not None]
-    found = []
-    if grown:
-        largest = max(p.flops for p in grown)
-        factor, unit = (1e15, "PFLOP") if largest >= 1e14 else (1e9, "GFLOP")
-        series = []
-        for axis in ("window", "size"):
-            placed = [
-                (p.flops / factor, p.seconds.median, p.label) for p in grown if p.axis == axis and p.seconds
-            ]
-            series.append((f"over the {axis}", placed))
-        shares = {p.flops: p.attention_share for p in grown}
-        rates, law = sweep.rates, sweep.law
-        dashed = (f"law: {law.text}", lambda x: law.seconds(x * factor)) if law else None
-        if rates:
-            ordered = sorted(shares)
-            dashed = (
-                f"law: {rates.text}",
-                lambda x: rates.seconds(
-                    x * factor, float(np.interp(x * factor, ordered, [shares[f] for f in ordered]))
-                ),
-            )
-        models = ", ".join(dict.fromkeys(p.shape.model for p in grown))
-        figure = scaling(
-            "Seconds per step over the work of a step",
-            f"{models}, {sweep.card.hardware}",
-            f"{unit} per step",
-            [row for row in series if row[1]],
-            dashed,
-        )
-        found += save(figure, folder / "scaling")
-    for axis, what in (("steps", "a whole job"), ("precision", "a step"), ("vram", "a step")):
-        points = [p for p in sweep.points if p.axis == axis and p.seconds is not None]
-        if points:
-            found += save(bars(f"Seconds of {what}", sweep.card.hardware, points), folder / f"sweep-{axis}")
-    return found
-
-
-def bars(title: str, hardware: str, points: Sequence[Point]) -> Figure:
-    """One bar per point of an axis, with its memory where that is known."""
-    figure, axes = canvas(title, f"{points[0].shape.title}, {hardware}", height=1.6 + 0.55 * len(points))
-    for y, point in enumerate(points):
-        assert point.seconds is not None
-        seconds, memory = point.seconds.median, point.peak_memory_bytes
-        axes.barh(y, seconds, 0.65, color=LEAST)
-        text = f"{seconds:.3g} s" + (f", {memory / 1e9:.1f} GB" if memory else "")
-        axes.annotate(text, (seconds, y), (5, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(range(len(points)), [point.label for point in points])
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds, median")
-    axes.set_xlim(0, max(p.seconds.median for p in points if p.seconds) * 1.25)
-    return figure
-
-
-def draw_quality(quality: Quality, folder: Path) -> list[Path]:
-    """Relative error of the velocity over the steps, ours and the noise floor."""
-    figure, axes = canvas(
-        f"Velocity against {quality.reference}, on equal latents",
-        f"{quality.shape.title}, {quality.card.hardware}; weights {quality.weights}",
-        height=4,
-    )
-    for row, colour in zip(quality.rows, (LEAST, OTHER), strict=False):
-        steps = range(1, len(row.velocity_errors) + 1)
-        same = "" if any(row.velocity_errors) else ": no difference"
-        axes.plot(steps, row.velocity_errors, "o-", color=colour, label=row.name + same)
-    errors = [error for row in quality.rows for error in row.velocity_errors if error]
-    if errors:
+def errors_by_step(title: str, under: str, rows: Mapping[str, Sequence[float]]) -> Figure:
+    """Relative errors over the steps, the error axis logarithmic."""
+    figure, axes = canvas(title, under, height=4)
+    for (name, errors), colour in zip(rows.items(), (LEAST, OTHER), strict=False):
+        label = name if any(errors) else f"{name}: no difference"
+        axes.plot(range(1, len(errors) + 1), errors, "o-", color=colour, label=label)
+    known = [error for errors in rows.values() for error in errors if error]
+    if known:
         axes.set_yscale("log")
-        axes.set_ylim(10 ** math.floor(math.log10(min(errors))), 10 ** math.ceil(math.log10(max(errors))))
-    axes.set_xticks(range(1, max(len(row.velocity_errors) for row in quality.rows) + 1))
-    axes.set_xlabel("denoising step")
-    axes.set_ylabel("relative error")
-    axes.grid(True, axis="y", color="#dddddd", linewidth=0.6)
+        axes.set_ylim(10 ** math.floor(math.log10(min(known))), 10 ** math.ceil(math.log10(max(known))))
+    axes.set_xticks(range(1, max(map(len, rows.values())) + 1))
+    axes.set(xlabel="denoising step", ylabel="relative error")
+    axes.grid(True, axis="y", color=GRID, linewidth=0.6)
     axes.legend(frameon=False)
-    return save(figure, folder / "quality")
+    return figure
