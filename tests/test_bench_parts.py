@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from trt_wan.benchmarks import bench
-from trt_wan.benchmarks.bench import with_graphs, workplace
 from trt_wan.benchmarks.measure import card, sweep
+from trt_wan.benchmarks.measure import workplace as places
 from trt_wan.benchmarks.measure.bound import (
     attention_rate,
     datasheet_rates,
@@ -24,21 +24,22 @@ from trt_wan.benchmarks.measure.bound import (
 )
 from trt_wan.benchmarks.measure.ceilings import Ceiling
 from trt_wan.benchmarks.measure.cost import calls, step_flops, works
-from trt_wan.benchmarks.measure.cost_law import bends, fit, fit_rates
+from trt_wan.benchmarks.measure.cost_law import fit_rates
 from trt_wan.benchmarks.measure.host_use import HostUse, _throttled, cpu_quota
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.monitor import Monitor, Sample, Usage
 from trt_wan.benchmarks.measure.processes import Child
-from trt_wan.benchmarks.measure.repeat import repeated, repeated_parts, to_json
 from trt_wan.benchmarks.measure.similarity import psnr, relative_error, ssim
 from trt_wan.benchmarks.measure.spread import Spread
-from trt_wan.benchmarks.measure.sweep import Point
+from trt_wan.benchmarks.measure.sweep import Ask, Point, Sweep, Times
+from trt_wan.benchmarks.measure.workplace import with_graphs, workplace
+from trt_wan.benchmarks.peers.contest import Contest, take_turns
 from trt_wan.benchmarks.peers.shape import Shape
-from trt_wan.benchmarks.report import plots
 from trt_wan.benchmarks.report.compare import compare
-from trt_wan.benchmarks.report.files import write_files
-from trt_wan.benchmarks.report.result import JobTimes, PeerTimes, Result, StepTimes
-from trt_wan.benchmarks.report.tables import console, render
+from trt_wan.benchmarks.report.repeat import Repeats
+from trt_wan.benchmarks.report.result import Result
+from trt_wan.benchmarks.report.sheet import as_line, console, tables, write
+from trt_wan.benchmarks.report.times import JobTimes, PeerTimes, StepTimes
 from trt_wan.engines.config import ANIMATE_14B
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import GraphError, InputError, TrtWanError, UsageError
@@ -141,14 +142,6 @@ def test_no_bound_is_claimed_where_a_rate_is_not_known() -> None:
     assert measured_rates(CEILINGS, None) is None
 
 
-def test_a_law_is_found_again() -> None:
-    flops = np.array([0.1, 0.4, 1.7, 6.6]) * 1e15
-    law = fit([(f, 1.5 * (f / 1e15) ** 1.08) for f in flops])
-    assert (law.seconds_per_petaflop, law.exponent) == (pytest.approx(1.5), pytest.approx(1.08))
-    points = [(1e15, 1.0), (2e15, 2.0), (4e15, 8.0), (4e15, 8.1)]
-    assert [b.exponent for b in bends(points)] == [pytest.approx(1), pytest.approx(2)]
-
-
 def test_rates_are_found_again() -> None:
     """Whatever the noise, no part of the law takes less than no time."""
     points = [
@@ -217,7 +210,7 @@ def test_ratios_say_what_differs(tmp_path: Path) -> None:
         ("b", made_result(2.35, seed=1)),
         ("c", made_result(2.20, seed=2)),
     ):
-        (tmp_path / name).write_text(result.to_json())
+        (tmp_path / name).write_text(as_line(result.to_dict()))
     same = {row.name: row for row in compare(tmp_path / "a", tmp_path / "b").ratios}
     faster = {row.name: row for row in compare(tmp_path / "a", tmp_path / "c").ratios}
     assert same["trt-wan s/step"].differs is False and faster["trt-wan s/step"].differs is True
@@ -227,8 +220,8 @@ def test_ratios_say_what_differs(tmp_path: Path) -> None:
 
 
 def test_different_jobs_are_not_compared(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(made_result(window=77).to_json())
-    (tmp_path / "b.json").write_text(made_result(window=81).to_json())
+    (tmp_path / "a.json").write_text(as_line(made_result(window=77).to_dict()))
+    (tmp_path / "b.json").write_text(as_line(made_result(window=81).to_dict()))
     (tmp_path / "c.json").write_text('{"schema": "something else"}')
     with pytest.raises(UsageError, match="a.json has the window 77, b.json 81"):
         compare(tmp_path / "a.json", tmp_path / "b.json")
@@ -237,15 +230,15 @@ def test_different_jobs_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_repeated_runs_show_their_spread_and_can_be_compared(tmp_path: Path) -> None:
-    results = [made_result(s, noise=0.0) for s in (2.30, 2.35, 2.42)]
-    rows = {row.name: row for row in repeated(results)}
+    repeats = Repeats([made_result(s, noise=0.0) for s in (2.30, 2.35, 2.42)])
+    rows = {row.name: row for row in repeats.headlines}
     assert rows["trt-wan s/step"].spread == pytest.approx(0.12 / 2.35) and not rows["trt-wan s/step"].steady
     assert rows["trt-wan whole job, warm"].steady
-    parts = {row.name: row for row in repeated_parts(results)}
+    parts = {row.name: row for row in repeats.parts}
     assert parts["process start, imports"].values == [1.0, 1.0, 1.0] and parts["weights"].median == 7.1
     assert parts["denoise, first step alone"].values == [2.30, 2.35, 2.42]
-    assert json.loads(to_json(results))["parts"][0]["name"] == "process start, imports"
-    (tmp_path / "three.json").write_text(to_json(results))
+    assert repeats.to_dict()["parts"][0]["name"] == "process start, imports"
+    (tmp_path / "three.json").write_text(as_line(repeats.to_dict()))
     ratios = {row.name: row for row in compare(tmp_path / "three.json", tmp_path / "three.json").ratios}
     assert ratios["trt-wan whole job, warm"].low == pytest.approx(1)
 
@@ -303,7 +296,7 @@ def test_measured_processes_keep_their_bytecode(
 
 
 def test_plots_are_named_and_labelled(tmp_path: Path) -> None:
-    paths = write_files(made_result(), tmp_path)
+    paths = write(made_result(), tmp_path)
     names = {path.name for path in paths}
     assert {"bench.json", "bench.csv", "waterfall.png", "stages.svg", "peers.svg"} <= names
     svg = (tmp_path / "waterfall.svg").read_text()
@@ -311,12 +304,12 @@ def test_plots_are_named_and_labelled(tmp_path: Path) -> None:
     assert "seconds" in (tmp_path / "peers.svg").read_text()
     lines = (tmp_path / "bench.csv").read_text().splitlines()
     assert any(line.startswith("step median,trt-wan,s,2.3") for line in lines)
-    assert any(line.startswith("network's bound in a step,attention,s,1.0") for line in lines)
+    assert any(line.startswith("network bound ms,attention,s,1.0") for line in lines)
 
 
 def test_tables_name_what_was_not_run(capsys: pytest.CaptureFixture[str]) -> None:
     result = dataclasses.replace(made_result(), work=[bench.work_row("attention", WORK, CALLS)])
-    console().print(render(result))
+    console().print(tables(result))
     shown = capsys.readouterr().err
     assert "NVIDIA H200" in shown and "not run: no checkout" in shown
     assert f"{result.steps.seconds.median:.3f}" in shown
@@ -325,40 +318,32 @@ def test_tables_name_what_was_not_run(capsys: pytest.CaptureFixture[str]) -> Non
 # Sweeps
 
 
-def test_a_sweep_fits_its_law_and_keeps_points_that_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def steps(spec: Any, n: int, env: Mapping[str, str]) -> Any:
-        plan = spec.shape.plan
+def test_a_sweep_fits_its_law_and_keeps_points_that_failed(tmp_path: Path) -> None:
+    def measured(ask: Ask, n: int, weights: str | None, progress: object) -> Times:
+        plan = ask.shape.plan
         if plan.frames == 161:
             raise TrtWanError("out of memory")
+        work, counts = works(ANIMATE_14B, plan), calls(ANIMATE_14B, plan, 1)
         flops = step_flops(ANIMATE_14B, plan)
-        seconds = 1.4 * (flops / 1e15) ** 1.05
+        attention = sum(w.attention * counts[name].step for name, w in work.items())
+        seconds = 0.01 + 1.1e-15 * (flops - attention) + 1.3e-15 * attention
         share = 0.3 + plan.tokens / 100_000
-        return [[seconds] * n], {"attention": seconds * share, "attn_in": seconds * (1 - share)}, 10**10
+        return [seconds] * n, {"attention": seconds * share, "attn_in": seconds * (1 - share)}, 10**10
 
-    monkeypatch.setattr(sweep, "_steps", steps)
-    monkeypatch.setattr(sweep, "workplace", lambda shape: FakePlace())
     asked = sweep.asks(
         Shape("14b", 832, 480, 77), {}, ("size", "window"), ("832x480", "1280x720"), (5, 33, 77, 161)
     )
-    result = sweep.run_sweep(asked, 3)
-    assert result.law is not None and result.law.exponent == pytest.approx(1.05)
+    result = sweep.run_sweep(asked, 3, measure=measured)
+    assert result.rates is not None and result.rates.fixed_seconds == pytest.approx(0.01)
+    assert result.rates.seconds_per_petaflop == pytest.approx(1.1)
+    assert result.rates.seconds_per_attention_petaflop == pytest.approx(1.3)
     assert [p.reason for p in result.points if p.seconds is None] == ["out of memory"]
-    assert all(b.exponent == pytest.approx(1.05) for b in result.bends)
     pair = sweep.crossing(result.points)
     assert pair is not None and (pair[0].tokens, pair[1].tokens) == (15600, 32760)
-    names = {path.name for path in sweep.write_sweep(result, tmp_path)}
+    names = {path.name for path in write(result, tmp_path)}
     assert {"sweep.json", "sweep.csv", "scaling.png", "scaling.svg"} <= names
     assert "PFLOP" in (tmp_path / "scaling.svg").read_text()
-
-
-class FakePlace:
-    def __enter__(self) -> tuple[dict[str, str], str]:
-        return {}, "clips"
-
-    def __exit__(self, *error: object) -> None:
-        pass
+    assert "sweep seconds,77 frames,s," in (tmp_path / "sweep.csv").read_text()
 
 
 def test_an_impossible_point_is_refused_before_anything_is_measured() -> None:
@@ -372,22 +357,22 @@ def test_bars_of_an_axis(tmp_path: Path) -> None:
         Point("vram", f"{gb} GB", shape, {}, 32760, 10**15, 0.5, Spread.of([s]), gb * 10**9)
         for gb, s in ((12, 2.7), (24, 2.5))
     ]
-    paths = plots.save(plots.bars("Seconds of a step", "NVIDIA H200", points), tmp_path / "vram")
-    assert "2.7 s, 12.0 GB" in paths[1].read_text()
+    write(Sweep(made_result().card, points, None, []), tmp_path)
+    assert "2.7 s, 12.0 GB" in (tmp_path / "sweep-vram.svg").read_text()
 
 
 # Processes
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
-def test_one_peer_at_a_time_has_its_weights(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_peer_at_a_time_has_its_weights(rounds: int) -> None:
     """Two of them do not fit on a GPU beside us."""
     awake: set[str] = set()
 
     class FakeChild:
         def __init__(self, module: str, arguments: Sequence[str], env: Mapping[str, str]) -> None:
             self.module = module
-            self.peer = module != bench.OURS_MODULE
+            self.peer = module != places.OURS_MODULE
             self._wake()
 
         def _wake(self) -> None:
@@ -412,11 +397,10 @@ def test_one_peer_at_a_time_has_its_weights(rounds: int, monkeypatch: pytest.Mon
         def __exit__(self, *error: Any) -> None:
             awake.discard(self.module)
 
-    monkeypatch.setattr(bench, "Child", FakeChild)
     shape = Shape("tiny", 64, 48, 13)
-    options = bench.Options(shape, rounds=rounds, peers=("diffusers_eager", "diffusers_fp8"))
-    spec = Spec(shape, "clips", 4)
-    ours, _, _, peers = bench._rounds(options, spec, {}, lambda event: None)
+    contest = Contest(rounds=rounds, peers=("diffusers_eager", "diffusers_fp8"))
+    make: Any = FakeChild
+    ours, _, _, peers = take_turns(contest, Spec(shape, "clips", 4), {}, lambda event: None, make)
     assert len(ours) == rounds and all(peer.ran and peer.rounds == [[1.0]] * rounds for peer in peers)
 
 
@@ -445,12 +429,19 @@ def test_a_child_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_refusal_in_a_child_is_a_refusal_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = json.dumps(
-        {"event": "failed", "code": "graph_unusable", "message": "No graphs.", "hint": "Build."}
+        {
+            "event": "failed",
+            "code": "graph_unusable",
+            "message": "No graphs.",
+            "hint": "Build.",
+            "command": ["build"],
+        }
     )
     with run_child(tmp_path, monkeypatch, f"print({line!r})") as child:
         with pytest.raises(GraphError) as caught:
             child.read()
     assert (caught.value.message, caught.value.hint) == ("No graphs.", "Build.")
+    assert caught.value.command == ("build",)
 
 
 def test_missing_graphs_are_built_by_the_command_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,18 +450,22 @@ def test_missing_graphs_are_built_by_the_command_that_is_named(monkeypatch: pyte
     class Done:
         returncode, stderr = 0, ""
 
-    monkeypatch.setattr(bench.subprocess, "run", lambda command, **options: ran.append(command) or Done())
+    monkeypatch.setattr(places.subprocess, "run", lambda command, **options: ran.append(command) or Done())
     attempts = count()
 
     def act() -> str:
         if not next(attempts):
-            raise GraphError("They are not built.", "Run: trt-wan build --model tiny --size 64x48 --window 5")
+            command = ("build", "--model", "tiny", "--size", "64x48", "--window", "5")
+            raise GraphError("They are not built.", "The cure, in words.", command)
         return "measured"
 
     assert with_graphs(act, lambda event: None) == "measured"
     assert ran == [[sys.executable, "-m", "trt_wan", *"build --model tiny --size 64x48 --window 5".split()]]
     with pytest.raises(GraphError, match="Damaged"):
-        with_graphs(lambda: (_ for _ in ()).throw(GraphError("Damaged.", "Update.")), lambda event: None)
+        with_graphs(
+            lambda: (_ for _ in ()).throw(GraphError("Damaged.", "Run: trt-wan rm everything")),
+            lambda event: None,
+        )
 
 
 def test_the_card_without_a_driver_and_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,18 +15,19 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
+from trt_wan.benchmarks.measure.processes import answering, say
 from trt_wan.benchmarks.measure.timed import TimedExecutor, timed
 from trt_wan.benchmarks.peers.child import WARM_UP
 from trt_wan.benchmarks.peers.shape import Shape
-from trt_wan.errors import Stopped, TrtWanError
+from trt_wan.errors import Stopped
 from trt_wan.runtime import pipeline
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone
 from trt_wan.runtime.job import Inputs, Job, Settings
@@ -59,6 +60,9 @@ class Spec:
     def from_json(text: str) -> "Spec":
         values = json.loads(text)
         return Spec(**{**values, "shape": Shape(**values["shape"])})
+
+    def with_steps(self, steps: int) -> "Spec":
+        return replace(self, steps=steps)
 
     def job(self) -> Job:
         return Job(
@@ -127,10 +131,6 @@ def watched(watch: Watch) -> AbstractContextManager[object]:
     return patch.object(pipeline, "open_job", watch.open)
 
 
-def say(event: str, **values: Any) -> None:
-    print(json.dumps({"event": event, **values}), file=STDOUT, flush=True)
-
-
 def run_job(spec: Spec) -> None:
     """Reads clips, denoises `steps` steps, writes a video beside the clips."""
     step_seconds: list[float] = []
@@ -178,7 +178,7 @@ def run_steps(spec: Spec) -> None:
         script.send(event)
 
     watch = Watch(on_step, watching=False)
-    with watched(watch):
+    with watched(watch), suppress(Stopped):
         for _ in stream_pieces(spec.job(), progress=watch.progress):
             raise AssertionError(f"{spec.steps} steps were too few")
 
@@ -259,18 +259,11 @@ def host_peak_bytes() -> int | None:
 
 
 MODES = {"job": run_job, "steps": run_steps}
-STDOUT = sys.stdout
 
 
 def main() -> None:
-    sys.stdout = sys.stderr  # stdout is for the harness; what a library prints is not for it
     mode, spec = sys.argv[1:]
-    try:
-        MODES[mode](Spec.from_json(spec))
-    except Stopped:
-        pass
-    except TrtWanError as error:
-        say("failed", code=error.code, message=error.message, hint=error.hint)
+    answering(lambda: MODES[mode](Spec.from_json(spec)))
 
 
 if __name__ == "__main__":

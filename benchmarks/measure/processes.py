@@ -1,4 +1,7 @@
-"""Child processes that answer line by line: how everything that is measured is kept from everything else."""
+"""Measured processes, which answer in lines of JSON on stdout: `Child` asks, `say` and `answering` answer.
+
+One measurement per process keeps it from every other.
+"""
 
 import json
 import subprocess
@@ -6,23 +9,40 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from trt_wan.errors import TrtWanError
 
-PATIENCE = 900  # seconds for one answer: a 14B that is compiled takes minutes
+PATIENCE = 900  # seconds for one answer: compiling a 14B takes minutes
+STDOUT = sys.stdout
+
+
+def say(event: str, **values: Any) -> None:
+    """Answers the harness."""
+    print(json.dumps({"event": event, **values}), file=STDOUT, flush=True)
+
+
+def answering(act: Callable[[], object]) -> None:
+    """Runs `act` as a measured process: a TrtWanError is an answer, and libraries print to stderr."""
+    sys.stdout = sys.stderr
+    try:
+        act()
+    except TrtWanError as error:
+        say("failed", code=error.code, message=error.message, hint=error.hint, command=error.command)
 
 
 def refusal(answer: Mapping[str, Any]) -> TrtWanError:
-    """Another process's error as it was raised there, so that a user's mistake stays one."""
+    """The error another process raised: a user's mistake there is one here."""
     kinds = {kind.code: kind for kind in TrtWanError.__subclasses__()}
-    return kinds.get(answer["code"], TrtWanError)(answer["message"], answer["hint"])
+    return kinds.get(answer["code"], TrtWanError)(
+        answer["message"], answer["hint"], tuple(answer.get("command", ()))
+    )
 
 
 class Child:
-    """A module of ours in a Python of its own: lines in, lines of JSON out, stderr kept for when it fails."""
+    """A module in a new Python: lines in, lines of JSON out. stderr is kept for failures."""
 
     def __init__(
         self, module: str, arguments: Sequence[str], env: Mapping[str, str], patience: float = PATIENCE
@@ -40,9 +60,9 @@ class Child:
         )
 
     def read(self) -> dict[str, Any]:
-        """The next line of JSON. TrtWanError if there is none, with the end of what it wrote to stderr.
+        """Returns the next line of JSON. Raises TrtWanError with the end of stderr if the process ends first.
 
-        Lines that are none are passed over: libraries in C print what they like.
+        Other lines are skipped: libraries in C print to stdout.
         """
         assert self._process.stdout is not None
         watchdog = threading.Timer(self.patience, self._process.kill)
@@ -78,7 +98,7 @@ class Child:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Its stdin ends, which ends it; after an error it is ended at once."""
+        """Closes its stdin, which ends the process; after an error it is killed."""
         assert self._process.stdin is not None and self._process.stdout is not None
         if error is not None:
             self._process.kill()

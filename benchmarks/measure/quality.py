@@ -12,20 +12,24 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from trt_wan.benchmarks.bench import with_graphs, workplace
 from trt_wan.benchmarks.measure.card import Card, read_card
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.processes import Child
 from trt_wan.benchmarks.measure.record_velocities import Recording
 from trt_wan.benchmarks.measure.similarity import psnr, relative_error, ssim
+from trt_wan.benchmarks.measure.workplace import with_graphs, workplace
 from trt_wan.benchmarks.peers.shape import Shape
+from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
 from trt_wan.engines.choice.candidates import CANDIDATES
 from trt_wan.errors import TrtWanError
 from trt_wan.runtime.events import Note, Progress, silent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Plot
 
 QUALITY_SCHEMA = "trt-wan-bench-quality/1"
 REFERENCE = {"precision": "bf16", "tier": "exact"}
@@ -54,12 +58,32 @@ class Quality:
     rows: list[QualityRow]  # ours, then the noise floor where there is another kernel
     not_measured: list[str]
     schema: str = QUALITY_SCHEMA
+    stem: ClassVar[str] = "quality"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+    def sheets(self) -> list[Sheet | str]:
+        def cells(row: QualityRow) -> Row:
+            errors = row.velocity_errors
+            steps = ", ".join(f"{e:.1e}" for e in errors)
+            frames = ("equal" if row.psnr is None else Figure(row.psnr), Figure(row.ssim))
+            lpips = "not measured" if row.lpips is None else Figure(row.lpips, "times")
+            return row.name, Figure(max(errors), "error"), steps, *frames, lpips
+
+        heads = ("velocity, worst", "by step", "PSNR dB", "SSIM", "LPIPS")
+        title = f"Against {self.reference}: {self.shape.title}, seed {self.seed}, {self.card.hardware}"
+        shown = Sheet("quality", title, heads, [cells(row) for row in self.rows])
+        return [shown, f"Weights: {self.weights}.", *(f"Not measured: {x}" for x in self.not_measured)]
+
+    def draw(self) -> "Mapping[str, Plot]":
+        """Relative error of the velocity over the steps, ours and the noise floor."""
+        from trt_wan.benchmarks.report.plots import errors_by_step
+
+        title = f"Velocity against {self.reference}, on equal latents"
+        under = f"{self.shape.title}, {self.card.hardware}; weights {self.weights}"
+        rows = {row.name: row.velocity_errors for row in self.rows}
+        return {"quality": errors_by_step(title, under, rows)}
 
 
 def measure_quality(
@@ -166,15 +190,3 @@ def _lpips(first: str, second: str, not_measured: list[str]) -> float | None:
     if reason not in not_measured:
         not_measured.append(reason)
     return None
-
-
-def write_quality(quality: Quality, folder: Path) -> list[Path]:
-    """quality.json, and the errors over the steps where matplotlib is installed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    document = folder / "quality.json"
-    document.write_text(quality.to_json() + "\n")
-    try:
-        from trt_wan.benchmarks.report.plots import draw_quality
-    except ModuleNotFoundError:
-        return [document]
-    return [document, *draw_quality(quality, folder)]

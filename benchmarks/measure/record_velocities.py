@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.benchmarks.measure.forwarding import ForwardingExecutor
-from trt_wan.benchmarks.measure.measured_process import Spec, say
+from trt_wan.benchmarks.measure.measured_process import Spec
+from trt_wan.benchmarks.measure.processes import answering, say
 from trt_wan.engines.contract import Network
-from trt_wan.errors import Stopped, TrtWanError
+from trt_wan.errors import Stopped
 from trt_wan.runtime import pipeline
 from trt_wan.runtime.events import Event, Note, Progress, StepDone
 from trt_wan.runtime.executors import Array, Executor
@@ -117,11 +118,7 @@ def record(recording: Recording) -> None:
 
 
 def main() -> None:
-    sys.stdout = sys.stderr
-    try:
-        record(Recording.from_json(sys.argv[1]))
-    except TrtWanError as error:
-        say("failed", code=error.code, message=error.message, hint=error.hint)
+    answering(lambda: record(Recording.from_json(sys.argv[1])))
 
 
 if __name__ == "__main__":

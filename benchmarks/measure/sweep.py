@@ -6,32 +6,32 @@ point with a reason.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trt_wan.benchmarks.bench import (
-    OURS_MODULE,
-    Rounds,
-    measure_job,
-    with_graphs,
-    workplace,
-)
+import numpy as np
+
 from trt_wan.benchmarks.measure.card import Card, read_card
 from trt_wan.benchmarks.measure.cost import calls, step_flops, works
-from trt_wan.benchmarks.measure.cost_law import Bend, PowerLaw, RateLaw, bends, fit, fit_rates
-from trt_wan.benchmarks.measure.measured_process import Spec, most_steps
-from trt_wan.benchmarks.measure.monitor import Monitor
-from trt_wan.benchmarks.measure.processes import Child
+from trt_wan.benchmarks.measure.cost_law import RateLaw, fit_rates
+from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.spread import Spread
+from trt_wan.benchmarks.measure.workplace import measure_job, measure_steps, with_graphs, workplace
 from trt_wan.benchmarks.peers.shape import Shape
+from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
 from trt_wan.errors import TrtWanError
 from trt_wan.runtime.events import Note, Progress, silent
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Plot
+
+RANDOM = "random"
+Times = tuple[Sequence[float], Mapping[str, float], int | None]  # seconds, seconds by network, peak bytes
 SWEEP_SCHEMA = "trt-wan-bench-sweep/1"
 Axis = Literal["size", "window", "steps", "precision", "vram"]
+GROWING: tuple[Axis, ...] = ("window", "size")
 AXES: tuple[Axis, ...] = ("size", "window", "steps", "precision", "vram")
 SIZES = ("832x480", "480x832", "640x640", "1280x720", "720x1280")
 WINDOWS = (5, 17, 33, 49, 77, 101, 129, 161)
@@ -72,16 +72,100 @@ class Sweep:
     card: Card
     points: list[Point]
     rates: RateLaw | None  # over sizes and windows
-    errors: list[float]  # of it at each of those points, relative
-    law: PowerLaw | None  # the same points as one power
-    bends: list[Bend]
+    errors: list[float]  # of the law at each of those points, relative
+    weights: str = RANDOM
     schema: str = SWEEP_SCHEMA
+    stem: ClassVar[str] = "sweep"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+    @property
+    def grown(self) -> list[Point]:
+        """The measured points over sizes and windows."""
+        return [p for p in self.points if p.axis in GROWING and p.seconds is not None]
+
+    def sheets(self) -> list[Sheet | str]:
+        heads = (
+            "axis",
+            "tokens",
+            "PFLOP",
+            "attention",
+            "seconds",
+            "p10",
+            "p90",
+            "TFLOP/s",
+            "times the law",
+            "memory",
+        )
+        found: list[Sheet | str] = [
+            Sheet(
+                "sweep",
+                f"Sweep, {self.card.hardware}; weights {self.weights}",
+                heads,
+                [self._row(p) for p in self.points],
+            )
+        ]
+        if self.rates is not None:
+            worst = max(abs(error) for error in self.errors)
+            found.append(f"Cost law over sizes and windows: {self.rates.text}; off by {worst:.1%} at most")
+        if (pair := crossing(self.points)) is not None:
+            found.append(f"Attention takes most of a step from {pair[1].label} on ({pair[1].tokens} tokens).")
+        return found
+
+    def _row(self, p: Point) -> Row:
+        work = (Figure(p.tokens, "count"), Figure(p.flops, "PFLOP"), Figure(p.attention_share, "%"))
+        if p.seconds is None:
+            return p.label, p.axis, *work, f"not measured: {p.reason}", "", "", "", "", ""
+        s, law = p.seconds, self.rates if p.axis in GROWING else None
+        times = Figure(s.median / law.seconds(p.flops, p.attention_share), "times") if law else ""
+        spread = (Figure(s.median, "s"), Figure(s.p10, "s"), Figure(s.p90, "s"))
+        rate = Figure(p.flops / s.median, "TFLOP/s")
+        return p.label, p.axis, *work, *spread, rate, times, Figure(p.peak_memory_bytes, "GB")
+
+    def draw(self) -> "Mapping[str, Plot]":
+        """The scaling over work, with its law, and one plot of bars for each other axis."""
+        from trt_wan.benchmarks.report import plots
+
+        drawn: dict[str, Plot] = {}
+        if grown := self.grown:
+            factor, unit = (1e15, "PFLOP") if max(p.flops for p in grown) >= 1e14 else (1e9, "GFLOP")
+            series = {
+                f"over the {axis}": [
+                    (p.flops / factor, p.seconds.median, p.label)
+                    for p in grown
+                    if p.axis == axis and p.seconds
+                ]
+                for axis in GROWING
+            }
+            shares, law = {p.flops: p.attention_share for p in grown}, self.rates
+            ordered = sorted(shares)
+
+            def dashed(x: float) -> float:
+                assert law is not None
+                share = float(np.interp(x * factor, ordered, [shares[f] for f in ordered]))
+                return law.seconds(x * factor, share)
+
+            models = ", ".join(dict.fromkeys(p.shape.model for p in grown))
+            drawn["scaling"] = plots.scaling(
+                "Seconds per step over the work of a step",
+                f"{models}, {self.card.hardware}",
+                f"{unit} per step",
+                {name: points for name, points in series.items() if points},
+                (f"law: {law.text}", dashed) if law else None,
+            )
+        for axis, subject in (("steps", "a whole job"), ("precision", "a step"), ("vram", "a step")):
+            points = [p for p in self.points if p.axis == axis and p.seconds is not None]
+            groups = {}
+            for p in points:
+                assert p.seconds is not None
+                memory = f", {p.peak_memory_bytes / 1e9:.1f} GB" if p.peak_memory_bytes else ""
+                text = f"{p.seconds.median:.3g} s{memory}"
+                groups[p.label] = [plots.Bar([("", p.seconds.median, plots.LEAST)], text)]
+            if points:
+                under = f"{points[0].shape.title}, {self.card.hardware}"
+                drawn[f"sweep-{axis}"] = plots.bars(f"Seconds of {subject}", under, groups, "seconds, median")
+        return drawn
 
 
 def asks(
@@ -118,74 +202,63 @@ def asks(
 
 
 def run_sweep(
-    points: Sequence[Ask], steps: int, weights: str | None = None, progress: Progress = silent
+    points: Sequence[Ask],
+    steps: int,
+    weights: str | None = None,
+    progress: Progress = silent,
+    measure: Callable[[Ask, int, str | None, Progress], Times] | None = None,
 ) -> Sweep:
-    """`steps` are timed at each point. Points that ask for the same are measured once."""
+    """Times `steps` at each point. Points that ask for the same are measured once."""
     known: dict[str, Point] = {}
     found = []
     for ask in points:
         key = json.dumps([asdict(ask.shape), dict(ask.settings), ask.job_steps], sort_keys=True)
         if key not in known:
-            known[key] = _point(ask, steps, weights, progress)
-        same = known[key]
-        found.append(Point(**{**_fields(same), "axis": ask.axis, "label": ask.label}))
+            known[key] = _point(ask, steps, weights, progress, measure or _measured)
+        found.append(replace(known[key], axis=ask.axis, label=ask.label))
     grown = sorted(
-        {
-            (p.flops, p.attention_share, p.seconds.median)
-            for p in found
-            if p.seconds and p.axis in ("size", "window")
-        }
+        {(p.flops, p.attention_share, p.seconds.median) for p in found if p.seconds and p.axis in GROWING}
     )
-    measured = [(flops, seconds) for flops, _, seconds in grown]
-    amounts = len({flops for flops, _ in measured})
+    amounts = len({flops for flops, _, _ in grown})
     rates = fit_rates(grown) if amounts > RATES else None
     errors = [seconds / rates.seconds(flops, share) - 1 for flops, share, seconds in grown] if rates else []
-    law = fit(measured) if amounts > 1 else None
-    return Sweep(read_card(), found, rates, errors, law, bends(measured))
+    return Sweep(read_card(), found, rates, errors, weights or RANDOM)
 
 
-def _fields(point: Point) -> dict[str, Any]:
-    return {name: getattr(point, name) for name in point.__dataclass_fields__}
-
-
-def _point(ask: Ask, steps: int, weights: str | None, progress: Progress) -> Point:
+def _point(
+    ask: Ask,
+    steps: int,
+    weights: str | None,
+    progress: Progress,
+    measure: Callable[[Ask, int, str | None, Progress], Times],
+) -> Point:
     config, plan = ask.shape.config, ask.shape.plan
     table, counts = works(config, plan), calls(config, plan, 1)
     flops = step_flops(config, plan)
     share = sum(w.attention * counts[name].step for name, w in table.items()) / flops
-    times = ask.job_steps or 1
-    about = (ask.axis, ask.label, ask.shape, ask.settings, plan.tokens, flops * times, share)
+    about = (ask.axis, ask.label, ask.shape, ask.settings, plan.tokens, flops * (ask.job_steps or 1), share)
     try:
-        with workplace(ask.shape) as (env, clips):
-            spec = Spec(ask.shape, clips, ask.job_steps or 1, dict(ask.settings), weights)
-            if ask.job_steps:
-                job, _ = with_graphs(lambda: measure_job(spec, env), progress)
-                point = Point(*about, Spread.of([job.seconds]), job.usage.peak_memory_bytes)
-            else:
-                rounds, networks, peak = with_graphs(lambda: _steps(spec, steps, env), progress)
-                point = Point(*about, Spread.of(sum(rounds, [])), peak, networks)
+        seconds, networks, peak = measure(ask, steps, weights, progress)
     except TrtWanError as error:
         progress(Note(f"{ask.axis} {ask.label}: not measured: {error.message}"))
         return Point(*about, None, reason=error.message)
-    assert point.seconds is not None
-    progress(Note(f"{ask.axis} {ask.label}: {point.seconds.median:.4g} s"))
+    point = Point(*about, Spread.of(seconds), peak, networks)
+    progress(Note(f"{ask.axis} {ask.label}: {Spread.of(seconds).median:.4g} s"))
     return point
 
 
-def _steps(spec: Spec, steps: int, env: Mapping[str, str]) -> tuple[Rounds, dict[str, float], int | None]:
-    most = most_steps(1, steps)
-    whole = Spec(spec.shape, spec.clips, most, spec.settings, spec.weights)
-    with Monitor.open() as monitor, Child(OURS_MODULE, ["steps", whole.to_json()], env) as child:
-        child.read()
-        answer = child.ask(str(steps))
-        profile = child.ask("")
-    networks = {row["name"]: float(row["seconds"]) for row in profile["networks"]}
-    return [answer["seconds"]], networks, monitor.usage().peak_memory_bytes
+def _measured(ask: Ask, steps: int, weights: str | None, progress: Progress) -> Times:
+    with workplace(ask.shape) as (env, clips):
+        spec = Spec(ask.shape, clips, ask.job_steps or 1, dict(ask.settings), weights)
+        if ask.job_steps:
+            job, _ = with_graphs(lambda: measure_job(spec, env), progress)
+            return [job.seconds], {}, job.usage.peak_memory_bytes
+        return with_graphs(lambda: measure_steps(spec, steps, env), progress)
 
 
 def crossing(points: Sequence[Point]) -> tuple[Point, Point] | None:
     """The neighbours over windows and sizes between which attention begins to take more than all the rest."""
-    timed = [p for p in points if p.networks and p.axis in ("size", "window")]
+    timed = [p for p in points if p.networks and p.axis in GROWING]
     ordered = sorted(timed, key=lambda p: p.flops)
 
     def mostly_attention(point: Point) -> bool:
@@ -195,25 +268,3 @@ def crossing(points: Sequence[Point]) -> tuple[Point, Point] | None:
         if not mostly_attention(before) and mostly_attention(after):
             return before, after
     return None
-
-
-def write_sweep(sweep: Sweep, folder: Path) -> list[Path]:
-    """sweep.json, sweep.csv, and plots where matplotlib is installed."""
-    import csv
-
-    folder.mkdir(parents=True, exist_ok=True)
-    document, rows = folder / "sweep.json", folder / "sweep.csv"
-    document.write_text(sweep.to_json() + "\n")
-    with rows.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("axis", "point", "tokens", "FLOP", "seconds", "p10", "p90", "peak bytes", "reason"))
-        for p in sweep.points:
-            figures = (p.seconds.median, p.seconds.p10, p.seconds.p90) if p.seconds else ("", "", "")
-            writer.writerow(
-                (p.axis, p.label, p.tokens, p.flops, *figures, p.peak_memory_bytes or "", p.reason)
-            )
-    try:
-        from trt_wan.benchmarks.report.plots import draw_sweep
-    except ModuleNotFoundError:
-        return [document, rows]
-    return [document, rows, *draw_sweep(sweep, folder)]

@@ -1,4 +1,4 @@
-"""The preprocessing measured from its networks to the whole command; each thing in a process of its own."""
+"""The preprocessing measured from its networks to the whole command, each in its own process."""
 
 import json
 import os
@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trt_wan import __version__
-from trt_wan.benchmarks.bench import with_graphs
 from trt_wan.benchmarks.measure.card import read_card
+from trt_wan.benchmarks.measure.graph_flops import file_flops
 from trt_wan.benchmarks.measure.monitor import Monitor, Usage
 from trt_wan.benchmarks.measure.processes import Child, refusal
 from trt_wan.benchmarks.measure.sample_clips import write_driving, write_reference
 from trt_wan.benchmarks.measure.spread import Spread
-from trt_wan.benchmarks.preprocess import random_networks, tiny_sam2
+from trt_wan.benchmarks.measure.workplace import with_graphs
 from trt_wan.benchmarks.preprocess.child import MOST_FRAMES, Spec, What
-from trt_wan.benchmarks.preprocess.parts import PARTS
-from trt_wan.benchmarks.preprocess.random_networks import ModelName, RandomNetwork
 from trt_wan.benchmarks.preprocess.result import (
     InsideTime,
     NetworkTimes,
@@ -30,7 +28,8 @@ from trt_wan.benchmarks.preprocess.result import (
     PreprocessResult,
     WholeTimes,
 )
-from trt_wan.errors import TrtWanError
+from trt_wan.errors import TrtWanError, UsageError
+from trt_wan.preprocess.clips.artifacts import KEYPOINTS
 from trt_wan.preprocess.stages import Executor
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.video.reader import Clip
@@ -41,11 +40,10 @@ Modes = Literal["animate", "replace", "both"]
 
 @dataclass(frozen=True)
 class Options:
-    """Networks that are None are random; without a clip it is the sample's, of that many frames."""
+    """The user's files. The default clip is the sample's, `frames` long. SAM2 is for the mode replace."""
 
-    model: ModelName | None = None  # of random networks; None: what suits the machine
-    detector: Path | None = None
-    pose: Path | None = None
+    detector: Path
+    pose: Path
     sam2: Path | None = None
     clip: Path | None = None
     size: tuple[int, int] = (832, 480)
@@ -54,36 +52,24 @@ class Options:
     mode: Modes = "both"
     repeat: int = 5
 
+    def __post_init__(self) -> None:
+        if self.mode == "replace" and self.sam2 is None:
+            raise UsageError("The mode replace needs SAM2.", "Add --sam2 FILE, or use --mode animate.")
+
     @property
     def modes(self) -> tuple[What, ...]:
-        return ("animate", "replace") if self.mode == "both" else (self.mode,)
+        if self.mode == "both":
+            return ("animate", "replace") if self.sam2 else ("animate",)
+        return (self.mode,)
 
     @property
-    def networks(self) -> tuple[What, ...]:
-        """SAM2 has nothing to do in the mode animate."""
-        return ("detector", "pose") if self.mode == "animate" else ("detector", "pose", "sam2")
-
-
-@dataclass(frozen=True)
-class Networks:
-    """Files by name; FLOPs of a frame where they are known; which are random."""
-
-    files: Mapping[str, Path]
-    flops: Mapping[str, int | None]
-    random: tuple[str, ...]
-
-    def model(self, name: str) -> str:
-        """What a random network is made like; of another, its file."""
-        file = self.files[name]
-        return file.parent.name.rpartition("-")[0] if name in self.random else file.name
-
-    def source(self, name: str) -> str:
-        return f"{self.model(name)}, random weights" if name in self.random else str(self.files[name])
+    def files(self) -> dict[What, Path]:
+        files: dict[What, Path] = {"detector": self.detector, "pose": self.pose}
+        return files | ({"sam2": self.sam2} if self.sam2 and "replace" in self.modes else {})
 
 
 def run_bench(options: Options, progress: Progress = silent) -> PreprocessResult:
     card = read_card()
-    model = options.model or ("full" if card.gpu else "tiny")
     not_measured: list[str] = []
     with tempfile.TemporaryDirectory(prefix="trt-wan-bench-") as temporary:
         folder = Path(temporary)
@@ -91,44 +77,50 @@ def run_bench(options: Options, progress: Progress = silent) -> PreprocessResult
         reference = write_reference(folder / "reference.png", *options.size)
         with Clip(clip) as opened:
             frames, size = opened.frames, (opened.width, opened.height)
-        networks = _networks(options, model, size[0] / size[1], progress)
         progress(Note(f"{card.hardware}; {frames} frames, {size[0]}x{size[1]}"))
+        joints = folder / options.modes[0] / KEYPOINTS
 
         def spec(what: What) -> Spec:
-            files = {"sam2": ""} | {name: str(path) for name, path in networks.files.items()}
-            places = {"clip": str(clip), "reference": str(reference), "output": str(folder / what)}
             return Spec(
-                what, **files, **places, size=options.size, executor=options.executor, repeat=options.repeat
+                what,
+                clip=str(clip),
+                reference=str(reference),
+                output=str(folder / what),
+                detector=str(options.detector),
+                pose=str(options.pose),
+                sam2=str(options.sam2 or ""),
+                keypoints=str(joints),
+                size=options.size,
+                executor=options.executor,
+                repeat=options.repeat,
             )
 
-        def measured(what: What) -> _Measured:
-            return with_graphs(lambda: _measured(spec(what)), progress, (tiny_sam2.SELF,))
+        def measured(what: What, about: str) -> _Measured:
+            progress(Note(about))
+            return with_graphs(lambda: _measured(spec(what)), progress)
 
-        timed: list[NetworkTimes] = []
-        for what in options.networks:
-            progress(Note(f"{what}: {networks.files[what].name}"))
-            found = measured(what)
-            timed.append(_network_times(what, networks, found))
         whole = []
-        for what in options.modes:
-            progress(Note(f"a whole preprocessing, mode {what}, stages opened"))
-            steady = measured(what)
-            progress(Note(f"the whole command, mode {what}"))
-            whole.append(_whole_times(what, steady, _commands(spec(what))))
-            not_measured += [f"part {name} of {what}: no such function" for name in steady.end["missing"]]
+        for mode in options.modes:
+            steady = measured(mode, f"a whole preprocessing, mode {mode}, stages opened")
+            progress(Note(f"the whole command, mode {mode}"))
+            whole.append(_whole_times(mode, steady, _commands(spec(mode))))
+        networks = []
+        for name, path in options.files.items():  # after the whole ones, whose joints SAM2 is prompted with
+            networks.append(_network_times(name, path, measured(name, f"{name}: {path.name}")))
     if card.gpu is None:
         not_measured.append("device memory: no GPU driver")
     if frames > MOST_FRAMES:
         not_measured.append(f"networks on more than the first {MOST_FRAMES} frames")
+    if options.mode == "both" and options.sam2 is None:
+        not_measured.append("SAM2 and the mode replace: no --sam2")
     return PreprocessResult(
-        sources={name: networks.source(name) for name in networks.files},
-        random=[networks.model(name) for name in networks.random],
+        sources={str(name): str(path) for name, path in options.files.items()},
         clip=str(options.clip) if options.clip else "the sample, scaled, back and forth",
         frames=frames,
         size=size,
         executor=options.executor,
         card=card,
-        networks=timed,
+        networks=networks,
         whole=whole,
         not_measured=not_measured,
         version=__version__,
@@ -136,38 +128,17 @@ def run_bench(options: Options, progress: Progress = silent) -> PreprocessResult
     )
 
 
-def _networks(options: Options, model: ModelName, aspect: float, progress: Progress) -> Networks:
-    given = {"detector": options.detector, "pose": options.pose, "sam2": options.sam2}
-    given = {name: path for name, path in given.items() if name in options.networks}
-    make = {
-        "detector": lambda: random_networks.random_detector(model, progress),
-        "pose": lambda: random_networks.random_pose(model, aspect, progress),
-        "sam2": lambda: random_networks.random_sam2(model, progress),
-    }
-    found = {name: RandomNetwork(path, None) if path else make[name]() for name, path in given.items()}
-    return Networks(
-        {name: network.path for name, network in found.items()},
-        {name: network.flops for name, network in found.items()},
-        tuple(name for name, path in given.items() if path is None),
-    )
-
-
 @dataclass(frozen=True)
 class _Measured:
-    """What a child said."""
+    """The answers of one child."""
 
     opened: dict[str, Any]
     passes: list[dict[str, Any]]  # the warm-up first
     end: dict[str, Any]
     usage: Usage
 
-    def spread(self, key: str) -> Spread | None:
-        values = [run[key] for run in self.passes[1:]]
-        return None if None in values else Spread.of(values)
-
-    @property
-    def seconds(self) -> Spread:
-        return Spread.of([run["seconds"] for run in self.passes[1:]])
+    def spread(self, key: str = "seconds") -> Spread:
+        return Spread.of([run[key] for run in self.passes[1:]])
 
 
 def _measured(spec: Spec) -> _Measured:
@@ -179,24 +150,24 @@ def _measured(spec: Spec) -> _Measured:
     return _Measured(opened, passes, line, monitor.usage())
 
 
-def _network_times(name: str, networks: Networks, found: _Measured) -> NetworkTimes:
-    by_arrays = found.end["by_arrays"]
+def _network_times(name: str, path: Path, found: _Measured) -> NetworkTimes:
+    opened, end = found.opened, found.end
     return NetworkTimes(
         name=name,
-        title=networks.model(name) + (", random weights" if name in networks.random else ""),
-        frames=found.opened["frames"],
-        seconds=found.seconds,
-        by_arrays=Spread.of(by_arrays) if by_arrays else None,
-        open_seconds=found.opened["seconds"],
+        title=path.name,
+        frames=opened["frames"],
+        seconds=found.spread(),
+        by_arrays=Spread.of(end["by_arrays"]) if end["by_arrays"] else None,
+        open_seconds=opened["seconds"],
         first_seconds=found.passes[0]["seconds"],
-        flops=networks.flops[name],
-        batch=found.opened["batch"],
-        runs_on=found.opened["runs_on"],
-        found=found.end["found"],
-        prompted=found.end.get("prompted"),
-        inside=[InsideTime(**row) for row in found.end.get("inside", ())],
-        notes=found.end["notes"],
-        host_peak_bytes=found.end["host_peak_bytes"],
+        flops=file_flops(Path(opened["file"]), opened["input"]) if "file" in opened else None,
+        batch=opened["batch"],
+        runs_on=opened["runs_on"],
+        found=end["found"],
+        prompted=end.get("prompted"),
+        inside=[InsideTime(**row) for row in end.get("inside", ())],
+        notes=end["notes"],
+        host_peak_bytes=end["host_peak_bytes"],
         usage=found.usage,
     )
 
@@ -224,12 +195,11 @@ def _commands(spec: Spec) -> _Commands:
     arguments += ["--size", "x".join(map(str, spec.size))]
     if spec.what == "replace":
         arguments += ["--sam2", spec.sam2]
-    tiny = (tiny_sam2.SELF,) if tiny_sam2.TINY_SAM2.name in spec.sam2 else ()
-    command = [sys.executable, "-m", *tiny, "trt_wan", "preprocess", *arguments]
     seconds, work = [], []
     with Monitor.open() as monitor:
         for _ in range(spec.repeat + 1):
             start = time.perf_counter()
+            command = [sys.executable, "-m", "trt_wan", "preprocess", *arguments]
             ran = subprocess.run(command, capture_output=True, text=True)
             seconds.append(time.perf_counter() - start)
             work.append(_envelope(ran)["seconds"])
@@ -252,7 +222,7 @@ def _whole_times(mode: str, steady: _Measured, commands: _Commands) -> WholeTime
         mode=mode,
         frames=steady.end["frames"],
         size=tuple(steady.end["size"]),
-        seconds=steady.seconds,
+        seconds=steady.spread(),
         finding=steady.spread("finding"),
         writing=steady.spread("writing"),
         parts=_parts(steady.passes[1:]),
@@ -272,5 +242,5 @@ def _parts(runs: Sequence[Mapping[str, Any]]) -> list[PartTime]:
     def median(key: str, name: str) -> float:
         return Spread.of([run[key].get(name, 0.0) for run in runs]).median
 
-    found = [PartTime(part.name, median("own", part.name), median("beside", part.name)) for part in PARTS]
-    return [part for part in found if part.seconds or part.beside]
+    names = dict.fromkeys(name for run in runs for key in ("own", "beside") for name in run[key])
+    return [PartTime(name, median("own", name), median("beside", name)) for name in names]

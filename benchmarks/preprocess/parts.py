@@ -1,91 +1,26 @@
-"""What a preprocessing spends its time on, seen from around the functions that do it.
+"""The time of each part of a preprocessing, by the observer that `preprocess` calls around its parts.
 
-Each part counts the time spent in it but not in a part that it calls. Parts run on the thread that makes the
-folder or beside it: only the first add up to a run's time.
+A part counts the time spent in it but not in a part inside it. Parts run on the thread that makes the folder
+or beside it. Only the first kind adds up to a run's time.
 """
 
-import importlib
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, Literal
-from unittest.mock import patch
-
-# A generator counts each time it is asked for the next item; what begins something, and returns a function to
-# wait for it, counts for both.
-Kind = Literal["function", "generator", "begins"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
-@dataclass(frozen=True)
-class Part:
-    name: str
-    module: str  # in trt_wan.preprocess
-    function: str
-    kind: Kind = "function"
-
-
-PARTS = (
-    Part("decode", "video", "Clip.window"),
-    Part("detect", "detect", "Detector.detecting", "begins"),
-    Part("pose", "pose", "PoseEstimator.estimating", "begins"),
-    Part("scale frames", "preprocess", "fit"),
-    Part("SAM2", "stages", "Sam2Segmenter.outlines", "generator"),
-    Part("shape masks", "masks", "MaskShape.of", "generator"),
-    Part("crop faces", "face", "FaceCropper.crops", "generator"),
-    Part("draw skeleton", "preprocess", "draw_skeleton"),
-    Part("draw preview", "preprocess", "draw_preview"),
-    Part("cut background", "preprocess", "cut_hole"),
-    Part("encode", "artifacts", "ClipWriter.write"),
-    Part("wait for frames and masks", "preprocess", "ahead", "generator"),
-    Part("wait for a clip", "clip_set", "ClipSet.write"),
-    Part("finish clips", "artifacts", "ClipWriter.finish"),
-    Part("wait for the last frames", "clip_set", "ClipSet.finish"),
-)
-
-
-@dataclass
 class PartClock:
-    """`missing` names parts that the preprocessing no longer has."""
+    """Create it on the thread that makes the folder."""
 
-    missing: list[str] = field(default_factory=list)
-    _own: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _beside: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _running: threading.local = field(default_factory=threading.local)
-    _thread: int = field(default_factory=threading.get_ident)
-
-    @contextmanager
-    def watching(self) -> Iterator["PartClock"]:
-        with ExitStack() as patches:
-            for part in PARTS:
-                target = f"trt_wan.preprocess.{part.module}"
-                owner: Any = importlib.import_module(target)
-                *outer, name = part.function.split(".")
-                for inner in outer:
-                    owner = getattr(owner, inner, None)
-                function = getattr(owner, name, None)
-                if function is None:
-                    self.missing.append(part.name)
-                    continue
-                around = {
-                    "function": self._around,
-                    "generator": self._around_items,
-                    "begins": self._around_both,
-                }
-                patches.enter_context(patch.object(owner, name, around[part.kind](part.name, function)))
-            yield self
-
-    def take(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Seconds by part since the last time, on the watched thread and beside it."""
-        with self._lock:
-            found = dict(self._own), dict(self._beside)
-            self._own.clear()
-            self._beside.clear()
-        return found
+    def __init__(self) -> None:
+        self._own: dict[str, float] = defaultdict(float)
+        self._beside: dict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
+        self._running = threading.local()
+        self._thread = threading.get_ident()
 
     @contextmanager
     def inside(self, name: str) -> Iterator[None]:
@@ -103,33 +38,10 @@ class PartClock:
                 here = threading.get_ident() == self._thread
                 (self._own if here else self._beside)[name] += whole - within
 
-    def _around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def watched(*arguments: Any, **options: Any) -> Any:
-            with self.inside(name):
-                return function(*arguments, **options)
-
-        return watched
-
-    def _around_both(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        begin = self._around(name, function)
-
-        @wraps(function)
-        def watched(*arguments: Any, **options: Any) -> Any:
-            return self._around(name, begin(*arguments, **options))
-
-        return watched
-
-    def _around_items(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def watched(*arguments: Any, **options: Any) -> Iterator[Any]:
-            items = iter(function(*arguments, **options))
-            while True:
-                with self.inside(name):
-                    try:
-                        item = next(items)
-                    except StopIteration:
-                        return
-                yield item
-
-        return watched
+    def take(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Returns seconds by part since the last call, on the watched thread and beside it."""
+        with self._lock:
+            found = dict(self._own), dict(self._beside)
+            self._own.clear()
+            self._beside.clear()
+        return found

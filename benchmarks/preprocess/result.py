@@ -1,21 +1,23 @@
-"""Everything that `trt-wan bench preprocess` measured, as it is written to preprocess.json and its table.
-Seconds and bytes, never rounded.
+"""Everything `trt-wan bench preprocess` measured: the document, its tables and its plots. Seconds and bytes,
+never rounded.
 """
 
-import csv
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trt_wan.benchmarks.measure.card import Card
 from trt_wan.benchmarks.measure.monitor import Usage
 from trt_wan.benchmarks.measure.spread import Spread
-from trt_wan.benchmarks.report.files import Row
+from trt_wan.benchmarks.report.sheet import Cell, Figure, Row, Sheet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Plot
 
 SCHEMA = "trt-wan-bench-preprocess/1"
+# Neighbours in a bar can be told apart. A part has the same colour in both modes.
+COLOURS = ("#1b6ca8", "#f2a65a", "#7fb685", "#8b5fa3", "#a8d0ec", "#f0c05a", "#4e8d5a", "#c77dba", "#6b4f7f")
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class WholeTimes:
     frames: int
     size: tuple[int, int]  # of the clips that were made
     seconds: Spread  # stages opened
-    finding: Spread | None  # its first pass over the clip: who is where
-    writing: Spread | None  # its second: outlines, drawing, encoding
+    finding: Spread  # its first pass over the clip: who is where
+    writing: Spread  # its second: outlines, drawing, encoding
     parts: list[PartTime]
     open_seconds: float
     first_seconds: float  # the warm-up
@@ -104,8 +106,7 @@ class WholeTimes:
 
 @dataclass(frozen=True)
 class PreprocessResult:
-    sources: Mapping[str, str]  # of each network: its file, or that it is random
-    random: list[str]  # networks with random weights
+    sources: Mapping[str, str]  # the file of each network
     clip: str
     frames: int
     size: tuple[int, int]  # of the clip
@@ -117,25 +118,15 @@ class PreprocessResult:
     version: str
     time: str
     schema: str = SCHEMA
+    stem: ClassVar[str] = "preprocess"
 
     @property
     def title(self) -> str:
         width, height = self.size
         return f"{self.frames} frames, {width}x{height}, {self.card.hardware}"
 
-    @property
-    def about_random(self) -> str:
-        """What a reader must know before believing more than speed; empty if all networks are the user's."""
-        if not self.random:
-            return ""
-        return (
-            f"Random weights: {', '.join(self.random)}. Their shapes are those of the named networks, so "
-            "this is their speed. The person that is found is planted, and outlines are nearly the whole "
-            "picture, so that the background clip is nearly black and quicker to encode."
-        )
-
     def headlines(self) -> dict[str, float]:
-        """Frames per second and seconds, for a glance and for comparing."""
+        """Frames per second and seconds: the figures by which two results are compared."""
         figures = {f"{n.name} frames/s": n.rate for n in self.networks}
         figures |= {
             f"{n.name} by arrays frames/s": n.by_arrays_rate for n in self.networks if n.by_arrays_rate
@@ -147,58 +138,148 @@ class PreprocessResult:
         return figures
 
     def to_dict(self) -> dict[str, Any]:
-        said = {"about_random": self.about_random, "headlines": self.headlines()}
-        return {**dataclasses.asdict(self), **said}
+        return {**dataclasses.asdict(self), "headlines": self.headlines()}
 
-    def to_json(self) -> str:
-        """One line. Unknown figures are null, so that any reader takes it."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+    def sheets(self) -> list[Sheet | str]:
+        width, height = self.size
+        job = [*self.card.rows(), ("clip", f"{self.clip}: {self.frames} frames, {width}x{height}")]
+        found: list[Sheet | str] = [
+            Sheet("job", f"trt-wan {self.version}, {self.time}", (), [*job, *self.sources.items()]),
+            Sheet("network", NETWORKS, NETWORK_HEADS, [_network_row(n) for n in self.networks]),
+        ]
+        found += [_inside(n) for n in self.networks if n.inside]
+        rows = [(name, *(value(w) for w in self.whole)) for name, value in WHOLE]
+        modes = [w.mode for w in self.whole]
+        found.append(Sheet("whole", "A whole preprocessing: median (p10 to p90) of n", modes, rows))
+        found.append(self._parts())
+        if self.not_measured:
+            found.append("Not measured: " + "; ".join(self.not_measured))
+        return found
+
+    def _parts(self) -> Sheet:
+        by_mode = [{part.name: part for part in w.parts} for w in self.whole]
+        rows: list[Row] = []
+        for name in dict.fromkeys(name for parts in by_mode for name in parts):
+            cells: list[Cell] = []
+            for parts in by_mode:
+                part = parts.get(name)
+                cells += [
+                    Figure(seconds, "s") if seconds else ""
+                    for seconds in ((part.seconds, part.beside) if part else (0, 0))
+                ]
+            rows.append((name, *cells))
+        rows.append(("rest", *(cell for w in self.whole for cell in (Figure(w.rest, "s"), ""))))
+        heads = [head for w in self.whole for head in (w.mode, f"{w.mode}, beside it")]
+        title = "Parts, stages opened: seconds on the thread that makes the folder, and on threads beside it"
+        return Sheet("part", title, heads, rows)
+
+    def draw(self) -> "Mapping[str, Plot]":
+        """Frames per second of each network, and the parts of a whole preprocessing."""
+        from trt_wan.benchmarks.report.plots import INK, LEAST, OTHER, Bar, bars, readable
+
+        kinds = (
+            ("from pictures to results, work on the host included", LEAST),
+            ("arrays in, arrays out", OTHER),
+        )
+        rates = {
+            f"{n.name}\n{n.title}": [
+                Bar([(name, rate, colour)], readable(rate))
+                for (name, colour), rate in zip(kinds, (n.rate, n.by_arrays_rate), strict=True)
+                if rate is not None
+            ]
+            for n in self.networks
+        }
+        names = dict.fromkeys(part.name for w in self.whole for part in w.parts if part.seconds)
+        colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)} | {"rest": OTHER}
+        groups = {}
+        for w in self.whole:
+            parts = [(p.name, p.seconds, colours[p.name]) for p in w.parts if p.seconds]
+            for label, stack, spread in (
+                (f"{w.mode}\nstages opened", [*parts, ("rest", w.rest, OTHER)], w.seconds),
+                (f"{w.mode}\nwhole command", [("", w.command.median, INK)], w.command),
+            ):
+                text = f"{readable(spread.median)} s, {readable(w.frames / spread.median)} frames/s"
+                groups[label] = [Bar(stack, text)]
+        count = self.networks[0].seconds.count
+        return {
+            "preprocess-networks": bars(
+                f"Frames per second of each network (median of {count} runs)",
+                self.title,
+                rates,
+                "frames per second",
+            ),
+            "preprocess-whole": bars(
+                f"A whole preprocessing: {self.whole[0].frames} frames (medians of {count} runs)",
+                self.title,
+                groups,
+                "seconds; parts are those of the thread that makes the folder",
+            ),
+        }
 
 
-def write_files(result: PreprocessResult, folder: Path) -> list[Path]:
-    """Every file that was written, plots only where matplotlib is installed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    document, rows = folder / "preprocess.json", folder / "preprocess.csv"
-    document.write_text(result.to_json() + "\n")
-    with rows.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("kind", "name", "unit", "value"))
-        writer.writerows(figures(result))
-    try:
-        from trt_wan.benchmarks.preprocess.plots import draw
-    except ModuleNotFoundError:
-        return [document, rows]
-    return [document, rows, *draw(result, folder)]
+NETWORKS = "Networks: frames per second from pictures to results; by arrays: prepared floats in, raw ones out"
+NETWORK_HEADS = (
+    "frames/s",
+    "ms a frame",
+    "runs",
+    "TFLOP/s",
+    "by arrays frames/s",
+    "batch",
+    "found in",
+    "opened in s",
+    "GPU memory",
+    "host memory",
+)
 
 
-def figures(result: PreprocessResult) -> Iterator[Row]:
-    """The result as lines for a spreadsheet."""
-    yield "job", "clip", "", result.title
-    yield "job", "random networks", "", ", ".join(result.random)
-    for n in result.networks:
-        yield "network", n.name, "frames/s", n.rate
-        yield "network", n.name, "s a clip", n.seconds.median
-        if n.by_arrays_rate is not None:
-            yield "network by arrays", n.name, "frames/s", n.by_arrays_rate
-        for inside in n.inside:
-            yield f"{n.name} network", inside.name, "s a call", inside.median
-        yield from _memory(n.name, n.host_peak_bytes, n.usage)
-    for w in result.whole:
-        yield "whole, opened", w.mode, "frames/s", w.rate
-        yield "whole, opened", w.mode, "s", w.seconds.median
-        yield "whole command", w.mode, "s", w.command.median
-        for name, spread in (("finding", w.finding), ("writing", w.writing)):
-            if spread is not None:
-                yield f"{w.mode} pass", name, "s", spread.median
-        for part in w.parts:
-            yield f"{w.mode} part", part.name, "s", part.seconds
-            yield f"{w.mode} part beside", part.name, "s", part.beside
-        yield f"{w.mode} part", "rest", "s", w.rest
-        yield from _memory(w.mode, w.host_peak_bytes, w.usage)
+def _network_row(n: NetworkTimes) -> Row:
+    prompts = f", {n.prompted} prompts" if n.prompted is not None else ""
+    return (
+        f"{n.name}{prompts}",
+        Figure(n.rate, "frames/s"),
+        Figure(1 / n.rate, "ms"),
+        Figure(n.seconds.count, "count"),
+        Figure(n.rate * n.flops, "TFLOP/s") if n.flops else "",
+        Figure(n.by_arrays_rate, "frames/s") if n.by_arrays_rate else "",
+        Figure(n.batch, "count"),
+        Figure(n.found, "count"),
+        Figure(n.open_seconds, "s"),
+        Figure(n.usage.peak_memory_bytes, "GB"),
+        Figure(n.host_peak_bytes, "GB"),
+    )
 
 
-def _memory(name: str, host: int | None, usage: Usage) -> Iterator[Row]:
-    if host is not None:
-        yield "peak host memory", name, "B", host
-    if usage.peak_memory_bytes is not None:
-        yield "peak device memory", name, "B", usage.peak_memory_bytes
+def _inside(n: NetworkTimes) -> Sheet:
+    whole = sum(row.seconds for row in n.inside)
+    rows = [
+        (
+            row.name,
+            Figure(row.calls, "count"),
+            Figure(row.median, "ms"),
+            Figure(row.seconds, "s"),
+            Figure(row.seconds / whole, "%"),
+        )
+        for row in n.inside
+    ]
+    heads = ("calls", "ms a call, median", "seconds a clip", "of all")
+    return Sheet(f"{n.name} network", f"Inside {n.name}, over the clip once more", heads, rows)
+
+
+def _spread(spread: Spread) -> Figure:
+    return Figure(spread.median, "s", f" ({spread.p10:.3f} to {spread.p90:.3f}) of {spread.count}")
+
+
+WHOLE: tuple[tuple[str, Callable[[WholeTimes], Cell]], ...] = (
+    ("stages opened: seconds a clip", lambda w: _spread(w.seconds)),
+    ("frames per second", lambda w: Figure(w.rate, "frames/s")),
+    ("finding the person", lambda w: _spread(w.finding)),
+    ("writing the clips", lambda w: _spread(w.writing)),
+    ("the first clip, warming up", lambda w: Figure(w.first_seconds, "s")),
+    ("opening the stages", lambda w: Figure(w.open_seconds, "s")),
+    ("whole command, from process start", lambda w: _spread(w.command)),
+    ("opening and making in it", lambda w: _spread(w.command_work)),
+    ("clips made", lambda w: f"{w.frames} frames, {w.size[0]}x{w.size[1]}"),
+    ("peak device memory", lambda w: Figure(w.usage.peak_memory_bytes, "GB")),
+    ("peak device memory of the command", lambda w: Figure(w.command_usage.peak_memory_bytes, "GB")),
+    ("peak host memory", lambda w: Figure(w.host_peak_bytes, "GB")),
+)

@@ -1,12 +1,12 @@
-"""Two results side by side: ratios with their spread. Results of different jobs are refused: their ratio means
-nothing.
+"""Two results side by side: ratios with their spread. Results of different jobs are refused: their ratio
+means nothing.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from trt_wan.benchmarks.report.repeat import REPEAT_SCHEMA
 from trt_wan.benchmarks.report.result import OURS, SCHEMA
 from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
 from trt_wan.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Plot
 
 RESAMPLES = 2000
 SAME = ("model", "width", "height", "window")  # of the shape
@@ -43,6 +46,7 @@ class Comparison:
     second: str
     ratios: list[Ratio]
     warnings: list[str]
+    stem: ClassVar[str] = "compare"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,6 +70,9 @@ class Comparison:
         heads = (self.first, self.second, "second / first", "95 % of the ratio", "")
         shown = Sheet("ratio", f"{self.shape}: seconds, bytes", heads, [cells(row) for row in self.ratios])
         return [shown, *(f"Different {warning}" for warning in self.warnings)]
+
+    def draw(self) -> "Mapping[str, Plot]":
+        return {}
 
 
 def compare(first: Path, second: Path) -> Comparison:
@@ -137,7 +144,7 @@ def _values(runs: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 
 
 def _ratio(name: str, first: Sequence[float], second: Sequence[float]) -> Ratio:
-    """The ratio of the medians. Its spread comes from resampling both (bootstrap) with fixed random numbers."""
+    """The ratio of the medians. Its spread comes from resampling (bootstrap) with fixed random numbers."""
     a, b = np.asarray(first), np.asarray(second)
     ratio = float(np.median(b) / np.median(a))
     if len(a) < 3 or len(b) < 3:

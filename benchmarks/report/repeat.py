@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from trt_wan.benchmarks.report.result import Result
-from trt_wan.benchmarks.report.sheet import Figure, Sheet
+from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Plot
@@ -57,8 +57,8 @@ class Repeats:
         }
 
     def sheets(self) -> list[Sheet | str]:
-        def rows(figures: Sequence[Repeated], limit: float) -> list[tuple[str | Figure, ...]]:
-            found = []
+        def rows(figures: Sequence[Repeated], limit: float) -> list[Row]:
+            found: list[Row] = []
             for row in figures:
                 shown = "GB" if row.name.endswith("memory") else "s"
                 values = ", ".join(Figure(value, shown).text for value in row.values)

@@ -1,4 +1,4 @@
-"""Figures in rows. One `Sheet` is a table for people and lines of a CSV; a `Report` adds a document and plots.
+"""Figures in rows. A `Sheet` is a table for people and lines of a CSV; a `Report` adds a document and plots.
 
 kind,name,unit,value        steps median,trt-wan,s,1.86
 """

@@ -2,7 +2,6 @@
 stdout is one JSON document with everything.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from trt_wan.cli.bench_preprocess import bench_preprocess
-from trt_wan.cli.command import Group, command, note, show
+from trt_wan.cli.bench_report import finished, show_tables
+from trt_wan.cli.command import Group, command, note
 from trt_wan.cli.report import Report
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 ON_A_GPU = ("14b", "832x480", 77)
 ON_A_CPU = ("tiny", "64x48", 13)
-PEER_NAMES = ("diffusers_eager", "diffusers_compiled", "diffusers_fp8", "onnxruntime_cuda", "lightx2v")
+PEER_NAMES = ("diffusers_eager", "diffusers_compiled", "diffusers_fp8", "lightx2v")
 
 
 def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -101,7 +101,7 @@ def _options(*rows: Decorator) -> Decorator:
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="In which we and the peers take turns.",
+    help="Rounds in which we and the peers take turns.",
 )
 @click.option(
     "--job-steps", type=click.IntRange(1), default=4, show_default=True, help="Steps of a whole job."
@@ -151,40 +151,26 @@ def measure(
     trt-wan bench compare before/bench.json after/bench.json
     """
     from trt_wan.benchmarks.bench import Options, run_bench
-    from trt_wan.benchmarks.measure.repeat import JOBS, repeated, repeated_parts, to_dict
-    from trt_wan.benchmarks.report.files import write_files
-    from trt_wan.benchmarks.report.tables import parts_table, render, repeat_table
+    from trt_wan.benchmarks.peers.contest import Contest
+    from trt_wan.benchmarks.report.repeat import JOBS, Repeats
 
     options = Options(
         shape=_shape(model, size, window),
         settings=_given(settings),
         weights=str(weights) if weights else None,
-        steps=steps,
-        rounds=rounds,
+        contest=Contest(steps, rounds, peers, peer_steps, {"lightx2v": _lightx2v(lightx2v, weights)}),
         job_steps=job_steps,
         jobs=jobs or (JOBS if repeat > 1 else Options.jobs),
-        peers=peers,
-        peer_steps=peer_steps,
-        peer_arguments={"lightx2v": _lightx2v(lightx2v, weights)},
         cold=cold,
     )
+    if repeat == 1:
+        return finished(report, run_bench(options, report.progress), out)
     results = []
     for n in range(repeat):
-        if repeat > 1:
-            note(report, f"run {n + 1} of {repeat}")
+        note(report, f"run {n + 1} of {repeat}")
         results.append(run_bench(options, report.progress))
-        show(report, render(results[-1]))
-    document = results[-1].to_dict()
-    if repeat > 1:
-        document = to_dict(results)
-        show(report, repeat_table(repeated(results), results[-1].title))
-        show(report, parts_table(repeated_parts(results)))
-    if out:
-        paths = write_files(results[-1], out)
-        if repeat > 1:
-            paths[0].write_text(_line(document) + "\n")
-        note(report, f"written: {', '.join(path.name for path in paths)} in {out}")
-    return _line(document), document
+        show_tables(report, results[-1])
+    return finished(report, Repeats(results), out)
 
 
 @click.command("compare", short_help="Compare two results.")
@@ -192,15 +178,10 @@ def measure(
 @click.argument("second", type=FILE)
 @command
 def compare_results(*, report: Report, first: Path, second: Path) -> Any:
-    """Ratios of the headline figures of two bench.json, with their spread; of the same job only."""
-    from dataclasses import asdict
-
+    """Ratios of the headline figures of two bench.json, with their spread. Both must be of the same job."""
     from trt_wan.benchmarks.report.compare import compare
-    from trt_wan.benchmarks.report.tables import comparison_table
 
-    comparison = compare(first, second)
-    show(report, comparison_table(comparison))
-    return _line(asdict(comparison)), asdict(comparison)
+    return finished(report, compare(first, second))
 
 
 @click.command("sweep", short_help="Measure how the cost grows.")
@@ -231,7 +212,6 @@ def sweep_shapes(
 ) -> Any:
     """Time steps over sizes, window lengths, step counts, precisions and memory limits, and fit a law."""
     from trt_wan.benchmarks.measure import sweep
-    from trt_wan.benchmarks.report.tables import sweep_table
 
     names = axes.split(",")
     unknown = [name for name in names if name not in sweep.AXES]
@@ -246,11 +226,7 @@ def sweep_shapes(
         job_steps or sweep.STEPS,
     )
     result = sweep.run_sweep(points, steps, str(weights) if weights else None, report.progress)
-    show(report, sweep_table(result))
-    if out:
-        paths = sweep.write_sweep(result, out)
-        note(report, f"written: {', '.join(path.name for path in paths)} in {out}")
-    return result.to_json(), result.to_dict()
+    return finished(report, result, out)
 
 
 @click.command("quality", short_help="Measure what a precision or tier costs in quality.")
@@ -272,17 +248,11 @@ def quality_of(
     **settings: Any,
 ) -> Any:
     """Compare our output with the bf16 reference on the same seed, beside the reference's noise floor."""
-    from trt_wan.benchmarks.measure.quality import measure_quality, write_quality
-    from trt_wan.benchmarks.report.tables import quality_table
+    from trt_wan.benchmarks.measure.quality import measure_quality
 
-    shape = _shape(model, size, window)
-    given = _given(settings)
-    result = measure_quality(shape, given, steps, seed, str(weights) if weights else None, report.progress)
-    show(report, quality_table(result))
-    if out:
-        paths = write_quality(result, out)
-        note(report, f"written: {', '.join(path.name for path in paths)} in {out}")
-    return result.to_json(), result.to_dict()
+    shape, files = _shape(model, size, window), str(weights) if weights else None
+    result = measure_quality(shape, _given(settings), steps, seed, files, report.progress)
+    return finished(report, result, out)
 
 
 @click.pass_context
@@ -304,7 +274,7 @@ for subcommand in (compare_results, sweep_shapes, quality_of, bench_preprocess):
 
 
 def _shape(model: str | None, size: str | None, window: int | None) -> "Shape":
-    """What was asked for, or what suits the machine."""
+    """The given shape, or the default for this machine."""
     from trt_wan.benchmarks.measure.card import read_gpu
     from trt_wan.benchmarks.peers.shape import Shape
 
@@ -323,9 +293,5 @@ def _lightx2v(checkout: Path | None, weights: Path | None) -> tuple[str, ...]:
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that were given; the others have their defaults."""
+    """The settings that were given. All others keep their defaults."""
     return {name: value for name, value in settings.items() if value not in (None, {})}
-
-
-def _line(document: Mapping[str, Any]) -> str:
-    return json.dumps(document, ensure_ascii=False, allow_nan=False)

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from trt_wan.cli.command import command, note, show
+from trt_wan.cli.bench_report import finished
+from trt_wan.cli.command import command
 from trt_wan.cli.report import Report
 from trt_wan.errors import UsageError
 
@@ -25,14 +26,9 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, 
 
 
 @click.command("preprocess", short_help="Measure how fast clips are prepared.")
-@click.option("--detector", type=NETWORK, help="yolov10m.onnx. Default: random weights.")
-@click.option("--pose", type=NETWORK, help="ViTPose wholebody, ONNX. Default: random weights.")
-@click.option("--sam2", type=NETWORK, help="SAM2 weights. Default: random weights.")
-@click.option(
-    "--model",
-    type=click.Choice(["full", "tiny"]),
-    help="Of random networks: YOLOv10m, ViTPose-H, SAM2.1 base_plus; or tiny. Default: full on a GPU.",
-)
+@click.option("--detector", type=NETWORK, required=True, help="yolov10m.onnx.")
+@click.option("--pose", type=NETWORK, required=True, help="ViTPose wholebody, ONNX.")
+@click.option("--sam2", type=NETWORK, help="SAM2 weights, for the mode replace.")
 @click.option(
     "--clip", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Default: the sample."
 )
@@ -42,9 +38,13 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, 
     default="x".join(map(str, SIZE)),
     show_default=True,
     metavar="WxH",
-    help="Of the video, and of the sample's frames.",
+    help="Size of the video and of the sample's frames.",
 )
-@click.option("--frames", type=click.IntRange(1), help=f"Of the sample, back and forth. Default: {FRAMES}.")
+@click.option(
+    "--frames",
+    type=click.IntRange(1),
+    help=f"Length of the sample, played back and forth. Default: {FRAMES}.",
+)
 @click.option("--executor", type=click.Choice(["auto", "onnxruntime", "tensorrt"]), default="auto")
 @click.option("--mode", type=click.Choice(["animate", "replace", "both"]), default="both", show_default=True)
 @click.option(
@@ -52,7 +52,7 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, 
     type=click.IntRange(1),
     default=5,
     show_default=True,
-    help="Timed runs of each, after one more.",
+    help="Timed runs of each, after a warm-up.",
 )
 @click.option(
     "--out",
@@ -61,24 +61,16 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, 
 )
 @command
 def bench_preprocess(*, report: Report, frames: int | None, out: Path | None, **options: Any) -> Any:
-    """Measure detector, pose network and SAM2 in frames per second, and the preparation of a whole clip.
+    """Measure your networks in frames per second, and the preparation of a whole clip.
 
     \b
-    trt-wan bench preprocess --out bench/
     trt-wan bench preprocess --detector yolov10m.onnx --pose vitpose-h/ --sam2 sam2.1_hiera_base_plus.pt
     """
     from trt_wan.benchmarks.preprocess.bench import Options, run_bench
-    from trt_wan.benchmarks.preprocess.result import write_files
-    from trt_wan.benchmarks.preprocess.tables import render
 
     if options["clip"] is not None and frames is not None:
         raise UsageError(
-            "--frames makes a clip of that length out of the sample, and --clip names another.",
+            "--frames is the length of the sample, and --clip names another clip.",
             "Give one of them; a clip is taken as it is.",
         )
-    result = run_bench(Options(frames=frames or FRAMES, **options), report.progress)
-    show(report, render(result))
-    if out:
-        paths = write_files(result, out)
-        note(report, f"written: {', '.join(path.name for path in paths)} in {out}")
-    return result.to_json(), result.to_dict()
+    return finished(report, run_bench(Options(frames=frames or FRAMES, **options), report.progress), out)

@@ -77,6 +77,6 @@ def note(report: Report, text: str) -> None:
 def show(report: Report, tables: "RenderableType") -> None:
     """A benchmark's tables, for people: not in quiet runs, nor beside JSON lines."""
     if isinstance(report, TextReport) and not report.quiet:
-        from trt_wan.benchmarks.report.tables import console
+        from trt_wan.benchmarks.report.sheet import console
 
         console().print(tables)
