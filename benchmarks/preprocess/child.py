@@ -29,7 +29,7 @@ from trt_wan.preprocess.people.pose import open_pose
 from trt_wan.preprocess.people.skeleton import from_keypoints
 from trt_wan.preprocess.preprocess import FIND, WRITE, PreprocessJob, preprocess
 from trt_wan.preprocess.stages import PERSON, Executor, Networks, open_stages
-from trt_wan.runtime.events import Event, Note, StageStarted
+from trt_wan.runtime.events import Event, Note, StageProgress
 from trt_wan.runtime.job import Mode
 from trt_wan.runtime.video.reader import Clip, Picture
 
@@ -71,8 +71,8 @@ class Notes:
     def __call__(self, event: Event) -> None:
         if isinstance(event, Note):
             self.texts.append(event.text)
-        elif isinstance(event, StageStarted):
-            self.stages.setdefault(event.stage.partition(",")[0], time.perf_counter())
+        elif isinstance(event, StageProgress):
+            self.stages.setdefault(event.stage, time.perf_counter())
 
 
 def main() -> None:
