@@ -20,7 +20,7 @@ from trt_wan.errors import InputError, UsageError
 from trt_wan.preprocess.clips import artifacts
 from trt_wan.preprocess.clips.artifacts import ArtifactFolder, ClipWriter, FoundPeople
 from trt_wan.preprocess.clips.sampling import SamplingRule, frame_indices
-from trt_wan.preprocess.clips.sizes import Fit, Size, fit, output_size, padding_resize, resize_by_area
+from trt_wan.preprocess.clips.sizes import Fit, Size, fit, output_size, resize_by_area
 from trt_wan.preprocess.clips.streams import ahead, counted, split
 from trt_wan.preprocess.clips.writers import ClipSet
 from trt_wan.preprocess.people.fill import fill_gaps
@@ -37,6 +37,7 @@ from trt_wan.preprocess.retarget.rules import RetargetRule, retarget
 from trt_wan.preprocess.stages import Stages
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.job import Mode
+from trt_wan.runtime.letterbox import letterbox
 from trt_wan.runtime.video.reader import Clip, Picture, read_picture
 
 SIZE = (832, 480)
@@ -44,7 +45,7 @@ RATES = {"official": Fraction(30), "kijai": Fraction(16)}  # frames per second; 
 MAX_GAP = Fraction(1, 2)  # s over which a joint or a person that is lost is filled in
 READ_AHEAD = 2  # frames
 MASKS_AHEAD = 2  # beyond the frames that share a mask
-FIND, WRITE = "finding the person", "writing the clips"
+FIND, WRITE = "find person", "write clips"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) 
             found = artifacts.read_keypoints(job.keypoints)
             artifacts.require_fit(job.keypoints, found, len(indices), sizes.clip)
         if job.retarget is not None and (found.reference is None or found.reference_size != sizes.canvas):
-            canvas = padding_resize(reference, *reversed(sizes.canvas))
+            canvas = letterbox(reference, *sizes.canvas)
             found = replace(found, reference=_person_in(canvas, stages), reference_size=sizes.canvas)
         found = artifacts.rounded(found)
         artifacts.write_keypoints(folder.making / artifacts.KEYPOINTS, found)
@@ -204,7 +205,7 @@ def _plan_sizes(job: PreprocessJob, reference: Picture, clip: Clip) -> Sizes:
         if not padded:
             return fit(picture, height, width, "crop")
         if how == "pad":
-            return padding_resize(picture, height, width)
+            return letterbox(picture, width, height)
         return resize_by_area(picture, job.size[0] * job.size[1])
 
     return Sizes(old, canvas, canvas, fitted, (scale, scale), offset)
@@ -308,7 +309,7 @@ def _write_clips(
 
         def drawn(pose: Skeleton) -> Picture:
             picture = draw_skeleton(pose, pose.width, pose.height, hands=job.hands, head=job.head)
-            return padding_resize(picture, *reversed(sizes.canvas))
+            return letterbox(picture, *sizes.canvas)
 
         shown = zip(counted(frames, count, WRITE, progress), masks, strict=False)
         for k, (frame, mask) in enumerate(shown):

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from trt_wan.errors import InputError, UsageError
+from trt_wan.runtime.letterbox import letterbox
 from trt_wan.runtime.video.reader import Picture
 
 Size = tuple[int, int]
@@ -43,26 +44,7 @@ def resize_by_area(picture: Picture, area: int, divisor: int = STEP) -> Picture:
     height, width = picture.shape[:2]
     new_width, new_height = _by_area((width, height), area, divisor)
     shrinks = new_width * new_height < width * height
-    return padding_resize(picture, new_height, new_width, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-
-
-def padding_resize(
-    picture: Picture, height: int, width: int, interpolation: int = cv2.INTER_LINEAR
-) -> Picture:
-    """The whole picture, as large as it fits, in the middle of a black canvas."""
-    old_height, old_width = picture.shape[:2]
-    if old_height / old_width > height / width:
-        # In this order of operations: the official size hangs on the last bit.
-        new_width, new_height = max(int(height / old_height * old_width), 1), height
-    else:
-        new_width, new_height = width, max(int(width / old_width * old_height), 1)
-    resized = _resized(picture, new_width, new_height, interpolation)
-    if (new_width, new_height) == (width, height):
-        return resized
-    canvas = np.zeros((height, width, picture.shape[2]), np.uint8)
-    x, y = (width - new_width) // 2, (height - new_height) // 2
-    canvas[y : y + new_height, x : x + new_width] = resized
-    return canvas
+    return letterbox(picture, new_width, new_height, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 def fit(picture: Picture, height: int, width: int, how: Fit) -> Picture:

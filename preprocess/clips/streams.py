@@ -9,7 +9,7 @@ from itertools import islice
 from threading import Lock
 from typing import TypeVar
 
-from trt_wan.runtime.events import Progress, StageStarted
+from trt_wan.runtime.events import Progress, StageProgress
 from trt_wan.runtime.video.reader import Picture
 
 BATCH = 16
@@ -91,5 +91,5 @@ def counted(items: Iterable[Item], count: int, stage: str, progress: Progress) -
     step = max(1, -(-count // REPORTS))
     for k, item in enumerate(items):
         if k % step == 0:
-            progress(StageStarted(f"{stage}, frame {k + 1} of {count}"))
+            progress(StageProgress(stage, k + 1, count))
         yield item

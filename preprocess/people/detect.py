@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from trt_wan.errors import WeightsError
 from trt_wan.preprocess.onnx.net import Executor, OnnxNet
+from trt_wan.preprocess.people.gpu import batches
 from trt_wan.preprocess.people.person import Box, iou
 from trt_wan.runtime.events import Progress, silent
 from trt_wan.runtime.video.reader import Picture
@@ -36,9 +37,7 @@ class Detector:
         _require_detector(net.path.name, net.output_shapes[0])
         self.net, self.official = net, official
         if net.engine is not None:
-            from trt_wan.preprocess.people.gpu import batches as people
-
-            people.prepare(net.engine)
+            batches.prepare(net.engine)
 
     def detect(self, frames: Sequence[Picture]) -> list[list[Box]]:
         """The persons of each frame, the best score first, in whole pixels of the frame."""
@@ -48,11 +47,9 @@ class Detector:
         """A function that gives what `detect` does. On a GPU the work begins here, else in the function."""
         if self.net.engine is None:
             return partial(self._detect_on_host, frames)
-        from trt_wan.preprocess.people.gpu import batches as people
-
         flights = [
-            (people.detect(self.net.engine, piece), [frame.shape for frame in piece])
-            for piece in people.pieces(frames, self.net.batch)
+            (batches.detect(self.net.engine, piece), [frame.shape for frame in piece])
+            for piece in batches.pieces(frames, self.net.batch)
         ]
 
         def wait() -> list[list[Box]]:

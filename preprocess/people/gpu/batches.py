@@ -11,9 +11,9 @@ import numpy as np
 
 from trt_wan.preprocess.clips.streams import BATCH_PIXELS
 from trt_wan.preprocess.onnx.memory import Flight
+from trt_wan.preprocess.people.crops import Crop, taps
 from trt_wan.preprocess.people.gpu.kernels import people_kernels
 from trt_wan.preprocess.people.gpu.resampling_tables import crop_table, stretch_taps
-from trt_wan.preprocess.people.pose import Crop, taps
 from trt_wan.runtime.video.reader import Picture
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def detect(engine: "EngineRunner", frames: Sequence[Picture]) -> Flight:
 
 
 def estimate(engine: "EngineRunner", frames: Sequence[Picture], crops: Sequence[Crop], bgr: bool) -> Flight:
-    """The flight of the peaks, float32 [frames, joints, 3], as of pose.peaks. The score is no number where a
-    heat map is not finite.
+    """Returns the flight of the peaks, float32 [frames, joints, 3], as heatmaps.peaks gives them. The score
+    is NaN if a heat map is not finite.
     """
     slot, kernels = engine.slot(), people_kernels(engine.gpu)
     address, shape, kind = slot.parts[engine.input]

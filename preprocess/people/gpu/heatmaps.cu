@@ -1,6 +1,6 @@
 // Heat maps [maps, height, width] to peaks [maps, 3]: x and y in pixels of the map, and the score.
 //
-// One block of threads works on one map. The arithmetic is that of pose.peaks: DARK, one Taylor step on the
+// One block of threads works on one map. The arithmetic is that of heatmaps.peaks: DARK, one Taylor step on the
 // logarithm of the blurred map. A score that is not a number says that the map has numbers that are not finite; a
 // map without anything above 0 gives -1, -1, -1. Macros: THREADS, GAUSSIAN (11 taps), LEAST_HEAT, LOW_HEAT.
 

@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from trt_wan.preprocess.people import pose
+from trt_wan.preprocess.people import crops, heatmaps
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import compile_source
 
@@ -24,13 +24,13 @@ MAP_THREADS = 256
 
 def compile_for(capability: tuple[int, int]) -> Any:
     """The kernels' code for GPUs of a compute capability; needs no GPU."""
-    gaussian = cv2.getGaussianKernel(pose.BLUR, pose.SIGMA, cv2.CV_32F)[:, 0]
+    gaussian = cv2.getGaussianKernel(heatmaps.BLUR, heatmaps.SIGMA, cv2.CV_32F)[:, 0]
     macros = {
-        "MEAN": _numbers(pose.MEAN),
-        "STD": _numbers(pose.STD),
+        "MEAN": _numbers(crops.MEAN),
+        "STD": _numbers(crops.STD),
         "GAUSSIAN": _numbers(gaussian),
-        "LEAST_HEAT": f"{pose.LEAST_HEAT}f",
-        "LOW_HEAT": f"{pose.LOW_HEAT}f",
+        "LEAST_HEAT": f"{heatmaps.LEAST_HEAT}f",
+        "LOW_HEAT": f"{heatmaps.LOW_HEAT}f",
         "THREADS": MAP_THREADS,
     }
     folder = files(__package__)

@@ -42,7 +42,7 @@ def _opencv_taps(source: int, target: int) -> Table:
 
 
 def crop_table(taps: list[tuple[NDArray[np.intp], Table]]) -> Table:
-    """What pose.taps gives, as a table."""
+    """The result of crops.taps as a table."""
     (first, first_weight), (second, second_weight) = taps
     table = np.empty(len(first), TAP)
     table["first"], table["second"] = first, second
