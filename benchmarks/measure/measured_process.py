@@ -29,7 +29,8 @@ from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.errors import Stopped
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone
 from trt_wan.runtime.executors import Executor, Observe
-from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.executors.gpu import GpuExecutor
+from trt_wan.runtime.job import DEFAULT_PROMPT, Inputs, Job, Mode
 from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.render import render
 from trt_wan.runtime.settings import Settings, WeightFiles
@@ -48,6 +49,9 @@ class Spec:
     settings: dict[str, Any] = field(default_factory=dict)  # of runtime.settings.Settings
     weights: str | None = None
     seed: int = 0
+    mode: Mode = "animate"
+    prompt: str = DEFAULT_PROMPT
+    stop_after: int | None = None  # steps
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -62,7 +66,9 @@ class Spec:
 
     def job(self) -> Job:
         return Job(
-            Inputs.from_folder(Path(self.clips), "animate"),
+            Inputs.from_folder(Path(self.clips), self.mode),
+            mode=self.mode,
+            prompt=self.prompt,
             window=self.shape.window,
             steps=self.steps,
             seed=self.seed,
@@ -70,12 +76,9 @@ class Spec:
 
     def open(self, progress: Progress, observe: Observe) -> OpenModel:
         """The model, as `trt-wan run` opens it."""
-        weights = (
-            WeightFiles(folders=(Path(self.weights),))
-            if self.weights
-            else WeightFiles(random=self.shape.model)
-        )
-        return open_model(weights, Settings(**self.settings, keep_encoders=False), progress, observe)
+        files = WeightFiles(folders=(Path(self.weights),)) if self.weights else None
+        weights = files or WeightFiles(random=self.shape.model)
+        return open_model(weights, Settings(**{"keep_encoders": False} | self.settings), progress, observe)
 
 
 class Watch:
@@ -157,6 +160,7 @@ def run_job(spec: Spec) -> None:
         calls=dict(watch.executor.calls),
         host_peak_bytes=host_peak_bytes(),
         first_step_at=watch.first_step_at,
+        **loading(watch.executor.executor),
         at=time.time(),
         **watch.opened(),
     )
@@ -243,6 +247,14 @@ def say_profile(executor: TimedExecutor, step_seconds: float) -> None:
         uploads={name: count / PROFILED for name, count in executor.uploads.items() if count},
         host_peak_bytes=host_peak_bytes(),
     )
+
+
+def loading(executor: Executor) -> dict[str, Any]:
+    """Figures of loading weights onto a GPU, null on the CPU."""
+    weights = executor.weights if isinstance(executor, GpuExecutor) else None
+    return {
+        name: getattr(weights, name, None) for name in ("loaded_bytes", "loading_seconds", "pinned_bytes")
+    }
 
 
 def host_peak_bytes() -> int | None:

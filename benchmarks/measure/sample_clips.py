@@ -16,15 +16,17 @@ SAMPLE = Path(__file__).parents[1] / "trt_wan" / "sample"
 
 
 def write_clips(folder: Path, width: int, height: int, frames: int) -> Path:
-    """What the mode animate takes: src_ref.png, src_pose.mp4 and src_face.mp4, in `folder`."""
+    """Writes the five prepared files into `folder`: picture, pose, face, background and mask."""
     import cv2
 
     folder.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(folder / "src_ref.png"), _picture(width, height, 0.3))
-    for name, size in (("src_pose.mp4", (width, height)), ("src_face.mp4", (FACE_SIZE, FACE_SIZE))):
-        with VideoWriter(folder / name, *size, RATE, None, overwrite=True) as writer:
+    for name in ("pose", "face", "bg", "mask"):
+        size = (FACE_SIZE, FACE_SIZE) if name == "face" else (width, height)
+        with VideoWriter(folder / f"src_{name}.mp4", *size, RATE, None, overwrite=True) as writer:
             for k in range(frames):
-                writer.write(_picture(*size, k / frames))
+                picture = _picture(*size, k / frames)
+                writer.write(np.where(picture > 200, 255, 0).astype(np.uint8) if name == "mask" else picture)
             writer.finish()
     return folder
 

@@ -21,7 +21,7 @@ class GpuExecutor:
     """`segments` are by network, all of one size; `weights` are shared with other sizes."""
 
     def __init__(self, gpu: Gpu, segments: Mapping[str, Segment], weights: DeviceWeights) -> None:
-        self.gpu, self._segments, self._weights = gpu, segments, weights
+        self.gpu, self._segments, self.weights = gpu, segments, weights
         self._scratch: Any = None
 
     @property
@@ -50,15 +50,15 @@ class GpuExecutor:
         self.gpu.sync()
 
     def release(self, names: set[str]) -> None:
-        self._weights.release(names)
+        self.weights.release(names)
 
     def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
         given = {name: self._on_device(value, network, name) for name, value in inputs.items()}
         outputs = [self.gpu.empty(t.shape, t.dtype) for t in network.outputs]
-        arrays = given | self._weights.bind(network, n)
+        arrays = given | self.weights.bind(network, n)
         arrays |= {t.name: array for t, array in zip(network.outputs, outputs, strict=True)}
         self._segments[network.name].enqueue({name: array.address for name, array in arrays.items()})
-        self._weights.used(network, n)
+        self.weights.used(network, n)
         return cast(tuple[Array, ...], tuple(outputs))
 
     def settle(self) -> None:
