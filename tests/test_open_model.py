@@ -1,5 +1,5 @@
-"""An open model: jobs of different sizes, modes, prompts and seeds one after another, on ONNX Runtime. The same on a
-GPU, with its memory, is in test_open_model_on_gpu.py.
+"""An open model: jobs of different sizes, modes, prompts and seeds one after another, on ONNX Runtime. The
+same on a GPU, with its memory, is in test_open_model_on_gpu.py.
 """
 
 import os

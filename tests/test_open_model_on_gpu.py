@@ -1,4 +1,5 @@
-"""An open model on a GPU: memory that comes back, jobs in a row that equal single runs, streaming that changes nothing.
+"""An open model on a GPU: memory that comes back, jobs in a row that equal single runs, streaming that
+changes nothing.
 
 Tiny random weights in files; skipped where there is no GPU.
 """
