@@ -14,6 +14,7 @@ from trt_wan.runtime.video.reader import Picture
 
 BATCH = 16
 BATCH_PIXELS = 48_000_000  # at most, whatever the frames' size: 144 MB
+READ_AHEAD = 2  # frames
 REPORTS = 10  # per pass over a clip
 
 Item = TypeVar("Item")

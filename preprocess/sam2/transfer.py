@@ -25,7 +25,7 @@ from trt_wan.runtime.video.reader import Picture
 Host = NDArray[Any]
 
 SLOTS = 32  # of small inputs: two a frame and object, of the frames that are under way
-AHEAD = 2  # frames; fewer than stages.PATIENCE, so that a new prompt shows before the next is thought of
+AHEAD = 2  # frames; fewer than segmenter.PATIENCE, so that a new prompt shows before the next is thought of
 
 
 class Carrier(Protocol):
