@@ -68,13 +68,13 @@ class Networks:
 
 
 class MediapipeSource:
-    """The fallback, for both stages: MediaPipe finds one person by itself, and that person's outline.
+    """The fallback for both stages: MediaPipe finds one person, and that person's outline.
 
-    Its graph carries what it saw from frame to frame, so every sequence gets one of its own.
+    Its graph keeps state from frame to frame, so every sequence gets a new graph.
     """
 
     def __init__(self) -> None:
-        with MediapipePeople() as people:  # what is wrong with the installation shows here
+        with MediapipePeople() as people:  # raises for a broken installation
             self.name = people.name
 
     def follow(
@@ -90,7 +90,7 @@ class MediapipeSource:
                 yield person
 
     def outlines(self, frames: Iterable[Picture], people: Sequence[PersonFrame]) -> Iterator[Mask]:
-        """The outline is of whom MediaPipe finds, wherever `people` are."""
+        """Outlines of the person that MediaPipe finds. `people` are ignored."""
         readers = split(frames, 2)
         with MediapipePeople() as found:
             for frame, (_, outline) in zip(readers[0], found.frames(readers[1]), strict=True):
@@ -98,7 +98,7 @@ class MediapipeSource:
 
 
 class BoxSegmenter:
-    """No network: the mask is the person's whole box, which also hides the outline of the person."""
+    """Needs no network: the mask is the person's whole box, which also hides the person's outline."""
 
     name = "the person's box"
 

@@ -1,7 +1,7 @@
-"""The folder of prepared clips: what its files are called, how they are written, and the keypoints read back.
+"""The folder of prepared clips: names of its files, their quality, and how they appear.
 
-Everything is made in a hidden folder inside the one that was asked for and moved there when all of it is
-whole, src_ref.png last: without that file nobody takes the folder for prepared clips.
+Files are made in a hidden folder inside the output folder and moved when all are complete, src_ref.png last.
+A folder without src_ref.png does not count as prepared clips.
 """
 
 import json
@@ -31,7 +31,7 @@ PREVIEW = "preview.mp4"
 KEYPOINTS = "keypoints.json"
 ALL = (POSE, FACE, BACKGROUND, MASK, PREVIEW, KEYPOINTS, REFERENCE)
 
-# x264. A mask of 16-pixel blocks comes back exactly from it; at 18 the hole's edge in the background rings.
+# x264. Masks of 16-pixel blocks survive it exactly. At 18 the hole's edge in the background rings.
 CRF = 10
 PREVIEW_CRF = 20
 PRESET = "veryfast"  # these files are read once or twice: half the time of "medium", a little larger
@@ -39,7 +39,7 @@ SCHEMA = "trt-wan/keypoints/1"
 
 
 class ClipWriter(VideoWriter):
-    """A VideoWriter of another quality."""
+    """A VideoWriter with a chosen quality."""
 
     def __init__(
         self, path: Path, size: Size, rate: Fraction, crf: int = CRF, sound: Path | None = None
@@ -53,9 +53,9 @@ class ClipWriter(VideoWriter):
 
 
 class ArtifactFolder:
-    """A context manager: `making` is where the files are made; `publish()` moves them to `path`.
+    """A context manager. Files are made in `making`, and `publish()` moves them to `path`.
 
-    Without it nothing is left behind, and what was in `path` before stays as it was.
+    Without `publish()` all new files are removed, and files that were in `path` before stay unchanged.
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
@@ -77,7 +77,7 @@ class ArtifactFolder:
             ) from error
 
     def publish(self) -> Path:
-        """Every file takes its place; those of an earlier run that this one has not made go."""
+        """Moves every file to its place. Removes files of an earlier run that this run has not made."""
         for name in reversed(ALL):
             (self.path / name).unlink(missing_ok=True)
         for name in ALL:
@@ -97,7 +97,7 @@ class ArtifactFolder:
 
     def _remove_made(self) -> None:
         for folder in self._made:
-            with suppress(OSError):  # somebody has put something in it
+            with suppress(OSError):  # another program has put a file in it
                 folder.rmdir()
 
 
