@@ -12,7 +12,6 @@ from pathlib import Path
 
 from trt_wan.errors import InputError
 from trt_wan.preprocess.clips import artifacts
-from trt_wan.preprocess.clips.artifacts import ClipWriter
 from trt_wan.preprocess.clips.streams import READ_AHEAD, ahead, counted, split
 from trt_wan.preprocess.clips.writers import ClipSet
 from trt_wan.preprocess.footage import Footage, Sizes
@@ -30,6 +29,7 @@ from trt_wan.preprocess.stages import Stages
 from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.letterbox import letterbox
 from trt_wan.runtime.video.reader import Picture
+from trt_wan.runtime.video.writer import VideoWriter
 
 MASKS_AHEAD = 2  # in addition to the frames that share a mask
 WRITE = "write clips"
@@ -37,12 +37,12 @@ WRITE = "write clips"
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is known of the person in every frame, and how it is drawn. Lists have one entry per frame."""
+    """Draws the person into the pictures of every frame. Lists have one entry per frame."""
 
     job: PreprocessJob
     sizes: Sizes
     people: list[PersonFrame]  # in pixels of the frame
-    skeletons: list[Skeleton]  # of the driving person
+    skeletons: list[Skeleton]  # the driving person's
     poses: list[Skeleton]  # as drawn: retargeted, or the same
     observe: Observe
 
@@ -126,7 +126,7 @@ def _masks(drawing: Drawing, frames: Iterator[Picture], stages: Stages, progress
     return observed(masks, "shape masks", drawing.observe)
 
 
-def _writers(drawing: Drawing, footage: Footage, folder: Path) -> Iterator[tuple[str, ClipWriter]]:
+def _writers(drawing: Drawing, footage: Footage, folder: Path) -> Iterator[tuple[str, VideoWriter]]:
     """Opens the writers one by one: the caller must enter each before it asks for the next."""
     job, canvas = drawing.job, drawing.sizes.canvas
     sizes = {artifacts.POSE: canvas, artifacts.PREVIEW: preview_size(drawing.sizes.frame)}
@@ -137,4 +137,4 @@ def _writers(drawing: Drawing, footage: Footage, folder: Path) -> Iterator[tuple
     for name, size in sizes.items():
         crf = artifacts.PREVIEW_CRF if name == artifacts.PREVIEW else artifacts.CRF
         sound = job.clip if name == artifacts.POSE and footage.has_sound else None
-        yield name, ClipWriter(folder / name, size, footage.rate, crf, sound)
+        yield name, VideoWriter(folder / name, *size, footage.rate, sound, crf=crf, preset=artifacts.PRESET)

@@ -24,7 +24,7 @@ class Footage:
 
     path: Path
     indices: Sequence[int]
-    rate: Fraction  # of the clips to make, frames per second
+    rate: Fraction  # frames per second of the clips to make
     has_sound: bool
     fitted: Callable[[Picture], Picture] = lambda picture: picture
     observe: Observe = unobserved

@@ -7,7 +7,7 @@ from typing import Literal
 
 from trt_wan.errors import UsageError
 from trt_wan.preprocess.clips.sizes import Fit, Size
-from trt_wan.preprocess.people.track import PersonChoice
+from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.pictures.masks import Compat, MaskShape
 from trt_wan.preprocess.retarget.rules import RetargetRule
 from trt_wan.runtime.job import Mode

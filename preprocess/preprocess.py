@@ -12,16 +12,23 @@ from pathlib import Path
 
 from trt_wan.errors import InputError
 from trt_wan.preprocess.clips import artifacts
-from trt_wan.preprocess.clips.artifacts import ArtifactFolder, FoundPeople
+from trt_wan.preprocess.clips.artifacts import ArtifactFolder
+from trt_wan.preprocess.clips.keypoints import (
+    FoundPeople,
+    read_keypoints,
+    require_fit,
+    rounded,
+    write_keypoints,
+)
 from trt_wan.preprocess.clips.streams import READ_AHEAD, ahead, counted
 from trt_wan.preprocess.drawing import Drawing, write_clips
 from trt_wan.preprocess.footage import Footage, Sizes, plan_footage
 from trt_wan.preprocess.job import PreprocessJob
 from trt_wan.preprocess.observe import observed
+from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.fill import fill_gaps
 from trt_wan.preprocess.people.person import PersonFrame
 from trt_wan.preprocess.people.skeleton import Skeleton, from_keypoints
-from trt_wan.preprocess.people.track import PersonChoice
 from trt_wan.preprocess.retarget.rules import retarget
 from trt_wan.preprocess.stages import Stages
 from trt_wan.runtime.events import Note, Progress, silent
@@ -41,8 +48,8 @@ def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) 
     with ArtifactFolder(job.output, job.overwrite) as folder:
         # 2. Find the people. Clips are drawn from the rounded numbers in keypoints.json, so that a job with
         # --keypoints makes the same clips.
-        found = artifacts.rounded(_people_of(job, footage, sizes, reference, stages, progress))
-        artifacts.write_keypoints(folder.making / artifacts.KEYPOINTS, found)
+        found = rounded(_people_of(job, footage, sizes, reference, stages, progress))
+        write_keypoints(folder.making / artifacts.KEYPOINTS, found)
         if all(person.keypoints is None for person in found.frames):
             raise InputError(
                 f"No person was found in any of the {len(footage.indices)} frames of {job.clip}.",
@@ -74,8 +81,8 @@ def _people_of(
     if job.keypoints is None:
         found = _find_people(job, footage, sizes, stages, progress)
     else:
-        found = artifacts.read_keypoints(job.keypoints)
-        artifacts.require_fit(job.keypoints, found, len(footage.indices), sizes.clip)
+        found = read_keypoints(job.keypoints)
+        require_fit(job.keypoints, found, len(footage.indices), sizes.clip)
     if job.retarget is not None and (found.reference is None or found.reference_size != sizes.canvas):
         canvas = letterbox(reference, *sizes.canvas)
         found = replace(found, reference=_person_in(canvas, stages), reference_size=sizes.canvas)

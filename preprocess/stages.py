@@ -16,9 +16,9 @@ import numpy as np
 from trt_wan.errors import UsageError
 from trt_wan.preprocess.clips.streams import split
 from trt_wan.preprocess.observe import Observe, unobserved
+from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.mediapipe import MediapipePeople
 from trt_wan.preprocess.people.person import PersonFrame, box_of_joints
-from trt_wan.preprocess.people.track import PersonChoice
 from trt_wan.preprocess.pictures.masks import Compat, Mask
 from trt_wan.runtime.events import Progress, silent
 from trt_wan.runtime.job import Mode

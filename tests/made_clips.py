@@ -12,8 +12,8 @@ import pytest
 from made_person import HEIGHT, WIDTH, person
 
 from trt_wan.preprocess.job import PreprocessJob
+from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.person import NOBODY, Box, Keypoints, PersonFrame
-from trt_wan.preprocess.people.track import PersonChoice
 from trt_wan.preprocess.pictures.masks import Mask
 from trt_wan.preprocess.preprocess import preprocess
 from trt_wan.preprocess.stages import Stages

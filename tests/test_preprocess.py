@@ -40,15 +40,14 @@ from made_clips import (
 )
 
 from trt_wan.errors import InputError, OutputError, TrtWanError, UsageError
-from trt_wan.preprocess.clips.artifacts import ClipWriter
 from trt_wan.preprocess.clips.sizes import Fit, fit, resize_by_area
 from trt_wan.preprocess.clips.streams import BATCH, ahead, batches, split
 from trt_wan.preprocess.footage import plan_sizes
 from trt_wan.preprocess.job import PreprocessJob
 from trt_wan.preprocess.observe import Part
+from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.onnx_people import OnnxPeople
 from trt_wan.preprocess.people.person import Box, PersonFrame
-from trt_wan.preprocess.people.track import PersonChoice
 from trt_wan.preprocess.pictures.masks import Compat, Mask, MaskShape
 from trt_wan.preprocess.preprocess import preprocess
 from trt_wan.preprocess.sam2.segmenter import Sam2Segmenter
@@ -57,6 +56,7 @@ from trt_wan.runtime.events import Event, Note, silent
 from trt_wan.runtime.job import Inputs, Mode
 from trt_wan.runtime.video.clips import open_clips
 from trt_wan.runtime.video.reader import Clip, Picture
+from trt_wan.runtime.video.writer import VideoWriter
 
 ANIMATE = {"keypoints.json", "preview.mp4", "src_face.mp4", "src_pose.mp4", "src_ref.png"}
 REPLACE = ANIMATE | {"src_bg.mp4", "src_mask.mp4"}
@@ -433,14 +433,14 @@ def test_a_broken_clip_ends_in_a_sentence(tmp_path: Path, name: str) -> None:
 
 def test_a_disk_that_fills_up_half_way(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clips are written in threads of their own; what one of them meets ends the whole."""
-    write = ClipWriter.write
+    write = VideoWriter.write
 
-    def full(writer: ClipWriter, picture: Picture) -> None:
+    def full(writer: VideoWriter, picture: Picture) -> None:
         if writer.path.name == "src_bg.mp4" and writer.frames == 4:
             raise OutputError("The disk is full.", "Free some space.")
         write(writer, picture)
 
-    monkeypatch.setattr(ClipWriter, "write", full)
+    monkeypatch.setattr(VideoWriter, "write", full)
     with pytest.raises(OutputError, match="The disk is full"):
         make(tmp_path, clip, mode="replace")
     assert {path.name for path in tmp_path.iterdir()} == {"character.png"}

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Self
 
-from trt_wan.preprocess.clips.artifacts import ClipWriter
 from trt_wan.preprocess.observe import Observe, unobserved
 from trt_wan.runtime.video.reader import Picture
+from trt_wan.runtime.video.writer import VideoWriter
 from trt_wan.runtime.video.writer_thread import Beside
 
 BEHIND = 2  # frames that wait for a clip's thread, and so are in memory
@@ -20,7 +20,7 @@ Work = Callable[[], None]
 class ClipSet:
     """A context manager for the threads. The caller opens and closes the writers, which are by name."""
 
-    def __init__(self, writers: Mapping[str, ClipWriter], observe: Observe = unobserved) -> None:
+    def __init__(self, writers: Mapping[str, VideoWriter], observe: Observe = unobserved) -> None:
         self._writers, self._observe = writers, observe
         self._threads = {name: Beside(_do, room=BEHIND) for name in writers}
         self._opened = ExitStack()
@@ -47,12 +47,12 @@ class ClipSet:
     def __exit__(self, *error: object) -> None:
         self._opened.__exit__(*error)  # type: ignore[arg-type]
 
-    def _write(self, writer: ClipWriter, picture: Callable[[], Picture]) -> None:
+    def _write(self, writer: VideoWriter, picture: Callable[[], Picture]) -> None:
         made = picture()
         with self._observe("encode"):
             writer.write(made)
 
-    def _finish(self, writer: ClipWriter, name: str, frames: int) -> None:
+    def _finish(self, writer: VideoWriter, name: str, frames: int) -> None:
         assert writer.frames == frames, f"{name} has {writer.frames} of {frames} frames"
         with self._observe("finish clips"):
             writer.finish()

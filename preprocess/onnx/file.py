@@ -44,7 +44,7 @@ class OnnxFile:
 
     @property
     def sha256(self) -> str:
-        """The hash of the file and its weights. Kept on disk until one of them changes: 2.5 GB take seconds."""
+        """The hash of the file and its weights. Kept on disk until one changes: 2.5 GB take seconds."""
         files = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in (self.path, *self.weight_files)]
         name = hashlib.sha256(str(self.path).encode()).hexdigest()[:32]
         kept = home() / "onnx" / f"{name}.json"

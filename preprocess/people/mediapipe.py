@@ -34,7 +34,7 @@ Mask = NDArray[np.bool_]
 INSTALL = "Run: pip install 'trt-wan[mediapipe]' (Python up to 3.12)"
 SURE = 0.5  # least value of the mask, and least score of a joint inside the box
 
-# MediaPipe's body joint for each of our joints 0-22. Its one toe point serves as both of ours.
+# MediaPipe's body joint for each of the joints 0-22. Its one toe point stands for both toes.
 BODY_POINTS = (0, 2, 5, 7, 8, 11, 12, 13, 14, 15, 16, 23, 24, 25, 26, 27, 28, 31, 31, 29, 32, 32, 30)
 
 # The point of MediaPipe's face mesh for each of our 68 face points, in order (jaw, brows, nose, eyes, lips,

@@ -6,10 +6,11 @@ from functools import partial
 
 from trt_wan.preprocess.clips.streams import Item, batches
 from trt_wan.preprocess.observe import Observe, begun, unobserved
+from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.detect import Detector, official_person
 from trt_wan.preprocess.people.person import NOBODY, Box, Keypoints, PersonFrame
 from trt_wan.preprocess.people.pose import PoseEstimator
-from trt_wan.preprocess.people.track import PersonChoice, Tracker
+from trt_wan.preprocess.people.track import Tracker
 from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.video.reader import Picture
 

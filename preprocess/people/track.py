@@ -8,12 +8,13 @@ person. A person who appears after that is assumed to be a missing one. Boxes al
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.errors import UsageError
+from trt_wan.preprocess.people.assignment import UNMATCHED, assign
+from trt_wan.preprocess.people.choice import LARGEST, Person, PersonChoice, chosen, listed, people_in
 from trt_wan.preprocess.people.person import Box, Keypoints, iou
 
 SURE = 0.25  # least score of a new person. Lower scores only continue a track
@@ -27,27 +28,6 @@ SIZE_CHANGE = 1.8  # ratio of heights from one sighting to the next
 SIZE_CHANGE_AWAY = 2.5  # between leaving and coming back
 SURE_JOINT = 0.3
 JOINT_WEIGHT = 5.0  # two people differ by a tenth of a diagonal, one person by little between frames
-UNMATCHED = 1e6
-
-
-@dataclass(frozen=True)
-class PersonChoice:
-    """The person to follow, as seen in the first frame with people. At most one is set. None: the largest."""
-
-    number: int | None = None  # from 1, from left to right
-    point: tuple[float, float] | None = None
-    box: Box | None = None
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("number", "point", "box") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise UsageError(f"The person is chosen twice, by {' and '.join(given)}.", "Use one of them.")
-
-
-@dataclass(frozen=True)
-class Person:
-    number: int
-    box: Box
 
 
 @dataclass(frozen=True)
@@ -106,7 +86,7 @@ class _Track:
 class Tracker:
     """`follow` is called once per frame, in order."""
 
-    def __init__(self, choice: PersonChoice = PersonChoice()) -> None:
+    def __init__(self, choice: PersonChoice = LARGEST) -> None:
         self.choice = choice
         self.people: list[Person] = []  # in the frame in which the choice was made
         self.followed: int | None = None  # number of one of them
@@ -136,10 +116,10 @@ class Tracker:
 
     def several_people(self) -> str | None:
         """A sentence for the user if there were several people and no choice."""
-        if len(self.people) < 2 or self.choice != PersonChoice():
+        if len(self.people) < 2 or self.choice != LARGEST:
             return None
         return (
-            f"{len(self.people)} people are in frame {self.first_frame} ({_list(self.people)}); person "
+            f"{len(self.people)} people are in frame {self.first_frame} ({listed(self.people)}); person "
             f"{self.followed}, the largest, is followed. Choose with --person N, --point x,y or --box."
         )
 
@@ -150,7 +130,7 @@ class Tracker:
         if not seen and self.choice.box is None:
             return None
         self.people, self.first_frame = people_in([[boxes[i] for i in seen]]), self._frame
-        mine = _chosen(self.choice, self.people, boxes, self._frame)
+        mine = chosen(self.choice, self.people, boxes, self._frame)
         self._tracks = [_Track(boxes[i], 0, poses[i] if poses is not None else None) for i in seen]
         self._mine = next((track for track in self._tracks if track.box == mine), None)
         if self._mine is None:
@@ -217,50 +197,6 @@ class Tracker:
             self.events.append(TrackEvent(self._frame, "back"))
 
 
-def people_in(frames: Sequence[Sequence[Box]]) -> list[Person]:
-    """The people in the first frame that has any, numbered from left to right."""
-    first = next((boxes for boxes in frames if boxes), [])
-    ordered = sorted(first, key=lambda box: box.centre[0])
-    return [Person(number, box) for number, box in enumerate(ordered, 1)]
-
-
-def assign(costs: NDArray[Any]) -> list[tuple[int, int]]:
-    """Pairs of row and column with the least sum of costs, each used at most once. Pairs of UNMATCHED or more
-    are left out.
-
-    Kuhn's method with potentials, by shortest augmenting paths, O(rows² columns).
-    """
-    if costs.size == 0:
-        return []
-    if costs.shape[0] > costs.shape[1]:
-        return [(row, column) for column, row in assign(costs.T)]
-    rows, columns = costs.shape
-    of_row, of_column = np.zeros(rows + 1), np.zeros(columns + 1)
-    owner = np.zeros(columns + 1, int)  # each column's row, from 1. Column 0 stands for the row to place
-    for row in range(1, rows + 1):
-        owner[0], column = row, 0
-        least, previous = np.full(columns + 1, np.inf), np.zeros(columns + 1, int)
-        used = np.zeros(columns + 1, bool)
-        while owner[column]:
-            used[column] = True
-            reduced = costs[owner[column] - 1] - of_row[owner[column]] - of_column[1:]
-            better = ~used[1:] & (reduced < least[1:])
-            least[1:][better], previous[1:][better] = reduced[better], column
-            open_columns = np.where(used, np.inf, least)
-            open_columns[0] = np.inf
-            following = int(open_columns.argmin())
-            step = open_columns[following]
-            of_row[owner[used]] += step
-            of_column[used] -= step
-            least[~used] -= step
-            column = following
-        while column:
-            owner[column] = owner[previous[column]]
-            column = int(previous[column])
-    pairs = [(int(owner[c]) - 1, c - 1) for c in range(1, columns + 1) if owner[c]]
-    return sorted((row, column) for row, column in pairs if costs[row, column] < UNMATCHED)
-
-
 def _stands_for_two(track: _Track, box: Box, unseen: Sequence[_Track]) -> bool:
     rivals = (other for other in unseen if other.missed < COAST and iou(other.expected, box) > 0.3)
     return track.hidden < COAST and any(rivals)
@@ -308,35 +244,3 @@ def _joint_distance(before: Keypoints, now: Keypoints, moved: NDArray[np.float64
         return 0.0
     apart = now[both, :2] - before[both, :2] - moved
     return float(np.hypot(*apart.T).mean() / max(np.hypot(box.width, box.height), 1.0))
-
-
-def _chosen(choice: PersonChoice, people: Sequence[Person], boxes: Sequence[Box], frame: int) -> Box:
-    if choice.number is not None:
-        if not 1 <= choice.number <= len(people):
-            count = "is one person" if len(people) == 1 else f"are {len(people)} people"
-            raise UsageError(
-                f"There {count} in frame {frame}, and person {choice.number} was asked for.",
-                f"They are numbered from left to right: {_list(people)}.",
-            )
-        return people[choice.number - 1].box
-    if choice.point is not None:
-        x, y = choice.point
-        there = [box for box in boxes if box.contains(x, y)]
-        if not there:
-            raise UsageError(
-                f"Nobody is at {x:g},{y:g} in frame {frame}.", f"The people there: {_list(people)}."
-            )
-        return min(there, key=lambda box: box.area)
-    if choice.box is not None:
-        overlaps = [(iou(box, choice.box), box) for box in boxes]
-        overlap, best = max(overlaps, key=lambda pair: pair[0], default=(0.0, choice.box))
-        return best if overlap >= 0.3 else choice.box
-    return max(people, key=lambda person: person.box.area).box
-
-
-def _list(people: Sequence[Person]) -> str:
-    """1 at 40,60 (120x300), …"""
-    places = (
-        f"{p.number} at {p.box.x0:.0f},{p.box.y0:.0f} ({p.box.width:.0f}x{p.box.height:.0f})" for p in people
-    )
-    return ", ".join(places) or "nobody"

@@ -28,7 +28,7 @@ OFFICIAL_KERNEL, OFFICIAL_ITERATIONS = 7, 3
 
 @dataclass(frozen=True)
 class MaskShape:
-    """How an outline becomes the mask: filled, grown by `grow` pixels, rounded to blocks of `block` pixels."""
+    """How an outline becomes the mask: filled, grown by `grow` pixels, in blocks of `block` pixels."""
 
     grow: int | None = None  # negative: shrunk. None: the rule's default
     block: int | None = None
@@ -128,7 +128,7 @@ def grid_blocks(mask: Mask, block: int) -> Mask:
 
 
 def kijai_blocks(mask: Mask, block: int) -> Mask:
-    """The wrapper's rule: the bounding box in equal parts of `block` to 2*block pixels, the last part larger."""
+    """The wrapper's rule: the bounding box in equal parts of `block` to 2*block pixels, the last larger."""
     box = bounding_box(mask)
     if box is None:
         return mask

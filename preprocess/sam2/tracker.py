@@ -11,7 +11,6 @@ frames are tracked ahead of the returned one: a frame needs the memory and the p
 which stay on the device, and never their masks.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +21,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.engines.sam2.config import Sam2Config, pointers_of
+from trt_wan.engines.sam2.config import pointers_of
 from trt_wan.engines.sam2.contracts import LABELS, MASK_DOWNSAMPLE, NO_POINTER, TIME_ROWS
 from trt_wan.errors import UsageError
 from trt_wan.preprocess.sam2.bank import MemoryBank, View
 from trt_wan.preprocess.sam2.model import Sam2Model
+from trt_wan.preprocess.sam2.position_tables import tables
 from trt_wan.preprocess.sam2.resample import InputRule, resize_antialiased
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.video.reader import Picture
@@ -347,34 +347,6 @@ class Sam2Tracker:
             return Found(fill_small_holes(shown, self.fill_holes), float(seen[0]), prompted=False)
 
         return found
-
-
-def tables(config: Sam2Config) -> dict[str, NDArray[np.float32]]:
-    """The position tables and rotations for track graphs."""
-    grid = config.grid
-    pairs = config.channels // 4
-    frequency = 10000.0 ** (-4 * np.arange(pairs) / config.channels)
-    y, x = np.divmod(np.arange(config.tokens), grid)
-    angles = np.concatenate((x[:, None] * frequency, y[:, None] * frequency), axis=1)
-    return {
-        "position": sines(grid, config.channels),
-        "memory_position": sines(grid, config.memory_channels),
-        "rope_cos": np.cos(angles).astype(np.float32),
-        "rope_sin": np.sin(angles).astype(np.float32),
-    }
-
-
-def sines(grid: int, channels: int) -> NDArray[np.float32]:
-    """[cells, channels]: alternating sines and cosines, of the row in the first half and of the column in the
-    second. 1..grid is a full circle.
-    """
-    half = channels // 2
-    place = (np.arange(grid) + 1) / (grid + 1e-6) * 2 * math.pi
-    angles = place[:, None] / 10000.0 ** (2 * (np.arange(half) // 2) / half)
-    line = np.where(np.arange(half) % 2, np.cos(angles), np.sin(angles))
-    rows = np.broadcast_to(line[:, None], (grid, grid, half))
-    columns = np.broadcast_to(line[None], (grid, grid, half))
-    return np.concatenate((rows, columns), axis=2).reshape(grid * grid, channels).astype(np.float32)
 
 
 def fill_small_holes(logits: Logits, largest: int) -> Logits:

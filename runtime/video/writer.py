@@ -57,6 +57,8 @@ class VideoWriter:
         rate: Fraction,
         sound: Path | None = None,
         overwrite: bool = False,
+        crf: int = CRF,
+        preset: str = PRESET,
     ) -> None:
         """Opens the partial file at once, so that a target that cannot be written fails before the computing.
 
@@ -67,6 +69,7 @@ class VideoWriter:
         self.partial = path.with_name(f"{path.stem}.partial{path.suffix}")
         self.width, self.height, self.rate = width, height, rate
         self.frames = 0
+        self._options: dict[str, object] = {"crf": str(crf), "preset": preset, "x264-params": DETERMINISTIC}
         self._open = True
         self._scaler = VideoReformatter()
         self._container: OutputContainer | None = None
@@ -149,7 +152,7 @@ class VideoWriter:
         self._container = av.open(str(self.partial.absolute()), "w", options=options)
         self._video = self._container.add_stream("libx264", rate=self.rate)
         self._video.width, self._video.height, self._video.pix_fmt = self.width, self.height, "yuv420p"
-        self._video.options = {"crf": str(CRF), "preset": PRESET, "x264-params": DETERMINISTIC}
+        self._video.options = self._options
         codec = self._video.codec_context
         codec.thread_type, codec.thread_count = ThreadType.FRAME, encoders(self.height)
         codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG

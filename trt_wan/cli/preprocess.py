@@ -199,8 +199,8 @@ def _job(
     **options: Any,
 ) -> "PreprocessJob":
     from trt_wan.preprocess.job import PreprocessJob
+    from trt_wan.preprocess.people.choice import PersonChoice
     from trt_wan.preprocess.people.person import Box
-    from trt_wan.preprocess.people.track import PersonChoice
     from trt_wan.preprocess.pictures.masks import MaskShape
 
     if sum(choice is not None for choice in (person, point, box)) > 1:
