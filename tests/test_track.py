@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from trt_wan.errors import UsageError
+from trt_wan.preprocess.people.assignment import assign
+from trt_wan.preprocess.people.choice import PersonChoice, people_in
 from trt_wan.preprocess.people.detect import without_overlaps
 from trt_wan.preprocess.people.fill import fill_gaps
 from trt_wan.preprocess.people.person import JOINTS, NOBODY, Box, Keypoints, PersonFrame, iou
-from trt_wan.preprocess.people.track import COAST, PersonChoice, Tracker, TrackEvent, assign, people_in
+from trt_wan.preprocess.people.track import COAST, Tracker, TrackEvent
 
 A, B = Box(100, 50, 220, 400, 0.9), Box(500, 60, 600, 380, 0.8)
 

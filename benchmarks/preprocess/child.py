@@ -20,13 +20,16 @@ from trt_wan.benchmarks.measure.measured_process import host_peak_bytes
 from trt_wan.benchmarks.measure.processes import answering, say
 from trt_wan.benchmarks.measure.timed import timed
 from trt_wan.benchmarks.preprocess.parts import PartClock
-from trt_wan.preprocess.clips.artifacts import read_keypoints
+from trt_wan.preprocess.clips.keypoints import read_keypoints
+from trt_wan.preprocess.drawing import WRITE
+from trt_wan.preprocess.job import PreprocessJob
 from trt_wan.preprocess.onnx.net import OnnxNet
 from trt_wan.preprocess.people.detect import open_detector
 from trt_wan.preprocess.people.person import Box
 from trt_wan.preprocess.people.pose import open_pose
-from trt_wan.preprocess.preprocess import FIND, WRITE, PreprocessJob, preprocess
-from trt_wan.preprocess.stages import Executor, Networks, Sam2Segmenter, open_stages
+from trt_wan.preprocess.preprocess import FIND, preprocess
+from trt_wan.preprocess.sam2.segmenter import open_segmenter
+from trt_wan.preprocess.stages import Executor, Networks, open_stages
 from trt_wan.runtime.events import Event, Note, StageProgress
 from trt_wan.runtime.job import Mode
 from trt_wan.runtime.video.reader import Clip, Picture
@@ -136,7 +139,7 @@ def run_sam2(spec: Spec) -> None:
     frames, notes = read_frames(spec.clip), Notes()
     people = read_keypoints(Path(spec.keypoints)).frames[: len(frames)]
     start = time.perf_counter()
-    segmenter = Sam2Segmenter(Path(spec.sam2), spec.executor, progress=notes)
+    segmenter = open_segmenter(Path(spec.sam2), spec.executor, official=False, progress=notes)
     model = segmenter.model
     about = f"{model.config.name}, {model.plan.precision}, {model.config.image_size} pixels wide"
     runs_on = next((text for text in notes.texts if "runs with" in text), spec.executor)
@@ -160,23 +163,22 @@ def run_sam2(spec: Spec) -> None:
 
 def run_whole(spec: Spec) -> None:
     mode: Mode = "replace" if spec.what == "replace" else "animate"
-    notes, start = Notes(), time.perf_counter()
+    notes, clock, start = Notes(), PartClock(), time.perf_counter()
     sam2 = Path(spec.sam2) if mode == "replace" else None
     networks = Networks(Path(spec.detector), Path(spec.pose), sam2, executor=spec.executor)
-    stages = open_stages(networks, mode, None, needs_people=True, progress=notes)
+    stages = open_stages(networks, mode, None, needs_people=True, progress=notes, observe=clock.inside)
     opened = time.perf_counter() - start
     job = PreprocessJob(
         Path(spec.reference), Path(spec.clip), Path(spec.output), mode=mode, size=spec.size, overwrite=True
     )
     assert stages.people is not None
     say("opened", seconds=opened, runs_on=stages.people.name)
-    clock = PartClock()
     for _ in range(spec.repeat + 1):
         notes.stages.clear()
         notes.texts.clear()
         clock.take()
         start = time.perf_counter()
-        folder = preprocess(job, stages, notes, clock.inside)
+        folder = preprocess(job, stages, notes)
         ended = time.perf_counter()
         own, beside = clock.take()
         halves = {

@@ -25,7 +25,7 @@ PADDING = 1.25  # times the box, so that hands and feet at its border are inside
 
 @dataclass(frozen=True)
 class Crop:
-    """Centre and size are exact, corners whole pixels of the frame, which may lie outside."""
+    """Centre and size are exact. Corners are whole pixels of the frame and may lie outside it."""
 
     centre: tuple[float, float]
     size: tuple[float, float]  # width, height in pixels
@@ -36,11 +36,11 @@ class Crop:
 
 
 def crop_for(box: Box, width: int = FRAME[2], height: int = FRAME[1]) -> Crop:
-    """The part of the frame that the network's `width` x `height` see of a box: 1.25 times the box, widened
-    to that aspect.
+    """The part of the frame for a network input of `width` x `height`: 1.25 times the box, widened to that
+    aspect.
 
-    The corners come out of a matrix inverse as in the official code: with centre - size / 2, every corner
-    that falls between two pixels by half would be rounded differently.
+    The corners come from a matrix inverse as in the official code. From centre - size / 2, corners halfway
+    between two pixels would be rounded differently.
     """
     (cx, cy), aspect = box.centre, width / height
     tall = max(box.width / aspect, box.height) * PADDING
@@ -63,8 +63,8 @@ def crop_for(box: Box, width: int = FRAME[2], height: int = FRAME[1]) -> Crop:
 def cut(frame: Picture, crop: Crop, width: int, height: int) -> Array:
     """The crop at `width` x `height`, float32 [height, width, 3] in 0..255, black outside the frame.
 
-    It equals cv2.resize(INTER_LINEAR) of the whole crop in float32, without ever making that: around a person
-    in an 8K frame it takes 1.5 GB.
+    It equals cv2.resize(INTER_LINEAR) of the whole crop in float32, without making that crop: around a person
+    in an 8K frame it would take 1.5 GB.
     """
     rows = taps(crop.y0, crop.y1, height, frame.shape[0])
     columns = taps(crop.x0, crop.x1, width, frame.shape[1])
@@ -73,7 +73,7 @@ def cut(frame: Picture, crop: Crop, width: int, height: int) -> Array:
     for y, wy in rows:
         for x, wx in columns:
             places[..., 0], places[..., 1] = x, y[:, None]
-            # Twice as fast as numpy's gather, and other threads go on meanwhile.
+            # Twice as fast as numpy's gather, and it releases the GIL.
             tap = cv2.remap(frame, places, nothing, cv2.INTER_NEAREST)
             result += tap * (wy[:, None] * wx)[..., None]
     return result
@@ -83,8 +83,8 @@ Taps = list[tuple[NDArray[np.intp], Array]]
 
 
 def taps(start: int, end: int, size: int, limit: int) -> Taps:
-    """For `size` samples between pixels `start` and `end`: the two pixels that each lies between, with their
-    weights, which are 0 outside the frame's `limit` pixels.
+    """For `size` samples between pixels `start` and `end`: the two neighbouring pixels of each, with their
+    weights. Weights are 0 outside the frame's `limit` pixels.
     """
     length = max(end - start, 1)
     at = (np.arange(size) + 0.5) * (length / size) - 0.5
@@ -99,6 +99,6 @@ def taps(start: int, end: int, size: int, limit: int) -> Taps:
 
 
 def normalised(crop: Array, order: ChannelOrder) -> Array:
-    """float32 [3, H, W]; mean and deviation stay RGB's in either order, as in the official code."""
+    """float32 [3, H, W]. Mean and deviation are RGB's for both orders, as in the official code."""
     channels = crop if order == "rgb" else crop[..., ::-1]
     return ((channels / np.float32(255) - MEAN) / STD).transpose(2, 0, 1)

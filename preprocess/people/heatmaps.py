@@ -21,15 +21,15 @@ LOW_HEAT = 1e-6  # below this a value may come near LEAST_HEAT once the blurred 
 
 def decode_heatmaps(heatmaps: Array, centre: Array, size: Array) -> Keypoints:
     """Heat maps float32 [n, joints, H, W] and each crop's centre and size [n, 2] to keypoints
-    [n, joints, 3] in pixels of the frame. A map without anything above 0 gives score -1.
+    [n, joints, 3] in pixels of the frame. A map without values above 0 gives score -1.
     """
     height, width = heatmaps.shape[2:]
     return in_frame(peaks(heatmaps), (width, height), centre, size)
 
 
 def peaks(heatmaps: Array) -> Array:
-    """Of heat maps float32 [n, joints, H, W]: x and y in pixels of the map, and the score, float32
-    [n, joints, 3]. A map without anything above 0 gives -1 for all three.
+    """The peaks of heat maps float32 [n, joints, H, W]: x and y in pixels of the map, and the score, float32
+    [n, joints, 3]. A map without values above 0 gives -1 for all three.
     """
     n, joints, height, width = heatmaps.shape
     maps = np.ascontiguousarray(heatmaps, np.float32).reshape(n * joints, height, width)
@@ -45,7 +45,7 @@ def peaks(heatmaps: Array) -> Array:
 
 
 def in_frame(found: Array, map_size: tuple[int, int], centre: Array, size: Array) -> Keypoints:
-    """What `peaks` gives, in pixels of the frame; `map_size` is (width, height)."""
+    """The result of `peaks` in pixels of the frame. `map_size` is (width, height)."""
     scale = (size / map_size).astype(np.float32)[:, None]
     corner = (np.asarray(centre) - np.asarray(size) / 2).astype(np.float32)[:, None]
     return np.concatenate([found[..., :2] * scale + corner, found[..., 2:]], 2).astype(np.float32)
@@ -71,8 +71,9 @@ def _taylor_step(maps: Array, x: Array, y: Array, score: Array) -> Array:
 def _blurred_patches(maps: Array, x: Array, y: Array, score: Array) -> Array:
     """The 5 x 5 around each peak of the blurred map, scaled so that the blurred map's maximum is `score`.
 
-    Only what those pixels depend on is blurred. The scale shifts the logarithm by a constant, which the step
-    does not see, unless some value meets LEAST_HEAT: only those maps are blurred whole, for their maximum.
+    Only pixels that these depend on are blurred. The scale adds a constant to the logarithm, which does not
+    change the step unless a value meets LEAST_HEAT. Only maps with such values are blurred whole, for their
+    maximum.
     """
     kernel = cv2.getGaussianKernel(BLUR, SIGMA, cv2.CV_32F)[:, 0]
     band = np.zeros((5, 5 + 2 * REACH), np.float32)

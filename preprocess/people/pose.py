@@ -36,11 +36,13 @@ class PoseEstimator:
             batches.prepare(net.engine)
 
     def estimate(self, frames: Sequence[Picture], boxes: Sequence[Box]) -> list[Keypoints]:
-        """The joints of the person in each frame's box; to leave a frame out, leave it out of both."""
+        """The joints of the person in each frame's box. Both lists must have the same frames."""
         return self.estimating(frames, boxes)()
 
     def estimating(self, frames: Sequence[Picture], boxes: Sequence[Box]) -> Callable[[], list[Keypoints]]:
-        """A function that gives what `estimate` does. On a GPU the work begins here, else in the function."""
+        """Returns a function with the result of `estimate`. On a GPU the work begins here, else in the
+        function.
+        """
         _, _, height, width = self.net.input_shape
         crops = [crop_for(box, width, height) for box in boxes]
         if self.net.engine is None:

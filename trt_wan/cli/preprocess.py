@@ -17,7 +17,7 @@ from trt_wan.cli.report import Report
 from trt_wan.errors import UsageError
 
 if TYPE_CHECKING:
-    from trt_wan.preprocess.preprocess import PreprocessJob
+    from trt_wan.preprocess.job import PreprocessJob
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 NETWORK = click.Path(path_type=Path)  # a file or a folder; what is wrong with it is said by who opens it
@@ -198,10 +198,10 @@ def _job(
     compat: Any,
     **options: Any,
 ) -> "PreprocessJob":
+    from trt_wan.preprocess.job import PreprocessJob
+    from trt_wan.preprocess.people.choice import PersonChoice
     from trt_wan.preprocess.people.person import Box
-    from trt_wan.preprocess.people.track import PersonChoice
     from trt_wan.preprocess.pictures.masks import MaskShape
-    from trt_wan.preprocess.preprocess import PreprocessJob
 
     if sum(choice is not None for choice in (person, point, box)) > 1:
         raise UsageError(
