@@ -41,10 +41,10 @@ from trt_wan.runtime.events import Note, Progress, silent
 @dataclass(frozen=True)
 class Options:
     shape: Shape
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of runtime.job.Settings
+    settings: Mapping[str, Any] = field(default_factory=dict)  # fields of runtime.settings.Settings
     weights: str | None = None  # None: random
     contest: Contest = Contest()
-    job_steps: int = 4  # of a whole job
+    job_steps: int = 4  # in a whole job
     jobs: int = 3  # whole jobs from a warm start: a single one says little about a start
     cold: bool = True  # whether a start without finished kernels is measured too
 

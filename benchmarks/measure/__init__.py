@@ -1,1 +1,1 @@
-"""What is measured: this program, its peers, the card and its ceilings."""
+"""Measurements of this program, its peers, the machine and its ceilings."""

@@ -1,4 +1,4 @@
-"""How fast a step can be at most on this machine, network by network, and how near the measured one is."""
+"""The lower bound of a step's time on this machine, network by network, beside the measured time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ ATTENTION = "attention"
 
 @dataclass(frozen=True)
 class Rates:
-    """In FLOP/s and bytes/s. `about` says where they come from."""
+    """In FLOP/s and bytes/s. `about` names their source."""
 
     units: Mapping[Unit, float]
     bytes_per_second: float
@@ -21,14 +21,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class NetworkTime:
-    """A network in one step: measured, and the least it can take."""
+    """A network in one step: its measured time and its lower bound."""
 
     name: str
     calls: int
     flops: int
     bytes: int
     seconds: float
-    bound_seconds: float | None  # None where no ceiling was measured, or no work is counted
+    bound_seconds: float | None  # None if no ceiling was measured or no work is counted
 
     @property
     def rate(self) -> float:
@@ -37,8 +37,8 @@ class NetworkTime:
 
 
 def measured_rates(ceilings: Sequence[Ceiling], attention: float | None) -> Rates | None:
-    """`attention` is the rate of the fastest attention that was measured, FLOP/s. None if a ceiling that
-    every step needs was not measured.
+    """`attention` is the rate of the fastest measured attention, FLOP/s. Returns None if a ceiling that every
+    step needs was not measured.
     """
 
     def best(name: str) -> float | None:
@@ -67,13 +67,13 @@ def datasheet_rates(sheet: Datasheet, fp8_attention: bool) -> Rates:
 
 
 def attention_rate(work: Mapping[str, Work], profile: Sequence[Mapping[str, float | str]]) -> float | None:
-    """FLOP/s of the fastest call of the attention in a profile."""
+    """Returns FLOP/s of the fastest attention call in a profile."""
     fastest = [float(row["fastest"]) for row in profile if row["name"] == ATTENTION]
     return work[ATTENTION].flops / min(fastest) if fastest else None
 
 
 def step_bound(work: Mapping[str, Work], calls: Mapping[str, Calls], rates: Rates) -> float | None:
-    """Seconds of a step in which every network takes the least it can; None if one's is not known."""
+    """Returns the sum of all networks' lower bounds in seconds; None if one of them is unknown."""
     total = 0.0
     for name, w in work.items():
         if calls[name].step:
@@ -87,7 +87,7 @@ def step_bound(work: Mapping[str, Work], calls: Mapping[str, Calls], rates: Rate
 def network_times(
     work: Mapping[str, Work], profile: Sequence[Mapping[str, float | str]], rates: Rates | None
 ) -> list[NetworkTime]:
-    """Every network of a step, the longest first."""
+    """Returns every network of a step, the longest first."""
     found = []
     for row in profile:
         name, calls = str(row["name"]), int(row["calls"])

@@ -31,7 +31,7 @@ class Gpu:
     driver: str
     memory: str
     capability: str
-    clock_now: str  # of the multiprocessors
+    clock_now: str  # the multiprocessors' clock
     clock_highest: str
     memory_clock_highest: str
     power_limit: str
@@ -47,7 +47,7 @@ class Datasheet:
     bandwidth: float
 
 
-# By a part of the GPU's name; NVIDIA's datasheets. Never the figures with sparsity.
+# NVIDIA's datasheets by a part of the GPU's name, without sparsity.
 DATASHEETS = {
     "B200": Datasheet(2250e12, 4500e12, 8.0e12),
     "H200": Datasheet(989.5e12, 1979e12, 4.8e12),
@@ -61,7 +61,7 @@ DATASHEETS = {
 @dataclass(frozen=True)
 class Card:
     gpu: Gpu | None
-    datasheet: Datasheet | None  # None if the GPU is not in the table: no wrong guess
+    datasheet: Datasheet | None  # None if the GPU is not in the table
     cpu: str
     cores: int
     memory_gb: float
@@ -115,7 +115,7 @@ def datasheet(name: str) -> Datasheet | None:
 
 
 def read_gpu() -> Gpu | None:
-    """The first GPU, or None without a driver. Makes no CUDA context."""
+    """Returns the first GPU, or None without a driver. Makes no CUDA context."""
     fields = (
         "name,driver_version,memory.total,compute_cap,clocks.sm,clocks.max.sm,clocks.max.memory,"
         "power.limit,temperature.gpu"

@@ -1,9 +1,9 @@
-"""What this very GPU can do at most: copies and matrix products at the shapes of a step, without torch.
+"""The ceilings of this GPU: copies and matrix products at the shapes of a step, without torch.
 
     python -m trt_wan.benchmarks.measure.ceilings --size 832x480 --window 77
 
-Data is random, because a GPU that multiplies zeros is faster. The attention's ceiling is not here: it is the
-fastest attention that a run measured.
+Data is random, because a GPU that multiplies zeros is faster. The attention's ceiling is not measured here:
+it is the fastest attention of a run.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Ceiling:
 
 
 def measure(shape: Shape) -> list[Ceiling]:
-    """On the GPU that is there. Products are those of the 14B whatever the model: they fill the GPU."""
+    """Measures the first GPU. Products are always those of the 14B model, because they fill the GPU."""
     gpu = Gpu()
     c = ANIMATE_14B.transformer
     tokens = shape.plan.tokens if shape.plan.tokens >= FEW_TOKENS else ENOUGH_TOKENS
@@ -54,7 +54,7 @@ def measure(shape: Shape) -> list[Ceiling]:
 
 
 def measure_host() -> list[Ceiling]:
-    """Of the CPU, by numpy, in float32: what stands for the ceilings where there is no GPU."""
+    """Measures the CPU with numpy in float32, for machines without a GPU."""
     side = 1024
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal((side, side), np.float32) for _ in range(2))
@@ -136,7 +136,7 @@ def _bf16_gemm(gpu: Gpu, tokens: int, out: int, inner: int) -> Enqueue:
 
     try:
         library = ctypes.CDLL(load_nvidia_dynamic_lib("cublas").abs_path)
-    except Exception as error:  # cuda.pathfinder has exceptions of its own
+    except Exception as error:  # cuda.pathfinder raises its own exceptions
         raise OSError(f"cuBLAS is not installed ({str(error).splitlines()[0]})") from error
     handle, one, zero = c_void_p(), c_float(1), c_float(0)
 

@@ -1,8 +1,8 @@
-"""What a job has to compute and to move, by network, from the model's sizes alone: nothing is measured here.
+"""The work of a job by network, computed from the model's sizes: FLOPs, and bytes to move.
 
-FLOPs are two per multiplication of a matrix product or convolution, as the ONNX graphs have them (a test
-counts those), so nothing else is in them: norms, softmax, RoPE, activation functions. Bytes are the least
-possible for a network by itself: every input, weight and output once, in the contract's types.
+A multiplication of a matrix product or convolution counts as two FLOPs, as in the ONNX graphs (a test counts
+those). Norms, softmax, RoPE and activation functions count nothing. Bytes are the least for a network alone:
+every input, weight and output once, in the contract's types.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ Unit = Literal["linear fp8", "linear", "attention", "convolution"]
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one call, by what computes them, and the least bytes it moves."""
+    """FLOPs of one call, by the unit that computes them, and the least bytes it moves."""
 
     linear: int = 0
     attention: int = 0  # q kᵀ and probabilities times v
@@ -44,8 +44,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Calls:
-    """How often a network runs: in a step without guidance, in a window apart from its steps, in a job apart
-    from its windows."""
+    """Calls of a network: per step without guidance, per window outside steps, per job outside windows."""
 
     step: int = 0
     window: int = 0
@@ -53,18 +52,18 @@ class Calls:
 
 
 def works(model: ModelConfig, plan: Plan) -> dict[str, Work]:
-    """The work of one call of every network."""
+    """Returns the work of one call of every network."""
     return {name: _work(network, model, plan) for name, network in networks(model, plan).items()}
 
 
 def step_flops(model: ModelConfig, plan: Plan) -> int:
-    """Of one step without guidance: what cost laws are fitted against."""
+    """Returns FLOPs of one step without guidance. Cost laws are fitted against them."""
     counts = calls(model, plan, steps=1)
     return sum(work.flops * counts[name].step for name, work in works(model, plan).items())
 
 
 def calls(model: ModelConfig, plan: Plan, steps: int) -> dict[str, Calls]:
-    """By network, of a job without guidance in the mode animate, with pose and face clips."""
+    """Returns calls by network for a job without guidance in the mode animate, with pose and face clips."""
     c = model.transformer
     vae_chunks = (plan.latent_frames - 1) // plan.vae_chunk
     return {
@@ -92,8 +91,8 @@ def calls(model: ModelConfig, plan: Plan, steps: int) -> dict[str, Calls]:
 
 
 def seconds_at_best(work: Work, rates: Mapping[Unit, float], bytes_per_second: float) -> float | None:
-    """The lower bound of a call's time: its products at the rates of this GPU (FLOP/s) one after the other,
-    or its bytes, whichever takes longer. None if a rate it needs is not known.
+    """Returns the lower bound of a call's time: the longer of its products one after the other at `rates`
+    (FLOP/s), and its bytes. None if a rate is unknown.
     """
     needed = {unit: flops for unit, flops in work.units.items() if flops}
     if not needed.keys() <= rates.keys():
@@ -110,7 +109,7 @@ def _work(network: Network, model: ModelConfig, plan: Plan) -> Work:
 
 
 def _flops(name: str, model: ModelConfig, plan: Plan) -> tuple[int, int, int]:
-    """Of linear layers, attention, convolutions."""
+    """Returns FLOPs of linear layers, attention and convolutions."""
     c, text, image = model.transformer, model.text, model.image
     tokens, d = plan.tokens, c.dim
     image_keys = -(-image.tokens // 8) * 8  # filled up, or TensorRT does not fuse the attention
@@ -190,7 +189,7 @@ def _face_encoder(model: ModelConfig, plan: Plan) -> tuple[int, int, int]:
 
 
 def _vae(layers: tuple[Layer, ...], plan: Plan, frames: int, first: bool) -> tuple[int, int, int]:
-    """`frames` go in; the first chunk passes the convolutions along time by."""
+    """`frames` go in; the first chunk skips the temporal convolutions."""
     linear = attention = convolution = 0
     for layer in layers:
         inner, out = layer.inner, layer.out

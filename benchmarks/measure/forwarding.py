@@ -1,4 +1,4 @@
-"""An executor that hands everything on to another: what watches one adds to this."""
+"""An executor that forwards every call to another. Watching executors are subclasses."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,5 +1,5 @@
-"""Times on the GPU by CUDA events, without torch. Event pairs on a starved stream time the host, so whoever
-uses them enqueues enough work in between.
+"""Times on the GPU by CUDA events, without torch. Event pairs on a starved stream time the host, so callers
+must enqueue enough work between them.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class GpuEvents:
         return event
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Between two marks that are reached; both are given back."""
+        """Returns the seconds between two reached marks and frees both."""
         error, milliseconds = self._runtime.cudaEventElapsedTime(start, end)
         assert not error, error
         for event in (start, end):
@@ -32,7 +32,7 @@ class GpuEvents:
         return float(milliseconds) / 1e3
 
     def timed(self, enqueue: Callable[[], object], warm_up: int = 3, count: int = 10) -> list[float]:
-        """Seconds of each of `count` calls, enqueued back to back."""
+        """Returns the seconds of each of `count` calls, enqueued back to back."""
         for _ in range(warm_up):
             enqueue()
         marks = []

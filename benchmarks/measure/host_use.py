@@ -1,7 +1,7 @@
-"""What the host took from a process that was measured: why the same work may take longer the next time.
+"""CPU time that the host took from a measured process: one reason why the same work takes longer next time.
 
-A container's quota stops its threads for the rest of a period (throttled); a hypervisor runs others on the
-CPUs that it shows us (stolen). Both are read before and after, for all that runs here.
+A container's quota stops its threads for the rest of a period (throttled). A hypervisor runs other machines
+on the CPUs of this one (stolen). Both are read before and after, for all processes of this machine.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ THROTTLED = (("cpu.stat", "throttled_usec", 1e-6), ("cpu/cpu.stat", "throttled_t
 
 @dataclass(frozen=True)
 class HostUse:
-    """Seconds since the system or the container started; None where nobody says."""
+    """Seconds since the system or the container started. None if the system does not count them."""
 
-    throttled_seconds: float | None  # of all threads that the quota stopped
-    stolen_seconds: float | None  # of all CPUs
+    throttled_seconds: float | None  # summed over all threads stopped by the quota
+    stolen_seconds: float | None  # summed over all CPUs
 
     def since(self, before: "HostUse") -> "HostUse":
         def less(now: float | None, then: float | None) -> float | None:
@@ -32,12 +32,12 @@ class HostUse:
 def host_use() -> HostUse:
     import psutil
 
-    stolen = getattr(psutil.cpu_times(), "steal", None)  # Linux alone knows it
+    stolen = getattr(psutil.cpu_times(), "steal", None)  # only on Linux
     return HostUse(_throttled(), None if stolen is None else float(stolen))
 
 
 def cpu_quota(cgroup: Path = CGROUP) -> float | None:
-    """How many CPUs' time this container may use; None without a limit."""
+    """Returns the number of CPUs whose time this container may use; None without a limit."""
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
     except (OSError, ValueError):

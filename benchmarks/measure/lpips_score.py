@@ -1,9 +1,8 @@
-"""LPIPS (AlexNet) of the frames of two recordings, in a process of its own because it needs torch.
+"""LPIPS (AlexNet) of the frames of two recordings, in a separate process, because it needs torch.
 
     python -m trt_wan.benchmarks.measure.lpips_score A.npz B.npz
 
-Prints {"lpips": mean over frames}, or {"reason": why not}: the package or its network's weights may be
-missing.
+Prints {"lpips": mean over frames}, or {"reason": text} if the package or its network's weights are missing.
 """
 
 import json
@@ -32,7 +31,7 @@ def score(first: str, second: str) -> float:
 def main() -> None:
     try:
         answer: dict[str, Any] = {"lpips": score(*sys.argv[1:])}
-    except Exception as error:  # missing packages, no network to fetch AlexNet from, whatever torch raises
+    except Exception as error:  # a missing package, no connection to fetch AlexNet, any error of torch
         answer = {"reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     print(json.dumps(answer))
 

@@ -1,13 +1,13 @@
-"""Our own measured process: a job through the real pipeline, watched from around its executor.
+"""The measured process of trt-wan: a job through the real pipeline, with a watch around its executor.
 
     python -m trt_wan.benchmarks.measure.measured_process MODE SPEC
 
 SPEC is a `Spec` in JSON. Every line on stdout is a JSON object with an "event". The modes:
 
-    job     a whole job to a video file: the start, every stage and every network of it
-    steps   waits after its warm-up for lines on stdin, each the number of steps to time, and a last empty one
+    job     a whole job to a video file: the start, every stage, every network
+    steps   after its warm-up reads lines from stdin: numbers of steps to time, then an empty line
 
-It imports no torch. Times of day (`at`) are for whoever started it to compare with.
+It imports no torch. Times of day (`at`) are compared with the time at which the process was started.
 """
 
 import json
@@ -36,17 +36,17 @@ from trt_wan.runtime.render import render
 from trt_wan.runtime.settings import Settings, WeightFiles
 
 PROFILED = 5  # steps timed network by network, after those that are timed as a whole
-PAUSE = 0.5  # seconds in which a GPU neither cools down nor works for somebody else
+PAUSE = 0.5  # seconds after which a GPU may have cooled down or run other work
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What to run. Without `weights` they are random."""
+    """A job and its model. Without `weights` they are generated."""
 
     shape: Shape
     clips: str  # folder of prepared clips
     steps: int
-    settings: dict[str, Any] = field(default_factory=dict)  # of runtime.settings.Settings
+    settings: dict[str, Any] = field(default_factory=dict)  # fields of runtime.settings.Settings
     weights: str | None = None
     seed: int = 0
     mode: Mode = "animate"
@@ -90,7 +90,7 @@ class Watch:
         self.precision = ""
         self.notes: list[str] = []
         self.stages: dict[str, float] = defaultdict(float)
-        self.stages_cpu: dict[str, float] = defaultdict(float)  # of all threads
+        self.stages_cpu: dict[str, float] = defaultdict(float)  # CPU seconds of all threads
         self.first_step_at: float | None = None
         self._stage, self._since, self._cpu_since = "open clips", time.perf_counter(), time.process_time()
 
@@ -110,7 +110,7 @@ class Watch:
             self.on_step(self, event)
 
     def enter(self, stage: str) -> None:
-        """What is enqueued counts for the stage that asked for it."""
+        """Work counts for the stage that enqueued it."""
         if self.executor is not None:
             self.executor.wait()
             self.executor.stage = stage
@@ -129,7 +129,7 @@ class Watch:
 
 
 def run_job(spec: Spec) -> None:
-    """Reads clips, denoises `steps` steps, writes a video beside the clips."""
+    """Reads clips, denoises `steps` steps and writes a video beside the clips."""
     step_seconds: list[float] = []
 
     def on_step(watch: Watch, event: StepDone) -> None:
@@ -167,7 +167,7 @@ def run_job(spec: Spec) -> None:
 
 
 def run_steps(spec: Spec) -> None:
-    """`spec.steps` is the most that may be asked for, warm-ups and profiled steps included."""
+    """`spec.steps` is the limit for all steps, warm-ups and profiled steps included."""
     script: Generator[None, StepDone, None] | None = None
 
     def on_step(watch: Watch, event: StepDone) -> None:
@@ -185,7 +185,7 @@ def run_steps(spec: Spec) -> None:
 
 
 def rounds(watch: Watch) -> Generator[None, StepDone, None]:
-    """What happens after each step: every `yield` is the pipeline computing the next one."""
+    """Advances after each step: at every `yield` the pipeline computes the next step."""
     yield from warm_up()
     say("ready", **watch.opened())
     while line := (yield from asked()):
@@ -207,7 +207,7 @@ def rounds(watch: Watch) -> Generator[None, StepDone, None]:
 
 
 def asked() -> Generator[None, StepDone, str]:
-    """The next line of stdin, stripped; the GPU is warm again if it was long in coming."""
+    """Returns the next line of stdin, stripped. After a long wait the GPU is warmed up again."""
     since = time.perf_counter()
     line = sys.stdin.readline().strip()
     if time.perf_counter() - since > PAUSE:
@@ -216,18 +216,18 @@ def asked() -> Generator[None, StepDone, str]:
 
 
 def warm_up() -> Generator[None, StepDone, None]:
-    """The GPU may have done something else before, or nothing."""
+    """Call before timing: the GPU may have idled or run other work."""
     for _ in range(WARM_UP):
         yield
 
 
 def most_steps(rounds: int, steps: int) -> int:
-    """What the mode "steps" computes at most for so many rounds of so many steps."""
+    """Returns the most steps that the mode "steps" computes for `rounds` of `steps`."""
     return WARM_UP + rounds * (WARM_UP + steps) + WARM_UP + PROFILED
 
 
 def say_profile(executor: TimedExecutor, step_seconds: float) -> None:
-    """Every network's time in a step (the median of PROFILED), and what a step asks for."""
+    """Answers with the networks' times in a step (medians of PROFILED), and a step's calls and uploads."""
     networks = []
     for (_, name), seconds in executor.watched().items():
         by_step = np.array_split(seconds, PROFILED)
@@ -258,7 +258,7 @@ def loading(executor: Executor) -> dict[str, Any]:
 
 
 def host_peak_bytes() -> int | None:
-    """The most memory this process has held; None where the system does not keep it."""
+    """Returns the peak memory of this process; None if the system does not count it."""
     try:
         import resource
     except ImportError:  # Windows

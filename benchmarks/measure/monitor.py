@@ -1,7 +1,7 @@
-"""What a run takes of the GPU, seen from outside it: memory in use, power, clock, several times a second.
+"""A run's use of the GPU, seen from outside: memory, power and clock, sampled several times a second.
 
-By NVML when nvidia-ml-py is installed, else by nvidia-smi. Memory is the whole GPU's, as a user sees it, less
-what was in use before.
+Samples come from NVML if nvidia-ml-py is installed, else from nvidia-smi. Memory is that of the whole GPU
+minus the memory in use before.
 """
 
 import subprocess
@@ -19,19 +19,19 @@ class Sample:
     memory_bytes: int
     watts: float | None
     clock_mhz: float | None
-    joules: float | None = None  # the driver's own counter, where it has one
+    joules: float | None = None  # the driver's counter, if it has one
 
 
 @dataclass(frozen=True)
 class Usage:
-    """None where the driver does not say."""
+    """Figures are None if the driver does not report them."""
 
     source: str
     samples: int
     peak_memory_bytes: int | None = None
     joules: float | None = None
     mean_watts: float | None = None
-    lowest_clock_mhz: float | None = None  # of those under load: at more than half of the highest power
+    lowest_clock_mhz: float | None = None  # among samples under load: above half of the highest power
 
 
 Reader = Callable[[], Sample]
@@ -92,7 +92,7 @@ class Monitor:
         )
 
     def _joules(self) -> float | None:
-        """From the driver's counter, or from power times time."""
+        """Returns the difference of the driver's counter, or power times time."""
         first, last = self._samples[0][1], self._samples[-1][1]
         if first.joules is not None and last.joules is not None:
             return last.joules - first.joules
@@ -139,7 +139,7 @@ def _nvml_reader() -> Reader | None:
 
     try:
         read()
-    except pynvml.NVMLError:  # a driver that lets nobody look
+    except pynvml.NVMLError:  # a driver that refuses queries
         return None
     return read
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from trt_wan.benchmarks.measure.card import Card, read_card
 from trt_wan.benchmarks.measure.measured_process import Spec
@@ -23,9 +23,6 @@ from trt_wan.benchmarks.measure.workplace import with_graphs, workplace
 from trt_wan.benchmarks.peers.shape import Shape, shape_from
 from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
 from trt_wan.runtime.events import Progress
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Plot
 
 MODULE = "trt_wan.benchmarks.measure.plain_jobs"
 PROMPTS = ("a person dances in the rain", "a person waves from a window")
@@ -39,7 +36,7 @@ class JobRow:
     gpu_bytes: int | None  # in use after the job
     frames: int
     sha256: str
-    single_sha256: str | None  # of the same job on a fresh model; None for a stopped job
+    single_sha256: str | None  # the same job on a fresh model; None for a stopped job
     single_overhead_seconds: float | None
 
     @property
@@ -83,7 +80,7 @@ class OpenModelJobs:
             f"GPU memory in use after close: {closed}. Peak host memory without the page cache: {host}.",
         ]
 
-    def draw(self) -> "Mapping[str, Plot]":
+    def draw(self) -> Mapping[str, Any]:
         return {}
 
 

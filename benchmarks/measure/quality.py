@@ -1,8 +1,8 @@
-"""What speed costs: our output against the bf16 reference on the same seed and inputs, step by step and as
-frames, beside the noise floor: the reference against itself with another attention kernel.
+"""The price of speed: our output against the bf16 reference on the same seed and inputs, step by step and as
+frames. Beside it stands the noise floor: the reference against itself with another attention kernel.
 
-Velocities are compared on equal latents (each step gets the reference's), frames at the end of each run's own
-way. On the CPU the reference is float32, and the floor ONNX Runtime without its fused kernels.
+Velocities are compared on equal latents: each step gets the reference's. Frames are compared at the end of
+independent runs. On the CPU the reference is float32, and the floor is ONNX Runtime without fused kernels.
 """
 
 import json
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,9 +28,6 @@ from trt_wan.engines.choice.candidates import CANDIDATES
 from trt_wan.errors import TrtWanError
 from trt_wan.runtime.events import Note, Progress, silent
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Plot
-
 QUALITY_SCHEMA = "trt-wan-bench-quality/1"
 REFERENCE = {"precision": "bf16", "tier": "exact"}
 ATTENTION = "attention"
@@ -38,7 +35,7 @@ ATTENTION = "attention"
 
 @dataclass(frozen=True)
 class QualityRow:
-    """A way of computing against the reference. PSNR is None for equal frames, LPIPS where there is none."""
+    """One configuration against the reference. PSNR is None for equal frames, LPIPS if not measured."""
 
     name: str
     settings: Mapping[str, Any]
@@ -55,7 +52,7 @@ class Quality:
     weights: str
     seed: int
     reference: str
-    rows: list[QualityRow]  # ours, then the noise floor where there is another kernel
+    rows: list[QualityRow]  # ours, then the noise floor if a second kernel runs here
     not_measured: list[str]
     schema: str = QUALITY_SCHEMA
     stem: ClassVar[str] = "quality"
@@ -76,7 +73,7 @@ class Quality:
         shown = Sheet("quality", title, heads, [cells(row) for row in self.rows])
         return [shown, f"Weights: {self.weights}.", *(f"Not measured: {x}" for x in self.not_measured)]
 
-    def draw(self) -> "Mapping[str, Plot]":
+    def draw(self) -> Mapping[str, Any]:
         """Relative error of the velocity over the steps, ours and the noise floor."""
         from trt_wan.benchmarks.report.plots import errors_by_step
 
@@ -116,7 +113,7 @@ def measure_quality(
 
 
 class _Recorder:
-    """Runs jobs in processes of their own and keeps what they recorded in `folder`."""
+    """Runs each job in a new process and keeps its recording in `folder`."""
 
     def __init__(self, folder: Path, env: Mapping[str, str], spec: Spec, progress: Progress) -> None:
         self.folder, self.env, self.spec, self.progress = folder, env, spec, progress
@@ -160,7 +157,7 @@ class _Recorder:
         return QualityRow(name, settings, errors, psnr(frames, wanted), ssim(frames, wanted), perceived)
 
     def floor(self, base: Mapping[str, Any], reference: str, not_measured: list[str]) -> QualityRow | None:
-        """The reference with the first other kernel that runs here."""
+        """Returns the reference with the first other kernel that runs here, or None."""
         if not base:
             return self.compared("floor: unfused kernels", base, reference, not_measured, other_kernels=True)
         for name in _other_attention(self.choices["reference"]):
@@ -174,7 +171,7 @@ class _Recorder:
 
 
 def _other_attention(choices: Sequence[str]) -> list[str]:
-    """Exact candidates for the attention in bf16 but the one that the reference took."""
+    """Returns the exact bf16 candidates for the attention, without the reference's."""
     taken = next((c.removeprefix(f"{ATTENTION} = ") for c in choices if c.startswith(f"{ATTENTION} = ")), "")
     rows = [row for row in CANDIDATES if row.network == ATTENTION and row.tier == "exact"]
     return [row.name for row in rows if "bf16" in row.precisions and not taken.startswith(f"{row.name} (")]

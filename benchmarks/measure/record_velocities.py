@@ -1,9 +1,9 @@
-"""A job whose steps are kept: the latent that went into each, the velocity that came out, and the frames.
+"""Records a job: the latent and the velocity of each step, and the frames.
 
     python -m trt_wan.benchmarks.measure.record_velocities RECORDING
 
-RECORDING is a `Recording` in JSON. With `latents_of` every step gets the latent that another recording had
-there, so that velocities can be compared on equal inputs; its frames then mean nothing and are not kept.
+RECORDING is a `Recording` in JSON. With `latents_of` every step gets the latent of another recording, so that
+velocities can be compared on equal inputs. The frames then mean nothing and are not kept.
 """
 
 import json
@@ -44,7 +44,7 @@ class Recording:
 
 
 class RecordingExecutor(ForwardingExecutor):
-    """Another executor, with what passes through the first and last network of a step kept on the host."""
+    """Keeps copies of the inputs of a step's first network and of the outputs of its last one on the host."""
 
     def __init__(self, executor: Executor, latents: NDArray[np.float32] | None) -> None:
         super().__init__(executor)
@@ -64,7 +64,7 @@ class RecordingExecutor(ForwardingExecutor):
 
 
 class PlainOnnxRuntime(OnnxRuntimeExecutor):
-    """Node by node, nothing fused: other kernels, and other orders of summation, for the same graphs."""
+    """Runs the same graphs unfused: other kernels and other orders of summation."""
 
     def _session(self, name: str) -> Any:
         import onnxruntime as ort

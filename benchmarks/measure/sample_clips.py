@@ -1,5 +1,5 @@
-"""Clips of any size and length for a benchmark: prepared ones, a disc that moves on grey that changes; and
-the sample that comes along, as a driving clip with its reference.
+"""Clips of any size and length for benchmarks: prepared clips (a moving disc on changing grey), and the
+packaged sample as a driving clip with its reference.
 """
 
 from fractions import Fraction
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+import trt_wan
 from trt_wan.runtime.video.clips import FACE_SIZE
 from trt_wan.runtime.video.reader import Clip, Picture, read_picture
 from trt_wan.runtime.video.writer import VideoWriter
 
 RATE = Fraction(30)
-SAMPLE = Path(__file__).parents[1] / "trt_wan" / "sample"
+SAMPLE = Path(trt_wan.__file__).parent / "sample"
 
 
 def write_clips(folder: Path, width: int, height: int, frames: int) -> Path:
@@ -32,7 +33,7 @@ def write_clips(folder: Path, width: int, height: int, frames: int) -> Path:
 
 
 def write_driving(path: Path, width: int, height: int, frames: int) -> Path:
-    """The sample's driving clip at that size, played back and forth until there are enough frames."""
+    """Writes the sample's driving clip at that size, played back and forth for `frames` frames."""
     import cv2
 
     with Clip(SAMPLE / "driving.mp4") as sample:
@@ -47,7 +48,7 @@ def write_driving(path: Path, width: int, height: int, frames: int) -> Path:
 
 
 def write_reference(path: Path, width: int, height: int) -> Path:
-    """The sample's character at that size."""
+    """Writes the sample's character at that size."""
     import cv2
 
     picture = cv2.resize(read_picture(SAMPLE / "src_ref.png"), (width, height))

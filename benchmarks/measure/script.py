@@ -1,4 +1,4 @@
-"""Arguments and results of the scripts that are measurements of their own: `python -m …`."""
+"""Arguments and results shared by the measurements that run as scripts (`python -m …`)."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""How alike two clips or two arrays are: relative error, PSNR, SSIM. Frames are uint8 [n, H, W, 3]."""
+"""Similarity of two clips or arrays: relative error, PSNR, SSIM. Frames are uint8 [n, H, W, 3]."""
 
 import math
 from typing import Any
@@ -14,19 +14,19 @@ C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def relative_error(value: NDArray[Any], expected: NDArray[Any]) -> float:
-    """The norm of the difference over the norm of what is expected."""
+    """Returns the norm of the difference over the norm of `expected`."""
     difference = value.astype(np.float64) - expected.astype(np.float64)
     return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
 
 
 def psnr(frames: Pixels, expected: Pixels) -> float | None:
-    """In dB over all frames; None for equal frames, of which it is infinite."""
+    """Returns dB over all frames; None for equal frames, whose PSNR is infinite."""
     error = float(np.mean(np.square(frames.astype(np.float64) - expected)))
     return 10 * math.log10(255**2 / error) if error else None
 
 
 def ssim(frames: Pixels, expected: Pixels) -> float:
-    """The mean over frames, channels and those pixels whose window lies inside the picture."""
+    """Returns the mean over frames, channels and the pixels whose window lies inside the picture."""
     assert min(frames.shape[1:3]) >= WINDOW, f"SSIM needs {WINDOW} pixels, the frames are {frames.shape[1:3]}"
     return float(np.mean([_ssim(a, b) for a, b in zip(frames, expected, strict=True)]))
 

@@ -1,4 +1,4 @@
-"""How repeated measurements are summed up: never a mean, always with their number."""
+"""The summary of repeated measurements: median, p10, p90 and their number, never a mean."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Spread:
 
     @property
     def relative(self) -> float:
-        """Half the distance from p10 to p90, as a part of the median."""
+        """Half the distance from p10 to p90, relative to the median."""
         return (self.p90 - self.p10) / 2 / self.median if self.median else 0.0
 
     @staticmethod

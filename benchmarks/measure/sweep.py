@@ -1,15 +1,15 @@
-"""How the cost grows as the work grows: the same measurement at many sizes, windows, steps, precisions and
-memory limits.
+"""The growth of cost with work: the same measurement at many sizes, windows, steps, precisions and memory
+limits.
 
-Every point is a process of its own. One that fails (too little memory, a shape that does not build) is a
-point with a reason.
+Every point is measured in a new process. A point that fails (too little memory, a shape that does not build)
+keeps its reason.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
 from trt_wan.errors import TrtWanError
 from trt_wan.runtime.events import Note, Progress, silent
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Plot
 
 RANDOM = "random"
 Times = tuple[Sequence[float], Mapping[str, float], int | None]  # seconds, seconds by network, peak bytes
@@ -43,13 +40,13 @@ RATES = 3  # terms of the cost law: it needs more points than that
 
 @dataclass(frozen=True)
 class Ask:
-    """A point to measure: what differs from the others of its axis is its label."""
+    """A point to measure. Its label tells it from the other points of its axis."""
 
     axis: Axis
     label: str
     shape: Shape
     settings: Mapping[str, Any]
-    job_steps: int | None = None  # a whole job of so many steps instead of single steps
+    job_steps: int | None = None  # if given, a whole job of so many steps is timed instead of steps
 
 
 @dataclass(frozen=True)
@@ -59,12 +56,12 @@ class Point:
     shape: Shape
     settings: Mapping[str, Any]
     tokens: int
-    flops: int  # of a step; of all steps where a whole job was measured
-    attention_share: float  # of the FLOPs
-    seconds: Spread | None  # of a step, or of a whole job
+    flops: int  # per step, or per job for a whole job
+    attention_share: float  # as a part of the FLOPs
+    seconds: Spread | None  # per step, or per job
     peak_memory_bytes: int | None = None
     networks: Mapping[str, float] = field(default_factory=dict)  # seconds in a step
-    reason: str = ""  # why it was not measured
+    reason: str = ""  # the failure of a point without seconds
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Sweep:
     card: Card
     points: list[Point]
     rates: RateLaw | None  # over sizes and windows
-    errors: list[float]  # of the law at each of those points, relative
+    errors: list[float]  # the law's relative errors at those points
     weights: str = RANDOM
     schema: str = SWEEP_SCHEMA
     stem: ClassVar[str] = "sweep"
@@ -123,11 +120,11 @@ class Sweep:
         rate = Figure(p.flops / s.median, "TFLOP/s")
         return p.label, p.axis, *work, *spread, rate, times, Figure(p.peak_memory_bytes, "GB")
 
-    def draw(self) -> "Mapping[str, Plot]":
+    def draw(self) -> Mapping[str, Any]:
         """The scaling over work, with its law, and one plot of bars for each other axis."""
         from trt_wan.benchmarks.report import plots
 
-        drawn: dict[str, Plot] = {}
+        drawn: dict[str, Any] = {}
         if grown := self.grown:
             factor, unit = (1e15, "PFLOP") if max(p.flops for p in grown) >= 1e14 else (1e9, "GFLOP")
             series = {
@@ -176,7 +173,7 @@ def asks(
     windows: Sequence[int] = WINDOWS,
     steps: Sequence[int] = STEPS,
 ) -> list[Ask]:
-    """The points of `axes`, each axis around `base`. UsageError if one has a shape that is not possible."""
+    """Returns the points of `axes`, each axis around `base`. Raises UsageError for an impossible shape."""
     found = []
     for axis in axes:
         match axis:
@@ -197,7 +194,7 @@ def asks(
             case "vram":
                 for limit in VRAM:
                     found.append(Ask(axis, f"{limit:g} GB", base, {**settings, "vram": limit}))
-    assert all(ask.shape.plan for ask in found)  # made here, so that a wrong one is refused at once
+    assert all(ask.shape.plan for ask in found)  # a wrong shape is refused before anything is measured
     return found
 
 
@@ -257,7 +254,7 @@ def _measured(ask: Ask, steps: int, weights: str | None, progress: Progress) -> 
 
 
 def crossing(points: Sequence[Point]) -> tuple[Point, Point] | None:
-    """The neighbours over windows and sizes between which attention begins to take more than all the rest."""
+    """Returns the neighbours between which attention begins to take more than half of a step."""
     timed = [p for p in points if p.networks and p.axis in GROWING]
     ordered = sorted(timed, key=lambda p: p.flops)
 

@@ -1,6 +1,6 @@
-"""An executor around another: what it is asked for is counted always, and timed by network while wanted.
+"""An executor that counts the calls of another, and times them by network while `watching` is set.
 
-On a GPU the times are those of CUDA events on the compute stream, so nothing waits; elsewhere the host's.
+On a GPU times come from CUDA events on the compute stream, so nothing waits. Elsewhere they are the host's.
 """
 
 import time
@@ -24,7 +24,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """For executors that return when they are done."""
+    """For executors that return when a call is done."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -34,7 +34,7 @@ class HostClock:
 
 
 class TimedExecutor(ForwardingExecutor):
-    """`watching` says whether calls are timed; `calls` and `uploads` (host arrays handed in) always count."""
+    """`calls` and `uploads` (host arrays handed in) always count."""
 
     def __init__(self, executor: Executor, clock: Clock) -> None:
         super().__init__(executor)
@@ -46,7 +46,7 @@ class TimedExecutor(ForwardingExecutor):
         self._marks: list[tuple[str, str, Any, Any]] = []
 
     def start_watching(self) -> None:
-        """From now on, with everything counted anew."""
+        """Times all calls from now on. Counts start again."""
         self.watching = True
         self.calls.clear()
         self.uploads.clear()
@@ -69,7 +69,7 @@ class TimedExecutor(ForwardingExecutor):
         return result
 
     def watched(self) -> dict[tuple[str, str], list[float]]:
-        """Seconds of every call that was watched, by stage and network, in order; forgets them."""
+        """Returns and forgets the seconds of every timed call, by stage and network, in order."""
         self.wait()
         found = defaultdict(list)
         for stage, name, start, end in self._marks:
@@ -79,7 +79,7 @@ class TimedExecutor(ForwardingExecutor):
 
 
 def timed(executor: Executor) -> TimedExecutor:
-    """`executor` with the clock that suits it."""
+    """Returns `executor` in a watch with the right clock."""
     from trt_wan.runtime.executors.gpu import GpuExecutor
 
     if isinstance(executor, GpuExecutor):

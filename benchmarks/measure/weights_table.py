@@ -3,7 +3,7 @@
     python -m trt_wan.benchmarks.measure.weights_table --fp8 DIR --bf16 DIR --vram 12 --tier fast --out FOLDER
 
 `tests/full_size.py` writes files of full size. The page cache is warm: every file is read before its first
-job. Every case is a process of its own. A prompt is new once; the same job again finds it in the text cache.
+job. Every case is a new process. A prompt is new once; the same job again finds it in the text cache.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from trt_wan.benchmarks.measure.card import Card, read_card
 from trt_wan.benchmarks.measure.measured_process import Spec
@@ -25,9 +25,6 @@ from trt_wan.benchmarks.measure.workplace import with_graphs, workplace
 from trt_wan.benchmarks.peers.shape import Shape, shape_from
 from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
 from trt_wan.runtime.events import Note, Progress
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Plot
 
 MODULE = "trt_wan.benchmarks.measure.plain_jobs"
 PIECE = 1 << 24  # bytes
@@ -86,7 +83,7 @@ class WeightsTable:
         title = f"Starts, {self.shape.title}, {self.card.hardware}; {settings}; page cache warm"
         return [Sheet("start", title, heads, [cells(row) for row in self.rows])]
 
-    def draw(self) -> "Mapping[str, Plot]":
+    def draw(self) -> Mapping[str, Any]:
         return {}
 
 

@@ -1,10 +1,10 @@
-"""A peer's process: builds it, warms it up, times its steps and says so in JSON.
+"""A peer's process: builds the peer, warms it up, times its steps and answers in JSON.
 
     python -m trt_wan.benchmarks.peers.diffusers_compiled --model 14b --size 832x480 --window 77 --steps 6
 
 With `--serve` it stays: every line on stdin is a number of steps to time, or "rest", and is answered by a
-line of JSON. That is how the harness interleaves peers on one GPU: at rest a peer gives its weights' memory
-back, and as they are random it fills them anew when it is asked again.
+line of JSON. So the harness interleaves peers on one GPU. At rest a peer frees its weights' memory. Weights
+are random and are filled again at the next request.
 """
 
 import argparse
@@ -24,29 +24,29 @@ WARM_UP = 2
 
 
 class NotRun(Exception):
-    """This peer cannot run here; the text says why. A package that is not installed says it too."""
+    """Raised with the reason why a peer cannot run here. A missing package counts too."""
 
 
 class Peer(Protocol):
     @property
     def settings(self) -> Mapping[str, str]:
-        """Everything that decides its speed, in words."""
+        """Everything that decides the speed, in words."""
         ...
 
     def warm_up(self) -> float | None:
-        """Runs WARM_UP steps; the seconds of the first, with its compilation, or None if not known."""
+        """Runs WARM_UP steps. Returns the seconds of the first, compilation included, or None if unknown."""
         ...
 
     def timed(self, steps: int) -> list[float]:
-        """Seconds of each of `steps` consecutive steps."""
+        """Returns the seconds of each of `steps` consecutive steps."""
         ...
 
     def memory(self) -> Mapping[str, int]:
-        """Peak bytes since the start, by what counts them."""
+        """Returns peak bytes since the start, by the name of the counter."""
         ...
 
     def parts(self) -> Mapping[str, float]:
-        """Seconds of parts that are worth knowing apart, each measured alone."""
+        """Returns the seconds of interesting parts, each measured alone."""
         ...
 
     def rest(self) -> None: ...
@@ -54,23 +54,23 @@ class Peer(Protocol):
     def wake(self) -> None: ...
 
 
-Make = Callable[[Shape, str, argparse.Namespace], Peer]  # the shape, the device, and what its arguments say
+Make = Callable[[Shape, str, argparse.Namespace], Peer]  # shape, device and parsed arguments
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
 
 
 def no_arguments(parser: argparse.ArgumentParser) -> None:
-    """For peers that need none."""
+    """For peers without arguments."""
 
 
 @dataclass(frozen=True)
 class PeerResult:
-    """What a peer says. `seconds` are of consecutive steps after the warm-up."""
+    """A peer's answer. `seconds` are those of consecutive steps after the warm-up."""
 
     peer: str
     shape: dict[str, Any]
     ran: bool = True
-    reason: str = ""  # why it did not run
+    reason: str = ""  # if it did not run
     settings: Mapping[str, str] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     build_seconds: float = 0.0  # imports, model, weights
@@ -99,7 +99,7 @@ def main(
             print(as_text(result), file=stdout, flush=True)
 
     stdout = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print, and stdout is the result's alone
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print, and stdout carries the result only
         try:
             start = time.perf_counter()
             peer = make(shape, options.device, options)
@@ -137,7 +137,7 @@ def serve(peer: Peer, made: PeerResult, answer: Callable[[PeerResult], None]) ->
 
 def measured(peer: Peer, made: PeerResult, steps: int) -> PeerResult:
     seconds = peer.timed(steps)
-    memory = peer.memory()  # before `parts`, which runs more than a step does
+    memory = peer.memory()  # before `parts`, which runs more than a step
     return replace(made, seconds=seconds, memory_bytes=memory, part_seconds=peer.parts())
 
 

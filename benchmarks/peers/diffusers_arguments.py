@@ -1,4 +1,4 @@
-"""Our model configurations in the words of diffusers' WanAnimateTransformer3DModel."""
+"""Our model configurations as arguments of diffusers' WanAnimateTransformer3DModel."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from trt_wan.engines.config import ModelConfig
 
 
 def diffusers_arguments(model: ModelConfig) -> dict[str, Any]:
-    """What the class is made with."""
+    """Returns the arguments of the class."""
     c, m = model.transformer, model.motion
     return {
         "num_attention_heads": c.heads,

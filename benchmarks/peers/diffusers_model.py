@@ -1,8 +1,7 @@
-"""diffusers' WanAnimateTransformer3DModel with random weights made where they are used, and its inputs.
+"""diffusers' WanAnimateTransformer3DModel with random weights, and its inputs, for the three diffusers peers.
 
-What the three diffusers peers share. The module is built without memory and filled on the device, so that the
-14B is there in seconds; the types of its parameters are those that `from_pretrained(torch_dtype=bfloat16)`
-gives. Inputs are random too, and the same in every step.
+The module is built without memory and filled on the device, so that the 14B is ready in seconds. Parameter
+types are those of `from_pretrained(torch_dtype=bfloat16)`. Inputs are random and the same in every step.
 """
 
 import contextlib
@@ -23,17 +22,17 @@ from trt_wan.benchmarks.peers.diffusers_arguments import diffusers_arguments
 from trt_wan.benchmarks.peers.shape import Shape
 
 SEED = 0
-E4M3_DEVIATION = 100.0  # of FP8 weights: what scaling a channel's largest to 448 leaves of normal numbers
+E4M3_DEVIATION = 100.0  # normal numbers scaled so that a channel's largest is 448
 BF16 = "bf16; norms, modulation and time embedding float32, as from_pretrained leaves them"
-# What users get is "inductor"; a test, which has no minutes for a C++ compiler, sets "eager".
+# Users get "inductor". A test sets "eager": a C++ compiler takes minutes.
 BACKEND = os.environ.get("TRT_WAN_BENCH_COMPILE_BACKEND", "inductor")
 COMPILATION = (
     f"blocks and face adapters by torch.compile(fullgraph=True, dynamic=False), backend {BACKEND}; "
     "embeddings, motion encoder and head eager"
 )
-BLUR = (1.0, 3.0, 3.0, 1.0)  # of the motion encoder's halving convolutions: a buffer, not a parameter
+BLUR = (1.0, 3.0, 3.0, 1.0)  # a buffer of the motion encoder's halving convolutions, not a parameter
 
-# The first that takes a call's shapes computes it.
+# The first backend that accepts a call's shapes computes it.
 ATTENTION_ORDER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -96,7 +95,7 @@ def fill(model: torch.nn.Module) -> None:
 
 
 def make_inputs(shape: Shape, device: str) -> dict[str, Any]:
-    """What one call of the model takes: a batch of one."""
+    """Returns the arguments of one call: a batch of one."""
     config, plan = shape.config, shape.plan
     c = config.transformer
     grid = (plan.latent_height, plan.latent_width)
@@ -116,7 +115,7 @@ def make_inputs(shape: Shape, device: str) -> dict[str, Any]:
 
 
 class DiffusersPeer:
-    """A model in the form a peer gives it. `wanted` are the attention kernels it may use, best first."""
+    """A model as a peer. `wanted` are its attention kernels, best first."""
 
     def __init__(
         self,
@@ -159,7 +158,7 @@ class DiffusersPeer:
         }
 
     def parts(self) -> dict[str, float]:
-        """What diffusers computes in every step though no step changes it, and one self-attention."""
+        """Times the parts that diffusers recomputes in every step without need, and one self-attention."""
         faces = self.inputs["face_pixel_values"][0].transpose(0, 1)
         batch = self.model.config.motion_encoder_batch_size
 
@@ -192,7 +191,7 @@ class DiffusersPeer:
         fill(self.model)
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights, which `fill` makes again."""
+        """The weights; `fill` makes them again."""
         yield from self.model.named_parameters()
         yield from ((n, b) for n, b in self.model.named_buffers() if "fp8" in n)
 
@@ -222,7 +221,7 @@ def common_settings(shape: Shape, device: str) -> dict[str, str]:
 
 
 def attention_setting(shape: Shape, device: str) -> str:
-    """Which kernel PyTorch takes for the self-attention when cuDNN's comes first."""
+    """Returns the kernel PyTorch takes for the self-attention if cuDNN's comes first."""
     if device != "cuda":
         return "PyTorch's for the CPU"
     c = shape.config.transformer

@@ -1,9 +1,9 @@
-"""Peer: LightX2V from a checkout, with a checkpoint of the user's: it takes no random weights.
+"""Peer: LightX2V from a checkout, with the user's checkpoint: it takes no random weights.
 
     python -m trt_wan.benchmarks.peers.lightx2v --path ~/LightX2V --weights ~/Wan2.2-Animate-14B --steps 20
 
 It runs its own command on our clips with the repository's own configuration for Animate, at our size, and
-reads the step times that it logs (it synchronises around each). Every measurement is a whole job of its own.
+reads the step times that it logs (it synchronises around each). Every measurement is a whole job.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What every peer is asked for: one forward pass of the denoiser at one shape, as many times as wanted."""
+"""The work of every peer: forward passes of the denoiser at one shape."""
 
 import argparse
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Shape:
         return f"{self.model} {self.width}x{self.height}x{self.window}"
 
     def arguments(self) -> list[str]:
-        """What `shape_from` reads."""
+        """Returns the command line that `shape_from` reads."""
         return [
             "--model",
             self.model,

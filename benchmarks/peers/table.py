@@ -1,4 +1,4 @@
-"""The peers, one row each: their modules answer `--serve` as child.py says."""
+"""The peers, one row each. Their modules answer `--serve` as described in child.py."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
 """Self-attention kernels that PyTorch users can install, timed at the job's shape: the fastest is taken.
 
-All take and give [batch, tokens, heads, head_dim] in bf16. Whatever package they come from, torch.compile
-sees one operator of ours, so that none breaks the block's graph.
+All take and give [batch, tokens, heads, head_dim] in bf16. torch.compile sees one custom operator for all
+packages, so that none breaks the block's graph.
 """
 
 import importlib
@@ -47,12 +47,12 @@ def _sage(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _first(result: Any) -> torch.Tensor:
-    """Some versions give the log-sum-exp as well."""
+    """Some versions return the log-sum-exp as well."""
     tensor: torch.Tensor = result[0] if isinstance(result, tuple) else result
     return tensor
 
 
-CANDIDATES: dict[str, tuple[Attention, str | None]] = {  # and the package they need
+CANDIDATES: dict[str, tuple[Attention, str | None]] = {  # with the package it needs
     "cuDNN bf16": (_cudnn, None),
     "FlashAttention-3 bf16": (_flash3, "flash_attn_interface"),
     "FlashAttention-4 bf16": (_flash4, "flash_attn"),
@@ -73,7 +73,7 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def fastest_attention(shape: Shape, device: str) -> tuple[Attention, str]:
-    """The fastest candidate that is right, and a sentence with the figures of all."""
+    """Returns the fastest correct candidate, and a sentence with the figures of all."""
     if device != "cuda":
         return _native, "PyTorch's for the CPU"
     c = shape.config.transformer
@@ -88,7 +88,7 @@ def fastest_attention(shape: Shape, device: str) -> tuple[Attention, str]:
                 result = attend(q, k, v)
                 error = float((result - expected).float().norm() / expected.float().norm())
                 seconds = sorted(time_calls(partial(attend, q, k, v), 5, device))[2]
-            except Exception as reason:  # whatever a kernel package raises, it cannot be used
+            except Exception as reason:  # any error means that the package cannot be used
                 told.append(f"{name}: not usable ({str(reason).splitlines()[0][:80]})")
                 continue
             about = f" {_version(package)}" if package else ""
@@ -100,7 +100,7 @@ def fastest_attention(shape: Shape, device: str) -> tuple[Attention, str]:
 
 
 def use_for_self_attention(attend: Attention, tokens: int) -> None:
-    """From now on diffusers' calls over `tokens` keys go to `attend`; all others stay as they are."""
+    """Sends diffusers' calls over `tokens` keys to `attend` from now on, and no other calls."""
     global _chosen
     _chosen = attend
     diffusers_module: Any = transformer_wan_animate

@@ -35,7 +35,7 @@ from trt_wan.runtime.job import Mode
 from trt_wan.runtime.video.reader import Clip, Picture
 
 What = Literal["detector", "pose", "sam2", "animate", "replace"]
-MOST_FRAMES = 256  # of a clip, held in memory while a network is timed
+MOST_FRAMES = 256  # held in memory while a network is timed
 BOX = (0.375, 0.125, 0.625, 0.875)  # x0, y0, x1, y1 in the frame: the person for whom a pose is timed
 
 

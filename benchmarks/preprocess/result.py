@@ -5,15 +5,12 @@ never rounded.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from trt_wan.benchmarks.measure.card import Card
 from trt_wan.benchmarks.measure.monitor import Usage
 from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.report.sheet import Cell, Figure, Row, Sheet
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Plot
 
 SCHEMA = "trt-wan-bench-preprocess/1"
 # Neighbours in a bar can be told apart. A part has the same colour in both modes.
@@ -22,33 +19,32 @@ COLOURS = ("#1b6ca8", "#f2a65a", "#7fb685", "#8b5fa3", "#a8d0ec", "#f0c05a", "#4
 
 @dataclass(frozen=True)
 class InsideTime:
-    """A network that others are made of, in one more run over the clip: on a GPU by events."""
+    """A network inside SAM2, timed in one more run over the clip; on a GPU by events."""
 
     name: str
     calls: int
-    seconds: float  # of all calls
-    median: float  # of a call
+    seconds: float  # sum over all calls
+    median: float  # per call
 
 
 @dataclass(frozen=True)
 class NetworkTimes:
-    """A network over all frames of the clip, again and again, in a process of its own."""
+    """A network over all frames of the clip, repeatedly, in its own process."""
 
     name: str  # detector, pose, sam2
     title: str
     frames: int
-    seconds: Spread  # of all frames, from pictures in memory to boxes, joints or outlines
-    # The same frames as float arrays that the host has prepared, and raw results to it: more bytes to move
-    # than pictures and joints are, where a GPU prepares and reads them.
+    seconds: Spread  # for all frames, from pictures in memory to boxes, joints or outlines
+    # The same frames as prepared float arrays, with raw results: more bytes to move than pictures and joints.
     by_arrays: Spread | None
-    open_seconds: float  # engines that were missing are built in it
-    first_seconds: float  # of all frames, the warm-up
-    flops: int | None  # of one frame; None where it is not known
+    open_seconds: float  # includes building missing engines
+    first_seconds: float  # for all frames, the warm-up
+    flops: int | None  # per frame; None if unknown
     batch: int
     runs_on: str
-    found: int  # frames in which something was found
-    prompted: int | None  # frames that SAM2 was prompted on
-    inside: list[InsideTime]  # of SAM2: its networks
+    found: int  # frames with a result
+    prompted: int | None  # prompts of SAM2
+    inside: list[InsideTime]  # SAM2's networks
     notes: list[str]
     host_peak_bytes: int | None
     usage: Usage
@@ -64,30 +60,28 @@ class NetworkTimes:
 
 @dataclass(frozen=True)
 class PartTime:
-    """Medians over the runs, in seconds of a whole clip, without what it calls of other parts."""
+    """Medians over the runs in seconds per clip, without other parts inside it."""
 
     name: str
     seconds: float  # on the thread that makes the folder
-    beside: float  # on others, meanwhile
+    beside: float  # on other threads
 
 
 @dataclass(frozen=True)
 class WholeTimes:
-    """A folder made again and again in one process, its stages opened once; and the whole command."""
+    """A folder made repeatedly in one process with opened stages, and the whole command."""
 
     mode: str
     frames: int
-    size: tuple[int, int]  # of the clips that were made
+    size: tuple[int, int]  # size of the clips made
     seconds: Spread  # stages opened
-    finding: Spread  # its first pass over the clip: who is where
-    writing: Spread  # its second: outlines, drawing, encoding
+    finding: Spread  # the first pass over the clip
+    writing: Spread  # the second pass: outlines, drawing, encoding
     parts: list[PartTime]
     open_seconds: float
     first_seconds: float  # the warm-up
     command: Spread  # from the start of the process to its end, engines built before
-    command_work: (
-        Spread  # of that, what the command itself counts: opening and making, without Python's start
-    )
+    command_work: Spread  # opening and making in it, without the start of Python
     runs_on: str
     notes: list[str]
     host_peak_bytes: int | None
@@ -100,7 +94,7 @@ class WholeTimes:
 
     @property
     def rest(self) -> float:
-        """Seconds that no part accounts for."""
+        """Seconds outside all parts."""
         return max(0.0, self.seconds.median - sum(part.seconds for part in self.parts))
 
 
@@ -109,7 +103,7 @@ class PreprocessResult:
     sources: Mapping[str, str]  # the file of each network
     clip: str
     frames: int
-    size: tuple[int, int]  # of the clip
+    size: tuple[int, int]  # size of the clip
     executor: str
     card: Card
     networks: list[NetworkTimes]
@@ -173,7 +167,7 @@ class PreprocessResult:
         title = "Parts, stages opened: seconds on the thread that makes the folder, and on threads beside it"
         return Sheet("part", title, heads, rows)
 
-    def draw(self) -> "Mapping[str, Plot]":
+    def draw(self) -> Mapping[str, Any]:
         """Frames per second of each network, and the parts of a whole preprocessing."""
         from trt_wan.benchmarks.report.plots import INK, LEAST, OTHER, Bar, bars, readable
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,11 +15,8 @@ from trt_wan.benchmarks.report.result import OURS, SCHEMA
 from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
 from trt_wan.errors import InputError, UsageError
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Plot
-
 RESAMPLES = 2000
-SAME = ("model", "width", "height", "window")  # of the shape
+SAME = ("model", "width", "height", "window")  # keys of the shape
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class Comparison:
         shown = Sheet("ratio", f"{self.shape}: seconds, bytes", heads, [cells(row) for row in self.ratios])
         return [shown, *(f"Different {warning}" for warning in self.warnings)]
 
-    def draw(self) -> "Mapping[str, Plot]":
+    def draw(self) -> Mapping[str, Any]:
         return {}
 
 

@@ -16,7 +16,7 @@ from trt_wan.benchmarks.report.times import StepTimes
 INK, LEAST, EXCESS, OTHER = "#222222", "#1b6ca8", "#f2a65a", "#9aa5b1"
 GRID = "#dddddd"
 ORDER = ("patch_embed", "attn_in", "attention", "attn_out", "cross_attention", "ffn", "fuser", "head")
-NARROW = 0.04  # as a part of the longest bar: a narrower part has no figure of its own
+NARROW = 0.04  # relative to the longest bar: narrower parts show no figure
 NEAR = 1.08  # points nearer than this in x share a label
 
 

@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from trt_wan.benchmarks.report.result import Result
 from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Plot
 
 JOBS = 5  # in a run: the host is shared, and the median of three still varies with it
 REPEAT_SCHEMA = "trt-wan-bench-repeat/1"
@@ -75,7 +72,7 @@ class Repeats:
             ),
         ]
 
-    def draw(self) -> "Mapping[str, Plot]":
+    def draw(self) -> Mapping[str, Any]:
         """The plots of the last run."""
         return self.runs[-1].draw()
 

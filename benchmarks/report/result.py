@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -13,9 +13,6 @@ from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.sheet import Cell, Figure, Row, Sheet
 from trt_wan.benchmarks.report.times import WRITING, JobTimes, PeerTimes, StepTimes, WorkRow
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Plot
 
 SCHEMA = "trt-wan-bench/1"
 OURS = "trt-wan"
@@ -93,7 +90,7 @@ class Result:
             parts.append("Not measured: " + "; ".join(self.not_measured))
         return parts
 
-    def draw(self) -> "Mapping[str, Plot]":
+    def draw(self) -> Mapping[str, Any]:
         """A step's networks, a job's stages, and seconds per step beside the peers'."""
         from trt_wan.benchmarks.report import plots
 

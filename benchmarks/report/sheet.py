@@ -8,14 +8,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Plot
 
 COLUMNS = 120  # the width of tables where stderr is no terminal
 
@@ -118,8 +115,8 @@ class Report(Protocol):
         """Tables and sentences, in reading order."""
         ...
 
-    def draw(self) -> Mapping[str, "Plot"]:
-        """Plots by file stem. Raises ModuleNotFoundError without matplotlib."""
+    def draw(self) -> Mapping[str, Any]:
+        """matplotlib figures by file stem. Raises ModuleNotFoundError without matplotlib."""
         ...
 
 

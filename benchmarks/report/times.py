@@ -1,4 +1,4 @@
-"""What a benchmark measures, part by part. Seconds, bytes and FLOPs, never rounded."""
+"""The times of jobs, steps and peers. Seconds, bytes and FLOPs, never rounded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,11 +40,11 @@ class JobTimes:
     networks: list[dict[str, Any]]  # by stage: name, calls, seconds
     host_peak_bytes: int | None
     usage: Usage
-    writing_seconds: float  # of the thread that writes, beside the stages
+    writing_seconds: float  # the writing thread, beside the stages
     stages_cpu: Mapping[str, float]  # CPU seconds of all threads
-    cpu_seconds: float  # of the whole process
+    cpu_seconds: float  # the whole process
     host: HostUse
-    loaded_bytes: int | None = None  # of weights, onto a GPU
+    loaded_bytes: int | None = None  # weights, onto a GPU
     loading_seconds: float | None = None
 
     @property
@@ -68,8 +68,8 @@ class StepTimes:
     seconds: Spread
     host_seconds: Spread  # until everything of a step was enqueued
     rounds: list[list[float]]
-    networks: list[NetworkTime]  # of a few more steps, each network's median
-    profiled_seconds: float  # of one of these steps
+    networks: list[NetworkTime]  # medians over a few more steps
+    profiled_seconds: float  # one of these steps
     uploads: Mapping[str, float]  # host arrays handed in, by network, in a step
     bound_seconds: float | None
     bound_about: str
