@@ -367,25 +367,25 @@ def test_bars_of_an_axis(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_one_peer_at_a_time_has_its_weights(rounds: int) -> None:
     """Two of them do not fit on a GPU beside us."""
-    awake: set[str] = set()
+    awake: set[tuple[str, str]] = set()
 
     class FakeChild:
         def __init__(self, module: str, arguments: Sequence[str], env: Mapping[str, str]) -> None:
-            self.module = module
+            self.name = (module, arguments[0])
             self.peer = module != places.OURS_MODULE
             self._wake()
 
         def _wake(self) -> None:
             if self.peer:
-                awake.add(self.module)
-                assert awake == {self.module}
+                awake.add(self.name)
+                assert awake == {self.name}
 
         def read(self) -> dict[str, Any]:
             return {"ran": True}
 
         def ask(self, line: str) -> dict[str, Any]:
             if line == "rest":
-                awake.discard(self.module)
+                awake.discard(self.name)
             else:
                 self._wake()
             made = {"build_seconds": 1.0, "first_step_seconds": 1.0, "memory_bytes": {}, "part_seconds": {}}
@@ -395,7 +395,7 @@ def test_one_peer_at_a_time_has_its_weights(rounds: int) -> None:
             return self
 
         def __exit__(self, *error: Any) -> None:
-            awake.discard(self.module)
+            awake.discard(self.name)
 
     shape = Shape("tiny", 64, 48, 13)
     contest = Contest(rounds=rounds, peers=("diffusers_eager", "diffusers_fp8"))

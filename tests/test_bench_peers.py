@@ -13,7 +13,9 @@ import torch
 from trt_wan.benchmarks.peers import torch_attention
 from trt_wan.benchmarks.peers.diffusers_model import DiffusersPeer, make_model
 from trt_wan.benchmarks.peers.shape import Shape
+from trt_wan.benchmarks.peers.table import PEERS
 from trt_wan.benchmarks.peers.torch_fp8 import Fp8Linear, quantize_blocks
+from trt_wan.cli.bench import PEER_NAMES
 from trt_wan.engines.config import TINY
 
 SHAPE = Shape("tiny", 64, 48, 5)
@@ -114,8 +116,17 @@ def diffusers_model_module() -> Any:
 
 
 def peer_command(name: str, *arguments: str, lines: str = "", **env: str) -> list[dict[str, Any]]:
-    module = f"trt_wan.benchmarks.peers.{name}"
-    command = [sys.executable, "-m", module, *SHAPE.arguments(), "--device", "cpu", *arguments]
+    row = PEERS[name]
+    command = [
+        sys.executable,
+        "-m",
+        row.module,
+        *row.arguments,
+        *SHAPE.arguments(),
+        "--device",
+        "cpu",
+        *arguments,
+    ]
     ran = subprocess.run(command, input=lines, env=os.environ | env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return [json.loads(line) for line in ran.stdout.splitlines()]
@@ -131,6 +142,10 @@ def test_a_peer_alone_says_everything_in_one_line() -> None:
         result["settings"]
     )
     assert result["first_step_seconds"] > 0 and result["part_seconds"]
+
+
+def test_the_command_line_names_all_peers() -> None:
+    assert PEER_NAMES == tuple(PEERS)
 
 
 @pytest.mark.parametrize("name", ["lightx2v"])

@@ -1,6 +1,6 @@
 """A peer's process: builds the peer, warms it up, times its steps and answers in JSON.
 
-    python -m trt_wan.benchmarks.peers.diffusers_compiled --model 14b --size 832x480 --window 77 --steps 6
+    python -m trt_wan.benchmarks.peers.diffusers_peers fp8 --size 832x480 --window 77 --steps 6
 
 With `--serve` it stays: every line on stdin is a number of steps to time, or "rest", and is answered by a
 line of JSON. So the harness interleaves peers on one GPU. At rest a peer frees its weights' memory. Weights

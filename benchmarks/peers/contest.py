@@ -48,7 +48,7 @@ def take_turns(
 
     def peer(name: str) -> "_Peer":
         row = PEERS[name]
-        served = [*spec.shape.arguments(), "--serve", "--device", contest.device]
+        served = [*row.arguments, *spec.shape.arguments(), "--serve", "--device", contest.device]
         progress(Note(f"starting {row.title}"))
         started = child(row.module, [*served, *contest.peer_arguments.get(name, ())], env)
         return _Peer(row, started, contest.peer_steps or contest.steps, progress)

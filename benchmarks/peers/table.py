@@ -2,20 +2,23 @@
 
 from dataclasses import dataclass
 
+DIFFUSERS = "trt_wan.benchmarks.peers.diffusers_peers"
+
 
 @dataclass(frozen=True)
 class PeerRow:
     name: str
-    module: str
     title: str  # in tables and plots
+    module: str
+    arguments: tuple[str, ...] = ()
 
 
 PEERS = {
     row.name: row
     for row in (
-        PeerRow("diffusers_eager", "trt_wan.benchmarks.peers.diffusers_eager", "diffusers"),
-        PeerRow("diffusers_compiled", "trt_wan.benchmarks.peers.diffusers_compiled", "diffusers compiled"),
-        PeerRow("diffusers_fp8", "trt_wan.benchmarks.peers.diffusers_fp8", "diffusers FP8 compiled"),
-        PeerRow("lightx2v", "trt_wan.benchmarks.peers.lightx2v", "LightX2V"),
+        PeerRow("diffusers_eager", "diffusers", DIFFUSERS, ("eager",)),
+        PeerRow("diffusers_compiled", "diffusers compiled", DIFFUSERS, ("compiled",)),
+        PeerRow("diffusers_fp8", "diffusers FP8 compiled", DIFFUSERS, ("fp8",)),
+        PeerRow("lightx2v", "LightX2V", "trt_wan.benchmarks.peers.lightx2v"),
     )
 }
