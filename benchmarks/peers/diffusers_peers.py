@@ -2,10 +2,10 @@
 
     python -m trt_wan.benchmarks.peers.diffusers_peers fp8 --size 832x480 --window 77 --steps 6
 
-eager: nothing compiled, attention by cuDNN. compiled: blocks and face adapters by torch.compile. fp8: compiled
-too, linear layers of the blocks in row-wise FP8 (one scale per token, computed at run time, and one per output
-channel) through torch._scaled_mm. Its attention candidates are timed at the job's shape and the fastest takes
-the self-attention; cross-attention stays with PyTorch.
+eager: nothing is compiled, attention by cuDNN. compiled: blocks and face adapters by torch.compile. fp8: also
+compiled, with the blocks' linear layers in row-wise FP8 (a scale per token, computed at run time, and one per
+output channel) by torch._scaled_mm. Its attention candidates are timed at the job's shape, and the fastest
+takes the self-attention. Cross-attention stays with PyTorch.
 """
 
 import argparse
