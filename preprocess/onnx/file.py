@@ -103,7 +103,7 @@ def read_onnx(path: Path) -> OnnxFile:
         if not weight_file.is_file():
             raise WeightsError(
                 f"{file.name} keeps its weights in {weight_file.name}, which is not in {weight_file.parent}.",
-                f"Put {weight_file.name} beside {file.name}, under that very name.",
+                f"Put {weight_file.name} beside {file.name}, under exactly that name.",
             )
     return OnnxFile(file, inputs, outputs, weights)
 

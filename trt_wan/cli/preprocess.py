@@ -65,8 +65,10 @@ PREPARING = (
         help="area: as many pixels as --size, in the picture's own shape. The others: exactly --size. "
         "Default: area, with --compat kijai crop.",
     ),
-    click.option("--rate", callback=_rate, help="Frames per second. Default: the clip's rate, official 30, kijai 16."),
-    click.option("--person", type=click.IntRange(min=1), help="The number of the person to follow, from left to right."),
+    click.option(
+        "--rate", callback=_rate, help="Frames per second. Default: the clip's, official 30, kijai 16."
+    ),
+    click.option("--person", type=click.IntRange(min=1), help="The person's number, from left to right."),
     click.option(
         "--point", callback=_numbers(2, "410,220"), metavar="X,Y", help="The person at that pixel."
     ),
