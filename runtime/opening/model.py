@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.choice.candidates import Candidate, Engine, Machine, candidates, tiers
 from trt_wan.engines.choice.choose import choose, figures_of
-from trt_wan.engines.choice.recipes import Recipe, recipes_here
+from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour, choose_flavour
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.engine_id import Recipe
 from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.errors import EnvironmentBroken, UsageError
 from trt_wan.runtime.device.gpu import Gpu
@@ -117,7 +118,7 @@ def open_on_gpu(
     recipes = recipes_here(config, plan, machine)
     chosen = choose_segments(config, plan, machine, recipes, settings, progress)
     passing = set(BEFORE_THE_STEPS)
-    executor = GpuExecutor(gpu, open_segments(chosen, config, plan, gpu, flavour, recipes, progress))
+    executor = GpuExecutor(gpu, open_segments(chosen, config, plan, gpu, recipes, progress))
     model = Model(config, plan, executor, weights)
     budget = gpu.free_bytes() if settings.vram is None else int(settings.vram * 1e9)
     arena = activation_bytes(config, plan, guided)
