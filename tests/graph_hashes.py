@@ -2,7 +2,8 @@
 
     python tests/graph_hashes.py        writes tests/golden/graph_hashes.json, after GRAPHS_VERSION was raised
 
-The graphs are those of the tiny model at every precision and of a small SAM2.
+The graphs are those of the tiny model, in fp32 and in fp8 (which has bf16 graphs too), and of a small SAM2 in
+fp16.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from trt_wan.build.export import export
 from trt_wan.build.sam2 import export_sam2
 from trt_wan.engines import contracts
 from trt_wan.engines.config import TINY
-from trt_wan.engines.precision import PRECISIONS
+from trt_wan.engines.precision import Precision
 from trt_wan.engines.sam2 import contracts as sam2_contracts
 from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Plan
 
@@ -30,26 +31,32 @@ VERSIONS = {"wan": contracts.GRAPHS_VERSION, "sam2": sam2_contracts.GRAPHS_VERSI
 SAM2 = replace(
     SAM2_MODELS["sam2.1_tiny"], image_size=256, blocks=(1, 1, 2, 1), global_blocks=(3,), memory_layers=1
 )
-SAM2_PLANS = {"fp32": Sam2Plan(memories=(7,)), "fp16": Sam2Plan("fp16", batch=2, memories=(7,))}
+SAM2_PLAN = Sam2Plan("fp16", batch=2, memories=(7,))
+WAN_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp8")
 
 
-def wan_hashes(folder: Path) -> Iterator[tuple[str, str]]:
-    """By precision and network; a network that a precision leaves as it was comes once."""
+def wan_hashes(folder: Path, ready: Path | None = None) -> Iterator[tuple[str, str]]:
+    """By precision and network; a network that FP8 leaves as it was comes once. `ready` has the graphs in
+    fp32.
+    """
     seen = set()
-    for precision in PRECISIONS:
+    for precision in WAN_PRECISIONS:
         plan = replace(PLAN, precision=precision)
         for name, network in contracts.networks(TINY, plan).items():
             if network not in seen:
                 seen.add(network)
-                export(network, TINY, plan, path := folder / f"{precision}-{name}.onnx")
+                path = folder / f"{precision}-{name}.onnx"
+                if ready is not None and precision == "fp32":
+                    path = ready / f"{name}.onnx"
+                else:
+                    export(network, TINY, plan, path)
                 yield f"{precision} {name}", graph_hash(path)
 
 
-def sam2_hashes(folder: Path) -> Iterator[tuple[str, str]]:
-    for precision, plan in SAM2_PLANS.items():
-        for name, network in sam2_contracts.networks(SAM2, plan).items():
-            export_sam2(network, SAM2, path := folder / f"{precision}-{name}.onnx")
-            yield f"{precision} {name}", graph_hash(path)
+def sam2_hashes(folder: Path, ready: Path | None = None) -> Iterator[tuple[str, str]]:
+    for name, network in sam2_contracts.networks(SAM2, SAM2_PLAN).items():
+        export_sam2(network, SAM2, path := folder / f"{name}.onnx")
+        yield name, graph_hash(path)
 
 
 def graph_hash(path: Path) -> str:

@@ -6,14 +6,21 @@ from pathlib import Path
 import graph_hashes
 import onnx
 import pytest
+from tiny_job import PLAN
+
+from trt_wan.engines.config import TINY
+from trt_wan.engines.store.graphs import require_graphs
 
 HINT = "raise GRAPHS_VERSION in its contracts, then run: python tests/graph_hashes.py"
 
 
 @pytest.mark.parametrize("kind", graph_hashes.HASHES)
-def test_graphs_are_those_of_their_version(kind: str, tmp_path: Path) -> None:
+def test_graphs_are_those_of_their_version(
+    kind: str, tmp_path: Path, tiny_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tiny_home))
     pinned = json.loads(graph_hashes.PINNED.read_text())[kind]
-    made = dict(graph_hashes.HASHES[kind](tmp_path))
+    made = dict(graph_hashes.HASHES[kind](tmp_path, require_graphs(TINY, PLAN)))
     changed = {name for name in made | pinned["graphs"] if made.get(name) != pinned["graphs"].get(name)}
     assert not changed or graph_hashes.VERSIONS[kind] != pinned["version"], f"{sorted(changed)}: {HINT}"
     assert not changed and graph_hashes.VERSIONS[kind] == pinned["version"], HINT.partition("then ")[2]
