@@ -27,7 +27,7 @@ from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.executors import Array, Executor
 from trt_wan.runtime.executors.gpu import GpuExecutor
-from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
+from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
 from trt_wan.runtime.segments.segment import Segment
 from trt_wan.runtime.segments.tensorrt import open_engines
 from trt_wan.runtime.weights.on_device import DeviceWeights, nbytes
@@ -103,7 +103,8 @@ def open_sam2(
             return open_sam2_on_gpu(weights, GPU_PLAN, gpu, flavour, progress)
     plan = Sam2Plan()
     graphs = graph_set(weights.config, plan).require()
-    return Sam2Model(weights.config, plan, OnnxRuntimeExecutor(graphs, {"sam2": weights}), weights)
+    on_cpu = OnnxRuntimeExecutor(graphs, BoundWeights({"sam2": weights}))
+    return Sam2Model(weights.config, plan, on_cpu, weights)
 
 
 def open_sam2_on_gpu(
@@ -114,8 +115,8 @@ def open_sam2_on_gpu(
     segments: dict[str, Segment] = {**open_engines(gpu, engines, progress)}
     if plan.by_kernel:
         segments |= open_memory_attention(gpu, config, plan.memories)
-    executor = GpuExecutor(gpu, segments)
-    executor.start(arena_bytes(config, plan), DeviceWeights(gpu, Sam2Source(weights), [], set()))
+    executor = GpuExecutor(gpu, segments, DeviceWeights(gpu, Sam2Source(weights)))
+    executor.start_alone(arena_bytes(config, plan))
     return Sam2Model(config, plan, executor, weights, gpu)
 
 
