@@ -20,13 +20,17 @@ from plan_text import fused_attentions, gemms
 
 from trt_wan.build.compile import BuildProgress, EngineDone, EngineProgress, compile_engines
 from trt_wan.build.export import export
-from trt_wan.engines.choice.recipes import Recipe, engine_names, recipes
+from trt_wan.engines.choice.recipes import engine_names, recipes
 from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.flavour import choose_flavour
+from trt_wan.engines.gpu import Target
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store import engines as engine_store
-from trt_wan.engines.tensorrt import Target, choose_flavour, compile_onnx
+from trt_wan.engines.store.engine_id import Recipe
+from trt_wan.engines.store.entries import entries
+from trt_wan.engines.tensorrt import compile_onnx
 from trt_wan.errors import UsageError
 
 pytest.importorskip("tensorrt_rtx")
@@ -46,7 +50,7 @@ from dataclasses import replace
 from trt_wan.build.compile import compile_engines
 from trt_wan.engines.config import TINY
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.tensorrt import choose_flavour
+from trt_wan.engines.flavour import choose_flavour
 
 model, plan = replace(TINY, vae=replace(TINY.vae, residual_blocks=1)), Plan(64, 48, 5, sys.argv[1])
 for target in sys.argv[2:]:
@@ -63,7 +67,8 @@ from trt_wan.build.export import export
 from trt_wan.engines.config import ANIMATE_14B as model
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.tensorrt import choose_flavour, compile_attention, compile_onnx
+from trt_wan.engines.flavour import choose_flavour
+from trt_wan.engines.tensorrt import compile_attention, compile_onnx
 
 folder, plan, flavour = Path(sys.argv[1]), Plan(832, 480, 77, "fp8"), choose_flavour("tensorrt_rtx", None)
 silent = lambda phase, step, steps: None
@@ -166,7 +171,7 @@ def test_what_is_the_same_is_compiled_once(home: Path) -> None:
         assert {name for name in fp32 if fp32[name].engine.key == fp8[name].engine.key} == same
         keys += [recipe.engine.key for made in (fp32, fp8) for recipe in made.values()]
     assert len(set(keys)) == len(keys) - len(TARGETS) * len(same)
-    assert {entry.key for entry in engine_store.entries() if entry.manifest} == set(keys)
+    assert {entry.key for entry in entries() if entry.manifest} == set(keys)
 
 
 def never(event: object) -> None:

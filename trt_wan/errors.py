@@ -13,17 +13,30 @@
 A user's mistake is one of these; an `assert` is a mistake of ours.
 """
 
+import shlex
+from collections.abc import Iterable
+
+
+def shell_command(command: Iterable[str]) -> str:
+    """The command of trt-wan with these arguments, to be typed."""
+    return shlex.join(("trt-wan", *command))
+
 
 class TrtWanError(Exception):
-    """One sentence that says what is wrong (`message`) and one that says what to do about it (`hint`)."""
+    """`message` says in one sentence what is wrong, `hint` what to do about it.
+
+    `command` is the cure for programs, where one exists: the arguments of `trt-wan`. A hint that is left out
+    names it.
+    """
 
     code = "failed"
     exit_code = 1
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", command: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or (f"Run: {shell_command(command)}" if command else "")
+        self.command = command
 
 
 class UsageError(TrtWanError):

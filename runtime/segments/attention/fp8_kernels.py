@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_wan.engines.tensorrt import E4M3_MAX
+from trt_wan.engines.gpu import E4M3_MAX
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import compile_source
 
