@@ -29,11 +29,12 @@ from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import Network
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.flavour import Flavour
+from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.engine_id import EngineId, GpuKind
+from trt_wan.engines.store.engine_id import EngineId
 from trt_wan.engines.store.engines import ensure
 from trt_wan.engines.store.measurements import Figure
-from trt_wan.engines.tensorrt import Flavour
 from trt_wan.errors import GraphError, MemoryShort, UsageError
 
 Host = np.ndarray[Any, Any]

@@ -23,10 +23,12 @@ from trt_wan.build.export import export
 from trt_wan.engines.choice.recipes import Recipe, engine_names, recipes
 from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.flavour import choose_flavour
+from trt_wan.engines.gpu import Target
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store import engines as engine_store
-from trt_wan.engines.tensorrt import Target, choose_flavour, compile_onnx
+from trt_wan.engines.tensorrt import compile_onnx
 from trt_wan.errors import UsageError
 
 pytest.importorskip("tensorrt_rtx")
@@ -46,7 +48,7 @@ from dataclasses import replace
 from trt_wan.build.compile import compile_engines
 from trt_wan.engines.config import TINY
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.tensorrt import choose_flavour
+from trt_wan.engines.flavour import choose_flavour
 
 model, plan = replace(TINY, vae=replace(TINY.vae, residual_blocks=1)), Plan(64, 48, 5, sys.argv[1])
 for target in sys.argv[2:]:
@@ -63,7 +65,8 @@ from trt_wan.build.export import export
 from trt_wan.engines.config import ANIMATE_14B as model
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.tensorrt import choose_flavour, compile_attention, compile_onnx
+from trt_wan.engines.flavour import choose_flavour
+from trt_wan.engines.tensorrt import compile_attention, compile_onnx
 
 folder, plan, flavour = Path(sys.argv[1]), Plan(832, 480, 77, "fp8"), choose_flavour("tensorrt_rtx", None)
 silent = lambda phase, step, steps: None

@@ -20,9 +20,9 @@ from safetensors.numpy import save_file
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import Network, Part, Tensor
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.tensorrt import Flavour
 from trt_wan.errors import GraphError, MemoryShort
 from trt_wan.runtime.device import gpu as gpu_module
 from trt_wan.runtime.device import kernels

@@ -23,11 +23,11 @@ from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import Network, scale_name
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.flavour import choose_flavour
 from trt_wan.engines.precision import PRECISIONS, Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.engines import ensure
 from trt_wan.engines.store.graphs import require_graphs
-from trt_wan.engines.tensorrt import choose_flavour
 from trt_wan.errors import GraphError
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 from trt_wan.runtime.job import Inputs, Job, Settings

@@ -8,9 +8,9 @@ how one is opened, or whether its library is installed.
 from dataclasses import dataclass
 from typing import Literal
 
+from trt_wan.engines.flavour import Flavour
+from trt_wan.engines.gpu import HOPPER, Capability, GpuKind, Target
 from trt_wan.engines.precision import PRECISIONS, Precision
-from trt_wan.engines.store.engine_id import GpuKind
-from trt_wan.engines.tensorrt import HOPPER, Capability, Flavour, Target
 from trt_wan.errors import UsageError
 
 Tier = Literal["exact", "fast"]

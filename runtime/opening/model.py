@@ -13,10 +13,10 @@ from trt_wan.engines.choice.recipes import Recipe, recipes_here
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.flavour import Flavour, choose_flavour
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.graphs import require_graphs
-from trt_wan.engines.tensorrt import Flavour, choose_flavour
 from trt_wan.errors import EnvironmentBroken, UsageError
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress

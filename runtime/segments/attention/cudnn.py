@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_wan.engines.tensorrt import E4M3_MAX, FP8_ATTENTION_RANGE
+from trt_wan.engines.gpu import E4M3_MAX, FP8_ATTENTION_RANGE
 from trt_wan.errors import EnvironmentBroken
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
