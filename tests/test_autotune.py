@@ -19,7 +19,7 @@ import pytest
 from trt_wan.build import autotune as module
 from trt_wan.build.autotune import Measured, Measuring, autotune, event_clock
 from trt_wan.build.compile import EngineDone, compile_engines
-from trt_wan.build.realistic import dequantised, outlier_channels, quantise_rows, realistic
+from trt_wan.build.realistic import dequantised, outlier_channels, realistic
 from trt_wan.build.reference import SAMPLE, reference, relative_error
 from trt_wan.engines.choice import recipes as recipes_module
 from trt_wan.engines.choice.candidates import Candidate, Engine, Machine
@@ -30,6 +30,7 @@ from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import Network
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
+from trt_wan.engines.fp8 import quantise_rows
 from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.engine_id import EngineId

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from trt_wan.engines.gpu import E4M3_MAX, FP8_ATTENTION_RANGE
+from trt_wan.engines.fp8 import E4M3_MAX
+from trt_wan.engines.gpu import FP8_ATTENTION_RANGE
 from trt_wan.errors import EnvironmentBroken
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
