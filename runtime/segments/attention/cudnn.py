@@ -5,6 +5,7 @@ same one every time; it is built once. The output's strides write [tokens, heads
 """
 
 import ctypes
+import weakref
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -135,6 +136,7 @@ class AttentionGraph:
             raise EnvironmentBroken(
                 f"cuDNN does not start ({error}).", "Run: pip install -U nvidia-cudnn-cu13"
             ) from error
+        weakref.finalize(self, cudnn.destroy_handle, self._handle).atexit = False
         cudnn.set_stream(self._handle, gpu.handle)
         self.graph = cudnn.pygraph(
             io_data_type=self._io,
