@@ -110,7 +110,7 @@ class HostJob:
             tensor = next(t for t in table[network].inputs if t.name == name)
             return self.gpu.empty(tensor.shape, tensor.dtype)
 
-        context = tuple(made("attn_out", name) for name in ("text_k", "text_v", "image_k", "image_v"))
+        context = tuple(made("cross_attention", name) for name in ("text_k", "text_v", "image_k", "image_v"))
         face = (made("fuser", "face_k"), made("fuser", "face_v"))
         window = WindowCondition(
             made("patch_embed", "condition"),
