@@ -23,7 +23,7 @@ from trt_wan.errors import EnvironmentBroken
 from trt_wan.runtime.segments import native
 from trt_wan.runtime.segments.native import block, gemm
 
-FOLDER = Path(__file__).parents[1] / "runtime" / "native"
+FOLDER = Path(block.__file__).parent
 
 
 @pytest.mark.parametrize("channels", [256, 512, 5120, 13824])
