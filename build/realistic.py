@@ -59,14 +59,14 @@ def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Floa
     size = shape[-1]
     if name == "x":
         noise[:, outlier_channels(size, len(RESIDUAL_FACTORS))] *= RESIDUAL_FACTORS
-    elif name == "q":
+    elif name in ("q", "cross_q"):
         noise[..., outlier_channels(size, len(K_MEANS))] *= Q_FACTOR
         noise *= size**-0.5  # q comes multiplied by the softmax scale
     elif name == "k" or name.endswith("_k"):
         noise[..., outlier_channels(size, len(K_MEANS))] += K_MEANS
     elif name == "v":
         noise[..., outlier_channels(size, 1)] *= V_FACTOR
-    elif name == "attended":  # an average of v, so smaller
+    elif name in ("attended", "cross_attended"):  # an average of v, so smaller
         noise[:, outlier_channels(size, len(K_MEANS))] *= V_FACTOR
         noise *= 0.3
     elif name == "time_modulation":

@@ -321,7 +321,7 @@ class CountingSource:
 
 def streamed_packs() -> list[Pack]:
     made = networks(TINY, Plan(64, 48, 5, "fp8"))
-    return [Pack.of(made[name], n) for n in range(4) for name in ("attn_in", "attn_out")]
+    return [Pack.of(made[name], n) for n in range(4) for name in ("attn_in", "attn_out", "ffn")]
 
 
 @pytest.fixture

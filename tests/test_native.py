@@ -1,6 +1,6 @@
 """Our own block kernels. Without a GPU: they compile for every GPU with FP8, and threads cover all channels.
 
-With one, `attn_in` and `attn_out` are compared with the fp32 graphs, on the same awkward inputs that build
+With one, the parts of a block are compared with the fp32 graphs, on the same awkward inputs that build
 measures candidates with, every weight random.
 """
 
@@ -51,7 +51,7 @@ def test_every_kernel_has_a_launch() -> None:
         block.SOURCE,
     )
     assert tuple(defined) == block.KERNELS
-    segments = (block.AttnIn, block.AttnOut, block._Native)
+    segments = (*block.NATIVE.values(), block._Linear)
     launched = "".join(inspect.getsource(segment) for segment in segments)
     assert all(f'"{name}"' in launched for name in defined)
 
@@ -134,7 +134,7 @@ def gpu() -> Any:
     return found
 
 
-@pytest.mark.parametrize("name", ["attn_in", "attn_out"])
+@pytest.mark.parametrize("name", ["attn_in", "attn_out", "cross_attention", "ffn"])
 @pytest.mark.parametrize(
     ("model", "plan"),
     [

@@ -16,7 +16,7 @@ from trt_wan.benchmarks.peers.child import WARM_UP, NotRun, Peer, main
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.engines.contract import Network
 
-STEP = ("patch_embed", "attn_in", "attention", "attn_out", "fuser", "head")
+STEP = ("patch_embed", "attn_in", "attention", "attn_out", "cross_attention", "ffn", "fuser", "head")
 PROVIDER = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 
 
@@ -142,7 +142,9 @@ class OnnxRuntimeCuda:
             tensor = next(t for t in table[network].inputs if t.name == name)
             return self.model.place(rng.standard_normal(tensor.shape, np.float32).astype(tensor.dtype))
 
-        context = tuple(placed("attn_out", name) for name in ("text_k", "text_v", "image_k", "image_v"))
+        context = tuple(
+            placed("cross_attention", name) for name in ("text_k", "text_v", "image_k", "image_v")
+        )
         face = tuple(placed("fuser", name) for name in ("face_k", "face_v"))
         window = WindowCondition(
             placed("patch_embed", "condition"),

@@ -19,7 +19,7 @@ def missing(capability: tuple[int, int]) -> str | None:
 
 
 def open_native(network: Network, model: ModelConfig, plan: Plan, gpu: Gpu) -> Segment:
-    """The segment of `attn_in` or `attn_out` in FP8."""
+    """The segment of a part of a block in FP8; the parts are the rows of block.NATIVE."""
     from trt_wan.runtime.segments.native.block import NATIVE
 
     return NATIVE[network.name](model, plan, gpu)
