@@ -7,6 +7,7 @@ costs in several passes over the tokens is one pass here.
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,19 +61,10 @@ def macros(model: ModelConfig) -> dict[str, object]:
     }
 
 
-class _Kernels:
-    """The compiled kernels and the product library of one GPU and model."""
-
-    def __init__(self, gpu: Gpu, model: ModelConfig) -> None:
-        self._stream = gpu.stream
-        self._module = Module(gpu.device, SOURCE, KERNELS, macros(model))
-        self._module.allow_shared("cross_attention", CROSS_SHARED_BYTES)
-        self.library = CublasLt()
-
-    def launch(
-        self, name: str, grid: int | tuple[int, ...], threads: int, *arguments: Any, shared: int = 0
-    ) -> None:
-        self._module.launch(self._stream, name, grid, threads, *arguments, shared=shared)
+def _compiled(gpu: Gpu, model: ModelConfig) -> Module:
+    module = Module(gpu.device, SOURCE, KERNELS, macros(model))
+    module.allow_shared("cross_attention", CROSS_SHARED_BYTES)
+    return module
 
 
 class _Native:
@@ -85,7 +77,8 @@ class _Native:
         c = model.transformer
         self.tokens, self.dim, self.ffn, self.heads = plan.tokens, c.dim, c.ffn_dim, c.heads
         self.text_keys, self.image_keys = model.text.length, model.image.tokens
-        self.gpu, self._on = gpu, gpu.once((__name__, model), lambda: _Kernels(gpu, model))
+        module = gpu.once((__name__, model), lambda: _compiled(gpu, model))
+        self._launch = partial(module.launch, gpu.stream)
         self._offsets, self.scratch_bytes = laid_out(self._parts())
         self._at: dict[str, int] = {}
 
@@ -109,7 +102,7 @@ class _Linear(_Native):
     def __init__(self, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
         super().__init__(model, plan, gpu)
         self._dim_threads = threads_for(self.dim, DIM_THREADS)
-        self._square = Fp8Gemm(gpu, self._on.library, self.tokens, self.dim, self.dim)
+        self._square = self._gemm(gpu, self.dim, self.dim)
 
     def _parts(self) -> dict[str, int]:
         return {
@@ -126,13 +119,16 @@ class _Linear(_Native):
     def _modulate(self, a: Mapping[str, int]) -> None:
         blocks = math.ceil(6 * self.dim / 256)
         arguments = (a["modulation"], a["time_modulation"], self._at["modulation"])
-        self._on.launch("modulation_rows", blocks, 256, *arguments)
+        self._launch("modulation_rows", blocks, 256, *arguments)
 
     def _each_token(self, kernel: str, *arguments: Any) -> None:
-        self._on.launch(kernel, self.tokens, self._dim_threads, *arguments)
+        self._launch(kernel, self.tokens, self._dim_threads, *arguments)
 
     def _quantize(self, values: int) -> None:
         self._each_token("quantize_tokens", values, self._at["operand"], self._at["scale"])
+
+    def _gemm(self, gpu: Gpu, out: int, inner: int) -> Fp8Gemm:
+        return Fp8Gemm(gpu, gpu.once(CublasLt, CublasLt), self.tokens, out, inner)
 
     def _multiply(self, gemm: Fp8Gemm, operand: str, weight: int, product: str) -> None:
         gemm.enqueue(self._at[operand], weight, self._at[product], self._at["workspace"])
@@ -153,7 +149,7 @@ class AttnIn(_Linear):
         self._each_token("norm_quantize", a["x"], self._row(1), self._row(0), at["operand"], at["scale"])
         for name in "qkv":
             self._multiply(self._square, "operand", a[f"self_attn.{name}.weight"], f"product_{name}")
-        self._on.launch(
+        self._launch(
             "heads_from_products",
             (self.tokens, 3),
             self._dim_threads,
@@ -184,12 +180,9 @@ class AttnOut(_Linear):
 
 
 class CrossAttention(_Native):
-    def _parts(self) -> dict[str, int]:
-        return {}
-
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         a = addresses
-        self._on.launch(
+        self._launch(
             "cross_attention",
             (math.ceil(self.tokens / QUERIES), self.heads),
             CROSS_THREADS,
@@ -204,8 +197,8 @@ class Ffn(_Linear):
     def __init__(self, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
         super().__init__(model, plan, gpu)
         self._ffn_threads = threads_for(self.ffn, FFN_THREADS)
-        self._up = Fp8Gemm(gpu, self._on.library, self.tokens, self.ffn, self.dim)
-        self._down = Fp8Gemm(gpu, self._on.library, self.tokens, self.dim, self.ffn)
+        self._up = self._gemm(gpu, self.ffn, self.dim)
+        self._down = self._gemm(gpu, self.dim, self.ffn)
 
     def _parts(self) -> dict[str, int]:
         return super()._parts() | {
@@ -225,7 +218,7 @@ class Ffn(_Linear):
 
         self._multiply(self._up, "operand", a["ffn.0.weight"], "product")
         product = self._product(a, "ffn.0")
-        self._on.launch("gelu_quantize", self.tokens, self._ffn_threads, *product, *hidden)
+        self._launch("gelu_quantize", self.tokens, self._ffn_threads, *product, *hidden)
         self._multiply(self._down, "hidden", a["ffn.2.weight"], "product")
         product = self._product(a, "ffn.2", "hidden_scale")
         self._each_token("add_gated", out, *product, self._row(5), out)
