@@ -1,4 +1,4 @@
-"""Networks of the transformer computed by kernels of our own around FP8 matrix products."""
+"""Networks of the transformer computed by native kernels around FP8 matrix products."""
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
@@ -10,7 +10,7 @@ FP8_CAPABILITY = (8, 9)
 
 
 def missing(capability: tuple[int, int]) -> str | None:
-    """Why it cannot be used here, in a sentence with the fix; None if it can."""
+    """Why it cannot be used here, with the fix, in a sentence. None if it can."""
     from trt_wan.runtime.segments.native.gemm import missing as missing_library
 
     if capability < FP8_CAPABILITY:
