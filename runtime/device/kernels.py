@@ -12,7 +12,7 @@ from trt_wan.runtime.device.cubins import kept
 
 NAMES = ("combine", "random_float32", "random_bfloat16", "random_float8_e4m3fn", "quantize_rows")
 THREADS = 256
-MAX_TERMS = 6  # of a linear combination: UniPC's corrector has four
+MAX_TERMS = 6  # in a linear combination; UniPC's corrector has four
 
 
 def read_source(package: str, *names: str) -> str:

@@ -1,8 +1,8 @@
 """Attention by libraries other than TensorRT. Each has a module, imported only when it is chosen.
 
-Every provider is a `Segment` for the network `attention`. q, k and v are bf16 [heads, tokens, head_dim], and q
-is already multiplied by head_dim^-0.5, so the softmax takes the scores unscaled. `attended` is bf16
-[tokens, heads * head_dim]. Only `flash4` needs torch. `trt-wan build` measures their speed and error.
+Every provider is a `Segment` for the network `attention`. q, k and v are bf16 [heads, tokens, head_dim]. q is
+already multiplied by head_dim^-0.5, so the softmax takes the scores unscaled. `attended` is bf16 [tokens,
+heads * head_dim]. Only `flash4` needs torch. `trt-wan build` measures their speed and error.
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def missing(name: str, capability: Capability) -> str | None:
 def open_attention(name: str, gpu: Gpu, heads: int, tokens: int, head_dim: int) -> Segment:
     """Provider `name` for one shape, with its kernels chosen and compiled.
 
-    Raises UsageError for an unknown name or an unsupported shape, EnvironmentBroken if it cannot be used here.
+    Raises UsageError for an unknown name or shape, EnvironmentBroken if it cannot be used here.
     """
     provider = _provider(name)
     if head_dim not in provider.head_dims:

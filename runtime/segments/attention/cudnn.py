@@ -198,8 +198,8 @@ class AttentionGraph:
 def _load() -> Any:
     """The frontend's module, bound to cuDNN's library.
 
-    The frontend looks in the interpreter's site-packages, then asks the loader, which knows libraries that are
-    loaded already. Loading the library first makes the frontend find the wheel nvidia-cudnn-cu13 in any folder.
+    The frontend looks in the interpreter's site-packages, then asks the loader, which knows libraries that
+    are loaded already. So the library is loaded first: pip may have put nvidia-cudnn-cu13 into any folder.
     """
     spec = find_spec("nvidia.cudnn") if find_spec("nvidia") else None
     for folder in (spec.submodule_search_locations if spec else None) or ():

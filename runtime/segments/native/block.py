@@ -1,8 +1,8 @@
-"""A block but for self-attention, in FP8 without TensorRT: kernels between products of cuBLASLt.
+"""A block without its self-attention, in FP8 without TensorRT: native kernels between products of cuBLASLt.
 
-The same arithmetic as the graphs of build/models/block.py, with the same roundings: FP8 operands with a scale
-per token, products in bf16, everything between in float32. What a kernel of TensorRT's between two products
-costs in several passes over the tokens is one pass here.
+The arithmetic and its roundings are those of the graphs in build/models/block.py: FP8 operands with a scale
+per token, products in bf16, all other numbers in float32. Between two products these kernels read the tokens
+once, TensorRT's several times.
 """
 
 import math
@@ -19,9 +19,9 @@ from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import ATTENTION, Module, read_source
 from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, CublasLt, Fp8Gemm
 
-VECTOR = 8  # channels of a thread's load
+VECTOR = 8  # channels that a thread loads at once
 DIM_THREADS, FFN_THREADS = 320, 576  # at most, per token; 288 for the FFN was no slower (docs/log.md)
-QUERIES = 128  # of a block of threads in the cross-attention
+QUERIES = 128  # per block of threads in the cross-attention
 CROSS_THREADS = 256
 CROSS_SHARED_BYTES = 64 << 10  # two tiles of 64 keys and values
 

@@ -121,6 +121,6 @@ def _open() -> ctypes.CDLL:
 
         path = load_nvidia_dynamic_lib("cublasLt").abs_path
         library = ctypes.CDLL(path)
-    except Exception as error:  # cuda.pathfinder has exceptions of its own
+    except Exception as error:  # cuda.pathfinder has its own exceptions
         raise EnvironmentBroken("cuBLASLt is not installed.", "Run: pip install 'trt-wan[hopper]'") from error
     return library
