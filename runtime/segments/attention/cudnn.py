@@ -32,11 +32,7 @@ class Cudnn:
         attended, _ = self._graph.graph.sdpa(q, k, v, attn_scale=1.0, generate_stats=False)
         self._graph.attended(attended)
         self._graph.build()
-        self._scratch = 0
-
-    @property
-    def scratch_bytes(self) -> int:
-        return self._graph.workspace_bytes
+        self.scratch_bytes, self._scratch = self._graph.workspace_bytes, 0
 
     def start(self, scratch: int) -> None:
         self._scratch = scratch
@@ -89,22 +85,14 @@ class CudnnFp8:
         self._graph.build()
 
         values = heads * tokens * head_dim
-        self._offsets, self._scratch_bytes = laid_out(
-            {
-                "workspace": self._graph.workspace_bytes,
-                "partial": self._kernels.partial_bytes,
-                "means": heads * head_dim * 4,
-                "q": values,
-                "k": values,
-                "v": values,
-                "attended": values,
-            }
-        )
+        parts = {
+            "workspace": self._graph.workspace_bytes,
+            "partial": self._kernels.partial_bytes,
+            "means": heads * head_dim * 4,
+        }
+        parts |= dict.fromkeys(("q", "k", "v", "attended"), values)
+        self._offsets, self.scratch_bytes = laid_out(parts)
         self._parts: dict[str, int] = {}
-
-    @property
-    def scratch_bytes(self) -> int:
-        return self._scratch_bytes
 
     def start(self, scratch: int) -> None:
         self._parts = {name: scratch + offset for name, offset in self._offsets.items()}
