@@ -90,7 +90,7 @@ def attn_out(
     x = x + gate * linear(attended, w, "self_attn.o")
     h = layer_norm(x, c.eps, w["norm3.weight"], w["norm3.bias"])
     q = rms_norm(linear(h, w, "cross_attn.q"), _scaled(w["cross_attn.norm_q.weight"], c), c.eps)
-    return x, q.reshape(len(q), c.heads, -1).to(activation(plan))
+    return x, q.to(activation(plan))
 
 
 def cross_attention(
@@ -104,7 +104,7 @@ def cross_attention(
     model: ModelConfig,
     plan: Plan,
 ) -> tuple[Tensor]:
-    q = cross_q.transpose(0, 1)
+    q = split_heads(cross_q, model.transformer.heads)
     return (merge_heads(attend(q, text_k, text_v) + attend_any(q, image_k, image_v)),)
 
 
