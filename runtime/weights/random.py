@@ -58,7 +58,10 @@ def _drawing_order(names: list[str]) -> list[str]:
     first = "blocks.0.self_attn.o.weight"
     if first not in names:
         return names
-    start, stop = names.index(first), 1 + max(i for i, name in enumerate(names) if name.endswith(".ffn.2.bias"))
+    start, stop = (
+        names.index(first),
+        1 + max(i for i, name in enumerate(names) if name.endswith(".ffn.2.bias")),
+    )
     half = sorted(names[start:stop], key=lambda name: int(name.split(".")[1]))
     return names[:start] + half + names[stop:]
 
