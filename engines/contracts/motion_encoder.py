@@ -1,8 +1,8 @@
 """Face crops in [-1, 1] to motion vectors (model_spec.md 1.6).
 
-Convolution and linear weights are the checkpoint's, unscaled: the graph has the equalising factors. The loader
-computes `dec.direction.orthonormal`, the Q of the Householder QR of the checkpoint's `dec.direction.weight`:
-its signs must be LAPACK's, and ONNX has no QR.
+Convolution and linear weights are the checkpoint's, unscaled: the graph has the equalising factors. The
+loader computes `dec.direction.orthonormal`, the Q of the Householder QR of `dec.direction.weight`: its signs
+must be LAPACK's, and ONNX has no QR.
 """
 
 from trt_wan.engines.config import ModelConfig
