@@ -82,7 +82,7 @@ class MediapipeSource:
     ) -> Iterator[PersonFrame]:
         if choice != PersonChoice():
             raise UsageError(
-                "MediaPipe follows the one person that it finds; there is no choosing among several.",
+                "MediaPipe follows the one person that it finds and cannot choose among several.",
                 "Leave out --person, --point and --box, or give --detector and --pose.",
             )
         with MediapipePeople() as people:

@@ -30,6 +30,7 @@ from trt_wan.preprocess.people.heatmaps import peaks
 from trt_wan.preprocess.people.onnx_people import OnnxPeople
 from trt_wan.preprocess.people.person import JOINTS, Box
 from trt_wan.preprocess.people.pose import open_pose
+from trt_wan.runtime.device.kernels import compile_source
 from trt_wan.runtime.events import silent
 
 Array = NDArray[Any]
@@ -62,7 +63,7 @@ def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
 def test_kernels_compile(nvrtc: None, capability: tuple[int, int]) -> None:
-    code = bytes(kernels.compile_for(capability).code)
+    code = bytes(compile_source(kernels.SOURCE, capability, kernels.macros()).code)
     for name in kernels.NAMES:
         assert f".text.{name}".encode() + b"\0" in code
 

@@ -7,7 +7,9 @@ from trt_wan.engines.contracts import (
     attn_in,
     attn_out,
     context_kv,
+    cross_attention,
     face_encoder,
+    ffn,
     fuser,
     fuser_kv,
     head,
@@ -22,6 +24,10 @@ from trt_wan.engines.contracts import (
     vae_encode,
 )
 from trt_wan.engines.shape import Plan
+
+# Raise it whenever an exported graph computes something else or has other inputs or outputs: exported graphs
+# are kept under this number. tests/test_graph_hashes.py finds a change that was forgotten.
+GRAPHS_VERSION = 1
 
 
 def networks(model: ModelConfig, plan: Plan) -> dict[str, Network]:
@@ -43,6 +49,8 @@ def networks(model: ModelConfig, plan: Plan) -> dict[str, Network]:
         attn_in.network(model, plan),
         attention.network(model, plan),
         attn_out.network(model, plan),
+        cross_attention.network(model, plan),
+        ffn.network(model, plan),
         fuser.network(model, plan),
         head.network(model, plan),
         vae_decode.first(model, plan),

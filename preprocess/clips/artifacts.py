@@ -50,7 +50,8 @@ class ArtifactFolder:
         except OSError as error:
             self._remove_made()
             raise OutputError(
-                f"The folder {path} cannot be written to ({error.strerror}).", "Choose a folder of your own."
+                f"The folder {path} cannot be written to ({error.strerror}).",
+                "Choose a folder that you can write to.",
             ) from error
 
     def publish(self) -> Path:

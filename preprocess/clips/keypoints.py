@@ -62,7 +62,7 @@ def read_keypoints(path: Path) -> FoundPeople:
         raise InputError(f"{path} cannot be read ({error}).", "Give a keypoints.json.") from error
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path} is not JSON: {error.msg} in line {error.lineno}.", "Mend that line, or make it again."
+            f"{path} is not JSON: {error.msg} in line {error.lineno}.", "Correct that line, or make it again."
         ) from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise _impossible(path, f"it does not say that it is {SCHEMA}")
@@ -144,4 +144,6 @@ def _size(path: Path, value: object) -> Size:
 
 
 def _impossible(path: Path, why: str) -> InputError:
-    return InputError(f"{path} cannot be used: {why}.", "Mend it, or make it again with trt-wan preprocess.")
+    return InputError(
+        f"{path} cannot be used: {why}.", "Correct it, or make it again with trt-wan preprocess."
+    )

@@ -1,4 +1,4 @@
-"""Which frames of a clip are used when its rate is changed. Works on numbers and times, not on pictures.
+"""Which frames of a clip are used when its rate is changed. Works on numbers, not on pictures.
 
 There are two rules. `official` (Wan2.2's preprocessing) shows the frame nearest in time. `kijai` (the video
 loader of the ComfyUI workflows) shows the first frame that is not earlier. Both repeat frames when the rate
@@ -6,7 +6,6 @@ goes up, and neither mixes two frames.
 """
 
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
@@ -23,15 +22,10 @@ def frame_indices(
     source_rate: Rate,
     rate: Rate | None,
     rule: SamplingRule = "official",
-    times: Sequence[float] | None = None,
 ) -> list[int]:
-    """Numbers of the frames to show at `rate` per second, at least one. None keeps every frame.
-
-    `times` [frames], seconds, ascending: for unevenly spaced frames, `official` uses them instead of the mean
-    rate. `kijai` ignores them, because its loader knows the mean rate only.
-    """
+    """Numbers of the frames to show at `rate` per second, at least one. None keeps every frame."""
     assert frames > 0 and source_rate > 0, f"{frames} frames at {source_rate}"
-    if rate is None or rate == source_rate and times is None:
+    if rate is None or rate == source_rate:
         return list(range(frames))
     if not 0 < float(rate) < math.inf:
         raise UsageError(
@@ -39,8 +33,6 @@ def frame_indices(
         )
     if rule == "kijai":
         return _first_not_before(frames, float(source_rate), float(rate))
-    if times is not None:
-        return _nearest_by_time(times, float(source_rate), float(rate))
     return _nearest(frames, float(source_rate), float(rate))
 
 
@@ -49,16 +41,6 @@ def _nearest(frames: int, source_rate: float, rate: float) -> list[int]:
     count = max(int(frames / source_rate * rate), 1)
     wanted = np.arange(count) / rate * source_rate
     return [int(i) for i in np.clip(np.rint(wanted), 0, frames - 1)]
-
-
-def _nearest_by_time(times: Sequence[float], source_rate: float, rate: float) -> list[int]:
-    """As `_nearest`, with frame numbers interpolated between the frames' times."""
-    shown = np.asarray(times, np.float64) - times[0]
-    assert np.all(np.diff(shown) >= 0), "frame times go back"
-    length = shown[-1] + 1 / source_rate  # the last frame is assumed to have the mean duration
-    count = max(int(length * rate + 1e-6), 1)  # times are sums of fractions: 1.9999999 s are 2 s
-    wanted = np.interp(np.arange(count) / rate, shown, np.arange(len(shown)))
-    return [int(i) for i in np.rint(wanted)]
 
 
 def _first_not_before(frames: int, source_rate: float, rate: float) -> list[int]:

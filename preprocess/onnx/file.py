@@ -7,11 +7,11 @@ file is refused before it is loaded.
 import hashlib
 import json
 import mmap
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from trt_wan.engines.store.files import keep
 from trt_wan.engines.store.home import home
 from trt_wan.errors import WeightsError
 
@@ -58,10 +58,7 @@ class OnnxFile:
         for path in (self.path, *self.weight_files):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}.partial")
-        temporary.write_text(json.dumps({"files": files, "sha256": digest.hexdigest()}))
-        temporary.replace(kept)
+        keep(kept, json.dumps({"files": files, "sha256": digest.hexdigest()}))
         return digest.hexdigest()
 
 
@@ -103,7 +100,7 @@ def read_onnx(path: Path) -> OnnxFile:
         if not weight_file.is_file():
             raise WeightsError(
                 f"{file.name} keeps its weights in {weight_file.name}, which is not in {weight_file.parent}.",
-                f"Put {weight_file.name} beside {file.name}, under that very name.",
+                f"Put {weight_file.name} beside {file.name}, under exactly that name.",
             )
     return OnnxFile(file, inputs, outputs, weights)
 

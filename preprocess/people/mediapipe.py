@@ -134,8 +134,6 @@ def _mediapipe() -> ModuleType:
     except ImportError as error:
         raise EnvironmentBroken(f"MediaPipe cannot be used here ({error}).", INSTALL) from error
     if not hasattr(mediapipe, "solutions"):
-        raise EnvironmentBroken(
-            f"MediaPipe {mediapipe.__version__} has no models of its own any more.", INSTALL
-        )
+        raise EnvironmentBroken(f"MediaPipe {mediapipe.__version__} no longer contains models.", INSTALL)
     module: ModuleType = mediapipe
     return module

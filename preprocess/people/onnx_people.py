@@ -17,7 +17,7 @@ from trt_wan.runtime.video.reader import Picture
 # Notes to the user about the followed person; {} is the frame's number.
 TOLD = {
     "lost": "The person is out of sight from frame {} on.",
-    "back": "Who is in the picture at frame {} is taken for the person that was out of sight.",
+    "back": "The person in frame {} is taken for the person that was out of sight.",
     "cut": "Frame {} shows others, as after a cut: the largest of them is followed.",
 }
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trt_wan.preprocess.people.assignment import UNMATCHED, assign
 from trt_wan.preprocess.people.choice import LARGEST, Person, PersonChoice, chosen, listed, people_in
-from trt_wan.preprocess.people.person import Box, Keypoints, iou
+from trt_wan.preprocess.people.person import Box, iou
 
 SURE = 0.25  # least score of a new person. Lower scores only continue a track
 PATIENCE = 5  # frames in a row with lesser boxes only, after which they count as sure
@@ -26,8 +26,6 @@ SMOOTHING = 0.12
 REACH, REACH_PER_FRAME = 0.4, 0.03  # distance from the expected place, in diagonals of the box
 SIZE_CHANGE = 1.8  # ratio of heights from one sighting to the next
 SIZE_CHANGE_AWAY = 2.5  # between leaving and coming back
-SURE_JOINT = 0.3
-JOINT_WEIGHT = 5.0  # two people differ by a tenth of a diagonal, one person by little between frames
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class TrackEvent:
 class _Track:
     box: Box  # the last box that updated the track
     born: int  # the frame in which it was first seen
-    keypoints: Keypoints | None = None
     shown: Box | None = None  # in this frame
     speed: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     offset: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))  # walked since `box`
@@ -61,12 +58,12 @@ class _Track:
         b = self.box
         return Box(b.x0 + dx, b.y0 + dy, b.x1 + dx, b.y1 + dy, b.score)
 
-    def see(self, box: Box, keypoints: Keypoints | None) -> None:
+    def see(self, box: Box) -> None:
         step = (np.array(box.centre) - self.box.centre) / (self.missed + self.hidden + 1)
         elsewhere = self.missed > COAST or _distance(self.box, box) > 1  # came back, or a cut
         self.speed = np.zeros(2) if elsewhere else (1 - SMOOTHING) * self.speed + SMOOTHING * step
         self.box = self.shown = box
-        self.keypoints, self.missed, self.hidden = keypoints, 0, 0
+        self.missed = self.hidden = 0
         self.sightings += 1
         self.offset = np.zeros(2)
 
@@ -97,9 +94,9 @@ class Tracker:
         self._frame = -1
         self._doubtful = 0
 
-    def follow(self, boxes: Sequence[Box], poses: Sequence[Keypoints] | None = None) -> Box | None:
-        """The followed person's box, or None if that person is not seen. `poses` are the joints of all boxes,
-        if known. Raises UsageError if the chosen person is not in the first frame with people.
+    def follow(self, boxes: Sequence[Box]) -> Box | None:
+        """The followed person's box, or None if that person is not seen. Raises UsageError if the chosen
+        person is not in the first frame with people.
         """
         self._frame += 1
         sure = [box.score >= SURE for box in boxes]
@@ -107,9 +104,9 @@ class Tracker:
         if self._doubtful > PATIENCE:
             sure = [True] * len(boxes)
         if self._mine is None:
-            return self._begin(boxes, sure, poses)
+            return self._begin(boxes, sure)
         before = self._mine.shown
-        self._update(boxes, sure, poses)
+        self._update(boxes, sure)
         if before is not None and self._mine.shown is None:
             self.events.append(TrackEvent(self._frame, "lost"))
         return self._mine.shown
@@ -123,15 +120,13 @@ class Tracker:
             f"{self.followed}, the largest, is followed. Choose with --person N, --point x,y or --box."
         )
 
-    def _begin(
-        self, boxes: Sequence[Box], sure: Sequence[bool], poses: Sequence[Keypoints] | None
-    ) -> Box | None:
+    def _begin(self, boxes: Sequence[Box], sure: Sequence[bool]) -> Box | None:
         seen = [i for i in range(len(boxes)) if sure[i]]
         if not seen and self.choice.box is None:
             return None
         self.people, self.first_frame = people_in([[boxes[i] for i in seen]]), self._frame
         mine = chosen(self.choice, self.people, boxes, self._frame)
-        self._tracks = [_Track(boxes[i], 0, poses[i] if poses is not None else None) for i in seen]
+        self._tracks = [_Track(boxes[i], 0) for i in seen]
         self._mine = next((track for track in self._tracks if track.box == mine), None)
         if self._mine is None:
             self._mine = _Track(mine, 0)
@@ -139,17 +134,14 @@ class Tracker:
         self.followed = next((person.number for person in self.people if person.box == mine), None)
         return mine
 
-    def _update(self, boxes: Sequence[Box], sure: Sequence[bool], poses: Sequence[Keypoints] | None) -> None:
+    def _update(self, boxes: Sequence[Box], sure: Sequence[bool]) -> None:
         """Assigns sure boxes to fitting tracks, then lesser boxes, then sure boxes to tracks long gone."""
         free = list(range(len(boxes)))
         waiting = list(self._tracks)
         pairs: list[tuple[_Track, int]] = []
         for usable, cost in ((True, _cost), (False, _cost), (True, _cost_of_return)):
             candidates = [i for i in free if sure[i] == usable]
-            costs = [
-                [cost(track, boxes[i], poses[i] if poses is not None else None) for i in candidates]
-                for track in waiting
-            ]
+            costs = [[cost(track, boxes[i]) for i in candidates] for track in waiting]
             found = [(waiting[row], candidates[column]) for row, column in assign(np.array(costs))]
             pairs += found
             free = [i for i in free if i not in [i for _, i in found]]
@@ -167,13 +159,11 @@ class Tracker:
             if _stands_for_two(track, boxes[i], waiting):
                 track.hide(boxes[i])
             else:
-                track.see(boxes[i], poses[i] if poses is not None else None)
+                track.see(boxes[i])
         for track in waiting:
             track.miss()
         self._tracks = [track for track in self._tracks if track is self._mine or not _was_nobody(track)]
-        self._tracks += [
-            _Track(boxes[i], self._frame, poses[i] if poses is not None else None) for i in free if sure[i]
-        ]
+        self._tracks += [_Track(boxes[i], self._frame) for i in free if sure[i]]
         self._inherit()
 
     def _is_cut(self, unseen: Sequence[_Track]) -> bool:
@@ -190,7 +180,7 @@ class Tracker:
             return
         since = self._frame - mine.missed
         heirs = [t for t in self._tracks if t.shown is not None and t.born > since and t is not mine]
-        costs = [_cost_of_return(mine, heir.box, None) for heir in heirs]
+        costs = [_cost_of_return(mine, heir.box) for heir in heirs]
         if costs and min(costs) < UNMATCHED:
             self._mine = heirs[costs.index(min(costs))]
             self._tracks.remove(mine)
@@ -207,8 +197,8 @@ def _was_nobody(track: _Track) -> bool:
     return track.missed > COAST and track.sightings < PATIENCE
 
 
-def _cost(track: _Track, box: Box, keypoints: Keypoints | None) -> float:
-    """The cost of taking `box` for the next sighting of `track`: place, size, overlap and any joints."""
+def _cost(track: _Track, box: Box) -> float:
+    """The cost of taking `box` for the next sighting of `track`: place, size and overlap."""
     expected = track.expected
     distance = _distance(expected, box)
     change = abs(np.log(max(box.height, 1.0) / max(expected.height, 1.0)))
@@ -216,15 +206,10 @@ def _cost(track: _Track, box: Box, keypoints: Keypoints | None) -> float:
         return UNMATCHED
     if distance > REACH + REACH_PER_FRAME * track.missed:
         return UNMATCHED
-    cost = distance + 0.5 * change + 1 - iou(expected, box)
-    if track.keypoints is not None and keypoints is not None:
-        cost += JOINT_WEIGHT * _joint_distance(
-            track.keypoints, keypoints, np.array(expected.centre) - track.box.centre, box
-        )
-    return float(cost)
+    return float(distance + 0.5 * change + 1 - iou(expected, box))
 
 
-def _cost_of_return(track: _Track, box: Box, keypoints: Keypoints | None) -> float:
+def _cost_of_return(track: _Track, box: Box) -> float:
     """The cost of taking `box` for a person long away: at any place, of about the same size."""
     change = abs(np.log(max(box.height, 1.0) / max(track.box.height, 1.0)))
     if track.missed <= COAST or change > np.log(SIZE_CHANGE_AWAY):
@@ -235,12 +220,3 @@ def _cost_of_return(track: _Track, box: Box, keypoints: Keypoints | None) -> flo
 def _distance(a: Box, b: Box) -> float:
     """The distance of the centres, in diagonals of `a`."""
     return float(np.hypot(*np.subtract(a.centre, b.centre)) / max(np.hypot(a.width, a.height), 1.0))
-
-
-def _joint_distance(before: Keypoints, now: Keypoints, moved: NDArray[np.float64], box: Box) -> float:
-    """The mean distance of joints that are sure in both, in diagonals of the box. 0 without such joints."""
-    both = (before[:, 2] >= SURE_JOINT) & (now[:, 2] >= SURE_JOINT)
-    if not both.any():
-        return 0.0
-    apart = now[both, :2] - before[both, :2] - moved
-    return float(np.hypot(*apart.T).mean() / max(np.hypot(box.width, box.height), 1.0))

@@ -39,7 +39,7 @@ class MaskShape:
         if self.compat == "official":
             if self.grow is not None or self.block is not None:
                 raise UsageError(
-                    "The official mask is one rectangle around the person; it has no grow or block size.",
+                    "The official mask is one rectangle around the person and has no grow or block size.",
                     "Leave out --grow and --block, or --compat official.",
                 )
             return

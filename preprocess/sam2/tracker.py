@@ -144,7 +144,9 @@ class Sam2Tracker:
         if not 1 <= len(points) <= most:
             raise UsageError(f"A prompt of {len(points)} points is not possible.", f"Use 1 to {most}.")
         if not np.isfinite(points).all():
-            raise UsageError("A prompt's point is no number.", "Leave out points that are not known.")
+            raise UsageError(
+                "A prompt's point is not a finite number.", "Leave out points that are not known."
+            )
         self._add(frame, number, Prompt(points, kinds), picture)
 
     def add_box(self, frame: int, number: int, box: Sequence[float], picture: Picture | None = None) -> None:

@@ -222,7 +222,7 @@ def _output_error(path: Path, error: OSError | av.FFmpegError) -> OutputError:
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OutputError(
-            f"The folder {path.parent} cannot be written to.", "Write to a folder of your own."
+            f"The folder {path.parent} cannot be written to.", "Choose a folder that you can write to."
         )
     return OutputError(
         f"{path} cannot be written ({error.strerror}).", "Check the disk, or write to another one."

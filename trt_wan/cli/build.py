@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from trt_wan.build.compile import CompileReport, EngineDone, EngineProgress, EngineRow, GraphDone
     from trt_wan.engines.choice.candidates import Candidate, Machine
     from trt_wan.engines.config import ModelConfig
+    from trt_wan.engines.flavour import Flavour
+    from trt_wan.engines.gpu import Target
     from trt_wan.engines.precision import Precision
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.measurements import Figure
-    from trt_wan.engines.tensorrt import Flavour, Target
     from trt_wan.runtime.device.gpu import Gpu
 
 Data = dict[str, Any]
@@ -70,7 +71,7 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, 
 def _targets(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     if not values:
         return ()
-    from trt_wan.engines.tensorrt import TARGETS
+    from trt_wan.engines.gpu import TARGETS
 
     names = dict.fromkeys(name.strip().lower() for value in values for name in value.split(","))
     for name in names:
@@ -187,7 +188,8 @@ def build_for(
 
 def _named(plan: "Plan", precision: "Precision | None", target: "Target", flavour: str | None) -> Goal:
     from trt_wan.engines.choice.recipes import require_target
-    from trt_wan.engines.tensorrt import TARGETS, choose_flavour
+    from trt_wan.engines.flavour import choose_flavour
+    from trt_wan.engines.gpu import TARGETS
 
     if target == "current":
         return _current(_gpu("Name one to build for, such as --target sm89."), plan, precision, flavour)
@@ -226,7 +228,7 @@ def _gpu(hint: str = "") -> "Gpu":
 
 
 def _current(gpu: "Gpu", plan: "Plan", precision: "Precision | None", flavour: str | None) -> Goal:
-    from trt_wan.engines.tensorrt import choose_flavour
+    from trt_wan.engines.flavour import choose_flavour
     from trt_wan.runtime.opening.model import choose_precision
     from trt_wan.runtime.settings import Settings
 
@@ -238,11 +240,11 @@ def _graphs(report: Report, model: str, plan: "Plan", dry_run: bool) -> tuple[Re
     """The graphs' folder; torch is imported only if a graph is missing."""
     from trt_wan.engines.config import MODELS
     from trt_wan.engines.contracts import networks
-    from trt_wan.engines.store.graphs import graphs_folder, is_complete
+    from trt_wan.engines.store.graphs import graph_set
 
     config = MODELS[model]
-    folder = graphs_folder(config, plan)
-    there = is_complete(folder, config, plan)
+    graphs = graph_set(config, plan)
+    folder, there = graphs.folder, graphs.complete()
     if dry_run:
         missing = [] if there else list(networks(config, plan))
         text = f"{len(missing)} graphs would be exported" if missing else "the graphs are there"
@@ -276,7 +278,7 @@ def _engines(
     """The engines' folder, or a table of what would be built."""
     from trt_wan.build.compile import compile_engines
     from trt_wan.engines.config import MODELS
-    from trt_wan.engines.store import engines as engine_store
+    from trt_wan.engines.store.manifest import folder
 
     start = time.perf_counter()
     graphs = 0
@@ -322,7 +324,7 @@ def _engines(
         if names:
             note(report, f"{len(names)} graphs would be exported first.")
         return _table(engines), {"missing_graphs": names, "engines": engines}
-    return engine_store.folder(), {
+    return folder(), {
         "graphs": graphs,
         "engines": engines,
         "candidates": [vars(figure) for figure in figures],
@@ -334,13 +336,13 @@ def _engines(
 
 def _finish(report: Report, config: "ModelConfig", goal: Goal, done: "CompileReport") -> None:
     from trt_wan.engines.choice.recipes import recipes_here
-    from trt_wan.runtime.opening.segments import finish_engines
+    from trt_wan.runtime.segments.tensorrt import finish_engines
 
-    assert goal.machine is not None, goal
+    assert goal.machine is not None and goal.gpu is not None, goal
     if not (made := {row.manifest.key for row in done.engines if row.manifest}):
         return
     recipes = recipes_here(config, goal.plan, goal.machine).values()
-    finish_engines((r for r in recipes if r.engine.key in made), goal.flavour, report.progress)
+    finish_engines(goal.gpu, (r for r in recipes if r.engine.key in made), report.progress)
 
 
 def _measure(
@@ -364,7 +366,7 @@ def _measure(
 
     def opened(candidate: "Candidate") -> Any:
         places = {candidate.network: candidate}
-        segments = open_segments(places, config, goal.plan, gpu, goal.flavour, recipes, report.progress)
+        segments = open_segments(places, config, goal.plan, gpu, recipes, report.progress)
         return segments[candidate.network]
 
     def progress(event: "Measured | Measuring") -> None:
