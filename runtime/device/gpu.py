@@ -179,6 +179,12 @@ class Gpu:
     def sync(self) -> None:
         self.stream.sync()
 
+    def close(self) -> None:
+        """Frees the arena."""
+        if self._arena_buffer is not None:
+            self._arena_buffer.close(self.stream)
+            self._arena_buffer = None
+
     def _launch(self, name: str, work: int, *arguments: Any) -> None:
         blocks = min(-(-work // THREADS), 8192)  # the kernels stride over the rest
         self.kernels.launch(self.stream, name, blocks, *arguments)

@@ -1,6 +1,6 @@
 """What runs the graphs. An executor knows tensors by name and nothing of models, windows or files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -35,3 +35,6 @@ class Executor(Protocol):
     def release(self, names: set[str]) -> None:
         """Forgets the weights of some networks."""
         ...
+
+
+Observe = Callable[[Executor], Executor]  # wraps an executor to watch it

@@ -25,9 +25,9 @@ class WindowCondition:
 
     condition: Array  # [20, T1, h, w]: 4 of mask, 16 of latent
     pose_latent: Array  # [16, T, h, w]; zeros without a pose clip
-    pose_strength: float  # 0 without a pose clip
+    pose_strength: Array  # [1]; 0 without a pose clip
     face: PerLayer | None  # None: the fusers are skipped
-    face_strength: float
+    face_strength: Array  # [1]
 
 
 def rope_tables(model: ModelConfig, plan: Plan) -> tuple[Array, Array]:
@@ -100,9 +100,7 @@ def velocity(
     """The flow velocity, noise - x0, of `latent` [16, T1, h, w]; same shape."""
     c = model.config.transformer
     time_embedding, time_modulation = time
-    pose_strength = np.array([window.pose_strength], np.float32)
-    face_strength = np.array([window.face_strength], np.float32)
-    (x,) = model.run("patch_embed", latent, window.condition, window.pose_latent, pose_strength)
+    (x,) = model.run("patch_embed", latent, window.condition, window.pose_latent, window.pose_strength)
     for n in range(c.layers):
         (attended,) = model.run("attention", *model.run("attn_in", x, time_modulation, *rope, n=n))
         x, cross_q = model.run("attn_out", x, attended, time_modulation, n=n)
@@ -110,6 +108,6 @@ def velocity(
         (x,) = model.run("ffn", x, attended, time_modulation, n=n)
         if window.face is not None and n % c.fuser_interval == 0:
             i = n // c.fuser_interval
-            (x,) = model.run("fuser", x, *window.face[i], face_strength, n=i)
+            (x,) = model.run("fuser", x, *window.face[i], window.face_strength, n=i)
     (result,) = model.run("head", x, time_embedding)
     return result

@@ -167,14 +167,16 @@ def identify(transformer: Checkpoint) -> ModelConfig:
     return dims[shape[0]]
 
 
-def load_weights(folder: Path, chosen: Mapping[Part, Path]) -> tuple[ModelConfig, dict[Part, Checkpoint]]:
-    """The model and the checked checkpoint of every part: `chosen`, or found in or below `folder`.
+def load_weights(
+    folders: Sequence[Path], chosen: Mapping[Part, Path]
+) -> tuple[ModelConfig, dict[Part, Checkpoint]]:
+    """The model and the checked checkpoint of every part: `chosen`, or found in or below `folders`.
 
     Of several files that hold a part, the one that fits is taken: a folder of models has other CLIPs and
     other T5s. Raises WeightsError.
     """
     files = {part: [path] for part, path in chosen.items()}
-    files |= find_files(folder, [part for part in PARTS if part not in chosen])
+    files |= find_files(folders, [part for part in PARTS if part not in chosen])
     transformer = _open_one("transformer", files["transformer"], identify)
     model = identify(transformer)
     weights: dict[Part, Checkpoint] = {"transformer": transformer}

@@ -5,7 +5,7 @@ thousands of files that are none of our business.
 """
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from trt_wan.engines.contract import Part
@@ -14,16 +14,17 @@ from trt_wan.runtime.weights.names import SIGNATURES
 from trt_wan.runtime.weights.tensor_file import INDEX, read_index, stored_names
 
 
-def find_files(folder: Path, parts: Collection[Part]) -> dict[Part, list[Path]]:
-    """For each of `parts` the files (or indexes) in or below `folder` that hold it, at least one.
+def find_files(folders: Sequence[Path], parts: Collection[Part]) -> dict[Part, list[Path]]:
+    """For each of `parts` the files (or indexes) in or below `folders` that hold it, at least one.
 
     Raises WeightsError that names every part that is nowhere, and the files that could not be read.
     """
     found: dict[Part, list[Path]] = {part: [] for part in parts}
-    if parts and not folder.is_dir():
-        raise WeightsError(f"There is no weights folder {folder}.", "Name it with --weights DIR.")
+    for folder in folders if parts else ():
+        if not folder.is_dir():
+            raise WeightsError(f"There is no weights folder {folder}.", "Name it with --weights DIR.")
     broken = []
-    for path in _checkpoints_below(folder) if parts else ():
+    for path in [path for folder in folders for path in _checkpoints_below(folder)] if parts else ():
         try:
             names = stored_names(path)
         except WeightsError as error:
@@ -34,8 +35,9 @@ def find_files(folder: Path, parts: Collection[Part]) -> dict[Part, list[Path]]:
                 found[part].append(path)
     missing = [part for part, paths in found.items() if not paths]
     if missing:
+        places = ", ".join(map(str, folders))
         raise WeightsError(
-            f"No safetensors file in {folder} holds the {' or the '.join(map(spoken, missing))}"
+            f"No safetensors file in {places} holds the {' or the '.join(map(spoken, missing))}"
             + "".join(f"; {fault}" for fault in broken)
             + ".",
             f"Put it there, or name it with {', '.join(f'{option(part)} FILE' for part in missing)}.",

@@ -4,6 +4,7 @@ Only in the places where umT5's lies in known layouts: a folder of models is ful
 the same name, and a foreign tokenizer would be a wrong prompt without an error.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from trt_wan.errors import WeightsError
@@ -14,11 +15,13 @@ EMBEDDED = "spiece_model"  # U8 bytes of a SentencePiece model, in ComfyUI's umT
 NAMES = ("tokenizer.json", "spiece.model")
 
 
-def find_tokenizer(chosen: Path | None, weights: Path, text_encoder: Checkpoint, length: int) -> Tokenizer:
-    """`chosen`, or the one inside `text_encoder`, or one beside it or in `weights`. Raises WeightsError."""
+def find_tokenizer(
+    chosen: Path | None, folders: Sequence[Path], text_encoder: Checkpoint, length: int
+) -> Tokenizer:
+    """`chosen`, or the one inside `text_encoder`, or one beside it or in `folders`. Raises WeightsError."""
     if chosen is None and EMBEDDED in text_encoder:
         return load_sentencepiece(text_encoder.raw(EMBEDDED).tobytes(), length)
-    path = chosen or _search(text_encoder.path.parent, weights)
+    path = chosen or _search(text_encoder.path.parent, folders)
     if path is None:
         raise WeightsError(
             f"{text_encoder.path} holds no tokenizer and none is beside it.",
@@ -28,15 +31,13 @@ def find_tokenizer(chosen: Path | None, weights: Path, text_encoder: Checkpoint,
     return load(path, length)
 
 
-def _search(beside: Path, weights: Path) -> Path | None:
+def _search(beside: Path, weights: Sequence[Path]) -> Path | None:
     folders = (
         beside,
         beside / "tokenizer",
         beside / "google/umt5-xxl",  # the official repository
         beside.parent / "tokenizer",  # diffusers: beside the folder text_encoder
-        weights,
-        weights / "tokenizer",
-        weights / "google/umt5-xxl",
+        *(folder / name for folder in weights for name in (".", "tokenizer", "google/umt5-xxl")),
     )
     candidates = (folder / name for folder in folders for name in NAMES)
     return next((path for path in candidates if path.is_file()), None)

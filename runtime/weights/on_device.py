@@ -7,7 +7,7 @@ of those already used, while the GPU computes.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -61,14 +61,27 @@ class WeightSource(Protocol):
 
 
 class DeviceWeights:
-    """Packs by network and set. `streamed` are those that are not kept, in the order in which a step uses
-    them; those of the networks `passing` are freed as soon as they were used.
-    """
+    """Packs by network and set."""
 
-    def __init__(self, gpu: Gpu, source: WeightSource, streamed: list[Pack], passing: set[str]) -> None:
-        self.gpu, self.source, self.passing = gpu, source, passing
+    def __init__(self, gpu: Gpu, source: WeightSource) -> None:
+        self.gpu, self.source = gpu, source
+        self.passing: set[str] = set()
         self._resident: dict[Key, tuple[Any, dict[str, DeviceArray]]] = {}
-        self._stream = _Stream(gpu, source, streamed) if streamed else None
+        self._stream: _Stream | None = None
+
+    def plan(self, streamed: list[Pack], passing: Collection[str]) -> None:
+        """Call before a job. `streamed` packs are not resident; they are in the order of a step. The packs of
+        networks `passing` are freed after each use.
+        """
+        self.passing = set(passing)
+        self._stream = _Stream(self.gpu, self.source, streamed) if streamed else None
+
+    def prefetch(self, packs: list[Pack]) -> None:
+        """`packs` are in the order of their first use."""
+
+    def close(self) -> None:
+        self.release({name for name, _ in self._resident})
+        self._stream = None
 
     def bind(self, network: Network, n: int) -> dict[str, DeviceArray]:
         """The weights, ready for what is enqueued next on the compute stream."""
