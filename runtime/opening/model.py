@@ -66,7 +66,7 @@ class Sizes(Protocol):
 
 @dataclass(frozen=True)
 class OpenWeights:
-    """Weights of every part, and the tokenizer. `source` fills a GPU; `host` is what the CPU reads."""
+    """Weights of every part, and the tokenizer. `source` fills a GPU, the CPU reads `host`."""
 
     config: ModelConfig
     host: HostWeights
