@@ -28,7 +28,7 @@ class RowReader(Protocol):
 
 
 def encode_texts(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[NDArray[np.float32]]:
-    """Returns the features [512, dim] of every prompt, in one pass over the layers: the weights of a layer are
+    """Returns the features [512, dim] of every prompt, in one pass over the layers: weights of a layer are
     loaded once for all prompts. Raises WeightsError if the tokenizer belongs to another text encoder.
     """
     text = model.config.text
