@@ -25,8 +25,14 @@ def encoder(tmp_path: Path) -> Path:
     return written(tmp_path / "umt5.safetensors", b"weights")
 
 
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashes are remembered although the files have just been written."""
+    monkeypatch.setattr(checksums, "SETTLED", -1.0)
+
+
 def written(path: Path, content: bytes) -> Path:
-    """A file whose times are settled, so that its hash is remembered."""
+    """Two contents of one length leave the same size and mtime."""
     path.write_bytes(content)
     os.utime(path, (1e9, 1e9))
     return path
@@ -49,7 +55,7 @@ def kept(cache: TextCache, prompt: str, values: text_cache.Features) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_a_known_prompt_has_the_same_bits(encoder: Path, rows: int) -> None:
+def test_a_known_prompt_has_the_same_bits(settled: None, encoder: Path, rows: int) -> None:
     first = opened(encoder)
     assert first.find("a cat") is None
     kept(first, "a cat", features(rows))
@@ -58,12 +64,6 @@ def test_a_known_prompt_has_the_same_bits(encoder: Path, rows: int) -> None:
         assert found is not None
         np.testing.assert_array_equal(found.view(np.uint32), features(rows).view(np.uint32))
         assert cache.find("a dog") is None
-
-
-@pytest.fixture
-def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hashes are remembered although the files have just been written."""
-    monkeypatch.setattr(checksums, "SETTLED", -1.0)
 
 
 def test_the_next_run_reads_no_file_of_weights(
