@@ -53,7 +53,7 @@ CORPUS = [
 
 @pytest.fixture(scope="module")
 def spiece() -> bytes:
-    """A SentencePiece model of umT5's kind, trained here: Unigram, bytes for what it has not seen."""
+    """A SentencePiece model of umT5's kind, trained here: Unigram, with bytes for unseen characters."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -233,7 +233,7 @@ def test_clean():
     assert clean(" \u3000a\n\n b\t&amp;lt;c&amp;gt; ") == "a b <c>"
     assert clean("< &amp;lt;") == "< <"  # ftfy leaves entities alone once it has seen a tag's bracket
     assert clean("schÃ¶n") == "schön"
-    assert clean("a\udcffb") == "a\ufffdb"  # what a shell hands over for bytes that are not UTF-8
+    assert clean("a\udcffb") == "a\ufffdb"  # a shell passes bytes that are not UTF-8 this way
 
 
 def test_unreadable_tokenizers_name_the_fix(tmp_path, folder, spiece):

@@ -59,7 +59,7 @@ def _as(dtype: DTypeLike, tensors: Mapping[str, Array]) -> dict[str, Array]:
 def _scaled_fp8(
     tensors: Mapping[str, NDArray[np.float32]], other: np.dtype[np.generic], chosen: Callable[[str], bool]
 ) -> dict[str, Array]:
-    """Chosen matrices as FP8 with the scale max|W|/448, all other tensors as `other`."""
+    """Stores chosen matrices as FP8 with the scale max|W|/448, all other tensors as `other`."""
     result: dict[str, Array] = {}
     for name, values in tensors.items():
         if values.ndim == 2 and name.endswith(".weight") and chosen(name):
