@@ -34,7 +34,7 @@ class CpuGenerator:
     """Draws what `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` draws."""
 
     def __init__(self, seed: int) -> None:
-        """Raises UsageError unless -2^63 <= seed < 2^64. As in torch, a negative seed is its two's complement."""
+        """UsageError unless -2^63 <= seed < 2^64. As in torch, a negative seed is its two's complement."""
         if not -(2**63) <= seed < 2**64:
             raise UsageError(
                 f"The seed {seed} does not fit in 64 bits.",
