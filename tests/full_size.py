@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 
 from trt_wan.engines.checkpoint import required_tensors
 from trt_wan.engines.config import MODELS, ModelConfig
+from trt_wan.engines.fp8 import E4M3_MAX
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.weights.random import random_moments
 from trt_wan.runtime.weights.tensor_file import DTYPES
-from trt_wan.runtime.weights.tiny import E4M3_MAX, blur_kernels
+from trt_wan.runtime.weights.tiny import blur_kernels
 from trt_wan.runtime.weights.tiny_tokenizer import write_tiny_tokenizer
 
 POOL = (1 << 24) + 3  # values; odd, so that rows of a table that repeat the pool differ

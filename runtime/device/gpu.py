@@ -5,7 +5,7 @@ Everything is enqueued on one compute stream; only `DeviceArray.__array__` (a do
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and float8_e4m3fn with numpy)
 import numpy as np
@@ -16,6 +16,7 @@ from trt_wan.runtime.device.arena import Arena, Span
 from trt_wan.runtime.device.kernels import MAX_TERMS, NAMES, SOURCE, THREADS, Module
 
 Host = NDArray[Any]
+
 T = TypeVar("T")
 
 STAGING_BYTES = 64 << 20  # pinned memory for copies; pinning costs about a second per GB
@@ -67,7 +68,7 @@ class Gpu:
         self.arena = Arena(0)
         self._arena_buffer: Any = None
         self._staging = Pinned(STAGING_BYTES)
-        self._kept: dict[Hashable, Any] = {}
+        self._made: dict[Hashable, Any] = {}
 
     @property
     def name(self) -> str:
@@ -179,10 +180,11 @@ class Gpu:
         self.kernels.launch(self.stream, "quantize_rows", out, THREADS, *addresses, np.int32(inner))
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The object of that key, made at the first call and kept as long as this Gpu."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return cast(T, self._kept[key])
+        """The object of that key, made at its first use and kept for as long as this Gpu."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
 
     def sync(self) -> None:
         self.stream.sync()
