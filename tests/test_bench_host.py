@@ -20,14 +20,15 @@ from trt_wan.benchmarks.measure.cost import calls
 from trt_wan.engines.config import ANIMATE_14B
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
-from trt_wan.runtime.denoise import Branch, denoise
+from trt_wan.runtime.denoise import Branch, denoise, predict_window
 from trt_wan.runtime.device.arena import Arena
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu
 from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.opening.activation_memory import activation_bytes
-from trt_wan.runtime.schedulers import schedule
+from trt_wan.runtime.preparation import Prepared
+from trt_wan.runtime.schedulers import SAMPLERS, schedule
 from trt_wan.runtime.weights.checkpoint import load_weights
 from trt_wan.runtime.weights.on_device import DeviceWeights
 from trt_wan.runtime.weights.tiny import write_tiny_weights
@@ -102,8 +103,9 @@ class HostJob:
         self.gpu, self.counts, self.source = HostGpu(), Counter[str](), NoWeights()
         table = networks(CONFIG, PLAN)
         gpu = cast(Gpu, self.gpu)
-        executor = GpuExecutor(gpu, {name: CountingSegment(name, self.counts) for name in table})
-        executor.start(0, DeviceWeights(gpu, self.source, [], set()))
+        segments = {name: CountingSegment(name, self.counts) for name in table}
+        executor = GpuExecutor(gpu, segments, DeviceWeights(gpu, self.source))
+        executor.start_alone(0)
         self.model = Model(CONFIG, PLAN, executor, {})
 
         def made(network: str, name: str) -> Any:
@@ -115,28 +117,23 @@ class HostJob:
         window = WindowCondition(
             made("patch_embed", "condition"),
             made("patch_embed", "pose_latent"),
-            1.0,
+            made("patch_embed", "pose_strength"),
             [face] * CONFIG.transformer.fusers,
-            1.0,
+            made("fuser", "face_strength"),
         )
         self.branch = Branch([context] * CONFIG.transformer.layers, window)
         self.time = (made("head", "time_embedding"), made("attn_in", "time_modulation"))
         self.rope = (made("attn_in", "rope_cos"), made("attn_in", "rope_sin"))
+        self.reference = made("patch_embed", "condition")
         self.noise = made("patch_embed", "latent")
 
     def run(self, steps: int) -> None:
-        denoise(
-            self.model,
-            self.noise,
-            self.branch,
-            None,
-            1.0,
-            "unipc",
-            schedule("official", steps, 5.0),
-            [self.time] * steps,
-            self.rope,
-            lambda done: None,
+        prepared = Prepared(
+            [self.branch.context], [self.time] * steps, self.rope, self.reference, blank_face=None
         )
+        predict = predict_window(self.model, prepared, [self.branch], 1.0)
+        solver = SAMPLERS["unipc"](schedule("official", steps, 5.0), self.model.executor.combine)
+        denoise(predict, self.noise, solver, steps, lambda done: None)
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +172,11 @@ def test_a_step_asks_for_each_network_as_often_as_the_cost_table_says(job: HostJ
     assert sum(expected.values()) == STEPS * (1 + 40 * 5 + 8 + 1)
 
 
-def test_a_step_uploads_nothing_but_the_strengths(job: HostJob) -> None:
-    """Whatever depends on no step is on the device; pose and face strength are four bytes each."""
+def test_a_step_uploads_nothing(job: HostJob) -> None:
+    """Everything a step reads is on the device, pose and face strength included."""
     before = job.gpu.uploads
     job.run(STEPS)
-    assert job.gpu.uploads - before == STEPS * (1 + CONFIG.transformer.fusers)
+    assert job.gpu.uploads == before
 
 
 def test_weights_are_bound_once_and_all_memory_comes_back(job: HostJob) -> None:
@@ -194,10 +191,10 @@ def test_enqueueing_a_step(job: HostJob) -> None:
 
 
 def test_planning() -> None:
-    assert in_loops(lambda: activation_bytes(CONFIG, PLAN, guided=True), 3) < 150  # measured 48
+    assert in_loops(lambda: activation_bytes(CONFIG, PLAN, guided=True, steps=STEPS), 3) < 150  # measured 48
 
 
 def test_loading(tmp_path: Path) -> None:
     """Opening checkpoints reads their headers and no tensor."""
     write_tiny_weights(tmp_path, 0)
-    assert in_loops(lambda: load_weights(tmp_path, {})) < 8  # measured 1.8
+    assert in_loops(lambda: load_weights([tmp_path], {})) < 8  # measured 1.8
