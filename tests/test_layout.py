@@ -165,21 +165,9 @@ def test_a_cycle_is_seen() -> None:
     assert cycles(import_graph(sources | {"p.c": "import p.d"})) == []
 
 
-# Modules that break a rule until a branch that is under way is merged. Empty when issue 11 is closed.
-KNOWN_CYCLES = [
-    [
-        "trt_wan.benchmarks.measure.quality",
-        "trt_wan.benchmarks.measure.sweep",
-        "trt_wan.benchmarks.report.plots",
-    ],
-    ["trt_wan.benchmarks.preprocess.plots", "trt_wan.benchmarks.preprocess.result"],
-]
-KNOWN_MOCKS = {"trt_wan.benchmarks.preprocess.parts"}
-
-
 def test_no_modules_import_each_other() -> None:
     sources = {name: path.read_text() for name, path in PACKAGE.items()}
-    assert [cycle for cycle in cycles(import_graph(sources)) if cycle not in KNOWN_CYCLES] == []
+    assert cycles(import_graph(sources)) == []
 
 
 @pytest.mark.parametrize("folder", BELOW)
@@ -202,7 +190,7 @@ def test_device_knows_no_model() -> None:
 
 def test_nothing_but_tests_patches() -> None:
     patching = {name for name, path in PACKAGE.items() if {"unittest", "unittest.mock"} & imported(path)}
-    assert patching <= KNOWN_MOCKS
+    assert not patching
 
 
 def required(extras: set[str], platform: dict[str, str]) -> list[Requirement]:
