@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from trt_wan.benchmarks.measure.card import read_gpu
 from trt_wan.benchmarks.measure.measured_process import Spec, most_steps
 from trt_wan.benchmarks.measure.processes import Child
 from trt_wan.benchmarks.measure.spread import Spread
@@ -25,7 +26,6 @@ class Contest:
     peers: tuple[str, ...] = ()
     peer_steps: int | None = None  # per round; None: as many as ours
     peer_arguments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    device: str = "cuda"
 
 
 def take_turns(
@@ -36,6 +36,7 @@ def take_turns(
     Every process warms up anew at the start of its turn. Between turns we keep our memory, and a peer frees
     its weights' memory. In a single round we end before the first peer begins.
     """
+    device = "cuda" if read_gpu() else "cpu"
     ours: Rounds = []
     host: Rounds = []
     arguments = ["steps", spec.with_steps(most_steps(contest.rounds, contest.steps)).to_json()]
@@ -48,7 +49,7 @@ def take_turns(
 
     def peer(name: str) -> "_Peer":
         row = PEERS[name]
-        served = [*row.arguments, *spec.shape.arguments(), "--serve", "--device", contest.device]
+        served = [*row.arguments, *spec.shape.arguments(), "--serve", "--device", device]
         progress(Note(f"starting {row.title}"))
         started = child(row.module, [*served, *contest.peer_arguments.get(name, ())], env)
         return _Peer(row, started, contest.peer_steps or contest.steps, progress)
