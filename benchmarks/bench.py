@@ -12,16 +12,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from trt_wan import __version__
-from trt_wan.benchmarks.measure.bound import (
-    attention_rate,
-    datasheet_rates,
-    measured_rates,
-    network_times,
-    step_bound,
-)
-from trt_wan.benchmarks.measure.card import Card, read_card
-from trt_wan.benchmarks.measure.ceilings import Ceiling, measure_host
-from trt_wan.benchmarks.measure.cost import Calls, Work, calls, step_flops, works
+from trt_wan.benchmarks.machine.card import Card, read_card
+from trt_wan.benchmarks.machine.ceilings import Ceiling, measure_host
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.measure.workplace import (
@@ -35,6 +27,14 @@ from trt_wan.benchmarks.peers.contest import Contest, take_turns
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.result import Result
 from trt_wan.benchmarks.report.times import JobTimes, StepTimes, WorkRow
+from trt_wan.benchmarks.work.bound import (
+    attention_rate,
+    datasheet_rates,
+    measured_rates,
+    network_times,
+    step_bound,
+)
+from trt_wan.benchmarks.work.cost import Calls, Work, calls, step_flops, works
 from trt_wan.runtime.events import Note, Progress, silent
 
 
@@ -118,7 +118,7 @@ def work_row(name: str, work: Mapping[str, Work], counts: Mapping[str, Calls]) -
 def _ceilings(shape: Shape, card: Card, env: Mapping[str, str], not_measured: list[str]) -> list[Ceiling]:
     if card.gpu is None:
         return measure_host()
-    command = [sys.executable, "-m", "trt_wan.benchmarks.measure.ceilings", *shape.arguments()]
+    command = [sys.executable, "-m", "trt_wan.benchmarks.machine.ceilings", *shape.arguments()]
     answer = subprocess.run(command, capture_output=True, text=True, env=env)
     if answer.returncode:
         last = [line for line in answer.stderr.splitlines() if line.strip()][-1:]

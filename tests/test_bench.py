@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tiny_job import PLAN, as_argv
 
-from trt_wan.benchmarks.measure.cost import calls
+from trt_wan.benchmarks.work.cost import calls
 from trt_wan.engines.config import TINY
 
 ROOT = Path(__file__).parents[1]

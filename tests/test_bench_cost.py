@@ -7,8 +7,8 @@ import onnx
 import pytest
 from tiny_job import PLAN
 
-from trt_wan.benchmarks.measure.cost import Unit, Work, calls, seconds_at_best, works
-from trt_wan.benchmarks.measure.graph_flops import counted_flops
+from trt_wan.benchmarks.work.cost import Unit, Work, calls, seconds_at_best, works
+from trt_wan.benchmarks.work.graph_flops import counted_flops
 from trt_wan.build.export import export
 from trt_wan.engines.config import ANIMATE_14B, TINY, ModelConfig
 from trt_wan.engines.contracts import networks

@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from trt_wan.benchmarks.measure.cost import calls
+from trt_wan.benchmarks.work.cost import calls
 from trt_wan.engines.config import ANIMATE_14B
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan

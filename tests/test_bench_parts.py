@@ -13,21 +13,13 @@ import numpy as np
 import pytest
 
 from trt_wan.benchmarks import bench
-from trt_wan.benchmarks.measure import card, sweep
+from trt_wan.benchmarks.machine import card
+from trt_wan.benchmarks.machine.ceilings import Ceiling
+from trt_wan.benchmarks.machine.host_use import HostUse, _throttled, cpu_quota
+from trt_wan.benchmarks.machine.monitor import Monitor, Sample, Usage
+from trt_wan.benchmarks.measure import sweep
 from trt_wan.benchmarks.measure import workplace as places
-from trt_wan.benchmarks.measure.bound import (
-    attention_rate,
-    datasheet_rates,
-    measured_rates,
-    network_times,
-    step_bound,
-)
-from trt_wan.benchmarks.measure.ceilings import Ceiling
-from trt_wan.benchmarks.measure.cost import calls, step_flops, works
-from trt_wan.benchmarks.measure.cost_law import fit_rates
-from trt_wan.benchmarks.measure.host_use import HostUse, _throttled, cpu_quota
 from trt_wan.benchmarks.measure.measured_process import Spec
-from trt_wan.benchmarks.measure.monitor import Monitor, Sample, Usage
 from trt_wan.benchmarks.measure.processes import Child
 from trt_wan.benchmarks.measure.similarity import psnr, relative_error, ssim
 from trt_wan.benchmarks.measure.spread import Spread
@@ -40,6 +32,15 @@ from trt_wan.benchmarks.report.repeat import Repeats
 from trt_wan.benchmarks.report.result import Result
 from trt_wan.benchmarks.report.sheet import as_line, console, tables, write
 from trt_wan.benchmarks.report.times import JobTimes, PeerTimes, StepTimes
+from trt_wan.benchmarks.work.bound import (
+    attention_rate,
+    datasheet_rates,
+    measured_rates,
+    network_times,
+    step_bound,
+)
+from trt_wan.benchmarks.work.cost import calls, step_flops, works
+from trt_wan.benchmarks.work.cost_law import fit_rates
 from trt_wan.engines.config import ANIMATE_14B
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import GraphError, InputError, TrtWanError, UsageError

@@ -18,9 +18,9 @@ from safetensors.numpy import save_file
 from small_sam2 import SMALL, small_weights
 from tiny_job import as_argv
 
-from trt_wan.benchmarks.measure.graph_flops import counted_flops, file_flops
 from trt_wan.benchmarks.preprocess import bench
 from trt_wan.benchmarks.preprocess.parts import PartClock
+from trt_wan.benchmarks.work.graph_flops import counted_flops, file_flops
 from trt_wan.cli.main import cli
 from trt_wan.errors import InputError, TrtWanError
 from trt_wan.preprocess.observe import observed

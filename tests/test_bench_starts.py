@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from trt_wan.benchmarks.measure.host_memory import HostPeak, own_bytes
+from trt_wan.benchmarks.machine.host_memory import HostPeak, own_bytes
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 SHAPE = "--model tiny --size 64x48 --window 13 --steps 2 --executor onnxruntime"

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trt_wan.benchmarks.measure.card import Card, read_card
+from trt_wan.benchmarks.machine.card import Card, read_card
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.plain_jobs import as_argument
 from trt_wan.benchmarks.measure.processes import Child

@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trt_wan.benchmarks.measure.host_memory import HostPeak
+from trt_wan.benchmarks.machine.host_memory import HostPeak
 from trt_wan.benchmarks.measure.measured_process import Spec, loading
 from trt_wan.benchmarks.measure.processes import answering, say
 from trt_wan.errors import Stopped

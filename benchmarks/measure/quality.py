@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from trt_wan.benchmarks.measure.card import Card, read_card
+from trt_wan.benchmarks.machine.card import Card, read_card
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.processes import Child
 from trt_wan.benchmarks.measure.record_velocities import Recording

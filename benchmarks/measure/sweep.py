@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from trt_wan.benchmarks.measure.card import Card, read_card
-from trt_wan.benchmarks.measure.cost import calls, step_flops, works
-from trt_wan.benchmarks.measure.cost_law import RateLaw, fit_rates
+from trt_wan.benchmarks.machine.card import Card, read_card
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.measure.workplace import measure_job, measure_steps, with_graphs, workplace
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
+from trt_wan.benchmarks.work.cost import calls, step_flops, works
+from trt_wan.benchmarks.work.cost_law import RateLaw, fit_rates
 from trt_wan.errors import TrtWanError
 from trt_wan.runtime.events import Note, Progress, silent
 

@@ -83,7 +83,7 @@ def timed(executor: Executor) -> TimedExecutor:
     from trt_wan.runtime.executors.gpu import GpuExecutor
 
     if isinstance(executor, GpuExecutor):
-        from trt_wan.benchmarks.measure.gpu_events import GpuEvents
+        from trt_wan.benchmarks.machine.gpu_events import GpuEvents
 
         return TimedExecutor(executor, GpuEvents(executor.gpu))
     return TimedExecutor(executor, HostClock())

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trt_wan.benchmarks.measure.card import Card, read_card
+from trt_wan.benchmarks.machine.card import Card, read_card
+from trt_wan.benchmarks.machine.monitor import Monitor
 from trt_wan.benchmarks.measure.measured_process import Spec
-from trt_wan.benchmarks.measure.monitor import Monitor
 from trt_wan.benchmarks.measure.plain_jobs import as_argument
 from trt_wan.benchmarks.measure.processes import Child
 from trt_wan.benchmarks.measure.script import add_arguments, finish, say_note, settings_from

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trt_wan.benchmarks.measure.host_use import host_use
+from trt_wan.benchmarks.machine.host_use import host_use
+from trt_wan.benchmarks.machine.monitor import Monitor
 from trt_wan.benchmarks.measure.measured_process import Spec, most_steps
-from trt_wan.benchmarks.measure.monitor import Monitor
 from trt_wan.benchmarks.measure.processes import Child
 from trt_wan.benchmarks.measure.sample_clips import write_clips
 from trt_wan.benchmarks.peers.shape import Shape

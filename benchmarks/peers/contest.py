@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from trt_wan.benchmarks.measure.card import read_gpu
+from trt_wan.benchmarks.machine.card import read_gpu
 from trt_wan.benchmarks.measure.measured_process import Spec, most_steps
 from trt_wan.benchmarks.measure.processes import Child
 from trt_wan.benchmarks.measure.spread import Spread

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trt_wan import __version__
-from trt_wan.benchmarks.measure.card import read_card
-from trt_wan.benchmarks.measure.graph_flops import file_flops
-from trt_wan.benchmarks.measure.monitor import Monitor, Usage
+from trt_wan.benchmarks.machine.card import read_card
+from trt_wan.benchmarks.machine.monitor import Monitor, Usage
 from trt_wan.benchmarks.measure.processes import Child, refusal
 from trt_wan.benchmarks.measure.sample_clips import write_driving, write_reference
 from trt_wan.benchmarks.measure.spread import Spread
@@ -28,6 +27,7 @@ from trt_wan.benchmarks.preprocess.result import (
     PreprocessResult,
     WholeTimes,
 )
+from trt_wan.benchmarks.work.graph_flops import file_flops
 from trt_wan.errors import TrtWanError, UsageError
 from trt_wan.preprocess.clips.artifacts import KEYPOINTS
 from trt_wan.preprocess.stages import Executor

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from trt_wan.benchmarks.measure.card import Card
-from trt_wan.benchmarks.measure.monitor import Usage
+from trt_wan.benchmarks.machine.card import Card
+from trt_wan.benchmarks.machine.monitor import Usage
 from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.report.sheet import Cell, Figure, Row, Sheet
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from trt_wan.benchmarks.measure.card import Card
-from trt_wan.benchmarks.measure.ceilings import Ceiling
+from trt_wan.benchmarks.machine.card import Card
+from trt_wan.benchmarks.machine.ceilings import Ceiling
 from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.sheet import Cell, Figure, Row, Sheet

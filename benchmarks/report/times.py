@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trt_wan.benchmarks.measure.bound import NetworkTime
-from trt_wan.benchmarks.measure.host_use import HostUse
-from trt_wan.benchmarks.measure.monitor import Usage
+from trt_wan.benchmarks.machine.host_use import HostUse
+from trt_wan.benchmarks.machine.monitor import Usage
 from trt_wan.benchmarks.measure.spread import Spread
+from trt_wan.benchmarks.work.bound import NetworkTime
 
 WRITING = "writing, beside the rest"
 

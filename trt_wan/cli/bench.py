@@ -275,7 +275,7 @@ for subcommand in (compare_results, sweep_shapes, quality_of, bench_preprocess):
 
 def _shape(model: str | None, size: str | None, window: int | None) -> "Shape":
     """The given shape, or the default for this machine."""
-    from trt_wan.benchmarks.measure.card import read_gpu
+    from trt_wan.benchmarks.machine.card import read_gpu
     from trt_wan.benchmarks.peers.shape import Shape
 
     if model is None:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trt_wan.benchmarks.measure.card import Datasheet
-from trt_wan.benchmarks.measure.ceilings import Ceiling
-from trt_wan.benchmarks.measure.cost import Calls, Unit, Work, seconds_at_best
+from trt_wan.benchmarks.machine.card import Datasheet
+from trt_wan.benchmarks.machine.ceilings import Ceiling
+from trt_wan.benchmarks.work.cost import Calls, Unit, Work, seconds_at_best
 
 ATTENTION = "attention"
 

@@ -6,7 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from trt_wan.benchmarks.measure.host_use import cpu_quota
+from trt_wan.benchmarks.machine.host_use import cpu_quota
 
 PACKAGES = (
     "numpy",

@@ -1,6 +1,6 @@
 """The ceilings of this GPU: copies and matrix products at the shapes of a step, without torch.
 
-    python -m trt_wan.benchmarks.measure.ceilings --size 832x480 --window 77
+    python -m trt_wan.benchmarks.machine.ceilings --size 832x480 --window 77
 
 Data is random, because a GPU that multiplies zeros is faster. The attention's ceiling is not measured here:
 it is the fastest attention of a run.
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_wan.benchmarks.measure.gpu_events import GpuEvents
+from trt_wan.benchmarks.machine.gpu_events import GpuEvents
 from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.peers.shape import Shape, add_shape_arguments, shape_from
 from trt_wan.engines.config import ANIMATE_14B
@@ -159,7 +159,7 @@ def _bf16_gemm(gpu: Gpu, tokens: int, out: int, inner: int) -> Enqueue:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m trt_wan.benchmarks.measure.ceilings")
+    parser = argparse.ArgumentParser(prog="python -m trt_wan.benchmarks.machine.ceilings")
     add_shape_arguments(parser)
     print(json.dumps([asdict(ceiling) for ceiling in measure(shape_from(parser.parse_args()))]))
 
