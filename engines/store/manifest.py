@@ -32,7 +32,7 @@ class Manifest:
     built: str  # UTC
     build_seconds: float
     bytes: int
-    sha256: str  # of the plan
+    sha256: str  # the plan's
     candidates: list[Figure] = field(default_factory=list)
     format: int = FORMAT
 

@@ -1,7 +1,7 @@
-"""SAM2 ready to run: contracts, host weights, and what computes.
+"""SAM2 ready to run: contracts, host weights, and an executor.
 
-On a GPU, TensorRT-RTX engines that are missing are built on the spot from the graphs, which have to be there
-already (`trt-wan build --sam2 MODEL`).
+On a GPU, missing TensorRT-RTX engines are built on the spot from the graphs that `trt-wan build --sam2 MODEL`
+exports.
 """
 
 import math
