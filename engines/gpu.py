@@ -9,7 +9,6 @@ Target = Literal["current", "sm80", "sm86", "sm89", "sm120", "sm121"]
 DATA_CENTRE: tuple[Capability, ...] = ((8, 0), (9, 0), (10, 0), (10, 3))
 HOPPER: Capability = (9, 0)  # TensorRT-RTX never listed it; 1.6 runs there all the same, 1.7 refuses
 
-E4M3_MAX = 448.0  # the largest number in FP8
 # The constant scales of FP8 attention cover this range of k and v, and head_dim^-0.5 times it of q. Larger
 # values saturate (h200_measurements.md).
 FP8_ATTENTION_RANGE = 30.0

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from trt_wan.engines.flavour import Flavour, Progress
-from trt_wan.engines.gpu import E4M3_MAX, FP8_ATTENTION_RANGE, TARGETS, Target
+from trt_wan.engines.fp8 import E4M3_MAX
+from trt_wan.engines.gpu import FP8_ATTENTION_RANGE, TARGETS, Target
 from trt_wan.engines.store import timings
 from trt_wan.errors import GraphError, UsageError
 

@@ -6,6 +6,7 @@
     ├── WeightsError         a checkpoint is missing, is not what it should be, or lacks tensors
     ├── GraphError           a graph or engine is missing, stale or damaged: rebuild it
     ├── MemoryShort          the job does not fit in this machine's memory
+    ├── GpuFault             the GPU or its driver failed while it computed
     ├── EnvironmentBroken    packages that are missing or break each other
     ├── OutputError          the result cannot be written (folder, rights, full disk)
     └── Stopped              the user asked to stop (Ctrl-C); exit code 130
@@ -58,6 +59,10 @@ class GraphError(TrtWanError):
 
 class MemoryShort(TrtWanError):
     code = "memory_short"
+
+
+class GpuFault(TrtWanError):
+    code = "gpu_fault"
 
 
 class EnvironmentBroken(TrtWanError):

@@ -57,7 +57,7 @@ def read_manifest(key: str) -> Manifest | None:
         if checksum == _checksum(values) and values["format"] == FORMAT:
             figures = [Figure(**figure) for figure in values.pop("candidates")]
             return Manifest(**values | {"rebuild": tuple(values["rebuild"])}, candidates=figures)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return None
 

@@ -19,7 +19,7 @@ def attach(config: Any, version: str) -> None:
     """Gives the builder's `config` the timings of earlier builds."""
     try:
         known = _file(version).read_bytes()
-    except FileNotFoundError:
+    except OSError:
         known = b""
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
