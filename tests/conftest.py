@@ -29,8 +29,16 @@ Weights = Mapping[Part, Mapping[str, Array]]
 
 # The files that take longest. They come first, so that no process is left alone with one at the end.
 SLOW = (
-    *("test_compile.py", "test_export.py", "test_readme.py", "test_sam2_compile.py", "test_sam2.py"),
     *(
+        "test_compile.py",
+        "test_export.py",
+        "test_readme.py",
+        "test_sam2_compile.py",
+        "test_sam2.py",
+        "test_graph_hashes.py",
+    ),
+    *(
+        "test_graph_hashes.py",
         "test_bench_preprocess.py",
         "test_cli.py",
         "test_cli_engines.py",

@@ -7,11 +7,11 @@ wrong file is refused before anything loads it. Neither the package `onnx` nor a
 import hashlib
 import json
 import mmap
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from trt_wan.engines.store.files import keep
 from trt_wan.engines.store.home import home
 from trt_wan.errors import WeightsError
 
@@ -44,7 +44,7 @@ class OnnxFile:
 
     @property
     def sha256(self) -> str:
-        """Of the file and its weights; kept on disk until one of them changes, as 2.5 GB take seconds."""
+        """The hash of the file and its weights, kept on disk until one changes: 2.5 GB take seconds."""
         files = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in (self.path, *self.weight_files)]
         name = hashlib.sha256(str(self.path).encode()).hexdigest()[:32]
         kept = home() / "onnx" / f"{name}.json"
@@ -53,15 +53,12 @@ class OnnxFile:
             if known["files"] == files:
                 return str(known["sha256"])
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # not there, or damaged: computed again
+            pass  # missing or damaged: computed again
         digest = hashlib.sha256()
         for path in (self.path, *self.weight_files):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}.partial")
-        temporary.write_text(json.dumps({"files": files, "sha256": digest.hexdigest()}))
-        temporary.replace(kept)
+        keep(kept, json.dumps({"files": files, "sha256": digest.hexdigest()}))
         return digest.hexdigest()
 
 
