@@ -1,47 +1,38 @@
-"""What can be exchanged in the preprocessing: who finds the person in the frames, and who finds the outline.
+"""The exchangeable stages of the preprocessing: one finds the person in the frames, one finds the outline.
 
-A stage is given frames as they come and hands back one result per frame, in order; it may read a batch ahead.
-The users' own ONNX files and SAM2 weights come first, MediaPipe's bundled models are the fallback that is
-named, and what is missing is said in one sentence before any frame is read.
+A stage is given frames as they come and returns one result per frame, in order. It may read a batch ahead.
+The users' own ONNX files and SAM2 weights come first; MediaPipe's bundled models are the fallback, and are
+named to the user. Missing files raise UsageError before any frame is read.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from trt_wan.errors import UsageError
-from trt_wan.preprocess.clips.streams import Item, batches, split
-from trt_wan.preprocess.people.detect import official_person
+from trt_wan.preprocess.clips.streams import split
+from trt_wan.preprocess.observe import Observe, unobserved
+from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.mediapipe import MediapipePeople
-from trt_wan.preprocess.people.person import NOBODY, Box, Keypoints, PersonFrame, box_of_joints
-from trt_wan.preprocess.people.skeleton import from_keypoints
-from trt_wan.preprocess.people.track import PersonChoice, Tracker
+from trt_wan.preprocess.people.person import PersonFrame, box_of_joints
 from trt_wan.preprocess.pictures.masks import Compat, Mask
-from trt_wan.runtime.events import Note, Progress, silent
+from trt_wan.runtime.events import Progress, silent
 from trt_wan.runtime.job import Mode
 from trt_wan.runtime.video.reader import Picture
-
-if TYPE_CHECKING:
-    from trt_wan.preprocess.people.detect import Detector
-    from trt_wan.preprocess.people.pose import PoseEstimator
 
 Executor = Literal["auto", "onnxruntime", "tensorrt"]
 SegmenterName = Literal["auto", "sam2", "mediapipe", "box"]
 
 INSTALL = "pip install 'trt-wan[mediapipe]'"
-PERSON = 1  # SAM2's number of the object
-PATIENCE = 3  # frames in which mask and pose disagree: one may be a wrong pose
-SURE = 0.3  # the score from which a joint counts where there is no box
+SURE = 0.3  # least score of a joint, for people without a box
 
 
 class PeopleSource(Protocol):
-    name: str  # said to the user
+    name: str  # shown to the user
 
     def follow(
         self, frames: Iterable[Picture], choice: PersonChoice, progress: Progress
@@ -54,7 +45,7 @@ class Segmenter(Protocol):
     name: str
 
     def outlines(self, frames: Iterable[Picture], people: Sequence[PersonFrame]) -> Iterator[Mask]:
-        """The same person's outline, bool [H, W], frame by frame; empty where nobody is."""
+        """The same person's outline, bool [H, W], frame by frame; empty in frames without the person."""
         ...
 
 
@@ -62,11 +53,12 @@ class Segmenter(Protocol):
 class Stages:
     people: PeopleSource | None  # None: keypoints are given
     segmenter: Segmenter | None = None  # mode replace only
+    observe: Observe = unobserved
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What the user has named; None: not given."""
+    """The files that the user gave; None: not given."""
 
     detector: Path | None = None
     pose: Path | None = None
@@ -75,116 +67,14 @@ class Networks:
     executor: Executor = "auto"
 
 
-# What a user is told of the followed person; the number is of the frame.
-TOLD = {
-    "lost": "The person is out of sight from frame {} on.",
-    "back": "Who is in the picture at frame {} is taken for the person that was out of sight.",
-    "cut": "Frame {} shows others, as after a cut: the largest of them is followed.",
-}
-
-
-class OnnxPeople:
-    """The users' own detector and pose network. `official`: no tracking, the largest person of each frame."""
-
-    def __init__(self, detector: "Detector", pose: "PoseEstimator", official: bool = False) -> None:
-        self.detector, self.pose, self.official = detector, pose, official
-        self.name = f"{detector.net.path.name} and {pose.net.path.name} ({pose.net.reason})"
-
-    def follow(
-        self, frames: Iterable[Picture], choice: PersonChoice, progress: Progress
-    ) -> Iterator[PersonFrame]:
-        """The next frames are asked for and looked at while the poses in these are awaited."""
-        tracker, told, reported = Tracker(choice), False, 0
-        under_way: deque[tuple[list[Box | None], Callable[[], list[Keypoints]]]] = deque()
-        looking = ((batch, self.detector.detecting(batch)) for batch in batches(frames))
-        for batch, detected in _one_ahead(looking):
-            found = detected()
-            boxes: list[Box | None]
-            if self.official and choice == PersonChoice():
-                boxes = [
-                    official_person(persons, frame.shape[1], frame.shape[0])
-                    for frame, persons in zip(batch, found, strict=True)
-                ]
-            else:
-                boxes = [tracker.follow(persons) for persons in found]
-            if not told and (several := tracker.several_people()):
-                progress(Note(several))
-                told = True
-            for event in tracker.events[reported:]:
-                progress(Note(TOLD[event.what].format(event.frame)))
-            reported = len(tracker.events)
-            here = [(frame, box) for frame, box in zip(batch, boxes, strict=True) if box is not None]
-            posing = self.pose.estimating([frame for frame, _ in here], [box for _, box in here])
-            under_way.append((boxes, posing))
-            if len(under_way) > 1:
-                yield from _people(*under_way.popleft())
-        while under_way:
-            yield from _people(*under_way.popleft())
-
-
-def _people(boxes: Sequence[Box | None], posed: Callable[[], list[Keypoints]]) -> Iterator[PersonFrame]:
-    poses = iter(posed())
-    for box in boxes:
-        yield NOBODY if box is None else PersonFrame(box, next(poses))
-
-
-def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each when the next has been made."""
-    waiting: deque[Item] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > 1:
-            yield waiting.popleft()
-    yield from waiting
-
-
-class Sam2Segmenter:
-    """SAM2, told where the person is by the pose on key frames, and again where it has lost the pose."""
-
-    def __init__(
-        self, weights: Path, executor: Executor, official: bool = False, progress: Progress = silent
-    ) -> None:
-        from trt_wan.preprocess.sam2.model import open_sam2
-        from trt_wan.preprocess.sam2.weights import load_sam2
-
-        self.model = open_sam2(load_sam2(weights), executor, progress=progress)
-        self.official = official
-        self.name = f"SAM2 ({weights.name})"
-
-    def outlines(self, frames: Iterable[Picture], people: Sequence[PersonFrame]) -> Iterator[Mask]:
-        from trt_wan.preprocess.sam2 import prompts
-        from trt_wan.preprocess.sam2.tracker import Sam2Tracker
-
-        coming = iter(frames)
-        first = next(coming)
-        height, width = first.shape[:2]
-        bodies = [from_keypoints(person.keypoints, width, height).body for person in people]
-        chunk = prompts.CHUNK if self.official else None
-        tracker = Sam2Tracker(self.model, chunk=chunk, frames=len(people))
-        for key in prompts.key_prompts(bodies, width, height, "official" if self.official else "safe"):
-            tracker.add_points(key.frame, PERSON, key.points, key.labels)
-        lost = 0
-        for k, tracked in enumerate(tracker.track(chain([first], coming))):
-            here = PERSON in tracked.objects
-            mask = tracked.mask(PERSON) if here else np.zeros((height, width), bool)
-            lost = lost + 1 if prompts.wants_prompt(mask, bodies[k]) else 0
-            following = tracker.next_frame  # frames before it are under way on a GPU
-            if lost >= PATIENCE and following < len(bodies) and not self.official:
-                points = prompts.safe_points(bodies[following], width, height)
-                if len(points) >= prompts.MIN_JOINTS:
-                    tracker.add_points(following, PERSON, points, np.ones(len(points), np.int64))
-                    lost = 0
-            yield mask
-
-
 class MediapipeSource:
-    """The fallback, for both stages: MediaPipe finds one person by itself, and that person's outline.
+    """The fallback for both stages: MediaPipe finds one person, and that person's outline.
 
-    Its graph carries what it saw from frame to frame, so every sequence gets one of its own.
+    Its graph keeps state from frame to frame, so every sequence gets a new graph.
     """
 
     def __init__(self) -> None:
-        with MediapipePeople() as people:  # what is wrong with the installation shows here
+        with MediapipePeople() as people:  # raises for a broken installation
             self.name = people.name
 
     def follow(
@@ -192,7 +82,7 @@ class MediapipeSource:
     ) -> Iterator[PersonFrame]:
         if choice != PersonChoice():
             raise UsageError(
-                "MediaPipe follows the one person that it finds; there is no choosing among several.",
+                "MediaPipe follows the one person that it finds and cannot choose among several.",
                 "Leave out --person, --point and --box, or give --detector and --pose.",
             )
         with MediapipePeople() as people:
@@ -200,7 +90,7 @@ class MediapipeSource:
                 yield person
 
     def outlines(self, frames: Iterable[Picture], people: Sequence[PersonFrame]) -> Iterator[Mask]:
-        """The outline is of whom MediaPipe finds, wherever `people` are."""
+        """Outlines of the person that MediaPipe finds. `people` are ignored."""
         readers = split(frames, 2)
         with MediapipePeople() as found:
             for frame, (_, outline) in zip(readers[0], found.frames(readers[1]), strict=True):
@@ -208,7 +98,7 @@ class MediapipeSource:
 
 
 class BoxSegmenter:
-    """No network: the mask is the person's whole box, which also hides the outline of the person."""
+    """Needs no network: the mask is the person's whole box, which also hides the person's outline."""
 
     name = "the person's box"
 
@@ -227,16 +117,25 @@ class BoxSegmenter:
 
 
 def open_stages(
-    networks: Networks, mode: Mode, compat: Compat | None, *, needs_people: bool, progress: Progress = silent
+    networks: Networks,
+    mode: Mode,
+    compat: Compat | None,
+    *,
+    needs_people: bool,
+    progress: Progress = silent,
+    observe: Observe = unobserved,
 ) -> Stages:
-    """What `networks` names, else the fallback; UsageError where there is neither."""
+    """Opens the files in `networks`, else the fallback. Raises UsageError if there is neither."""
     return Stages(
-        _open_people(networks, compat, progress) if needs_people else None,
+        _open_people(networks, compat, progress, observe) if needs_people else None,
         _open_segmenter(networks, compat, progress) if mode == "replace" else None,
+        observe,
     )
 
 
-def _open_people(networks: Networks, compat: Compat | None, progress: Progress) -> PeopleSource:
+def _open_people(
+    networks: Networks, compat: Compat | None, progress: Progress, observe: Observe
+) -> PeopleSource:
     if networks.detector is None and networks.pose is None:
         if not _has_mediapipe():
             raise UsageError(
@@ -251,14 +150,14 @@ def _open_people(networks: Networks, compat: Compat | None, progress: Progress) 
             "Give --detector yolov10m.onnx and --pose vitpose-h-wholebody.onnx, or neither.",
         )
     from trt_wan.preprocess.people.detect import open_detector
+    from trt_wan.preprocess.people.onnx_people import OnnxPeople
     from trt_wan.preprocess.people.pose import open_pose
 
     official = compat is not None  # the wrapper detects as the official code does
-    detector = open_detector(networks.detector, networks.executor, official=official, progress=progress)
     order: Literal["bgr", "rgb"] = "bgr" if compat == "official" else "rgb"
-    return OnnxPeople(
-        detector, open_pose(networks.pose, networks.executor, order, progress=progress), official
-    )
+    detector = open_detector(networks.detector, networks.executor, official=official, progress=progress)
+    pose = open_pose(networks.pose, networks.executor, order, progress=progress)
+    return OnnxPeople(detector, pose, official, observe)
 
 
 def _open_segmenter(networks: Networks, compat: Compat | None, progress: Progress) -> Segmenter:
@@ -268,7 +167,9 @@ def _open_segmenter(networks: Networks, compat: Compat | None, progress: Progres
     if name == "sam2" or (name == "auto" and networks.sam2 is not None):
         if networks.sam2 is None:
             raise UsageError("SAM2 has no weights.", "Name them with --sam2 FILE.")
-        return Sam2Segmenter(networks.sam2, networks.executor, compat == "official", progress)
+        from trt_wan.preprocess.sam2.segmenter import open_segmenter
+
+        return open_segmenter(networks.sam2, networks.executor, compat == "official", progress)
     if not _has_mediapipe():
         raise UsageError(
             "There is nothing to make masks with: no --sam2, and no MediaPipe.",

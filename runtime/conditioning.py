@@ -36,19 +36,6 @@ def to_signal(frames: Pixels) -> Array:
     return signal
 
 
-def letterbox(picture: Pixels, width: int, height: int) -> Pixels:
-    """[h, w, 3] scaled to fit into [height, width, 3], centred on black (model_spec.md 2.3)."""
-    h, w = picture.shape[:2]
-    if h / w > height / width:
-        new_w, new_h = max(1, int(height / h * w)), height
-    else:
-        new_w, new_h = width, max(1, int(width / w * h))
-    canvas = np.zeros((height, width, 3), np.uint8)
-    top, left = (height - new_h) // 2, (width - new_w) // 2
-    canvas[top : top + new_h, left : left + new_w] = cv2.resize(picture, (new_w, new_h))
-    return canvas
-
-
 def known_mask(plan: Plan, carried: int, person: Array | None) -> Array:
     """The four mask channels of the window's own slots, [4, T, h, w].
 

@@ -14,6 +14,15 @@ class StageStarted:
 
 
 @dataclass(frozen=True)
+class StageProgress:
+    """`done` of the `total` frames of a stage have come; said a few times per stage."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class StepDone:
     """One denoising step is computed, in `seconds`; the host had asked for all of it after `host_seconds`.
     `eta` counts the remaining steps of all windows, in seconds.
@@ -44,7 +53,7 @@ class Note:
     text: str
 
 
-Event = StageStarted | StepDone | WindowDone | Note
+Event = StageStarted | StageProgress | StepDone | WindowDone | Note
 Progress = Callable[[Event], None]
 
 

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from trt_wan.runtime.video.reader import Clip, Picture
 
 Mask = NDArray[np.bool_]
-SOFT_EDGE = 16  # pixels outside the mask over which the painted picture passes into the original
+SOFT_EDGE = 16  # pixels outside the mask over which the painted picture blends into the original
 
 
 def paste_back(painted: Picture, original: Picture, mask: Mask, soft_edge: int = SOFT_EDGE) -> Picture:
     """The painted picture inside the mask, the original's own pixels from `soft_edge` pixels outside it on.
 
-    The ramp lies outside the mask alone, so that nothing of the hole, or of the person who was there, shows.
-    `original` is read outside the mask only: a background with its hole will do.
+    The ramp lies outside the mask, so that neither the hole nor the original person shows through.
+    `original` is read outside the mask only, so a background with its hole works too.
     """
     if not mask.any():
         return original
@@ -32,7 +32,7 @@ def paste_back(painted: Picture, original: Picture, mask: Mask, soft_edge: int =
 
 
 def pasted_back(painted: Iterable[Picture], background: Path, mask: Path) -> Iterator[Picture]:
-    """`paste_back` for a whole video, with the prepared clips it was made from."""
+    """`paste_back` for a whole video. `background` and `mask` are its prepared clips."""
     with Clip(background) as original, Clip(mask) as masks:
         for k, picture in enumerate(painted):
             here = masks.window([k])[0, ..., 0] > 127

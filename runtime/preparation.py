@@ -7,8 +7,9 @@ Nothing here depends on a window. activation_memory.py runs the same function wi
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trt_wan.runtime.conditioning import Pixels, encode_reference, letterbox, to_signal
+from trt_wan.runtime.conditioning import Pixels, encode_reference, to_signal
 from trt_wan.runtime.executors import Array
+from trt_wan.runtime.letterbox import letterbox
 from trt_wan.runtime.networks.image_encoder import encode_image
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import (

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from trt_wan.preprocess.onnx import engine as onnx_engine
 from trt_wan.preprocess.onnx import memory
 from trt_wan.preprocess.onnx import net as onnx_net
+from trt_wan.preprocess.people.crops import MEAN, STD
 from trt_wan.preprocess.people.gpu import batches as people
 from trt_wan.preprocess.people.gpu.resampling_tables import TAP, WHOLE_TAP
-from trt_wan.preprocess.people.pose import MEAN, STD, peaks
+from trt_wan.preprocess.people.heatmaps import peaks
 from trt_wan.runtime.segments import tensorrt as segments
 
 Array = NDArray[Any]

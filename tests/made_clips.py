@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from made_person import HEIGHT, WIDTH, person
 
+from trt_wan.preprocess.job import PreprocessJob
+from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.person import NOBODY, Box, Keypoints, PersonFrame
-from trt_wan.preprocess.people.track import PersonChoice
 from trt_wan.preprocess.pictures.masks import Mask
-from trt_wan.preprocess.preprocess import PreprocessJob, preprocess
+from trt_wan.preprocess.preprocess import preprocess
 from trt_wan.preprocess.stages import Stages
 from trt_wan.runtime.events import Event, Progress
 from trt_wan.runtime.video.reader import Picture

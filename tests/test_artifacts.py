@@ -13,11 +13,8 @@ import pytest
 from made_clips import box_of, standing, textured
 
 from trt_wan.errors import InputError, OutputError
-from trt_wan.preprocess.clips.artifacts import (
-    ALL,
-    REFERENCE,
-    ArtifactFolder,
-    ClipWriter,
+from trt_wan.preprocess.clips.artifacts import ALL, CRF, PRESET, REFERENCE, ArtifactFolder
+from trt_wan.preprocess.clips.keypoints import (
     FoundPeople,
     read_keypoints,
     require_fit,
@@ -28,6 +25,7 @@ from trt_wan.preprocess.people.person import NOBODY, PersonFrame
 from trt_wan.preprocess.pictures.background import cut_hole
 from trt_wan.preprocess.pictures.masks import grid_blocks
 from trt_wan.runtime.video.reader import Clip
+from trt_wan.runtime.video.writer import VideoWriter
 
 # --- The folder ------------------------------------------------------------------------------------------
 
@@ -105,8 +103,8 @@ def test_masks_come_back_exactly_and_holes_stay_black(tmp_path: Path) -> None:
     size, random = (192, 112), np.random.default_rng(2)
     masks = [grid_blocks(random.random((112, 192)) < 0.002, 16) for _ in range(9)]
     with (
-        ClipWriter(tmp_path / "m.mp4", size, Fraction(25)) as mask_clip,
-        ClipWriter(tmp_path / "b.mp4", size, Fraction(25)) as background,
+        VideoWriter(tmp_path / "m.mp4", *size, Fraction(25), crf=CRF, preset=PRESET) as mask_clip,
+        VideoWriter(tmp_path / "b.mp4", *size, Fraction(25), crf=CRF, preset=PRESET) as background,
     ):
         for k, mask in enumerate(masks):
             mask_clip.write(np.repeat(mask[..., None] * np.uint8(255), 3, axis=2))

@@ -582,7 +582,7 @@ def test_an_output_that_cannot_be_written(
     monkeypatch.setattr(Path, "write_bytes", denied)
     result = invoke(*run_arguments(place, tmp_path / "o.mp4", "--json"))
     message, hint = refused(result, 1, "output_unwritable")
-    assert message == f"The folder {tmp_path} cannot be written to." and "folder of your own" in hint
+    assert message == f"The folder {tmp_path} cannot be written to." and "that you can write to" in hint
     assert list(tmp_path.iterdir()) == []
 
 

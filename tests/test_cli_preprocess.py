@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -19,9 +20,20 @@ from made_clips import FakePeople, FakeSegmenter, write_clip, write_reference
 
 import trt_wan.preprocess.stages
 from trt_wan.cli.main import cli
+from trt_wan.cli.preprocess import preprocess as preprocess_command
+from trt_wan.preprocess.clips.sizes import Fit
 from trt_wan.preprocess.people.person import PersonFrame
-from trt_wan.preprocess.pictures.masks import Mask
-from trt_wan.preprocess.stages import BoxSegmenter, Networks, Stages, open_stages
+from trt_wan.preprocess.pictures.masks import Compat, Mask
+from trt_wan.preprocess.retarget.rules import RetargetRule
+from trt_wan.preprocess.stages import (
+    BoxSegmenter,
+    Executor,
+    Networks,
+    SegmenterName,
+    Stages,
+    open_stages,
+)
+from trt_wan.runtime.job import Mode
 from trt_wan.runtime.video.reader import Clip, Picture
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
@@ -144,7 +156,7 @@ REFUSALS = {
     "box": Refusal(2, "usage", "'1,2,3,nan' is not 4 pixel numbers", "--help", ("--box", "1,2,3,nan")),
     "person 0": Refusal(2, "usage", "0 is not in the range", "--help", ("--person", "0")),
     "person twice": Refusal(
-        2, "usage", "three ways to say the same", "Give one", ("--person", "1", "--point", "1,2")
+        2, "usage", "three ways to choose the person", "Give one", ("--person", "1", "--point", "1,2")
     ),
     "block": Refusal(
         2, "usage", "A block of 20 pixels", "--block 16", ("--mode", "replace", "--block", "20")
@@ -343,6 +355,23 @@ def test_ctrl_c_leaves_nothing(folder: Path, stop: signal.Signals) -> None:
     told = process.stderr.read()
     assert process.wait(timeout=20) == 130 and "Stopped at once." in told and "Traceback" not in told
     assert {path.name for path in folder.iterdir()} == {"character.png", "dance.mp4"}
+
+
+def test_the_choices_are_those_of_the_types() -> None:
+    """They are typed out, because importing the types would make --help slow."""
+    choices = {
+        str(option.name): set(option.type.choices)
+        for option in preprocess_command.params
+        if isinstance(option.type, click.Choice)
+    }
+    assert choices == {
+        "mode": set(get_args(Mode)),
+        "fit": {"area", *get_args(Fit)},
+        "retarget": {"off", *get_args(RetargetRule)},
+        "segmenter": set(get_args(SegmenterName)),
+        "compat": set(get_args(Compat)),
+        "executor": set(get_args(Executor)),
+    }
 
 
 def test_help_is_quick(folder: Path) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from trt_wan.engines.shape import Plan
-from trt_wan.runtime.conditioning import condition_clip, known_mask, letterbox, to_signal
+from trt_wan.runtime.conditioning import condition_clip, known_mask, to_signal
 from trt_wan.runtime.executors import Array
+from trt_wan.runtime.letterbox import letterbox
 
 PLAN = Plan(32, 48, 13)
 

@@ -206,7 +206,7 @@ def test_wrong_files_get_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "pose_data.bin").unlink()
     error = refusal(external)
     assert error.message == f"pose.onnx keeps its weights in pose_data.bin, which is not in {tmp_path}."
-    assert error.hint == "Put pose_data.bin beside pose.onnx, under that very name."
+    assert error.hint == "Put pose_data.bin beside pose.onnx, under exactly that name."
 
 
 def test_every_cut_of_a_file_is_refused_or_read(tmp_path: Path) -> None:

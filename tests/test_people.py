@@ -95,7 +95,7 @@ def test_without_mediapipe_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
         MediapipePeople()
     assert error.value.hint.startswith("Run: pip install 'trt-wan[mediapipe]'")
     monkeypatch.setitem(sys.modules, "mediapipe", SimpleNamespace(__version__="1.2.2"))
-    with pytest.raises(EnvironmentBroken, match="MediaPipe 1.2.2 has no models of its own any more"):
+    with pytest.raises(EnvironmentBroken, match="MediaPipe 1.2.2 no longer contains models"):
         MediapipePeople()
 
 

@@ -19,15 +19,17 @@ from onnx import TensorProto, helper
 
 from trt_wan.errors import WeightsError
 from trt_wan.preprocess.onnx.memory import PIECE_BYTES, Sender
+from trt_wan.preprocess.people.choice import PersonChoice
+from trt_wan.preprocess.people.crops import STD, crop_for, cut, normalised, taps
 from trt_wan.preprocess.people.detect import open_detector
 from trt_wan.preprocess.people.gpu import kernels
 from trt_wan.preprocess.people.gpu.batches import pieces
 from trt_wan.preprocess.people.gpu.kernels import people_kernels
 from trt_wan.preprocess.people.gpu.resampling_tables import WHOLE, Table, crop_table, stretch_taps
+from trt_wan.preprocess.people.heatmaps import peaks
+from trt_wan.preprocess.people.onnx_people import OnnxPeople
 from trt_wan.preprocess.people.person import JOINTS, Box
-from trt_wan.preprocess.people.pose import STD, crop_for, cut, normalised, open_pose, peaks, taps
-from trt_wan.preprocess.people.track import PersonChoice
-from trt_wan.preprocess.stages import OnnxPeople
+from trt_wan.preprocess.people.pose import open_pose
 from trt_wan.runtime.device.kernels import compile_source
 from trt_wan.runtime.events import silent
 

@@ -15,18 +15,10 @@ from on_gpu import require_gpu
 
 from trt_wan.errors import WeightsError
 from trt_wan.preprocess.onnx.net import OnnxNet
+from trt_wan.preprocess.people.crops import MEAN, STD, Crop, crop_for, cut, normalised
+from trt_wan.preprocess.people.heatmaps import decode_heatmaps
 from trt_wan.preprocess.people.person import JOINTS, Box
-from trt_wan.preprocess.people.pose import (
-    MEAN,
-    STD,
-    Crop,
-    PoseEstimator,
-    crop_for,
-    cut,
-    decode_heatmaps,
-    normalised,
-    open_pose,
-)
+from trt_wan.preprocess.people.pose import PoseEstimator, open_pose
 
 Array = NDArray[Any]
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "pose.json").read_text())

@@ -6,17 +6,20 @@ Every case of broken input ends in prepared clips or in one sentence, and then n
 
 import json
 import os
+import threading
 import time
 import tracemalloc
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from threading import get_ident
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import av
 import numpy as np
@@ -37,18 +40,23 @@ from made_clips import (
 )
 
 from trt_wan.errors import InputError, OutputError, TrtWanError, UsageError
-from trt_wan.preprocess.clips.artifacts import ClipWriter
 from trt_wan.preprocess.clips.sizes import Fit, fit, resize_by_area
 from trt_wan.preprocess.clips.streams import BATCH, ahead, batches, split
+from trt_wan.preprocess.footage import plan_sizes
+from trt_wan.preprocess.job import PreprocessJob
+from trt_wan.preprocess.observe import Part
+from trt_wan.preprocess.people.choice import PersonChoice
+from trt_wan.preprocess.people.onnx_people import OnnxPeople
 from trt_wan.preprocess.people.person import Box, PersonFrame
-from trt_wan.preprocess.people.track import PersonChoice
 from trt_wan.preprocess.pictures.masks import Compat, Mask, MaskShape
-from trt_wan.preprocess.preprocess import PreprocessJob, _plan_sizes
-from trt_wan.preprocess.stages import BoxSegmenter, OnnxPeople, Sam2Segmenter
+from trt_wan.preprocess.preprocess import preprocess
+from trt_wan.preprocess.sam2.segmenter import Sam2Segmenter
+from trt_wan.preprocess.stages import BoxSegmenter, Stages
 from trt_wan.runtime.events import Event, Note, silent
 from trt_wan.runtime.job import Inputs, Mode
 from trt_wan.runtime.video.clips import open_clips
 from trt_wan.runtime.video.reader import Clip, Picture
+from trt_wan.runtime.video.writer import VideoWriter
 
 ANIMATE = {"keypoints.json", "preview.mp4", "src_face.mp4", "src_pose.mp4", "src_ref.png"}
 REPLACE = ANIMATE | {"src_bg.mp4", "src_mask.mp4"}
@@ -237,7 +245,7 @@ def test_places_are_where_the_pixels_go(tmp_path: Path, how: Fit) -> None:
     for compat in ("official", None):
         job = PreprocessJob(Path(), path, Path(), "replace", (192, 112), how, compat=compat)
         with Clip(path) as clip:
-            sizes = _plan_sizes(job, picture, clip)
+            sizes = plan_sizes(job, picture, clip)
         placed = sizes.placed(PersonFrame(square, None)).box
         assert placed is not None and sizes.frame == sizes.canvas
         rows, columns = np.nonzero(sizes.fitted(picture).min(axis=2) > 150)
@@ -425,14 +433,14 @@ def test_a_broken_clip_ends_in_a_sentence(tmp_path: Path, name: str) -> None:
 
 def test_a_disk_that_fills_up_half_way(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clips are written in threads of their own; what one of them meets ends the whole."""
-    write = ClipWriter.write
+    write = VideoWriter.write
 
-    def full(writer: ClipWriter, picture: Picture) -> None:
+    def full(writer: VideoWriter, picture: Picture) -> None:
         if writer.path.name == "src_bg.mp4" and writer.frames == 4:
             raise OutputError("The disk is full.", "Free some space.")
         write(writer, picture)
 
-    monkeypatch.setattr(ClipWriter, "write", full)
+    monkeypatch.setattr(VideoWriter, "write", full)
     with pytest.raises(OutputError, match="The disk is full"):
         make(tmp_path, clip, mode="replace")
     assert {path.name for path in tmp_path.iterdir()} == {"character.png"}
@@ -600,6 +608,32 @@ def test_what_happens_to_the_followed_person_is_said() -> None:
     assert len(texts) == 2, texts
 
 
+def test_every_part_is_observed(clip: Path, tmp_path: Path) -> None:
+    """Once per frame and clip, as a benchmark needs it; every part that is entered is left."""
+    entered, left, lock = Counter[str](), Counter[str](), threading.Lock()
+
+    @contextmanager
+    def observe(part: str) -> Iterator[None]:
+        with lock:
+            entered[part] += 1
+        yield
+        with lock:
+            left[part] += 1
+
+    both = TwoPeople()
+    people = OnnxPeople(both, both, observe=observe)  # type: ignore[arg-type]
+    job = PreprocessJob(write_reference(tmp_path / "c.png"), clip, tmp_path / "out", "replace", (192, 112))
+    preprocess(job, Stages(people, FakeSegmenter(), observe))
+    assert entered == left and set(entered) == set(get_args(Part))
+    with Clip(clip) as opened:
+        frames = opened.frames
+    assert {part: count / frames for part, count in entered.items() if "draw" in part} == {
+        "draw skeleton": 1,
+        "draw preview": 1,
+    }
+    assert (entered["encode"], entered["cut background"], entered["finish clips"]) == (5 * frames, frames, 5)
+
+
 def test_the_official_choice_is_each_frames_largest() -> None:
     both = TwoPeople()
     frames = [np.zeros((180, 320, 3), np.uint8)] * 20
@@ -678,19 +712,15 @@ CORNER[:9, :9] = True
 
 
 @pytest.mark.parametrize("official", [False, True])
-def test_sam2_is_prompted_by_the_pose_and_again_where_it_is_lost(
-    monkeypatch: pytest.MonkeyPatch, official: bool
-) -> None:
+def test_sam2_is_prompted_by_the_pose_and_again_where_it_is_lost(official: bool) -> None:
     """Frame 0 shows too little to begin with. Lost for three frames, 6 to 8, it is told again on frame 9."""
-    monkeypatch.setattr("trt_wan.preprocess.sam2.model.open_sam2", lambda *_, **options: None)
-    monkeypatch.setattr("trt_wan.preprocess.sam2.weights.load_sam2", lambda path: None)
-    monkeypatch.setattr("trt_wan.preprocess.sam2.tracker.Sam2Tracker", FakeTracker)
     clear = standing(SIZE)
     few = clear.copy()
     few[5:17, 2] = 0.2  # shoulders, arms and legs are guesses
     people = [PersonFrame(None, few)] + [PersonFrame(None, clear)] * 13
     frames = [np.zeros((*SIZE[::-1], 3), np.uint8)] * 14
-    masks = list(Sam2Segmenter(Path("x.pt"), "auto", official).outlines(iter(frames), people))
+    segmenter = Sam2Segmenter(None, "x.pt", official, FakeTracker)  # type: ignore[arg-type]
+    masks = list(segmenter.outlines(iter(frames), people))
     assert len(masks) == FakeTracker.made.frames == 14
     if official:
         assert FakeTracker.made.chunk == 400 and FakeTracker.made.before == [0, 3, 6, 9, 12]

@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 from made_clips import damaged, package_file, write_clip
 
-from trt_wan.preprocess.clips.artifacts import read_keypoints
+from trt_wan.preprocess.clips.keypoints import read_keypoints
 from trt_wan.preprocess.clips.sizes import fit
 from trt_wan.preprocess.people.person import Box
 from trt_wan.preprocess.people.skeleton import from_keypoints

@@ -32,7 +32,8 @@ from trt_wan.engines.sam2.recipes import graph_set
 from trt_wan.engines.tensorrt import compile_onnx
 from trt_wan.errors import GraphError
 from trt_wan.preprocess.sam2.model import GPU_PLAN, Sam2Model
-from trt_wan.preprocess.sam2.tracker import MASKED, tables
+from trt_wan.preprocess.sam2.position_tables import tables
+from trt_wan.preprocess.sam2.tracker import MASKED
 from trt_wan.preprocess.sam2.weights import random_sam2_weights, weights_of
 
 pytest.importorskip("tensorrt_rtx")

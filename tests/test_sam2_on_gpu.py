@@ -24,10 +24,10 @@ from trt_wan.errors import EnvironmentBroken
 from trt_wan.preprocess.sam2 import kernels, memory_attention, resize_on_gpu
 from trt_wan.preprocess.sam2.model import Sam2Model, open_sam2_on_gpu
 from trt_wan.preprocess.sam2.resample import DEVIATION, InputRule, filter_table, model_input
+from trt_wan.preprocess.sam2.segmenter import PATIENCE
 from trt_wan.preprocess.sam2.tracker import Sam2Tracker, TrackedFrame
 from trt_wan.preprocess.sam2.transfer import AHEAD, DeviceCarrier
 from trt_wan.preprocess.sam2.weights import Sam2Weights, random_sam2_weights, weights_of
-from trt_wan.preprocess.stages import PATIENCE
 from trt_wan.runtime.device.kernels import compile_source
 from trt_wan.runtime.events import silent
 from trt_wan.runtime.video.reader import Picture

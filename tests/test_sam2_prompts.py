@@ -6,11 +6,9 @@ from numpy.typing import NDArray
 
 from trt_wan.errors import InputError
 from trt_wan.preprocess.sam2.prompts import (
-    JOINTS,
     disagreement,
     key_prompts,
     official_key_frames,
-    reprompts,
     safe_key_frames,
     wants_prompt,
 )
@@ -91,13 +89,3 @@ def test_disagreement() -> None:
     assert share is not None and 0.2 < share < 0.8
     assert disagreement(covering(), standing(score=0.0)) is None
     assert not wants_prompt(covering(520), standing(score=0.0)), "a pose that is not known says nothing"
-
-
-def test_reprompts_need_more_than_one_bad_frame() -> None:
-    bodies = [standing()] * 10
-    masks = {f: covering() for f in range(10)}
-    masks[2] = covering(520)
-    assert reprompts(masks, bodies) == []
-    masks |= {f: covering(520) for f in range(5, 10)}
-    assert reprompts(masks, bodies) == [5]
-    assert len(JOINTS) == 8

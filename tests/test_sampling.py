@@ -1,4 +1,4 @@
-"""Frame numbers: golden values of the official rule, the ComfyUI loader's rule, uneven times."""
+"""Frame numbers: golden values of the official rule, the ComfyUI loader's rule."""
 
 import math
 from fractions import Fraction
@@ -52,34 +52,6 @@ def test_any_clip_gives_ascending_frames_that_exist_at_the_right_speed(
             assert (
                 abs(len(indices) / float(rate) - frames / float(source)) <= max(1 / source, 1 / rate) * 1.001
             )
-
-
-def test_even_times_are_the_official_rule() -> None:
-    for source in RATES:
-        times = [float(i / source) for i in range(101)]
-        for rate in RATES:
-            by_rate = frame_indices(101, source, rate)
-            by_time = frame_indices(101, source, rate, times=times)
-            assert len(by_rate) - len(by_time) in (
-                0,
-                -1,
-            )  # a rounding error may cost the official rule a frame
-            # Half-way between two frames a rounding error decides, so there the two may differ.
-            halves = {i for i in range(len(by_rate)) if (2 * i * source / rate).denominator == 1}
-            assert all(
-                a == b for i, (a, b) in enumerate(zip(by_rate, by_time, strict=False)) if i not in halves
-            )
-
-
-def test_uneven_times_are_followed() -> None:
-    # 10 frames in the first second, 30 in the second one: the mean rate, 20, is right nowhere.
-    times = [i / 10 for i in range(10)] + [1 + i / 30 for i in range(30)]
-    indices = frame_indices(40, 20, 10, times=times)
-    assert indices == list(range(10)) + [10 + 3 * i for i in range(10)]
-    wrong = frame_indices(40, 20, 10)
-    assert abs(times[wrong[5]] - 0.5) > 0.3  # what the mean rate would show at 0.5 s
-    # Phones start a clip at a time of their own.
-    assert frame_indices(40, 20, 10, times=[t + 7 for t in times]) == indices
 
 
 @pytest.mark.parametrize("rate", [0, -5, math.nan, math.inf])

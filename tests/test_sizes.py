@@ -8,7 +8,8 @@ import pytest
 from made_person import GOLDEN
 
 from trt_wan.errors import InputError, UsageError
-from trt_wan.preprocess.clips.sizes import Fit, fit, output_size, padding_resize, resize_by_area
+from trt_wan.preprocess.clips.sizes import Fit, fit, output_size, resize_by_area
+from trt_wan.runtime.letterbox import letterbox
 from trt_wan.runtime.video.reader import Picture
 
 Size = tuple[int, int]
@@ -37,24 +38,24 @@ def test_the_wrapper_gives_what_is_asked_in_steps_of_16() -> None:
 
 
 def test_letterbox_is_centred_black_and_keeps_the_shape() -> None:
-    wide = padding_resize(ramp(400, 100), 300, 200)
+    wide = letterbox(ramp(400, 100), 200, 300)
     assert wide.shape == (300, 200, 3)
     assert not wide[:125].any() and not wide[175:].any()
     middle = wide[125:175].astype(int)
     assert np.abs(middle - cv2.resize(ramp(400, 100), (200, 50))).max() == 0
-    tall = padding_resize(ramp(100, 400), 200, 301)
+    tall = letterbox(ramp(100, 400), 301, 200)
     assert not tall[:, :125].any() and not tall[:, 175:].any() and tall[:, 125:175, 2].min() == 255
     # 160 / 488 * 366 is 120 but for the last bit; the official code cuts it to 119.
-    assert padding_resize(ramp(366, 488), 160, 160)[..., 2].any(axis=0).sum() == 119
+    assert letterbox(ramp(366, 488), 160, 160)[..., 2].any(axis=0).sum() == 119
     # 480 / 683 * 1024 = 719.6, cut to 719.
-    columns = padding_resize(ramp(1024, 683), 480, 832)[..., 2].any(axis=0)
+    columns = letterbox(ramp(1024, 683), 832, 480)[..., 2].any(axis=0)
     assert columns.sum() == 719 and columns.argmax() == (832 - 719) // 2
 
 
 def test_a_picture_of_the_right_size_is_untouched() -> None:
     picture = ramp(64, 48)
     ways: tuple[Fit, ...] = ("stretch", "pad", "crop")
-    for result in (padding_resize(picture, 48, 64), *(fit(picture, 48, 64, how) for how in ways)):
+    for result in (letterbox(picture, 64, 48), *(fit(picture, 48, 64, how) for how in ways)):
         np.testing.assert_array_equal(result, picture)
 
 
@@ -91,7 +92,7 @@ def test_random_pictures_of_any_shape_come_out_as_promised() -> None:
         else:
             assert size[0] % 16 == size[1] % 16 == 0 and 0 < size[0] * size[1] <= asked[0] * asked[1]
             assert resize_by_area(picture, asked[0] * asked[1]).shape == (size[1], size[0], 3)
-        boxed = padding_resize(picture, asked[1], asked[0])
+        boxed = letterbox(picture, asked[0], asked[1])
         assert boxed.shape == (asked[1], asked[0], 3) and boxed.max() == 200
         for how in ways:
             result = fit(picture, asked[1], asked[0], how)
@@ -112,7 +113,7 @@ def test_an_8k_frame_takes_no_more_than_its_result() -> None:
     picture = np.zeros((4320, 7680, 3), np.uint8)
     tracemalloc.start()
     resize_by_area(picture, 832 * 480)
-    padding_resize(picture, 480, 832)
+    letterbox(picture, 832, 480)
     fit(picture, 480, 832, "crop")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from trt_wan.errors import UsageError
+from trt_wan.preprocess.people.assignment import assign
+from trt_wan.preprocess.people.choice import PersonChoice, people_in
 from trt_wan.preprocess.people.detect import without_overlaps
 from trt_wan.preprocess.people.fill import fill_gaps
-from trt_wan.preprocess.people.person import JOINTS, NOBODY, Box, Keypoints, PersonFrame, iou
-from trt_wan.preprocess.people.track import COAST, PersonChoice, Tracker, TrackEvent, assign, people_in
+from trt_wan.preprocess.people.person import JOINTS, NOBODY, Box, PersonFrame, iou
+from trt_wan.preprocess.people.track import COAST, Tracker, TrackEvent
 
 A, B = Box(100, 50, 220, 400, 0.9), Box(500, 60, 600, 380, 0.8)
 
@@ -72,24 +74,6 @@ def test_without_motion_the_same_crossings_swap(monkeypatch: pytest.MonkeyPatch)
     """The tests above can fail: nearest boxes alone are not enough."""
     monkeypatch.setattr("trt_wan.preprocess.people.track.SMOOTHING", 0.0)
     assert sum(bool(crossing(seed, (4, 9), 0.05, 90, 2)[2]) for seed in range(8)) >= 4
-
-
-def test_joints_tell_apart_who_turns_round_on_meeting() -> None:
-    """Two who meet and go back look like two who cross, but for their joints."""
-
-    def joints(box: Box, right: bool) -> Keypoints:
-        points = np.ones((JOINTS, 3), np.float32)
-        points[:, 0] = box.x0 + box.width * np.linspace(0, 1, JOINTS)[:: 1 if right else -1]
-        points[:, 1] = box.y0 + box.height * np.linspace(0, 1, JOINTS)
-        return points
-
-    left, right = Box(0, 0, 100, 300, 0.9), Box(220, 0, 320, 300, 0.9)
-    way = [*range(0, 70, 6), *range(66, 0, -6)]  # at 66 they have just passed each other
-    tracker = Tracker(PersonChoice(number=1))
-    for t in way:
-        boxes = [moved(left, 1.7 * t), moved(right, -1.7 * t)]
-        got = tracker.follow(boxes, [joints(boxes[0], True), joints(boxes[1], False)])
-        assert got == boxes[0], t
 
 
 def test_leaves_and_returns() -> None:

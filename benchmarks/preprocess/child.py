@@ -22,14 +22,17 @@ from trt_wan.benchmarks.preprocess import planted, tiny_sam2
 from trt_wan.benchmarks.preprocess.parts import PartClock
 from trt_wan.benchmarks.preprocess.result import InsideTime
 from trt_wan.errors import TrtWanError
+from trt_wan.preprocess.drawing import WRITE
+from trt_wan.preprocess.job import PreprocessJob
 from trt_wan.preprocess.onnx.net import OnnxNet
 from trt_wan.preprocess.people.detect import open_detector
 from trt_wan.preprocess.people.person import JOINTS, Box
 from trt_wan.preprocess.people.pose import open_pose
 from trt_wan.preprocess.people.skeleton import from_keypoints
-from trt_wan.preprocess.preprocess import FIND, WRITE, PreprocessJob, preprocess
-from trt_wan.preprocess.stages import PERSON, Executor, Networks, open_stages
-from trt_wan.runtime.events import Event, Note, StageStarted
+from trt_wan.preprocess.preprocess import FIND, preprocess
+from trt_wan.preprocess.sam2.segmenter import PERSON
+from trt_wan.preprocess.stages import Executor, Networks, open_stages
+from trt_wan.runtime.events import Event, Note, StageProgress
 from trt_wan.runtime.job import Mode
 from trt_wan.runtime.video.reader import Clip, Picture
 
@@ -71,8 +74,8 @@ class Notes:
     def __call__(self, event: Event) -> None:
         if isinstance(event, Note):
             self.texts.append(event.text)
-        elif isinstance(event, StageStarted):
-            self.stages.setdefault(event.stage.partition(",")[0], time.perf_counter())
+        elif isinstance(event, StageProgress):
+            self.stages.setdefault(event.stage, time.perf_counter())
 
 
 def main() -> None:

@@ -1,12 +1,11 @@
-"""Which frames of a clip are used when its rate is changed. Knows numbers and times, no pictures.
+"""Which frames of a clip are used when its rate is changed. Works on numbers, not on pictures.
 
-Two rules by name. `official` (Wan2.2's preprocessing): output frame i shows the frame nearest to its time.
-`kijai` (the video loader of the ComfyUI workflows): the first frame that is not before its time.
-Both repeat frames when the rate goes up, and neither mixes two frames.
+There are two rules. `official` (Wan2.2's preprocessing) shows the frame nearest in time. `kijai` (the video
+loader of the ComfyUI workflows) shows the first frame that is not earlier. Both repeat frames when the rate
+goes up, and neither mixes two frames.
 """
 
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
@@ -23,15 +22,10 @@ def frame_indices(
     source_rate: Rate,
     rate: Rate | None,
     rule: SamplingRule = "official",
-    times: Sequence[float] | None = None,
 ) -> list[int]:
-    """Numbers of the frames to show at `rate` per second, at least one; rate None keeps every frame.
-
-    `times` [frames], seconds, ascending: where the clip's frames are unevenly spaced in time, `official` goes
-    by them instead of by the mean rate. (`kijai` does not: its loader knows the mean rate only.)
-    """
+    """Numbers of the frames to show at `rate` per second, at least one. None keeps every frame."""
     assert frames > 0 and source_rate > 0, f"{frames} frames at {source_rate}"
-    if rate is None or rate == source_rate and times is None:
+    if rate is None or rate == source_rate:
         return list(range(frames))
     if not 0 < float(rate) < math.inf:
         raise UsageError(
@@ -39,30 +33,18 @@ def frame_indices(
         )
     if rule == "kijai":
         return _first_not_before(frames, float(source_rate), float(rate))
-    if times is not None:
-        return _nearest_by_time(times, float(source_rate), float(rate))
     return _nearest(frames, float(source_rate), float(rate))
 
 
 def _nearest(frames: int, source_rate: float, rate: float) -> list[int]:
-    """In this order of operations, with ties to even: a count or an index may hang on the last bit."""
+    """The order of operations and ties to even matter: a count or an index may depend on the last bit."""
     count = max(int(frames / source_rate * rate), 1)
     wanted = np.arange(count) / rate * source_rate
     return [int(i) for i in np.clip(np.rint(wanted), 0, frames - 1)]
 
 
-def _nearest_by_time(times: Sequence[float], source_rate: float, rate: float) -> list[int]:
-    """As `_nearest`, but a frame number is looked up between the frames' own times."""
-    shown = np.asarray(times, np.float64) - times[0]
-    assert np.all(np.diff(shown) >= 0), "frame times go back"
-    length = shown[-1] + 1 / source_rate  # the last frame is taken to last as long as the mean one
-    count = max(int(length * rate + 1e-6), 1)  # times are sums of fractions: 1.9999999 s are 2 s
-    wanted = np.interp(np.arange(count) / rate, shown, np.arange(len(shown)))
-    return [int(i) for i in np.rint(wanted)]
-
-
 def _first_not_before(frames: int, source_rate: float, rate: float) -> list[int]:
-    """VideoHelperSuite adds up frame times and their rounding errors: not always ceil(i · source / rate)."""
+    """VideoHelperSuite sums rounded frame times, so this can differ from ceil(i · source / rate)."""
     step, period = 1 / source_rate, 1 / rate
     chosen, waited = [0], 0.0
     index = 0

@@ -1,10 +1,10 @@
-"""Sizes of pictures: what comes out for what is asked, and the resizing that goes with it.
+"""Sizes of pictures: the video's size from the requested size, and how pictures are resized to it.
 
-`official` (Wan2.2): width x height asked for is an area; the result keeps the picture's shape, in steps of
-16. `kijai` (ComfyUI wrapper): the result is exactly what was asked, in steps of 16, and a picture of another
-shape is stretched, padded or cropped. Of the wrapper this is the geometry: the filter is OpenCV's.
+`official` (Wan2.2): the requested width x height is an area. The result keeps the picture's shape, in steps
+of 16. `kijai` (ComfyUI wrapper): the result is the requested size in steps of 16, and a picture of another
+shape is stretched, padded or cropped. The geometry is the wrapper's, the filters are OpenCV's.
 
-Pictures are uint8 [H, W, 3]; sizes are written (width, height), as users write them.
+Pictures are uint8 [H, W, 3]. Sizes are (width, height), as users write them.
 """
 
 import math
@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from trt_wan.errors import InputError, UsageError
+from trt_wan.runtime.letterbox import letterbox
 from trt_wan.runtime.video.reader import Picture
 
 Size = tuple[int, int]
@@ -24,7 +25,7 @@ STEP = 16  # px per token: 8 of the VAE times 2 of the patches
 
 
 def output_size(picture: Size, asked: Size, rule: SizeRule, divisor: int = STEP) -> Size:
-    """Size of the video to make from a picture of one size when another is asked for."""
+    """Size of the video to make from a picture, given the requested size."""
     if min(picture) < 1 or min(asked) < 1:
         raise UsageError(f"A video cannot be {asked[0]}x{asked[1]}.", "Give a size such as 832x480.")
     if rule == "official":
@@ -39,45 +40,26 @@ def output_size(picture: Size, asked: Size, rule: SizeRule, divisor: int = STEP)
 
 
 def resize_by_area(picture: Picture, area: int, divisor: int = STEP) -> Picture:
-    """The picture at about `area` pixels in its own shape; both sides multiples of `divisor`."""
+    """The picture at about `area` pixels in its own shape. Both sides are multiples of `divisor`."""
     height, width = picture.shape[:2]
     new_width, new_height = _by_area((width, height), area, divisor)
     shrinks = new_width * new_height < width * height
-    return padding_resize(picture, new_height, new_width, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-
-
-def padding_resize(
-    picture: Picture, height: int, width: int, interpolation: int = cv2.INTER_LINEAR
-) -> Picture:
-    """The whole picture, as large as it fits, in the middle of a black canvas."""
-    old_height, old_width = picture.shape[:2]
-    if old_height / old_width > height / width:
-        # In this order of operations: the official size hangs on the last bit.
-        new_width, new_height = max(int(height / old_height * old_width), 1), height
-    else:
-        new_width, new_height = width, max(int(width / old_width * old_height), 1)
-    resized = _resized(picture, new_width, new_height, interpolation)
-    if (new_width, new_height) == (width, height):
-        return resized
-    canvas = np.zeros((height, width, picture.shape[2]), np.uint8)
-    x, y = (width - new_width) // 2, (height - new_height) // 2
-    canvas[y : y + new_height, x : x + new_width] = resized
-    return canvas
+    return letterbox(picture, new_width, new_height, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 def fit(picture: Picture, height: int, width: int, how: Fit) -> Picture:
     """The picture at exactly this size, as the wrapper's resize node does it.
 
-    pad: at the top, in the middle from left to right, the border's pixels continued (for the workflows'
-    reference picture). crop: around the centre (for their driving video). stretch: what the wrapper does with
-    a picture of another size.
+    pad: at the top, centred from left to right, border pixels repeated (the workflows' reference picture).
+    crop: around the centre (the workflows' driving video). stretch: the wrapper's default for a picture of
+    another size.
     """
     old_height, old_width = picture.shape[:2]
     if how == "pad":
         scale = min(width / old_width, height / old_height)
         new_width, new_height = round(old_width * scale), round(old_height * scale)
         left = (width - new_width) // 2
-        # The node cuts the picture's own sides to steps of 16 too, after it has placed its left edge.
+        # The node rounds the picture's sides down to steps of 16 after it has placed the left edge.
         new_width, new_height = (max(side // STEP * STEP, 1) for side in (new_width, new_height))
         sides = (0, height - new_height, left, width - new_width - left)
         resized = _smooth(picture, new_width, new_height)
@@ -96,7 +78,7 @@ def fit(picture: Picture, height: int, width: int, how: Fit) -> Picture:
 
 
 def _by_area(picture: Size, area: int, divisor: int) -> Size:
-    """What Wan2.2 really computes: its search for a better size fails, and this is what it falls back to."""
+    """Wan2.2's fallback, which it always uses: its search for a better size never succeeds."""
     shape = picture[0] / picture[1]
     height = math.sqrt(area / shape)
     width = area / height

@@ -1,6 +1,4 @@
-"""Frames as they come: in batches, ahead of whoever uses them, for several readers, with a word now and then
-on how far they are.
-"""
+"""Streams of frames: in batches, read ahead by a thread, split among several readers, counted for reports."""
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -9,18 +7,19 @@ from itertools import islice
 from threading import Lock
 from typing import TypeVar
 
-from trt_wan.runtime.events import Progress, StageStarted
+from trt_wan.runtime.events import Progress, StageProgress
 from trt_wan.runtime.video.reader import Picture
 
 BATCH = 16
-BATCH_PIXELS = 48_000_000  # at most, whatever the frames' size: 144 MB
+BATCH_PIXELS = 48_000_000  # upper limit for frames of any size: 144 MB
+READ_AHEAD = 2  # frames
 REPORTS = 10  # per pass over a clip
 
 Item = TypeVar("Item")
 
 
 def batches(frames: Iterable[Picture]) -> Iterator[list[Picture]]:
-    """Fewer at once of large frames."""
+    """Lists of up to BATCH frames, fewer if frames are large."""
     coming = iter(frames)
     for first in coming:
         size = min(BATCH, max(1, BATCH_PIXELS // (first.shape[0] * first.shape[1])))
@@ -28,10 +27,10 @@ def batches(frames: Iterable[Picture]) -> Iterator[list[Picture]]:
 
 
 def ahead(items: Iterable[Item], count: int) -> Generator[Item]:
-    """The items, made in a thread of their own, at most `count` of them before they are asked for.
+    """The items, made by another thread, at most `count` of them in advance.
 
-    What the thread raises comes where its item would have come. Whoever stops reading closes the items too,
-    in that thread, when the item under way is made.
+    An exception in the thread is raised in place of its item. Closing this generator closes `items` too, in
+    that thread, once the current item is made.
     """
     end = object()
     coming = iter(items)
@@ -51,10 +50,10 @@ def ahead(items: Iterable[Item], count: int) -> Generator[Item]:
 
 
 def split(items: Iterable[Item], readers: int) -> list[Iterator[Item]]:
-    """The same items for several readers, of whom none is far ahead of the others: what lies between is kept.
-    Readers may be in different threads, and each gets the error in which the items end.
+    """The same items for several readers. Items are kept until the last reader has read them, so readers
+    should stay close together. Readers may be in different threads, and each gets an error of the items.
 
-    As itertools.tee, but that also keeps up to 57 items that everybody has read, gigabytes of 8K frames.
+    itertools.tee would keep up to 57 items that all have read: gigabytes of 8K frames.
     """
     coming = iter(items)
     waiting: list[deque[Item]] = [deque() for _ in range(readers)]
@@ -62,7 +61,7 @@ def split(items: Iterable[Item], readers: int) -> list[Iterator[Item]]:
     errors: list[BaseException] = []
 
     def more(mine: deque[Item]) -> bool:
-        """Whether `mine` has an item, which may have to be asked for."""
+        """Whether `mine` has an item. Takes the next one from the source if necessary."""
         with lock:
             if mine:
                 return True
@@ -87,9 +86,9 @@ def split(items: Iterable[Item], readers: int) -> list[Iterator[Item]]:
 
 
 def counted(items: Iterable[Item], count: int, stage: str, progress: Progress) -> Iterator[Item]:
-    """The items, with a report every now and then of how far they are."""
+    """The items, with about REPORTS reports of progress."""
     step = max(1, -(-count // REPORTS))
     for k, item in enumerate(items):
         if k % step == 0:
-            progress(StageStarted(f"{stage}, frame {k + 1} of {count}"))
+            progress(StageProgress(stage, k + 1, count))
         yield item

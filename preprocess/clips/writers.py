@@ -1,66 +1,63 @@
-"""The clips of a prepared folder, written side by side: each has a thread that makes its pictures and encodes
-them, a few frames behind whoever gives them out.
+"""The clips of a prepared folder, written side by side. Each clip has a thread that makes its pictures and
+encodes them, a few frames behind the caller.
 """
 
-from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from types import TracebackType
+from functools import partial
 from typing import Self
 
-from trt_wan.preprocess.clips.artifacts import ClipWriter
+from trt_wan.preprocess.observe import Observe, unobserved
 from trt_wan.runtime.video.reader import Picture
+from trt_wan.runtime.video.writer import VideoWriter
+from trt_wan.runtime.video.writer_thread import Beside
 
 BEHIND = 2  # frames that wait for a clip's thread, and so are in memory
 
+Work = Callable[[], None]
+
 
 class ClipSet:
-    """A context manager for the threads of writers, which are by name and which somebody else closes."""
+    """A context manager for the threads. The caller opens and closes the writers, which are by name."""
 
-    def __init__(self, writers: Mapping[str, ClipWriter]) -> None:
-        self._writers = writers
-        self._waiting: dict[str, deque[Future[None]]] = {name: deque() for name in writers}
+    def __init__(self, writers: Mapping[str, VideoWriter], observe: Observe = unobserved) -> None:
+        self._writers, self._observe = writers, observe
+        self._threads = {name: Beside(_do, room=BEHIND) for name in writers}
+        self._opened = ExitStack()
 
     def write(self, pictures: Mapping[str, Callable[[], Picture]]) -> None:
-        """The next picture of every clip, made in the clip's thread. Raises what went wrong before."""
+        """Gives every clip's thread its next picture. Raises the error of an earlier picture."""
         assert pictures.keys() == self._writers.keys(), f"{pictures.keys()} for {self._writers.keys()}"
-        for name, picture in pictures.items():
-            waiting = self._waiting[name]
-            while len(waiting) >= BEHIND:
-                waiting.popleft().result()
-            waiting.append(self._threads[name].submit(_write, self._writers[name], picture))
+        with self._observe("wait for a clip"):
+            for name, picture in pictures.items():
+                self._threads[name].put(partial(self._write, self._writers[name], picture))
 
     def finish(self, frames: int) -> None:
-        """Every clip is whole. Raises what went wrong, when all threads have ended."""
-        for name, writer in self._writers.items():
-            self._waiting[name].append(self._threads[name].submit(_finish, writer, name, frames))
-        futures = [future for waiting in self._waiting.values() for future in waiting]
-        wait(futures)
-        for future in futures:
-            future.result()
+        """Completes every clip. Raises the first error after all threads have ended."""
+        with self._observe("wait for the last frames"):
+            for name, writer in self._writers.items():
+                self._threads[name].put(partial(self._finish, writer, name, frames))
+            self._opened.close()
 
     def __enter__(self) -> Self:
-        self._stack = ExitStack()
-        self._threads = {
-            name: self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix=name))
-            for name in self._writers
-        }
+        for thread in self._threads.values():
+            self._opened.enter_context(thread)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for waiting in self._waiting.values():
-            for future in waiting:
-                future.cancel()
-        self._stack.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._opened.__exit__(*error)  # type: ignore[arg-type]
+
+    def _write(self, writer: VideoWriter, picture: Callable[[], Picture]) -> None:
+        made = picture()
+        with self._observe("encode"):
+            writer.write(made)
+
+    def _finish(self, writer: VideoWriter, name: str, frames: int) -> None:
+        assert writer.frames == frames, f"{name} has {writer.frames} of {frames} frames"
+        with self._observe("finish clips"):
+            writer.finish()
 
 
-def _write(writer: ClipWriter, picture: Callable[[], Picture]) -> None:
-    writer.write(picture())
-
-
-def _finish(writer: ClipWriter, name: str, frames: int) -> None:
-    assert writer.frames == frames, f"{name} has {writer.frames} of {frames} frames"
-    writer.finish()
+def _do(work: Iterator[Work]) -> None:
+    for task in work:
+        task()

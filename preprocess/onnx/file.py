@@ -1,7 +1,7 @@
-"""What an ONNX file says of itself: its inputs, outputs and the files its weights lie in.
+"""Reads the inputs, outputs and weight files of an ONNX file, without the package `onnx` or a runtime.
 
-The protobuf is walked in place, and what is large is stepped over: a 2.5 GB network takes milliseconds, and a
-wrong file is refused before anything loads it. Neither the package `onnx` nor a runtime is needed.
+The protobuf is walked in place and large fields are skipped: a 2.5 GB network takes milliseconds, and a wrong
+file is refused before it is loaded.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Value:
-    """An input or output; a dimension that the file leaves open is None."""
+    """An input or output. An open dimension is None."""
 
     name: str
     type: int
@@ -40,11 +40,11 @@ class OnnxFile:
     path: Path
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    weight_files: tuple[Path, ...]  # beside `path`; without them the weights are in it
+    weight_files: tuple[Path, ...]  # beside `path`. Empty: the weights are in `path`
 
     @property
     def sha256(self) -> str:
-        """The hash of the file and its weights, kept on disk until one changes: 2.5 GB take seconds."""
+        """The hash of the file and its weights. Kept on disk until one changes: 2.5 GB take seconds."""
         files = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in (self.path, *self.weight_files)]
         name = hashlib.sha256(str(self.path).encode()).hexdigest()[:32]
         kept = home() / "onnx" / f"{name}.json"
@@ -63,11 +63,11 @@ class OnnxFile:
 
 
 def find_onnx(path: Path) -> Path:
-    """The file itself; of a folder its `end2end.onnx`, as the official code does, or its only .onnx file."""
+    """The file itself, or in a folder `end2end.onnx`, as in the official code, or the only .onnx file."""
     if not path.exists():
         raise WeightsError(f"There is no file {path}.", "Check the path.")
     if not path.is_dir():
-        return path.absolute()  # not resolved: in the Hugging Face cache the names beside it are links
+        return path.absolute()  # not resolved: files in the Hugging Face cache are links
     if (path / "end2end.onnx").is_file():
         return (path / "end2end.onnx").absolute()
     found = sorted(path.glob("*.onnx"))
@@ -78,7 +78,7 @@ def find_onnx(path: Path) -> Path:
 
 
 def read_onnx(path: Path) -> OnnxFile:
-    """WeightsError, in a sentence, for what is no whole ONNX file with all its weights."""
+    """Raises WeightsError unless it is a complete ONNX file with all its weights."""
     file = find_onnx(path)
     refused = WeightsError(f"{file} is not an ONNX file, or is cut short.", "Download it again.")
     if file.stat().st_size < 8:
@@ -91,7 +91,7 @@ def read_onnx(path: Path) -> OnnxFile:
             )
         try:
             inputs, outputs, external = _graph(data)
-        except (ValueError, IndexError, KeyError) as error:  # what walking damaged bytes ends in
+        except (ValueError, IndexError, KeyError) as error:  # errors of walking damaged bytes
             raise refused from error
     if not inputs or not outputs:
         raise refused
@@ -100,7 +100,7 @@ def read_onnx(path: Path) -> OnnxFile:
         if not weight_file.is_file():
             raise WeightsError(
                 f"{file.name} keeps its weights in {weight_file.name}, which is not in {weight_file.parent}.",
-                f"Put {weight_file.name} beside {file.name}, under that very name.",
+                f"Put {weight_file.name} beside {file.name}, under exactly that name.",
             )
     return OnnxFile(file, inputs, outputs, weights)
 
@@ -140,7 +140,7 @@ def _value(data: Buffer, span: Span) -> Value:
 
 
 def _fields(data: Buffer, span: Span) -> Iterator[tuple[int, Span]]:
-    """Each field's number and where its bytes are; of a whole number, itself and 0."""
+    """Each field's number and the span of its bytes. For an integer, its value and 0."""
     at, end = span
     while at < end:
         key, at = _varint(data, at)

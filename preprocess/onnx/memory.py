@@ -1,7 +1,7 @@
-"""The memory that a batch travels through: to the GPU beside what is being computed, and back.
+"""Memory for batches on their way to the GPU and back, while other batches are computed.
 
-A slot holds one batch from its sending until its results are on the host. Nobody touches its memory before
-that, so its next batch may be sent while the GPU still works on another slot's.
+A slot holds one batch from the upload until its results are on the host. Each slot has separate memory, so
+the next batch can be uploaded while the GPU computes another slot's.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +15,9 @@ from trt_wan.runtime.device.gpu import Gpu, Pinned, copy
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
-Part = tuple[int, Shape, np.dtype[Any]]  # address, shape and type of what lies on the GPU
+Part = tuple[int, Shape, np.dtype[Any]]  # address, shape and type of an array on the GPU
 
-PIECE_BYTES, PIECES = 4 << 20, 4  # of pinned memory, which takes 1 s per GB to get
+PIECE_BYTES, PIECES = 4 << 20, 4  # pinned memory: allocating takes 1 s per GB
 
 
 class Sender:
@@ -31,7 +31,7 @@ class Sender:
         source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         for start in range(0, len(source), PIECE_BYTES):
             part = source[start : start + PIECE_BYTES]
-            pinned = self._pieces.pop(0)  # the one that was used longest ago
+            pinned = self._pieces.pop(0)  # the least recently used one
             self._pieces.append(pinned)
             pinned.wait()
             pinned.bytes[: len(part)] = part
@@ -39,12 +39,12 @@ class Sender:
             pinned.used_by(self._gpu.copies)
 
     def finish(self) -> None:
-        """What is enqueued on the compute stream from here on sees what was sent."""
+        """Work enqueued on the compute stream after this call sees the uploaded arrays."""
         self._gpu.stream.wait(self._gpu.copies.record())
 
 
 class Room:
-    """Device memory that grows with what is asked for; its owner knows that nobody uses it then."""
+    """Device memory that grows on demand. It must not be in use when it grows."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
@@ -57,7 +57,7 @@ class Room:
                 self._buffer.close(self._gpu.stream)
             self._buffer, self._size = None, 0
             self._buffer, self._size = self._gpu.allocate(size), size
-            # The memory is there when the compute stream gets to this place.
+            # The allocation is ordered on the compute stream: the copy stream must wait for it.
             self._gpu.copies.wait(self._gpu.stream.record())
         return int(self._buffer.handle)
 
@@ -70,7 +70,7 @@ class Flight:
         self._results: list[Array] | None = None
 
     def wait(self) -> list[Array]:
-        """The results, in memory of their own: the slot is free afterwards."""
+        """The results as copies. The slot is free afterwards."""
         if self._results is None:
             self._done.sync()
             self._results = self._read()
@@ -78,7 +78,7 @@ class Flight:
 
 
 class Slot:
-    """`parts` are the network's input and outputs, by name."""
+    """`parts` are the shapes and types of the network's input and outputs, by name."""
 
     def __init__(self, gpu: Gpu, sender: Sender, parts: dict[str, tuple[Shape, np.dtype[Any]]]) -> None:
         self._gpu, self._sender = gpu, sender
@@ -93,7 +93,7 @@ class Slot:
         self.flight: Flight | None = None
 
     def send(self, arrays: Sequence[Array]) -> list[int]:
-        """Where each of them is on the GPU for whatever is enqueued next."""
+        """Returns the address of each array on the GPU, valid for work enqueued after this call."""
         offsets, size = laid_out({str(i): array.nbytes for i, array in enumerate(arrays)})
         start = self._sent.of(size)
         addresses = [start + offset for offset in offsets.values()]
@@ -107,11 +107,11 @@ class Slot:
         self._sender.finish()
 
     def room(self, size: int) -> int:
-        """The address of so many bytes for something that is made out of the network's outputs."""
+        """The address of `size` bytes for results made from the network's outputs."""
         return self._made.of(size)
 
     def fetch(self, parts: Sequence[Part], settle: Callable[[], None]) -> Flight:
-        """Enqueues the way back of what is enqueued so far; `settle` is called when it is there."""
+        """Enqueues the download of `parts`. `settle` is called when they have arrived."""
         sizes = {str(i): int(np.prod(shape)) * dtype.itemsize for i, (_, shape, dtype) in enumerate(parts)}
         offsets, size = laid_out(sizes)
         if self._pinned is None or len(self._pinned.bytes) < size:

@@ -1,8 +1,8 @@
 """A network from a user's ONNX file, run in batches: one picture-like input [n, 3, H, W], any outputs.
 
-It runs on TensorRT where there is a GPU, else on ONNX Runtime. A file that fixes its batch to 1 runs frame by
-frame; one that leaves it open runs `batch` frames at once. What the numbers mean is known to detect.py and
-pose.py only.
+It runs on TensorRT on a machine with a GPU, else on ONNX Runtime. A file with a fixed batch of 1 runs frame
+by frame, a file with an open batch runs `batch` frames at once. Only detect.py and pose.py know the meaning
+of the numbers.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,10 +28,10 @@ TYPES: dict[int, np.dtype[Any]] = {FLOAT: np.dtype(np.float32), HALF: np.dtype(n
 
 
 class OnnxNet:
-    """`frame` is [3, H, W] of one frame, for files that leave it open; dimensions that a file fixes win.
+    """`frame` is the input [3, H, W] of one frame for open dimensions. Dimensions fixed by the file win.
 
-    `reason` says what it runs on and why; `engine` is there if that is TensorRT, for those who have the GPU
-    make the input and read the output. Raises WeightsError for a file that is no such network.
+    `reason` names the runtime and why it was chosen. `engine` is set on TensorRT, for callers that make the
+    input and read the output on the GPU. Raises WeightsError for other networks.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class OnnxNet:
 
     @property
     def output_shapes(self) -> tuple[tuple[int | None, ...], ...]:
-        """As the file declares them; None where it does not."""
+        """As declared by the file. None for open dimensions."""
         return tuple(value.shape for value in self.file.outputs)
 
     def run(self, frames: Array) -> list[Array]:
-        """Outputs for any number of frames, in one array each."""
+        """Outputs for any number of frames, each as one array."""
         pieces = [frames[i : i + self.batch] for i in range(0, len(frames), self.batch)]
         results = list(self.stream(pieces))
         return [np.concatenate(parts) for parts in zip(*results, strict=True)]
@@ -67,7 +67,7 @@ class OnnxNet:
     def stream(self, batches: Iterable[Array]) -> Iterator[list[Array]]:
         """Outputs of each batch of at most `batch` frames, in order, as float32.
 
-        On a GPU the next batch is asked for while one is computed.
+        On a GPU the next batch is read while one is computed.
         """
         counts: list[int] = []
 
@@ -100,7 +100,7 @@ class SessionRunner:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.log_severity_level = 4  # a provider that cannot be loaded is said in `provider`
+        options.log_severity_level = 4  # `provider` shows if a provider could not be loaded
         cuda = "CUDAExecutionProvider" in ort.get_available_providers() and _has_cuda_device()
         providers = [*(("CUDAExecutionProvider",) if cuda else ()), "CPUExecutionProvider"]
         try:
@@ -164,7 +164,7 @@ def _open(
 
 @cache
 def _gpu() -> tuple[Any, Flavour]:
-    """The GPU and its TensorRT: one for all networks of a process, as each `Gpu` compiles its kernels."""
+    """The GPU and its TensorRT, shared by all networks of a process: each `Gpu` compiles its kernels."""
     from trt_wan.runtime.device.gpu import Gpu
 
     gpu = Gpu()
@@ -176,6 +176,6 @@ def _has_cuda_device() -> bool:
         from cuda.bindings import runtime
 
         error, count = runtime.cudaGetDeviceCount()
-    except Exception:  # without a driver cuda.bindings raises whatever the loader did
+    except Exception:  # without a driver cuda.bindings passes on any error of the loader
         return False
     return not error and count > 0

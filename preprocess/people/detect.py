@@ -1,8 +1,8 @@
 """Finds persons with YOLOv10m (or another COCO detector of its contract), in batches.
 
-The network sees the whole frame stretched to its input size, RGB in 0..1. It gives either [n, 300, 6] rows
-of x0, y0, x1, y1, score, class, or [n, 84, 8400] with x, y, width, height and 80 class scores per column,
-both in pixels of its input (preprocess_spec.md A1.2).
+The network sees the whole frame stretched to its input size, RGB in 0..1. Its output is either [n, 300, 6]
+with rows of x0, y0, x1, y1, score, class, or [n, 84, 8400] with columns of x, y, width, height and 80 class
+scores, both in pixels of its input (preprocess_spec.md A1.2).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from trt_wan.errors import WeightsError
 from trt_wan.preprocess.onnx.net import Executor, OnnxNet
+from trt_wan.preprocess.people.gpu import batches
 from trt_wan.preprocess.people.person import Box, iou
 from trt_wan.runtime.events import Progress, silent
 from trt_wan.runtime.video.reader import Picture
@@ -25,34 +26,32 @@ Array = NDArray[Any]
 FRAME = (3, 640, 640)
 PERSON = 0  # COCO's first class
 LEAST_SCORE = 0.05
-MOST_OVERLAP = 0.5  # IoU beyond which the lesser of two boxes goes
-LEAST_SIDE = 10  # pixels; the official code takes the whole frame for anything smaller
+MOST_OVERLAP = 0.5  # IoU. Of two boxes that overlap more, the lesser is dropped
+LEAST_SIDE = 10  # pixels. For a smaller box the official code uses the whole frame
 
 
 class Detector:
-    """`official`: a box of any class removes a lesser person's box that it overlaps; else only persons do."""
+    """`official`: boxes of all classes remove lesser persons that they overlap. Otherwise only persons do."""
 
     def __init__(self, net: OnnxNet, official: bool = False) -> None:
         _require_detector(net.path.name, net.output_shapes[0])
         self.net, self.official = net, official
         if net.engine is not None:
-            from trt_wan.preprocess.people.gpu import batches as people
-
-            people.prepare(net.engine)
+            batches.prepare(net.engine)
 
     def detect(self, frames: Sequence[Picture]) -> list[list[Box]]:
-        """The persons of each frame, the best score first, in whole pixels of the frame."""
+        """The persons in each frame, best score first, in whole pixels of the frame."""
         return self.detecting(frames)()
 
     def detecting(self, frames: Sequence[Picture]) -> Callable[[], list[list[Box]]]:
-        """A function that gives what `detect` does. On a GPU the work begins here, else in the function."""
+        """Returns a function with the result of `detect`. On a GPU the work begins here, else in the
+        function.
+        """
         if self.net.engine is None:
             return partial(self._detect_on_host, frames)
-        from trt_wan.preprocess.people.gpu import batches as people
-
         flights = [
-            (people.detect(self.net.engine, piece), [frame.shape for frame in piece])
-            for piece in people.pieces(frames, self.net.batch)
+            (batches.detect(self.net.engine, piece), [frame.shape for frame in piece])
+            for piece in batches.pieces(frames, self.net.batch)
         ]
 
         def wait() -> list[list[Box]]:
@@ -114,7 +113,7 @@ def open_detector(
 
 
 def rows(output: Array) -> Array:
-    """Either form of the network's output for one frame as rows of x0, y0, x1, y1, score, class."""
+    """Either form of output, for one frame, as rows of x0, y0, x1, y1, score, class."""
     if output.shape[-1] == 6:
         return output
     centre, size, scores = output[:2].T, output[2:4].T, output[4:].T
@@ -124,7 +123,7 @@ def rows(output: Array) -> Array:
 
 
 def without_overlaps(boxes: Sequence[Box]) -> list[int]:
-    """Numbers of the boxes that no better one overlaps; `boxes` are sorted, the best first."""
+    """Indices of the boxes that no better box overlaps. `boxes` must be sorted, best first."""
     kept: list[int] = []
     for i, box in enumerate(boxes):
         if all(iou(box, boxes[k]) <= MOST_OVERLAP for k in kept):
@@ -133,10 +132,10 @@ def without_overlaps(boxes: Sequence[Box]) -> list[int]:
 
 
 def official_person(boxes: Sequence[Box], width: int, height: int) -> Box:
-    """What the official code follows: each frame's largest person by itself, or the whole frame, score -1.
+    """The official choice: the largest person of each frame alone, or the whole frame with score -1.
 
-    A box is passed over if its longer side is under 0.4 of the longest; that length is the last pick's
-    afterwards.
+    A box is skipped if its longer side is below 0.4 of the longest side. After a pick, the longest side is
+    the pick's.
     """
     picked: Box | None = None
     longest = max((max(box.width, box.height) for box in boxes), default=0.0)

@@ -1,5 +1,6 @@
-"""Joints that are missing or doubtful for a few frames are put between their neighbours in time; those that
-are missing for longer are dropped. Nothing is ever invented before the first or after the last sight of one.
+"""Interpolates joints that are missing or doubtful for a few frames, and drops those missing for longer.
+
+Nothing is added before the first or after the last sight of a joint.
 """
 
 from collections.abc import Sequence
@@ -9,16 +10,16 @@ from numpy.typing import NDArray
 
 from trt_wan.preprocess.people.person import JOINTS, Box, PersonFrame
 
-SURE = 0.5  # what the drawing shows, as in the official code
-KNOWN = 0.3  # below it a joint is a guess, and goes
+SURE = 0.5  # least score that is drawn, as in the official code
+KNOWN = 0.3  # joints of a lower score are dropped
 
 
 def fill_gaps(frames: Sequence[PersonFrame], max_gap: int) -> list[PersonFrame]:
-    """`max_gap` is the most frames in a row that are filled.
+    """Fills gaps of at most `max_gap` frames.
 
-    A joint of a score below SURE is interpolated between the sure sights around it, with the lesser of their
-    scores; where those are too far apart it stays if it is known at all, else its score is 0. A frame without
-    the person gets box and joints the same way, and stays empty where the person was away for longer.
+    A joint with a score below SURE is interpolated between the sure sights around it, and gets the lower of
+    their scores. In longer gaps it stays as it is if its score reaches KNOWN, else its score becomes 0.
+    Frames without the person get box and joints in the same way, and stay empty in longer gaps.
     """
     if not frames:
         return []
@@ -35,7 +36,7 @@ def fill_gaps(frames: Sequence[PersonFrame], max_gap: int) -> list[PersonFrame]:
     boxed = np.array([frame.box is not None for frame in frames])
     sure = np.isfinite(joints).all(2) & (joints[..., 2] >= SURE)
     joints, filled = _interpolated(joints, sure, max_gap)
-    joints[~(joints[..., 2] >= KNOWN)] = 0  # written so that what is not a number goes as well
+    joints[~(joints[..., 2] >= KNOWN)] = 0  # this form also drops NaN
     boxes, box_filled = _interpolated(boxes, boxed[:, None], max_gap)
     result = []
     for i in range(len(frames)):
@@ -48,7 +49,9 @@ def fill_gaps(frames: Sequence[PersonFrame], max_gap: int) -> list[PersonFrame]:
 def _interpolated(
     values: NDArray[np.float32], sure: NDArray[np.bool_], max_gap: int
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """`values` [frames, things, coordinates and score] with short gaps filled, and where [frames, things]."""
+    """`values` [frames, things, coordinates and score] with short gaps filled, and the filled places as bool
+    [frames, things].
+    """
     values, filled = values.copy(), np.zeros(sure.shape, bool)
     for thing in range(sure.shape[1]):
         seen = np.flatnonzero(sure[:, thing])

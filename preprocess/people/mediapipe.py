@@ -1,8 +1,8 @@
-"""The fallback where the user has no ONNX files: MediaPipe's bundled models (Apache-2.0, extra `mediapipe`).
+"""The fallback for users without ONNX files: MediaPipe's bundled models (Apache-2.0, extra `mediapipe`).
 
-One person, whom MediaPipe finds and tracks by itself: body, face and hands, and the person's outline. Its 33
-body joints, 468 face points and 21 points per hand become the 133 joints of people.py. Nothing is downloaded:
-the models lie in the package 0.10.14, as they do not in recent ones (1.2.2).
+MediaPipe finds and tracks one person: body, face and hands, and the person's outline. Its 33 body joints, 468
+face points and 21 points per hand become the 133 joints of person.py. Nothing is downloaded: the package
+0.10.14 contains the models, which recent packages (1.2.2) do not.
 """
 
 import os
@@ -32,13 +32,13 @@ from trt_wan.runtime.video.reader import Picture
 Mask = NDArray[np.bool_]
 
 INSTALL = "Run: pip install 'trt-wan[mediapipe]' (Python up to 3.12)"
-SURE = 0.5  # of the mask, and of a joint that the box is drawn around
+SURE = 0.5  # least value of the mask, and least score of a joint inside the box
 
-# Of our 0-22: MediaPipe's body joints. It has one point for the toes, which stands for both of ours.
+# MediaPipe's body joint for each of the joints 0-22. Its one toe point stands for both toes.
 BODY_POINTS = (0, 2, 5, 7, 8, 11, 12, 13, 14, 15, 16, 23, 24, 25, 26, 27, 28, 31, 31, 29, 32, 32, 30)
 
-# Of the 68 points of our face, in order (jaw, brows, nose, eyes, lips, each from the picture's left):
-# points of MediaPipe's face mesh.
+# The point of MediaPipe's face mesh for each of our 68 face points, in order (jaw, brows, nose, eyes, lips,
+# each from the picture's left).
 FACE_POINTS = (
     *(162, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 389),
     *(71, 63, 105, 66, 107, 336, 296, 334, 293, 301),
@@ -64,7 +64,7 @@ class MediapipePeople:
             self._graph.close()
 
     def frames(self, pictures: Iterable[Picture]) -> Iterator[tuple[PersonFrame, Mask | None]]:
-        """The person and the person's outline [H, W] in each frame, in order; nobody has no outline."""
+        """The person and the outline [H, W] in each frame, in order. The outline is None without a person."""
         for picture in pictures:
             height, width = picture.shape[:2]
             found = self._found(np.ascontiguousarray(picture))
@@ -89,8 +89,8 @@ class MediapipePeople:
 
 
 def keypoints_of(found: Any, width: int, height: int) -> Keypoints | None:
-    """Of what MediaPipe's "holistic" solution gives, in pixels. A body joint's score is its visibility; face
-    and hands, which have none, score 1 where they are found.
+    """The result of MediaPipe's "holistic" solution as keypoints in pixels. A body joint's score is its
+    visibility. Face and hands have no visibility and score 1 if they are found.
     """
     if found.pose_landmarks is None:
         return None
@@ -114,8 +114,8 @@ def _places(landmarks: Sequence[Any], points: Iterable[int]) -> list[tuple[float
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Hides what MediaPipe's threads write to stderr while its models load, in C++, past every setting of its
-    own (0.10.14).
+    """Hides the output of MediaPipe's C++ threads to stderr while its models load. None of its settings stops
+    it (0.10.14).
     """
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -134,8 +134,6 @@ def _mediapipe() -> ModuleType:
     except ImportError as error:
         raise EnvironmentBroken(f"MediaPipe cannot be used here ({error}).", INSTALL) from error
     if not hasattr(mediapipe, "solutions"):
-        raise EnvironmentBroken(
-            f"MediaPipe {mediapipe.__version__} has no models of its own any more.", INSTALL
-        )
+        raise EnvironmentBroken(f"MediaPipe {mediapipe.__version__} no longer contains models.", INSTALL)
     module: ModuleType = mediapipe
     return module

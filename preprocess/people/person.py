@@ -1,7 +1,7 @@
 """The followed person in one frame: a box and 133 joints.
 
 Joints are COCO-WholeBody's: 0-16 body, 17-22 feet, 23-90 face, 91-111 left hand, 112-132 right hand.
-Coordinates are pixels of the frame, x right, y down; scores are 0 to about 1.
+Coordinates are pixels of the frame, x right, y down. Scores are 0 to about 1.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ JOINTS = 133
 BODY, FEET, FACE = slice(0, 17), slice(17, 23), slice(23, 91)
 LEFT_HAND, RIGHT_HAND = slice(91, 112), slice(112, 133)
 
-Keypoints = NDArray[np.float32]  # [133, 3]: x, y, score; a joint that is not known has score 0
+Keypoints = NDArray[np.float32]  # [133, 3]: x, y, score. An unknown joint has score 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ NOBODY = PersonFrame(None, None)
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union; 0 for boxes without area."""
+    """Intersection over union, 0 for boxes without area."""
     width = min(a.x1, b.x1) - max(a.x0, b.x0)
     height = min(a.y1, b.y1) - max(a.y0, b.y0)
     if width <= 0 or height <= 0:
@@ -65,7 +65,7 @@ def iou(a: Box, b: Box) -> float:
 
 
 def box_of_joints(keypoints: Keypoints, least_score: float) -> Box | None:
-    """Around the joints of at least that score, with their mean score; None if there are fewer than two."""
+    """The box around joints of at least that score, with their mean score. None for fewer than two joints."""
     sure = keypoints[keypoints[:, 2] >= least_score]
     if len(sure) < 2:
         return None

@@ -1,59 +1,37 @@
-"""Who is who from frame to frame: every person in the picture is tracked, one of them is followed.
+"""Tracks every person from frame to frame and follows one of them. Works on boxes, not on pictures.
 
-A person is expected where the last steps lead, and all boxes are given to all persons at once, so that two
-who cross keep their identities. Somebody who is covered or leaves is None for those frames, never another
-person. Who comes back after that is taken for a person who is missing, and `events` says so: by boxes alone
-it cannot be known. Nothing here sees pictures.
+A person is expected where the last steps lead, and all boxes are assigned to all persons at once, so that two
+who cross keep their identities. A person who is covered or leaves is None for those frames, never another
+person. A person who appears after that is assumed to be a missing one. Boxes alone cannot prove it, so
+`events` reports it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.errors import UsageError
-from trt_wan.preprocess.people.person import Box, Keypoints, iou
+from trt_wan.preprocess.people.assignment import UNMATCHED, assign
+from trt_wan.preprocess.people.choice import LARGEST, Person, PersonChoice, chosen, listed, people_in
+from trt_wan.preprocess.people.person import Box, iou
 
-SURE = 0.25  # the score from which a box is a person; lesser ones only continue a track
-PATIENCE = 5  # frames in a row with lesser boxes only, after which they are believed as well
-COAST = 25  # frames that a person goes on unseen, or hidden behind another, at the last speed
-# How much of the speed is the last step's. More follows the noise of the boxes: in 80 slow crossings with
-# 5 px of it, 0.12 confuses 3 pairs and 0.3 confuses 17. Less is too slow to learn a fast walk.
+SURE = 0.25  # least score of a new person. Lower scores only continue a track
+PATIENCE = 5  # frames in a row with lesser boxes only, after which they count as sure
+COAST = 25  # frames for which an unseen or hidden person moves on at the last speed
+# Weight of the last step in the speed. A higher weight follows the noise of the boxes: in 80 slow crossings
+# with 5 px of noise, 0.12 confuses 3 pairs and 0.3 confuses 17. A lower weight learns a fast walk too slowly.
 SMOOTHING = 0.12
-REACH, REACH_PER_FRAME = 0.4, 0.03  # how far from the expected place, in diagonals of the box
-SIZE_CHANGE = 1.8  # of the height, between one sighting and the next
+REACH, REACH_PER_FRAME = 0.4, 0.03  # distance from the expected place, in diagonals of the box
+SIZE_CHANGE = 1.8  # ratio of heights from one sighting to the next
 SIZE_CHANGE_AWAY = 2.5  # between leaving and coming back
-SURE_JOINT = 0.3
-JOINT_WEIGHT = 5.0  # two people differ by a tenth of a diagonal, one by little from frame to frame
-UNMATCHED = 1e6
-
-
-@dataclass(frozen=True)
-class PersonChoice:
-    """Whom to follow, as seen in the first frame where anybody is; at most one of them. None: the largest."""
-
-    number: int | None = None  # from 1, from left to right
-    point: tuple[float, float] | None = None
-    box: Box | None = None
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("number", "point", "box") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise UsageError(f"The person is chosen twice, by {' and '.join(given)}.", "Use one of them.")
-
-
-@dataclass(frozen=True)
-class Person:
-    number: int
-    box: Box
 
 
 @dataclass(frozen=True)
 class TrackEvent:
-    """`back`: who came into the picture while the followed person was missing is taken for that person.
-    `cut`: everybody was gone at once and others were there, as at a cut; the largest of them is followed.
+    """`back`: a person who appeared while the followed person was missing is taken for that person.
+    `cut`: all people were replaced by others at once, as at a cut, and the largest of them is followed.
     """
 
     frame: int
@@ -62,9 +40,8 @@ class TrackEvent:
 
 @dataclass(eq=False)
 class _Track:
-    box: Box  # the last that was learnt from
+    box: Box  # the last box that updated the track
     born: int  # the frame in which it was first seen
-    keypoints: Keypoints | None = None
     shown: Box | None = None  # in this frame
     speed: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     offset: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))  # walked since `box`
@@ -81,17 +58,17 @@ class _Track:
         b = self.box
         return Box(b.x0 + dx, b.y0 + dy, b.x1 + dx, b.y1 + dy, b.score)
 
-    def see(self, box: Box, keypoints: Keypoints | None) -> None:
+    def see(self, box: Box) -> None:
         step = (np.array(box.centre) - self.box.centre) / (self.missed + self.hidden + 1)
         elsewhere = self.missed > COAST or _distance(self.box, box) > 1  # came back, or a cut
         self.speed = np.zeros(2) if elsewhere else (1 - SMOOTHING) * self.speed + SMOOTHING * step
         self.box = self.shown = box
-        self.keypoints, self.missed, self.hidden = keypoints, 0, 0
+        self.missed = self.hidden = 0
         self.sightings += 1
         self.offset = np.zeros(2)
 
     def hide(self, box: Box) -> None:
-        """Seen, but not learnt from: the box is that of whoever is in front, and its speed is theirs."""
+        """Seen without an update: box and speed belong to the person in front."""
         self.shown, self.missed = box, 0
         self.hidden += 1
         self.offset = self.offset + self.speed
@@ -106,10 +83,10 @@ class _Track:
 class Tracker:
     """`follow` is called once per frame, in order."""
 
-    def __init__(self, choice: PersonChoice = PersonChoice()) -> None:
+    def __init__(self, choice: PersonChoice = LARGEST) -> None:
         self.choice = choice
-        self.people: list[Person] = []  # of the frame in which the choice was made
-        self.followed: int | None = None  # which of them
+        self.people: list[Person] = []  # in the frame in which the choice was made
+        self.followed: int | None = None  # number of one of them
         self.first_frame: int | None = None
         self.events: list[TrackEvent] = []
         self._tracks: list[_Track] = []
@@ -117,9 +94,9 @@ class Tracker:
         self._frame = -1
         self._doubtful = 0
 
-    def follow(self, boxes: Sequence[Box], poses: Sequence[Keypoints] | None = None) -> Box | None:
-        """The followed person's box, or None where that person is not seen. `poses` are the boxes' joints,
-        if they are known for everybody. UsageError if the chosen person is not there to begin with.
+    def follow(self, boxes: Sequence[Box]) -> Box | None:
+        """The followed person's box, or None if that person is not seen. Raises UsageError if the chosen
+        person is not in the first frame with people.
         """
         self._frame += 1
         sure = [box.score >= SURE for box in boxes]
@@ -127,31 +104,29 @@ class Tracker:
         if self._doubtful > PATIENCE:
             sure = [True] * len(boxes)
         if self._mine is None:
-            return self._begin(boxes, sure, poses)
+            return self._begin(boxes, sure)
         before = self._mine.shown
-        self._update(boxes, sure, poses)
+        self._update(boxes, sure)
         if before is not None and self._mine.shown is None:
             self.events.append(TrackEvent(self._frame, "lost"))
         return self._mine.shown
 
     def several_people(self) -> str | None:
-        """A sentence for the user where there was a choice and none was made."""
-        if len(self.people) < 2 or self.choice != PersonChoice():
+        """A sentence for the user if there were several people and no choice."""
+        if len(self.people) < 2 or self.choice != LARGEST:
             return None
         return (
-            f"{len(self.people)} people are in frame {self.first_frame} ({_list(self.people)}); person "
+            f"{len(self.people)} people are in frame {self.first_frame} ({listed(self.people)}); person "
             f"{self.followed}, the largest, is followed. Choose with --person N, --point x,y or --box."
         )
 
-    def _begin(
-        self, boxes: Sequence[Box], sure: Sequence[bool], poses: Sequence[Keypoints] | None
-    ) -> Box | None:
+    def _begin(self, boxes: Sequence[Box], sure: Sequence[bool]) -> Box | None:
         seen = [i for i in range(len(boxes)) if sure[i]]
         if not seen and self.choice.box is None:
             return None
         self.people, self.first_frame = people_in([[boxes[i] for i in seen]]), self._frame
-        mine = _chosen(self.choice, self.people, boxes, self._frame)
-        self._tracks = [_Track(boxes[i], 0, poses[i] if poses is not None else None) for i in seen]
+        mine = chosen(self.choice, self.people, boxes, self._frame)
+        self._tracks = [_Track(boxes[i], 0) for i in seen]
         self._mine = next((track for track in self._tracks if track.box == mine), None)
         if self._mine is None:
             self._mine = _Track(mine, 0)
@@ -159,17 +134,14 @@ class Tracker:
         self.followed = next((person.number for person in self.people if person.box == mine), None)
         return mine
 
-    def _update(self, boxes: Sequence[Box], sure: Sequence[bool], poses: Sequence[Keypoints] | None) -> None:
-        """Sure boxes go to whom they fit, then lesser ones, then sure ones to those who are long gone."""
+    def _update(self, boxes: Sequence[Box], sure: Sequence[bool]) -> None:
+        """Assigns sure boxes to fitting tracks, then lesser boxes, then sure boxes to tracks long gone."""
         free = list(range(len(boxes)))
         waiting = list(self._tracks)
         pairs: list[tuple[_Track, int]] = []
         for usable, cost in ((True, _cost), (False, _cost), (True, _cost_of_return)):
             candidates = [i for i in free if sure[i] == usable]
-            costs = [
-                [cost(track, boxes[i], poses[i] if poses is not None else None) for i in candidates]
-                for track in waiting
-            ]
+            costs = [[cost(track, boxes[i]) for i in candidates] for track in waiting]
             found = [(waiting[row], candidates[column]) for row, column in assign(np.array(costs))]
             pairs += found
             free = [i for i in free if i not in [i for _, i in found]]
@@ -187,77 +159,32 @@ class Tracker:
             if _stands_for_two(track, boxes[i], waiting):
                 track.hide(boxes[i])
             else:
-                track.see(boxes[i], poses[i] if poses is not None else None)
+                track.see(boxes[i])
         for track in waiting:
             track.miss()
         self._tracks = [track for track in self._tracks if track is self._mine or not _was_nobody(track)]
-        self._tracks += [
-            _Track(boxes[i], self._frame, poses[i] if poses is not None else None) for i in free if sure[i]
-        ]
+        self._tracks += [_Track(boxes[i], self._frame) for i in free if sure[i]]
         self._inherit()
 
     def _is_cut(self, unseen: Sequence[_Track]) -> bool:
-        """Whether all who were in the last frame, the followed person among them, are gone."""
+        """Whether all people of the last frame are gone, the followed one included."""
         last = [track for track in self._tracks if track.shown is not None]
         return self._mine in last and all(track in unseen for track in last)
 
     def _inherit(self) -> None:
-        """Whoever came since the followed person was lost, and is still there long after, is that person:
-        somebody who moved too fast to be recognised, or behind whom nobody was.
+        """A person who appeared since the followed one was lost, and is still seen long after, is taken for
+        that one: a person who moved too fast to be recognised, for example.
         """
         mine = self._mine
         if mine is None or mine.missed <= 2 * COAST:
             return
         since = self._frame - mine.missed
         heirs = [t for t in self._tracks if t.shown is not None and t.born > since and t is not mine]
-        costs = [_cost_of_return(mine, heir.box, None) for heir in heirs]
+        costs = [_cost_of_return(mine, heir.box) for heir in heirs]
         if costs and min(costs) < UNMATCHED:
             self._mine = heirs[costs.index(min(costs))]
             self._tracks.remove(mine)
             self.events.append(TrackEvent(self._frame, "back"))
-
-
-def people_in(frames: Sequence[Sequence[Box]]) -> list[Person]:
-    """Those in the first of the frames where anybody is, numbered from left to right."""
-    first = next((boxes for boxes in frames if boxes), [])
-    ordered = sorted(first, key=lambda box: box.centre[0])
-    return [Person(number, box) for number, box in enumerate(ordered, 1)]
-
-
-def assign(costs: NDArray[Any]) -> list[tuple[int, int]]:
-    """Pairs of row and column with the least sum of costs, each used at most once; none of UNMATCHED or more.
-
-    Kuhn's method with potentials, by shortest augmenting paths, O(rows² columns).
-    """
-    if costs.size == 0:
-        return []
-    if costs.shape[0] > costs.shape[1]:
-        return [(row, column) for column, row in assign(costs.T)]
-    rows, columns = costs.shape
-    of_row, of_column = np.zeros(rows + 1), np.zeros(columns + 1)
-    owner = np.zeros(columns + 1, int)  # of a column, from 1; column 0 stands for the row that is placed
-    for row in range(1, rows + 1):
-        owner[0], column = row, 0
-        least, previous = np.full(columns + 1, np.inf), np.zeros(columns + 1, int)
-        used = np.zeros(columns + 1, bool)
-        while owner[column]:
-            used[column] = True
-            reduced = costs[owner[column] - 1] - of_row[owner[column]] - of_column[1:]
-            better = ~used[1:] & (reduced < least[1:])
-            least[1:][better], previous[1:][better] = reduced[better], column
-            open_columns = np.where(used, np.inf, least)
-            open_columns[0] = np.inf
-            following = int(open_columns.argmin())
-            step = open_columns[following]
-            of_row[owner[used]] += step
-            of_column[used] -= step
-            least[~used] -= step
-            column = following
-        while column:
-            owner[column] = owner[previous[column]]
-            column = int(previous[column])
-    pairs = [(int(owner[c]) - 1, c - 1) for c in range(1, columns + 1) if owner[c]]
-    return sorted((row, column) for row, column in pairs if costs[row, column] < UNMATCHED)
 
 
 def _stands_for_two(track: _Track, box: Box, unseen: Sequence[_Track]) -> bool:
@@ -266,12 +193,12 @@ def _stands_for_two(track: _Track, box: Box, unseen: Sequence[_Track]) -> bool:
 
 
 def _was_nobody(track: _Track) -> bool:
-    """A detector's fancy: too short to wait for its return."""
+    """A false detection: too few sightings to wait for its return."""
     return track.missed > COAST and track.sightings < PATIENCE
 
 
-def _cost(track: _Track, box: Box, keypoints: Keypoints | None) -> float:
-    """Of `box` being `track` one sighting later: place, size, overlap and, if there are any, joints."""
+def _cost(track: _Track, box: Box) -> float:
+    """The cost of taking `box` for the next sighting of `track`: place, size and overlap."""
     expected = track.expected
     distance = _distance(expected, box)
     change = abs(np.log(max(box.height, 1.0) / max(expected.height, 1.0)))
@@ -279,16 +206,11 @@ def _cost(track: _Track, box: Box, keypoints: Keypoints | None) -> float:
         return UNMATCHED
     if distance > REACH + REACH_PER_FRAME * track.missed:
         return UNMATCHED
-    cost = distance + 0.5 * change + 1 - iou(expected, box)
-    if track.keypoints is not None and keypoints is not None:
-        cost += JOINT_WEIGHT * _joint_distance(
-            track.keypoints, keypoints, np.array(expected.centre) - track.box.centre, box
-        )
-    return float(cost)
+    return float(distance + 0.5 * change + 1 - iou(expected, box))
 
 
-def _cost_of_return(track: _Track, box: Box, keypoints: Keypoints | None) -> float:
-    """Of `box` being somebody who was away for long: anywhere, of about the same size."""
+def _cost_of_return(track: _Track, box: Box) -> float:
+    """The cost of taking `box` for a person long away: at any place, of about the same size."""
     change = abs(np.log(max(box.height, 1.0) / max(track.box.height, 1.0)))
     if track.missed <= COAST or change > np.log(SIZE_CHANGE_AWAY):
         return UNMATCHED
@@ -296,46 +218,5 @@ def _cost_of_return(track: _Track, box: Box, keypoints: Keypoints | None) -> flo
 
 
 def _distance(a: Box, b: Box) -> float:
-    """Between the centres, in diagonals of `a`."""
+    """The distance of the centres, in diagonals of `a`."""
     return float(np.hypot(*np.subtract(a.centre, b.centre)) / max(np.hypot(a.width, a.height), 1.0))
-
-
-def _joint_distance(before: Keypoints, now: Keypoints, moved: NDArray[np.float64], box: Box) -> float:
-    """The mean distance of joints that are sure in both, in diagonals of the box; 0 if there are none."""
-    both = (before[:, 2] >= SURE_JOINT) & (now[:, 2] >= SURE_JOINT)
-    if not both.any():
-        return 0.0
-    apart = now[both, :2] - before[both, :2] - moved
-    return float(np.hypot(*apart.T).mean() / max(np.hypot(box.width, box.height), 1.0))
-
-
-def _chosen(choice: PersonChoice, people: Sequence[Person], boxes: Sequence[Box], frame: int) -> Box:
-    if choice.number is not None:
-        if not 1 <= choice.number <= len(people):
-            count = "is one person" if len(people) == 1 else f"are {len(people)} people"
-            raise UsageError(
-                f"There {count} in frame {frame}, and person {choice.number} was asked for.",
-                f"They are numbered from left to right: {_list(people)}.",
-            )
-        return people[choice.number - 1].box
-    if choice.point is not None:
-        x, y = choice.point
-        there = [box for box in boxes if box.contains(x, y)]
-        if not there:
-            raise UsageError(
-                f"Nobody is at {x:g},{y:g} in frame {frame}.", f"The people there: {_list(people)}."
-            )
-        return min(there, key=lambda box: box.area)
-    if choice.box is not None:
-        overlaps = [(iou(box, choice.box), box) for box in boxes]
-        overlap, best = max(overlaps, key=lambda pair: pair[0], default=(0.0, choice.box))
-        return best if overlap >= 0.3 else choice.box
-    return max(people, key=lambda person: person.box.area).box
-
-
-def _list(people: Sequence[Person]) -> str:
-    """1 at 40,60 (120x300), …"""
-    places = (
-        f"{p.number} at {p.box.x0:.0f},{p.box.y0:.0f} ({p.box.width:.0f}x{p.box.height:.0f})" for p in people
-    )
-    return ", ".join(places) or "nobody"

@@ -1,7 +1,7 @@
-"""The pose picture: a person's skeleton on black, drawn as the model was taught it.
+"""The pose picture: a person's skeleton on black, drawn as in the model's training.
 
-Which pixels, in which colours and in which order is given by Wan2.2's preprocessing; nothing here is a matter
-of taste. Points of the face are not drawn: the model gets the face as a clip of its own.
+Pixels, colours and order are exactly those of Wan2.2's preprocessing. Face points are not drawn: the model
+gets the face as a separate clip.
 """
 
 import colorsys
@@ -35,7 +35,7 @@ Joint = tuple[float, float] | None  # None: not drawn
 def draw_skeleton(
     skeleton: Skeleton, width: int, height: int, *, hands: bool = True, head: bool = True
 ) -> Picture:
-    """uint8 RGB [height, width, 3]; the skeleton's pixels are the picture's."""
+    """uint8 RGB [height, width, 3]. The skeleton is in pixels of this picture."""
     canvas = np.zeros((height, width, 3), np.uint8)
     body_stick = max(int(min(height, width) / 200) - 1, 1)
     joints = _visible(skeleton.body)
@@ -70,7 +70,7 @@ def _draw_body(canvas: Picture, joints: list[Joint], stick: int) -> None:
 
 
 def _draw_hand(canvas: Picture, joints: list[Joint], stick: int) -> None:
-    # A hand's joint at 0 or below is not drawn, unlike the body's.
+    # Unlike a body joint, a hand joint at 0 or below is not drawn.
     pixels = [
         None if joint is None or int(joint[0]) <= 0 or int(joint[1]) <= 0 else (int(joint[0]), int(joint[1]))
         for joint in joints

@@ -1,11 +1,11 @@
-"""Crops the driving person's face: one picture of 512x512 per frame, whatever happens to the face.
+"""Crops the driving person's face: one picture of 512x512 for every frame.
 
-The box is Wan2.2's: around the 68 points of the face, 1.3 times its area, more room above than below; the
-crop is stretched to a square. Wan2.2 crops whatever the pose network says and stops with an error where that
-is nothing. Here a face must be seen, boxes are smoothed over time, and a face that is away is held, then
-faded to black, which the model takes as no expression.
+The box is Wan2.2's: around the 68 points of the face, 1.3 times their area, with more room above than below.
+The crop is stretched to a square. Wan2.2 crops at any points of the pose network and stops with an error if
+the box is empty. Here a face must be seen, boxes are smoothed over time, and a missing face is held, then
+faded to black, which means no expression to the model.
 
-Boxes are x0, y0, x1, y1 in pixels; the last ones are outside.
+Boxes are x0, y0, x1, y1 in pixels. x1 and y1 are outside.
 """
 
 import math
@@ -23,29 +23,27 @@ from trt_wan.runtime.video.reader import Picture
 SIDE = 512  # px
 Compat = Literal["official", "kijai"] | None
 PixelBox = tuple[int, int, int, int]
-Boxes = NDArray[np.float64]  # [n, 4]; NaN where there is no face
+Boxes = NDArray[np.float64]  # [n, 4], NaN without a face
 
-AREA = 1.3  # of the box against the points' own
-SURE = 0.3  # the score from which a point counts
-ENOUGH = 17  # points of 68: half of those that a profile shows
-SMALLEST = 8  # px: less than this, 64 times enlarged, is no face
-ALIKE = 0.1  # of the face's size: how far a box may be from the middle of its neighbours and still be jitter
+AREA = 1.3  # ratio of the box to the area of the points
+SURE = 0.3  # least score of a point that counts
+ENOUGH = 17  # points of 68: half of the points in a profile
+SMALLEST = 8  # px: a smaller face would be enlarged more than 64 times
+ALIKE = 0.1  # times the face's size: distance of a box from its neighbours' middle that is still jitter
 
 
 def face_box(skeleton: Skeleton, compat: Compat = None) -> PixelBox | None:
-    """The box to crop, inside the picture; None where no face is to be seen.
+    """The box to crop, inside the picture. None if no face is seen.
 
-    `official` takes all points whatever their scores; `kijai` does too, and where that gives no box takes one
-    at the top in the middle.
+    `official` uses points of any score. So does `kijai`, which uses a box at the top centre if there is none.
     """
     return _pixels(_box(skeleton, compat), skeleton, compat, padding=0)
 
 
 @dataclass(frozen=True)
 class FaceCropper:
-    """`smoothing`: frames on each side that a box is smoothed with, 0 for none. `padding`: px more on every
-    side. `hold`, `fade`: frames for which a face that has gone is kept, then faded. With `compat` only the
-    padding counts.
+    """`smoothing`: frames on each side for smoothing, 0 for none. `padding`: extra px on every side. `hold`,
+    `fade`: frames for which a missing face is kept, then faded. With `compat` only the padding is used.
     """
 
     smoothing: int = 4
@@ -55,7 +53,7 @@ class FaceCropper:
     compat: Compat = None
 
     def boxes(self, skeletons: Sequence[Skeleton]) -> list[PixelBox | None]:
-        """For all frames of a clip, since smoothing looks ahead."""
+        """The boxes of all frames of a clip. Smoothing looks ahead, so all are made at once."""
         if not skeletons:
             return []
         boxes = np.stack([_box(skeleton, self.compat) for skeleton in skeletons])
@@ -80,7 +78,7 @@ class FaceCropper:
 
     def _crop(self, frame: Picture, box: PixelBox) -> Picture:
         x0, y0, x1, y1 = box
-        # Linear everywhere is the official way; of a face larger than the crop it leaves pixels out.
+        # The official code is always linear, which skips pixels of a face larger than the crop.
         shrinks = self.compat is None and min(x1 - x0, y1 - y0) > SIDE
         interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         return np.asarray(
@@ -88,7 +86,7 @@ class FaceCropper:
         )
 
     def _faded(self, last: Picture, away: int) -> Picture:
-        """The last face as it looks when it has been away for so many frames."""
+        """The last face, faded for a face that has been missing for `away` frames."""
         if self.compat is not None:
             return np.zeros_like(last)
         light = min(max(1 - (away - self.hold) / (self.fade + 1), 0.0), 1.0)
@@ -96,11 +94,11 @@ class FaceCropper:
 
 
 def smoothed(boxes: Boxes, radius: int) -> Boxes:
-    """Without lag: a box is averaged with the middles of pairs, one box before it and one as long after it.
+    """Averages each box with the middles of pairs: one box before it, one equally long after it. Has no lag.
 
-    For a face that moves evenly, however fast, every such middle is where the face is. A pair whose middle is
-    elsewhere (a jump, a turn) has no weight: `ALIKE` is twice what a jitter of 2 % of the face amounts to. A
-    filter that looks back only, such as One-Euro, has to choose between lag and jitter; a clip need not.
+    For a face in even motion, at any speed, every such middle is at the face. A pair with its middle
+    elsewhere (a jump, a turn) has no weight: `ALIKE` is twice the distance from a jitter of 2 % of the face.
+    A filter that only looks back, such as One-Euro, must trade lag for jitter.
     """
     size = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
     total, weights = boxes.copy(), np.ones(len(boxes))
@@ -109,14 +107,14 @@ def smoothed(boxes: Boxes, radius: int) -> Boxes:
         middle = (boxes[: -2 * step] + boxes[2 * step :]) / 2
         distance = np.linalg.norm(middle - boxes[here], axis=1) / size[here]
         weight = 2 * np.exp(-((distance / ALIKE) ** 2) / 2)
-        weight = np.where(np.isnan(weight), 0.0, weight)  # a face that is not there, on either side
+        weight = np.where(np.isnan(weight), 0.0, weight)  # no face on either side
         total[here] += weight[:, None] * np.where(weight[:, None] > 0, middle, 0.0)
         weights[here] += weight
     return np.asarray(total / weights[:, None], np.float64)
 
 
 def _box(skeleton: Skeleton, compat: Compat) -> NDArray[np.float64]:
-    """The box [4] before it is cut to the picture; NaN: none."""
+    """The box [4] before it is cut to the picture. NaN: no box."""
     points = skeleton.face[1:].astype(np.float64)  # the first one is the right heel
     none = np.full(4, np.nan)
     if compat is None:

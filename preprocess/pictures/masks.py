@@ -1,9 +1,9 @@
-"""From the outline of a person to the blocks that the model is to paint anew.
+"""From the outline of a person to the blocks that the model repaints.
 
 A mask is bool [H, W] of the canvas, true on the person. The model gets one value per latent cell (8x8 pixels
-of 4 frames; it reads cells in patches of 16x16 pixels), so a mask that follows the outline declares cells
-known that hold part of the hole. Ours cannot: its blocks lie on the canvas's 16-pixel grid and all frames
-that share a latent share one mask. `compat` has the blocks of the official code and of the wrapper instead.
+of 4 frames) and reads cells in patches of 16x16 pixels. A mask that follows the outline would declare cells
+known that contain part of the hole. The default mask cannot: its blocks lie on the canvas's 16-pixel grid,
+and all frames of a latent share one mask. `compat` selects the blocks of the official code or of the wrapper.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,25 +21,25 @@ Mask = NDArray[np.bool_]
 Compat = Literal["official", "kijai"]
 
 GRID = 16  # pixels: a patch of the transformer, two latent cells
-FRAMES_PER_LATENT = 4  # but the first frame of a clip has a latent of its own
-GROW, BLOCK = 10, 32  # pixels: what the wrapper's example workflow has
+FRAMES_PER_LATENT = 4  # except the first frame of a clip, which is one latent
+GROW, BLOCK = 10, 32  # pixels, as in the wrapper's example workflow
 OFFICIAL_KERNEL, OFFICIAL_ITERATIONS = 7, 3
 
 
 @dataclass(frozen=True)
 class MaskShape:
-    """How an outline becomes the mask: filled, grown by `grow` pixels, made of blocks of `block` pixels."""
+    """How an outline becomes the mask: filled, grown by `grow` pixels, in blocks of `block` pixels."""
 
-    grow: int | None = None  # negative: shrunk. None: the rule's own
+    grow: int | None = None  # negative: shrunk. None: the rule's default
     block: int | None = None
-    fill: bool = False  # closes what the person encloses, an arm on a hip for example
+    fill: bool = False  # closes enclosed holes, such as between an arm on a hip and the body
     compat: Compat | None = None
 
     def __post_init__(self) -> None:
         if self.compat == "official":
             if self.grow is not None or self.block is not None:
                 raise UsageError(
-                    "The official mask is one rectangle around the person; it has no grow or block size.",
+                    "The official mask is one rectangle around the person and has no grow or block size.",
                     "Leave out --grow and --block, or --compat official.",
                 )
             return
@@ -57,7 +57,7 @@ class MaskShape:
             )
 
     def of(self, outlines: Iterable[Mask], frames: int) -> Iterator[Mask]:
-        """The masks of a clip of `frames` frames; reads at most six outlines ahead."""
+        """The masks of a clip of `frames` frames. Reads at most six outlines ahead."""
         if self.compat == "official":
             return (official_blocks(official_grow(self._filled(outline))) for outline in outlines)
         pixels = GROW if self.grow is None else self.grow
@@ -78,7 +78,7 @@ def as_picture(mask: Mask) -> NDArray[np.uint8]:
 
 
 def grow(mask: Mask, pixels: int) -> Mask:
-    """By a diamond of that radius; a negative number shrinks."""
+    """Grows the mask by a diamond of that radius. A negative radius shrinks it."""
     if pixels == 0:
         return mask
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
@@ -87,7 +87,7 @@ def grow(mask: Mask, pixels: int) -> Mask:
 
 
 def fill_holes(mask: Mask) -> Mask:
-    """Adds every region that the mask encloses (corners touching do not enclose)."""
+    """Adds every region that the mask encloses. Touching corners do not enclose."""
     outside = np.pad(~mask, 1, constant_values=True).astype(np.uint8)
     cv2.floodFill(outside, None, (0, 0), 2, flags=8)
     return np.asarray(outside[1:-1, 1:-1] != 2, bool)
@@ -96,9 +96,9 @@ def fill_holes(mask: Mask) -> Mask:
 def shared_runs(frames: int) -> list[int]:
     """Lengths of the runs of frames that share one mask: 1, 4, 4, ... as latents do.
 
-    A window of 4k+1 frames that carries 1 or 5 over starts at a multiple of 4, and frame 0 of a later window
-    is carried, so these runs are those of every window. Past its end a clip is walked backwards: a last
-    latent with one or two frames of its own also holds frames of the run before, so the two runs are one.
+    A window of 4k+1 frames that carries over 1 or 5 starts at a multiple of 4, and frame 0 of a later window
+    is carried over, so these runs hold for every window. Past its end a clip is read backwards: a last latent
+    with one or two new frames also contains frames of the previous run, so the two runs are merged.
     """
     last = (frames - 1) % FRAMES_PER_LATENT
     runs = [1] + [FRAMES_PER_LATENT] * ((frames - 1) // FRAMES_PER_LATENT)
@@ -110,7 +110,7 @@ def shared_runs(frames: int) -> list[int]:
 
 
 def shared_blocks(outlines: Iterable[Mask], frames: int, block: int) -> Iterator[Mask]:
-    """One mask per run of frames: every block on the canvas's grid that holds any pixel of any of them."""
+    """One mask per run of frames: every block of the canvas's grid with a pixel of any of their outlines."""
     coming = iter(outlines)
     for run in shared_runs(frames):
         together = np.logical_or.reduce(list(islice(coming, run)))
@@ -119,7 +119,7 @@ def shared_blocks(outlines: Iterable[Mask], frames: int, block: int) -> Iterator
 
 
 def grid_blocks(mask: Mask, block: int) -> Mask:
-    """Fills every block, counted from the canvas's top left corner, that holds any pixel of the mask."""
+    """Fills every block with a pixel of the mask. Blocks count from the canvas's top left corner."""
     height, width = mask.shape
     padded = np.pad(mask, ((0, -height % block), (0, -width % block)))
     rows, columns = padded.shape[0] // block, padded.shape[1] // block
@@ -128,7 +128,7 @@ def grid_blocks(mask: Mask, block: int) -> Mask:
 
 
 def kijai_blocks(mask: Mask, block: int) -> Mask:
-    """The wrapper's: the mask's bounding box in equal parts of `block` to 2*block pixels, the last larger."""
+    """The wrapper's rule: the bounding box in equal parts of `block` to 2*block pixels, the last larger."""
     box = bounding_box(mask)
     if box is None:
         return mask
@@ -147,10 +147,10 @@ def official_grow(mask: Mask, kernel: int = OFFICIAL_KERNEL, iterations: int = O
 
 
 def official_blocks(mask: Mask, across: int = 1, down: int = 1) -> Mask:
-    """The official code's: the bounding box in about across x down cells, each filled if it holds any pixel.
+    """The official rule: the bounding box in about across x down cells. A cell with any pixel is filled.
 
-    Its last column and row are left as they are, and a cell sees what the cells before it have filled
-    (preprocess_spec.md A3). With its defaults the mask is the whole box.
+    The last column and row stay unchanged, and a cell sees the fill of earlier cells (preprocess_spec.md A3).
+    With the defaults the mask is the whole box.
     """
     box = bounding_box(mask)
     if box is None:

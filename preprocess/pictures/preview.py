@@ -1,4 +1,4 @@
-"""The clip that shows whether the preparation is right: person, pose, face and mask drawn over the frame."""
+"""The clip for checking a preparation: person, pose, face and mask drawn over the frame."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from trt_wan.runtime.video.reader import Picture
 AREA = 832 * 480  # pixels: a preview of a 4K clip need not be 4K
 FRAME_COLOUR, FACE_COLOUR, MASK_COLOUR = (255, 255, 255), (255, 220, 0), (255, 40, 160)
 EDGE_COLOUR = (255, 160, 210)
-# What the mask makes of a level, [1, 256, 3].
+# The tinted colour of each level, [1, 256, 3].
 TINT = ((np.arange(256)[None, :, None] * 3 + np.asarray(MASK_COLOUR) * 2) // 5).astype(np.uint8)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
@@ -38,7 +38,7 @@ def draw_preview(
     mask: Mask | None,
     label: str,
 ) -> Picture:
-    """`face` is x0, y0, x1, y1; all of them, and the mask, are in the frame's pixels."""
+    """`face` is x0, y0, x1, y1. All places, and the mask, are in the frame's pixels."""
     height, width = frame.shape[:2]
     size = preview_size((width, height))
     across, down = size[0] / width, size[1] / height
@@ -61,7 +61,7 @@ def draw_preview(
 
 
 def _tint(picture: Picture, mask: MatLike) -> None:
-    """Colours where the mask is not 0, with a line around it."""
+    """Colours the mask's pixels and draws a line around them."""
     cv2.copyTo(cv2.LUT(picture, TINT), mask, picture)
     contours, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(picture, contours, -1, EDGE_COLOUR, 1)
@@ -85,7 +85,7 @@ def _scaled(skeleton: Skeleton, across: float, down: float, size: Size) -> Skele
 def _rectangle(
     picture: Picture, sides: tuple[float, float, float, float], colour: tuple[int, int, int]
 ) -> tuple[int, int, int, int]:
-    """Draws it cut to the picture, and returns where."""
+    """Draws the rectangle cut to the picture, and returns its corners."""
     height, width = picture.shape[:2]
     limits = (width - 1, height - 1, width - 1, height - 1)
     x0, y0, x1, y1 = (round(min(max(side, 0), limit)) for side, limit in zip(sides, limits, strict=True))
@@ -94,7 +94,7 @@ def _rectangle(
 
 
 def _text(picture: Picture, at: tuple[int, int], text: str, colour: tuple[int, int, int]) -> None:
-    """With a dark rim, which cannot be a thicker text: OpenCV 5 makes that a wider one."""
+    """Text with a dark rim. The rim cannot be a thicker text, because OpenCV 5 also makes that wider."""
     for dx, dy in ((-1, 0), (1, 0), (0, -1), (0, 1)):
         cv2.putText(picture, text, (at[0] + dx, at[1] + dy), FONT, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
     cv2.putText(picture, text, at, FONT, 0.45, colour, 1, cv2.LINE_AA)

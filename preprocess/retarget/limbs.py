@@ -1,7 +1,7 @@
-"""Arithmetic of limbs, for retargeting: their lengths, and bodies grown again with other lengths.
+"""Arithmetic of limbs for retargeting: their lengths, and bodies rebuilt with other lengths.
 
-Bodies are [n, 20, 2] (one: [20, 2]) in pixels of their own picture; `known` [n, 20] says which joints to
-believe; lengths and ratios are [19] in the order of skeleton.LIMBS, NaN where there is none.
+Bodies are [n, 20, 2] (one body: [20, 2]) in pixels of their picture. `known` [n, 20] is true for joints that
+are trusted. Lengths and ratios are [19] in the order of skeleton.LIMBS, NaN if unknown.
 """
 
 import numpy as np
@@ -17,17 +17,17 @@ SHOULDERS, TRUNK, NECK_LIMB = (0, 1), (0, 1, 6, 9), 12
 SAME_LENGTH = ((0, 1), (2, 4), (3, 5), (6, 9), (7, 10), (8, 11), (17, 18))  # left and right of one body
 EYES, EARS = (13, 15), (14, 16)
 FEET = ((17, 11), (18, 8))  # a foot and the calf above it
-FOOT_LIMIT = 0.5  # of the calf's length
+FOOT_LIMIT = 0.5  # times the calf's length
 
-KNOWN = 0.3  # the score from which a joint is believed
+KNOWN = 0.3  # least score of a trusted joint
 
 
 def grown(bodies: Floats, known: Mask, ratios: Floats, limit_feet: bool = False) -> Floats:
     """Bodies [n, 20, 2] with every limb's length times its ratio, directions kept, necks in place.
 
-    A joint whose parent is not known hangs on the nearest ancestor that is; with none it stays where it is.
+    A joint with an unknown parent hangs on its nearest known ancestor. Without one it stays in place.
     """
-    held_old = np.where(known[..., None], bodies, 0.0)  # of a joint: itself, or the ancestor that stands in
+    held_old = np.where(known[..., None], bodies, 0.0)  # each joint, or its known ancestor
     held_new = held_old.copy()
     new = bodies.copy()
     factors = np.repeat(ratios[None], len(bodies), axis=0)
@@ -49,20 +49,22 @@ def grown(bodies: Floats, known: Mask, ratios: Floats, limit_feet: bool = False)
 
 
 def evened(ratios: Floats) -> Floats:
-    """Left and right get the larger ratio, since a limb that points at the camera looks short; eyes and ears
-    get the mean, since a head is often turned.
+    """Left and right get the larger ratio, because a limb that points at the camera looks short. Eyes and
+    ears get the mean, because a head is often turned.
     """
     ratios = ratios.copy()
     for pair in SAME_LENGTH:
         ratios[list(pair)] = np.fmax(*ratios[list(pair)])
     for pair in (EYES, EARS):
         one, other = ratios[list(pair)]
-        ratios[list(pair)] = np.fmin(one, other) / 2 + np.fmax(one, other) / 2  # of one alone: that one
+        ratios[list(pair)] = (
+            np.fmin(one, other) / 2 + np.fmax(one, other) / 2
+        )  # a single known one counts alone
     return ratios
 
 
 def limb_lengths(body: Floats, known: Mask) -> Floats:
-    """[19]; NaN for a limb with an end that is not known, or without length."""
+    """[19], NaN for a limb with an unknown end or without length."""
     parents, children = np.array(LIMBS).T
     lengths = np.linalg.norm(body[children] - body[parents], axis=1)
     return np.where(known[children] & known[parents] & (lengths > 0), lengths, np.nan)
@@ -81,9 +83,9 @@ def middle(body: Floats, one: int, other: int) -> Floats:
 
 
 def rebuilt(reference: Skeleton, driving: Skeleton, body: Floats, left: Floats, right: Floats) -> Skeleton:
-    """With the driving scores; a joint at NaN is not known."""
+    """A skeleton with the driving scores. A joint at NaN is unknown."""
     points = np.concatenate([body, driving.body[:, 2:]], axis=1)
-    with np.errstate(over="ignore"):  # Skeleton drops what is too large
+    with np.errstate(over="ignore"):  # Skeleton drops too large numbers
         body32, left32, right32 = (part.astype(np.float32) for part in (points, left, right))
     return Skeleton(body32, left32, right32, np.zeros_like(driving.face), reference.width, reference.height)
 

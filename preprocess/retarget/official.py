@@ -1,4 +1,4 @@
-"""Retargeting by Wan2.2's rules, slips included, for results like theirs.
+"""Retargeting by Wan2.2's rules, including its mistakes, for the same results.
 
 Lengths come from the first driving frame alone: both people must face the camera there, with limbs stretched.
 """
@@ -44,10 +44,10 @@ def retarget_official(
     edited_reference: Skeleton | None,
     edited_driving: Skeleton | None,
 ) -> list[Skeleton]:
-    """See retarget.py."""
+    """See rules.py."""
     first = driving[0]
     scale, _ = _height_ratio(first, reference)
-    # The reference at the driving person's scale; its sides are whole pixels.
+    # The reference at the driving person's scale, with sides of whole pixels.
     target = _rescaled(reference, scale)
     if edited_reference is None and edited_driving is None:
         ratios = limb_lengths(target, _scored(reference)) / limb_lengths(body_xy(first), _scored(first))
@@ -84,7 +84,9 @@ def retarget_official(
 
 
 def _height_ratio(driving: Skeleton, reference: Skeleton) -> tuple[float, bool]:
-    """How much larger the driving person is, and whether that is only a guess from the pictures' sizes."""
+    """The driving person's size relative to the reference, and whether it is a guess from the pictures'
+    sizes.
+    """
     for low in ((R_ANKLE, L_ANKLE), (R_HIP, L_HIP)):
         seen = (NOSE, *low)
         if min(driving.body[list(seen), 2].min(), reference.body[list(seen), 2].min()) > 0.5:
@@ -101,7 +103,9 @@ def _rescaled(skeleton: Skeleton, scale: float) -> Floats:
 
 
 def _zoom(original: Skeleton, edited: Skeleton) -> float:
-    """How much smaller the editor has made the person. (Heads are compared in parts of a picture's width.)"""
+    """The original person's size relative to the edited one. Heads are compared in parts of the picture's
+    width.
+    """
     heads = [np.ptp(body_xy(s)[list(HEAD), 0]) / s.width for s in (original, edited)]
     shoulders = [
         float(np.linalg.norm(body_xy(s)[L_SHOULDER] - body_xy(s)[R_SHOULDER])) for s in (original, edited)
@@ -117,7 +121,7 @@ def _full_body(skeleton: Skeleton) -> bool:
 
 
 def _official_hands(skeleton: Skeleton, body: Floats, ratio: float) -> tuple[Floats, Floats]:
-    """Left and right hand [21, 3]. The sides come out swapped, which the drawing does not show."""
+    """Left and right hand [21, 3]. The sides can be swapped, which does not change the drawing."""
     wrists = body_xy(skeleton)[[R_WRIST, L_WRIST]]
     hands, roots = [], []
     for hand in (skeleton.right_hand, skeleton.left_hand):
@@ -130,7 +134,7 @@ def _official_hands(skeleton: Skeleton, body: Floats, ratio: float) -> tuple[Flo
         new - (old if root is None else root)
         for new, old, root in zip(body[[R_WRIST, L_WRIST]], wrists, roots, strict=True)
     ]
-    # Wan2.2 asks twice where the right hand is and never where the left one is.
+    # Wan2.2 uses the place of the right hand twice and never that of the left.
     right_root = np.array([-skeleton.width, -skeleton.height]) if roots[0] is None else roots[0]
     if np.linalg.norm(wrists[0] - right_root) > np.linalg.norm(wrists[1] - right_root):
         hands.reverse()

@@ -1,9 +1,9 @@
 """Gives the driving person's movements to the body of the reference picture, joint by joint.
 
-Each limb keeps its direction and gets the reference's length: the skeleton is grown again from the neck
-outwards. Then the whole figure is scaled and moved to where the reference stands.
+Each limb keeps its direction and gets the reference's length: the skeleton is rebuilt from the neck outwards.
+Then the whole figure is scaled and moved to the place of the reference.
 
-An edited picture shows the same person in a better posture (facing the camera, arms and legs stretched); only
+An edited picture shows the same person in a better posture (facing the camera, arms and legs stretched). Only
 lengths are taken from it.
 """
 
@@ -27,8 +27,8 @@ def retarget(
 ) -> list[Skeleton]:
     """The driving skeletons with the reference's proportions, in pixels of the reference picture.
 
-    Without faces: nothing draws them, and face crops are made from the driving frames. Raises InputError
-    where a picture does not show enough of the person.
+    They have no faces: faces are not drawn, and face crops come from the driving frames. Raises InputError if
+    a picture does not show enough of the person.
     """
     if not driving:
         return []

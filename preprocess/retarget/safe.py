@@ -1,7 +1,7 @@
-"""Retargeting that does not depend on one lucky frame.
+"""Retargeting that does not depend on a single good frame.
 
-A limb's length is what it reaches anywhere in the clip, ratios have limits, and a joint that was not found
-drags no others with it. The figure starts at the size and in the place of the reference and moves from there.
+A limb's length is its longest in the whole clip, ratios have limits, and a missing joint does not move other
+joints. The figure starts with the size and at the place of the reference.
 """
 
 from collections.abc import Sequence
@@ -35,10 +35,10 @@ from trt_wan.preprocess.retarget.limbs import (
     rebuilt,
 )
 
-STRETCHED = 90  # percentile of a limb's length over the clip: the longest are slips of the pose network
-RATIO_LIMITS = (0.5, 2.0)  # of one limb against the whole body: people do not differ by more
-NECK_LIMIT = 1.25  # of the shoulders' ratio: a tilted head looks like a long neck
-ENOUGH = 0.9  # of the limbs that the best frame shows
+STRETCHED = 90  # percentile of a limb's length over the clip: the longest are errors of the pose network
+RATIO_LIMITS = (0.5, 2.0)  # one limb relative to the whole body: people do not differ by more
+NECK_LIMIT = 1.25  # times the shoulders' ratio: a tilted head looks like a long neck
+ENOUGH = 0.9  # part of the limbs that the best frame shows
 
 
 def retarget_safe(
@@ -47,7 +47,7 @@ def retarget_safe(
     edited_reference: Skeleton | None,
     edited_driving: Skeleton | None,
 ) -> list[Skeleton]:
-    """See retarget.py."""
+    """See rules.py."""
     old = np.stack([body_xy(skeleton) for skeleton in driving])
     known = np.stack([believed(skeleton.body) for skeleton in driving])
     target = _with_edited(limb_lengths(body_xy(reference), believed(reference.body)), edited_reference)
@@ -57,7 +57,7 @@ def retarget_safe(
     source = _with_edited(source, edited_driving)
 
     ratios = target / source
-    scale = float(np.nanmedian(ratios))  # of the whole body, reference against driving; the rest is its shape
+    scale = float(np.nanmedian(ratios))  # ratio of the whole bodies, reference to driving
     shape = evened(np.clip(ratios / scale, *RATIO_LIMITS))
     shape = np.where(np.isnan(shape), 1.0, shape)
     shape[NECK_LIMB] = min(shape[NECK_LIMB], NECK_LIMIT * shape[list(SHOULDERS)].mean())
@@ -80,8 +80,9 @@ def retarget_safe(
 
 
 def _stretched(bodies: Floats, known: Mask) -> tuple[Floats, int]:
-    """Limb lengths at full stretch at the scale of one frame, and that frame: the first that shows the person
-    about as completely as any. The person's distance changes, so lengths are compared in units of the person.
+    """Limb lengths at full stretch, at the scale of one frame, and that frame: the first one that shows the
+    person about as completely as the best. The person's distance changes, so lengths are compared relative to
+    the person's size.
     """
     lengths = np.stack([limb_lengths(body, sure) for body, sure in zip(bodies, known, strict=True)])
     seen = ~np.isnan(lengths)
@@ -113,7 +114,7 @@ def _with_edited(lengths: Floats, edited: Skeleton | None) -> Floats:
 
 
 def _offset(reference: Skeleton, driving: Skeleton, grown: Floats, scale: float) -> Floats:
-    """What to take off the driving figure, before it is scaled, for it to stand where the reference does."""
+    """The offset to subtract from the driving figure before scaling, so that it stands at the reference."""
     target = body_xy(reference) / scale
     if all(_whole(skeleton) for skeleton in (reference, driving)):
         ankles = [R_ANKLE, L_ANKLE]

@@ -1,8 +1,8 @@
-"""What one object's tracker remembers, and what of it a frame looks at (preprocess_spec.md B1.4).
+"""The memories and pointers of one object, and the choice of them for a frame (preprocess_spec.md B1.4).
 
-Prompted frames are *conditioning* frames: they stay, and frames before them see them too. Of the tracked
-frames the last six give a memory and the last fifteen a pointer. Nothing here computes; memories are arrays
-of whatever executor made them.
+Prompted frames are *conditioning* frames: they stay, and earlier frames see them too. The last six tracked
+frames give a memory and the last fifteen a pointer. Nothing is computed here: memories are arrays of any
+executor.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ Pointer = Array  # [channels]
 
 @dataclass(frozen=True)
 class Remembered:
-    memory: Array | None  # None: too old to be looked at, its pointer is not
+    memory: Array | None  # None: too old. The pointer is still used
     pointer: Pointer
 
 
 @dataclass(frozen=True)
 class View:
-    """What a frame looks at: memories with their row of the temporal encoding, and pointers with their age,
-    1 being the oldest that could be seen.
+    """The memories for a frame, with their row of the temporal encoding, and the pointers, with their age
+    relative to the oldest possible.
     """
 
     memories: list[tuple[Array, int]]
@@ -31,9 +31,9 @@ class View:
 
 
 class MemoryBank:
-    """`room` is the most memories a track graph takes: when there are more, the conditioning frames nearest
-    in time are looked at. `chunk` forgets everything every so many frames, as the official preprocessing
-    does; `frames` is the clip's length, which matters for clips (and last chunks) shorter than 16.
+    """`room` is the most memories of a track graph: if there are more, the conditioning frames nearest in
+    time are used. With `chunk` everything is forgotten every `chunk` frames, as in the official
+    preprocessing. `frames` is the clip's length, which matters for clips (and last chunks) shorter than 16.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class MemoryBank:
         self.prompted[frame] = Remembered(memory, pointer)
 
     def add_tracked(self, frame: int, memory: Array, pointer: Pointer) -> None:
-        """Also forgets what no later frame can look at, so that a clip may have any length."""
+        """Also drops entries that no later frame can use, so that clips of any length fit."""
         self.tracked[frame] = Remembered(memory, pointer)
         for old in list(self.tracked):
             if frame - old >= self.config.max_pointers - 1:
@@ -61,7 +61,7 @@ class MemoryBank:
             del self.prompted[old]
 
     def view(self, frame: int) -> View | None:
-        """None if nothing was prompted yet that this frame may see."""
+        """None if this frame can see no prompted frame yet."""
         start = frame // self.chunk * self.chunk if self.chunk else 0
         recent = [
             (memory, distance - 1)
@@ -87,12 +87,12 @@ class MemoryBank:
                 yield self.tracked[frame - distance].pointer, float(distance)
 
     def _pointer_limit(self, start: int) -> int:
-        """One more than the pointers of tracked frames that may be seen."""
+        """One more than the usable pointers of tracked frames."""
         length = self.config.max_pointers if self.frames is None else self.frames - start
         return min(length, self.chunk or length, self.config.max_pointers)
 
     def _nearest(self, frame: int, start: int, count: int) -> list[tuple[int, Remembered]]:
-        """The last prompted frame before, the first one after, then the nearest of the others."""
+        """The last prompted frame before, the first one at or after, then the nearest others."""
         end = start + self.chunk if self.chunk else None
         known = [f for f in sorted(self.prompted) if f >= start and (end is None or f < end)]
         before, after = [f for f in known if f < frame], [f for f in known if f >= frame]

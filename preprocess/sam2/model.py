@@ -1,7 +1,7 @@
-"""SAM2 ready to run: contracts, host weights, and an executor.
+"""SAM2 ready to run: contracts, host weights and an executor.
 
-On a GPU, missing TensorRT-RTX engines are built on the spot from the graphs that `trt-wan build --sam2 MODEL`
-exports.
+On a GPU, missing TensorRT-RTX engines are built at once from the graphs. The graphs must have been built
+(`trt-wan build --sam2 MODEL`).
 """
 
 import math
@@ -34,20 +34,20 @@ from trt_wan.runtime.weights.on_device import DeviceWeights, nbytes
 
 ExecutorName = Literal["auto", "onnxruntime", "tensorrt"]
 BATCH = 4  # frames per call of the encoder on a GPU
-GPU_PLAN = Sam2Plan("fp16", BATCH, memories=(11,))  # what `trt-wan build --sam2` builds engines of
-# Kept at once at most, over all objects: an object has 18, and one for every prompted frame ahead.
+GPU_PLAN = Sam2Plan("fp16", BATCH, memories=(11,))  # `trt-wan build --sam2` builds engines of these
+# Limit over all objects: an object has 18 memories, and one for every prompted frame ahead.
 MEMORIES = 256
 
 
 @dataclass(frozen=True)
 class Sam2Model:
-    """`weights` are those that the host itself reads: time rows, the mask prompt's convolution."""
+    """`weights` are for reading on the host: time rows, the mask prompt's convolution."""
 
     config: Sam2Config
     plan: Sam2Plan
     executor: Executor
     weights: Mapping[str, NDArray[np.float32]]
-    gpu: Gpu | None = None  # the executor's, if it computes on one
+    gpu: Gpu | None = None  # the executor's, if it has one
     networks: Mapping[str, Network] = field(init=False)
     carrier: Carrier = field(init=False)
 
@@ -58,8 +58,8 @@ class Sam2Model:
         object.__setattr__(self, "carrier", carrier)
 
     def track(self, places: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
-        """Mask, pointer, object score and memory of a frame with up to `places` memories; `inputs` are those
-        of `track_<n>`, or those of its parts.
+        """Mask, pointer, object score and memory of a frame with up to `places` memories. `inputs` are the
+        inputs of `track_<n>` or of its parts.
         """
         if not self.plan.by_kernel:
             return self.run(f"track_{places}", inputs)
@@ -72,8 +72,8 @@ class Sam2Model:
         return self.run("track_end", {**inputs, "x": x})
 
     def run(self, name: str, inputs: Mapping[str, Array], n: int = 0) -> tuple[Array, ...]:
-        """The outputs of a network with its `n`-th weights, in the contract's order; of `inputs` those are
-        taken that the contract names.
+        """The outputs of a network with its `n`-th weights, in the contract's order. Only the `inputs` named
+        in the contract are used.
         """
         network = self.networks[name]
         for tensor in network.inputs:
@@ -88,7 +88,7 @@ def open_sam2(
     executor: ExecutorName = "auto",
     progress: Progress = silent,
 ) -> Sam2Model:
-    """On the GPU in fp16, or with ONNX Runtime on the CPU in fp32; "auto" says which and why."""
+    """On the GPU in fp16, or with ONNX Runtime on the CPU in fp32. A note tells which and why."""
     if executor != "onnxruntime":
         try:
             gpu = Gpu()
@@ -121,7 +121,7 @@ def open_sam2_on_gpu(
 
 
 def arena_bytes(config: Sam2Config, plan: Sam2Plan) -> int:
-    """Inputs and outputs of every network once, the encoder's thrice, and memories."""
+    """Inputs and outputs of every network once, of the encoder three times, and all memories."""
     contracts = networks(config, plan) | kernels(config, plan)
 
     def size(network: Network) -> int:

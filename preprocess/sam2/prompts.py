@@ -1,13 +1,12 @@
-"""Where SAM2 is told what to follow: key frames and points on them, from the skeletons of a clip.
+"""Prompts for SAM2 from the skeletons of a clip: key frames, and points of the person on them.
 
-    official   every few dozen frames eight joints, whatever their scores and wherever they are
-    safe       at most four key frames, joints that are seen and lie in the frame, frames with enough of them
+    official   eight joints every few dozen frames, with any score and at any place
+    safe       at most four key frames that show enough joints, and their joints seen inside the frame
 
-A skeleton here is its body: [20, 3], x and y in pixels, score (preprocess_spec.md A1.3, A1.6, A3). Nothing
-here knows SAM2.
+A skeleton here is its body: [20, 3], x and y in pixels, score (preprocess_spec.md A1.3, A1.6, A3).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,17 +20,17 @@ Mask = NDArray[np.bool_]
 PromptRule = Literal["official", "safe"]
 
 JOINTS = (0, 1, 2, 5, 8, 11, 10, 13)  # nose, neck, shoulders, hips, ankles
-CHUNK = 400  # frames; the official code starts afresh after each
+CHUNK = 400  # frames. The official code restarts after each chunk
 KEY_FRAMES = 4
 MIN_SCORE = 0.3
 MIN_JOINTS = 4
-DISAGREEMENT = 0.5  # of the joints outside of the mask: then it follows something else
-LIMB_SAMPLES = 5  # points along each limb that the mask is asked at
+DISAGREEMENT = 0.5  # part of the points outside the mask that means a lost person
+LIMB_SAMPLES = 5  # points along each limb where the mask is tested
 
 
 @dataclass(frozen=True)
 class KeyPrompt:
-    """Points of the person on one frame, all of them on the object."""
+    """Points on the person in one frame."""
 
     frame: int
     points: NDArray[np.float32]  # [n, 2]
@@ -44,8 +43,8 @@ class KeyPrompt:
 def key_prompts(
     bodies: Sequence[Body], width: int, height: int, rule: PromptRule = "safe", chunk: int | None = None
 ) -> list[KeyPrompt]:
-    """The prompts of a clip. With `chunk`, each chunk has key frames of its own, as tracking by chunks needs;
-    the official rule is for chunks of 400. InputError if no frame shows enough of the person.
+    """The prompts of a clip. With `chunk`, each chunk has separate key frames, as tracking by chunks needs.
+    The official rule uses chunks of 400. Raises InputError if no frame shows enough of the person.
     """
     if rule == "official":
         chunk = chunk or CHUNK
@@ -69,20 +68,20 @@ def key_prompts(
 
 
 def official_key_frames(start: int, count: int) -> list[int]:
-    """Of the `count` frames from `start`: every (count // 4)th, which makes five and more where 4 does not
-    divide the count; the first alone of four or fewer.
+    """Every (count // 4)th of the `count` frames from `start`, which gives five or more if 4 does not divide
+    the count. The first alone for four or fewer.
     """
     return list(range(start, start + count, count // KEY_FRAMES if count > KEY_FRAMES else count))
 
 
 def official_points(body: Body) -> NDArray[np.float32]:
-    """Whole pixels, towards zero."""
+    """Whole pixels, rounded towards zero."""
     return body[list(JOINTS), :2].astype(np.int32).astype(np.float32)
 
 
 def safe_key_frames(bodies: Sequence[Body], start: int, count: int, width: int, height: int) -> list[int]:
-    """The frames that show most, one from each quarter that shows enough; and always the first that does, so
-    that tracking begins as early as it can.
+    """The frame with most joints from each quarter that shows enough, and always the first frame that shows
+    enough, so that tracking begins as early as possible.
     """
     counts = np.array([len(safe_points(bodies[start + i], width, height)) for i in range(count)])
     usable = np.flatnonzero(counts >= MIN_JOINTS)
@@ -98,7 +97,7 @@ def safe_key_frames(bodies: Sequence[Body], start: int, count: int, width: int, 
 
 
 def safe_points(body: Body, width: int, height: int) -> NDArray[np.float32]:
-    """The prompt joints that are seen and lie in the frame."""
+    """The prompt joints seen inside the frame."""
     joints = body[list(JOINTS)]
     return joints[seen(joints, width, height), :2].astype(np.float32)
 
@@ -111,10 +110,10 @@ def seen(joints: Body, width: int, height: int) -> Mask:
 
 
 def disagreement(mask: Mask, body: Body) -> float | None:
-    """The share of the torso and its joints that the mask misses: 0 where mask and pose agree, 1 where they
-    have nothing in common. None where too little is seen to tell.
+    """The part of the joints and torso points outside the mask: 0 if mask and pose agree, 1 if they have
+    nothing in common. None if too few joints are seen.
 
-    Joints are asked with a tolerance of 1 % of the picture's height, because ankles and a nose lie at edges.
+    Points have a tolerance of 1 % of the picture's height, because ankles and nose lie at edges.
     """
     height, width = mask.shape
     joints = body[list(JOINTS)]
@@ -133,21 +132,8 @@ def wants_prompt(mask: Mask, body: Body) -> bool:
     return share is not None and share > DISAGREEMENT
 
 
-def reprompts(masks: Mapping[int, Mask], bodies: Sequence[Body], patience: int = 3) -> list[int]:
-    """The first frame of every run of at least `patience` frames in which mask and pose disagree: one frame
-    may be a wrong pose.
-    """
-    found: list[int] = []
-    run = 0
-    for frame in sorted(masks):
-        run = run + 1 if wants_prompt(masks[frame], bodies[frame]) else 0
-        if run == patience:
-            found.append(frame - patience + 1)
-    return found
-
-
 def _between(joints: Body, usable: Mask) -> list[NDArray[np.float32]]:
-    """Points along the lines from shoulders to hips, both ends of which are seen: those are in the body."""
+    """Points along the lines from shoulders to hips with both ends seen: these lie inside the body."""
     _, _, right_shoulder, left_shoulder, right_hip, left_hip, *_ = range(len(JOINTS))
     shoulders, hips = (right_shoulder, left_shoulder), (right_hip, left_hip)
     limbs = tuple((shoulder, hip) for shoulder in shoulders for hip in hips)

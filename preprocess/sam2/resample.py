@@ -1,5 +1,5 @@
-"""Resampling in numpy, by separable filters, and the rules by which frames become SAM2's input. On a GPU
-resize_on_gpu.py does it with the same filters, as `filter_table` has them.
+"""Resampling in numpy with separable filters, and the rules that make SAM2's input from frames. On a GPU,
+resize_on_gpu.py uses the same filters from `filter_table`.
 
 official       as Pillow's bicubic (antialiased, on uint8), then ImageNet mean and deviation
 transformers   bilinear, antialiased, on uint8, then the same
@@ -22,7 +22,7 @@ InputRule = Literal["official", "transformers", "kijai"]
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
-BLOCK = 64  # outputs per matrix product: a band is nearly all zeros, its blocks are not
+BLOCK = 64  # outputs per matrix product: the whole matrix is nearly all zeros, its blocks are not
 
 
 def model_input(frame: Picture, size: int, rule: InputRule) -> Values:
@@ -43,7 +43,7 @@ def resize_antialiased(values: Values, height: int, width: int) -> Values:
 
 
 def resize(values: Values, height: int, width: int, kernel: Kernel, support: float, levels: bool) -> Values:
-    """[H, W, channels], columns first as Pillow does; with `levels`, rounded to 0..255 after each pass."""
+    """[H, W, channels], columns first as in Pillow. With `levels`, rounded to 0..255 after each pass."""
 
     def done(x: Values) -> Values:
         return np.clip(np.floor(x + np.float32(0.5)), 0, 255) if levels else x
@@ -67,7 +67,7 @@ def bicubic_matrix(inputs: int, outputs: int) -> NDArray[np.float64]:
 
 
 def _apply(x: Values, outputs: int, kernel: Kernel, support: float) -> Values:
-    """The filter along the first axis."""
+    """Filters along the first axis."""
     made = np.empty((outputs, x.shape[1]), np.float32)
     for start, low, band in _bands(x.shape[0], outputs, kernel, support):
         np.matmul(band, x[low : low + band.shape[1]], out=made[start : start + len(band)])
@@ -92,8 +92,8 @@ def _bands(inputs: int, outputs: int, kernel: Kernel, support: float) -> list[tu
 
 @cache
 def filter_table(inputs: int, outputs: int, rule: InputRule) -> tuple[NDArray[np.int32], Values]:
-    """The filter of a rule as taps: of every output the first input, [outputs], and weights
-    [taps, outputs]; those of taps that an output does not have, which may lie past the last input, are 0.
+    """The filter of a rule as taps: each output's first input, [outputs], and weights [taps, outputs]. Unused
+    taps, which may lie past the last input, have weight 0.
     """
     if rule == "kijai":
         return _plain_table(inputs, outputs)
@@ -106,7 +106,7 @@ def filter_table(inputs: int, outputs: int, rule: InputRule) -> tuple[NDArray[np
 
 
 def _plain_table(inputs: int, outputs: int) -> tuple[NDArray[np.int32], Values]:
-    """Two taps, as cv2's INTER_LINEAR has them: places are float32, and edges are repeated."""
+    """Two taps, as in cv2's INTER_LINEAR: positions are float32, and edges are repeated."""
     where = ((np.arange(outputs) + 0.5) * (inputs / outputs) - 0.5).astype(np.float32)
     first = np.floor(where)
     share = np.where((first < 0) | (first >= inputs - 1), np.float32(0), where - first)
@@ -117,8 +117,8 @@ def _plain_table(inputs: int, outputs: int) -> tuple[NDArray[np.int32], Values]:
 def _reach(
     inputs: int, outputs: int, support: float
 ) -> tuple[NDArray[np.float64], float, NDArray[np.int_], NDArray[np.int_]]:
-    """Of every output its place among the inputs, and the inputs from which to which it takes; how much the
-    filter is stretched.
+    """Each output's position among the inputs, the filter's stretch, and the first and last-plus-one input of
+    each output.
     """
     scale = inputs / outputs
     stretch = max(scale, 1.0)

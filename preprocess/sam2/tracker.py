@@ -1,17 +1,16 @@
-"""Objects followed through a clip, frame by frame: prompts in, masks out.
+"""Follows objects through a clip, frame by frame: prompts in, masks out.
 
     tracker = Sam2Tracker(model)
     tracker.add_points(0, PERSON, points, labels)
     for masks in tracker.propagate(frames): ...       # {PERSON: bool [H, W]}
 
-A prompt for a frame still to come waits for that frame; with the frame's picture it is answered at once, and
-then frames before it see it too, as in the official code. A frame before an object's first prompt has no mask
-of it. Frames are encoded in batches ahead of the tracker, and however long the clip is, the memory does not
-grow. On a GPU a few frames are tracked ahead of the one that is returned: a frame needs the memory and the
-pointer of those before it, which stay there, and never their masks.
+A prompt for a later frame waits for that frame. With the frame's picture it is answered at once, and earlier
+frames see it too, as in the official code. Frames before an object's first prompt have no mask of it. Frames
+are encoded in batches ahead of the tracker, and memory does not grow with the clip's length. On a GPU a few
+frames are tracked ahead of the returned one: a frame needs the memory and the pointer of earlier frames,
+which stay on the device, and never their masks.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +21,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.engines.sam2.config import Sam2Config, pointers_of
+from trt_wan.engines.sam2.config import pointers_of
 from trt_wan.engines.sam2.contracts import LABELS, MASK_DOWNSAMPLE, NO_POINTER, TIME_ROWS
 from trt_wan.errors import UsageError
 from trt_wan.preprocess.sam2.bank import MemoryBank, View
 from trt_wan.preprocess.sam2.model import Sam2Model
+from trt_wan.preprocess.sam2.position_tables import tables
 from trt_wan.preprocess.sam2.resample import InputRule, resize_antialiased
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.video.reader import Picture
@@ -42,7 +42,7 @@ BACKGROUND, OBJECT, CORNER_1, CORNER_2 = 0, 1, 2, 3  # labels of points
 
 @dataclass(frozen=True)
 class Features:
-    """Of one frame. `owner` keeps the batch's memory alive while a part of it is in use."""
+    """Features of one frame. `owner` keeps the batch's memory alive while a part of it is in use."""
 
     feat: Array
     high1: Array
@@ -52,7 +52,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Either points, in pixels of the frame, with labels; or a mask of 0 and 1 at the model's size."""
+    """Either points in pixels of the frame, with labels, or a mask of 0 and 1 at the model's size."""
 
     points: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 2), np.float32))
     labels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -90,13 +90,12 @@ class TrackedFrame:
 class _Object:
     bank: MemoryBank
     waiting: dict[int, Prompt] = field(default_factory=dict)
-    answers: dict[int, Found] = field(default_factory=dict)  # of prompted frames that are still to come
+    answers: dict[int, Found] = field(default_factory=dict)  # for later frames that were prompted
 
 
 class Sam2Tracker:
-    """`chunk` starts afresh every so many frames (the official preprocessing: 400). `frames` is the length of
-    the clip, if it is known; it matters for fewer than 16. `fill_holes` is the largest hole, in pixels of the
-    coarse mask, that is closed.
+    """Restarts every `chunk` frames (official preprocessing: 400). `frames` is the length of the clip if
+    known, which matters below 16. Holes of up to `fill_holes` pixels of the coarse mask are filled.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class Sam2Tracker:
         self.model, self.rule, self.fill_holes = model, rule, fill_holes
         self.chunk, self.frames = chunk, frames
         self.objects: dict[int, _Object] = {}
-        self._next = 0  # frames before it are done, or under way
+        self._next = 0  # earlier frames are done or under way
         self._carrier = model.carrier
         self._carrier.begin()
         place = model.executor.place
@@ -128,8 +127,8 @@ class Sam2Tracker:
         picture: Picture | None = None,
         box: Sequence[float] | None = None,
     ) -> None:
-        """`points` [n, 2] in pixels of the frame, x and y, `labels` 1 for the object and 0 for what is not
-        it. `box` is x0, y0, x1, y1. A later prompt for the same frame takes the earlier one's place.
+        """`points` [n, 2] are x and y in pixels of the frame. `labels` are 1 on the object and 0 elsewhere.
+        `box` is x0, y0, x1, y1. A later prompt for the same frame replaces an earlier one.
         """
         points = np.asarray(points, np.float32).reshape(-1, 2)
         kinds = np.asarray(labels, np.int64).reshape(-1)
@@ -145,7 +144,9 @@ class Sam2Tracker:
         if not 1 <= len(points) <= most:
             raise UsageError(f"A prompt of {len(points)} points is not possible.", f"Use 1 to {most}.")
         if not np.isfinite(points).all():
-            raise UsageError("A prompt's point is no number.", "Leave out points that are not known.")
+            raise UsageError(
+                "A prompt's point is not a finite number.", "Leave out points that are not known."
+            )
         self._add(frame, number, Prompt(points, kinds), picture)
 
     def add_box(self, frame: int, number: int, box: Sequence[float], picture: Picture | None = None) -> None:
@@ -153,24 +154,24 @@ class Sam2Tracker:
         self.add_points(frame, number, np.zeros((0, 2)), [], picture=picture, box=box)
 
     def add_mask(self, frame: int, number: int, mask: Mask, picture: Picture | None = None) -> None:
-        """`mask` [H, W] is the answer for that frame."""
+        """`mask` [H, W] becomes the result for that frame."""
         size = self.model.config.image_size
         resized = resize_antialiased(mask.astype(np.float32), size, size)
         self._add(frame, number, Prompt(mask=(resized >= 0.5).astype(np.float32)), picture)
 
     def propagate(self, frames: Iterable[Picture]) -> Iterator[dict[int, Mask]]:
-        """The masks of every frame, in order, by object; later calls go on where this one ended."""
+        """The masks of every frame, in order, by object. A later call continues after the last frame."""
         for tracked in self.track(frames):
             yield {number: tracked.mask(number) for number in tracked.objects}
 
     @property
     def next_frame(self) -> int:
-        """The first frame that a prompt may still be added for."""
+        """The first frame that still accepts a prompt."""
         return self._next
 
     def track(self, frames: Iterable[Picture]) -> Iterator[TrackedFrame]:
-        """As `propagate`, with logits and scores. A prompt may be added while it runs, for `next_frame` and
-        later: with ONNX Runtime for any frame that was not yet returned.
+        """As `propagate`, with logits and scores. While it runs, prompts may be added for `next_frame` and
+        later frames. With ONNX Runtime these are all frames that were not yet returned.
         """
         self._carrier.begin()
         under_way: deque[Callable[[], TrackedFrame]] = deque()
@@ -184,7 +185,7 @@ class Sam2Tracker:
             self.model.executor.settle()
 
     def _start(self, features: Features, height: int, width: int) -> Callable[[], TrackedFrame]:
-        """Asks for everything of the next frame, and returns how to get it."""
+        """Starts the next frame and returns a function that gets its result."""
         frame = self._next
         started = {
             number: found
@@ -212,8 +213,8 @@ class Sam2Tracker:
         thing.answers[frame] = self._answer(thing, frame, prompt, features, (width, height))
 
     def _encoded(self, frames: Iterable[Picture]) -> Iterator[tuple[Picture, Features]]:
-        """Every picture with its features. While a batch is tracked the host resizes the next one; of a GPU
-        that and its encoding are asked before, so that it is never out of work.
+        """Every picture with its features. The host resizes the next batch while one is tracked. On a GPU the
+        next batch is resized and encoded in advance, so that the GPU always has work.
         """
         source = iter(frames)
 
@@ -234,7 +235,7 @@ class Sam2Tracker:
             yield from zip(current, features, strict=True)
 
     def _encode(self, pixels: Array, count: int) -> list[Features]:
-        """Of the first `count` pictures of a batch."""
+        """Features of the first `count` pictures of a batch."""
         outputs = self.model.run("encoder", {"pixels": pixels})
         feat, high1, high0 = outputs
         part = self._carrier.part
@@ -243,7 +244,7 @@ class Sam2Tracker:
     def _follow(
         self, thing: _Object, features: Features, size: tuple[int, int]
     ) -> Callable[[], Found] | None:
-        """One object in the next frame; None if there is nothing to go by."""
+        """One object in the next frame. None before its first prompt."""
         frame = self._next
         if frame in thing.waiting and frame not in thing.answers:
             thing.answers[frame] = self._answer(thing, frame, thing.waiting.pop(frame), features, size)
@@ -256,7 +257,7 @@ class Sam2Tracker:
     def _answer(
         self, thing: _Object, frame: int, prompt: Prompt, features: Features, size: tuple[int, int]
     ) -> Found:
-        """The mask of a prompted frame, which is remembered as it is shown."""
+        """The mask of a prompted frame. The same mask goes into the memory."""
         logits, score, pointer = (
             self._from_points(prompt, features, size)
             if prompt.mask is None
@@ -284,7 +285,7 @@ class Sam2Tracker:
         return found, float(seen[0]), pointer
 
     def _from_mask(self, mask: NDArray[np.float32], features: Features) -> tuple[Logits, float, Array]:
-        """The mask is the answer; the decoder is asked for a pointer alone, and the score is the mask's."""
+        """The mask is the result. The decoder only gives a pointer, and the score comes from the mask."""
         c, weights = self.model.config, self.model.weights
         there = bool(mask.any())
         tiles = mask.reshape(c.mask_size, 4, c.mask_size, 4)
@@ -307,7 +308,7 @@ class Sam2Tracker:
     def _prompt_inputs(
         self, points: NDArray[np.float32], labels: NDArray[np.int64]
     ) -> dict[str, NDArray[np.float32]]:
-        """The points, the token that ends them, and places that are masked."""
+        """The points, the token that ends them, and masked places."""
         count, places = len(points) + 1, self.model.plan.prompt_tokens
         coordinates = np.zeros((places, 2), np.float32)
         coordinates[: len(points)] = points
@@ -323,7 +324,7 @@ class Sam2Tracker:
         times = np.zeros((places, c.memory_channels), np.float32)
         for i in range(places):
             seen = i < len(view.memories)
-            memory, row = view.memories[i if seen else 0]  # any numbers do where nothing looks
+            memory, row = view.memories[i if seen else 0]  # masked slots: contents are ignored
             named[f"memory_{i}"] = memory
             if seen:
                 times[i] = self._time_rows[row]
@@ -348,34 +349,6 @@ class Sam2Tracker:
             return Found(fill_small_holes(shown, self.fill_holes), float(seen[0]), prompted=False)
 
         return found
-
-
-def tables(config: Sam2Config) -> dict[str, NDArray[np.float32]]:
-    """The position tables and rotations that track graphs take."""
-    grid = config.grid
-    pairs = config.channels // 4
-    frequency = 10000.0 ** (-4 * np.arange(pairs) / config.channels)
-    y, x = np.divmod(np.arange(config.tokens), grid)
-    angles = np.concatenate((x[:, None] * frequency, y[:, None] * frequency), axis=1)
-    return {
-        "position": sines(grid, config.channels),
-        "memory_position": sines(grid, config.memory_channels),
-        "rope_cos": np.cos(angles).astype(np.float32),
-        "rope_sin": np.sin(angles).astype(np.float32),
-    }
-
-
-def sines(grid: int, channels: int) -> NDArray[np.float32]:
-    """[cells, channels]: sines and cosines in turn, of the row in the first half and the column in the
-    second, both 1..grid taken as a full circle.
-    """
-    half = channels // 2
-    place = (np.arange(grid) + 1) / (grid + 1e-6) * 2 * math.pi
-    angles = place[:, None] / 10000.0 ** (2 * (np.arange(half) // 2) / half)
-    line = np.where(np.arange(half) % 2, np.cos(angles), np.sin(angles))
-    rows = np.broadcast_to(line[:, None], (grid, grid, half))
-    columns = np.broadcast_to(line[None], (grid, grid, half))
-    return np.concatenate((rows, columns), axis=2).reshape(grid * grid, channels).astype(np.float32)
 
 
 def fill_small_holes(logits: Logits, largest: int) -> Logits:

@@ -1,8 +1,8 @@
-"""How frames and small numbers get to where SAM2's networks compute, and masks get back.
+"""Moves frames and small inputs to SAM2's networks, and masks back to the host.
 
-For ONNX Runtime everything is numpy and at once. On a GPU nothing waits but the reading of a result: frames
-are resized there, small inputs go up through slots of pinned memory, pointers never leave the device, and a
-frame's mask and score come down in memory of their own, so that frames can be asked for ahead of it.
+For ONNX Runtime everything is numpy and immediate. On a GPU only reading a result waits: frames are resized
+on the device, small inputs go up through slots of pinned memory, pointers stay on the device, and each
+frame's mask and score come down into separate memory, so that later frames can be started before it is read.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,42 +24,42 @@ from trt_wan.runtime.video.reader import Picture
 
 Host = NDArray[Any]
 
-SLOTS = 32  # of small inputs: two a frame and object, of the frames that are under way
-AHEAD = 2  # frames; fewer than stages.PATIENCE, so that a new prompt shows before the next is thought of
+SLOTS = 32  # for small inputs: two per frame and object, for all frames under way
+AHEAD = 2  # frames; fewer than segmenter.PATIENCE, so that a new prompt takes effect before the next decision
 
 
 class Carrier(Protocol):
-    ahead: int  # how many frames may be under way when another is asked for
+    ahead: int  # frames that may be under way when the next one starts
 
     def begin(self) -> None:
-        """Called in the thread that the rest is called in."""
+        """Must be called from the thread that uses this object."""
         ...
 
     def pixels(self, pictures: Sequence[Picture], rule: InputRule) -> Callable[[], Array]:
-        """Starts to make the encoder's input [batch, 3, S, S], and returns how to get it. A batch that is not
-        full is filled up with its last picture.
+        """Starts to make the encoder's input [batch, 3, S, S], and returns a function that gets it. A batch
+        that is not full is padded with its last picture.
         """
         ...
 
     def part(self, batch: Array, i: int) -> Array:
-        """Row `i` of a batch, uncopied."""
+        """Row `i` of a batch, not copied."""
         ...
 
     def small(self, values: Mapping[str, Host]) -> Mapping[str, Array]:
-        """Inputs that are used for the next call, and not after it."""
+        """Inputs for the next call, not valid after it."""
         ...
 
     def rows(self, pointers: Sequence[Array], places: int) -> Array:
-        """[places, channels], used for the next call: the pointers, then zeros."""
+        """[places, channels] for the next call: the pointers, then zeros."""
         ...
 
     def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[Host]]:
-        """Starts to bring arrays to the host, and returns how to get them, once."""
+        """Starts to copy arrays to the host, and returns a function that gets them. Call it once."""
         ...
 
 
 class HostCarrier:
-    """Frames are resized by threads while others are tracked."""
+    """Threads resize frames while others are tracked."""
 
     ahead = 0
 
@@ -98,8 +98,8 @@ class HostCarrier:
 
 
 class DeviceCarrier:
-    """One stream and one thread at a time. What is not an activation has memory of its own, which is written
-    anew again and again: everything that reads it is enqueued before.
+    """For one stream and one thread at a time. Inputs have fixed memory, which is overwritten for every call:
+    all kernels that read it are enqueued before.
     """
 
     ahead = AHEAD
@@ -119,7 +119,7 @@ class DeviceCarrier:
         self._buffer, (self._pixels, self._slots, self._rows) = allocated(gpu, shapes)
         self._landing_bytes = mask + 2 * ALIGNMENT  # and a score
         self._free: list[Pinned] = []
-        self._landings: list[Pinned] = []  # all of them: a copy into one may outlive who asked for it
+        self._landings: list[Pinned] = []  # all of them: a copy into one may outlive its caller
 
     def begin(self) -> None:
         self.gpu.device.set_current()

@@ -12,12 +12,12 @@ from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.job import Inputs
 from trt_wan.runtime.video.reader import Clip, read_picture
 
-FACE_SIZE = 512  # pixels, both sides: what every Wan-Animate face clip has
+FACE_SIZE = 512  # pixels, both sides of every Wan-Animate face clip
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Open clips; those that are not given are None. Frames and rate are the driving clip's."""
+    """Open clips, None for those not given. Frames and rate are the driving clip's. A context manager."""
 
     reference: Pixels  # [h, w, 3], as in the file
     pose: Clip | None

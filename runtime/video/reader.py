@@ -1,10 +1,10 @@
-"""Reads clips and pictures. Knows nothing of persons, sizes a model likes, or resampling in time.
+"""Reads clips and pictures. Knows no people, no model's sizes and no resampling in time.
 
-A frame is uint8 RGB [H, W, 3], turned upright, at the file's own size (pixels are taken as square). Colours
-follow the file's tags; an untagged clip is BT.601 limited range, as every reader built on swscale takes it.
+A frame is uint8 RGB [H, W, 3], turned upright, at the file's own size. Pixels count as square. Colours follow
+the file's tags. An untagged clip is read as BT.601 limited range, as all readers built on swscale do.
 
-Containers lie about their length and rate, so both are measured: one pass over the packets when a clip is
-opened (no decoding), then one pass of decoding, in order, as frames are asked for.
+Containers are often wrong about their length and rate, so both are measured in one pass over the packets when
+a clip is opened, without decoding. Frames are then decoded in order, on request.
 """
 
 import os
@@ -30,16 +30,14 @@ from trt_wan.errors import InputError
 
 Picture = NDArray[np.uint8]
 
-MAX_DRIFT = Fraction(
-    1, 10
-)  # s of sound against picture over the whole clip (ITU-R BT.1359 accepts -185 to +90 ms)
-MAX_SHORTFALL = Fraction(
-    1
-)  # s that a container may promise beyond its last packet: headers are rounded generously
+# Seconds of sound against picture over the whole clip (ITU-R BT.1359 accepts -185 to +90 ms).
+MAX_DRIFT = Fraction(1, 10)
+# Seconds that a container may promise beyond its last packet: headers are rounded up.
+MAX_SHORTFALL = Fraction(1)
 
 
 class Clip:
-    """An open video file. Frames come forward only; the last `history` of them can be asked for again.
+    """An open video file. Frames come in forward order, and the last `history` of them can be read again.
 
     Kept frames stay in the decoder's own format: 1.5 bytes per pixel for a usual clip, half of RGB.
     Raises InputError for a file that cannot be used, on opening or, for damage further in, on reading.
@@ -49,7 +47,7 @@ class Clip:
     width: int
     height: int
     frames: int
-    rate: Fraction  # frames per second; of a clip with uneven frame times, the mean
+    rate: Fraction  # frames per second, the mean if frames are unevenly spaced
     has_sound: bool
 
     def __init__(self, path: Path, history: int = 1) -> None:
@@ -139,7 +137,7 @@ def read_picture(path: Path) -> Picture:
         f"Convert it to PNG: ffmpeg -i {shlex.quote(str(path))} -frames:v 1 {fixed}",
     )
     try:
-        # cv2.imread cannot open a path outside the code page on Windows; numpy can.
+        # Unlike numpy, cv2.imread cannot open a path outside the code page on Windows.
         picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     except (cv2.error, OSError) as error:
         raise unreadable from error
@@ -185,7 +183,7 @@ def _measure(container: InputContainer, path: Path) -> tuple[int, Fraction]:
     """Number and rate of the frames that are shown (an edit list hides some), from the packets alone."""
     video = _video_stream(container, path)
     count, end = 0, Fraction(0)
-    times: list[int] = []  # of the pictures, in units of the stream's time base
+    times: list[int] = []  # frame times in units of the stream's time base
     try:
         for packet in container.demux():
             if packet.is_corrupt:
@@ -208,7 +206,7 @@ def _measure(container: InputContainer, path: Path) -> tuple[int, Fraction]:
 
 
 def _rate(video: VideoStream, count: int, span: Fraction, path: Path) -> Fraction:
-    """What the container says where it holds (timestamps are rounded, often to ms), else what is measured."""
+    """The declared rate if it fits the timestamps (often rounded to ms), else the measured rate."""
     declared = video.average_rate or video.guessed_rate
     if declared and (not span or abs((count - 1) / declared - span) <= MAX_DRIFT):
         return Fraction(declared)
@@ -223,9 +221,9 @@ def _turn(frame: VideoFrame, path: Path) -> tuple[bool, int, int]:
     """How to set the frame upright: whether to transpose it, then its steps (1, -1) along rows and columns.
 
     The display matrix is int32 [3, 3]: ((a, b), (c, d)) top left turns (x, y) into (a·x + c·y, b·x + d·y).
-    PyAV's `rotation` is one angle and takes a mirrored picture for a turned one.
+    PyAV's `rotation` is one angle and cannot tell a mirrored picture from a turned one.
     """
-    side_data: Any = frame.side_data  # PyAV's stubs know of motion vectors only
+    side_data: Any = frame.side_data  # PyAV's stubs have motion vectors only
     matrix = side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False, 1, 1
@@ -248,6 +246,6 @@ def _cut_short(path: Path) -> InputError:
 
 
 def _remake(path: Path, options: str = "") -> str:
-    """The ffmpeg command that decodes whatever can be decoded and writes it as a plain clip."""
+    """The ffmpeg command that decodes all readable frames and writes them as a plain clip."""
     fixed = path.with_name(f"{path.stem}.fixed.mp4")
     return f"ffmpeg {options}-i {shlex.quote(str(path))} -c:v libx264 -crf 16 {shlex.quote(str(fixed))}"

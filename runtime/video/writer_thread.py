@@ -4,8 +4,8 @@
         for item in make():
             beside.put(item)
 
-Items are used in the order in which they were put, each once. After the block all of them are used, or what
-the thread raised is raised.
+Each item is used once, in order. At the end of the block all items have been used, or the thread's exception
+is raised.
 """
 
 import time
@@ -23,10 +23,10 @@ class _End:
 
 
 class Beside(Generic[Item]):
-    """`use` gets an iterator of what is put; of items that it has not asked for, `room` at most wait."""
+    """`use` gets an iterator over the items. At most `room` items wait for it."""
 
     def __init__(self, use: Callable[[Iterator[Item]], object], room: int) -> None:
-        self.busy_seconds = 0.0  # of the thread, without its waiting for items
+        self.busy_seconds = 0.0  # the thread's time without its waits for items
         self._use = use
         self._waiting: Queue[Item | _End] = Queue(room)
         self._error: BaseException | None = None
@@ -34,12 +34,12 @@ class Beside(Generic[Item]):
         self._thread = Thread(target=self._run, name="beside")
 
     def put(self, item: Item) -> None:
-        """Waits for room. Raises what the thread raised."""
+        """Waits for room. Raises the thread's exception."""
         self.check()
         self._waiting.put(item)
 
     def check(self) -> None:
-        """Raises what the thread raised: for callers that take long to make an item."""
+        """Raises the thread's exception, for callers that take long to make an item."""
         if self._error is not None:
             raise self._error
 
@@ -50,7 +50,7 @@ class Beside(Generic[Item]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """What was put is used after an error too. An interrupt while it waits drops what is left."""
+        """Remaining items are used, after an error too. An interrupt during this wait drops them."""
         try:
             self._waiting.put(_End())
             self._thread.join()
@@ -67,7 +67,7 @@ class Beside(Generic[Item]):
             self._use(self._items())
         except BaseException as error:
             self._error = error
-        while not self._ended:  # so that nobody waits for room
+        while not self._ended:  # so that put() never waits for ever
             self._get()
 
     def _items(self) -> Iterator[Item]:

@@ -17,10 +17,10 @@ from trt_wan.cli.report import Report
 from trt_wan.errors import UsageError
 
 if TYPE_CHECKING:
-    from trt_wan.preprocess.preprocess import PreprocessJob
+    from trt_wan.preprocess.job import PreprocessJob
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-NETWORK = click.Path(path_type=Path)  # a file or a folder; what is wrong with it is said by who opens it
+NETWORK = click.Path(path_type=Path)  # a file or a folder, checked when it is opened
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -58,15 +58,17 @@ def _numbers(count: int, example: str) -> Callable[..., tuple[float, ...] | None
 
 
 PREPARING = (
-    click.option("--size", callback=_size, default="832x480", show_default=True, help="Of the video."),
+    click.option("--size", callback=_size, default="832x480", show_default=True, help="Size of the video."),
     click.option(
         "--fit",
         type=click.Choice(["area", "crop", "pad", "stretch"]),
-        help="area: as many pixels as --size, in the picture's own shape; the others: exactly --size. "
-        "Default: area; with --compat kijai crop.",
+        help="area: as many pixels as --size, in the picture's own shape. The others: exactly --size. "
+        "Default: area, with --compat kijai crop.",
     ),
-    click.option("--rate", callback=_rate, help="Default: the clip's; official 30, kijai 16."),
-    click.option("--person", type=click.IntRange(min=1), help="Which one, from left to right."),
+    click.option(
+        "--rate", callback=_rate, help="Frames per second. Default: the clip's, official 30, kijai 16."
+    ),
+    click.option("--person", type=click.IntRange(min=1), help="The person's number, from left to right."),
     click.option(
         "--point", callback=_numbers(2, "410,220"), metavar="X,Y", help="The person at that pixel."
     ),
@@ -90,21 +92,21 @@ PREPARING = (
         type=click.Choice(["auto", "sam2", "mediapipe", "box"]),
         default="auto",
         show_default=True,
-        help="Who makes the mask. box: the person's whole box.",
+        help="The maker of the mask. box: the person's whole box.",
     ),
     click.option("--grow", type=int, help="Pixels that the mask grows. Default: 10."),
     click.option("--block", type=int, help="Pixels of the mask's blocks, a multiple of 16. Default: 32."),
-    click.option("--fill", is_flag=True, help="Fill what the mask encloses."),
+    click.option("--fill", is_flag=True, help="Fill holes in the mask."),
     click.option(
         "--compat",
         type=click.Choice(["official", "kijai"]),
-        help="Rates, sizes, masks and face crops as the official code or the ComfyUI wrapper has them.",
+        help="Use the rates, sizes, masks and face crops of the official code or the ComfyUI wrapper.",
     ),
     click.option("--hands/--no-hands", default=True, help="Draw the hands."),
     click.option("--head/--no-head", default=True, help="Draw the head."),
     click.option("--face/--no-face", default=True, help="Make the face clip."),
     click.option("--face-padding", type=int, default=0, help="Pixels around the face."),
-    click.option("--keypoints", type=FILE, help="An edited keypoints.json: nobody is looked for."),
+    click.option("--keypoints", type=FILE, help="An edited keypoints.json, instead of a search for people."),
 )  # fmt: skip
 
 
@@ -131,19 +133,19 @@ def preparing_options(function: Function) -> Function:
     type=click.Choice(["auto", "onnxruntime", "tensorrt"]),
     default="auto",
     show_default=True,
-    help="What runs the networks.",
+    help="The runtime of the networks.",
 )
-@click.option("-y", "--overwrite", is_flag=True, help="Replace prepared clips that are there.")
+@click.option("-y", "--overwrite", is_flag=True, help="Replace existing prepared clips.")
 @command
 def preprocess(*, report: Report, reference: Path, clip: Path, output: Path, **options: Any) -> Any:
-    """Find the person in CLIP and make from it what REFERENCE is driven by.
+    """Find the person in CLIP and make the clips that drive REFERENCE.
 
     \b
     trt-wan preprocess character.png dance.mp4 -o prepared/
     trt-wan preprocess character.png dance.mp4 -o prepared/ --mode replace --sam2 sam2.1_hiera_base_plus.pt
 
-    The folder gets src_ref.png, src_pose.mp4, src_face.mp4, for replace src_bg.mp4 and src_mask.mp4, a
-    preview.mp4 to look at, and keypoints.json, which can be edited and given back with --keypoints.
+    The folder contains src_ref.png, src_pose.mp4, src_face.mp4, for replace src_bg.mp4 and src_mask.mp4, a
+    preview.mp4 for checking, and keypoints.json, which can be edited and used with --keypoints.
     """
     return prepare(report, reference, clip, output, **options)
 
@@ -198,14 +200,14 @@ def _job(
     compat: Any,
     **options: Any,
 ) -> "PreprocessJob":
+    from trt_wan.preprocess.job import PreprocessJob
+    from trt_wan.preprocess.people.choice import PersonChoice
     from trt_wan.preprocess.people.person import Box
-    from trt_wan.preprocess.people.track import PersonChoice
     from trt_wan.preprocess.pictures.masks import MaskShape
-    from trt_wan.preprocess.preprocess import PreprocessJob
 
     if sum(choice is not None for choice in (person, point, box)) > 1:
         raise UsageError(
-            "--person, --point and --box are three ways to say the same thing.", "Give one of them."
+            "--person, --point and --box are three ways to choose the person.", "Give one of them."
         )
     return PreprocessJob(
         reference,

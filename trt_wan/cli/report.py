@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trt_wan.errors import TrtWanError
-from trt_wan.runtime.events import Event, Note, StageStarted, StepDone, WindowDone
+from trt_wan.runtime.events import Event, Note, StageProgress, StageStarted, StepDone, WindowDone
 
 SCHEMA = "trt-wan/1"
 
@@ -25,6 +25,8 @@ STAGES = {
     "denoise": "denoising",
     "decode": "decoding",
     "write": "writing the last frames",
+    "find person": "finding the person",
+    "write clips": "writing the clips",
 }
 
 
@@ -172,6 +174,8 @@ def describe(event: Reported) -> str:
     if isinstance(event, CandidateStep | CandidateReady):
         candidate = f"{event.network}  candidate {event.number}/{event.candidates}  {event.candidate}"
         return f"{candidate}  {'measuring' if isinstance(event, CandidateStep) else event.text}"
+    if isinstance(event, StageProgress):
+        return f"{STAGES.get(event.stage, event.stage)}, frame {event.done} of {event.total}"
     where = f"window {event.window}/{event.windows}  " if event.window else ""
     if isinstance(event, StageStarted):
         return where + STAGES.get(event.stage, event.stage)

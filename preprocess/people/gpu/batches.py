@@ -1,7 +1,7 @@
-"""A batch of frames through an engine: sent as uint8, made into its input, and what little comes back.
+"""A batch of frames through an engine: frames go up as uint8 and become its input, small results come back.
 
-`engine` is a detector's or a pose network's, and takes at most as many frames as its batch has. The rest of a
-batch that is not full is its last frame again. Nothing here waits for the GPU, unless all slots are in use.
+`engine` is a detector's or a pose network's, for at most as many frames as its batch has. A batch that is not
+full is padded with its last frame. Nothing here waits for the GPU, unless all slots are in use.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,9 @@ import numpy as np
 
 from trt_wan.preprocess.clips.streams import BATCH_PIXELS
 from trt_wan.preprocess.onnx.memory import Flight
+from trt_wan.preprocess.people.crops import Crop, taps
 from trt_wan.preprocess.people.gpu.kernels import people_kernels
 from trt_wan.preprocess.people.gpu.resampling_tables import crop_table, stretch_taps
-from trt_wan.preprocess.people.pose import Crop, taps
 from trt_wan.runtime.video.reader import Picture
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def prepare(engine: "EngineRunner") -> None:
 
 
 def detect(engine: "EngineRunner", frames: Sequence[Picture]) -> Flight:
-    """The flight of the engine's first output, of the whole batch."""
+    """Returns the flight of the engine's first output, for the whole batch."""
     slot, kernels = engine.slot(), people_kernels(engine.gpu)
     address, shape, kind = slot.parts[engine.input]
     n, _, height, width = shape
@@ -44,8 +44,8 @@ def detect(engine: "EngineRunner", frames: Sequence[Picture]) -> Flight:
 
 
 def estimate(engine: "EngineRunner", frames: Sequence[Picture], crops: Sequence[Crop], bgr: bool) -> Flight:
-    """The flight of the peaks, float32 [frames, joints, 3], as of pose.peaks. The score is no number where a
-    heat map is not finite.
+    """Returns the flight of the peaks, float32 [frames, joints, 3], as heatmaps.peaks gives them. The score
+    is NaN if a heat map is not finite.
     """
     slot, kernels = engine.slot(), people_kernels(engine.gpu)
     address, shape, kind = slot.parts[engine.input]
@@ -70,7 +70,7 @@ def estimate(engine: "EngineRunner", frames: Sequence[Picture], crops: Sequence[
 
 
 def pieces(frames: Sequence[Picture], most: int) -> Iterator[Sequence[Picture]]:
-    """Of at most so many frames and BATCH_PIXELS, which bounds the memory that frames take."""
+    """The frames in groups of at most `most` frames and BATCH_PIXELS, which limits their memory."""
     begin, pixels = 0, 0
     for k, frame in enumerate(frames):
         size = frame.shape[0] * frame.shape[1]

@@ -1,6 +1,6 @@
 // Heat maps [maps, height, width] to peaks [maps, 3]: x and y in pixels of the map, and the score.
 //
-// One block of threads works on one map, with the arithmetic of pose.peaks: DARK, one Taylor step on the logarithm of
+// One block of threads works on one map, with the arithmetic of heatmaps.peaks: DARK, one Taylor step on the logarithm of
 // the blurred map. The score is NaN if the map has a number that is not finite. A map without a number above 0 gives
 // -1, -1, -1. Macros: THREADS, GAUSSIAN (11 taps), LEAST_HEAT, LOW_HEAT.
 

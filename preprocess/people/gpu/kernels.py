@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from trt_wan.preprocess.people import pose
+from trt_wan.preprocess.people import crops, heatmaps
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import Module, read_source
 
@@ -21,13 +21,13 @@ MAP_THREADS = 256
 
 
 def macros() -> dict[str, object]:
-    gaussian = cv2.getGaussianKernel(pose.BLUR, pose.SIGMA, cv2.CV_32F)[:, 0]
+    gaussian = cv2.getGaussianKernel(heatmaps.BLUR, heatmaps.SIGMA, cv2.CV_32F)[:, 0]
     return {
-        "MEAN": _numbers(pose.MEAN),
-        "STD": _numbers(pose.STD),
+        "MEAN": _numbers(crops.MEAN),
+        "STD": _numbers(crops.STD),
         "GAUSSIAN": _numbers(gaussian),
-        "LEAST_HEAT": f"{pose.LEAST_HEAT}f",
-        "LOW_HEAT": f"{pose.LOW_HEAT}f",
+        "LEAST_HEAT": f"{heatmaps.LEAST_HEAT}f",
+        "LOW_HEAT": f"{heatmaps.LOW_HEAT}f",
         "THREADS": MAP_THREADS,
     }
 

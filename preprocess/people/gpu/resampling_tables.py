@@ -1,7 +1,7 @@
-"""Which pixels a resampled picture is made of: for every column and every row two, with their weights.
+"""The pixels of a resampled picture: two for every column and every row, with their weights.
 
-The host makes these tables, and the kernels of frames.cu only multiply and add: there is one definition of
-where a sample lies. `first` and `second` are pixels of the frame.
+The host makes these tables and the kernels of frames.cu multiply and add, so the position of a sample is
+defined once. `first` and `second` are pixels of the frame.
 """
 
 from functools import lru_cache
@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Table = NDArray[Any]  # of one of the two types below
+Table = NDArray[Any]  # elements of one of the two types below
 
 TAP = np.dtype([("first", "<i4"), ("second", "<i4"), ("first_weight", "<f4"), ("second_weight", "<f4")])
 WHOLE_TAP = np.dtype([("first", "<i4"), ("second", "<i4"), ("first_weight", "<i4"), ("second_weight", "<i4")])
-WHOLE = 2048  # what weights of 1 are in OpenCV's arithmetic for uint8
+WHOLE = 2048  # a weight of 1 in OpenCV's arithmetic for uint8
 
 
 @lru_cache(maxsize=16)
 def stretch_taps(width: int, height: int, to_width: int, to_height: int) -> tuple[Table, Table]:
     """Columns and rows of cv2.resize(INTER_LINEAR) of a uint8 frame.
 
-    At the border OpenCV takes one column wholly, but two equal rows in part: their roundings differ.
+    At the border OpenCV uses one column with full weight, but two equal rows with parts: their roundings
+    differ.
     """
     columns, rows = _opencv_taps(width, to_width), _opencv_taps(height, to_height)
     alone = columns["first"] == columns["second"]
@@ -42,7 +43,7 @@ def _opencv_taps(source: int, target: int) -> Table:
 
 
 def crop_table(taps: list[tuple[NDArray[np.intp], Table]]) -> Table:
-    """What pose.taps gives, as a table."""
+    """The result of crops.taps as a table."""
     (first, first_weight), (second, second_weight) = taps
     table = np.empty(len(first), TAP)
     table["first"], table["second"] = first, second

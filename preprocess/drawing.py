@@ -1,0 +1,140 @@
+"""The second pass: every clip of the folder is drawn, cropped, cut and encoded, frame by frame.
+
+Frames are read, masks made, and each clip drawn and encoded in separate threads.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import count, repeat
+from pathlib import Path
+
+from trt_wan.errors import InputError
+from trt_wan.preprocess.clips import artifacts
+from trt_wan.preprocess.clips.streams import READ_AHEAD, ahead, counted, split
+from trt_wan.preprocess.clips.writers import ClipSet
+from trt_wan.preprocess.footage import Footage, Sizes
+from trt_wan.preprocess.job import PreprocessJob
+from trt_wan.preprocess.observe import Observe, observed
+from trt_wan.preprocess.people.person import PersonFrame
+from trt_wan.preprocess.people.skeleton import Skeleton
+from trt_wan.preprocess.pictures.background import cut_hole
+from trt_wan.preprocess.pictures.draw import draw_skeleton
+from trt_wan.preprocess.pictures.face import SIDE as FACE_SIDE
+from trt_wan.preprocess.pictures.face import FaceCropper, PixelBox
+from trt_wan.preprocess.pictures.masks import Mask, as_picture
+from trt_wan.preprocess.pictures.preview import draw_preview, preview_size
+from trt_wan.preprocess.stages import Stages
+from trt_wan.runtime.events import Note, Progress
+from trt_wan.runtime.letterbox import letterbox
+from trt_wan.runtime.video.reader import Picture
+from trt_wan.runtime.video.writer import VideoWriter
+
+MASKS_AHEAD = 2  # in addition to the frames that share a mask
+WRITE = "write clips"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Draws the person into the pictures of every frame. Lists have one entry per frame."""
+
+    job: PreprocessJob
+    sizes: Sizes
+    people: list[PersonFrame]  # in pixels of the frame
+    skeletons: list[Skeleton]  # the driving person's
+    poses: list[Skeleton]  # as drawn: retargeted, or the same
+    observe: Observe
+
+    @cached_property
+    def cropper(self) -> FaceCropper:
+        return FaceCropper(padding=self.job.face_padding, compat=self.job.compat)
+
+    @cached_property
+    def faces(self) -> list[PixelBox | None]:
+        return self.cropper.boxes(self.skeletons)
+
+    def pictures(
+        self, k: int, frame: Picture, mask: Mask | None, faces: Iterator[Picture] | None
+    ) -> dict[str, Callable[[], Picture]]:
+        """Functions that make the pictures of frame `k`, by the name of their clip."""
+        made: dict[str, Callable[[], Picture]] = {
+            artifacts.POSE: partial(self._pose, k),
+            artifacts.PREVIEW: partial(self._preview, k, frame, mask),
+        }
+        if faces is not None:
+            made[artifacts.FACE] = partial(next, faces)
+        if mask is not None:
+            made[artifacts.BACKGROUND] = partial(self._background, frame, mask)
+            made[artifacts.MASK] = partial(as_picture, mask)
+        return made
+
+    def _pose(self, k: int) -> Picture:
+        pose = self.poses[k]
+        with self.observe("draw skeleton"):
+            drawn = draw_skeleton(pose, pose.width, pose.height, hands=self.job.hands, head=self.job.head)
+        return letterbox(drawn, *self.sizes.canvas)
+
+    def _preview(self, k: int, frame: Picture, mask: Mask | None) -> Picture:
+        number = self.job.choice.number
+        label = "person" if number is None else f"person {number}"
+        with self.observe("draw preview"):
+            return draw_preview(frame, self.skeletons[k], self.people[k].box, self.faces[k], mask, label)
+
+    def _background(self, frame: Picture, mask: Mask) -> Picture:
+        with self.observe("cut background"):
+            return cut_hole(frame, mask)
+
+
+def write_clips(drawing: Drawing, footage: Footage, folder: Path, stages: Stages, progress: Progress) -> None:
+    """Raises InputError if a mask is needed in mode replace and no frame has one."""
+    job, frames, some_mask = drawing.job, len(footage.indices), False
+    if job.face and not any(drawing.faces):
+        progress(Note(f"No face was found in any frame, so {artifacts.FACE} is black."))
+    with ExitStack() as opened:
+        read = opened.enter_context(closing(ahead(footage, READ_AHEAD)))
+        coming = observed(read, "wait for frames and masks", drawing.observe)
+        shown, *more = split(coming, 1 + job.face + (job.mode == "replace"))
+        faces: Iterator[Picture] | None = None
+        if job.face:
+            crops = drawing.cropper.crops(more.pop(), drawing.skeletons)
+            faces = observed(crops, "crop faces", drawing.observe)
+        masks: Iterable[Mask | None] = repeat(None)
+        if job.mode == "replace":
+            made = opened.enter_context(
+                closing(ahead(_masks(drawing, more.pop(), stages, progress), MASKS_AHEAD))
+            )
+            masks = observed(made, "wait for frames and masks", drawing.observe)
+        writers = {name: opened.enter_context(writer) for name, writer in _writers(drawing, footage, folder)}
+        clips = opened.enter_context(ClipSet(writers, drawing.observe))
+        for k, frame, mask in zip(count(), counted(shown, frames, WRITE, progress), masks, strict=False):
+            clips.write(drawing.pictures(k, frame, mask, faces))
+            some_mask = some_mask or (mask is not None and bool(mask.any()))
+        if job.mode == "replace" and not some_mask:
+            raise InputError(
+                f"No outline of a person was found in any of the {frames} frames of {job.clip}.",
+                "Use --mode animate, or --segmenter box.",
+            )
+        clips.finish(frames)
+
+
+def _masks(drawing: Drawing, frames: Iterator[Picture], stages: Stages, progress: Progress) -> Iterator[Mask]:
+    assert stages.segmenter is not None, "mode replace needs a segmenter"
+    progress(Note(f"Masks are made by {stages.segmenter.name}."))
+    outlines = observed(stages.segmenter.outlines(frames, drawing.people), "segment", drawing.observe)
+    masks = drawing.job.mask.of(outlines, len(drawing.people))
+    return observed(masks, "shape masks", drawing.observe)
+
+
+def _writers(drawing: Drawing, footage: Footage, folder: Path) -> Iterator[tuple[str, VideoWriter]]:
+    """Opens the writers one by one: the caller must enter each before it asks for the next."""
+    job, canvas = drawing.job, drawing.sizes.canvas
+    sizes = {artifacts.POSE: canvas, artifacts.PREVIEW: preview_size(drawing.sizes.frame)}
+    if job.face:
+        sizes[artifacts.FACE] = (FACE_SIDE, FACE_SIDE)
+    if job.mode == "replace":
+        sizes |= {artifacts.BACKGROUND: canvas, artifacts.MASK: canvas}
+    for name, size in sizes.items():
+        crf = artifacts.PREVIEW_CRF if name == artifacts.PREVIEW else artifacts.CRF
+        sound = job.clip if name == artifacts.POSE and footage.has_sound else None
+        yield name, VideoWriter(folder / name, *size, footage.rate, sound, crf=crf, preset=artifacts.PRESET)

@@ -1,0 +1,110 @@
+"""The frames of the driving clip that are used, and the sizes that everything is made in."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from trt_wan.preprocess.clips.sampling import SamplingRule, frame_indices
+from trt_wan.preprocess.clips.sizes import Size, fit, output_size, resize_by_area
+from trt_wan.preprocess.job import PreprocessJob
+from trt_wan.preprocess.observe import Observe, unobserved
+from trt_wan.preprocess.people.person import Box, PersonFrame
+from trt_wan.runtime.letterbox import letterbox
+from trt_wan.runtime.video.reader import Clip, Picture
+
+RATES = {"official": Fraction(30), "kijai": Fraction(16)}  # frames per second; the default is the clip's rate
+
+
+@dataclass(frozen=True)
+class Footage:
+    """The used frames, in order. Each iteration decodes the clip anew and holds one frame in memory."""
+
+    path: Path
+    indices: Sequence[int]
+    rate: Fraction  # frames per second of the clips to make
+    has_sound: bool
+    fitted: Callable[[Picture], Picture] = lambda picture: picture
+    observe: Observe = unobserved
+
+    def __iter__(self) -> Iterator[Picture]:
+        with Clip(self.path) as clip:
+            last, picture = -1, None
+            for index in self.indices:
+                if picture is None or index != last:
+                    last = index
+                    with self.observe("decode"):
+                        picture = clip.window([index])[0]
+                    with self.observe("scale frames"):
+                        picture = self.fitted(picture)
+                yield picture
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Width and height of the clip, of the video to make (`canvas`), and of the frames that are cut, masked
+    and shown; `fitted` makes such a frame from the clip's.
+
+    People are searched for in the clip's own frames: places in messages, options and keypoints.json are in
+    the clip's pixels.
+    """
+
+    clip: Size
+    canvas: Size
+    frame: Size
+    fitted: Callable[[Picture], Picture] = lambda picture: picture
+    scale: tuple[float, float] = (1, 1)  # across, down
+    offset: tuple[float, float] = (0, 0)  # pixels of the frame
+
+    def placed(self, person: PersonFrame) -> PersonFrame:
+        """From the clip's pixels to the frame's."""
+        (sx, sy), (dx, dy), box, keypoints = self.scale, self.offset, person.box, person.keypoints
+        if box is not None:
+            box = Box(box.x0 * sx + dx, box.y0 * sy + dy, box.x1 * sx + dx, box.y1 * sy + dy, box.score)
+        if keypoints is not None:
+            moved = keypoints * np.asarray((sx, sy, 1), np.float32) + np.asarray((dx, dy, 0), np.float32)
+            keypoints = np.where(keypoints[:, 2:] > 0, moved, np.float32(0))
+        return PersonFrame(box, keypoints)
+
+
+def plan_footage(job: PreprocessJob, reference: Picture, observe: Observe) -> tuple[Footage, Sizes]:
+    """Raises InputError or UsageError for a clip or a size that cannot be used."""
+    with Clip(job.clip) as clip:
+        rate = job.rate or (RATES[job.compat] if job.compat else clip.rate)
+        rule: SamplingRule = "kijai" if job.compat == "kijai" else "official"
+        indices = frame_indices(clip.frames, clip.rate, rate, rule)
+        footage = Footage(job.clip, indices, rate, clip.has_sound, observe=observe)
+        return footage, plan_sizes(job, reference, clip)
+
+
+def plan_sizes(job: PreprocessJob, reference: Picture, clip: Clip) -> Sizes:
+    """In mode replace the video has the clip's shape, and frames are scaled to the video's size. In mode
+    animate it has the reference's shape, and frames keep their size. The wrapper scales frames in both modes.
+
+    A size by area has sides that are multiples of 16 pixels, so its shape differs a little from the clip's.
+    The official code pads with black, which shows as black bars in the video. By default we crop those few
+    pixels.
+    """
+    how = job.fit or ("crop" if job.compat == "kijai" else "area")
+    old = (clip.width, clip.height)
+    shape = old if job.mode == "replace" else (reference.shape[1], reference.shape[0])
+    width, height = canvas = output_size(shape, job.size, "official" if how == "area" else "kijai")
+    if job.mode == "animate" and job.compat != "kijai":
+        return Sizes(old, canvas, old)
+    ratios = (width / old[0], height / old[1])
+    if how == "stretch":
+        return Sizes(old, canvas, canvas, lambda picture: fit(picture, height, width, "stretch"), ratios)
+    padded = how == "pad" or (how == "area" and job.compat == "official")
+    scale = min(ratios) if padded else max(ratios)
+    offset = ((width - old[0] * scale) / 2, (height - old[1] * scale) / 2)
+
+    def fitted(picture: Picture) -> Picture:
+        if not padded:
+            return fit(picture, height, width, "crop")
+        if how == "pad":
+            return letterbox(picture, width, height)
+        return resize_by_area(picture, job.size[0] * job.size[1])
+
+    return Sizes(old, canvas, canvas, fitted, (scale, scale), offset)

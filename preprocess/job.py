@@ -1,0 +1,63 @@
+"""Everything a user decides about one preprocessing."""
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+from trt_wan.errors import UsageError
+from trt_wan.preprocess.clips.sizes import Fit, Size
+from trt_wan.preprocess.people.choice import PersonChoice
+from trt_wan.preprocess.pictures.masks import Compat, MaskShape
+from trt_wan.preprocess.retarget.rules import RetargetRule
+from trt_wan.runtime.job import Mode
+
+SIZE = (832, 480)
+
+
+@dataclass(frozen=True)
+class PreprocessJob:
+    """Raises UsageError on construction for settings that are invalid for every file."""
+
+    reference: Path
+    clip: Path
+    output: Path  # a folder
+    mode: Mode = "animate"
+    size: Size = SIZE  # width, height
+    fit: Fit | Literal["area"] | None = None  # area: as many pixels as `size`, in the picture's own shape
+    rate: Fraction | None = None  # frames per second
+    compat: Compat | None = None
+    choice: PersonChoice = field(default_factory=PersonChoice)
+    retarget: RetargetRule | None = None
+    edited_reference: Path | None = None  # the same people in a better posture, for their proportions alone
+    edited_driving: Path | None = None
+    mask: MaskShape = field(default_factory=MaskShape)
+    hands: bool = True
+    head: bool = True
+    face: bool = True
+    face_padding: int = 0  # pixels
+    keypoints: Path | None = None  # edited by hand: these replace the search for people
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode == "replace" and self.retarget is not None:
+            raise UsageError(
+                "In the mode replace the new person stands where the old one was: nothing is retargeted.",
+                "Leave out --retarget, or use --mode animate.",
+            )
+        if self.retarget is None and (self.edited_reference or self.edited_driving):
+            raise UsageError(
+                "Edited pictures are read for retargeting only.",
+                "Add --retarget safe or --retarget official.",
+            )
+        if self.rate is not None and self.rate <= 0:
+            raise UsageError(f"A rate of {self.rate} makes no video.", "Give a rate such as 16 or 30.")
+        if self.face_padding < 0:
+            raise UsageError(
+                f"A face padding of {self.face_padding} pixels is not possible.", "Use 0 or more."
+            )
+
+    @property
+    def needs_people(self) -> bool:
+        """Whether people must be found, in the clip or in a picture."""
+        return self.keypoints is None or self.retarget is not None

@@ -1,0 +1,109 @@
+"""Reads the tensors of a `.pt` file without torch.
+
+A `.pt` is a zip of a pickle and raw storages. The unpickler accepts tensors and dictionaries only: the file
+can name no other function, so it cannot run code.
+"""
+
+import io
+import math
+import pickle
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.errors import WeightsError
+
+STORAGES: dict[str, np.dtype[Any]] = {
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "DoubleStorage": np.dtype(np.float64),
+}
+USE = "Use an official file (sam2.1_hiera_base_plus.pt, sam2_hiera_large.pt, ...) or its safetensors."
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a `.pt` file: a strided window into one storage of the archive."""
+
+    path: Path
+    entry: str
+    dtype: np.dtype[Any]
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def read(self) -> NDArray[Any]:
+        with zipfile.ZipFile(self.path) as archive:
+            raw = np.frombuffer(archive.read(self.entry), self.dtype)[self.offset :]
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        if math.prod(self.shape) and (last >= len(raw) or min(self.stride, default=0) < 0):
+            raise WeightsError(f"{self.path} is damaged: {self.entry} is too short.", "Download it again.")
+        strides = tuple(step * self.dtype.itemsize for step in self.stride)
+        return np.lib.stride_tricks.as_strided(raw, self.shape, strides, writeable=False)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Loads dictionaries of tensors and refuses all other objects."""
+
+    def __init__(self, path: Path, folder: str, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self.path, self.folder = path, folder
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self._tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _without_gradient
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        match pid:
+            case ("storage", np.dtype() as dtype, str(key), str(), int()):
+                return f"{self.folder}data/{key}", dtype
+        raise pickle.UnpicklingError("it has a storage of an unknown kind")
+
+    def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+        match storage, offset, shape, stride:
+            case (str(entry), np.dtype() as dtype), int(), tuple(), tuple() if all(
+                isinstance(number, int) for number in (*shape, *stride)
+            ):
+                return StoredTensor(self.path, entry, dtype, offset, shape, stride)
+        raise pickle.UnpicklingError("it has a tensor of an unknown kind")
+
+
+def _without_gradient(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+def read_torch_file(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of an official file, which are under "model"."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
+            if entry is None:
+                raise pickle.UnpicklingError("it has no data.pkl")
+            loaded = _Unpickler(path, entry.removesuffix("data.pkl"), archive.read(entry)).load()
+    except OSError as error:
+        raise WeightsError(
+            f"{path} cannot be read ({error.strerror}).", "Check the path and its rights."
+        ) from error
+    except Exception as error:  # a damaged pickle can raise any exception
+        reason = "it is no zip archive" if isinstance(error, zipfile.BadZipFile) else str(error)
+        raise WeightsError(f"{path} is no SAM2 checkpoint, or damaged: {reason}.", USE) from error
+    tensors = loaded.get("model", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, StoredTensor) for name, tensor in tensors.items()
+    ):
+        raise WeightsError(f"{path} is no SAM2 checkpoint: it is no dictionary of tensors.", USE)
+    return dict(tensors)

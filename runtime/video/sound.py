@@ -1,0 +1,124 @@
+"""The sound of the finished video: another file's packets, copied if players accept them, else made AAC."""
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Self
+
+import av
+from av.audio.stream import AudioStream
+from av.container import InputContainer, OutputContainer
+from av.packet import Packet
+
+from trt_wan.errors import InputError
+
+SOUND_BIT_RATE = 192_000  # for sound that must be encoded again
+# Sound that common players accept in each container. All other sound is encoded again as AAC.
+COPIED_SOUND = {
+    ".mp4": frozenset({"aac", "ac3", "alac", "eac3", "mp3", "opus"}),
+    ".mov": frozenset({"aac", "ac3", "alac", "eac3", "mp3"}),
+    ".mkv": frozenset({"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus", "vorbis"}),
+}
+AAC_RATES = frozenset({8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000})
+
+
+class Sound:
+    """Packets for the output's sound stream, in order of time, up to the time of the pictures."""
+
+    @classmethod
+    def of(cls, path: Path, output: OutputContainer, copied: frozenset[str]) -> Self | None:
+        """None where the file has no sound."""
+        with _readable(path):
+            source = av.open(str(path.absolute()), metadata_errors="ignore")
+            if source.streams.audio:
+                return cls(path, source, output, copied)
+            source.close()
+            return None
+
+    def __init__(
+        self, path: Path, source: InputContainer, output: OutputContainer, copied: frozenset[str]
+    ) -> None:
+        self.path, self._source = path, source
+        self._input = source.streams.audio[0]
+        self._zero = _start(source)
+        codec = self._input.codec_context.codec.canonical_name
+        if codec in copied:
+            self._output: AudioStream = output.add_stream_from_template(self._input)
+            packets = self._copied()
+        else:
+            rate = self._input.rate if self._input.rate in AAC_RATES else 48_000
+            self._output = output.add_stream("aac", rate=rate, bit_rate=SOUND_BIT_RATE)
+            self._output.codec_context.layout = "mono" if self._input.channels == 1 else "stereo"
+            packets = self._encoded()
+        self._packets = packets
+        self._next = self._advance()
+
+    def until(self, end: Fraction) -> "list[Packet[AudioStream]]":
+        """The next packets, those that start before `end`, in seconds."""
+        packets = []
+        while self._next is not None and _seconds(self._next) < end:
+            packets.append(self._next)
+            self._next = self._advance()
+        return packets
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _advance(self) -> "Packet[AudioStream] | None":
+        with _readable(self.path):
+            return next(self._packets, None)
+
+    def _copied(self) -> "Iterator[Packet[AudioStream]]":
+        rate, size = self._input.codec_context.sample_rate, self._input.codec_context.frame_size
+        for packet in self._source.demux(self._input):
+            if packet.pts is None:
+                continue
+            shift = round(self._zero / packet.time_base)
+            pts, duration = packet.pts - shift, packet.duration or 0
+            whole = round(Fraction(size, rate) / packet.time_base) if rate else 0
+            if pts < 0 and duration > whole > 0:
+                # mp4 stretches a packet that starts before the picture. Its end stays in place.
+                pts, duration = pts + duration - whole, whole
+            packet.pts = packet.dts = pts
+            packet.duration = duration
+            # One packet before the start is kept: a codec with overlapping packets needs it for the next one.
+            if pts + 2 * duration > 0:
+                packet.stream = self._output
+                yield packet
+
+    def _encoded(self) -> "Iterator[Packet[AudioStream]]":
+        for frame in self._source.decode(self._input):
+            if frame.pts is None or frame.time_base is None:
+                continue
+            frame.pts -= round(self._zero / frame.time_base)
+            if frame.pts * frame.time_base + Fraction(frame.samples, frame.sample_rate) > 0:
+                yield from self._output.encode(frame)
+        yield from self._output.encode(None)
+
+
+def _seconds(packet: "Packet[Any]") -> Fraction:
+    assert packet.pts is not None
+    return packet.pts * packet.time_base
+
+
+def _start(source: InputContainer) -> Fraction:
+    """The time of the first picture, or of the first sample in a file without pictures, in seconds."""
+    for stream in source.streams.video:
+        if stream.start_time is not None and stream.time_base is not None:
+            return stream.start_time * stream.time_base
+    return Fraction(source.start_time or 0, av.time_base)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (av.FFmpegError, OSError) as error:
+        fixed = path.with_name(f"{path.stem}.fixed.mp4")
+        raise InputError(
+            f"The sound of {path} cannot be read ({error.strerror}).",
+            "Encode it again: "
+            f"ffmpeg -i {shlex.quote(str(path))} -c:v copy -c:a aac {shlex.quote(str(fixed))}",
+        ) from error
