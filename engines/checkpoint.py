@@ -1,4 +1,4 @@
-"""What a checkpoint file must hold: every tensor a part's networks read, by its canonical name and shape.
+"""The tensors that a checkpoint file must hold: all that a part's networks read, by canonical name and shape.
 
 Canonical names are the official Wan names for the transformer and the VAE and the Hugging Face names for umT5
 and CLIP (model_spec.md 1.3, 5.4), without prefixes. Layers that the runtime never runs (CLIP's last block and
@@ -15,9 +15,8 @@ PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder", "image_encoder"
 TOKEN_EMBEDDING = "shared.weight"
 FINAL_TEXT_NORM = "encoder.final_layer_norm.weight"
 DIRECTION = "motion_encoder.dec.direction.weight"
-ORTHONORMAL = (
-    "motion_encoder.dec.direction.orthonormal"  # what the graph takes; computed from DIRECTION on loading
-)
+# The graph's input; it is computed from DIRECTION when the weights are loaded.
+ORTHONORMAL = "motion_encoder.dec.direction.orthonormal"
 
 
 def required_tensors(model: ModelConfig, part: Part) -> dict[str, tuple[int, ...]]:

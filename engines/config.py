@@ -1,4 +1,4 @@
-"""What a model is made of: one frozen row per model, nothing measured, nothing read from disk.
+"""The sizes of the models: one frozen row per model, nothing measured, nothing read from disk.
 
 Sizes are in channels, counts are counts. `ANIMATE_14B` is Wan2.2-Animate-14B (model_spec.md 1.1, 7, 8);
 `TINY` has the same structure, the same geometry of its inputs (512x512 faces, 224x224 CLIP pictures, 512 text

@@ -1,4 +1,4 @@
-"""What a network is called and what goes in and out of it: the one text that build and runtime both read.
+"""The contract of a network: its name, inputs, weights and outputs. Both build and runtime read it.
 
 A network's weights are inputs of its graph like any other; their names are the checkpoint's own (official Wan
 names, model_spec.md 1.3) with `scope` in front: the weight `self_attn.q.weight` of `attn_in` for block 7 is
@@ -13,7 +13,7 @@ from trt_wan.engines.precision import PRECISIONS, Precision
 
 Part = Literal["transformer", "vae", "text_encoder", "image_encoder", "sam2"]
 DType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "int64"]
-# What a contract writes for a tensor whose type the precision decides: see `at_precision`.
+# A contract names the role of a tensor whose type the precision decides: see `at_precision`.
 Role = Literal["activation", "linear"]
 
 

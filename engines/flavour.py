@@ -37,9 +37,9 @@ FLAVOURS: dict[FlavourName, FlavourRow] = {
 
 
 def choose_flavour(forced: str | None, capability: Capability | None) -> Flavour:
-    """The flavour for a GPU of this compute capability; None: there is no GPU, engines are for other ones.
+    """The flavour for a GPU of this compute capability, or, for None, for engines of other GPUs.
 
-    Raises UsageError if `forced` is no flavour, EnvironmentBroken if none that works here is installed.
+    Raises UsageError for an unknown flavour, EnvironmentBroken if no installed one works here.
     """
     order: tuple[FlavourName, ...] = ("tensorrt_rtx", "tensorrt")
     if capability is None:
@@ -69,11 +69,11 @@ def choose_flavour(forced: str | None, capability: Capability | None) -> Flavour
 def _load(name: FlavourName, capability: Capability | None, problems: list[str]) -> Any:
     """The module, or None and one problem more."""
     if name == "tensorrt" and capability is None:
-        problems.append("tensorrt builds only for a GPU that is there")
+        problems.append("tensorrt builds only for a GPU of this machine")
         return None
     try:
         module = import_module(name)
-    except Exception as error:  # a library that is missing or of the wrong CUDA raises what it likes
+    except Exception as error:  # a missing library, or one for another CUDA, raises any class
         missing = isinstance(error, ModuleNotFoundError) and error.name == name
         problems.append(f"{name} is not installed" if missing else f"{name} does not load ({error})")
         return None

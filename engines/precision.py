@@ -1,6 +1,6 @@
 """The precisions a model can be built for: one row each.
 
-What the rows do not mention stays in float32 everywhere (model_spec.md 1.9): the residual stream, latents,
+Everything else stays in float32 at every precision (model_spec.md 1.9): the residual stream, latents,
 modulation, the time path, norms and their statistics, RoPE tables, biases, scales, patch embeddings, head,
 the face's motion.
 """

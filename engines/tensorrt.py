@@ -3,7 +3,7 @@
 Every function called here has the same name in both flavours and all versions, except where a comment says
 so (trt_facts.md 4.3). Full TensorRT could not be installed where this was written: nothing of it is proved.
 
-Networks are strongly typed: the graph alone decides what is computed in which type. A compiled engine
+Networks are strongly typed: the graph alone decides the type of each operation. A compiled engine
 ("plan") holds no weights; they are inputs. This module knows no model.
 """
 
@@ -23,7 +23,7 @@ from trt_wan.errors import GraphError, UsageError
 
 
 def compile_onnx(flavour: Flavour, graph: bytes, target: Target, progress: Progress) -> bytes:
-    """The plan of an ONNX graph. GraphError names the node that is not taken, or what stopped the builder."""
+    """The plan of an ONNX graph. Raises GraphError with the node that is refused, or the builder's errors."""
     return in_a_thread(flavour, progress, lambda monitor: _onnx(flavour, graph, target, monitor))
 
 
@@ -138,7 +138,7 @@ def start_network(flavour: Flavour, target: Target) -> tuple[Any, Any, Any]:
     trt = flavour.module
     if flavour.name == "tensorrt" and target != "current":
         raise UsageError(
-            f"tensorrt builds only for the GPU that is there, not for {target}.",
+            f"tensorrt builds only for the GPU of this machine, not for {target}.",
             "Leave --target out, or use --flavour tensorrt_rtx.",
         )
     log = new_class("Log", (_Log, trt.ILogger))()
@@ -150,9 +150,9 @@ def start_network(flavour: Flavour, target: Target) -> tuple[Any, Any, Any]:
 def in_a_thread(flavour: Flavour, progress: Progress, work: Callable[[Any], bytes]) -> bytes:
     """Calls `work(monitor)` in a thread, so that this one can report and be stopped.
 
-    Python sees no Ctrl-C while TensorRT works, and one that comes while TensorRT calls our log is swallowed;
-    only the main thread gets any. An exception (KeyboardInterrupt, or whatever `progress` raises) ends the
-    build at TensorRT's next step.
+    Python sees no Ctrl-C while TensorRT works, and loses one that comes while TensorRT calls our log. Only
+    the main thread gets any. An exception (KeyboardInterrupt, or one that `progress` raises) ends the build
+    at TensorRT's next step.
     """
     monitor = new_class("Monitor", (_Monitor, flavour.module.IProgressMonitor))()
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -169,10 +169,10 @@ def in_a_thread(flavour: Flavour, progress: Progress, work: Callable[[Any], byte
 def build_plan(flavour: Flavour, builder: Any, network: Any, log: Any, target: Target, monitor: Any) -> bytes:
     trt = flavour.module
     config = builder.create_builder_config()
-    # More streams take a gigabyte more at full size, and what could run beside is tiny (trt_facts.md 1.3).
+    # More streams take a gigabyte more at full size, and only tiny layers could overlap (trt_facts.md 1.3).
     config.max_aux_streams = 0
     config.clear_flag(trt.BuilderFlag.TF32)
-    if flavour.name == "tensorrt_rtx":  # without a target it would compile for four of its own choice
+    if flavour.name == "tensorrt_rtx":  # without a target it compiles for four GPUs that it chooses
         config.num_compute_capabilities = 1
         capability = getattr(trt.ComputeCapability, TARGETS[target].compute_capability)
         config.set_compute_capability(capability, 0)
@@ -193,7 +193,7 @@ def build_plan(flavour: Flavour, builder: Any, network: Any, log: Any, target: T
 
 
 class _Log:
-    """Keeps errors for the exception; TensorRT's other lines interest nobody."""
+    """Keeps errors for the exception and drops all other lines."""
 
     def __init__(self) -> None:
         super().__init__()

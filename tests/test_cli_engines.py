@@ -193,7 +193,7 @@ def test_targets_choose_their_precision_and_share_nothing(no_engines: Path) -> N
     [
         (["--target", "sm99"], 2, "'sm99' is no target; there are current, sm80", "build --help"),
         (["--target", "sm120,sm86", "--precision", "fp8"], 2, "target sm86 have no FP8", "--precision bf16"),
-        (["--target", "sm89", "--flavour", "tensorrt"], 1, "only for a GPU that is there", "pip install"),
+        (["--target", "sm89", "--flavour", "tensorrt"], 1, "only for a GPU of this machine", "pip install"),
         (["--target", "sm89", "--window", "12"], 2, "A window of 12 frames", "--window 13"),
     ],
 )

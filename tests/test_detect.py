@@ -172,6 +172,9 @@ def test_the_hash_is_kept_and_follows_the_weights(tmp_path: Path) -> None:
     assert changed not in (first, "0" * 64)
     kept.write_text("{")
     assert read_onnx(path).sha256 == changed
+    shutil.rmtree(kept.parent)
+    kept.parent.write_text("a home that cannot be written")
+    assert read_onnx(path).sha256 == changed, "a cache never ends a job"
 
 
 def refusal(path: Path) -> WeightsError:

@@ -489,6 +489,26 @@ def test_an_engine_that_vanishes_between_building_and_reading_is_built_again(
     assert not obtain(Recipe(A, compile)).built
 
 
+@pytest.mark.parametrize("how", ["full disk", "read-only home"])
+def test_an_engine_that_cannot_be_stored_is_used_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    made = []
+
+    def compile(progress: Any) -> bytes:
+        made.append(1)
+        return plan_of(A)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    if how == "full disk":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        folder.write_text("a file where the folder should be")
+    assert obtain(Recipe(A, compile)).plan == plan_of(A) and made == [1]
+
+
 def kernels_of(wanted: EngineId, gpu: str = "H200", driver: str = "580.95.05", size: int = 1000) -> Path:
     manifest = find(wanted)
     assert manifest is not None

@@ -112,7 +112,8 @@ PACKAGE = {module_name(path): path for folder in ("trt_wan", *FOLDERS) for path 
 
 def import_graph(package: dict[str, str]) -> dict[str, set[str]]:
     """The modules of `package` (name to source) that each imports, lazy imports included. `from a import b`
-    counts as an import of a.b alone if a.b is a module: no __init__.py imports anything.
+    counts for a.b alone if a.b is a module: a table such as engines/contracts/__init__.py may import the
+    modules of its folder.
     """
     graph: dict[str, set[str]] = {name: set() for name in package}
     for name, source in package.items():
@@ -122,12 +123,12 @@ def import_graph(package: dict[str, str]) -> dict[str, set[str]]:
             elif isinstance(node, ast.ImportFrom):
                 full = {f"{node.module}.{alias.name}" for alias in node.names}
                 graph[name] |= {one if one in package else str(node.module) for one in full}
-        graph[name] &= package.keys()
+        graph[name] = (graph[name] & package.keys()) - {name}
     return graph
 
 
 def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Strongly connected modules (Tarjan), and modules that import themselves."""
+    """Groups of modules that import each other: strongly connected components, by Tarjan."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -145,7 +146,7 @@ def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
             place = stack.index(name)
             group = stack[place:]
             del stack[place:]
-            if len(group) > 1 or name in graph[name]:
+            if len(group) > 1:
                 found.append(sorted(group))
 
     for name in sorted(graph):

@@ -189,7 +189,7 @@ def test_unusable_prompts(model: Sam2Model) -> None:
         tracker.add_points(0, 1, np.zeros((2, 2)), [1])
     with pytest.raises(UsageError, match="17 points"):
         tracker.add_points(0, 1, np.zeros((17, 2)), [1] * 17)
-    with pytest.raises(UsageError, match="no number"):
+    with pytest.raises(UsageError, match="not a finite number"):
         tracker.add_points(0, 1, np.full((1, 2), np.nan), [1])
 
 

@@ -73,7 +73,7 @@ def test_flavour(
     ("packages", "capability", "forced", "message", "hint"),
     [
         ((), None, None, "tensorrt_rtx is not installed; tensorrt builds only", "pip install 'trt-wan[rtx]'"),
-        ((FULL,), None, None, "tensorrt builds only for a GPU that is there", "pip install 'trt-wan[rtx]'"),
+        ((FULL,), None, None, "tensorrt builds only for a GPU of this machine", "pip install 'trt-wan[rtx]'"),
         ((RTX_17,), HOPPER, None, "1.7.1.116 refuses compute capability 9.0", "'tensorrt-rtx>=1.6,<1.7'"),
         ((RTX_17,), HOPPER, "tensorrt_rtx", "refuses compute capability 9.0", "'tensorrt-rtx>=1.6,<1.7'"),
         ((RTX_17,), ADA, "tensorrt", "tensorrt is not installed", "pip install 'trt-wan[tensorrt]'"),

@@ -1,1 +1,1 @@
-"""SAM2 video segmentation as data: the eight models, and what goes in and out of their graphs."""
+"""SAM2 video segmentation as data: the eight models, and the contracts of their graphs."""

@@ -29,7 +29,7 @@ class Sam2Config:
     background: int  # side of the stored position embedding
     image_size: int = 1024
     patch: int = 7
-    channels: int = 256  # of features, tokens and pointers
+    channels: int = 256  # features, tokens and pointers
     memory_channels: int = 64
     memory_layers: int = 4
     memory_ffn: int = 2048
@@ -108,13 +108,13 @@ def trunk_blocks(config: Sam2Config) -> tuple[Block, ...]:
 
 @dataclass(frozen=True)
 class Sam2Plan:
-    """What graphs are exported for.
+    """The sizes and types that graphs are exported for.
 
     A track graph has room for so many memories, and for nine pointers more than that; unused places are
     masked, which is exact (preprocess_spec.md S9). With c prompted frames at most c + 6 memories and c + 15
     pointers are looked at. One prompted frame fills 7 places from the seventh frame on, so the mask costs
-    nothing in the long run, where graphs of exact lengths would be dozens. A kernel passes over what is not
-    seen, so there one graph, with room for all, does.
+    nothing in the long run; graphs of exact lengths would be dozens. A kernel skips unused places, so one
+    graph with room for all is enough there.
     """
 
     precision: Sam2Precision = "fp32"
@@ -124,7 +124,7 @@ class Sam2Plan:
 
     @property
     def half(self) -> DType:
-        """The type of what is heavy: trunk, memory attention, memory encoder."""
+        """The type of the heavy parts: trunk, memory attention, memory encoder."""
         return HALVES[self.precision]
 
     @property

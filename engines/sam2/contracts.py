@@ -1,4 +1,4 @@
-"""What goes in and out of SAM2's graphs. Weights have the official names; their shapes are the file's.
+"""The contracts of SAM2's graphs. Weights have the official names; their shapes are the file's.
 
     encoder         pictures to features on three grids, a batch of frames at once
     prompt          points, a box or a mask on one frame to a mask and a pointer, without any memory
@@ -9,15 +9,15 @@ In half precision, for GPUs, the last one is in parts, and its attention to memo
 
     track_start_<n>      the frame's tokens, and keys and values of memories and pointers
     track_query          tokens after a layer's attention to themselves, and their queries
-    track_attention_<n>  the kernel: as many of the keys as `seen` says
-    track_read           tokens after what the queries found and the layer's feed-forward
+    track_attention_<n>  the kernel, over the first keys, counted by `seen`
+    track_read           tokens after the attention's result and the layer's feed-forward
     track_end            tokens to mask, pointer and memory
 
 Features are [cells, channels], row by row. `feat` has T cells, `high1` 4T, `high0` 16T; masks are logits
-[S/4, S/4]. Inputs whose name ends in `_bias` are 0 for what counts and MASKED for what does not. Position
-tables and rotations are the host's, so that no graph stores them.
+[S/4, S/4]. Inputs whose name ends in `_bias` are 0 for places that count and MASKED for others. The host
+makes position tables and rotations, so that no graph stores them.
 
-`POSITION` is no file's: it is computed from the two stored position embeddings.
+`POSITION` is in no file: it is computed from the two stored position embeddings.
 """
 
 from collections.abc import Iterator
@@ -52,13 +52,13 @@ def networks(config: Sam2Config, plan: Sam2Plan) -> dict[str, Network]:
 
 
 def kernels(config: Sam2Config, plan: Sam2Plan) -> dict[str, Network]:
-    """What is computed beside the graphs, by name; it has no weights."""
+    """The networks that kernels compute, by name; they have no weights."""
     found = [_track_attention(config, plan, n) for n in plan.memories] if plan.by_kernel else []
     return {network.name: network for network in found}
 
 
 def layer_scope(n: int | str) -> str:
-    """What the names of a memory attention layer's weights begin with."""
+    """The prefix of the names of a memory attention layer's weights."""
     return f"memory_attention.layers.{n}."
 
 
@@ -70,7 +70,7 @@ def required_tensors(config: Sam2Config) -> dict[str, tuple[int, ...]]:
     shapes[POS_EMBED_WINDOW] = (1, config.dim, config.windows[0], config.windows[0])
     shapes[TIME_ROWS] = (config.memory_frames, 1, 1, config.memory_channels)
     shapes[f"{MASK_DOWNSAMPLE}.weight"], shapes[f"{MASK_DOWNSAMPLE}.bias"] = (1, 1, 4, 4), (1,)
-    shapes["no_mem_pos_enc"] = (1, 1, config.channels)  # in the file, and used by none of the eight
+    shapes["no_mem_pos_enc"] = (1, 1, config.channels)  # in the file, but no model uses it
     return shapes
 
 
@@ -182,7 +182,7 @@ def _track_attention(c: Sam2Config, plan: Sam2Plan, memories: int) -> Network:
         part="sam2",
         inputs=(
             Tensor("q", (c.tokens, c.channels), plan.half),
-            Tensor("keys", (tokens, c.channels), plan.half),  # of one layer
+            Tensor("keys", (tokens, c.channels), plan.half),  # one layer's
             Tensor("values", (tokens, c.memory_channels), plan.half),
             Tensor("seen", (2,), "int64"),  # tokens of memories, and of pointers, that count: the first ones
         ),

@@ -1,9 +1,9 @@
-"""Whether a plan has the hash that its manifest names, without reading a gigabyte each time.
+"""Checks a plan against the hash in its manifest, without reading a gigabyte each time.
 
-Once a large plan has passed, what the file system says of the file is remembered beside it: size, inode and
-the times of its last writing and last change. A file that was written to, replaced, swapped or cut differs in
-one of them: on POSIX the time of the last change cannot be set back. On Windows there is no such time, and an
-edit that keeps the size and sets the other time back goes unseen. Small plans are hashed each time.
+Once a large plan has passed, a record of the file is kept beside it: size, inode, and the times of the last
+write and the last change. A file that was written to, replaced, swapped or cut differs in one of them: on
+POSIX the time of the last change cannot be set back. Windows has no such time, so an edit that keeps the size
+and sets the other time back goes unseen. Small plans are hashed each time.
 """
 
 import hashlib
@@ -17,13 +17,16 @@ from pathlib import Path
 from trt_wan.engines.store.files import keep
 
 LARGE = 64 << 20  # bytes; hashing fewer takes less than 50 ms
-SETTLED = 2.0  # s since the last change: times are that coarse on some disks, so one more could look the same
+SETTLED = 2.0  # s; times are that coarse on some disks, so a later change could look the same
 
 
 def has_hash(file: BufferedReader, sha256: str, memory: Path) -> bool:
-    """`file` is open for reading, and is at its beginning afterwards; `memory` is where it is remembered."""
-    now, found = time.time_ns(), os.fstat(file.fileno())  # before it is read: a change meanwhile shows later
-    state = [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, sha256]
+    """Whether `file`, open for reading and at its beginning, has that hash; rewinds it. `memory` is the file
+    of the record.
+    """
+    # Taken before reading, so that a change meanwhile shows later.
+    now, found = time.time_ns(), os.fstat(file.fileno())
+    state = [*_state(found), sha256]
     large = found.st_size >= LARGE
     if large and _remembered(memory) == state:
         return True
@@ -38,7 +41,7 @@ def has_hash(file: BufferedReader, sha256: str, memory: Path) -> bool:
 def _remembered(memory: Path) -> object:
     try:
         return json.loads(memory.read_text())
-    except (OSError, ValueError):  # not there, or damaged: hashed again
+    except (OSError, ValueError):  # missing or damaged: the plan is hashed again
         return None
 
 

@@ -77,8 +77,17 @@ def ensure(
 
 
 def obtain(recipe: Recipe, spare: Collection[str] = ()) -> Obtained:
-    """The checked plan of a recipe's engine, which is built if it is missing or damaged."""
+    """The checked plan of a recipe's engine, which is built if it is missing or damaged.
+
+    An engine that cannot be stored, on a full disk or in a read-only folder, is used all the same.
+    """
     engine, built = recipe.engine, False
+    compiled: list[bytes] = []
+
+    def build() -> bytes:
+        compiled.append(recipe.compile(_unheard))
+        return compiled[-1]
+
     for attempt in range(3):  # another process may remove the engine before it is read
         try:
             with _checked(engine) as (file, manifest):
@@ -88,7 +97,12 @@ def obtain(recipe: Recipe, spare: Collection[str] = ()) -> Obtained:
         except GraphError:
             if attempt == 2:
                 raise
-        built = ensure(engine, lambda: recipe.compile(_unheard), spare)[1]
+        try:
+            built = ensure(engine, build, spare)[1]
+        except OSError:
+            start = time.perf_counter()
+            plan = compiled[-1] if compiled else build()
+            return Obtained(plan, _described(engine, plan, time.perf_counter() - start), True)
     raise AssertionError("three attempts end in a return or a raise")
 
 
@@ -121,7 +135,7 @@ def _checked(engine: EngineId) -> Iterator[tuple[BufferedReader, Manifest]]:
 
     try:
         file = path_of(key, "plan").open("rb")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise refused(f"The {engine.title} is not built{_others(engine)}.") from None
     with file:
         manifest = read_manifest(key)
@@ -150,7 +164,14 @@ def _others(engine: EngineId) -> str:
 
 
 def _put(engine: EngineId, plan: bytes, seconds: float) -> Manifest:
-    manifest = Manifest(
+    manifest = _described(engine, plan, seconds)
+    replace_atomically(path_of(engine.key, "plan"), plan, sync=True)
+    write_manifest(manifest)
+    return manifest
+
+
+def _described(engine: EngineId, plan: bytes, seconds: float) -> Manifest:
+    return Manifest(
         key=engine.key,
         kind=engine.kind,
         network=engine.network,
@@ -169,9 +190,6 @@ def _put(engine: EngineId, plan: bytes, seconds: float) -> Manifest:
         bytes=len(plan),
         sha256=hashlib.sha256(plan).hexdigest(),
     )
-    replace_atomically(path_of(engine.key, "plan"), plan, sync=True)
-    write_manifest(manifest)
-    return manifest
 
 
 def _touch(key: str) -> None:

@@ -1,4 +1,4 @@
-"""The folder that holds everything trt-wan keeps: graphs, engines, kernels, measurements, demo weights."""
+"""The folder that holds everything trt-wan keeps on disk: see folders.py."""
 
 import os
 from pathlib import Path

@@ -32,7 +32,7 @@ class Manifest:
     built: str  # UTC
     build_seconds: float
     bytes: int
-    sha256: str  # of the plan
+    sha256: str  # the plan's
     candidates: list[Figure] = field(default_factory=list)
     format: int = FORMAT
 
@@ -57,7 +57,7 @@ def read_manifest(key: str) -> Manifest | None:
         if checksum == _checksum(values) and values["format"] == FORMAT:
             figures = [Figure(**figure) for figure in values.pop("candidates")]
             return Manifest(**values | {"rebuild": tuple(values["rebuild"])}, candidates=figures)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return None
 

@@ -1,7 +1,7 @@
-"""What full TensorRT measured of kernels while it built, kept for its next build: $TRT_WAN_HOME/timings.
+"""Kernel timings that full TensorRT measures while it builds, kept for its next build: $TRT_WAN_HOME/timings.
 
-A cache is bound to a GPU and a version of TensorRT, which refuses any other; then the build starts with an
-empty one. TensorRT-RTX measures nothing while it builds.
+TensorRT refuses the timings of another GPU or version; then the build starts with none. TensorRT-RTX measures
+nothing while it builds.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ def attach(config: Any, version: str) -> None:
     """Gives the builder's `config` the timings of earlier builds."""
     try:
         known = _file(version).read_bytes()
-    except FileNotFoundError:
+    except OSError:
         known = b""
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
@@ -27,5 +27,5 @@ def attach(config: Any, version: str) -> None:
 
 
 def keep(config: Any, version: str) -> None:
-    """Writes the timings that `config` has after a build; of two at once the last one stays."""
+    """Writes the timings after a build; where two builds end at once, the last one counts."""
     files.keep(_file(version), bytes(config.get_timing_cache().serialize()))

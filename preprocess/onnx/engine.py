@@ -24,8 +24,8 @@ SLOTS = 2  # batches on their way: while one is computed, the host prepares the 
 class EngineRunner:
     """An engine and its memory. Batches are of exactly `shape`; results are copies on the host.
 
-    Whoever asks for a slot sends a batch into it, has the engine compute it and fetches what is wanted of it;
-    that only enqueues. A slot that is still in use is waited for.
+    The caller takes a slot, sends a batch into it, has the engine compute it, and fetches results; all of
+    that only enqueues. `slot` waits while its slot is still in use.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class EngineRunner:
         self.settle = self._segment.settle
 
     def slot(self) -> Slot:
-        """The one that was used longest ago; results of it that nobody has waited for yet are kept."""
+        """The slot that was used longest ago. Results that were not waited for yet are kept."""
         slot = self._slots.pop(0)
         self._slots.append(slot)
         if slot.flight is not None:

@@ -38,7 +38,7 @@ def recipe_of(
 def compile_file(
     flavour: Flavour, file: OnnxFile, shape: tuple[int, ...], target: Target, progress: Progress
 ) -> bytes:
-    """The plan. GraphError names the node that TensorRT does not take, or what stopped the builder."""
+    """The plan. Raises GraphError with the node that TensorRT refuses, or the builder's errors."""
     return tensorrt.in_a_thread(
         flavour, progress, lambda monitor: _compile(flavour, file, shape, target, monitor)
     )
@@ -63,8 +63,9 @@ def _compile(flavour: Flavour, file: OnnxFile, shape: tuple[int, ...], target: T
 
 
 def _lower_to_half(trt: Any, network: Any) -> list[Array]:
-    """Puts casts around every float32 product and convolution, but for one that is a result itself. Returns
-    arrays that must live until the build.
+    """Puts casts around every float32 product and convolution, except layers whose output is a result.
+
+    Returns arrays that must live until the build.
     """
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     users: dict[str, list[tuple[Any, int]]] = {}
@@ -89,7 +90,7 @@ def _lower_to_half(trt: Any, network: Any) -> list[Array]:
         if kind in convolutions and not _halve_constants(trt, layer, convolutions[kind], kept):
             continue
         for i in range(layer.num_inputs):
-            if layer.get_input(i) is not None:  # a kernel of the layer's own leaves its place empty
+            if layer.get_input(i) is not None:  # a constant kernel is no input: its place is empty
                 cast = network.add_cast(layer.get_input(i), trt.DataType.HALF)
                 layer.set_input(i, cast.get_output(0))
         back = network.add_cast(result, trt.DataType.FLOAT).get_output(0)
@@ -99,7 +100,7 @@ def _lower_to_half(trt: Any, network: Any) -> list[Array]:
 
 
 def _halve_constants(trt: Any, layer: Any, kind: Any, kept: list[Array]) -> bool:
-    """Kernel and bias in fp16, where they are the layer's own and no inputs; False if fp16 does not reach."""
+    """Halves kernel and bias that the layer holds as constants; False if a value exceeds fp16's range."""
     layer.__class__ = kind  # TensorRT's Python hands out the base class
     kernel, bias = (np.asarray(values, np.float32) for values in (layer.kernel, layer.bias))
     largest = max((float(np.abs(values).max()) for values in (kernel, bias) if values.size), default=0.0)

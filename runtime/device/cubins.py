@@ -1,9 +1,9 @@
-"""Code of kernels, kept on disk: NVRTC takes a second or more for ours, in every process that needs them.
+"""Compiled kernels, kept on disk: NVRTC takes a second or more for ours in every process.
 
     $TRT_WAN_HOME/kernels/cubin/<key>.cubin     sha256 of the code, 32 bytes, then the code
 
 The key covers everything that decides the code: source, macros, architecture, and the NVRTC library itself. A
-file that was cut or edited is made again. What cannot be written is compiled every time.
+file that was cut or edited is made again. Where the file cannot be written, every process compiles.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ def folder() -> Path:
 
 
 def kept(origin: Iterable[str], compile: Callable[[], bytes]) -> bytes:
-    """What `compile` makes of `origin`, or has made of it before with the same NVRTC."""
+    """The code that `compile` makes, or made earlier of the same `origin` with the same NVRTC."""
     compiler = _compiler()
     if compiler is None:
         return compile()
@@ -39,9 +39,7 @@ def kept(origin: Iterable[str], compile: Callable[[], bytes]) -> bytes:
 
 
 def _compiler() -> tuple[str, ...] | None:
-    """Which NVRTC compiles here, by its file: a release that differs in code need not in its version. None if
-    the file is not known.
-    """
+    """Identifies NVRTC by its file, since two releases may share a version. None if the file is not known."""
     from cuda.pathfinder import load_nvidia_dynamic_lib
 
     library = load_nvidia_dynamic_lib("nvrtc").abs_path

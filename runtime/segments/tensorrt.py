@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class EngineSegment:
             self._cache = config.create_runtime_cache()
             if self._cache is None:
                 raise _no_context(name)
-            if kernels.exists():  # TensorRT refuses a damaged file: then the cache starts empty
+            with suppress(OSError):  # no file; TensorRT refuses a damaged one: then the cache starts empty
                 self._cached = bool(self._cache.deserialize(kernels.read_bytes()))
             config.set_runtime_cache(self._cache)
         self._context = self._engine.create_execution_context(config)
