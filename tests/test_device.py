@@ -116,7 +116,7 @@ def filled(source: FileSource | RandomSource, pack: Pack) -> np.ndarray[Any, Any
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[Part, Checkpoint]:
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny_weights(folder, 3)
-    return load_weights(folder, {})[1]
+    return load_weights([folder], {})[1]
 
 
 def unscaled(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.fixture(scope="module")
 def diffusers_pipeline(weights: Path) -> WanAnimatePipeline:
-    _, checkpoints = load_weights(weights, {})
+    _, checkpoints = load_weights([weights], {})
     tensors = {
         part: {name: checkpoint[name] for name in required_tensors(TINY, part)}
         for part, checkpoint in checkpoints.items()

@@ -1,4 +1,4 @@
-"""Checks the results of CUDA calls, and tells each failure as what it is: memory, environment, or a fault of the GPU.
+"""Checks the results of CUDA calls: a failure is lack of memory, a broken environment or a fault of the GPU.
 
 A fault such as an illegal access is sticky: every later call in the process fails with it too.
 """

@@ -52,10 +52,10 @@ def open_job(job: Job, clips: Clips, guided: bool, progress: Progress) -> tuple[
         tokenizer = byte_tokenizer(config.text.vocabulary, config.text.length)
         progress(Note("The weights are random, so the picture is noise."))
     else:
-        config, checkpoints = load_weights(job.weights, job.weight_files)
+        config, checkpoints = load_weights([job.weights], job.weight_files)
         weights, source = checkpoints, FileSource(checkpoints)
         tokenizer = find_tokenizer(
-            job.tokenizer, job.weights, checkpoints["text_encoder"], config.text.length
+            job.tokenizer, [job.weights], checkpoints["text_encoder"], config.text.length
         )
     place = open_gpu(job.settings, progress)
     precision = choose_precision(job.settings, place[0] if place else None)

@@ -1,9 +1,10 @@
-"""Finds the tokenizer that goes with a text encoder: as told, inside its file, or beside it.
+"""Finds the tokenizer of a text encoder: the given file, or inside the file of the encoder, or beside it.
 
-Only in the places where umT5's lies in known layouts: a folder of models is full of other models' files of
-the same name, and a foreign tokenizer would be a wrong prompt without an error.
+Only the places of known layouts are searched: a folder of models is full of other models' files of the same
+name, and a foreign tokenizer would give a wrong prompt without an error.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from trt_wan.errors import WeightsError
@@ -14,11 +15,13 @@ EMBEDDED = "spiece_model"  # U8 bytes of a SentencePiece model, in ComfyUI's umT
 NAMES = ("tokenizer.json", "spiece.model")
 
 
-def find_tokenizer(chosen: Path | None, weights: Path, text_encoder: Checkpoint, length: int) -> Tokenizer:
-    """`chosen`, or the one inside `text_encoder`, or one beside it or in `weights`. Raises WeightsError."""
+def find_tokenizer(
+    chosen: Path | None, folders: Sequence[Path], text_encoder: Checkpoint, length: int
+) -> Tokenizer:
+    """`chosen`, or the one inside `text_encoder`, or one beside it or in `folders`. Raises WeightsError."""
     if chosen is None and EMBEDDED in text_encoder:
         return load_sentencepiece(text_encoder.raw(EMBEDDED).tobytes(), length)
-    path = chosen or _search(text_encoder.path.parent, weights)
+    path = chosen or _search(text_encoder.path.parent, folders)
     if path is None:
         raise WeightsError(
             f"{text_encoder.path} holds no tokenizer and none is beside it.",
@@ -28,15 +31,14 @@ def find_tokenizer(chosen: Path | None, weights: Path, text_encoder: Checkpoint,
     return load(path, length)
 
 
-def _search(beside: Path, weights: Path) -> Path | None:
-    folders = (
+def _search(beside: Path, folders: Sequence[Path]) -> Path | None:
+    places = [
         beside,
         beside / "tokenizer",
         beside / "google/umt5-xxl",  # the official repository
         beside.parent / "tokenizer",  # diffusers: beside the folder text_encoder
-        weights,
-        weights / "tokenizer",
-        weights / "google/umt5-xxl",
-    )
-    candidates = (folder / name for folder in folders for name in NAMES)
+    ]
+    for folder in folders:
+        places += [folder, folder / "tokenizer", folder / "google/umt5-xxl"]
+    candidates = (place / name for place in places for name in NAMES)
     return next((path for path in candidates if path.is_file()), None)
