@@ -6,7 +6,6 @@ measures candidates with, every weight random.
 
 import inspect
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,9 @@ from trt_wan.engines.config import ANIMATE_14B, MODELS, TINY
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import EnvironmentBroken
+from trt_wan.runtime.device.kernels import compile_source
 from trt_wan.runtime.segments import native
 from trt_wan.runtime.segments.native import block, gemm
-
-FOLDER = Path(__file__).parents[1] / "runtime" / "native"
 
 
 @pytest.mark.parametrize("channels", [256, 512, 5120, 13824])
@@ -41,7 +39,7 @@ def test_channels_that_warps_cannot_share_are_a_mistake() -> None:
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 0)])
 @pytest.mark.parametrize("model", ["14b", "tiny"])
 def test_kernels_compile(nvrtc: None, model: str, capability: tuple[int, int]) -> None:
-    code = bytes(block.compile_for(MODELS[model], capability).code)
+    code = bytes(compile_source(block.SOURCE, capability, block.macros(MODELS[model])).code)
     for name in block.KERNELS:
         assert f".text.{name}".encode() + b"\0" in code
 
@@ -49,7 +47,7 @@ def test_kernels_compile(nvrtc: None, model: str, capability: tuple[int, int]) -
 def test_every_kernel_has_a_launch() -> None:
     defined = re.findall(
         r'extern "C" __global__ void(?: __launch_bounds__\([^)]*\))?\s+(\w+)\(',  # one line or two
-        "".join((FOLDER / name).read_text() for name in block.SOURCES),
+        block.SOURCE,
     )
     assert tuple(defined) == block.KERNELS
     segments = (block.AttnIn, block.AttnOut, block._Native)

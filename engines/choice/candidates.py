@@ -73,7 +73,6 @@ CANDIDATES = (
     Candidate("attention", "flash4", BF16, maker="attention", on_request=True),
     Candidate("attention", "tensorrt fp8", FP8, "fast", engine=Engine(ATTENTION_FP8)),
     Candidate("attention", "cudnn fp8", FP8, "fast", maker="attention"),
-    Candidate("attention", "sage fp8", FP8, "fast", maker="attention"),
     Candidate("attn_out", "tensorrt", ALL, engine=Engine("attn_out")),
     Candidate("attn_out", "tensorrt sm89", ALL, engine=Engine("attn_out", "sm89")),
     Candidate("attn_out", "native", FP8, maker="native"),

@@ -9,7 +9,7 @@ constexpr u32 KEYS_BYTES = TILE * CHANNELS * 2, STAGE_BYTES = KEYS_BYTES + TILE 
 // keys. Sums of weighted values, divided by the sum of the weights, go to `partial` [shares, queries, VALUES], and
 // the logarithm of that sum, of base 2, to `logs` [shares, queries].
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
-attend(const u16* queries, const u16* keys, const u16* values, const i64* seen, int back_start, float* partial,
+attend(const fp16* queries, const fp16* keys, const fp16* values, const i64* seen, int back_start, float* partial,
        float* logs, int tokens) {
     extern __shared__ __align__(1024) unsigned char buffers[];
     const int lane = threadIdx.x % 32;
@@ -20,7 +20,7 @@ attend(const u16* queries, const u16* keys, const u16* values, const i64* seen, 
     for (int d = 0; d < CHANNELS / 16; ++d)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const u16* row = queries + (i64)min(rows[i % 2], tokens - 1) * CHANNELS;
+            const fp16* row = queries + (i64)min(rows[i % 2], tokens - 1) * CHANNELS;
             q[d][i] = *(const u32*)(row + d * 16 + i / 2 * 8 + lane % 4 * 2);
         }
     Running<VALUES> r;

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_wan.preprocess.sam2.kernels import THREADS, Sam2Kernels
+from trt_wan.preprocess.sam2.kernels import THREADS, sam2_kernels
 from trt_wan.preprocess.sam2.resample import DEVIATION, MEAN, InputRule, filter_table
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu, copy
@@ -38,8 +38,8 @@ class _Tables:
 class Resizer:
     """To [3, size, size]. Knows one frame size at a time: those of a clip are alike."""
 
-    def __init__(self, gpu: Gpu, kernels: Sam2Kernels, size: int) -> None:
-        self.gpu, self.size, self._kernels = gpu, size, kernels
+    def __init__(self, gpu: Gpu, size: int) -> None:
+        self.gpu, self.size, self._kernels = gpu, size, sam2_kernels(gpu)
         self._ring = Ring(PIECES, PIECE_BYTES)
         self._made: tuple[tuple[int, int, InputRule], _Tables] | None = None
 
@@ -69,7 +69,7 @@ class Resizer:
 
     def _launch(self, name: str, rows: int, *arguments: Any) -> None:
         grid = (math.ceil(self.size / THREADS), min(rows, MOST_BLOCKS))
-        self._kernels.launch(self.gpu.stream, name, grid, *arguments)
+        self._kernels.launch(self.gpu.stream, name, grid, THREADS, *arguments)
 
     def _tables(self, height: int, width: int, rule: InputRule) -> _Tables:
         key = (height, width, rule)

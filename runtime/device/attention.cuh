@@ -5,10 +5,6 @@
 // from tile to tile in float32. Products are of bf16 or fp16 with float32 sums (mma.m16n8k16; fragments as in PTX
 // ISA 9.7.14).
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef long long i64;
-
 constexpr float LOG2_E = 1.4426950408889634f;
 
 __device__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -19,14 +15,14 @@ template <int WIDTH>
 __device__ u32 chunk_offset(int row, int chunk) { return row * (WIDTH * 2) + ((chunk ^ (row & 7)) << 4); }
 
 // Starts the copy of ROWS rows from `first` on; rows from `end` on become zeros.
-template <int ROWS, int WIDTH, int THREADS>
-__device__ void copy_rows(u32 to, const u16* from, int first, int end) {
+template <int ROWS, int WIDTH, int THREADS, class Half>
+__device__ void copy_rows(u32 to, const Half* from, int first, int end) {
     constexpr int CHUNKS = WIDTH / 8;
 #pragma unroll
     for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
         const int row = i / CHUNKS, chunk = i % CHUNKS;
         const bool there = first + row < end;
-        const u16* source = from + (i64)(there ? first + row : 0) * WIDTH + chunk * 8;
+        const Half* source = from + (i64)(there ? first + row : 0) * WIDTH + chunk * 8;
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                      :: "r"(to + chunk_offset<WIDTH>(row, chunk)), "l"(source), "r"(there ? 16 : 0) : "memory");
     }
@@ -43,22 +39,18 @@ __device__ float power_of_2(float x) {  // one instruction, and 0 for -infinity
     return y;
 }
 
-#define HALF(Name, name) \
+#define HALF(Name, name, ptx) \
     struct Name { \
-        static __device__ u32 pack(float first, float second) { \
-            u32 pair; \
-            asm("cvt.rn." name "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first)); \
-            return pair; \
-        } \
+        static __device__ u32 pack(float first, float second) { return pack_##name(first, second); } \
         static __device__ void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) { \
-            asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 " \
+            asm("mma.sync.aligned.m16n8k16.row.col.f32." ptx "." ptx ".f32 " \
                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) \
                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)); \
         } \
     };
-HALF(Bf16, "bf16")
-HALF(Fp16, "f16")
+HALF(Bf16, bf16, "bf16")
+HALF(Fp16, fp16, "f16")
 
 __device__ void load_matrices(u32 (&m)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

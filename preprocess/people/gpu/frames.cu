@@ -4,22 +4,11 @@
 // what weights is the host's to say (taps.py), for every column and every row. Offsets into a frame have 64 bits.
 // Macros: MEAN and STD, three numbers each.
 
-typedef unsigned char u8;
-typedef unsigned short half;
-typedef long long i64;
-
 struct WholeTap { int first, second, first_weight, second_weight; };  // weights in 1/2048
 struct Tap { int first, second; float first_weight, second_weight; };
 
 __constant__ float mean_of_channel[3] = {MEAN};
 __constant__ float std_of_channel[3] = {STD};
-
-__device__ void store(float* out, float x) { *out = x; }
-__device__ void store(half* out, float x) {
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    *out = bits;
-}
 
 // The whole frame, as OpenCV's INTER_LINEAR of uint8 has it to the last bit, in 0..1.
 template <typename T>
@@ -72,5 +61,5 @@ __device__ void crop(const u8* frame, i64 pitch, const Tap* across, const Tap* d
         crop(frame, pitch, across, down, out, width, height, bgr);                                               \
     }
 FOR(float32, float)
-FOR(float16, half)
+FOR(float16, fp16)
 #undef FOR

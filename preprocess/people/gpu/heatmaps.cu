@@ -9,16 +9,6 @@ constexpr int PATCH = 5, AROUND = PATCH + 2 * REACH;  // the 5 x 5 around a peak
 
 __constant__ float gaussian[TAPS] = {GAUSSIAN};
 
-__device__ float infinity() { return __int_as_float(0x7F800000); }  // NVRTC has no INFINITY and no NAN
-__device__ float not_a_number() { return __int_as_float(0x7FFFFFFF); }
-
-__device__ float load(const float* from) { return *from; }
-__device__ float load(const half* from) {
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(*from));
-    return x;
-}
-
 struct Peak { float value; int at; };
 
 // The larger one; of equals the first, as numpy's argmax has it.
@@ -135,5 +125,5 @@ __device__ void decode(const T* maps, float* peaks, int width, int height) {
         decode(maps, peaks, width, height);                                                                      \
     }
 FOR(float32, float)
-FOR(float16, half)
+FOR(float16, fp16)
 #undef FOR

@@ -36,9 +36,6 @@ PROVIDERS = {
     "cudnn": Provider("cudnn", "Cudnn", (FRONTEND,), (8, 0), ANY_NEWER, range(8, 129, 8)),
     "cudnn fp8": Provider("cudnn", "CudnnFp8", (FRONTEND,), (9, 0), ANY_NEWER, range(16, 129, 16)),
     "flash4": Provider("flash", "Flash4", ("flash-attn-4", "torch"), (8, 0), ANY_NEWER, range(8, 129, 8)),
-    "sage fp8": Provider(
-        "sage", "SageFp8", (FRONTEND, "nvidia-cutlass-dsl"), (9, 0), (9, 0), range(128, 129)
-    ),
 }
 
 

@@ -7,8 +7,6 @@ costs in several passes over the tokens is one pass here.
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.kernels import allow_shared_memory, attention_source, compile_source
+from trt_wan.runtime.device.kernels import ATTENTION, Module, read_source
 from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, CublasLt, Fp8Gemm
 
 VECTOR = 8  # channels of a thread's load
@@ -26,7 +24,7 @@ QUERIES = 128  # of a block of threads in the cross-attention
 CROSS_THREADS = 256
 CROSS_SHARED_BYTES = 64 << 10  # two tiles of 64 keys and values
 
-SOURCES = ("block.cu", "cross_attention.cu")
+SOURCE = ATTENTION + read_source(__package__, "block.cu", "cross_attention.cu")
 KERNELS = (
     "modulation_rows",
     "norm_quantize",
@@ -48,10 +46,9 @@ def threads_for(channels: int, limit: int) -> int:
     return fitting[-1]
 
 
-def compile_for(model: ModelConfig, capability: tuple[int, int]) -> Any:
-    """The kernels' code for a model and GPUs of a compute capability; needs no GPU."""
+def macros(model: ModelConfig) -> dict[str, object]:
     c = model.transformer
-    macros = {
+    return {
         "DIM": c.dim,
         "FFN": c.ffn_dim,
         "HEADS": c.heads,
@@ -61,33 +58,21 @@ def compile_for(model: ModelConfig, capability: tuple[int, int]) -> Any:
         "DIM_THREADS": threads_for(c.dim, DIM_THREADS),
         "FFN_THREADS": threads_for(c.ffn_dim, FFN_THREADS),
     }
-    folder = files(__package__)
-    parts = ((folder / name).read_text(encoding="utf-8") for name in SOURCES)
-    return compile_source("".join((attention_source(), *parts)), *capability, macros)
 
 
 class _Kernels:
     """The compiled kernels and the product library of one GPU and model."""
 
     def __init__(self, gpu: Gpu, model: ModelConfig) -> None:
-        module = compile_for(model, gpu.capability)
-        self._gpu = gpu
-        self._kernels = {name: module.get_kernel(name) for name in KERNELS}
-        allow_shared_memory(self._kernels["cross_attention"], CROSS_SHARED_BYTES)
+        self._stream = gpu.stream
+        self._module = Module(gpu.device, SOURCE, KERNELS, macros(model))
+        self._module.allow_shared("cross_attention", CROSS_SHARED_BYTES)
         self.library = CublasLt()
 
     def launch(
         self, name: str, grid: int | tuple[int, ...], threads: int, *arguments: Any, shared: int = 0
     ) -> None:
-        from cuda.core import LaunchConfig, launch
-
-        config = LaunchConfig(grid=grid, block=threads, shmem_size=shared)
-        launch(self._gpu.stream, config, self._kernels[name], *arguments)
-
-
-@lru_cache(maxsize=1)
-def _kernels(gpu: Gpu, model: ModelConfig) -> _Kernels:
-    return _Kernels(gpu, model)
+        self._module.launch(self._stream, name, grid, threads, *arguments, shared=shared)
 
 
 class _Native:
@@ -98,7 +83,7 @@ class _Native:
         self.tokens, self.dim, self.ffn, self.heads = plan.tokens, c.dim, c.ffn_dim, c.heads
         assert 2 * c.dim <= c.ffn_dim, "the cross-attention's q does not fit where the hidden layer will be"
         self.text_keys, self.image_keys = model.text.length, model.image.tokens
-        self.gpu, self._on = gpu, _kernels(gpu, model)
+        self.gpu, self._on = gpu, gpu.once((__name__, model), lambda: _Kernels(gpu, model))
         self._dim_threads = threads_for(c.dim, DIM_THREADS)
         self._ffn_threads = threads_for(c.ffn_dim, FFN_THREADS)
         self._square = Fp8Gemm(gpu, self._on.library, self.tokens, c.dim, c.dim)
