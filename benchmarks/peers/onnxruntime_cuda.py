@@ -116,8 +116,8 @@ class OnnxRuntimeCuda:
         from trt_wan.runtime.networks.model import Model
         from trt_wan.runtime.networks.transformer import WindowCondition, rope_tables, velocity
         from trt_wan.runtime.opening.activation_memory import activation_bytes
-        from trt_wan.runtime.weights.convert import RandomSource
         from trt_wan.runtime.weights.on_device import DeviceWeights
+        from trt_wan.runtime.weights.sources import RandomSource
 
         config, plan = shape.config, replace(shape.plan, precision="bf16")
         folder = require_graphs(config, plan)
@@ -132,9 +132,7 @@ class OnnxRuntimeCuda:
             segments[name] = OrtSegment(table[name], graph, "cuda", self.gpu.handle)
         executor = GpuExecutor(self.gpu, segments)
         self.model = Model(config, plan, executor, {})
-        executor.start(
-            activation_bytes(config, plan, False), DeviceWeights(self.gpu, RandomSource(0), [], set())
-        )
+        executor.start(activation_bytes(config, plan, False), DeviceWeights(self.gpu, RandomSource(0)))
 
         rng = np.random.default_rng(0)
 

@@ -111,7 +111,9 @@ class Gpu:
         free, _ = cuda(runtime.cudaMemGetInfo())
         attributes = runtime.cudaMemPoolAttr
         if (pool := self._pool()) is not None:
-            reserved = cuda(runtime.cudaMemPoolGetAttribute(pool, attributes.cudaMemPoolAttrReservedMemCurrent))
+            reserved = cuda(
+                runtime.cudaMemPoolGetAttribute(pool, attributes.cudaMemPoolAttrReservedMemCurrent)
+            )
             used = cuda(runtime.cudaMemPoolGetAttribute(pool, attributes.cudaMemPoolAttrUsedMemCurrent))
             return int(free) + int(reserved) - int(used)
         return int(free)

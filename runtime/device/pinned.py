@@ -14,6 +14,7 @@ from trt_wan.runtime.device.checked import cuda, cuda_core
 
 HUGE_PAGE, PAGE = 2 << 20, 4096
 CGROUP = Path("/sys/fs/cgroup")
+MARGIN = 1 << 30  # bytes of host memory that are left to everything else
 PORTABLE = 1  # cudaHostRegisterPortable: every context may use the memory
 
 
@@ -111,7 +112,7 @@ def require_host_memory(size: int) -> None:
     import psutil
 
     free = min(int(psutil.virtual_memory().available), *_cgroup_rooms())
-    if size > free:
+    if size > free - MARGIN:
         raise MemoryShort(
             f"The weights that stream take {size / 1e9:.1f} GB of page-locked host memory; "
             f"{free / 1e9:.1f} GB are free.",
@@ -120,7 +121,7 @@ def require_host_memory(size: int) -> None:
 
 
 def _cgroup_rooms(root: Path = CGROUP, own: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """Bytes that the control groups of this process (containers, services) still allow it, at least one number.
+    """Bytes that each control group of this process (container, service) still allows it.
 
     A group's count includes cached files, which go when memory is needed.
     """

@@ -31,10 +31,10 @@ from trt_wan.runtime.opening.residency import BEFORE_THE_STEPS, plan_residency
 from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
 from trt_wan.runtime.video.clips import Clips
 from trt_wan.runtime.weights.checkpoint import load_weights
-from trt_wan.runtime.weights.convert import FileSource, RandomSource
 from trt_wan.runtime.weights.find_tokenizer import find_tokenizer
-from trt_wan.runtime.weights.on_device import DeviceWeights, WeightSource
+from trt_wan.runtime.weights.on_device import DeviceWeights
 from trt_wan.runtime.weights.random import RandomWeights
+from trt_wan.runtime.weights.sources import FileSource, RandomSource, WeightSource
 
 RANDOM_SEED = 0
 HostWeights = Mapping[Part, Mapping[str, Array]]
@@ -130,7 +130,9 @@ def open_on_gpu(
                 f"({budget / 1e9:.1f} GB)"
             )
         )
-    executor.start(arena, DeviceWeights(gpu, source, residency.streamed, passing))
+    held = DeviceWeights(gpu, source, passing)
+    held.plan(residency.streamed)
+    executor.start(arena, held)
     return model
 
 

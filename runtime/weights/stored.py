@@ -55,7 +55,7 @@ class Stored:
         try:
             with open(self.file, "rb", buffering=0) as file:
                 file.seek(self.start + start)
-                target, done = memoryview(into), 0
+                target, done = into.data, 0
                 while done < len(into):
                     count = file.readinto(target[done:])
                     if not count:

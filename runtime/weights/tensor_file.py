@@ -82,6 +82,8 @@ class TensorFile(Mapping[str, Entry]):
             # asarray: what is computed from an np.memmap would be an np.memmap too
             self._maps[entry.file] = np.asarray(np.memmap(entry.file, np.uint8, mode="r"))
         raw = self._maps[entry.file][entry.start : entry.stop]
+        if len(raw) < entry.stop - entry.start:
+            raise _damaged(entry.file, "it became shorter after it was opened")
         return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
