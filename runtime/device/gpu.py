@@ -168,7 +168,7 @@ class Gpu:
             piece = source[start : start + self._staging.size]
             _, slot = self._staging.take()
             slot.bytes[: len(piece)] = piece
-            copy(array.address + start, slot.address, len(piece), self.stream)
+            self.copy(array.address + start, slot.address, len(piece), self.stream)
             slot.used_by(self.stream)
 
     def download(self, array: DeviceArray) -> Host:
@@ -181,7 +181,7 @@ class Gpu:
                 _arrive(*coming.popleft())
             piece = target[start : start + self._staging.size]
             _, slot = self._staging.take()
-            copy(slot.address, array.address + start, len(piece), self.stream)
+            self.copy(slot.address, array.address + start, len(piece), self.stream)
             slot.used_by(self.stream)
             coming.append((slot, piece))
         for slot, piece in coming:

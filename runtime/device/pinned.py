@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -50,9 +51,9 @@ class Pinned:
 class Ring:
     """`slots` pieces of `size` bytes in turn. Write the one taken, enqueue its copy and call `used_by`."""
 
-    def __init__(self, slots: int, size: int) -> None:
+    def __init__(self, slots: int, size: int, make: Callable[[int], Pinned] = Pinned) -> None:
         self.size = size
-        self._slots = [Pinned(size) for _ in range(slots)]
+        self._slots = [make(size) for _ in range(slots)]
         self._turn = -1
 
     def __len__(self) -> int:

@@ -43,6 +43,7 @@ class DeviceWeights:
         self._queue: dict[Key, Pack] = {}
         self._room: int | None = None
         self._thread: threading.Thread | None = None
+        self._running = False
         self._loader = Loader(gpu, self._take, self._begin, self._finish)
 
     # ---- for the job ----
@@ -193,8 +194,8 @@ class DeviceWeights:
         return held
 
     def _wake(self) -> None:
-        if self._thread is None and (self._urgent or self._queue):
-            self._thread = self._loader.start()
+        if not self._running and (self._urgent or self._queue):
+            self._thread, self._running = self._loader.start(), True
         self._changed.notify_all()
 
     def _join(self, held: Held) -> None:
@@ -221,9 +222,8 @@ class DeviceWeights:
         with self._changed:
             self._queue = {}
             self._changed.notify_all()
-            thread = self._thread
-        if thread is not None:
-            thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     # ---- the loader's thread ----
 
@@ -236,7 +236,7 @@ class DeviceWeights:
                 if not wait:
                     return None
                 if not self._queue:
-                    self._thread = None
+                    self._running = False
                     return None
                 self._changed.wait()
 
