@@ -1,10 +1,12 @@
-"""Pixels to what the transformer is conditioned on: reference, condition clip, mask, pose (model_spec.md
+"""Pixels to the condition of the transformer: reference, condition clip, mask, pose, face (model_spec.md
 section 2).
 
 Pixel arrays are float32 in [-1, 1], [3, frames, H, W]; the mask is 1 where the picture is known and 0 where
 it is to be made. Grey (0) stands for "unknown", black (-1) for a hole in a known picture: the two are
 different to the model.
 """
+
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, encode_face
 from trt_wan.runtime.networks.vae import encode
 
 Pixels = NDArray[np.uint8]
@@ -79,11 +82,36 @@ def encode_reference(model: Model, canvas: Pixels) -> Array:
     return np.concatenate((np.ones((4, *latent.shape[1:]), np.float32), latent))
 
 
-def encode_condition(
-    model: Model, reference: Array, carried: Array | None, background: Array | None, person: Array | None
-) -> Array:
-    """The whole condition [20, T1, h, w]: the reference slot, then the window's mask and encoded clip."""
+@dataclass(frozen=True)
+class WindowClips:
+    """One window of every clip, float32; None where the job has no such clip."""
+
+    pose: Array | None  # [3, F, H, W]
+    face: Array | None  # [F, 3, 512, 512]
+    background: Array | None = None  # [3, F, H, W]
+    person: Array | None = None  # [F, H, W] in 0...1
+
+
+@dataclass(frozen=True)
+class Strengths:
+    pose: float = 1.0
+    face: float = 1.0
+
+
+def condition_window(
+    model: Model, reference: Array, clips: WindowClips, carried: Array | None, strengths: Strengths
+) -> WindowCondition:
+    """The condition of one window. `carried` are the last frames of the window before, [3, r, H, W]."""
     carried_frames = 0 if carried is None else carried.shape[1]
-    latent = encode(model, condition_clip(model.plan, carried, background))
-    window = np.concatenate((known_mask(model.plan, carried_frames, person), latent))
-    return np.concatenate((reference, window), axis=1)
+    if clips.background is None and carried is None:
+        latent = model.kept("grey clip", lambda: encode(model, condition_clip(model.plan, None, None)))
+    else:
+        latent = encode(model, condition_clip(model.plan, carried, clips.background))
+    mask = known_mask(model.plan, carried_frames, clips.person)
+    condition = np.concatenate((reference, np.concatenate((mask, latent))), axis=1)
+    pose = np.zeros_like(latent) if clips.pose is None else encode(model, clips.pose)
+    face: PerLayer | None = None if clips.face is None else encode_face(model, clips.face)
+    pose_strength = 0.0 if clips.pose is None else strengths.pose
+    placed = (condition, pose, *(np.array([s], np.float32) for s in (pose_strength, strengths.face)))
+    condition, pose, *scales = (model.place(array) for array in placed)
+    return WindowCondition(condition, pose, scales[0], face, scales[1])

@@ -1,48 +1,45 @@
-"""The denoising loop of one window, with classifier-free guidance when it is asked for."""
+"""The denoising loop of one window, with classifier-free guidance above a guidance of 1."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, velocity
-from trt_wan.runtime.schedulers import SAMPLERS, Schedule
+from trt_wan.runtime.preparation import Prepared
+from trt_wan.runtime.schedulers import Sampler
 
 BetweenSteps = Callable[[int], None]  # called with the number of finished steps; may raise to end the run
+Predict = Callable[[int, Array], Array]  # number of the step from 0, latent -> velocity
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One side of the guidance: the context of a prompt and the window with its face (or a black one)."""
+    """One side of the guidance: the context of a prompt, and the window with its face or a black one."""
 
     context: PerLayer
     window: WindowCondition
 
 
-def denoise(
-    model: Model,
-    noise: Array,
-    conditional: Branch,
-    unconditional: Branch | None,
-    guidance: float,
-    sampler: str,
-    schedule: Schedule,
-    times: list[tuple[Array, Array]],
-    rope: tuple[Array, Array],
-    between_steps: BetweenSteps,
-) -> Array:
-    """Noise [16, T1, h, w] to the clean latent of the same shape; without `unconditional` there is no
-    guidance.
+def predict_window(model: Model, prepared: Prepared, branches: Sequence[Branch], guidance: float) -> Predict:
+    """The velocity of one window. `branches` are the conditional one, and with guidance the unconditional."""
 
-    `times` holds the time embedding of every step of `schedule`.
-    """
-    solver = SAMPLERS[sampler](schedule, model.executor.combine)
+    def predict(step: int, latent: Array) -> Array:
+        v, *blank = (
+            velocity(model, latent, prepared.times[step], branch.context, branch.window, prepared.rope)
+            for branch in branches
+        )
+        return model.executor.combine([(1 - guidance, blank[0]), (guidance, v)]) if blank else v
+
+    return predict
+
+
+def denoise(
+    predict: Predict, noise: Array, solver: Sampler, steps: int, between_steps: BetweenSteps
+) -> Array:
+    """Noise [16, T1, h, w] to the clean latent of the same shape."""
     latent = noise
-    for i, time in enumerate(times):
-        v = velocity(model, latent, time, conditional.context, conditional.window, rope)
-        if unconditional is not None:
-            blank = velocity(model, latent, time, unconditional.context, unconditional.window, rope)
-            v = model.executor.combine([(1 - guidance, blank), (guidance, v)])
-        latent = solver.step(i, latent, v)
-        between_steps(i + 1)
+    for step in range(steps):
+        latent = solver.step(step, latent, predict(step, latent))
+        between_steps(step + 1)
     return latent

@@ -1,14 +1,10 @@
-"""One job, built once and passed whole: what goes in, how it is denoised, what comes out."""
+"""One job, built once and passed whole: its clips, its prompt, and how it is denoised."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trt_wan.engines.choice.candidates import Tier, require_known
-from trt_wan.engines.contract import Part
-from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError
 from trt_wan.runtime.noise import CpuGenerator
@@ -16,7 +12,6 @@ from trt_wan.runtime.schedulers import SAMPLERS, schedule
 from trt_wan.runtime.windows import Windows
 
 Mode = Literal["animate", "replace"]
-ExecutorName = Literal["auto", "onnxruntime", "tensorrt"]
 
 # Wan2.2-Animate was trained with it ("the person in the video is making movements"); others work, less well.
 DEFAULT_PROMPT = "视频中的人在做动作"
@@ -30,7 +25,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """The prepared clips: of one length, and of the size of the video to make, but for the 512x512 faces."""
+    """The prepared clips. All have the same number of frames and the size of the video; faces are 512x512."""
 
     reference: Path
     pose: Path | None
@@ -80,32 +75,13 @@ def unused_clips(folder: Path, mode: Mode) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How the model is run; None and "auto" are decided by what is there."""
-
-    executor: ExecutorName = "auto"
-    precision: Precision | None = None
-    tier: Tier = "exact"  # exact: attention in bf16; fast: in 8 bits
-    flavour: str | None = None  # of TensorRT
-    vram: float | None = None  # GB to use at most
-    segments: Mapping[str, str] = field(default_factory=dict)  # candidates asked for, by network
-
-    def __post_init__(self) -> None:
-        for network, candidate in self.segments.items():
-            require_known(network, candidate)
-
-
-@dataclass(frozen=True)
 class Job:
-    """Refuses at once, with a UsageError, whatever is wrong whatever the clips are."""
+    """Raises UsageError for settings that are invalid for every clip."""
 
     inputs: Inputs
-    weights: Path
-    weight_files: dict[Part, Path] = field(default_factory=dict)
     mode: Mode = "animate"
     prompt: str = DEFAULT_PROMPT
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
-    tokenizer: Path | None = None
     window: int = 77  # frames
     overlap: int = 1  # frames carried from one window to the next: 1 or 5
     steps: int = 20
@@ -116,8 +92,6 @@ class Job:
     seed: int = 0
     pose_strength: float = 1.0
     face_strength: float = 1.0
-    settings: Settings = Settings()
-    random_weights: str | None = None  # a model's name: `weights` is not read, everything is seeded noise
 
     def __post_init__(self) -> None:
         if (self.mode == "replace") != (self.inputs.background is not None and self.inputs.mask is not None):
@@ -139,8 +113,13 @@ class Job:
                     f"A {name} strength of {value} is not possible.",
                     f"Use --{name}-strength 0 (off) to 1, or more to exaggerate.",
                 )
-        # Each refuses what is its own business.
+        # Each of these raises UsageError for its own settings.
         Plan(frames=self.window)
         Windows(1, self.window, self.overlap)
         schedule(self.grid, self.steps, self.shift)
         CpuGenerator(self.seed)
+
+    @property
+    def guided(self) -> bool:
+        """Whether every step is computed for the negative prompt too."""
+        return self.guidance > 1

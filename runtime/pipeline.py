@@ -1,34 +1,28 @@
-"""The whole way from prepared clips to frames, as one function that reads from top to bottom.
+"""From prepared clips to frames, as one function that reads from top to bottom.
 
-`stream` yields finished frames, window after window; it writes nothing and prints nothing.
+`stream_pieces` yields finished frames, window after window. It writes nothing and prints nothing. It knows
+the open model only as `Opened`; opening/model.py is one.
 """
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Protocol
 
 import cv2
 import numpy as np
 
 from trt_wan.errors import Stopped
-from trt_wan.runtime.conditioning import Pixels, encode_condition, encode_reference, letterbox, to_signal
-from trt_wan.runtime.denoise import BetweenSteps, Branch, denoise
-from trt_wan.runtime.events import Progress, StageStarted, StepDone, WindowDone, silent
+from trt_wan.runtime.conditioning import Pixels, Strengths, WindowClips, condition_window, to_signal
+from trt_wan.runtime.denoise import BetweenSteps, Branch, denoise, predict_window
+from trt_wan.runtime.events import Note, Progress, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Job
-from trt_wan.runtime.networks.image_encoder import encode_image
 from trt_wan.runtime.networks.model import Model
-from trt_wan.runtime.networks.text_encoder import encode_text
-from trt_wan.runtime.networks.transformer import (
-    WindowCondition,
-    encode_blank_face,
-    encode_context,
-    encode_face,
-    encode_time,
-    rope_tables,
-)
-from trt_wan.runtime.networks.vae import decode, encode
+from trt_wan.runtime.networks.vae import decode
 from trt_wan.runtime.noise import CpuGenerator
-from trt_wan.runtime.opening.model import open_job
+from trt_wan.runtime.preparation import prepare
+from trt_wan.runtime.schedulers import SAMPLERS
 from trt_wan.runtime.schedulers import schedule as make_schedule
 from trt_wan.runtime.video.clips import FACE_SIZE, Clips, open_clips
 from trt_wan.runtime.windows import Windows
@@ -36,20 +30,113 @@ from trt_wan.runtime.windows import Windows
 ShouldStop = Callable[[], bool]
 
 
-def stream(
+class Opened(Protocol):
+    """A model that stays open: any number of jobs, one after another."""
+
+    def begin(self, job: Job, width: int, height: int, progress: Progress) -> Model:
+        """The model at the size of a job, with memory for its windows and steps."""
+        ...
+
+    def texts(self, model: Model, job: Job) -> list[Array]:
+        """Features [512, dim] of the prompt, and with guidance of the negative prompt."""
+        ...
+
+
+def stream_pieces(
     job: Job,
+    opened: Opened,
     *,
     clips: Clips | None = None,
     progress: Progress = silent,
     should_stop: ShouldStop = lambda: False,
-) -> Iterator[Pixels]:
-    """Yields the video's frames, uint8 [H, W, 3], as many as the driving clip has.
+) -> Iterator[Array]:
+    """Yields the decoded frames in pieces, before rounding: float32 [3, n, H, W] in [-1, 1]. Together they
+    have as many frames as the driving clip.
 
-    `clips` are the job's, if they are open already. `should_stop` is asked between steps and ends the stream
-    with `Stopped`. Raises TrtWanError; every check that needs no computing is made before the first stage.
+    `clips` are the job's, if they are open already. `should_stop` is asked between steps, and elsewhere
+    before every network; it ends the stream with `Stopped`. Raises TrtWanError. Every check that needs no
+    computing is made before the first stage. The GPU idles while a piece is consumed; slow consumers should
+    read from another thread (video/writer_thread.py).
     """
-    for frames in stream_pieces(job, clips=clips, progress=progress, should_stop=should_stop):
-        yield from to_pixels(frames)
+    if clips is None:
+        with open_clips(job.inputs, job.window) as clips:
+            yield from stream_pieces(job, opened, clips=clips, progress=progress, should_stop=should_stop)
+        return
+
+    # 1. Plan: everything that can be refused is refused here.
+    windows = Windows(clips.frames, job.window, job.overlap)
+    schedule = make_schedule(job.grid, job.steps, job.shift)
+    progress(StageStarted("weights"))
+    model = opened.begin(job, clips.width, clips.height, progress)
+    config, plan = model.config, model.plan
+    assert config.motion.size == FACE_SIZE, (
+        f"face crops are {FACE_SIZE}, {config.name} takes {config.motion.size}"
+    )
+    latent_size = plan.latent_height, plan.latent_width
+    if job.mode == "replace" and clips.face is None:
+        progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
+    clock = _StepClock(model, job, windows.total, progress, should_stop)
+
+    # 2. Prepare: text, image, time, rotary tables and the reference slot are the same for all windows.
+    with model.checked(clock.stop_before_next):
+        progress(StageStarted("text"))
+        texts = opened.texts(model, job)
+        model.release("text_encoder_layer")
+        progress(StageStarted("image"))
+        prepared = prepare(model, texts, clips.reference, list(schedule.timesteps))
+    generator = CpuGenerator(job.seed)
+    strengths = Strengths(job.pose_strength, job.face_strength)
+    carried: Array | None = None
+
+    for j in range(windows.total):
+        here = {"window": j + 1, "windows": windows.total}
+
+        # 3. Condition: pose, face, background, mask and the frames carried over, for this window.
+        progress(StageStarted("condition", **here))
+        with model.checked(clock.stop_before_next):
+            signals = window_clips(clips, windows.indices(j), grey_face=job.mode == "replace")
+            window = condition_window(model, prepared.reference, signals, carried, strengths)
+        branches = [Branch(prepared.contexts[0], window)]
+        if job.guided:
+            face = None if window.face is None else prepared.blank_face
+            branches.append(Branch(prepared.contexts[1], replace(window, face=face)))
+
+        # 4. Denoise.
+        progress(StageStarted("denoise", **here))
+        noise = generator.randn((config.vae.latent_channels, plan.slots, *latent_size))
+        predict = predict_window(model, prepared, branches, job.guidance)
+        solver = SAMPLERS[job.sampler](schedule, model.executor.combine)
+        latent = denoise(predict, noise, solver, job.steps, clock.window(j))
+
+        # 5. Decode without the reference slot; the last frames are carried into the next window as they are.
+        progress(StageStarted("decode", **here))
+        kept, done = windows.keep(j), 0
+        carried = None
+        latents = np.asarray(latent)[:, 1:]
+        del latent, solver, predict, branches, window
+        with model.checked(clock.stop_before_next):
+            for frames in decode(model, latents):
+                carried = _last(job.overlap, carried, frames)
+                if (piece := frames[:, max(kept.start - done, 0) : max(kept.stop - done, 0)]).shape[1]:
+                    yield piece
+                done += frames.shape[1]
+        if j == 0:
+            model.executor.settle()
+        progress(WindowDone(j + 1, windows.total, kept.stop - kept.start))
+
+
+def window_clips(clips: Clips, indices: list[int], grey_face: bool) -> WindowClips:
+    """The frames `indices` of every clip. `grey_face` stands in for a face clip that is not given."""
+    pose = None if clips.pose is None else to_signal(clips.pose.window(indices))
+    face = background = person = None
+    if clips.face is not None:
+        face = to_signal(clips.face.window(indices)).transpose(1, 0, 2, 3)
+    elif grey_face:
+        face = np.broadcast_to(np.float32(0), (len(indices), 3, FACE_SIZE, FACE_SIZE))
+    if clips.background is not None and clips.mask is not None:
+        background = to_signal(clips.background.window(indices))
+        person = clips.mask.window(indices)[..., 0].astype(np.float32) / 255
+    return WindowClips(pose, face, background, person)
 
 
 def to_pixels(frames: Array) -> Pixels:
@@ -66,111 +153,14 @@ def to_pixels(frames: Array) -> Pixels:
     return pixels
 
 
-def stream_pieces(
-    job: Job,
-    *,
-    clips: Clips | None = None,
-    progress: Progress = silent,
-    should_stop: ShouldStop = lambda: False,
-) -> Iterator[Array]:
-    """`stream`, in pieces as they are decoded and before rounding: float32 [3, n, H, W] in [-1, 1].
-
-    The GPU waits while a piece is looked at: whoever takes longer does so in a thread of his own (beside.py).
-    """
-    # 1. Plan: everything that can be refused is refused here.
-    clips = clips or open_clips(job.inputs, job.window)
-    windows = Windows(clips.frames, job.window, job.overlap)
-    schedule = make_schedule(job.grid, job.steps, job.shift)
-    guided = job.guidance > 1
-    progress(StageStarted("weights"))
-    model, tokenizer = open_job(job, clips, guided, progress)
-    config, plan = model.config, model.plan
-    assert config.motion.size == FACE_SIZE, (
-        f"face crops are {FACE_SIZE}, {config.name} takes {config.motion.size}"
-    )
-
-    # 2. What all windows share: text, image, time, rotary tables, the reference slot.
-    progress(StageStarted("text"))
-    prompts = [job.prompt, job.negative_prompt] if guided else [job.prompt]
-    texts = [encode_text(model, tokenizer, prompt) for prompt in prompts]
-    model.release("text_encoder_layer")
-    progress(StageStarted("image"))
-    canvas = letterbox(clips.reference, plan.width, plan.height)
-    image = encode_image(model, to_signal(canvas[None])[:, 0])
-    model.release("image_encoder_embed", "image_encoder_layer")
-    reference = encode_reference(model, canvas)
-    contexts = [encode_context(model, text, image) for text in texts]
-    times = [encode_time(model, t) for t in schedule.timesteps]
-    model.release("text_embed", "image_embed", "context_kv", "time_embed")
-    cos, sin = rope_tables(config, plan)
-    rope = model.place(cos), model.place(sin)
-    blank_face = encode_blank_face(model) if guided and clips.face is not None else None
-    generator = CpuGenerator(job.seed)
-    carried: Array | None = None
-    clock = _StepClock(model, job, windows.total, progress, should_stop)
-
-    for j in range(windows.total):
-        indices = windows.indices(j)
-        here = {"window": j + 1, "windows": windows.total}
-
-        # 3. Condition: what this window is told by pose, face, background, mask and the frames carried over.
-        progress(StageStarted("condition", **here))
-        background = person = None
-        if clips.background is not None and clips.mask is not None:
-            background = to_signal(clips.background.window(indices))
-            person = clips.mask.window(indices)[..., 0].astype(np.float32) / 255
-        condition = encode_condition(model, reference, carried, background, person)
-        pose = np.zeros((config.vae.latent_channels, plan.latent_frames, *condition.shape[2:]), np.float32)
-        if clips.pose is not None:
-            pose = encode(model, to_signal(clips.pose.window(indices)))
-        face = None
-        if clips.face is not None:
-            face = encode_face(model, to_signal(clips.face.window(indices)).transpose(1, 0, 2, 3))
-        pose_strength = job.pose_strength if clips.pose is not None else 0.0
-        condition, pose = model.place(condition), model.place(pose)
-        branches = [
-            Branch(context, WindowCondition(condition, pose, pose_strength, window_face, job.face_strength))
-            for context, window_face in zip(contexts, (face, blank_face), strict=False)
-        ]
-
-        # 4. Denoise.
-        progress(StageStarted("denoise", **here))
-        noise = generator.randn((config.vae.latent_channels, plan.slots, *condition.shape[2:]))
-        latent = denoise(
-            model,
-            noise,
-            branches[0],
-            branches[1] if guided else None,
-            job.guidance,
-            job.sampler,
-            schedule,
-            times,
-            rope,
-            clock.window(j),
-        )
-
-        # 5. Decode without the reference slot; the last frames are carried into the next window as they are.
-        progress(StageStarted("decode", **here))
-        kept, done = windows.keep(j), 0
-        carried = None
-        for frames in decode(model, np.asarray(latent)[:, 1:]):
-            carried = _last(job.overlap, carried, frames)
-            if (piece := frames[:, max(kept.start - done, 0) : max(kept.stop - done, 0)]).shape[1]:
-                yield piece
-            done += frames.shape[1]
-        if j == 0:
-            model.executor.settle()
-        progress(WindowDone(j + 1, windows.total, kept.stop - kept.start))
-
-
 def _last(count: int, before: Array | None, frames: Array) -> Array:
-    """The last `count` frames, or as many as there are, in memory of their own."""
+    """A copy of the last `count` frames, or of all if there are fewer."""
     end = frames[:, -count:]
     return np.array(end) if before is None else np.concatenate([before, end], axis=1)[:, -count:]
 
 
 class _StepClock:
-    """Reports every step with its time and what is left, and ends the run between two steps."""
+    """Reports every step with its time and the remaining time, and ends the run when asked to."""
 
     def __init__(
         self, model: Model, job: Job, windows: int, progress: Progress, should_stop: ShouldStop
@@ -178,6 +168,11 @@ class _StepClock:
         self.wait, self.steps, self.windows = model.executor.wait, job.steps, windows
         self.progress, self.should_stop = progress, should_stop
         self.durations: list[float] = []
+
+    def stop_before_next(self) -> None:
+        """Call before a network outside the steps."""
+        if self.should_stop():
+            raise Stopped("Stopped between two networks, outside the denoising steps.")
 
     def window(self, j: int) -> BetweenSteps:
         self.wait()

@@ -1,12 +1,13 @@
 """A job to a video file: frames encoded as they come, with the driving clip's rate and sound.
 
-Frames are rounded, pasted back and encoded in a thread of their own, in order, while the next ones are
+Frames are rounded, pasted back and encoded in another thread, in order, while the next ones are
 decoded: after the last decoding only the last frames are left to write.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from trt_wan.errors import InputError, TrtWanError
 from trt_wan.runtime.conditioning import Pixels
@@ -14,7 +15,7 @@ from trt_wan.runtime.events import Progress, StageStarted, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.paste_back import pasted_back
-from trt_wan.runtime.pipeline import ShouldStop, stream_pieces, to_pixels
+from trt_wan.runtime.pipeline import ShouldStop, to_pixels
 from trt_wan.runtime.video.clips import Clips, open_clips
 from trt_wan.runtime.video.writer import VideoWriter
 from trt_wan.runtime.video.writer_thread import Beside
@@ -31,26 +32,49 @@ class Rendered:
     width: int
     height: int
     rate: float  # frames per second
-    writing_seconds: float  # of the thread that wrote, which ran beside the rest
+    writing_seconds: float  # busy seconds of the writing thread, which runs beside the rest
+
+
+class Streaming(Protocol):
+    """An open model as `render` uses it (opening/model.py)."""
+
+    def pieces(
+        self, job: Job, *, clips: Clips | None, progress: Progress, should_stop: ShouldStop
+    ) -> Iterator[Array]: ...
 
 
 def render(
     job: Job,
+    model: Streaming,
     output: Path,
     *,
+    clips: Clips | None = None,
     sound: Path | None = None,
     overwrite: bool = False,
     paste_back: bool = False,
     progress: Progress = silent,
     should_stop: ShouldStop = lambda: False,
 ) -> Rendered:
-    """Writes `output`. `sound` is the file whose sound is copied; without it, the pose or face clip's own is.
-    With `paste_back` (mode replace) pixels that the model had no part in are the background clip's own.
+    """Writes `output`. `clips` are the job's, if they are open already. `sound` is the file whose sound is
+    copied; without it, the pose or face clip's own is. With `paste_back` (mode replace) the pixels around the
+    mask are those of the background clip.
 
     When the job fails or is stopped, the finished windows are kept beside `output` in a file that plays, and
     the error says where: a TrtWanError in its hint, any other in a note.
     """
-    clips = open_clips(job.inputs, job.window)
+    if clips is None:
+        with open_clips(job.inputs, job.window) as clips:
+            return render(
+                job,
+                model,
+                output,
+                clips=clips,
+                sound=sound,
+                overwrite=overwrite,
+                paste_back=paste_back,
+                progress=progress,
+                should_stop=should_stop,
+            )
     writer = VideoWriter(
         output, clips.width, clips.height, clips.rate, sound or _own_sound(clips), overwrite=overwrite
     )
@@ -73,7 +97,7 @@ def render(
                 beside.check()  # a disk that is full ends the job at the next step, not with the next window
                 return should_stop()
 
-            for piece in stream_pieces(job, clips=clips, progress=progress, should_stop=stop):
+            for piece in model.pieces(job, clips=clips, progress=progress, should_stop=stop):
                 beside.put(piece)
             progress(StageStarted("write"))
         writer.finish()

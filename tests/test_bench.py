@@ -43,7 +43,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ran(tiny_home: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    peers = "--peers diffusers_eager,onnxruntime_cuda --peer-steps 1"
+    peers = "--peers diffusers_eager,lightx2v --peer-steps 1"
     return trt_wan(f"{SHAPE} --steps 3 --rounds 2 --job-steps 2 {peers} --out {out}", tiny_home)
 
 

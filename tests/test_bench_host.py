@@ -102,8 +102,9 @@ class HostJob:
         self.gpu, self.counts, self.source = HostGpu(), Counter[str](), NoWeights()
         table = networks(CONFIG, PLAN)
         gpu = cast(Gpu, self.gpu)
-        executor = GpuExecutor(gpu, {name: CountingSegment(name, self.counts) for name in table})
-        executor.start(0, DeviceWeights(gpu, self.source))
+        segments = {name: CountingSegment(name, self.counts) for name in table}
+        executor = GpuExecutor(gpu, segments, DeviceWeights(gpu, self.source))
+        executor.start_alone(0)
         self.model = Model(CONFIG, PLAN, executor, {})
 
         def made(network: str, name: str) -> Any:
@@ -194,7 +195,7 @@ def test_enqueueing_a_step(job: HostJob) -> None:
 
 
 def test_planning() -> None:
-    assert in_loops(lambda: activation_bytes(CONFIG, PLAN, guided=True), 3) < 150  # measured 48
+    assert in_loops(lambda: activation_bytes(CONFIG, PLAN, guided=True, steps=STEPS), 3) < 150  # measured 48
 
 
 def test_loading(tmp_path: Path) -> None:

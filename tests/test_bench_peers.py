@@ -4,24 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from tiny_job import PLAN
 
 from trt_wan.benchmarks.peers import torch_attention
 from trt_wan.benchmarks.peers.diffusers_model import DiffusersPeer, make_model
-from trt_wan.benchmarks.peers.onnxruntime_cuda import OrtSegment, attention_graph
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.peers.torch_fp8 import Fp8Linear, quantize_blocks
 from trt_wan.engines.config import TINY
-from trt_wan.engines.contracts import networks
-from trt_wan.engines.store.graphs import require_graphs
-from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 
 SHAPE = Shape("tiny", 64, 48, 5)
 
@@ -140,7 +133,7 @@ def test_a_peer_alone_says_everything_in_one_line() -> None:
     assert result["first_step_seconds"] > 0 and result["part_seconds"]
 
 
-@pytest.mark.parametrize("name", ["onnxruntime_cuda", "lightx2v"])
+@pytest.mark.parametrize("name", ["lightx2v"])
 def test_a_peer_that_cannot_run_says_why(name: str) -> None:
     (result,) = peer_command(name, "--serve", lines="3\n")
     assert not result["ran"] and len(result["reason"]) > 20
@@ -174,34 +167,3 @@ def test_lightx2v_is_read_from_its_own_log(tmp_path: Path) -> None:
     (result,) = peer_command("lightx2v", "--steps", "3", "--json", *given)
     assert result["seconds"] == [1.5, 1.5, 1.5]
     assert "flash_attn3" in result["settings"]["configuration"]
-
-
-# ONNX Runtime: addresses instead of arrays, and its own attention
-
-
-def bound(network: Any, graph: bytes) -> Callable[[dict[str, Any]], list[Any]]:
-    segment = OrtSegment(network, graph, "cpu", 0)
-
-    def run(arrays: dict[str, Any]) -> list[Any]:
-        outputs = {t.name: np.full(t.shape, np.nan, np.float32) for t in network.outputs}
-        segment.enqueue({name: array.ctypes.data for name, array in {**arrays, **outputs}.items()})
-        return list(outputs.values())
-
-    return run
-
-
-@pytest.mark.parametrize("name", ["attn_in", "attention"])
-def test_onnxruntime_by_address_is_onnxruntime(
-    name: str, tiny_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRT_WAN_HOME", str(tiny_home))
-    network = networks(TINY, PLAN)[name]
-    rng = np.random.default_rng(0)
-    arrays = {t.name: rng.standard_normal(t.shape, np.float32) for t in (*network.inputs, *network.weights)}
-    folder = require_graphs(TINY, PLAN)
-    graph = attention_graph(network) if name == "attention" else (folder / f"{name}.onnx").read_bytes()
-    weights = {network.weight_key(t.name): arrays[t.name] for t in network.weights}
-    inputs = {t.name: arrays[t.name] for t in network.inputs}
-    expected = OnnxRuntimeExecutor(folder, {"transformer": weights}).run(network, 0, inputs)
-    for got, want in zip(bound(network, graph)(arrays), expected, strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

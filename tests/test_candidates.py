@@ -37,9 +37,9 @@ from trt_wan.engines.store.measurements import Figure
 from trt_wan.engines.tensorrt import Flavour
 from trt_wan.errors import GraphError, UsageError
 from trt_wan.runtime.events import Event, Note
-from trt_wan.runtime.job import Settings
-from trt_wan.runtime.opening import model as open_model
+from trt_wan.runtime.opening import gpu_sizes as open_model
 from trt_wan.runtime.opening import segments as open_segments
+from trt_wan.runtime.settings import Settings
 
 RTX = Flavour("tensorrt_rtx", "1.6.1.120", SimpleNamespace(), "a test")
 FULL = Flavour("tensorrt", "10.14.0", SimpleNamespace(), "a test")
@@ -355,12 +355,14 @@ def test_the_override_refuses_bad_names(tmp_path: Path, value: str, says: str, n
 
 
 def test_the_override_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import trt_wan.cli.main
+    import trt_wan.cli.run
 
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(trt_wan.cli.main, "_render", lambda *_, **options: seen.update(options) or (None, {}))
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        trt_wan.cli.run, "render_prepared", lambda *given, **_: seen.extend(given) or (None, {})
+    )
     options = ["--segment", "attention=cudnn fp8", "--segment", "attn_in=native"]
     result = CliRunner().invoke(cli, ["run", "--inputs", str(tmp_path), "-o", "x.mp4", *options])
     assert result.exit_code == 0, result.output
-    assert seen["segments"] == {"attention": "cudnn fp8", "attn_in": "native"}
+    assert seen[3].settings().segments == {"attention": "cudnn fp8", "attn_in": "native"}
     assert "--segment NETWORK=CANDIDATE" in CliRunner().invoke(cli, ["run", "--help"]).output

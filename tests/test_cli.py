@@ -49,7 +49,8 @@ from trt_wan.errors import MemoryShort, UsageError
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.executors.onnxruntime import require_memory
 from trt_wan.runtime.job import Inputs, Job
-from trt_wan.runtime.pipeline import stream
+from trt_wan.runtime.opening.model import OpenModel, open_model
+from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.video.reader import Clip, Picture
 from trt_wan.runtime.weights.tensor_file import TensorFile
 from trt_wan.runtime.weights.tiny import write_tiny_weights
@@ -242,7 +243,7 @@ def test_sound_is_the_files_that_is_named_else_the_driving_clips(
 ) -> None:
     """The pose clip's, and where that has none the face clip's. The pictures do not matter here."""
     black = np.full((3, FRAMES, PLAN.height, PLAN.width), -1, np.float32)
-    monkeypatch.setattr(trt_wan.runtime.render, "stream_pieces", lambda job, **options: iter([black]))
+    monkeypatch.setattr(OpenModel, "pieces", lambda self, job, **options: iter([black]))
 
     def has_sound(*options: str) -> bool:
         result = invoke(*run_arguments(place, tmp_path / "o.mp4", "-y", *options, clips=clips))
@@ -352,11 +353,11 @@ def test_ctrl_c_is_the_callers_own_again_after_a_run(
 ) -> None:
     handlers = [signal.getsignal(signal.SIGINT)]
 
-    def one_frame(job: Job, **options: object) -> Iterator[Array]:
+    def one_frame(self: OpenModel, job: Job, **options: object) -> Iterator[Array]:
         handlers.append(signal.getsignal(signal.SIGINT))
         yield np.full((3, 1, PLAN.height, PLAN.width), -1, np.float32)
 
-    monkeypatch.setattr(trt_wan.runtime.render, "stream_pieces", one_frame)
+    monkeypatch.setattr(OpenModel, "pieces", one_frame)
     assert invoke(*run_arguments(place, tmp_path / "out.mp4")).exit_code == 0
     assert handlers[1] is not handlers[0] and signal.getsignal(signal.SIGINT) is handlers[0]
 
@@ -759,11 +760,18 @@ def test_weights_tiny(tmp_path: Path) -> None:
     )
 
 
-# --- stream() --------------------------------------------------------------------------------------------
+# --- An open model ---------------------------------------------------------------------------------------
 
 
-def frames(job: Job) -> Picture:
-    pictures = list(stream(job))
+@pytest.fixture(scope="module")
+def model(place: Workplace) -> Iterator[OpenModel]:
+    """One model for all jobs."""
+    with open_model(WeightFiles((place.weights,)), Settings(executor="onnxruntime")) as opened:
+        yield opened
+
+
+def frames(model: OpenModel, job: Job) -> Picture:
+    pictures = list(model.stream(job))
     assert all(p.shape == (PLAN.height, PLAN.width, 3) and p.dtype == np.uint8 for p in pictures)
     return np.stack(pictures)
 
@@ -771,39 +779,41 @@ def frames(job: Job) -> Picture:
 def make_job(place: Workplace, clips: Path | None = None, **changes: Any) -> Job:
     inputs = Inputs.from_folder(clips or place.clips, changes.get("mode", "animate"))
     settings = {"window": PLAN.frames, "steps": 2, "seed": 7} | changes
-    return Job(inputs=inputs, weights=place.weights, **settings)
+    return Job(inputs=inputs, **settings)
 
 
 @pytest.fixture(scope="module")
-def plain(place: Workplace, tiny_home: Path) -> Picture:
+def plain(place: Workplace, model: OpenModel, tiny_home: Path) -> Picture:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRT_WAN_HOME", str(tiny_home))
-        return frames(make_job(place))
+        return frames(model, make_job(place))
 
 
-def test_the_same_seed_gives_the_same_frames(place: Workplace, plain: Picture) -> None:
+def test_the_same_seed_gives_the_same_frames(model, place: Workplace, plain: Picture) -> None:
     assert len(plain) == FRAMES and plain.std() > 10
-    assert np.array_equal(frames(make_job(place)), plain)
+    assert np.array_equal(frames(model, make_job(place)), plain)
 
 
 @pytest.mark.parametrize("seed", [8, -1])
-def test_another_seed_gives_other_frames(place: Workplace, plain: Picture, seed: int) -> None:
-    assert not np.array_equal(frames(make_job(place, seed=seed)), plain)
+def test_another_seed_gives_other_frames(model, place: Workplace, plain: Picture, seed: int) -> None:
+    assert not np.array_equal(frames(model, make_job(place, seed=seed)), plain)
 
 
 @pytest.mark.parametrize("gone", [None, "pose", "face"])
-def test_replace_needs_only_one_driving_clip(place: Workplace, plain: Picture, gone: str | None) -> None:
+def test_replace_needs_only_one_driving_clip(
+    place: Workplace, model: OpenModel, plain: Picture, gone: str | None
+) -> None:
     job = make_job(place, mode="replace")
-    replaced = frames(replace(job, inputs=replace(job.inputs, **{gone: None})) if gone else job)
+    replaced = frames(model, replace(job, inputs=replace(job.inputs, **{gone: None})) if gone else job)
     assert len(replaced) == FRAMES and not np.array_equal(replaced, plain)
 
 
 @pytest.mark.parametrize("name", ["pose", "face"])
-def test_strength_0_equals_no_clip(place: Workplace, plain: Picture, name: str) -> None:
+def test_strength_0_equals_no_clip(place: Workplace, model: OpenModel, plain: Picture, name: str) -> None:
     """Without a pose clip the canvas is the reference's, which has the pose clip's size here."""
     job = make_job(place)
-    without = frames(replace(job, inputs=replace(job.inputs, **{name: None})))
-    off = frames(replace(job, **{f"{name}_strength": 0.0}))
+    without = frames(model, replace(job, inputs=replace(job.inputs, **{name: None})))
+    off = frames(model, replace(job, **{f"{name}_strength": 0.0}))
     assert len(without) == FRAMES and np.array_equal(off, without)
     assert not np.array_equal(off, plain)
 

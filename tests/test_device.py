@@ -346,8 +346,9 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], byt
 
 def executor(trt: FakeTensorRt, gpu: FakeGpu, plans: dict[str, bytes], folder: Path) -> GpuExecutor:
     flavour = Flavour("tensorrt_rtx", "1.6.1", trt, "a test")
-    made = GpuExecutor(cast(Any, gpu), open_engines(cast(Any, gpu), flavour, plans, folder))
-    made.start(1 << 20, DeviceWeights(cast(Any, gpu), NoWeights()))
+    segments = open_engines(cast(Any, gpu), flavour, plans, folder)
+    made = GpuExecutor(cast(Any, gpu), segments, DeviceWeights(cast(Any, gpu), NoWeights()))
+    made.start_alone(1 << 20)
     return made
 
 

@@ -30,9 +30,10 @@ from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.engines.tensorrt import choose_flavour
 from trt_wan.errors import GraphError
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
-from trt_wan.runtime.job import Inputs, Job, Settings
+from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.opening.model import open_model
 from trt_wan.runtime.opening.segments import finish_engines, machine_of, missing, open_segments
-from trt_wan.runtime.pipeline import stream_pieces
+from trt_wan.runtime.settings import Settings, WeightFiles
 
 Values = dict[str, Any]
 # Calls of the tiny job by network: inputs and weights together.
@@ -51,17 +52,18 @@ def calls(gpu: Any, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory) -
 
     def recorded(self: OnnxRuntimeExecutor, network: Network, n: int, inputs: Any) -> Any:
         if network.name not in found:
-            found[network.name] = {**inputs, **self._weights_of(network, n)}
+            found[network.name] = {**inputs, **self.weights.bind(network, n)}
         return run(self, network, n, inputs)
 
     folder = tmp_path_factory.mktemp("inputs")
     inputs = Inputs.from_folder(prepare(folder, write_sound(folder / "sound.m4a", 1)), "animate")
     settings = Settings(executor="onnxruntime")
-    job = Job(inputs, folder, window=PLAN.frames, steps=2, random_weights="tiny", settings=settings)
+    job = Job(inputs, window=PLAN.frames, steps=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnnxRuntimeExecutor, "run", recorded)
         patch.setenv("TRT_WAN_HOME", str(tiny_home))
-        list(stream_pieces(job))
+        with open_model(WeightFiles(random="tiny"), settings) as model:
+            list(model.pieces(job))
     assert set(found) == set(networks(TINY, PLAN))
     return found
 

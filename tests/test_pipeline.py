@@ -10,6 +10,7 @@ VAE, whose output here spans the whole range, carry that to about 1e-4, and late
 ones' frames. Half a level of an 8-bit picture is 4e-3.
 """
 
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,7 +33,8 @@ from trt_wan.engines.config import TINY
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.networks.image_encoder import MEAN, STD
-from trt_wan.runtime.pipeline import stream_pieces
+from trt_wan.runtime.opening.model import OpenModel, open_model
+from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.video.reader import Clip
 from trt_wan.runtime.video.writer import VideoWriter
 from trt_wan.runtime.weights.checkpoint import load_weights
@@ -122,10 +124,10 @@ def diffusers_pipeline(weights: Path) -> WanAnimatePipeline:
     return pipeline
 
 
-def job(folder: Path, weights: Path, **changes: object) -> Job:
+def job(folder: Path, **changes: object) -> Job:
     mode = changes.get("mode", "animate")
     settings = {"window": WINDOW, "steps": STEPS, "grid": "diffusers", "seed": 11} | changes
-    return Job(inputs=Inputs.from_folder(folder, mode), weights=weights, **settings)  # type: ignore[arg-type]
+    return Job(inputs=Inputs.from_folder(folder, mode), **settings)  # type: ignore[arg-type]
 
 
 def run_diffusers(pipeline: WanAnimatePipeline, task: Job) -> Array:
@@ -157,13 +159,20 @@ def run_diffusers(pipeline: WanAnimatePipeline, task: Job) -> Array:
     return result.permute(1, 0, 2, 3).numpy() * 2 - 1
 
 
+@pytest.fixture(scope="module")
+def model(weights: Path) -> Iterator[OpenModel]:
+    """One model for all jobs."""
+    with open_model(WeightFiles((weights,)), Settings(executor="onnxruntime", text_cache=False)) as opened:
+        yield opened
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("overlap", [1, 5])
 @pytest.mark.parametrize("windows", [1, 3])
 @pytest.mark.parametrize("mode", ["animate", "replace"])
 def test_frames_equal_diffusers(
     diffusers_pipeline: WanAnimatePipeline,
-    weights: Path,
+    model: OpenModel,
     clips: dict[int, Path],
     mode: str,
     windows: int,
@@ -171,8 +180,8 @@ def test_frames_equal_diffusers(
     guidance: float,
 ) -> None:
     frames = FRAMES[windows, overlap]
-    task = job(clips[frames], weights, mode=mode, overlap=overlap, guidance=guidance)
-    pieces = list(stream_pieces(task))
+    task = job(clips[frames], mode=mode, overlap=overlap, guidance=guidance)
+    pieces = list(model.pieces(task))
     # Each piece is 4 frames or what of them the output keeps; the first of a window is one.
     assert {piece.shape[1] for piece in pieces} <= {1, 2, 3, 4} and len(pieces) >= frames / 4
     ours, theirs = np.concatenate(pieces, axis=1), run_diffusers(diffusers_pipeline, task)

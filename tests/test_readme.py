@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from trt_wan.cli.main import DEMO_SAMPLE, cli
+from trt_wan.cli.demo import DEMO_SAMPLE
+from trt_wan.cli.main import cli
 from trt_wan.runtime.video.reader import Clip
 
 ROOT = Path(__file__).parent.parent

@@ -36,7 +36,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(clips: Path, mode: Any = "animate") -> Job:
-    return Job(Inputs.from_folder(clips, mode), weights=Path("none"), mode=mode, window=PLAN.frames)
+    return Job(Inputs.from_folder(clips, mode), mode=mode, window=PLAN.frames)
 
 
 def pieces() -> list[Array]:
@@ -46,8 +46,14 @@ def pieces() -> list[Array]:
     return np.split(np.ascontiguousarray(frames), np.cumsum(PIECES)[:-1], axis=1)
 
 
-def decoding(monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
-    monkeypatch.setattr(module, "stream_pieces", lambda job, **options: make(**options))
+class Decoding:
+    """An open model whose pieces are made up."""
+
+    def __init__(self, make: Make) -> None:
+        self.make = make
+
+    def pieces(self, job: Job, **options: Any) -> Iterator[Array]:
+        return self.make(**options)
 
 
 def on_write(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
@@ -84,10 +90,10 @@ def test_the_next_piece_is_decoded_while_one_is_written(
         under_way.set()
         assert decoded.wait(SOON), "nothing is decoded while frames are written"
 
-    decoding(monkeypatch, make)
+    model = Decoding(make)
     on_write(monkeypatch, hold)
     events: list[Event] = []
-    made = render(job(clips), tmp_path / "out.mp4", progress=events.append)
+    made = render(job(clips), model, tmp_path / "out.mp4", progress=events.append)
     assert greys(made.path) == list(range(FRAMES)) and made.frames == FRAMES
     assert made.writing_seconds > 0 and events == [StageStarted("write")]
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
@@ -111,9 +117,9 @@ def test_what_is_decoded_ahead_is_bounded(
         time.sleep(0.02)
         ahead.append(taken - int(np.searchsorted(np.cumsum(PIECES), frame, side="right")))
 
-    decoding(monkeypatch, make)
+    model = Decoding(make)
     on_write(monkeypatch, slow)
-    assert greys(render(job(clips), tmp_path / "out.mp4").path) == list(range(FRAMES))
+    assert greys(render(job(clips), model, tmp_path / "out.mp4").path) == list(range(FRAMES))
     assert max(ahead) <= 3, "one in use and two that wait"
 
 
@@ -135,10 +141,10 @@ def test_a_writer_that_fails_ends_the_job_at_the_next_step(
             time.sleep(0.001)
         pytest.fail("the job went on")
 
-    decoding(monkeypatch, make)
+    model = Decoding(make)
     on_write(monkeypatch, full)
     with pytest.raises(OutputError) as caught:
-        render(job(clips), tmp_path / "out.mp4")
+        render(job(clips), model, tmp_path / "out.mp4")
     partial = tmp_path / "out.partial.mp4"
     assert caught.value.message == "The disk is full."
     assert caught.value.hint == f"Free some space. The 3 finished frames are in {partial}."
@@ -149,10 +155,10 @@ def test_a_writer_that_fails_ends_the_job_at_the_next_step(
 def test_a_writer_that_fails_at_the_end_is_reported_too(
     monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path, last: int
 ) -> None:
-    decoding(monkeypatch, lambda **options: iter(pieces()[:last]))
+    model = Decoding(lambda **options: iter(pieces()[:last]))
     on_write(monkeypatch, full)
     with pytest.raises(OutputError, match="disk is full"):
-        render(job(clips), tmp_path / "out.mp4")
+        render(job(clips), model, tmp_path / "out.mp4")
     assert not (tmp_path / "out.mp4").exists() and greys(tmp_path / "out.partial.mp4") == [0, 1, 2]
 
 
@@ -166,10 +172,10 @@ def test_a_job_that_fails_keeps_every_decoded_frame(
         yield from pieces()[:4]
         raise error
 
-    decoding(monkeypatch, make)
+    model = Decoding(make)
     on_write(monkeypatch, lambda frame: time.sleep(0.02))
     with pytest.raises(type(error)) as caught:
-        render(job(clips), tmp_path / "out.mp4")
+        render(job(clips), model, tmp_path / "out.mp4")
     where = f"The 13 finished frames are in {tmp_path / 'out.partial.mp4'}."
     assert where in (caught.value.hint if isinstance(caught.value, Stopped) else caught.value.__notes__)
     assert greys(tmp_path / "out.partial.mp4") == list(range(13))
@@ -187,8 +193,8 @@ def test_pasting_back_happens_beside_decoding_too(
             yield frame
 
     monkeypatch.setattr(module, "pasted_back", pasting)
-    decoding(monkeypatch, lambda **options: iter(pieces()))
-    made = render(job(clips, "replace"), tmp_path / "out.mp4", paste_back=True)
+    model = Decoding(lambda **options: iter(pieces()))
+    made = render(job(clips, "replace"), model, tmp_path / "out.mp4", paste_back=True)
     assert threads == {"beside"} and made.frames == FRAMES
     with Clip(clips / "src_mask.mp4") as mask, Clip(clips / "src_bg.mp4") as background:
         for k, frame in enumerate(read_frames(made.path)):

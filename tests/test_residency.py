@@ -24,10 +24,11 @@ from trt_wan.runtime import pipeline
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.text_encoder import encode_text
 from trt_wan.runtime.networks.tokenizer import byte_tokenizer
 from trt_wan.runtime.opening import activation_memory as rehearsal
 from trt_wan.runtime.opening.activation_memory import activation_bytes
-from trt_wan.runtime.opening.residency import BLOCK, Residency, plan_residency
+from trt_wan.runtime.opening.residency import BLOCK, CONTEXT_BYTES, Residency, plan_residency
 from trt_wan.runtime.video.clips import Clips
 from trt_wan.runtime.weights.random import RandomWeights
 from trt_wan.runtime.weights.streaming import SLOTS
@@ -96,13 +97,21 @@ class BlankClip:
         return np.zeros((len(indices), *self.size, 3), np.uint8)
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, plan: Plan, guidance: float, steps: int, windows: int) -> int:
+def counted(plan: Plan, guidance: float, steps: int, windows: int) -> int:
     """The peak of a whole job with all clips, through the pipeline that a GPU runs."""
     executor = Counting()
     weights = {part: RandomWeights(TINY, part, 0) for part in PARTS}
     model = Model(TINY, plan, executor, weights)
-    opened = model, byte_tokenizer(TINY.text.vocabulary, TINY.text.length)
-    monkeypatch.setattr(pipeline, "open_job", lambda *arguments: opened)
+    tokenizer = byte_tokenizer(TINY.text.vocabulary, TINY.text.length)
+
+    class Opened:
+        def begin(self, job: Job, *_: Any) -> Model:
+            return model
+
+        def texts(self, model: Model, job: Job) -> list[Array]:
+            prompts = [job.prompt, job.negative_prompt] if job.guided else [job.prompt]
+            return [encode_text(model, tokenizer, prompt) for prompt in prompts]
+
     clip, face = BlankClip(plan.height, plan.width), BlankClip(512, 512)
     frames = plan.frames + (windows - 1) * (plan.frames - 1)
     blank = cast(Any, (clip, face, clip, clip))
@@ -111,13 +120,12 @@ def counted(monkeypatch: pytest.MonkeyPatch, plan: Plan, guidance: float, steps:
     clips = Clips(reference, *blank, *size, frames=frames, rate=Fraction(16))
     job = Job(
         Inputs(Path("ref"), Path("pose"), Path("face")),
-        weights=Path("weights"),
         window=plan.frames,
         overlap=1,
         steps=steps,
         guidance=guidance,
     )
-    made = sum(window.shape[1] for window in pipeline.stream_pieces(job, clips=clips))
+    made = sum(window.shape[1] for window in pipeline.stream_pieces(job, Opened(), clips=clips))
     assert made == frames
     return executor.peak
 
@@ -132,23 +140,23 @@ def test_the_rehearsal_is_the_pipeline(monkeypatch: pytest.MonkeyPatch, plan: Pl
     monkeypatch.setattr(rehearsal, "STEPS", 6)
     monkeypatch.setattr(rehearsal, "WINDOWS", 4)
     monkeypatch.setattr(rehearsal, "MARGIN", 0)
-    assert activation_bytes(TINY, plan, guidance > 1) == counted(monkeypatch, plan, guidance, 6, 4)
+    assert activation_bytes(TINY, plan, guidance > 1, 6) == counted(plan, guidance, 6, 4)
 
 
 @each_plan
 @pytest.mark.parametrize(
-    ("guidance", "steps", "windows"), [(1.0, 5, 1), (1.0, 7, 3), (3.0, 2, 1), (3.0, 9, 5)]
+    ("guidance", "steps", "windows"), [(1.0, 5, 1), (1.0, 7, 3), (3.0, 2, 1), (3.0, 9, 5), (1.0, 200, 1)]
 )
 def test_activation_bytes_do_for_every_job(
     monkeypatch: pytest.MonkeyPatch, plan: Plan, guidance: float, steps: int, windows: int
 ) -> None:
-    needed = counted(monkeypatch, plan, guidance, steps, windows)
-    assert needed <= activation_bytes(TINY, plan, guidance > 1) <= 1.03 * needed
+    needed = counted(plan, guidance, steps, windows)
+    assert needed <= activation_bytes(TINY, plan, guidance > 1, steps) <= 1.03 * needed
 
 
 def test_activation_bytes_grow_with_size_and_guidance() -> None:
     plans = [Plan(256, 256, 13), Plan(832, 480, 13), Plan(832, 480, 33), Plan(1280, 720, 33)]
-    plain, guided = ([activation_bytes(TINY, plan, g) for plan in plans] for g in (False, True))
+    plain, guided = ([activation_bytes(TINY, plan, g, 4) for plan in plans] for g in (False, True))
     assert plain == sorted(set(plain)) and guided == sorted(set(guided))
     assert all(more > less for more, less in zip(guided, plain, strict=True))
 
@@ -156,7 +164,7 @@ def test_activation_bytes_grow_with_size_and_guidance() -> None:
 def test_rehearsing_the_full_model_takes_little() -> None:
     """Of host memory mostly the face crops, 80 of 3 MB, which `encode_face` fills up and copies."""
     resident, start = _most_resident(), time.perf_counter()
-    needed = activation_bytes(ANIMATE_14B, Plan(832, 480, 77, "fp8"), guided=True)
+    needed = activation_bytes(ANIMATE_14B, Plan(832, 480, 77, "fp8"), guided=True, steps=4)
     assert 4 * GB < needed < 7 * GB
     assert time.perf_counter() - start < 2
     assert _most_resident() - resident < 450 << 20
@@ -211,9 +219,9 @@ def test_as_many_blocks_stay_as_fit(share: float) -> None:
 
 def test_the_budget_that_memory_short_names_suffices_and_little_less_does_not() -> None:
     with pytest.raises(MemoryShort) as short:
-        planned(3 * GB)
+        planned(3 * GB - CONTEXT_BYTES)
     assert "3.0 GB are to be used" in short.value.message
     named = float(short.value.hint.split()[2].rstrip(","))
-    assert len(planned(named * GB).streamed) == 80
+    assert len(planned(named * GB - CONTEXT_BYTES).streamed) == 80
     with pytest.raises(MemoryShort):
-        planned((named - 0.2) * GB)
+        planned((named - 0.2) * GB - CONTEXT_BYTES)

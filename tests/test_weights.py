@@ -130,7 +130,9 @@ class Job:
 
 
 def job(gpu: LateGpu, parts: Any, passing: set[str] | None = None) -> Job:
-    return Job(gpu, DeviceWeights(cast(Any, gpu), FileSource(parts), passing or set()), parts)
+    weights = DeviceWeights(cast(Any, gpu), FileSource(parts))
+    weights.plan([], passing or ())
+    return Job(gpu, weights, parts)
 
 
 restless = pytest.mark.parametrize(("seed", "chance"), [(0, 0.0), (1, 0.1), (2, 0.5), (3, 0.9)])
@@ -458,7 +460,7 @@ def test_packs_are_bound_in_any_order(tiny: Parts) -> None:
     for seed in range(3):
         rng = random.Random(seed)
         run = job(LateGpu(seed, 0.3), tiny, {"text_encoder_layer", "context_kv", "time_embed"})
-        run.weights.plan(blocks()[5:])
+        run.weights.plan(blocks()[5:], run.weights.passing)
         run.weights.prefetch(rng.sample(packs, len(packs)))
         for pack in rng.sample(packs, len(packs)) + rng.sample(packs, 20):
             run.use(pack)

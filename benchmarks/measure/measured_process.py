@@ -15,11 +15,9 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 
@@ -27,15 +25,12 @@ from trt_wan.benchmarks.measure.timed import TimedExecutor, timed
 from trt_wan.benchmarks.peers.child import WARM_UP
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.errors import Stopped, TrtWanError
-from trt_wan.runtime import pipeline
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone
-from trt_wan.runtime.job import Inputs, Job, Settings
-from trt_wan.runtime.networks.model import Model
-from trt_wan.runtime.networks.tokenizer import Tokenizer
-from trt_wan.runtime.opening.model import open_job
-from trt_wan.runtime.pipeline import stream_pieces
+from trt_wan.runtime.executors import Executor, Observe
+from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.render import render
-from trt_wan.runtime.video.clips import Clips
+from trt_wan.runtime.settings import Settings, WeightFiles
 
 PROFILED = 5  # steps timed network by network, after those that are timed as a whole
 PAUSE = 0.5  # seconds in which a GPU neither cools down nor works for somebody else
@@ -48,7 +43,7 @@ class Spec:
     shape: Shape
     clips: str  # folder of prepared clips
     steps: int
-    settings: dict[str, Any] = field(default_factory=dict)  # of runtime.job.Settings
+    settings: dict[str, Any] = field(default_factory=dict)  # of runtime.settings.Settings
     weights: str | None = None
     seed: int = 0
 
@@ -63,13 +58,19 @@ class Spec:
     def job(self) -> Job:
         return Job(
             Inputs.from_folder(Path(self.clips), "animate"),
-            weights=Path(self.weights or ""),
             window=self.shape.window,
             steps=self.steps,
             seed=self.seed,
-            settings=Settings(**self.settings),
-            random_weights=None if self.weights else self.shape.model,
         )
+
+    def open(self, progress: Progress, observe: Observe) -> OpenModel:
+        """The model, as `trt-wan run` opens it."""
+        weights = (
+            WeightFiles(folders=(Path(self.weights),))
+            if self.weights
+            else WeightFiles(random=self.shape.model)
+        )
+        return open_model(weights, Settings(**self.settings, keep_encoders=False), progress, observe)
 
 
 class Watch:
@@ -78,20 +79,17 @@ class Watch:
     def __init__(self, on_step: Callable[["Watch", StepDone], None], watching: bool) -> None:
         self.on_step, self.watching = on_step, watching
         self.executor: TimedExecutor | None = None
-        self.model: Model | None = None
+        self.precision = ""
         self.notes: list[str] = []
         self.stages: dict[str, float] = defaultdict(float)
         self.stages_cpu: dict[str, float] = defaultdict(float)  # of all threads
         self.first_step_at: float | None = None
         self._stage, self._since, self._cpu_since = "open clips", time.perf_counter(), time.process_time()
 
-    def open(self, job: Job, clips: Clips, guided: bool, progress: Progress) -> tuple[Model, Tokenizer]:
-        """The pipeline's `open_job`, with the executor in a watch."""
-        model, tokenizer = open_job(job, clips, guided, progress)
-        self.executor = model.executor = timed(model.executor)
+    def observe(self, executor: Executor) -> Executor:
+        self.executor = timed(executor)
         self.executor.watching = self.watching
-        self.model = model
-        return model, tokenizer
+        return self.executor
 
     def progress(self, event: Event) -> None:
         if isinstance(event, StageStarted):
@@ -114,17 +112,12 @@ class Watch:
         self._stage, self._since, self._cpu_since = stage, now, cpu
 
     def opened(self) -> dict[str, Any]:
-        assert self.model is not None and self.executor is not None
+        assert self.executor is not None
         return {
-            "precision": self.model.plan.precision,
+            "precision": self.precision,
             "executor": type(self.executor.executor).__name__,
             "choices": self.notes,
         }
-
-
-def watched(watch: Watch) -> AbstractContextManager[object]:
-    """The pipeline opens its model itself, so the watch goes where it gets it from."""
-    return patch.object(pipeline, "open_job", watch.open)
 
 
 def say(event: str, **values: Any) -> None:
@@ -140,9 +133,11 @@ def run_job(spec: Spec) -> None:
 
     start = time.perf_counter()
     watch = Watch(on_step, watching=True)
-    job = spec.job()
-    with watched(watch):
-        made = render(job, Path(spec.clips) / "bench.mp4", overwrite=True, progress=watch.progress)
+    job, output = spec.job(), Path(spec.clips) / "bench.mp4"
+    watch.enter("weights")
+    with spec.open(watch.progress, watch.observe) as model:
+        watch.precision = model.precision
+        made = render(job, model, output, overwrite=True, progress=watch.progress)
     watch.enter("done")
     assert watch.executor is not None
     say(
@@ -178,8 +173,9 @@ def run_steps(spec: Spec) -> None:
         script.send(event)
 
     watch = Watch(on_step, watching=False)
-    with watched(watch):
-        for _ in stream_pieces(spec.job(), progress=watch.progress):
+    with spec.open(watch.progress, watch.observe) as model:
+        watch.precision = model.precision
+        for _ in model.pieces(spec.job(), progress=watch.progress):
             raise AssertionError(f"{spec.steps} steps were too few")
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +20,10 @@ from trt_wan.benchmarks.measure.forwarding import ForwardingExecutor
 from trt_wan.benchmarks.measure.measured_process import Spec, say
 from trt_wan.engines.contract import Network
 from trt_wan.errors import Stopped, TrtWanError
-from trt_wan.runtime import pipeline
-from trt_wan.runtime.events import Event, Note, Progress, StepDone
+from trt_wan.runtime.events import Event, Note, StepDone
 from trt_wan.runtime.executors import Array, Executor
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
-from trt_wan.runtime.job import Job
-from trt_wan.runtime.networks.model import Model
-from trt_wan.runtime.networks.tokenizer import Tokenizer
-from trt_wan.runtime.opening.model import open_job
-from trt_wan.runtime.pipeline import stream_pieces, to_pixels
-from trt_wan.runtime.video.clips import Clips
+from trt_wan.runtime.pipeline import to_pixels
 
 
 @dataclass(frozen=True)
@@ -89,14 +82,11 @@ def record(recording: Recording) -> None:
     kept: list[RecordingExecutor] = []
     given = np.load(recording.latents_of)["latents"] if recording.latents_of else None
 
-    def opened(job: Job, clips: Clips, guided: bool, progress: Progress) -> tuple[Model, Tokenizer]:
-        model, tokenizer = open_job(job, clips, guided, progress)
-        executor = model.executor
+    def observe(executor: Executor) -> Executor:
         if recording.other_kernels and isinstance(executor, OnnxRuntimeExecutor):
             executor = PlainOnnxRuntime(executor.graphs, executor.weights)
         kept.append(RecordingExecutor(executor, given))
-        model.executor = kept[0]
-        return model, tokenizer
+        return kept[0]
 
     def progress(event: Event) -> None:
         if isinstance(event, Note):
@@ -105,8 +95,9 @@ def record(recording: Recording) -> None:
             raise Stopped("All velocities are there.")
 
     frames = []
-    with patch.object(pipeline, "open_job", opened), suppress(Stopped):
-        frames = [to_pixels(window) for window in stream_pieces(recording.spec.job(), progress=progress)]
+    with recording.spec.open(progress, observe) as model, suppress(Stopped):
+        pieces = model.pieces(recording.spec.job(), progress=progress)
+        frames = [to_pixels(piece) for piece in pieces]
     np.savez(
         recording.target,
         latents=np.stack(kept[0].latents),

@@ -16,7 +16,6 @@ PEERS = {
         PeerRow("diffusers_eager", "trt_wan.benchmarks.peers.diffusers_eager", "diffusers"),
         PeerRow("diffusers_compiled", "trt_wan.benchmarks.peers.diffusers_compiled", "diffusers compiled"),
         PeerRow("diffusers_fp8", "trt_wan.benchmarks.peers.diffusers_fp8", "diffusers FP8 compiled"),
-        PeerRow("onnxruntime_cuda", "trt_wan.benchmarks.peers.onnxruntime_cuda", "ONNX Runtime CUDA"),
         PeerRow("lightx2v", "trt_wan.benchmarks.peers.lightx2v", "LightX2V"),
     )
 }

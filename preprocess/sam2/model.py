@@ -31,7 +31,7 @@ from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.executors import Array, Executor
 from trt_wan.runtime.executors.gpu import GpuExecutor
-from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
+from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
 from trt_wan.runtime.opening.segments import kernel_cache
 from trt_wan.runtime.segments.segment import Segment
 from trt_wan.runtime.segments.tensorrt import open_engines
@@ -110,7 +110,9 @@ def open_sam2(
             return open_sam2_on_gpu(weights, GPU_PLAN, gpu, flavour, progress)
     plan = Sam2Plan()
     graphs = require_sam2_graphs(weights.config, plan)
-    return Sam2Model(weights.config, plan, OnnxRuntimeExecutor(graphs, {"sam2": weights}), weights)
+    return Sam2Model(
+        weights.config, plan, OnnxRuntimeExecutor(graphs, BoundWeights({"sam2": weights})), weights
+    )
 
 
 def require_sam2_graphs(config: Sam2Config, plan: Sam2Plan) -> Path:
@@ -138,8 +140,8 @@ def open_sam2_on_gpu(
     segments |= open_engines(gpu, flavour, plans, kernel_cache(flavour), progress)
     if plan.by_kernel:
         segments |= open_memory_attention(gpu, config, plan.memories)
-    executor = GpuExecutor(gpu, segments)
-    executor.start(arena_bytes(config, plan), DeviceWeights(gpu, FileSource({"sam2": weights})))
+    executor = GpuExecutor(gpu, segments, DeviceWeights(gpu, FileSource({"sam2": weights})))
+    executor.start_alone(arena_bytes(config, plan))
     return Sam2Model(config, plan, executor, weights, gpu)
 
 

@@ -1,6 +1,6 @@
-"""What runs the graphs. An executor knows tensors by name and nothing of models, windows or files."""
+"""Executors run the graphs. An executor knows tensors by name and nothing of models, windows or files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -29,9 +29,12 @@ class Executor(Protocol):
         ...
 
     def settle(self) -> None:
-        """Says that every network has run once: what later starts can use is kept."""
+        """Call when every network has run once: compiled kernels are kept on disk for later starts."""
         ...
 
     def release(self, names: set[str]) -> None:
         """Forgets the weights of some networks."""
         ...
+
+
+Observe = Callable[[Executor], Executor]  # wraps an executor to watch it

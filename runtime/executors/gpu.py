@@ -18,25 +18,27 @@ from trt_wan.runtime.weights.on_device import DeviceWeights
 
 
 class GpuExecutor:
-    """`segments` are by network."""
+    """`segments` are by network, all of one size; `weights` are shared with other sizes."""
 
-    def __init__(self, gpu: Gpu, segments: Mapping[str, Segment]) -> None:
-        self.gpu, self._segments = gpu, segments
+    def __init__(self, gpu: Gpu, segments: Mapping[str, Segment], weights: DeviceWeights) -> None:
+        self.gpu, self._segments, self._weights = gpu, segments, weights
         self._scratch: Any = None
-        self._weights: DeviceWeights
 
     @property
     def scratch_bytes(self) -> int:
-        """What the largest segment needs; all share it."""
+        """Bytes that the largest segment needs; all share them."""
         return max(1, *(segment.scratch_bytes for segment in self._segments.values()))
 
-    def start(self, arena: int, weights: DeviceWeights) -> None:
-        """Takes the memory: `arena` bytes for activations, and the scratch."""
-        self._scratch = self.gpu.allocate(self.scratch_bytes)
+    def start(self, scratch: int) -> None:
+        """Call before a job: `scratch` is the address of at least `scratch_bytes`."""
         for segment in self._segments.values():
-            segment.start(int(self._scratch.handle))
+            segment.start(scratch)
+
+    def start_alone(self, arena: int) -> None:
+        """`start` for the only executor of a GPU: takes `arena` bytes for arrays, and the scratch."""
+        self._scratch = self.gpu.allocate(self.scratch_bytes)
+        self.start(int(self._scratch.handle))
         self.gpu.reserve(arena)
-        self._weights = weights
 
     def place(self, array: Array) -> Array:
         return cast(Array, self.gpu.upload(np.asarray(array)))

@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU in fp32: the executor that proves the numerics and needs no GPU."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,36 @@ from trt_wan.runtime.executors import Array
 from trt_wan.runtime.schedulers import combine_fp32
 
 
-class OnnxRuntimeExecutor:
-    """Sessions are opened from `graphs`/<network>.onnx and weights read on first use, and kept."""
+class BoundWeights:
+    """float32 weights by network and set, read on first use and kept. Several executors may share them."""
 
-    def __init__(self, graphs: Path, weights: Mapping[Part, Mapping[str, Array]]) -> None:
+    def __init__(self, weights: Mapping[Part, Mapping[str, Array]]) -> None:
+        self._weights = weights
+        self._bound: dict[tuple[str, int], dict[str, Array]] = {}
+
+    def bind(self, network: Network, n: int) -> dict[str, Array]:
+        key = (network.name, n)
+        if key not in self._bound:
+            stored = self._weights[network.part]
+            self._bound[key] = {w.name: stored[network.weight_key(w.name, n)] for w in network.weights}
+        return self._bound[key]
+
+    def release(self, names: Collection[str] | None = None) -> None:
+        """Forgets the weights of networks `names`, or all."""
+        kept = {} if names is None else {k: v for k, v in self._bound.items() if k[0] not in names}
+        self._bound = kept
+
+
+class OnnxRuntimeExecutor:
+    """Sessions are opened from `graphs`/<network>.onnx on first use, and kept."""
+
+    def __init__(self, graphs: Path, weights: BoundWeights) -> None:
         self._refuse_two_packages()
         self.graphs, self.weights = graphs, weights
-        self._bound: dict[tuple[str, int], dict[str, Array]] = {}
         self._sessions: dict[str, Any] = {}
 
     def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
-        feeds = {**inputs, **self._weights_of(network, n)}
+        feeds = {**inputs, **self.weights.bind(network, n)}
         outputs = self._session(network.name).run([t.name for t in network.outputs], feeds)
         return tuple(outputs)
 
@@ -42,14 +61,7 @@ class OnnxRuntimeExecutor:
         pass
 
     def release(self, names: set[str]) -> None:
-        self._bound = {key: value for key, value in self._bound.items() if key[0] not in names}
-
-    def _weights_of(self, network: Network, n: int) -> dict[str, Array]:
-        key = (network.name, n)
-        if key not in self._bound:
-            stored = self.weights[network.part]
-            self._bound[key] = {w.name: stored[network.weight_key(w.name, n)] for w in network.weights}
-        return self._bound[key]
+        self.weights.release(names)
 
     def _session(self, name: str) -> Any:
         if name not in self._sessions:

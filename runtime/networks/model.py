@@ -1,12 +1,13 @@
-"""A model ready to run: contracts and an executor, called by network name.
+"""A model ready to run at one size: contracts and an executor, called by network name.
 
     (q, k, v) = model.run("attn_in", x, time_modulation, cos, sin, n=7)
 
-Inputs go in the contract's order, `n` says which set of weights (which block). Arrays are whatever the
-executor works on; numpy arrays always do, and `np.asarray` of a result brings it to the host.
+Inputs go in the contract's order; `n` is the number of the set of weights (the block). Inputs are numpy
+arrays or arrays of the executor; `np.asarray` of a result brings it to the host.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
@@ -23,8 +24,13 @@ class Model:
     ) -> None:
         self.config, self.plan, self.executor, self.weights = config, plan, executor, weights
         self.networks = networks(config, plan)
+        self._kept: dict[str, Array] = {}
+        self._before_each: Callable[[], None] | None = None
 
     def run(self, name: str, *inputs: Array, n: int = 0) -> tuple[Array, ...]:
+        """The outputs of network `name`. Exceptions of the check in `checked` pass through."""
+        if self._before_each is not None:
+            self._before_each()
         network = self.networks[name]
         assert len(inputs) == len(network.inputs), (
             f"{name} takes {len(network.inputs)} inputs, got {len(inputs)}"
@@ -38,9 +44,24 @@ class Model:
         return self.executor.run(network, n, named)
 
     def place(self, array: Array) -> Array:
-        """`array` where the executor wants its inputs, for one that goes in many times."""
+        """Returns `array` where the executor takes its inputs from. For arrays that go in many times."""
         return self.executor.place(array)
 
     def release(self, *names: str) -> None:
-        """Says that these networks have done their work; used again, their weights are read again."""
+        """Call after the last run of these networks in a job; the executor may free their weights."""
         self.executor.release(set(names))
+
+    def kept(self, name: str, make: Callable[[], Array]) -> Array:
+        """Returns the host array `name`, which is the same for every job of this size; `make` runs once."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+    @contextmanager
+    def checked(self, before_each: Callable[[], None]) -> Iterator[None]:
+        """Calls `before_each` before every network inside the block; it may raise to end the job."""
+        before, self._before_each = self._before_each, before_each
+        try:
+            yield
+        finally:
+            self._before_each = before

@@ -1,5 +1,4 @@
-"""The transformer as the denoising loop sees it: what is computed once, and `velocity`, which is computed
-every step.
+"""The transformer as the denoising loop sees it: parts that are computed once, and `velocity` for every step.
 
 Once per job: the context (keys and values of text and image tokens for every block) and the time table.
 Once per window: the face (keys and values of the face tokens for every fuser). Arrays have no batch axis.
@@ -21,13 +20,13 @@ PerLayer = list[tuple[Array, ...]]
 
 @dataclass(frozen=True)
 class WindowCondition:
-    """What one window is conditioned on; the latents are [channels, slots or frames, h, w]."""
+    """The condition of one window. The latents are [channels, slots or frames, h, w]."""
 
     condition: Array  # [20, T1, h, w]: 4 of mask, 16 of latent
     pose_latent: Array  # [16, T, h, w]; zeros without a pose clip
-    pose_strength: float  # 0 without a pose clip
+    pose_strength: Array  # [1]; 0 without a pose clip
     face: PerLayer | None  # None: the fusers are skipped
-    face_strength: float
+    face_strength: Array  # [1]
 
 
 def rope_tables(model: ModelConfig, plan: Plan) -> tuple[Array, Array]:
@@ -100,15 +99,13 @@ def velocity(
     """The flow velocity, noise - x0, of `latent` [16, T1, h, w]; same shape."""
     c = model.config.transformer
     time_embedding, time_modulation = time
-    pose_strength = np.array([window.pose_strength], np.float32)
-    face_strength = np.array([window.face_strength], np.float32)
-    (x,) = model.run("patch_embed", latent, window.condition, window.pose_latent, pose_strength)
+    (x,) = model.run("patch_embed", latent, window.condition, window.pose_latent, window.pose_strength)
     for n in range(c.layers):
         q, k, v = model.run("attn_in", x, time_modulation, *rope, n=n)
         (attended,) = model.run("attention", q, k, v)
         (x,) = model.run("attn_out", x, attended, time_modulation, *context[n], n=n)
         if window.face is not None and n % c.fuser_interval == 0:
             i = n // c.fuser_interval
-            (x,) = model.run("fuser", x, *window.face[i], face_strength, n=i)
+            (x,) = model.run("fuser", x, *window.face[i], window.face_strength, n=i)
     (result,) = model.run("head", x, time_embedding)
     return result

@@ -1,10 +1,11 @@
-"""How much memory a job's activations need: the pipeline's own functions, run with shapes for numbers.
+"""The bytes that a job's activations need: the pipeline's functions, called with arrays that have no numbers.
 
-The rehearsal takes and gives back spans of an arena exactly as the GPU executor does, so its highest byte,
-and a little more, is what the GPU's arena must have. It computes nothing and takes about half a second.
+The rehearsal takes spans of an arena and gives them back exactly as the GPU executor does. Its highest byte
+plus a margin is the size of the GPU's arena. It computes nothing and takes about half a second.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, cast
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
@@ -13,20 +14,14 @@ import numpy as np
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
 from trt_wan.engines.shape import Plan
-from trt_wan.runtime.denoise import Branch, denoise
+from trt_wan.runtime.conditioning import Strengths, WindowClips, condition_window
+from trt_wan.runtime.denoise import Branch, denoise, predict_window
 from trt_wan.runtime.device.arena import Arena, Span
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.model import Model
-from trt_wan.runtime.networks.transformer import (
-    WindowCondition,
-    encode_blank_face,
-    encode_context,
-    encode_face,
-    encode_time,
-    rope_tables,
-)
-from trt_wan.runtime.networks.vae import decode, encode
-from trt_wan.runtime.schedulers import schedule
+from trt_wan.runtime.networks.vae import decode
+from trt_wan.runtime.preparation import prepare
+from trt_wan.runtime.schedulers import UniPC, schedule
 
 UNBOUNDED = 1 << 50
 STEPS = 4  # enough for every sampler to reach its full memory of earlier steps
@@ -84,44 +79,36 @@ class _Rehearsal:
         return value if isinstance(value, _Shape) else _Shape(self.arena, value.shape, dtype)
 
 
-def activation_bytes(config: ModelConfig, plan: Plan, guided: bool) -> int:
-    """The arena that a job of this model and plan needs, with a face clip, with or without guidance."""
+@cache
+def activation_bytes(config: ModelConfig, plan: Plan, guided: bool, steps: int) -> int:
+    """Bytes of the arena that a job needs with all its clips."""
     executor = _Rehearsal()
-    model = Model(config, plan, executor, {})
-    _rehearse(model, guided)
+    _rehearse(Model(config, plan, executor, {}), guided, steps)
     return int(executor.arena.peak * (1 + MARGIN))
 
 
-def _rehearse(model: Model, guided: bool) -> None:
-    """What `pipeline.stream_pieces` does, in the same order and with the same names: in every window after
-    the first, what the one before used is alive until it is replaced.
-    """
+def _rehearse(model: Model, guided: bool, steps: int) -> None:
+    """A job of WINDOWS windows. Every time embedding is taken, but only the first STEPS steps are."""
     config, plan = model.config, model.plan
-    h, w = plan.latent_height, plan.latent_width
     text = np.zeros((config.text.length, config.text.dim), np.float32)
-    image = np.zeros((config.image.tokens, config.image.dim), np.float32)
-    contexts = [encode_context(model, text, image) for _ in range(1 + guided)]
-    levels = schedule("official", STEPS, 5.0)
-    times = [encode_time(model, t) for t in levels.timesteps]
-    cos, sin = rope_tables(config, plan)
-    rope = model.place(cos), model.place(sin)
-    blank = encode_blank_face(model) if guided else None
-    clip = np.broadcast_to(np.float32(0), (3, plan.frames, plan.height, plan.width))
-    faces = np.broadcast_to(np.float32(0), (plan.frames, 3, config.motion.size, config.motion.size))
-    unconditioned = np.zeros((config.transformer.condition_channels, plan.slots, h, w), np.float32)
-    noise = np.zeros((config.vae.latent_channels, plan.slots, h, w), np.float32)
+    picture = np.zeros((plan.height, plan.width, 3), np.uint8)
+    prepared = prepare(model, [text] * (1 + guided), picture, [0.0] * steps)
+    zero = np.float32(0)
+    clip = np.broadcast_to(zero, (3, plan.frames, plan.height, plan.width))
+    faces = np.broadcast_to(zero, (plan.frames, 3, config.motion.size, config.motion.size))
+    noise = np.zeros(
+        (config.vae.latent_channels, plan.slots, plan.latent_height, plan.latent_width), zero.dtype
+    )
+    steps = min(steps, STEPS)
+    levels = schedule("official", steps, 5.0)
     for _ in range(WINDOWS):
-        encode(model, clip)
-        pose = encode(model, clip)
-        face = encode_face(model, faces)
-        condition, pose = model.place(unconditioned), model.place(pose)
-        branches = [
-            Branch(context, WindowCondition(condition, pose, 1.0, window_face, 1.0))
-            for context, window_face in zip(contexts, (face, blank), strict=False)
-        ]
-        other = branches[1] if guided else None
-        latent = denoise(
-            model, noise, branches[0], other, 2.0, "unipc", levels, times, rope, lambda step: None
+        window = condition_window(
+            model, prepared.reference, WindowClips(clip, faces), clip[:, :1], Strengths()
         )
-        for _ in decode(model, np.asarray(latent)[:, 1:]):
+        branches = [Branch(context, window) for context in prepared.contexts]
+        predict = predict_window(model, prepared, branches, 2.0)
+        solver = UniPC(levels, model.executor.combine)
+        latents = np.asarray(denoise(predict, noise, solver, steps, lambda step: None))[:, 1:]
+        del solver, predict, branches, window
+        for _ in decode(model, latents):
             pass

@@ -1,74 +1,180 @@
-"""From a job's settings to a model that runs: executor, precision, candidates, memory, each with its reason.
+"""A model that stays open: weights, engines and memory for any number of jobs, one after another.
 
-Everything is decided before the first stage. On a GPU, TensorRT-RTX engines that are missing or damaged are
-built on the spot; a second each at most.
+    with open_model(WeightFiles(folders=(Path("models"),)), Settings()) as model:
+        for frame in model.stream(job):
+            ...
+
+Weights belong to the model. Segments belong to a size: they are opened when a job first needs that size and
+are kept. The arena and the scratch are shared by all sizes and grow with the largest job. Each decision
+(executor, precision, candidates, streaming) is reported with its reason. On a GPU, missing TensorRT-RTX
+engines are built on the spot.
 """
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
 
 from trt_wan.engines.checkpoint import PARTS
-from trt_wan.engines.choice.candidates import Candidate, Engine, Machine, candidates, tiers
-from trt_wan.engines.choice.choose import choose, figures_of
-from trt_wan.engines.choice.recipes import Recipe, recipes_here
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.contract import Part
-from trt_wan.engines.contracts import networks
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.engines.tensorrt import Flavour, choose_flavour
 from trt_wan.errors import EnvironmentBroken, UsageError
+from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.events import Note, Progress
-from trt_wan.runtime.executors import Array
-from trt_wan.runtime.executors.gpu import GpuExecutor
-from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor, require_memory
-from trt_wan.runtime.job import Job, Settings
+from trt_wan.runtime.events import Note, Progress, silent
+from trt_wan.runtime.executors import Array, Observe
+from trt_wan.runtime.job import Job
 from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.text_encoder import encode_text
 from trt_wan.runtime.networks.tokenizer import Tokenizer, byte_tokenizer
-from trt_wan.runtime.opening.activation_memory import activation_bytes
-from trt_wan.runtime.opening.residency import BEFORE_THE_STEPS, plan_residency
-from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
+from trt_wan.runtime.opening.cpu_sizes import CpuSizes
+from trt_wan.runtime.opening.gpu_sizes import GpuSizes
+from trt_wan.runtime.pipeline import ShouldStop, stream_pieces, to_pixels
+from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.video.clips import Clips
 from trt_wan.runtime.weights.checkpoint import load_weights
 from trt_wan.runtime.weights.find_tokenizer import find_tokenizer
-from trt_wan.runtime.weights.on_device import DeviceWeights
 from trt_wan.runtime.weights.random import RandomWeights
 from trt_wan.runtime.weights.sources import FileSource, RandomSource, WeightSource
 
 RANDOM_SEED = 0
-HostWeights = Mapping[Part, Mapping[str, Array]]
 FP8_CAPABILITY = (8, 9)
+HostWeights = Mapping[Part, Mapping[str, Array]]
+TEXT_ENCODER = "text_encoder_layer"
 
 
-def open_job(job: Job, clips: Clips, guided: bool, progress: Progress) -> tuple[Model, Tokenizer]:
-    """The model for a job's clips, and the tokenizer of its text encoder."""
-    weights: HostWeights
+class Sizes(Protocol):
+    """The model at every size that jobs have asked for."""
+
+    def begin(self, plan: Plan, guided: bool, steps: int, skip: Collection[str], progress: Progress) -> Model:
+        """The model at a size, with memory for a job. The job does not run the networks `skip`."""
+        ...
+
+    def resume(self) -> None:
+        """Call in the thread that computes next."""
+        ...
+
+    def close(self) -> None:
+        """Frees everything."""
+        ...
+
+
+@dataclass(frozen=True)
+class OpenWeights:
+    """Weights of every part, and the tokenizer. `source` fills a GPU, the CPU reads `host`."""
+
+    config: ModelConfig
+    host: HostWeights
     source: WeightSource
-    if job.random_weights is not None:
-        config = MODELS[job.random_weights]
-        weights = {part: RandomWeights(config, part, RANDOM_SEED) for part in PARTS}
-        source = RandomSource(RANDOM_SEED)
+    tokenizer: Tokenizer
+
+
+def open_model(
+    weights: WeightFiles,
+    settings: Settings = Settings(),  # noqa: B008  (frozen)
+    progress: Progress = silent,
+    observe: Observe | None = None,
+) -> "OpenModel":
+    """Opens the files and the GPU. Raises TrtWanError. `observe` wraps the executor of every size."""
+    opened = open_weights(weights, progress)
+    place = open_gpu(settings, progress)
+    precision = choose_precision(settings, place[0] if place else None)
+    sizes: Sizes
+    if place is None:
+        if settings.segments:
+            raise UsageError("ONNX Runtime on the CPU has no candidates.", "Leave --segment out.")
+        sizes = CpuSizes(opened.config, opened.host, observe)
+    else:
+        sizes = GpuSizes(*place, opened.config, opened.host, opened.source, settings, observe)
+    return OpenModel(opened, precision, sizes, settings)
+
+
+class OpenModel:
+    """Runs one job at a time. `close` frees all GPU memory; the end of a `with` block closes too."""
+
+    def __init__(self, weights: OpenWeights, precision: Precision, sizes: Sizes, settings: Settings) -> None:
+        self.config, self.precision, self.settings = weights.config, precision, settings
+        self._weights, self._sizes = weights, sizes
+        self._running = False
+
+    def stream(
+        self,
+        job: Job,
+        *,
+        clips: Clips | None = None,
+        progress: Progress = silent,
+        should_stop: ShouldStop = lambda: False,
+    ) -> Iterator[Pixels]:
+        """Yields the video's frames, uint8 [H, W, 3], as many as the driving clip has.
+
+        `clips` are the job's, if they are open already. `should_stop` ends the stream with `Stopped`; the
+        model stays usable. Raises TrtWanError.
+        """
+        for piece in self.pieces(job, clips=clips, progress=progress, should_stop=should_stop):
+            yield from to_pixels(piece)
+
+    def pieces(
+        self,
+        job: Job,
+        *,
+        clips: Clips | None = None,
+        progress: Progress = silent,
+        should_stop: ShouldStop = lambda: False,
+    ) -> Iterator[Array]:
+        """`stream` in pieces and before rounding: float32 [3, n, H, W] in [-1, 1]."""
+        if self._running:
+            raise UsageError("This model is running another job.", "Wait for it, or open a second model.")
+        self._running = True
+        try:
+            self._sizes.resume()
+            pieces = stream_pieces(job, self, clips=clips, progress=progress, should_stop=should_stop)
+            for piece in pieces:
+                yield piece
+                self._sizes.resume()  # the consumer may go on in another thread
+        finally:
+            self._running = False
+
+    def begin(self, job: Job, width: int, height: int, progress: Progress) -> Model:
+        plan = Plan(width, height, job.window, self.precision)
+        return self._sizes.begin(plan, job.guided, job.steps, (), progress)
+
+    def texts(self, model: Model, job: Job) -> list[Array]:
+        prompts = [job.prompt, job.negative_prompt] if job.guided else [job.prompt]
+        return [encode_text(model, self._weights.tokenizer, prompt) for prompt in prompts]
+
+    def close(self) -> None:
+        self._sizes.close()
+        gc.collect()  # TensorRT's objects and arrays free GPU memory when Python drops them
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_weights(weights: WeightFiles, progress: Progress) -> OpenWeights:
+    """The checkpoints and the tokenizer, checked from their headers. Raises WeightsError."""
+    if weights.random is not None:
+        config = MODELS[weights.random]
+        host = {part: RandomWeights(config, part, RANDOM_SEED) for part in PARTS}
         tokenizer = byte_tokenizer(config.text.vocabulary, config.text.length)
         progress(Note("The weights are random, so the picture is noise."))
-    else:
-        config, checkpoints = load_weights([job.weights], job.weight_files)
-        weights, source = checkpoints, FileSource(checkpoints)
-        tokenizer = find_tokenizer(
-            job.tokenizer, [job.weights], checkpoints["text_encoder"], config.text.length
-        )
-    place = open_gpu(job.settings, progress)
-    precision = choose_precision(job.settings, place[0] if place else None)
-    plan = Plan(clips.width, clips.height, job.window, precision)
-    if place is None:
-        if job.settings.segments:
-            raise UsageError("ONNX Runtime on the CPU has no candidates.", "Leave --segment out.")
-        return open_on_cpu(config, plan, weights), tokenizer
-    return open_on_gpu(config, plan, *place, source, weights, job.settings, guided, progress), tokenizer
+        return OpenWeights(config, host, RandomSource(RANDOM_SEED), tokenizer)
+    config, checkpoints = load_weights(weights.folders, weights.files)
+    text_encoder = checkpoints["text_encoder"]
+    tokenizer = find_tokenizer(weights.tokenizer, weights.folders, text_encoder, config.text.length)
+    return OpenWeights(config, checkpoints, FileSource(checkpoints), tokenizer)
 
 
 def open_gpu(settings: Settings, progress: Progress) -> tuple[Gpu, Flavour] | None:
-    """The GPU and its TensorRT, or None if the job runs on the CPU; says which and why."""
+    """The GPU and its TensorRT, or None if jobs run on the CPU; reports which and why."""
     if settings.executor == "onnxruntime":
         return None
     try:
@@ -84,85 +190,13 @@ def open_gpu(settings: Settings, progress: Progress) -> tuple[Gpu, Flavour] | No
 
 
 def choose_precision(settings: Settings, gpu: Gpu | None) -> Precision:
-    """FP8 where the GPU has it, else bf16; float32 on the CPU, where nothing else runs."""
+    """FP8 where the GPU has it, else bf16. On the CPU float32, which is all that ONNX Runtime runs there."""
     if gpu is None:
         if settings.precision not in (None, "fp32"):
             raise UsageError(
                 f"ONNX Runtime on the CPU runs fp32, not {settings.precision}.", "Leave --precision out."
             )
         return "fp32"
-    if settings.precision is not None:
-        return settings.precision
-    return "fp8" if gpu.capability >= FP8_CAPABILITY else "bf16"
-
-
-def open_on_cpu(config: ModelConfig, plan: Plan, weights: HostWeights) -> Model:
-    require_memory(config, plan)
-    return Model(config, plan, OnnxRuntimeExecutor(require_graphs(config, plan), weights), weights)
-
-
-def open_on_gpu(
-    config: ModelConfig,
-    plan: Plan,
-    gpu: Gpu,
-    flavour: Flavour,
-    source: WeightSource,
-    weights: HostWeights,
-    settings: Settings,
-    guided: bool,
-    progress: Progress,
-) -> Model:
-    """`weights` are what the host itself reads of them, `source` fills the GPU."""
-    machine = machine_of(gpu, flavour)
-    recipes = recipes_here(config, plan, machine)
-    chosen = choose_segments(config, plan, machine, recipes, settings, progress)
-    passing = set(BEFORE_THE_STEPS)
-    executor = GpuExecutor(gpu, open_segments(chosen, config, plan, gpu, flavour, recipes, progress))
-    model = Model(config, plan, executor, weights)
-    budget = gpu.free_bytes() if settings.vram is None else int(settings.vram * 1e9)
-    arena = activation_bytes(config, plan, guided)
-    residency = plan_residency(config, model.networks, arena, executor.scratch_bytes, budget)
-    if residency.streamed:
-        total = config.transformer.layers
-        progress(
-            Note(
-                f"{len(residency.streamed) // 2} of {total} blocks stream from host memory "
-                f"({budget / 1e9:.1f} GB)"
-            )
-        )
-    held = DeviceWeights(gpu, source, passing)
-    held.plan(residency.streamed)
-    executor.start(arena, held)
-    return model
-
-
-def choose_segments(
-    config: ModelConfig,
-    plan: Plan,
-    machine: Machine,
-    recipes: Mapping[Engine, Recipe],
-    settings: Settings,
-    progress: Progress,
-) -> dict[str, Candidate]:
-    """The candidate for every network; says which and why where there is a choice."""
-    if settings.tier not in tiers(plan.precision):
-        raise UsageError(
-            f"The tier {settings.tier} needs FP8; the precision is {plan.precision}.", "Use --tier exact."
-        )
-    chosen = {}
-    for network in networks(config, plan):
-        rows = candidates(network, plan.precision, machine)
-        engines = [recipes[row.engine].engine for row in rows if row.engine is not None]
-        choice = choose(
-            network,
-            plan.precision,
-            settings.tier,
-            machine,
-            figures_of(engines, machine),
-            lambda row: missing(row, machine.capability),
-            settings.segments.get(network),
-        )
-        if len(rows) > 1:
-            progress(Note(choice.text))
-        chosen[network] = choice.candidate
-    return chosen
+    if settings.precision is None:
+        return "fp8" if gpu.capability >= FP8_CAPABILITY else "bf16"
+    return settings.precision

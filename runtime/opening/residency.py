@@ -1,9 +1,10 @@
 """Which weights stay on the GPU and which stream: decided from the sizes before anything is uploaded.
 
-Bytes are counted as the GPU keeps them. The blocks of the transformer are what streams, from the last
-backwards, since a step uses each once; everything else stays, or comes and goes before the steps begin.
+Bytes are counted as the GPU keeps them. Only blocks of the transformer stream, from the last backwards: a
+step uses each of them once. Other weights are resident, or are freed before the first step.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trt_wan.engines.config import ModelConfig
@@ -22,35 +23,46 @@ BEFORE_THE_STEPS = (
     "context_kv",
     "time_embed",
 )
-CONTEXT_BYTES = 700 << 20  # of CUDA and of TensorRT's kernels; measured 0.6 GB on an H200
+KERNELS_BYTES = 200 << 20  # loaded after the CUDA context is open
+CONTEXT_BYTES = (500 << 20) + KERNELS_BYTES  # context and kernels; measured 0.6 GB on an H200
 
 
 @dataclass(frozen=True)
 class Residency:
     arena: int  # activations
-    scratch: int  # of the engines, shared
+    scratch: int  # shared by the engines
     resident: int  # weights that stay
     streamed: list[Pack]  # in the order of a step; empty if everything fits
     slots: int  # bytes of the slots they stream through
+    passing: tuple[str, ...] = BEFORE_THE_STEPS  # networks whose weights are freed before the steps
 
     @property
     def total(self) -> int:
-        return self.arena + self.scratch + self.resident + self.slots + CONTEXT_BYTES
+        return self.arena + self.scratch + self.resident + self.slots
 
 
 def plan_residency(
-    config: ModelConfig, networks: dict[str, Network], arena: int, scratch: int, budget: int
+    config: ModelConfig,
+    networks: Mapping[str, Network],
+    arena: int,
+    scratch: int,
+    budget: int,
+    keep_encoders: bool = False,
 ) -> Residency:
-    """Keeps as many blocks as fit into `budget` bytes; MemoryShort, with the budget that would do, if that is
-    too little for streaming all.
+    """Keeps as many blocks as fit into `budget` bytes, which do not include the CUDA context.
+
+    With `keep_encoders` the networks of BEFORE_THE_STEPS keep their weights if all weights fit. Raises
+    MemoryShort, with the --vram that would do, if `budget` is too small even when all blocks stream.
     """
+    sizes = {
+        name: sum(Pack.of(network, n).size for n in range(network.repeats))
+        for name, network in networks.items()
+    }
+    everything = Residency(arena, scratch, sum(sizes.values()), [], 0, ())
+    if keep_encoders and everything.total <= budget:
+        return everything
     blocks = [Pack.of(networks[name], n) for n in range(config.transformer.layers) for name in BLOCK]
-    others = sum(
-        Pack.of(network, n).size
-        for network in networks.values()
-        if network.name not in BLOCK + BEFORE_THE_STEPS
-        for n in range(network.repeats)
-    )
+    others = sum(size for name, size in sizes.items() if name not in (*BLOCK, *BEFORE_THE_STEPS))
     whole = Residency(arena, scratch, others + sum(pack.size for pack in blocks), [], 0)
     if whole.total <= budget:
         return whole
@@ -60,8 +72,9 @@ def plan_residency(
         partial = Residency(arena, scratch, resident, blocks[kept:], slots)
         if partial.total <= budget:
             return partial
+    needed = (partial.total + CONTEXT_BYTES) / 1e9
     raise MemoryShort(
-        f"This job needs {partial.total / 1e9:.1f} GB of GPU memory even if all blocks stream; "
-        f"{budget / 1e9:.1f} GB are to be used.",
-        f"Use --vram {partial.total / 1e9 + 0.1:.1f}, or a smaller size or window.",
+        f"This job needs {needed:.1f} GB of GPU memory even if all blocks stream; "
+        f"{(budget + CONTEXT_BYTES) / 1e9:.1f} GB are to be used.",
+        f"Use --vram {needed + 0.1:.1f}, or a smaller size or window.",
     )

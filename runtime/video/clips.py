@@ -1,7 +1,11 @@
 """The prepared clips of a job, opened together: same length, right sizes, one canvas."""
 
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
+from types import TracebackType
+from typing import Self
 
 from trt_wan.errors import InputError
 from trt_wan.runtime.conditioning import Pixels
@@ -25,12 +29,37 @@ class Clips:
     frames: int
     rate: Fraction
 
+    def close(self) -> None:
+        for clip in (self.pose, self.face, self.background, self.mask):
+            if clip is not None:
+                clip.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
 
 def open_clips(inputs: Inputs, window: int) -> Clips:
-    """Opens every clip, to be read in windows of `window` frames; InputError if they do not fit together."""
+    """Opens every clip, to be read in windows of `window` frames. Raises InputError, with every file closed,
+    if they do not fit together.
+    """
     reference = read_picture(inputs.reference)
     paths = {"pose": inputs.pose, "face": inputs.face, "background": inputs.background, "mask": inputs.mask}
-    clips = {name: Clip(path, history=window) if path else None for name, path in paths.items()}
+    with ExitStack() as files:
+        clips = {
+            name: files.enter_context(Clip(path, history=window)) if path else None
+            for name, path in paths.items()
+        }
+        made = _fitted(inputs, reference, clips)
+        files.pop_all()
+    return made
+
+
+def _fitted(inputs: Inputs, reference: Pixels, clips: Mapping[str, Clip | None]) -> Clips:
     opened = [clip for clip in clips.values() if clip is not None]
     if len({clip.frames for clip in opened}) > 1:
         lengths = ", ".join(f"{clip.path.name} has {clip.frames}" for clip in opened)

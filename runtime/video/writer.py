@@ -82,7 +82,7 @@ class VideoWriter:
         self._sound: _Sound | None = None
         try:
             with self._explained():
-                _check_target(path, overwrite)
+                check_target(path, overwrite)
                 self._start(sound)
         except BaseException:
             self.abandon(keep=False)
@@ -303,7 +303,8 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raises UsageError or OutputError if a video cannot be written to `path`."""
     if path.suffix.lower() not in COPIED_SOUND:
         raise UsageError(
             f"{path} ends in {path.suffix or 'nothing'}, which is not a video that can be written.",

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from trt_wan.engines.contract import Network
-from trt_wan.errors import TrtWanError
+from trt_wan.errors import MemoryShort, TrtWanError
 from trt_wan.runtime.device.arena import ALIGNMENT
 from trt_wan.runtime.device.checked import cuda_core
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu
@@ -29,8 +29,9 @@ LOCKERS = 4  # threads that page-lock memory: each pack is touched by one of the
 class DeviceWeights:
     """`bind` and `used` belong to one thread, the one that enqueues."""
 
-    def __init__(self, gpu: Gpu, source: WeightSource, passing: Collection[str] = ()) -> None:
-        self.gpu, self.source, self.passing = gpu, source, frozenset(passing)
+    def __init__(self, gpu: Gpu, source: WeightSource) -> None:
+        self.gpu, self.source = gpu, source
+        self.passing: frozenset[str] = frozenset()
         self._resident: dict[Key, Held] = {}
         self._made: dict[Key, Held] = {}  # finished in page-locked memory, or under way there
         self._memory: dict[Key, Future[PageLocked]] = {}
@@ -48,8 +49,9 @@ class DeviceWeights:
 
     # ---- for the job ----
 
-    def plan(self, streamed: Sequence[Pack]) -> None:
-        """Sets the packs that stream from now on, in the order of a step. Call between jobs.
+    def plan(self, streamed: Sequence[Pack], passing: Collection[str] = ()) -> None:
+        """Sets the packs that stream from now on, in the order of a step, and the networks whose packs are
+        freed after each use. Call between jobs.
 
         Packs that are loaded move to page-locked memory and back without being read again. Raises MemoryShort
         and changes nothing if host memory is short.
@@ -59,6 +61,8 @@ class DeviceWeights:
         new = [pack for pack in streamed if pack.key not in self._memory]
         if new:
             require_host_memory(sum(pack.size for pack in new))
+        begun, self.passing = frozenset(passing) - self.passing, frozenset(passing)
+        self._forget([key for key in self._resident if key[0] in begun])
         if list(wanted) == list(self._streamed):
             return
         self._drop_streaming()
@@ -168,7 +172,9 @@ class DeviceWeights:
         """Returns the pack when all that writes it is enqueued. A pack that is not under way goes first."""
         table = self._table(pack.key)
         with self._changed:
-            if pack.key not in table:
+            known = table.get(pack.key)
+            short = known is not None and known.done.is_set() and isinstance(known.error, MemoryShort)
+            if known is None or short:  # it was short ahead of its use: there may be room now
                 self._queue.pop(pack.key, None)
                 self._urgent.append(self._new(pack))
                 self._wake()

@@ -20,7 +20,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 ON_A_GPU = ("14b", "832x480", 77)
 ON_A_CPU = ("tiny", "64x48", 13)
-PEER_NAMES = ("diffusers_eager", "diffusers_compiled", "diffusers_fp8", "onnxruntime_cuda", "lightx2v")
+PEER_NAMES = ("diffusers_eager", "diffusers_compiled", "diffusers_fp8", "lightx2v")
 
 
 def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:

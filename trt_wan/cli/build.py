@@ -227,8 +227,8 @@ def _gpu(hint: str = "") -> "Gpu":
 
 def _current(gpu: "Gpu", plan: "Plan", precision: "Precision | None", flavour: str | None) -> Goal:
     from trt_wan.engines.tensorrt import choose_flavour
-    from trt_wan.runtime.job import Settings
     from trt_wan.runtime.opening.model import choose_precision
+    from trt_wan.runtime.settings import Settings
 
     chosen = choose_precision(Settings(precision=precision), gpu)
     return Goal("current", replace(plan, precision=chosen), choose_flavour(flavour, gpu.capability), gpu)

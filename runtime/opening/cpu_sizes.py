@@ -1,0 +1,36 @@
+"""The sizes of an open model on the CPU: an ONNX Runtime executor each, over one set of fp32 weights."""
+
+from collections.abc import Collection, Mapping
+
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contract import Part
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.graphs import require_graphs
+from trt_wan.runtime.events import Progress
+from trt_wan.runtime.executors import Array, Observe
+from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor, require_memory
+from trt_wan.runtime.networks.model import Model
+
+
+class CpuSizes:
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[Part, Mapping[str, Array]], observe: Observe | None
+    ) -> None:
+        self._config, self._weights, self._observe = config, weights, observe
+        self._bound = BoundWeights(weights)
+        self._models: dict[Plan, Model] = {}
+
+    def begin(self, plan: Plan, guided: bool, steps: int, skip: Collection[str], progress: Progress) -> Model:
+        if plan not in self._models:
+            require_memory(self._config, plan)
+            executor = OnnxRuntimeExecutor(require_graphs(self._config, plan), self._bound)
+            observed = self._observe(executor) if self._observe else executor
+            self._models[plan] = Model(self._config, plan, observed, self._weights)
+        return self._models[plan]
+
+    def resume(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._models.clear()
+        self._bound.release()

@@ -1,0 +1,175 @@
+"""The sizes of an open model on a GPU: segments of each size, and the memory that all sizes share.
+
+Weights, arena and scratch are one each. Before a job the weights are planned anew: a job that needs a larger
+arena makes more blocks stream, a smaller one brings them back. Segments hold no weights; the sizes used last
+are kept.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from trt_wan.engines.choice.candidates import Candidate, Engine, Machine, candidates, tiers
+from trt_wan.engines.choice.choose import choose, figures_of
+from trt_wan.engines.choice.recipes import Recipe, recipes_here
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contract import Part
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.tensorrt import Flavour
+from trt_wan.errors import UsageError
+from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.events import Note, Progress
+from trt_wan.runtime.executors import Array, Observe
+from trt_wan.runtime.executors.gpu import GpuExecutor
+from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.opening.activation_memory import activation_bytes
+from trt_wan.runtime.opening.residency import (
+    BEFORE_THE_STEPS,
+    BLOCK,
+    CONTEXT_BYTES,
+    KERNELS_BYTES,
+    Residency,
+    plan_residency,
+)
+from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
+from trt_wan.runtime.settings import Settings
+from trt_wan.runtime.weights.on_device import DeviceWeights
+from trt_wan.runtime.weights.pack import Pack
+from trt_wan.runtime.weights.sources import WeightSource
+
+MOST_SIZES = 4  # whose segments are kept
+
+
+class GpuSizes:
+    def __init__(
+        self,
+        gpu: Gpu,
+        flavour: Flavour,
+        config: ModelConfig,
+        host: Mapping[Part, Mapping[str, Array]],
+        source: WeightSource,
+        settings: Settings,
+        observe: Observe | None,
+    ) -> None:
+        self._gpu, self._machine = gpu, machine_of(gpu, flavour)
+        self._config, self._host, self._settings, self._observe = config, host, settings, observe
+        # The CUDA context exists, so free memory lacks it already; --vram counts it.
+        total = (
+            gpu.free_bytes() - KERNELS_BYTES if settings.vram is None else settings.vram * 1e9 - CONTEXT_BYTES
+        )
+        self._budget = int(total)
+        self.weights = DeviceWeights(gpu, source)
+        self.weights.plan([], () if settings.keep_encoders else BEFORE_THE_STEPS)
+        self._executors: dict[Plan, GpuExecutor] = {}  # the size used last comes last
+        self._models: dict[Plan, Model] = {}
+        self._scratch: tuple[Any, int] | None = None  # buffer, bytes
+
+    def begin(self, plan: Plan, guided: bool, steps: int, skip: Collection[str], progress: Progress) -> Model:
+        contracts = networks(self._config, plan)
+        blocks = [
+            Pack.of(contracts[name], n) for n in range(self._config.transformer.layers) for name in BLOCK
+        ]
+        others = [
+            Pack.of(network, n)
+            for network in contracts.values()
+            if network.weights and network.name not in (*BLOCK, *skip)
+            for n in range(network.repeats)
+        ]
+        if plan not in self._models:
+            self.weights.prefetch(others)  # while the segments are opened
+            self._open(plan, progress)
+        executor = self._executors[plan] = self._executors.pop(plan)
+        for old in list(self._executors)[:-MOST_SIZES]:
+            del self._executors[old], self._models[old]
+        residency = self._residency(plan, guided, steps, executor.scratch_bytes)
+        if residency.streamed:
+            streamed = len({pack.n for pack in residency.streamed})
+            text = f"{streamed} of {self._config.transformer.layers} blocks stream from host memory"
+            progress(Note(f"{text} ({self._budget / 1e9:.1f} GB)"))
+        self.weights.plan(residency.streamed, residency.passing)
+        if self._gpu.arena.size != residency.arena:
+            self._gpu.reserve(residency.arena)
+        executor.start(self._take_scratch(residency.scratch))
+        room = self._budget - residency.arena - residency.scratch - residency.slots
+        self.weights.prefetch([*others, *blocks], room)
+        return self._models[plan]
+
+    def resume(self) -> None:
+        self._gpu.device.set_current()
+
+    def close(self) -> None:
+        self._gpu.sync()
+        self._executors.clear()
+        self._models.clear()
+        self.weights.close()
+        if self._scratch is not None:
+            self._scratch[0].close(self._gpu.stream)
+            self._scratch = None
+        self._gpu.close()
+
+    def _open(self, plan: Plan, progress: Progress) -> None:
+        recipes = recipes_here(self._config, plan, self._machine)
+        chosen = choose_segments(self._config, plan, self._machine, recipes, self._settings, progress)
+        flavour = self._machine.flavour
+        segments = open_segments(chosen, self._config, plan, self._gpu, flavour, recipes, progress)
+        executor = GpuExecutor(self._gpu, segments, self.weights)
+        self._executors[plan] = executor
+        observed = self._observe(executor) if self._observe else executor
+        self._models[plan] = Model(self._config, plan, observed, self._host)
+
+    def _residency(self, plan: Plan, guided: bool, steps: int, scratch: int) -> Residency:
+        """Keeps a larger arena and scratch of an earlier job, unless a block must stream for them."""
+        arena = activation_bytes(self._config, plan, guided, steps)
+        contracts = self._models[plan].networks
+
+        def planned(arena: int, scratch: int) -> Residency:
+            return plan_residency(
+                self._config, contracts, arena, scratch, self._budget, self._settings.keep_encoders
+            )
+
+        least = planned(arena, scratch)
+        held = max(arena, self._gpu.arena.size), max(scratch, self._scratch[1] if self._scratch else 0)
+        if held == (arena, scratch) or least.streamed:
+            return least
+        kept = planned(*held)
+        return least if kept.streamed else kept
+
+    def _take_scratch(self, size: int) -> int:
+        if self._scratch is None or self._scratch[1] != size:
+            if self._scratch is not None:
+                self._scratch[0].close(self._gpu.stream)
+                self._scratch = None
+            self._scratch = self._gpu.allocate(size), size
+        return int(self._scratch[0].handle)
+
+
+def choose_segments(
+    config: ModelConfig,
+    plan: Plan,
+    machine: Machine,
+    recipes: Mapping[Engine, Recipe],
+    settings: Settings,
+    progress: Progress,
+) -> dict[str, Candidate]:
+    """The candidate for every network; reports the choice and its reason where there are several."""
+    if settings.tier not in tiers(plan.precision):
+        raise UsageError(
+            f"The tier {settings.tier} needs FP8; the precision is {plan.precision}.", "Use --tier exact."
+        )
+    chosen = {}
+    for network in networks(config, plan):
+        rows = candidates(network, plan.precision, machine)
+        engines = [recipes[row.engine].engine for row in rows if row.engine is not None]
+        choice = choose(
+            network,
+            plan.precision,
+            settings.tier,
+            machine,
+            figures_of(engines, machine),
+            lambda row: missing(row, machine.capability),
+            settings.segments.get(network),
+        )
+        if len(rows) > 1:
+            progress(Note(choice.text))
+        chosen[network] = choice.candidate
+    return chosen

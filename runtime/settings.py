@@ -1,0 +1,49 @@
+"""The settings of an open model: files, executor, precision and memory. A `Job` (job.py) says the rest."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from trt_wan.engines.choice.candidates import Tier, require_known
+from trt_wan.engines.contract import Part
+from trt_wan.engines.precision import Precision
+from trt_wan.errors import UsageError
+
+ExecutorName = Literal["auto", "onnxruntime", "tensorrt"]
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The checkpoints: found in or below `folders`, or named by part in `files`.
+
+    `random` is a model's name instead: no file is read, every weight is seeded noise. Raises UsageError if
+    there is neither.
+    """
+
+    folders: tuple[Path, ...] = ()
+    files: Mapping[Part, Path] = field(default_factory=dict)
+    tokenizer: Path | None = None  # tokenizer.json or spiece.model; None: found beside the text encoder
+    random: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.folders and not self.files and self.random is None:
+            raise UsageError("There are no weights.", "Name their folder with --weights DIR.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is run. None and "auto" are decided from the machine; each decision is reported."""
+
+    executor: ExecutorName = "auto"
+    precision: Precision | None = None
+    tier: Tier = "exact"  # exact: attention in bf16; fast: in 8 bits
+    flavour: str | None = None  # TensorRT flavour
+    vram: float | None = None  # GB to use at most
+    segments: Mapping[str, str] = field(default_factory=dict)  # candidates asked for, by network
+    text_cache: bool = True  # whether the features of prompts are kept on disk
+    keep_encoders: bool = True  # whether networks that run once a job keep their weights for the next job
+
+    def __post_init__(self) -> None:
+        for network, candidate in self.segments.items():
+            require_known(network, candidate)

@@ -1,0 +1,333 @@
+"""`trt-wan run`: opens the model, runs one job on it, writes the video."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trt_wan.cli.command import command, note
+from trt_wan.cli.preprocess import PREPARING_NAMES, prepare, preparing_options
+from trt_wan.cli.report import Report
+from trt_wan.errors import TrtWanError, UsageError
+
+if TYPE_CHECKING:
+    from trt_wan.runtime.job import Inputs, Job
+    from trt_wan.runtime.settings import Settings, WeightFiles
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
+SETTINGS = ("executor", "precision", "tier", "flavour", "vram", "segments", "text_cache")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of `trt-wan run` about the model and the job. None: the default of Job or Settings."""
+
+    weights: tuple[Path, ...] = ()
+    transformer: Path | None = None
+    vae: Path | None = None
+    text_encoder: Path | None = None
+    image_encoder: Path | None = None
+    tokenizer: Path | None = None
+    random_weights: str | None = None
+    executor: str | None = None
+    precision: str | None = None
+    tier: str | None = None
+    flavour: str | None = None
+    vram: float | None = None
+    segments: Mapping[str, str] = field(default_factory=dict)
+    text_cache: bool = True
+    mode: str | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    sampler: str | None = None
+    grid: str | None = None
+    shift: float | None = None
+    window: int | None = None
+    overlap: int | None = None
+    pose_strength: float | None = None
+    face_strength: float | None = None
+
+    def weight_files(self) -> "WeightFiles":
+        from trt_wan.runtime.settings import WeightFiles
+
+        files: Any = {part: file for part in PARTS if (file := getattr(self, part)) is not None}
+        return WeightFiles(self.weights, files, self.tokenizer, self.random_weights)
+
+    def settings(self) -> "Settings":
+        """A command runs one job, so no weights are kept for another."""
+        from trt_wan.runtime.settings import Settings
+
+        return Settings(**self._given(SETTINGS), keep_encoders=False)
+
+    def job(self, inputs: "Inputs") -> "Job":
+        from trt_wan.runtime.job import Job
+
+        return Job(inputs, **self._given([f.name for f in fields(Job) if f.name != "inputs"]))
+
+    def _given(self, names: Any) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    for value in values:
+        if "=" not in value:
+            raise click.BadParameter(f"{value!r} is not NETWORK=CANDIDATE, such as attention=cudnn.")
+    pairs = (value.partition("=") for value in values)
+    return {network.strip(): candidate.strip() for network, _, candidate in pairs}
+
+
+@click.command(short_help="Make a video.")
+@click.argument("reference", type=FILE, required=False)
+@click.argument("clip", type=FILE, required=False)
+@click.option(
+    "--inputs",
+    type=FOLDER,
+    help="Instead of REFERENCE and CLIP, the folder of the prepared clips: src_ref.png, src_pose.mp4, "
+    "src_face.mp4; for replace also src_bg.mp4, src_mask.mp4.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="The video to write.",
+)
+@click.option(
+    "--weights",
+    type=FOLDER,
+    multiple=True,
+    help="Folder with the checkpoints, which are known by content; may be repeated.",
+)
+@click.option("--mode", type=click.Choice(["animate", "replace"]), default="animate", show_default=True)
+@click.option("--prompt", help="Default: the one the model was trained with.")
+@click.option("--negative-prompt", help="Read only with a guidance above 1.")
+@click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps per window.")
+@click.option(
+    "--guidance", type=float, default=1.0, show_default=True, help="Above 1 every step costs twice."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="The noise is that of PyTorch's CPU generator."
+)
+@click.option("--sampler", type=click.Choice(["unipc", "euler"]), default="unipc", show_default=True)
+@click.option(
+    "--grid",
+    type=click.Choice(["official", "linear", "diffusers", "simple"]),
+    default="official",
+    show_default=True,
+    help="Noise levels: of the official code's UniPC or DPM++, of diffusers, or ComfyUI's simple.",
+)
+@click.option("--shift", type=float, default=5.0, show_default=True, help="Moves the levels towards noise.")
+@click.option("--window", type=int, default=77, show_default=True, help="Frames per window, 4k+1.")
+@click.option(
+    "--overlap", type=int, default=1, show_default=True, help="Frames carried to the next window: 1 or 5."
+)
+@click.option("--pose-strength", type=float, default=1.0, show_default=True)
+@click.option("--face-strength", type=float, default=1.0, show_default=True)
+@click.option(
+    "--audio", type=FILE, help="File whose sound is copied. Default: the sound of src_pose.mp4, if any."
+)
+@click.option("--transformer", type=FILE, help="Checkpoint to use instead of the one in --weights.")
+@click.option("--vae", type=FILE)
+@click.option("--text-encoder", type=FILE)
+@click.option("--image-encoder", type=FILE)
+@click.option("--tokenizer", type=FILE, help="tokenizer.json or spiece.model of umT5.")
+@click.option(
+    "--executor",
+    type=click.Choice(["auto", "onnxruntime", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="auto: TensorRT if there is a GPU for it, else ONNX Runtime on the CPU.",
+)
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "fp8"]), help="Default: the best the GPU has."
+)
+@click.option(
+    "--tier",
+    type=click.Choice(["exact", "fast"]),
+    default="exact",
+    show_default=True,
+    help="exact: attention in bf16; fast: in 8 bits.",
+)
+@click.option(
+    "--flavour", type=click.Choice(["tensorrt", "tensorrt_rtx"]), help="Default: what suits the GPU."
+)
+@click.option(
+    "--segment",
+    "segments",
+    multiple=True,
+    callback=_segments,
+    metavar="NETWORK=CANDIDATE",
+    help="Take this candidate, such as attention=cudnn, measured or not; may be repeated.",
+)
+@click.option(
+    "--no-text-cache",
+    "text_cache",
+    flag_value=False,
+    default=True,
+    help="Encode the prompt again, and keep nothing of it on the disk.",
+)
+@click.option("--vram", type=float, help="GB of GPU memory to use at most; blocks stream if they must.")
+@click.option(
+    "--random-weights", type=click.Choice(["14b", "tiny"]), help="A model of noise instead of --weights."
+)
+@click.option(
+    "--paste-back", is_flag=True, help="Put the clip's own pixels back around the mask (mode replace)."
+)
+@click.option("-y", "--overwrite", is_flag=True, help="Replace the output if it exists.")
+@preparing_options
+@command
+def run(
+    *,
+    report: Report,
+    reference: Path | None,
+    clip: Path | None,
+    inputs: Path | None,
+    output: Path,
+    audio: Path | None,
+    overwrite: bool,
+    paste_back: bool,
+    **given: Any,
+) -> Any:
+    """Make a video from a picture of the character, REFERENCE, and a driving video, CLIP.
+
+    \b
+    trt-wan run character.png dance.mp4 --weights models/ -o out.mp4
+    trt-wan run --inputs prepared/ --weights models/ -o out.mp4 --mode replace --steps 6
+
+    The clips are prepared into the folder out.inputs beside the output, as `trt-wan preprocess` does; its
+    options are the last ones below.
+    """
+    from trt_wan.runtime.job import unused_clips
+
+    preparing = {name: given.pop(name) for name in PREPARING_NAMES}
+    options = RunOptions(**given)
+    if paste_back and options.mode == "animate":
+        raise UsageError(
+            "In the mode animate there is nothing to paste back.",
+            "Leave out --paste-back, or use --mode replace.",
+        )
+    written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
+    if inputs is not None:
+        _refuse_preparing(reference)
+        if unused := unused_clips(inputs, options.mode):  # type: ignore[arg-type]  # click has checked it
+            note(report, f"Not used in the mode {options.mode}: {', '.join(unused)}.")
+        return render_prepared(report, inputs, output, options, **written)
+    inputs = _prepare_beside(report, reference, clip, output, overwrite, preparing, options)
+    try:
+        return render_prepared(report, inputs, output, options, **written)
+    except TrtWanError as error:
+        error.hint = f"{error.hint} The prepared clips can be used again: --inputs {inputs}".strip()
+        raise
+
+
+def render_prepared(
+    report: Report,
+    folder: Path,
+    output: Path,
+    options: RunOptions,
+    audio: Path | None = None,
+    overwrite: bool = False,
+    paste_back: bool = False,
+) -> tuple[Path, dict[str, Any]]:
+    """Makes the video of the prepared clips in `folder`. The files are checked before the model is opened."""
+    from trt_wan.runtime.job import Inputs
+    from trt_wan.runtime.opening.model import open_model
+    from trt_wan.runtime.render import render
+    from trt_wan.runtime.video.clips import open_clips
+    from trt_wan.runtime.video.writer import check_target
+
+    start = time.perf_counter()
+    job = options.job(Inputs.from_folder(folder, options.mode or "animate"))  # type: ignore[arg-type]
+    files, settings = options.weight_files(), options.settings()
+    check_target(output, overwrite)
+    with open_clips(job.inputs, job.window) as clips, open_model(files, settings, report.progress) as model:
+        with _stop_at_a_safe_point() as should_stop:
+            result = render(
+                job,
+                model,
+                output,
+                clips=clips,
+                sound=audio,
+                overwrite=overwrite,
+                paste_back=paste_back,
+                progress=report.progress,
+                should_stop=should_stop,
+            )
+    data = {"frames": result.frames, "width": result.width, "height": result.height, "fps": result.rate}
+    return result.path, {**data, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def _prepare_beside(
+    report: Report,
+    reference: Path | None,
+    clip: Path | None,
+    output: Path,
+    overwrite: bool,
+    preparing: dict[str, Any],
+    options: RunOptions,
+) -> Path:
+    """The folder of clips made from `reference` and `clip`. The job's own settings are checked before."""
+    from trt_wan.preprocess.clips import artifacts
+    from trt_wan.runtime.job import Inputs
+    from trt_wan.runtime.video.writer import check_target
+
+    if reference is None or clip is None:
+        raise UsageError(
+            "There is nothing to make a video from.",
+            "Give a picture and a driving video, or prepared clips with --inputs DIR.",
+        )
+    folder = output.with_name(f"{output.stem}.inputs")
+    face = folder / artifacts.FACE if preparing["face"] else None
+    hole = (folder / artifacts.BACKGROUND, folder / artifacts.MASK) if options.mode == "replace" else ()
+    options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
+    options.weight_files(), options.settings()
+    check_target(output, overwrite)
+    shared = {"mode": options.mode, "executor": options.executor, "overwrite": overwrite}
+    made, _ = prepare(report, reference, clip, folder, **shared, **preparing)
+    return made
+
+
+def _refuse_preparing(reference: Path | None) -> None:
+    """With --inputs nothing is prepared: an option about it would be left aside in silence."""
+    given = "REFERENCE and CLIP" if reference else ""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in PREPARING_NAMES and source is click.core.ParameterSource.COMMANDLINE:
+            off = context.params[parameter.name] is False
+            given = given or (parameter.secondary_opts if off else parameter.opts)[0]
+    if given:
+        raise UsageError(
+            f"--inputs names clips that are prepared already, so {given} would do nothing.",
+            f"Leave out {given}, or --inputs.",
+        )
+
+
+@contextmanager
+def _stop_at_a_safe_point() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C ends the job at the next safe point (a step or a network), the second at once."""
+    pressed = False
+
+    def on_interrupt(number: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        os.write(2, b"\nStopping after this step; press Ctrl-C again to stop at once.\n")
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
