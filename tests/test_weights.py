@@ -555,6 +555,18 @@ def test_lack_of_device_memory_reaches_bind(tiny: Parts) -> None:
     run.end()
 
 
+def test_a_pack_that_found_no_memory_ahead_of_its_use_is_tried_again(tiny: Parts) -> None:
+    gpu, order = LateGpu(), blocks()
+    run = job(gpu, tiny)
+    gpu.broken["allocate"] = MemoryShort("the GPU is full", "")
+    run.weights.prefetch(order)
+    settled(run.weights, lambda: not run.weights._running)
+    gpu.broken.clear()
+    for pack in order:
+        run.use(pack)
+    run.end()
+
+
 def test_a_file_that_becomes_shorter_is_named(tiny: Parts, tmp_path: Path) -> None:
     path = tmp_path / "cut.safetensors"
     path.write_bytes(tiny["transformer"].path.read_bytes())

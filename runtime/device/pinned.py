@@ -15,6 +15,8 @@ from trt_wan.runtime.device.checked import cuda, cuda_core
 
 HUGE_PAGE, PAGE = 2 << 20, 4096
 CGROUP = Path("/sys/fs/cgroup")
+# Shared memory, the default, has no huge pages. Windows knows no flags.
+PRIVATE: Any = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 MARGIN = 1 << 30  # bytes of host memory that are left to everything else
 PORTABLE = 1  # cudaHostRegisterPortable: every context may use the memory
 
@@ -83,7 +85,7 @@ class PageLocked:
         from cuda.bindings import runtime
 
         try:
-            self._map = mmap.mmap(-1, size + HUGE_PAGE)
+            self._map = mmap.mmap(-1, size + HUGE_PAGE, **PRIVATE)
         except (OSError, ValueError) as error:
             raise _short(size) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -247,30 +247,25 @@ class DeviceWeights:
                 self._changed.wait()
 
     def _next(self) -> Held | None:
+        """The pack to load now: one that is waited for, or the first of the queue that may be loaded."""
         if self._urgent:
             return self._urgent.popleft()
+        loaded = [held.pack.size for key, held in self._resident.items() if key[0] in self.passing]
+        waiting = [pack.size for key, pack in self._queue.items() if key[0] in self.passing]
+        room = self._room if self._room is not None and (waiting or loaded) else 1 << 62
+        room -= self.resident_bytes
+        reserved = max(0, AHEAD * max(waiting, default=0) - sum(loaded))
         for key, pack in self._queue.items():
-            if self._may_load(key, pack):
+            if key in self._streamed:
+                fits = True
+            elif key[0] in self.passing:
+                fits = not loaded or (len(loaded) < AHEAD and pack.size <= room)
+            else:
+                fits = pack.size + reserved <= room
+            if fits:
                 del self._queue[key]
                 return self._new(pack)
         return None
-
-    def _may_load(self, key: Key, pack: Pack) -> bool:
-        if key in self._streamed:
-            return True
-        waiting = [pack.size for key, pack in self._queue.items() if key[0] in self.passing]
-        passing = [held.pack.size for key, held in self._resident.items() if key[0] in self.passing]
-        if key[0] in self.passing:
-            if not passing:
-                return True
-            reserved = 0
-            if len(passing) >= AHEAD:
-                return False
-        else:
-            reserved = AHEAD * max(waiting, default=0) - sum(passing)
-        if self._room is None or not (waiting or passing):
-            return True
-        return self.resident_bytes + pack.size + max(0, reserved) <= self._room
 
     def _begin(self, held: Held) -> Iterator[Piece]:
         pack = held.pack
