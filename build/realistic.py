@@ -7,17 +7,15 @@ Gaussian noise lacks. Weights are Gaussian: what matters of them is their roundi
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.engines.contract import Network, scale_name
+from trt_wan.engines.fp8 import E4M3, quantise_rows
 
 Host = NDArray[Any]
 Float = NDArray[np.float32]
 
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-E4M3_MAX = 448.0
 WEIGHT_GAIN = 1.4  # deviation times the root of the inputs: 0.02 for the 14B's 5120
 RESIDUAL_FACTORS = (20, 30, 40, 50)  # of the outlier channels of the residual stream
 K_MEANS = (9, -9, 12, -6)  # of k's outlier channels; deviations are 1
@@ -37,18 +35,17 @@ def realistic(network: Network, seed: int) -> dict[str, Host]:
             angles = rng.uniform(0, 2 * np.pi, tensor.shape)
             made |= {"rope_cos": np.cos(angles), "rope_sin": np.sin(angles)}
             continue
+        if tensor.name == "cross_q":  # like q, in every head; its keys know the heads' size
+            head_dim = next(t.shape[-1] for t in network.inputs if t.name == "text_k")
+            values = _values("q", (tensor.shape[0], tensor.shape[1] // head_dim, head_dim), rng)
+            made[tensor.name] = values.reshape(tensor.shape)
+            continue
         values = _values(tensor.name, tensor.shape, rng)
         if types[tensor.name] == E4M3:
             made[tensor.name], made[scale_name(tensor.name)] = quantise_rows(values)
         else:
             made[tensor.name] = values
     return {name: values.astype(types[name], copy=False) for name, values in made.items()}
-
-
-def quantise_rows(weight: Float) -> tuple[Host, Float]:
-    """[out, in] to E4M3 values and a scale per output channel, like a checkpoint's bf16 weights."""
-    scale = np.maximum(np.abs(weight).max(axis=1) / np.float32(E4M3_MAX), np.float32(1e-12))
-    return (weight / scale[:, None]).astype(E4M3), scale
 
 
 def dequantised(name: str, values: dict[str, Host]) -> Float:
@@ -74,7 +71,7 @@ def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Floa
         noise[..., outlier_channels(size, len(K_MEANS))] += K_MEANS
     elif name == "v":
         noise[..., outlier_channels(size, 1)] *= V_FACTOR
-    elif name == "attended":  # an average of v, so smaller
+    elif name in ("attended", "cross_attended"):  # an average of v, so smaller
         noise[:, outlier_channels(size, len(K_MEANS))] *= V_FACTOR
         noise *= 0.3
     elif name == "time_modulation":

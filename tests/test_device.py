@@ -16,7 +16,7 @@ import pytest
 from late_gpu import LateGpu
 
 from trt_wan.engines.contract import Network, Tensor
-from trt_wan.engines.tensorrt import Flavour
+from trt_wan.engines.flavour import Flavour
 from trt_wan.errors import EnvironmentBroken, GpuFault, GraphError, MemoryShort, TrtWanError
 from trt_wan.runtime.device import gpu as gpu_module
 from trt_wan.runtime.device import kernels, pinned

@@ -1,12 +1,14 @@
 """Our own block kernels. Without a GPU: they compile for every GPU with FP8, and threads cover all channels.
 
-With one, `attn_in` and `attn_out` are compared with the fp32 graphs, on the same awkward inputs that build
+With one, the parts of a block are compared with the fp32 graphs, on the same awkward inputs that build
 measures candidates with, every weight random.
 """
 
+import gc
 import inspect
 import re
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import ANIMATE_14B, MODELS, TINY
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
-from trt_wan.errors import EnvironmentBroken
+from trt_wan.errors import EnvironmentBroken, GraphError
 from trt_wan.runtime.device.kernels import compile_source
 from trt_wan.runtime.segments import native
 from trt_wan.runtime.segments.native import block, gemm
@@ -50,9 +52,74 @@ def test_every_kernel_has_a_launch() -> None:
         block.SOURCE,
     )
     assert tuple(defined) == block.KERNELS
-    segments = (block.AttnIn, block.AttnOut, block._Native)
+    segments = (*block.NATIVE.values(), block._Linear)
     launched = "".join(inspect.getsource(segment) for segment in segments)
     assert all(f'"{name}"' in launched for name in defined)
+
+
+# Where kernels write, by position of the argument; they read all other addresses.
+WRITES = {
+    "modulation_rows": (2,),
+    "norm_quantize": (3, 4),
+    "quantize_tokens": (1, 2),
+    "product": (2,),
+    "heads_from_products": (14, 15, 16),
+    "rms_norm_product": (5,),
+    "cross_attention": (7,),
+    "add_norm_quantize": (6, 9, 10),
+    "add_gated": (6,),
+    "gelu_quantize": (4, 5),
+}
+LAUNCHES = {
+    "attn_in": "modulation_rows norm_quantize product product product heads_from_products",
+    "attn_out": "modulation_rows quantize_tokens product add_norm_quantize product rms_norm_product",
+    "cross_attention": "cross_attention",
+    "ffn": "modulation_rows quantize_tokens product add_norm_quantize product gelu_quantize product "
+    "add_gated",
+}
+
+
+class Recorder:
+    """The kernels and products of a segment, as a list of launches."""
+
+    def __init__(self) -> None:
+        self.launches = list[tuple[str, tuple[Any, ...]]]()
+
+    def launch(
+        self, stream: Any, name: str, grid: Any, threads: int, *arguments: Any, shared: int = 0
+    ) -> None:
+        self.launches.append((name, arguments))
+
+    def product(self, *sizes: Any) -> Any:
+        return SimpleNamespace(enqueue=lambda x, w, y, space: self.launches.append(("product", (x, w, y))))
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_kernels_read_what_was_given_or_written_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read that an earlier segment left in the scratch, which all segments share."""
+    plan, recorder = Plan(64, 48, 5, "fp8"), Recorder()
+    monkeypatch.setattr(block, "Fp8Gemm", recorder.product)
+    gpu = SimpleNamespace(stream=None, once=lambda key, make: recorder)
+    network = networks(TINY, plan)[name]
+    tensors = network.inputs + network.weights + network.outputs
+    addresses = {tensor.name: (1 << 40) + 256 * i for i, tensor in enumerate(tensors)}
+    outputs = {addresses[tensor.name] for tensor in network.outputs}
+    known = set(addresses.values()) - outputs
+    segment = native.open_native(network, TINY, plan, cast(Any, gpu))
+    segment.start(1 << 30)
+    segment.enqueue(addresses)
+    assert [launched for launched, _ in recorder.launches] == LAUNCHES[name].split()
+    for launched, arguments in recorder.launches:
+        places = [i for i, value in enumerate(arguments) if isinstance(value, int) and value]
+        assert {arguments[i] for i in places if i not in WRITES[launched]} <= known, launched
+        written = {arguments[i] for i in WRITES[launched]}
+        assert not written & (set(addresses.values()) - outputs), launched
+        assert all(
+            value in outputs or 1 << 30 <= value < (1 << 30) + segment.scratch_bytes for value in written
+        )
+        rows = 6 if launched == "modulation_rows" else 1
+        known |= {value + row * 4 * TINY.transformer.dim for value in written for row in range(rows)}
+    assert outputs <= known
 
 
 def test_the_reason_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +130,63 @@ def test_the_reason_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(gemm, "_open", absent)
     assert native.missing((9, 0)) == "cuBLASLt is not installed. Run: pip install it"
+
+
+class FakeCublasLt:
+    """Knows which objects are alive. A matrix of 77 rows is refused; `found` is the number of algorithms."""
+
+    found = 1
+
+    def __init__(self) -> None:
+        self.alive = dict[int, str]()
+
+    def __getattr__(self, function: str) -> Any:
+        kind = function.removeprefix("cublasLt").removesuffix("Create").removesuffix("Destroy")
+
+        def create(made: Any, *arguments: Any) -> int:
+            if kind == "MatrixLayout" and arguments[2].value == 77:
+                return 7
+            made._obj.value = max(self.alive, default=0) + 1
+            self.alive[made._obj.value] = kind
+            return 0
+
+        def destroy(made: Any) -> int:
+            assert self.alive.pop(made.value) == kind
+            return 0
+
+        def choose(handle: Any, product: Any, w: Any, x: Any, *rest: Any) -> int:
+            rest[-1]._obj.value = self.found
+            return 0
+
+        if function.endswith("Create"):
+            return create
+        if function.endswith("Destroy"):
+            return destroy
+        return choose if function.endswith("GetHeuristic") else lambda *_: 0
+
+
+def test_all_that_cublaslt_creates_is_destroyed() -> None:
+    fake = FakeCublasLt()
+    library = gemm.CublasLt(fake)
+    product = gemm.Fp8Gemm(cast(Any, None), library, 36, 256, 512)
+    kinds = sorted(fake.alive.values())
+    assert kinds == ["", "MatmulDesc", "MatmulPreference", *["MatrixLayout"] * 3]
+    del product
+    assert list(fake.alive.values()) == [""], "the handle outlives the product"
+    del library
+    assert not fake.alive
+
+
+def test_a_product_that_cublaslt_refuses_leaves_nothing() -> None:
+    fake = FakeCublasLt()
+    library = gemm.CublasLt(fake)
+    with pytest.raises(GraphError, match="cublasLtMatrixLayoutCreate failed with status 7"):
+        gemm.Fp8Gemm(cast(Any, None), library, 77, 256, 512)
+    fake.found = 0
+    with pytest.raises(GraphError, match="no FP8 product of 36x256x512"):
+        gemm.Fp8Gemm(cast(Any, None), library, 36, 256, 512)
+    gc.collect()
+    assert list(fake.alive.values()) == [""]
 
 
 # On a GPU
@@ -76,7 +200,7 @@ def gpu() -> Any:
     return found
 
 
-@pytest.mark.parametrize("name", ["attn_in", "attn_out"])
+@pytest.mark.parametrize("name", ["attn_in", "attn_out", "cross_attention", "ffn"])
 @pytest.mark.parametrize(
     ("model", "plan"),
     [

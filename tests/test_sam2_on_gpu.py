@@ -18,8 +18,8 @@ from on_gpu import require_gpu
 from sam2_oracle import our_model
 
 from trt_wan.build.sam2 import build_sam2_graphs
+from trt_wan.engines.flavour import choose_flavour
 from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Plan, Sam2Precision, pointers_of
-from trt_wan.engines.tensorrt import choose_flavour
 from trt_wan.errors import EnvironmentBroken
 from trt_wan.preprocess.sam2 import kernels, memory_attention, resize_on_gpu
 from trt_wan.preprocess.sam2.model import Sam2Model, open_sam2_on_gpu

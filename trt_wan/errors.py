@@ -16,15 +16,19 @@ A user's mistake is one of these; an `assert` is a mistake of ours.
 
 
 class TrtWanError(Exception):
-    """One sentence that says what is wrong (`message`) and one that says what to do about it (`hint`)."""
+    """`message` says in one sentence what is wrong, `hint` what to do about it.
+
+    `command` is the cure for programs, where one exists: the arguments of `trt-wan`.
+    """
 
     code = "failed"
     exit_code = 1
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", command: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.command = command
 
 
 class UsageError(TrtWanError):

@@ -1,10 +1,10 @@
-// SAM2's own kernels: frames become the model's input, pointers come side by side.
+// Frames become SAM2's input, and object pointers are gathered side by side.
 
-// Sums are products and additions apart, as numpy's are.
+// Multiplies and adds apart, like numpy.
 __device__ float level(float x) { return fminf(fmaxf(floorf(__fadd_rn(x, 0.5f)), 0.0f), 255.0f); }
 
-// Rows [rows, width, 3] of a frame to [3, height, size] from row `start` on. With `levels` they are rounded,
-// without them divided by 255.
+// Rows [rows, width, 3] of a frame to rows `start` and on of [3, height, size]. Sums are rounded to levels if `levels`,
+// else pixels are divided by 255 first.
 extern "C" __global__ void across(const u8* frame, float* out, const int* first, const float* weights,
                                   int taps, int width, int rows, int start, int height, int size,
                                   int levels) {
@@ -27,7 +27,7 @@ extern "C" __global__ void across(const u8* frame, float* out, const int* first,
     }
 }
 
-// [3, height, size] to [3, size, size]; with `levels` rounded, then with ImageNet's mean and deviation.
+// [3, height, size] to [3, size, size]. If `levels`, sums are rounded to levels and normalised as for ImageNet.
 extern "C" __global__ void down(const float* in, float* out, const int* first, const float* weights,
                                 int taps, int height, int size, int levels,
                                 float mean0, float mean1, float mean2,
@@ -51,7 +51,7 @@ extern "C" __global__ void down(const float* in, float* out, const int* first, c
     }
 }
 
-// Rows of `channels` from wherever they are; zeros for an address of 0. One block per row.
+// Copies rows of `channels` from their addresses; zeros for an address of 0. One block per row.
 extern "C" __global__ void gather_rows(const u64* rows, float* out, int channels) {
     const float* row = (const float*)rows[blockIdx.x];
     for (int i = threadIdx.x; i < channels; i += blockDim.x)

@@ -1,11 +1,12 @@
-"""Attention to memories by a kernel of our own: what the graphs would have as `track_attention_<n>`.
+"""Attention to memories by memory_attention.cu, in the place of the graphs `track_attention_<n>`.
 
-One head of 256 channels over 4096 queries and 28,000 keys and more. TensorRT-RTX 1.6 fuses that, but gives a
-block of threads all the keys of its queries, which leaves most multiprocessors idle (docs/log.md).
+One head of 256 channels over 4096 queries and 28,000 keys and more. TensorRT-RTX 1.6 fuses it, but gives a
+block of threads all the keys of its queries, so most multiprocessors idle (docs/log.md).
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from trt_wan.runtime.device.kernels import ATTENTION, THREADS, Module, read_sour
 
 OLDEST = (8, 0)  # compute capability
 WARPS = 8
-QUERIES = 16 * WARPS  # of a block of threads
+QUERIES = 16 * WARPS  # per block of threads
 TILE = 64  # keys
 MOST_SHARES = 8
 NAMES = ("attend", "join_shares")
@@ -38,17 +39,18 @@ def macros(config: Sam2Config) -> dict[str, int]:
 
 
 def shares_of(blocks: int, multiprocessors: int) -> int:
-    """Into how many shares the keys go, so that `blocks` times as many blocks of threads take the least time:
-    a multiprocessor has room for one.
+    """The number of shares of keys that takes the least time, with `blocks` blocks of threads per share.
+
+    A multiprocessor runs one block at a time.
     """
     return min(range(1, MOST_SHARES + 1), key=lambda n: (math.ceil(n * blocks / multiprocessors) / n, n))
 
 
 class MemoryAttention:
-    """The segment for `memories` of them; `module` has the kernels."""
+    """The segment for a number of memories; `module` has the kernels."""
 
     def __init__(self, gpu: Gpu, config: Sam2Config, memories: int, module: Module) -> None:
-        self._stream, self._module, self._tokens = gpu.stream, module, config.tokens
+        self._launch, self._tokens = partial(module.launch, gpu.stream), config.tokens
         self._pairs = config.tokens * config.memory_channels // 2
         self._back_start = memories * config.tokens
         self._shared = 2 * TILE * (config.channels + config.memory_channels) * 2
@@ -64,12 +66,12 @@ class MemoryAttention:
         self._at = {name: scratch + offset for name, offset in self._offsets.items()}
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
-        partial, logs, tokens = self._at["partial"], self._at["logs"], np.int32(self._tokens)
+        found, tokens = (self._at["partial"], self._at["logs"]), np.int32(self._tokens)
         given = *(addresses[name] for name in ("q", "keys", "values", "seen")), np.int32(self._back_start)
-        grid, launch = (self._blocks, self._shares), self._module.launch
-        launch(self._stream, "attend", grid, 32 * WARPS, *given, partial, logs, tokens, shared=self._shared)
-        join = partial, logs, addresses["attended"], np.int32(self._shares), tokens
-        launch(self._stream, "join_shares", math.ceil(self._pairs / THREADS), THREADS, *join)
+        grid = (self._blocks, self._shares)
+        self._launch("attend", grid, 32 * WARPS, *given, *found, tokens, shared=self._shared)
+        join = *found, addresses["attended"], np.int32(self._shares), tokens
+        self._launch("join_shares", math.ceil(self._pairs / THREADS), THREADS, *join)
 
     def settle(self) -> None:
         pass
@@ -78,6 +80,6 @@ class MemoryAttention:
 def open_memory_attention(
     gpu: Gpu, config: Sam2Config, memories: Sequence[int]
 ) -> dict[str, MemoryAttention]:
-    """By network, one for each number of memories."""
-    module = Module(gpu.device, SOURCE, NAMES, macros(config))
+    """Segments by network, one for each number of memories."""
+    module = gpu.once((__name__, config), lambda: Module(gpu.device, SOURCE, NAMES, macros(config)))
     return {f"track_attention_{n}": MemoryAttention(gpu, config, n, module) for n in memories}

@@ -1,20 +1,20 @@
-// What kernels of attention share: a warp's part of it on tensor cores, and the copies that feed it. It stands in
-// front of their sources (kernels.py).
+// Attention on tensor cores, a warp at a time, and the copies that feed it. Stands in front of the sources that attend
+// (kernels.py).
 //
-// A warp has 16 queries, and all of them see tiles of keys and values in shared memory; the softmax is carried along
-// from tile to tile in float32. Products are of bf16 or fp16 with float32 sums (mma.m16n8k16; fragments as in PTX
-// ISA 9.7.14).
+// A warp has 16 queries. All warps of a block share tiles of keys and values in shared memory. The softmax is carried
+// from tile to tile in float32. Products take bf16 or fp16 and sum in float32 (mma.m16n8k16; PTX ISA 9.7.14 describes
+// the fragments).
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
 __device__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Rows of WIDTH numbers of 16 bits; the chunks of a row, 16 bytes each, are swapped so that eight rows of a column lie
-// in different banks.
+// Address of a chunk of 16 bytes in rows of WIDTH numbers of 16 bits. Chunks are swapped within a row, so that eight
+// rows of a column lie in different banks.
 template <int WIDTH>
 __device__ u32 chunk_offset(int row, int chunk) { return row * (WIDTH * 2) + ((chunk ^ (row & 7)) << 4); }
 
-// Starts the copy of ROWS rows from `first` on; rows from `end` on become zeros.
+// Starts the copy of ROWS rows, beginning with `first`. Rows from `end` on become zeros.
 template <int ROWS, int WIDTH, int THREADS, class Half>
 __device__ void copy_rows(u32 to, const Half* from, int first, int end) {
     constexpr int CHUNKS = WIDTH / 8;
@@ -63,12 +63,27 @@ __device__ void load_matrices_transposed(u32 (&m)[4], u32 address) {
 }
 
 template <int VALUE>
-struct Running {  // of a thread: two rows, each shared by four threads
+struct Running {  // A thread has two rows, each shared by four threads.
     float out[VALUE / 8][4];
     float most[2], sum[2];
+
+    __device__ void clear(float least) {
+#pragma unroll
+        for (int n = 0; n < VALUE / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[n][i] = 0;
+        most[0] = most[1] = least;
+        sum[0] = sum[1] = 0;
+    }
+
+    __device__ float row_sum(int half) const {  // over the four threads
+        float whole = sum[half];
+        whole += __shfl_xor_sync(~0u, whole, 1);
+        return whole + __shfl_xor_sync(~0u, whole, 2);
+    }
 };
 
-// N keys of KEY channels with values of VALUE; the first `valid` of them count.
+// Adds N keys of KEY channels and their values of VALUE channels to `r`. Only the first `valid` keys count.
 template <class Half, int N, int KEY, int VALUE>
 __device__ void attend_tile(const u32 (&q)[KEY / 16][4], u32 keys, u32 values, int valid, Running<VALUE>& r) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
@@ -87,7 +102,7 @@ __device__ void attend_tile(const u32 (&q)[KEY / 16][4], u32 keys, u32 values, i
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                if (n * 8 + lane % 4 * 2 + i % 2 >= valid) s[n][i] = -__int_as_float(0x7F800000);
+                if (n * 8 + lane % 4 * 2 + i % 2 >= valid) s[n][i] = -infinity();
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -3,7 +3,7 @@
     $TRT_WAN_HOME/kernels/cubin/<key>.cubin     sha256 of the code, 32 bytes, then the code
 
 The key covers everything that decides the code: source, macros, architecture, and the NVRTC library itself. A
-file that was cut or edited is made again. What cannot be written is compiled every time.
+file that was cut or edited is made again. Code that cannot be written is compiled every time.
 """
 
 import hashlib

@@ -26,7 +26,7 @@ T = TypeVar("T")
 # Pinned memory for uploads and downloads. With several slots an upload waits only if the host is that many
 # uploads ahead of the GPU.
 STAGING_SLOTS, STAGING_BYTES = 8, 8 << 20
-MOST_BLOCKS = 8192  # of a launch; kernels stride over the rest
+MOST_BLOCKS = 8192  # in a launch; kernels stride over the rest
 
 
 class DeviceArray:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from trt_wan.runtime.device.checked import cuda, cuda_core
 from trt_wan.runtime.device.cubins import kept
 
 NAMES = ("combine", "random_float32", "random_bfloat16", "random_float8_e4m3fn")
 THREADS = 256
-MAX_TERMS = 6  # of a linear combination: UniPC's corrector has four
+MAX_TERMS = 6  # in a linear combination; UniPC's corrector has four
 
 
 def read_source(package: str, *names: str) -> str:
@@ -48,7 +49,8 @@ class Module:
         self, device: Any, source: str, names: Sequence[str], macros: Mapping[str, object] | None = None
     ) -> None:
         code = compile_source(source, tuple(device.compute_capability), macros)
-        self._kernels = {name: code.get_kernel(name) for name in names}
+        with cuda_core():
+            self._kernels = {name: code.get_kernel(name) for name in names}
 
     def launch(
         self,
@@ -63,15 +65,13 @@ class Module:
         from cuda.core import LaunchConfig, launch
 
         config = LaunchConfig(grid=grid, block=threads, shmem_size=shared)
-        launch(stream, config, self._kernels[name], *arguments)
+        with cuda_core():
+            launch(stream, config, self._kernels[name], *arguments)
 
     def allow_shared(self, name: str, size: int) -> None:
         """Call before the first launch of `name` with more than 48 KB of shared memory."""
         from cuda.bindings import driver
 
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        error, function = driver.cuKernelGetFunction(int(self._kernels[name].handle))
-        if not error:
-            (error,) = driver.cuFuncSetAttribute(function, attribute, size)
-        if error:
-            raise RuntimeError(f"{size} bytes of shared memory for {name}: {error}")
+        function = cuda(driver.cuKernelGetFunction(int(self._kernels[name].handle)))
+        cuda(driver.cuFuncSetAttribute(function, attribute, size))

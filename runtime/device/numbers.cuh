@@ -32,7 +32,7 @@ __device__ float widen(fp16 x) {
     return y;
 }
 __device__ float widen(e5m2 x) { return widen(fp16{(u16)(x.bits << 8)}); }
-__device__ float widen(e4m3 x) {  // the bits as those of a float 2^120 times smaller: right for subnormals, on every GPU
+__device__ float widen(e4m3 x) {  // its bits make a float 2^120 times too small, subnormals too
     if ((x.bits & 0x7F) == 0x7F) return not_a_number();
     return __uint_as_float((u32)(x.bits & 0x80) << 24 | (u32)(x.bits & 0x7F) << 20) * 0x1p120f;
 }

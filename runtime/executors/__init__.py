@@ -10,6 +10,9 @@ from trt_wan.engines.contract import Network
 
 Array = NDArray[np.generic]  # or an executor's own, which has a shape and which numpy can read
 
+# Slots of the result that the slots of an array go to, one weight for each, and the array (float32).
+BlendPart = tuple[Sequence[int], Sequence[float], Array]
+
 
 class Executor(Protocol):
     def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
@@ -22,6 +25,20 @@ class Executor(Protocol):
 
     def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
         """The sum of coefficient·array in float32, added in the order given: the samplers' arithmetic."""
+        ...
+
+    def take(self, array: Array, slots: Sequence[int]) -> Array:
+        """Slots of an array [channels, slots, h, w], in the order given; a slot may be repeated."""
+        ...
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        """Arrays [channels, slots, h, w] one after the other along their slots."""
+        ...
+
+    def blend(self, slots: int, parts: Sequence[BlendPart]) -> Array:
+        """Returns float32 [channels, slots, h, w]: weight·slot k of every part is added to its slot of the
+        result, in the order given. A slot that no part names is 0.
+        """
         ...
 
     def wait(self) -> None:

@@ -14,8 +14,8 @@ from trt_wan.engines.choice.recipes import Recipe, recipes_here
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.tensorrt import Flavour
 from trt_wan.errors import UsageError
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress

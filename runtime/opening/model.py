@@ -19,9 +19,9 @@ from typing import Protocol, Self
 from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.contract import Part
+from trt_wan.engines.flavour import Flavour, choose_flavour
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.tensorrt import Flavour, choose_flavour
 from trt_wan.errors import EnvironmentBroken, UsageError
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.device.gpu import Gpu
@@ -29,7 +29,7 @@ from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.networks.model import Model
-from trt_wan.runtime.networks.text_encoder import encode_text
+from trt_wan.runtime.networks.text_encoder import encode_texts
 from trt_wan.runtime.networks.tokenizer import Tokenizer, byte_tokenizer
 from trt_wan.runtime.opening.cpu_sizes import CpuSizes
 from trt_wan.runtime.opening.gpu_sizes import GpuSizes
@@ -144,7 +144,7 @@ class OpenModel:
 
     def texts(self, model: Model, job: Job) -> list[Array]:
         prompts = [job.prompt, job.negative_prompt] if job.guided else [job.prompt]
-        return [encode_text(model, self._weights.tokenizer, prompt) for prompt in prompts]
+        return list(encode_texts(model, self._weights.tokenizer, prompts))
 
     def close(self) -> None:
         self._sizes.close()

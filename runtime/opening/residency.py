@@ -13,7 +13,7 @@ from trt_wan.errors import MemoryShort
 from trt_wan.runtime.weights.pack import Pack
 from trt_wan.runtime.weights.streaming import SLOTS
 
-BLOCK = ("attn_in", "attn_out")  # in the order in which a block runs them
+BLOCK = ("attn_in", "attn_out", "ffn")  # those with weights, in the order of a block
 BEFORE_THE_STEPS = (
     "text_encoder_layer",
     "image_encoder_embed",

@@ -121,7 +121,7 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
         )
 
     def _quantisation(self, name: str) -> str:
-        """What the file says of a tensor's format, for a message (model_spec.md 5.2, comfy_quant)."""
+        """The format of a tensor in the file's own words, for a message (model_spec.md 5.2, comfy_quant)."""
         described = self.names.get(name.removesuffix("weight") + "comfy_quant")
         with suppress(ValueError, KeyError, TypeError):
             if described is not None:

@@ -19,7 +19,7 @@ from trt_wan.runtime.device.pinned import PageLocked
 from trt_wan.runtime.weights.pack import Pack
 from trt_wan.runtime.weights.sources import SLOT_BYTES, Piece, Place
 
-SLOTS = 8  # of pinned memory, which takes a second per GB to get
+SLOTS = 8  # pinned memory takes a second per GB to get
 READERS = min(SLOTS, os.cpu_count() or 1)
 
 

@@ -80,8 +80,8 @@ class DeviceWeights:
     def prefetch(self, packs: Sequence[Pack], room: int | None = None) -> None:
         """Loads packs ahead of `bind`, in the order in which the coming job first uses them.
 
-        Of passing networks at most AHEAD are loaded before their use; later packs go on being loaded while
-        they wait, until the resident packs and AHEAD passing ones would take more than `room` bytes.
+        At most AHEAD packs of passing networks wait loaded for their use. Other packs go on being loaded
+        meanwhile, until resident packs and AHEAD passing ones would take more than `room` bytes.
         """
         wanted = {pack.key for pack in packs}
         with self._changed:

@@ -26,7 +26,7 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 PIECE_BYTES = 16 << 20
 PIECE_ROWS = 1 << 16  # at most, where rows have scales
 SLOT_BYTES = PIECE_BYTES + 4 * PIECE_ROWS  # a piece and the scales of its rows
-RANDOM_E4M3_DEVIATION = 100.0  # of random FP8 values: 448 is 4.5 deviations away
+RANDOM_E4M3_DEVIATION = 100.0  # 448 is 4.5 deviations away
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class StoredPiece:
 
     stored: Stored
     dtype: np.dtype[Any]  # in the pack
-    offset: int  # of the tensor in the pack
-    scales_at: int | None  # offset of its scales in the pack, if it is to be quantised
+    offset: int  # bytes from the start of the pack to the tensor
+    scales_at: int | None  # the same for its scales, if the tensor is to be quantised
     first: int
     count: int
     inner: int

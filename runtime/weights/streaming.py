@@ -18,7 +18,7 @@ SLOTS = 3  # device buffers of the largest pack: one in use, one on its way, one
 class Slot:
     def __init__(self, buffer: Any) -> None:
         self.buffer = buffer
-        self.position: int | None = None  # of the pack that it holds
+        self.position: int | None = None  # the pack that it holds
         self.arrived: Any = None  # recorded on `gpu.copies`
 
 

@@ -1,7 +1,7 @@
-"""The kernels of frames.cu and heatmaps.cu, compiled once for a GPU, and how each is launched.
+"""Launches the kernels of frames.cu and heatmaps.cu on the GPU's compute stream.
 
-Addresses are whole numbers; everything is enqueued on the GPU's compute stream. What comes out of `stretch`
-and `crop` is one picture [3, height, width] of a network's input, in the input's type.
+`stretch` and `crop` write one picture [3, height, width] of a network's input, in the input's type. Addresses
+are integers.
 """
 
 from typing import Any
@@ -14,9 +14,9 @@ from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import Module, read_source
 
 SOURCE = read_source(__package__, "frames.cu", "heatmaps.cu")
-TYPES = ("float32", "float16")  # of a network's input and output
+TYPES = ("float32", "float16")  # a network's input and output have one of them
 NAMES = tuple(f"{name}_{kind}" for name in ("stretch", "crop", "decode") for kind in TYPES)
-FRAME_THREADS = 64  # of a block: columns of one row
+FRAME_THREADS = 64  # a block makes columns of one row
 MAP_THREADS = 256
 
 
@@ -87,5 +87,5 @@ class PeopleKernels:
 
 
 def people_kernels(gpu: Gpu) -> PeopleKernels:
-    """One set for both networks."""
+    """Both networks share one set."""
     return gpu.once(__name__, lambda: PeopleKernels(gpu))
