@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +153,59 @@ def test_an_observer_sees_every_size(folders: Clips) -> None:
     assert len(seen) == 2
 
 
+class Counting:
+    """Counts the networks that run; everything else passes through."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self.ran: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.executor, name)
+
+    def run(self, network: Any, n: int, inputs: Any) -> Any:
+        self.ran[network.name] += 1
+        return self.executor.run(network, n, inputs)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_known_prompt_opens_no_text_encoder(folders: Clips, cached: bool) -> None:
+    task = job(folders["other"], window=9, prompt=f"known {cached}", guidance=1.0)
+    ran: list[Counter[str]] = []
+    made = []
+    for _ in range(2):
+        watched: list[Counting] = []
+
+        def observe(executor: Executor, watched: list[Counting] = watched) -> Any:
+            watched.append(Counting(executor))
+            return watched[0]
+
+        settings = Settings(executor="onnxruntime", text_cache=cached)
+        with open_model(WeightFiles((folders["weights"],)), settings, observe=observe) as model:
+            made.append(frames(model, task))
+        ran.append(watched[0].ran)
+    layers = TINY.text.layers
+    assert [r["text_encoder_layer"] for r in ran] == [layers, 0 if cached else layers]
+    assert np.array_equal(*made)
+    assert ran[0]["attn_in"] == ran[1]["attn_in"] > 0
+
+
+def test_the_grey_clip_is_encoded_once_a_size(folders: Clips) -> None:
+    watched: list[Counting] = []
+
+    def observe(executor: Executor) -> Any:
+        watched.append(Counting(executor))
+        return watched[0]
+
+    task = job(folders["other"], window=9)
+    with opened(folders, observe=observe) as model:
+        first = frames(model, task)
+        encoded = watched[0].ran["vae_encode_next"]
+        again = frames(model, task)
+        assert watched[0].ran["vae_encode_next"] - encoded == encoded // 2  # the pose clip alone
+    assert np.array_equal(first, again)
+
+
 # --- Faults that were there ------------------------------------------------------------------------------
 
 
@@ -172,16 +226,10 @@ def test_strengths_are_placed_once_a_window(folders: Clips) -> None:
     """They were uploaded nine times a step."""
     given: list[Any] = []
 
-    class Watching:
-        def __init__(self, executor: Executor) -> None:
-            self.executor = executor
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.executor, name)
-
+    class Watching(Counting):
         def run(self, network: Any, n: int, inputs: Any) -> Any:
             given.extend(value for name, value in inputs.items() if name.endswith("_strength"))
-            return self.executor.run(network, n, inputs)
+            return super().run(network, n, inputs)
 
     with opened(folders, observe=Watching) as model:  # type: ignore[arg-type]
         frames(model, job(folders["first"], steps=3))

@@ -109,8 +109,7 @@ def counted(plan: Plan, guidance: float, steps: int, windows: int) -> int:
             return model
 
         def texts(self, model: Model, job: Job) -> list[Array]:
-            prompts = [job.prompt, job.negative_prompt] if job.guided else [job.prompt]
-            return encode_texts(model, tokenizer, prompts)
+            return encode_texts(model, tokenizer, job.prompts)
 
     clip, face = BlankClip(plan.height, plan.width), BlankClip(512, 512)
     frames = plan.frames + (windows - 1) * (plan.frames - 1)
