@@ -25,6 +25,7 @@ from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.opening.residency import (
+    BEFORE_THE_STEPS,
     BLOCK,
     CONTEXT_BYTES,
     KERNELS_BYTES,
@@ -33,7 +34,9 @@ from trt_wan.runtime.opening.residency import (
 )
 from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
 from trt_wan.runtime.settings import Settings
-from trt_wan.runtime.weights.on_device import DeviceWeights, Pack, WeightSource
+from trt_wan.runtime.weights.on_device import DeviceWeights
+from trt_wan.runtime.weights.pack import Pack
+from trt_wan.runtime.weights.sources import WeightSource
 
 MOST_SIZES = 4  # whose segments are kept
 
@@ -57,6 +60,7 @@ class GpuSizes:
         )
         self._budget = int(total)
         self.weights = DeviceWeights(gpu, source)
+        self.weights.plan([], () if settings.keep_encoders else BEFORE_THE_STEPS)
         self._executors: dict[Plan, GpuExecutor] = {}  # the size used last comes last
         self._models: dict[Plan, Model] = {}
         self._scratch: tuple[Any, int] | None = None  # buffer, bytes
@@ -92,7 +96,8 @@ class GpuSizes:
         if self._gpu.arena.size != residency.arena:
             self._gpu.reserve(residency.arena)
         executor.start(self._take_scratch(residency.scratch))
-        self.weights.prefetch([*others, *blocks])
+        room = self._budget - residency.arena - residency.scratch - residency.slots
+        self.weights.prefetch([*others, *blocks], room)
         return self._models[plan]
 
     def resume(self) -> None:
