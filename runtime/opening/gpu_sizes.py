@@ -6,6 +6,7 @@ are kept.
 """
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from trt_wan.engines.choice.candidates import Candidate, Engine, Machine, candidates, tiers
@@ -17,7 +18,7 @@ from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.engine_id import Recipe
-from trt_wan.errors import UsageError
+from trt_wan.errors import GpuFault, UsageError
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.executors import Array, Observe
@@ -104,7 +105,8 @@ class GpuSizes:
         self._gpu.device.set_current()
 
     def close(self) -> None:
-        self._gpu.sync()
+        with suppress(GpuFault):  # everything else is freed all the same
+            self._gpu.sync()
         self._executors.clear()
         self._models.clear()
         self.weights.close()
