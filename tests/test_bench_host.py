@@ -8,7 +8,7 @@ is made every step, a tensor that is uploaded for every block, a weight that is 
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -42,13 +42,15 @@ class HostGpu:
 
     def __init__(self) -> None:
         self.arena, self.uploads, self.handle = Arena(1 << 50), 0, 0
+        self.stream = self.loads = SimpleNamespace(record=object, wait=lambda event: None)
+        self.device = SimpleNamespace(set_current=lambda: None)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
         span = self.arena.take(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-        return DeviceArray(cast(Gpu, self), span.start, shape, dtype, span)
+        return DeviceArray(cast(Gpu, self), span.start, shape, dtype, span, self.arena)
 
     def view(self, address: int, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
-        return DeviceArray(cast(Gpu, self), address, shape, dtype, None)
+        return DeviceArray(cast(Gpu, self), address, shape, dtype)
 
     def upload(self, host: np.ndarray[Any, Any]) -> DeviceArray:
         self.uploads += 1
@@ -57,7 +59,7 @@ class HostGpu:
     def combine(self, terms: Any) -> DeviceArray:
         return self.empty(terms[0][1].shape, np.float32)
 
-    def allocate(self, size: int) -> Any:
+    def allocate(self, size: int, stream: Any = None) -> Any:
         return SimpleNamespace(handle=0, close=lambda stream: None)
 
     def reserve(self, size: int) -> None:
@@ -89,11 +91,9 @@ class NoWeights:
     def __init__(self) -> None:
         self.filled = 0
 
-    def fill_device(self, gpu: Any, pack: Any, arrays: Any) -> None:
+    def pieces(self, pack: Any) -> Iterator[Any]:
         self.filled += 1
-
-    def fill_host(self, pack: Any, target: Any) -> None:
-        raise AssertionError("nothing streams here")
+        return iter(())
 
 
 class HostJob:

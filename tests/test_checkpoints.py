@@ -52,7 +52,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tiny: Path) -> dict[Part, Path]:
-    return {part: checkpoint.path for part, checkpoint in load_weights(tiny, {})[1].items()}
+    return {part: checkpoint.path for part, checkpoint in load_weights([tiny], {})[1].items()}
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_tiny_weights_are_the_same_bytes_for_the_same_seed(tiny: Path, tmp_path:
 
 
 def test_tiny_weights_are_complete_and_close_to_what_was_drawn(tiny: Path) -> None:
-    model, weights = load_weights(tiny, {})
+    model, weights = load_weights([tiny], {})
     assert model is TINY and list(weights) == list(PARTS)
     roundoff = {"F8_E4M3": 2**-4, "BF16": 2**-8, "F16": 2**-11}
     for part, checkpoint in weights.items():
@@ -270,7 +270,7 @@ def test_both_scaled_fp8_layouts_load(folder: Path, suffix: str, outside: tuple[
     (old,) = folder.glob("*animate*")
     old.unlink()
     safetensors.torch.save_file(tensors, folder / "quantised.safetensors")
-    checkpoint = load_weights(folder, {})[1]["transformer"]
+    checkpoint = load_weights([folder], {})[1]["transformer"]
     for name in weights:
         np.testing.assert_array_equal(checkpoint[name], by_torch(tensors, name), err_msg=name)
 
@@ -363,7 +363,7 @@ def test_the_14b_needs_the_tensors_of_the_spec() -> None:
 def test_prefixes_are_stripped(folder: Path, files: dict[Part, Path], prefix: str) -> None:
     (path,) = folder.glob("*animate*")
     rewrite(path, path, lambda tensors: {prefix + name: values for name, values in tensors.items()})
-    renamed, plain = load_weights(folder, {})[1]["transformer"], Checkpoint(files["transformer"])
+    renamed, plain = load_weights([folder], {})[1]["transformer"], Checkpoint(files["transformer"])
     for name in required_tensors(TINY, "transformer"):
         np.testing.assert_array_equal(renamed[name], plain[name], err_msg=name)
 
@@ -387,7 +387,7 @@ def shard(path: Path) -> Path:
 def test_a_sharded_checkpoint_opens_as_one(folder: Path, files: dict[Part, Path], named: bool) -> None:
     (path,) = folder.glob("*animate*")
     index = shard(path)
-    sharded = load_weights(folder, {"transformer": index} if named else {})[1]["transformer"]
+    sharded = load_weights([folder], {"transformer": index} if named else {})[1]["transformer"]
     assert sharded.path == index
     plain = Checkpoint(files["transformer"])
     for name in required_tensors(TINY, "transformer"):
@@ -426,7 +426,7 @@ def test_kijais_umt5_official_names_and_unscaled_fp8(folder: Path) -> None:
         {official_umt5(name): values for name, values in stored.items()},
         folder / "umt5-xxl-enc-fp8.safetensors",
     )
-    checkpoint = load_weights(folder, {})[1]["text_encoder"]
+    checkpoint = load_weights([folder], {})[1]["text_encoder"]
     for name, values in stored.items():
         np.testing.assert_array_equal(checkpoint[name], values.float().numpy(), err_msg=name)
     rows = [7, 0, 511]
@@ -464,12 +464,12 @@ def test_the_tokenizer_inside_the_file_is_preferred_and_the_named_one_wins(
     assert inside != beside
 
     def found(chosen: Path | None) -> list[int]:
-        return find_tokenizer(chosen, folder, Checkpoint(path), length).encode(PROMPT)
+        return find_tokenizer(chosen, [folder], Checkpoint(path), length).encode(PROMPT)
 
     assert found(None) == beside
     model = torch.frombuffer(bytearray(spiece), dtype=torch.uint8)
     rewrite(path, path, lambda tensors: tensors | {"spiece_model": model})
-    assert load_weights(folder, {})[1]["text_encoder"].path == path
+    assert load_weights([folder], {})[1]["text_encoder"].path == path
     assert found(None) == inside
     assert found(folder / "tokenizer.json") == beside
     (folder / "spiece.model").write_bytes(spiece)
@@ -488,14 +488,14 @@ def test_the_tokenizer_is_found_where_layouts_have_it(
     path = Path(shutil.move(folder / files["text_encoder"].name, folder / "enc"))
     (folder / place).mkdir(parents=True, exist_ok=True)
     shutil.move(folder / "tokenizer.json", folder / place / "tokenizer.json")
-    find_tokenizer(None, folder, Checkpoint(path), TINY.text.length).encode(PROMPT)
+    find_tokenizer(None, [folder], Checkpoint(path), TINY.text.length).encode(PROMPT)
 
 
 def test_a_tokenizer_of_who_knows_what_is_not_taken(folder: Path, files: dict[Part, Path]) -> None:
     (folder / "LLM").mkdir()
     shutil.move(folder / "tokenizer.json", folder / "LLM")
     path = folder / files["text_encoder"].name
-    error = failure(lambda: find_tokenizer(None, folder, Checkpoint(path), TINY.text.length))
+    error = failure(lambda: find_tokenizer(None, [folder], Checkpoint(path), TINY.text.length))
     assert str(path) in error.message and "--tokenizer" in error.hint
 
 
@@ -503,24 +503,24 @@ def test_a_tokenizer_of_who_knows_what_is_not_taken(folder: Path, files: dict[Pa
 
 
 def test_a_missing_folder_and_an_empty_one(tmp_path: Path, files: dict[Part, Path]) -> None:
-    error = failure(lambda: load_weights(tmp_path / "absent", {}))
+    error = failure(lambda: load_weights([tmp_path / "absent"], {}))
     assert str(tmp_path / "absent") in error.message and "--weights" in error.hint
-    error = failure(lambda: load_weights(tmp_path, {}))
+    error = failure(lambda: load_weights([tmp_path], {}))
     for part in PARTS:
         assert part.replace("_", " ") in error.message and f"--{part.replace('_', '-')} FILE" in error.hint
-    assert load_weights(tmp_path / "absent", files)[0] is TINY  # every part named: the folder is not needed
+    assert load_weights([tmp_path / "absent"], files)[0] is TINY  # every part named: the folder is not needed
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_missing_part_is_named_with_its_option(folder: Path, files: dict[Part, Path], part: Part) -> None:
     shutil.move(folder / files[part].name, folder.parent / "elsewhere.safetensors")
-    error = failure(lambda: load_weights(folder, {}))
+    error = failure(lambda: load_weights([folder], {}))
     assert str(folder) in error.message and error.message.count("the ") == 1
     assert (
         f"the {part.replace('_', ' ')}" in error.message and f"--{part.replace('_', '-')} FILE" in error.hint
     )
     chosen = {part: folder.parent / "elsewhere.safetensors"}
-    assert load_weights(folder, chosen)[1][part].path == chosen[part]
+    assert load_weights([folder], chosen)[1][part].path == chosen[part]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -530,10 +530,10 @@ def test_two_files_for_a_part_are_named_with_the_option(
     one, two = folder / files[part].name, folder / "below" / "second.safetensors"
     two.parent.mkdir()
     shutil.copy(one, two)
-    error = failure(lambda: load_weights(folder, {}))
+    error = failure(lambda: load_weights([folder], {}))
     assert str(one) in error.message and str(two) in error.message
     assert f"--{part.replace('_', '-')} FILE" in error.hint
-    assert load_weights(folder, {part: two})[1][part].path == two
+    assert load_weights([folder], {part: two})[1][part].path == two
 
 
 def test_of_several_files_the_one_that_fits_is_taken(folder: Path, files: dict[Part, Path]) -> None:
@@ -546,11 +546,11 @@ def test_of_several_files_the_one_that_fits_is_taken(folder: Path, files: dict[P
     )
     transformer = folder / files["transformer"].name
     (folder / "part.safetensors").write_bytes(transformer.read_bytes()[:-1000])
-    _, weights = load_weights(folder, {})
+    _, weights = load_weights([folder], {})
     assert weights["image_encoder"].path == clip and weights["transformer"].path == transformer
 
     rewrite(clip, clip, lambda tensors: {k: v for k, v in tensors.items() if "pre_layrnorm" not in k})
-    error = failure(lambda: load_weights(folder, {}))
+    error = failure(lambda: load_weights([folder], {}))
     assert "none fits" in error.message and clip.name in error.message and "clip_vision_g" in error.message
 
 
@@ -560,7 +560,7 @@ def test_the_t5_of_other_models_is_no_candidate(folder: Path) -> None:
     (path,) = folder.glob("umt5*")
     path.unlink()
     safetensors.torch.save_file(tensors, folder / "t5xxl_fp16.safetensors")
-    assert "holds the text encoder" in failure(lambda: load_weights(folder, {})).message
+    assert "holds the text encoder" in failure(lambda: load_weights([folder], {})).message
 
 
 def test_linked_folders_are_searched_once_even_in_circles(tiny: Path, tmp_path: Path) -> None:
@@ -569,13 +569,13 @@ def test_linked_folders_are_searched_once_even_in_circles(tiny: Path, tmp_path: 
     (models / "big disk").symlink_to(tiny, target_is_directory=True)
     for circle in ("a", "b"):  # two: followed blindly, they double with every level
         (models / circle).symlink_to(models, target_is_directory=True)
-    assert load_weights(models, {})[0] is TINY
+    assert load_weights([models], {})[0] is TINY
 
 
 def test_a_file_with_two_names_is_one_candidate(folder: Path) -> None:
     for path in list(folder.glob("*.safetensors")):
         path.with_name("copy of " + path.name).symlink_to(path)
-    assert load_weights(folder, {})[0] is TINY
+    assert load_weights([folder], {})[0] is TINY
 
 
 def test_a_broken_file_matters_only_when_a_part_is_missing(folder: Path, files: dict[Part, Path]) -> None:
@@ -588,9 +588,9 @@ def test_a_broken_file_matters_only_when_a_part_is_missing(folder: Path, files: 
     for name, content in broken.items():
         (folder / "other" / name).write_bytes(content)
     (folder / "other" / "dangling.safetensors").symlink_to(folder / "nowhere")
-    assert load_weights(folder, {})[0] is TINY
+    assert load_weights([folder], {})[0] is TINY
     (folder / files["vae"].name).unlink()
-    message = failure(lambda: load_weights(folder, {})).message
+    message = failure(lambda: load_weights([folder], {})).message
     for name in (*broken, "dangling.safetensors"):
         assert str(folder / "other" / name) in message
 
@@ -610,7 +610,7 @@ def test_two_hundred_loras_do_not_slow_the_search(folder: Path) -> None:
     for i in range(1, 200):
         (folder / f"lora_{i}.safetensors").write_bytes(lora)
     start = time.perf_counter()
-    load_weights(folder, {})
+    load_weights([folder], {})
     assert time.perf_counter() - start < 2  # measured 0.14 s
 
 
@@ -745,7 +745,7 @@ def test_a_file_without_the_right_to_read_it(folder: Path, files: dict[Part, Pat
     if os.access(path, os.R_OK):
         pytest.skip("this user may read everything")
     assert "Permission denied" in failure(lambda: Checkpoint(path)).message
-    message = failure(lambda: load_weights(folder, {})).message
+    message = failure(lambda: load_weights([folder], {})).message
     assert "holds the vae" in message and f"{path} cannot be read" in message
 
 
@@ -761,7 +761,7 @@ def test_an_index_whose_shard_is_missing(folder: Path) -> None:
     index = shard(path)
     lost = folder / "diffusion_pytorch_model-00002-of-00002.safetensors"
     lost.unlink()
-    message = failure(lambda: load_weights(folder, {})).message  # and not: the shard left lacks tensors
+    message = failure(lambda: load_weights([folder], {})).message  # and not: the shard left lacks tensors
     assert str(index) in message and lost.name in message and "00001-of" not in message
 
 
@@ -837,7 +837,7 @@ def test_types_of_the_future_are_named(tmp_path: Path) -> None:
 def test_a_transformer_of_unknown_width(folder: Path, dim: int | None, told: str) -> None:
     shapes = {} if dim is None else {"patch_embedding.weight": (dim, 36, 1, 2, 2)}
     path = write_sparse(folder / "wan_1.3b.safetensors", shapes | {"x": (1,)})
-    error = failure(lambda: load_weights(folder, {"transformer": path}))
+    error = failure(lambda: load_weights([folder], {"transformer": path}))
     assert str(path) in error.message and told in error.message and "5120" in error.hint
 
 
@@ -850,7 +850,7 @@ def test_opening_and_checking_the_14b_reads_its_header_only(tmp_path: Path) -> N
         write_sparse(tmp_path / f"{part}.safetensors", required_tensors(ANIMATE_14B, part))
     assert (tmp_path / "transformer.safetensors").stat().st_size > 34.5e9
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
-    model, weights = load_weights(tmp_path, {})
+    model, weights = load_weights([tmp_path], {})
     assert "spiece_model" not in weights["text_encoder"] and TOKEN_EMBEDDING in weights["text_encoder"]
     rows = weights["text_encoder"].rows(TOKEN_EMBEDDING, [0, 1000, 256_383])
     seconds, grown = time.perf_counter() - start, psutil.Process().memory_info().rss - before

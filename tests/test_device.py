@@ -1,13 +1,11 @@
-"""What of the GPU code can be proved without a GPU: the arena, the order of streaming, the bytes of weights.
+"""What of the GPU code can be proved without a GPU: the arena, copies, errors, the executor's calls.
 
-The kernels are compiled here for every GPU we name, and not run: what they compute (the order of `combine`,
-bf16 rounding, the scales of `quantize_rows`) can only be shown on a GPU. Executor and stream run on fakes
-that record what they are told.
+The kernels are compiled here for every GPU we name, and not run: their arithmetic can only be shown on a GPU.
 """
 
-import threading
-import time
-from collections.abc import Mapping
+import ast
+from collections.abc import Iterator
+from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,28 +14,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 from fake_tensorrt import FakeTensorRt, recipe
-from safetensors.numpy import save_file
+from late_gpu import LateGpu
 
-from trt_wan.engines.config import TINY
-from trt_wan.engines.contract import Network, Part, Tensor
-from trt_wan.engines.contracts import networks
-from trt_wan.engines.precision import Precision
-from trt_wan.engines.shape import Plan
-from trt_wan.errors import GraphError, MemoryShort
+from trt_wan.engines.contract import Network, Tensor
+from trt_wan.errors import EnvironmentBroken, GpuFault, GraphError, MemoryShort, TrtWanError
 from trt_wan.runtime.device import gpu as gpu_module
-from trt_wan.runtime.device import kernels
+from trt_wan.runtime.device import kernels, pinned
 from trt_wan.runtime.device.arena import Arena, Span
+from trt_wan.runtime.device.checked import cuda, cuda_core
 from trt_wan.runtime.device.gpu import DeviceArray
+from trt_wan.runtime.device.pinned import Ring
 from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.segments.tensorrt import open_engines
-from trt_wan.runtime.weights import on_device as weights_module
-from trt_wan.runtime.weights.checkpoint import Checkpoint, load_weights
-from trt_wan.runtime.weights.convert import FileSource, RandomSource
-from trt_wan.runtime.weights.on_device import SLOTS, DeviceWeights, Pack, nbytes
-from trt_wan.runtime.weights.random import random_moments
-from trt_wan.runtime.weights.tiny import write_tiny_weights
+from trt_wan.runtime.weights.on_device import DeviceWeights
+from trt_wan.runtime.weights.pack import Pack
 
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -92,185 +83,162 @@ def test_kernels_compile(nvrtc: None, capability: tuple[int, int]) -> None:
         assert f".text.{name}".encode() + b"\0" in code
 
 
-# Sources
+# Errors
 
 
-def packs(precision: Precision) -> list[Pack]:
-    every = networks(TINY, Plan(64, 48, 5, precision)).values()
-    return [Pack.of(network, n) for network in every for n in range(network.repeats)]
+class Code(IntEnum):
+    fine = 0
+    cudaErrorMemoryAllocation = 2
+    cudaErrorInsufficientDriver = 35
+    cudaErrorIllegalAddress = 700
+    cudaErrorLaunchFailure = 719
 
 
-def read(pack: Pack, tensor: Tensor, data: np.ndarray[Any, Any]) -> Any:
-    start = pack.offsets[tensor.name]
-    return data[start : start + nbytes(tensor)].view(tensor.dtype).reshape(tensor.shape)
+def test_a_call_that_succeeds_returns_its_values() -> None:
+    assert cuda((Code.fine,)) is None
+    assert cuda((Code.fine, 7)) == 7
+    assert cuda((Code.fine, 7, 8)) == (7, 8)
 
 
-def filled(source: FileSource | RandomSource, pack: Pack) -> np.ndarray[Any, Any]:
-    data = np.full(pack.size, 0xA5, np.uint8)
-    source.fill_host(pack, data)
-    return data
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (Code.cudaErrorMemoryAllocation, MemoryShort),
+        (Code.cudaErrorInsufficientDriver, EnvironmentBroken),
+        (Code.cudaErrorIllegalAddress, GpuFault),
+        (Code.cudaErrorLaunchFailure, GpuFault),
+    ],
+)
+def test_a_failed_call_is_told_as_what_it_is(code: Code, kind: type[TrtWanError]) -> None:
+    class CUDAError(Exception):
+        """As cuda.core raises it."""
+
+    with pytest.raises(kind, match=code.name):
+        cuda((code, 0))
+    with pytest.raises(kind, match=code.name), cuda_core():
+        raise CUDAError(f"{code.name}: a sentence of CUDA's")
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[Part, Checkpoint]:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_weights(folder, 3)
-    return load_weights(folder, {})[1]
+def test_no_result_of_cuda_is_checked_by_an_assert() -> None:
+    for path in Path(gpu_module.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assert):
+                assert "error" not in ast.unparse(node.test), f"{path.name}:{node.lineno}"
 
 
-def unscaled(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The stored values of a scaled file, without its scales."""
-    return {name: checkpoint.raw(name) for name in checkpoint if "scale" not in name}
+# Copies and the arena
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
-def test_tensors_of_a_pack_are_aligned_and_apart(precision: Precision) -> None:
-    for pack in packs(precision):
-        end = 0
-        for tensor in sorted(pack.network.weights, key=lambda tensor: pack.offsets[tensor.name]):
-            assert pack.offsets[tensor.name] % 256 == 0
-            assert pack.offsets[tensor.name] >= end
-            end = pack.offsets[tensor.name] + nbytes(tensor)
-        assert end <= pack.size < end + 256
+class HostGpu(gpu_module.Gpu):
+    """The real copies and arena on a stream that runs late; three staging slots of 64 bytes."""
+
+    def __init__(self) -> None:
+        self.late = LateGpu()
+        self.stream = self.late.stream
+        self.arena = Arena(0)
+        self._staging = Ring(3, 64, cast(Any, self.late.pinned))
+        self._kept = {}
+
+    def allocate(self, size: int, stream: Any = None) -> Any:
+        return self.late.allocate(size, stream)
+
+    def copy(self, target: int, source: int, size: int, stream: Any) -> None:
+        self.late.copy(target, source, size, stream)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_file_source_writes_what_the_checkpoint_says(
-    tiny: dict[Part, Checkpoint], precision: Precision
-) -> None:
-    """FP8 bit for bit with the file's scale for every row; float32 and bf16 as the file's values are."""
-    source, kinds = FileSource(tiny), set()
-    for pack in packs(precision):
-        data, checkpoint = filled(source, pack), tiny[pack.network.part]
-        for tensor in pack.network.weights:
-            kinds.add(tensor.dtype)
-            got, key = read(pack, tensor, data), pack.network.weight_key(tensor.name, pack.n)
-            if tensor.dtype == "float8_e4m3fn":
-                assert got.tobytes() == checkpoint.raw(key).tobytes(), key
-            elif tensor.name.endswith(".scale"):
-                stored = checkpoint.raw(key.removesuffix("scale") + "scale_weight")
-                np.testing.assert_array_equal(got, np.full(tensor.shape, stored))
-            else:
-                np.testing.assert_array_equal(got, checkpoint[key].astype(tensor.dtype), key)
-    assert kinds == {"float32", "bfloat16"} | ({"float8_e4m3fn"} if precision == "fp8" else set())
+def test_uploads_wait_for_the_gpu_only_when_all_staging_slots_are_in_use() -> None:
+    gpu = HostGpu()
+    gpu.reserve(1 << 20)
+    hosts = [np.full(10, i, np.float32) for i in range(5)]
+    arrays = [gpu.upload(host) for host in hosts[:3]]
+    assert gpu.stream.done == 0, "nothing waits"
+    arrays += [gpu.upload(host) for host in hosts[3:]]
+    assert gpu.stream.done == 3, "the memory, and the copies that read the first two slots"
+    for array, host in zip(arrays, hosts, strict=True):
+        np.testing.assert_array_equal(array, host)
 
 
-def test_file_source_quantises_a_bf16_transformer_per_channel(
-    tiny: dict[Part, Checkpoint], tmp_path: Path
-) -> None:
-    """Of the error, half a step: E4M3 has 3 bits of mantissa down to 2^-6, and steps of 2^-9 below."""
-    tensors = unscaled(tiny["transformer"])
-    for name, values in tensors.items():
-        if values.dtype == E4M3:
-            channels = np.linspace(0.1, 3, len(values), dtype=np.float32)[:, None]  # of different sizes
-            tensors[name] = (values.astype(np.float32) * channels / 100).astype(BF16)
-    tensors["blocks.1.ffn.0.weight"][5] = 0
-    save_file(tensors, tmp_path / "bf16.safetensors")
-    source = FileSource(cast(Any, {"transformer": Checkpoint(tmp_path / "bf16.safetensors")}))
-    seen = 0
-    for pack in packs("fp8"):
-        if pack.network.part != "transformer":
-            continue
-        data, by_name = filled(source, pack), {t.name: t for t in pack.network.weights}
-        for tensor in pack.network.weights:
-            if tensor.dtype != "float8_e4m3fn":
-                continue
-            weight = tensors[pack.network.weight_key(tensor.name, pack.n)].astype(np.float32)
-            scale = read(pack, by_name[tensor.name.removesuffix("weight") + "scale"], data)
-            np.testing.assert_allclose(scale, np.maximum(np.abs(weight).max(1) / 448, 1e-12), rtol=1e-6)
-            got = read(pack, tensor, data).astype(np.float32) * scale[:, None]
-            bound = np.maximum(np.abs(weight) / 16, scale[:, None] * 2.0**-10) * 1.0001
-            assert (np.abs(got - weight) <= bound).all()
-            seen += 1
-    assert seen == 12 * TINY.transformer.layers
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 128, 1000])
+def test_copies_larger_than_the_staging_memory(size: int) -> None:
+    gpu = HostGpu()
+    gpu.reserve(1 << 20)
+    host = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    np.testing.assert_array_equal(gpu.upload(host), host)
 
 
-def test_a_quantised_weight_takes_nothing_of_the_arena(tiny: dict[Part, Checkpoint], tmp_path: Path) -> None:
-    """The arena is planned without weights: `upload` there ended a run from a bf16 file with MemoryShort."""
-    names = [f"blocks.0.{part}.weight" for part in ("self_attn.q", "self_attn.k", "self_attn.v")]
-    stored = unscaled(tiny["transformer"])
-    tensors = {name: v.astype(BF16) if name in names else v for name, v in stored.items()}
-    save_file(tensors, tmp_path / "bf16.safetensors")
-    source = FileSource(cast(Any, {"transformer": Checkpoint(tmp_path / "bf16.safetensors")}))
-    gpu = FakeGpu()
-    pack = next(pack for pack in packs("fp8") if pack.network.name == "attn_in")
-    source.fill_device(cast(Any, gpu), pack, pack.arrays(cast(Any, gpu), 0))
-    assert len(gpu.quantised) == 3
-    assert len(gpu.buffers) == 3 and all(buffer.closed for buffer in gpu.buffers)
-    assert not gpu.uploads
+def test_the_arena_is_taken_again_and_old_arrays_harm_nothing() -> None:
+    gpu = HostGpu()
+    gpu.reserve(1024)
+    first = gpu.arena.memory
+    gpu.upload(np.zeros(4))
+    gpu.reserve(2048)
+    assert first not in gpu.late.live, "freed: no array needs it"
+    old = gpu.upload(np.arange(8.0))
+    second = gpu.arena.memory
+    gpu.reserve(4096)
+    new = gpu.upload(np.ones(8))
+    np.testing.assert_array_equal(old, np.arange(8.0))
+    used = gpu.arena.used
+    assert second.address == old.address and gpu.arena.size == 4096
+    del old
+    assert gpu.arena.used == used, "the span went back to its own arena"
+    np.testing.assert_array_equal(new, np.ones(8))
 
 
-def test_random_source_is_seeded_and_of_the_promised_moments() -> None:
-    for pack in packs("fp8"):
-        data = filled(RandomSource(1), pack)
-        assert data.tobytes() == filled(RandomSource(1), pack).tobytes()
-        if pack.network.weights:
-            assert data.tobytes() != filled(RandomSource(2), pack).tobytes()
-        by_name = {tensor.name: tensor for tensor in pack.network.weights}
-        for tensor in pack.network.weights:
-            values = read(pack, tensor, data).astype(np.float32)
-            if tensor.dtype == "float8_e4m3fn":
-                values *= read(pack, by_name[tensor.name.removesuffix("weight") + "scale"], data)[:, None]
-            elif tensor.name.endswith(".scale"):
-                continue
-            key = pack.network.weight_key(tensor.name, pack.n)
-            mean, deviation = random_moments(key, tensor.shape)
-            few = 6 / np.sqrt(values.size)
-            assert abs(values.mean() - mean) <= deviation * few + 1e-6, key
-            if values.size > 50:
-                assert values.std() == pytest.approx(deviation, rel=0.01 + few), key
+def test_objects_of_a_gpu_are_made_once() -> None:
+    gpu, made = HostGpu(), []
+
+    def make() -> list[int]:
+        made.append(1)
+        return made
+
+    assert gpu.once("key", make) is gpu.once("key", make) and made == [1]
 
 
-# Streaming
+# Host memory
 
 
-class FakeStream:
-    """Records what it is told; its events are numbers of its own lines."""
+def test_control_groups_limit_host_memory(tmp_path: Path) -> None:
+    """A limit above counts as well; cached files do not."""
+    root, own = tmp_path / "cgroup", tmp_path / "own"
+    inner = root / "outer/inner"
+    inner.mkdir(parents=True)
+    for group, limit in ((inner, "max"), (inner.parent, "1000")):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text("700\n")
+        (group / "memory.stat").write_text("anon 100\nactive_file 20\ninactive_file 30\nslab 5\n")
+    own.write_text("1:name=systemd:/old\n0::/outer/inner\n")
+    assert min(pinned._cgroup_rooms(root, own)) == 1000 - 700 + 50
+    assert min(pinned._cgroup_rooms(root, tmp_path / "absent")) == 1 << 62
 
-    handle = 7
 
-    def __init__(self, log: list[tuple[Any, ...]], name: str) -> None:
-        self.log, self.name = log, name
-
-    def record(self) -> Any:
-        event = SimpleNamespace(sync=lambda: None, of=self.name, at=len(self.log))
-        self.log.append((self.name, "record", event))
-        return event
-
-    def wait(self, event: Any) -> None:
-        self.log.append((self.name, "wait", event))
-
-    def sync(self) -> None:
-        pass
+# The TensorRT executor
 
 
 class FakeBuffer:
     def __init__(self, handle: int) -> None:
-        self.handle, self.closed = handle, False
+        self.handle = handle
 
     def close(self, stream: Any) -> None:
-        self.closed = True
+        pass
 
 
 class FakeGpu:
     name = "A GPU"
 
     def __init__(self) -> None:
-        self.log: list[tuple[Any, ...]] = []
-        self.stream, self.copies = FakeStream(self.log, "compute"), FakeStream(self.log, "copies")
+        self.stream = self.loads = SimpleNamespace(record=object, wait=lambda event: None)
         self.device = SimpleNamespace(set_current=lambda: None)
         self.handle = 7
         self.buffers: list[FakeBuffer] = []
-        self.written: list[DeviceArray] = []
-        self.quantised: list[Any] = []
         self.uploads: list[Any] = []
 
-    def allocate(self, size: int) -> FakeBuffer:
+    def allocate(self, size: int, stream: Any = None) -> FakeBuffer:
         self.buffers.append(FakeBuffer((len(self.buffers) + 1) << 40))
         return self.buffers[-1]
 
     def view(self, address: int, shape: Any, dtype: Any) -> DeviceArray:
-        return DeviceArray(cast(Any, self), address, shape, dtype, None)
+        return DeviceArray(cast(Any, self), address, shape, dtype)
 
     def empty(self, shape: Any, dtype: Any) -> DeviceArray:
         return self.view(int(self.allocate(0).handle), shape, dtype)
@@ -282,133 +250,10 @@ class FakeGpu:
     def reserve(self, size: int) -> None:
         self.reserved = size
 
-    def write(self, array: DeviceArray, host: Any) -> None:
-        self.written.append(array)
 
-    def quantize_rows(self, *arrays: DeviceArray) -> None:
-        self.quantised.append(arrays)
-
-
-class FakePinned:
-    def __init__(self, size: int) -> None:
-        self.bytes, self.address = np.zeros(size, np.uint8), 0
-        self.busy: Any = None
-
-    def wait(self) -> None:
-        self.busy = None
-
-    def used_by(self, stream: FakeStream) -> None:
-        assert self.busy is None, "pinned memory is written while a copy reads it"
-        self.busy = stream.record()
-
-
-class CountingSource:
-    """Writes the number of the pack; `broken` is the call that fails."""
-
-    def __init__(self, broken: int | None = None) -> None:
-        self.calls, self.broken = list[tuple[str, int]](), broken
-
-    def fill_device(self, gpu: Any, pack: Pack, arrays: Mapping[str, DeviceArray]) -> None:
-        self.calls.append((pack.network.name, -1 - pack.n))
-
-    def fill_host(self, pack: Pack, target: np.ndarray[Any, Any]) -> None:
-        assert threading.current_thread() is not threading.main_thread()
-        time.sleep(0.001)
-        self.calls.append((pack.network.name, pack.n))
-        if len(self.calls) == self.broken:
-            raise OSError("the disk is gone")
-        assert len(target) == pack.size
-
-
-def streamed_packs() -> list[Pack]:
-    made = networks(TINY, Plan(64, 48, 5, "fp8"))
-    return [Pack.of(made[name], n) for n in range(4) for name in ("attn_in", "attn_out", "ffn")]
-
-
-@pytest.fixture
-def copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    def copy(target: int, source: int, size: int, stream: FakeStream) -> None:
-        stream.log.append((stream.name, "copy", target, size))
-
-    monkeypatch.setattr(weights_module, "Pinned", FakePinned)
-    monkeypatch.setattr(weights_module, "copy", copy)
-
-
-def weights(gpu: FakeGpu, source: CountingSource, passing: set[str] | None = None) -> DeviceWeights:
-    return DeviceWeights(cast(Any, gpu), source, streamed_packs(), passing or set())
-
-
-def test_packs_come_in_order_and_no_slot_is_written_before_its_use_is_over(copies: None) -> None:
-    gpu, source = FakeGpu(), CountingSource()
-    order, steps = streamed_packs(), 3
-    stream = weights(gpu, source)
-    slots = {buffer.handle for buffer in gpu.buffers}
-    uses: list[tuple[int, int]] = []  # slot, and the line of the log at which the use is enqueued
-    for _ in range(steps):
-        for pack in order:
-            arrays = stream.bind(pack.network, pack.n)
-            slot = min(array.address for array in arrays.values())
-            assert slot in slots
-            uses.append((slot, len(gpu.log)))
-            assert {n: array.address - slot for n, array in arrays.items()} == pack.offsets
-            gpu.log.append(("compute", "use", slot))
-            stream.used(pack.network, pack.n)
-    cast(Any, stream._stream)._thread.shutdown()
-
-    assert source.calls[: len(uses)] == [(pack.network.name, pack.n) for pack in order] * steps
-    assert len(source.calls) == len(uses) + SLOTS
-    copied = [i for i, line in enumerate(gpu.log) if line[1] == "copy"]
-    assert [gpu.log[i][2] for i in copied][: len(uses)] == [slot for slot, _ in uses]
-    waits = [line[2] for line in gpu.log if line[:2] == ("copies", "wait")]
-    arrived = [line[2] for line in gpu.log if line[:2] == ("compute", "wait")]
-    for turn, (_, used_at) in enumerate(uses):
-        # The copy waits for what used the slot before, the use for the copy.
-        if turn >= SLOTS:
-            assert waits[turn].of == "compute" and waits[turn].at > uses[turn - SLOTS][1]
-        assert arrived[turn].of == "copies" and copied[turn] < arrived[turn].at < used_at
-
-
-def test_the_first_copies_wait_for_the_slots_to_be_allocated(copies: None) -> None:
-    gpu = FakeGpu()
-    stream = weights(gpu, CountingSource())
-    cast(Any, stream._stream)._thread.shutdown()
-    waits = [line[2] for line in gpu.log if line[:2] == ("copies", "wait")]
-    assert [event.of for event in waits] == ["compute"] * SLOTS
-
-
-def test_a_failure_of_the_loading_thread_reaches_bind(copies: None) -> None:
-    stream = weights(FakeGpu(), CountingSource(broken=3))
-    order = streamed_packs()
-    for pack in order[:2]:
-        stream.bind(pack.network, pack.n)
-        stream.used(pack.network, pack.n)
-    with pytest.raises(OSError, match="the disk is gone"):
-        stream.bind(order[2].network, order[2].n)
-    cast(Any, stream._stream)._thread.shutdown()
-
-
-def test_a_pack_out_of_turn_is_a_mistake(copies: None) -> None:
-    stream = weights(FakeGpu(), CountingSource())
-    with pytest.raises(AssertionError, match="is asked for"):
-        stream.bind(streamed_packs()[1].network, 0)
-    cast(Any, stream._stream)._thread.shutdown()
-
-
-def test_resident_packs_are_filled_once_and_passing_ones_are_freed() -> None:
-    gpu, source = FakeGpu(), CountingSource()
-    kept = DeviceWeights(cast(Any, gpu), source, [], {"context_kv"})
-    made = networks(TINY, Plan(64, 48, 5, "fp8"))
-    for _ in range(2):
-        for name in ("fuser", "context_kv"):
-            kept.bind(made[name], 1)
-            kept.used(made[name], 1)
-    assert source.calls == [("fuser", -2), ("context_kv", -2), ("context_kv", -2)]
-    assert [buffer.closed for buffer in gpu.buffers] == [False, True, True]
-    kept.release({"fuser"})
-    assert gpu.buffers[0].closed
-
-
-# The TensorRT executor
+class NoWeights:
+    def pieces(self, pack: Pack) -> Iterator[Any]:
+        return iter(())
 
 
 NETWORK = Network(
@@ -425,8 +270,9 @@ def executor(trt: FakeTensorRt, gpu: FakeGpu, plans: dict[str, bytes], home: Pat
     recipes = {name: recipe(trt, name, plan) for name, plan in plans.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRT_WAN_HOME", str(home))
-        made = GpuExecutor(cast(Any, gpu), open_engines(cast(Any, gpu), recipes))
-    made.start(1 << 20, DeviceWeights(cast(Any, gpu), CountingSource(), [], set()))
+        segments = open_engines(cast(Any, gpu), recipes)
+    made = GpuExecutor(cast(Any, gpu), segments, DeviceWeights(cast(Any, gpu), NoWeights()))
+    made.start_alone(1 << 20)
     return made
 
 
@@ -464,8 +310,6 @@ def test_executor_names_the_network_that_is_refused_or_fails(tmp_path: Path) -> 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import cuda.core
-
-    from trt_wan.errors import EnvironmentBroken
 
     def no_driver(ordinal: int) -> Any:
         raise RuntimeError("libcuda.so.1 not found\nand more")

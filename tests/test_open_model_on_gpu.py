@@ -27,7 +27,8 @@ from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.opening.residency import BLOCK, CONTEXT_BYTES, plan_residency
 from trt_wan.runtime.settings import Settings, WeightFiles
-from trt_wan.runtime.weights.on_device import SLOTS, Pack
+from trt_wan.runtime.weights.pack import Pack
+from trt_wan.runtime.weights.streaming import SLOTS
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 OTHER = Plan(32, 48, 9)

@@ -30,8 +30,8 @@ from trt_wan.runtime.opening import activation_memory as rehearsal
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.opening.residency import BLOCK, CONTEXT_BYTES, Residency, plan_residency
 from trt_wan.runtime.video.clips import Clips
-from trt_wan.runtime.weights.on_device import SLOTS
 from trt_wan.runtime.weights.random import RandomWeights
+from trt_wan.runtime.weights.streaming import SLOTS
 
 GB = 10**9
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int64": 8}

@@ -17,7 +17,7 @@ from trt_wan.engines.contracts import networks, vae_layers
 from trt_wan.engines.contracts.vae_layers import Layer
 from trt_wan.engines.precision import PRECISIONS
 from trt_wan.engines.shape import Plan
-from trt_wan.runtime.weights.on_device import nbytes
+from trt_wan.runtime.weights.pack import nbytes
 
 Unit = Literal["linear fp8", "linear", "attention", "convolution"]
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.runtime.device.arena import laid_out
-from trt_wan.runtime.device.gpu import Gpu, Pinned, copy
+from trt_wan.runtime.device.gpu import Gpu, copy
+from trt_wan.runtime.device.pinned import Pinned
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]

@@ -21,7 +21,7 @@ from trt_wan.engines.sam2.recipes import graph_set, recipes
 from trt_wan.errors import EnvironmentBroken
 from trt_wan.preprocess.sam2.memory_attention import open_memory_attention, require_kernel
 from trt_wan.preprocess.sam2.transfer import Carrier, DeviceCarrier, HostCarrier
-from trt_wan.preprocess.sam2.weights import Sam2Source, Sam2Weights
+from trt_wan.preprocess.sam2.weights import Sam2Weights
 from trt_wan.runtime.device.arena import ALIGNMENT
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, silent
@@ -30,7 +30,9 @@ from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
 from trt_wan.runtime.segments.segment import Segment
 from trt_wan.runtime.segments.tensorrt import open_engines
-from trt_wan.runtime.weights.on_device import DeviceWeights, nbytes
+from trt_wan.runtime.weights.on_device import DeviceWeights
+from trt_wan.runtime.weights.pack import nbytes
+from trt_wan.runtime.weights.sources import FileSource
 
 ExecutorName = Literal["auto", "onnxruntime", "tensorrt"]
 BATCH = 4  # frames per call of the encoder on a GPU
@@ -115,7 +117,7 @@ def open_sam2_on_gpu(
     segments: dict[str, Segment] = {**open_engines(gpu, engines, progress)}
     if plan.by_kernel:
         segments |= open_memory_attention(gpu, config, plan.memories)
-    executor = GpuExecutor(gpu, segments, DeviceWeights(gpu, Sam2Source(weights)))
+    executor = GpuExecutor(gpu, segments, DeviceWeights(gpu, FileSource({"sam2": weights})))
     executor.start_alone(arena_bytes(config, plan))
     return Sam2Model(config, plan, executor, weights, gpu)
 

@@ -17,8 +17,8 @@ from trt_wan.preprocess.sam2.kernels import THREADS, sam2_kernels
 from trt_wan.preprocess.sam2.resample import InputRule, model_input
 from trt_wan.preprocess.sam2.resize_on_gpu import Resizer, allocated
 from trt_wan.runtime.device.arena import ALIGNMENT, laid_out
-from trt_wan.runtime.device.gpu import DeviceArray, Gpu, Pinned, copy
-from trt_wan.runtime.device.pinned import Ring
+from trt_wan.runtime.device.gpu import DeviceArray, Gpu, copy
+from trt_wan.runtime.device.pinned import Pinned, Ring
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.video.reader import Picture
 

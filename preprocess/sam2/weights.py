@@ -3,7 +3,7 @@ tell which of the eight models a file is.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from trt_wan.engines.sam2.contracts import POS_EMBED, POS_EMBED_WINDOW, POSITION
 from trt_wan.errors import WeightsError
 from trt_wan.preprocess.sam2.resample import bicubic_matrix
 from trt_wan.preprocess.sam2.torch_file import USE, read_torch_file
-from trt_wan.runtime.device.gpu import DeviceArray, Gpu
-from trt_wan.runtime.weights.on_device import Pack
+from trt_wan.runtime.weights.stored import Stored
 from trt_wan.runtime.weights.tensor_file import TensorFile
 
 Values = NDArray[np.float32]
@@ -36,26 +35,18 @@ class Sam2Weights(Mapping[str, Values]):
             return position_table(self[POS_EMBED], self[POS_EMBED_WINDOW], self.config.mask_size)
         return self._stored[name]().astype(np.float32)
 
+    def stored(self, name: str) -> Stored:
+        """The tensor for the GPU."""
+        return Stored(self[name])
+
+    def rows(self, name: str, indices: Sequence[int]) -> Values:
+        return self.stored(name).rows(indices)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 
     def __len__(self) -> int:
         return len(self._stored)
-
-
-class Sam2Source:
-    """Fills GPU memory. All weights are resident: the largest model has 0.9 GB in float32."""
-
-    def __init__(self, weights: Mapping[str, Values]) -> None:
-        self.weights = weights
-
-    def fill_device(self, gpu: Gpu, pack: Pack, arrays: Mapping[str, DeviceArray]) -> None:
-        for tensor in pack.network.weights:
-            values = self.weights[pack.network.weight_key(tensor.name, pack.n)]
-            gpu.write(arrays[tensor.name], values.astype(np.dtype(tensor.dtype)))
-
-    def fill_host(self, pack: Pack, target: NDArray[np.uint8]) -> None:
-        raise AssertionError("SAM2's weights are never streamed")
 
 
 def load_sam2(path: Path) -> Sam2Weights:

@@ -1,16 +1,17 @@
-"""Plans one block of memory: who has which bytes. It owns no memory and needs no GPU.
+"""Hands out the bytes of one block of memory; needs no GPU.
 
-First fit with joining of neighbours. Everything that uses the block runs on one stream, in program order,
-so bytes that were given back may be handed out again at once: whoever gets them runs later.
+First fit with joining of neighbours. All work on the block runs on one stream, in program order, so bytes
+that were given back may be handed out again at once: their next user runs later.
 """
 
 from bisect import insort
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from trt_wan.errors import MemoryShort
 
-ALIGNMENT = 256  # bytes; what TensorRT asks of every address
+ALIGNMENT = 256  # bytes; TensorRT asks it of every address
 
 
 def laid_out(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
@@ -33,10 +34,13 @@ class Span:
 
 
 class Arena:
-    """`size` bytes to hand out; `peak` is the highest byte that was ever in use."""
+    """`size` bytes to hand out; `peak` is the highest byte that was ever in use.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    `memory` is the block, where there is one: it lives as long as an array that has bytes of it.
+    """
+
+    def __init__(self, size: int, memory: Any = None) -> None:
+        self.size, self.memory = size, memory
         self.peak = 0
         self.used = 0
         self._free = [Span(0, size)]  # sorted, never adjacent

@@ -33,22 +33,3 @@ __device__ float normal(u64 seed, u64 i) {
 RANDOM(random_float32, float)
 RANDOM(random_bfloat16, bf16)
 RANDOM(random_float8_e4m3fn, e4m3)
-
-// One block of threads per row: its largest magnitude over 448 is its scale.
-extern "C" __global__ void quantize_rows(const bf16* w, e4m3* out, float* scale, int inner) {
-    __shared__ float largest[256];
-    const bf16* row = w + (i64)blockIdx.x * inner;
-    float most = 0;
-    for (int i = threadIdx.x; i < inner; i += blockDim.x) most = fmaxf(most, fabsf(load(row + i)));
-    largest[threadIdx.x] = most;
-    __syncthreads();
-    for (int half = blockDim.x / 2; half; half /= 2) {
-        if (threadIdx.x < half)
-            largest[threadIdx.x] = fmaxf(largest[threadIdx.x], largest[threadIdx.x + half]);
-        __syncthreads();
-    }
-    float s = fmaxf(largest[0] / E4M3_MAX, 1e-12f);
-    if (threadIdx.x == 0) scale[blockIdx.x] = s;
-    for (int i = threadIdx.x; i < inner; i += blockDim.x)
-        store(out + (i64)blockIdx.x * inner + i, load(row + i) / s);
-}

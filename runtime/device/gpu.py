@@ -1,35 +1,48 @@
 """The GPU as the executor sees it: arrays in one arena, copies to and from the host, and the small kernels.
 
-Everything is enqueued on one compute stream; only `DeviceArray.__array__` (a download) and `sync` wait.
+Everything is enqueued on the compute stream `stream`, except for weights: `loads` reads and converts them,
+`copies` brings those that stream. Only `DeviceArray.__array__` (a download) and `sync` wait.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar, cast
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and float8_e4m3fn with numpy)
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from trt_wan.errors import EnvironmentBroken, MemoryShort
+from trt_wan.errors import EnvironmentBroken, MemoryShort, TrtWanError
 from trt_wan.runtime.device.arena import Arena, Span
+from trt_wan.runtime.device.checked import cuda, cuda_core
 from trt_wan.runtime.device.kernels import MAX_TERMS, NAMES, SOURCE, THREADS, Module
+from trt_wan.runtime.device.pinned import PageLocked, Pinned, Ring
 
 Host = NDArray[Any]
-
 T = TypeVar("T")
 
-STAGING_BYTES = 64 << 20  # pinned memory for copies; pinning costs about a second per GB
+# Pinned memory for uploads and downloads. With several slots an upload waits only if the host is that many
+# uploads ahead of the GPU.
+STAGING_SLOTS, STAGING_BYTES = 8, 8 << 20
+MOST_BLOCKS = 8192  # in a launch; kernels stride over the rest
 
 
 class DeviceArray:
-    """An array on the GPU, contiguous; its bytes return to where they came from when it is forgotten."""
+    """An array on the GPU, contiguous. Its bytes return to its arena when it is forgotten."""
 
     def __init__(
-        self, gpu: "Gpu", address: int, shape: Sequence[int], dtype: DTypeLike, span: Span | None
+        self,
+        gpu: "Gpu",
+        address: int,
+        shape: Sequence[int],
+        dtype: DTypeLike,
+        span: Span | None = None,
+        arena: Arena | None = None,
     ) -> None:
         self.gpu, self.address, self.shape, self.dtype = gpu, address, tuple(shape), np.dtype(dtype)
-        self._span = span
+        self._span, self._arena = span, arena
 
     @property
     def size(self) -> int:
@@ -44,12 +57,12 @@ class DeviceArray:
         return host if dtype is None else host.astype(dtype)
 
     def __del__(self) -> None:
-        if self._span is not None:
-            self.gpu.arena.give(self._span)
+        if self._span is not None and self._arena is not None:
+            self._arena.give(self._span)
 
 
 class Gpu:
-    """Device `ordinal`, with `arena_bytes` of it taken for activations at once."""
+    """Device `ordinal`. `close` gives all its memory back."""
 
     def __init__(self, ordinal: int = 0) -> None:
         try:
@@ -57,18 +70,19 @@ class Gpu:
 
             self.device = Device(ordinal)
             self.device.set_current()
-        except Exception as error:  # without a driver cuda.core raises whatever the loader did
+        except Exception as error:  # without a driver cuda.core raises the loader's error, of any class
             raise EnvironmentBroken(
                 f"No CUDA device can be used ({str(error).splitlines()[0]}).",
                 "Install an NVIDIA driver, or run on the CPU with --executor onnxruntime.",
             ) from error
+        self.ordinal = ordinal
         self.stream = self.device.create_stream()
         self.copies = self.device.create_stream()
+        self.loads = self.device.create_stream()
         self.kernels = Module(self.device, SOURCE, NAMES)
         self.arena = Arena(0)
-        self._arena_buffer: Any = None
-        self._staging = Pinned(STAGING_BYTES)
-        self._made: dict[Hashable, Any] = {}
+        self._staging = Ring(STAGING_SLOTS, STAGING_BYTES)
+        self._kept: dict[Hashable, Any] = {}
 
     @property
     def name(self) -> str:
@@ -84,45 +98,63 @@ class Gpu:
         """The driver's CUDA version, major number: engines built under another are built again."""
         from cuda.bindings import runtime
 
-        error, version = runtime.cudaDriverGetVersion()
-        assert not error, error
-        return int(version) // 1000
+        return int(cuda(runtime.cudaDriverGetVersion())) // 1000
 
     @property
     def handle(self) -> int:
         return int(self.stream.handle)
 
     def free_bytes(self) -> int:
+        """Bytes that can be allocated: free on the device, or freed here and kept by CUDA for later use."""
         from cuda.bindings import runtime
 
-        error, free, _ = runtime.cudaMemGetInfo()
-        assert not error, error
+        free, _ = cuda(runtime.cudaMemGetInfo())
+        attributes = runtime.cudaMemPoolAttr
+        if (pool := self._pool()) is not None:
+            reserved = cuda(
+                runtime.cudaMemPoolGetAttribute(pool, attributes.cudaMemPoolAttrReservedMemCurrent)
+            )
+            used = cuda(runtime.cudaMemPoolGetAttribute(pool, attributes.cudaMemPoolAttrUsedMemCurrent))
+            return int(free) + int(reserved) - int(used)
         return int(free)
 
     def reserve(self, arena_bytes: int) -> None:
-        """Takes the arena. No array of an earlier one may be alive."""
-        assert self.arena.used == 0, f"{self.arena.used} bytes of the arena are in use"
-        self._arena_buffer = self.allocate(arena_bytes)
-        self.arena = Arena(arena_bytes)
+        """Takes the arena, in place of an earlier one. Arrays of the earlier one keep its memory alive."""
+        if self.arena.memory is not None and not self.arena.used:
+            self.arena.memory.close(self.stream)
+        self.arena = Arena(0)
+        self.arena = Arena(arena_bytes, self.allocate(arena_bytes))
 
-    def allocate(self, size: int) -> Any:
-        """A buffer outside the arena, for what is no activation: weights, engines' scratch."""
+    def allocate(self, size: int, stream: Any = None) -> Any:
+        """A buffer outside the arena, for weights and engines' scratch. Usable on `stream` (by default the
+        compute stream) at once, on others after an event of it. Raises MemoryShort.
+        """
         try:
-            return self.device.allocate(size, stream=self.stream)
-        except Exception as error:
+            with cuda_core():
+                return self.device.allocate(size, stream=stream or self.stream)
+        except MemoryShort as error:
             raise MemoryShort(
                 f"{size / 1e9:.1f} GB of GPU memory could not be taken; "
                 f"{self.free_bytes() / 1e9:.1f} GB are free.",
-                "Close other programs on the GPU, or lower --vram.",
+                error.hint,
             ) from error
+
+    def pinned(self, size: int) -> Pinned:
+        return Pinned(size)
+
+    def page_locked(self, size: int) -> PageLocked:
+        return PageLocked(size)
+
+    def copy(self, target: int, source: int, size: int, stream: Any) -> None:
+        copy(target, source, size, stream)
 
     def empty(self, shape: Sequence[int], dtype: DTypeLike) -> DeviceArray:
         span = self.arena.take(math.prod(shape) * np.dtype(dtype).itemsize)
-        return DeviceArray(self, int(self._arena_buffer.handle) + span.start, shape, dtype, span)
+        return DeviceArray(self, int(self.arena.memory.handle) + span.start, shape, dtype, span, self.arena)
 
     def view(self, address: int, shape: Sequence[int], dtype: DTypeLike) -> DeviceArray:
-        """An array over memory that somebody else keeps."""
-        return DeviceArray(self, address, shape, dtype, None)
+        """An array over memory that the caller keeps alive."""
+        return DeviceArray(self, address, shape, dtype)
 
     def upload(self, host: Host) -> DeviceArray:
         array = self.empty(host.shape, host.dtype)
@@ -132,22 +164,28 @@ class Gpu:
     def write(self, array: DeviceArray, host: Host) -> None:
         """Copies host memory of any kind through pinned memory, a piece at a time."""
         source = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
-        for start in range(0, len(source), STAGING_BYTES):
-            piece = source[start : start + STAGING_BYTES]
-            self._staging.wait()
-            self._staging.bytes[: len(piece)] = piece
-            copy(array.address + start, self._staging.address, len(piece), self.stream)
-            self._staging.used_by(self.stream)
+        for start in range(0, len(source), self._staging.size):
+            piece = source[start : start + self._staging.size]
+            _, slot = self._staging.take()
+            slot.bytes[: len(piece)] = piece
+            self.copy(array.address + start, slot.address, len(piece), self.stream)
+            slot.used_by(self.stream)
 
     def download(self, array: DeviceArray) -> Host:
+        """Waits for the array's numbers. Pieces are copied to `host` while later ones are on their way."""
         host = np.empty(array.shape, array.dtype)
         target = host.reshape(-1).view(np.uint8)
-        for start in range(0, len(target), STAGING_BYTES):
-            piece = target[start : start + STAGING_BYTES]
-            self._staging.wait()
-            copy(self._staging.address, array.address + start, len(piece), self.stream)
-            self.stream.sync()
-            piece[:] = self._staging.bytes[: len(piece)]
+        coming: deque[tuple[Pinned, Host]] = deque()
+        for start in range(0, len(target), self._staging.size):
+            if len(coming) == len(self._staging):
+                _arrive(*coming.popleft())
+            piece = target[start : start + self._staging.size]
+            _, slot = self._staging.take()
+            self.copy(slot.address, array.address + start, len(piece), self.stream)
+            slot.used_by(self.stream)
+            coming.append((slot, piece))
+        for slot, piece in coming:
+            _arrive(slot, piece)
         return host
 
     def combine(self, terms: Sequence[tuple[float, Any]]) -> DeviceArray:
@@ -157,71 +195,69 @@ class Gpu:
         out = self.empty(arrays[0].shape, np.float32)
         addresses = [array.address for array in arrays] + [0] * (MAX_TERMS - len(arrays))
         factors = [np.float32(factor) for factor, _ in terms] + [np.float32(0)] * (MAX_TERMS - len(arrays))
-        self._launch(
-            "combine", out.size, out.address, np.int64(out.size), np.int32(len(arrays)), *addresses, *factors
-        )
+        counts = np.int64(out.size), np.int32(len(arrays))
+        self._launch(self.stream, "combine", out.size, out.address, *counts, *addresses, *factors)
         return out
 
-    def fill_random(self, array: DeviceArray, seed: int, mean: float, deviation: float) -> None:
+    def fill_random(
+        self, array: DeviceArray, seed: int, mean: float, deviation: float, stream: Any = None
+    ) -> None:
         """Normal numbers, the same for the same seed and size on every GPU."""
-        arguments = (
-            array.address,
-            np.int64(array.size),
-            np.uint64(seed),
-            np.float32(mean),
-            np.float32(deviation),
-        )
-        self._launch(f"random_{array.dtype.name}", array.size, *arguments)
-
-    def quantize_rows(self, weight: DeviceArray, values: DeviceArray, scale: DeviceArray) -> None:
-        """bf16 [out, in] to E4M3 [out, in] and float32 [out], one scale per output channel."""
-        out, inner = weight.shape
-        addresses = (weight.address, values.address, scale.address)
-        self.kernels.launch(self.stream, "quantize_rows", out, THREADS, *addresses, np.int32(inner))
+        numbers = np.uint64(seed), np.float32(mean), np.float32(deviation)
+        kernel = f"random_{array.dtype.name}"
+        self._launch(stream or self.stream, kernel, array.size, array.address, np.int64(array.size), *numbers)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The object of that key, made at its first use and kept for as long as this Gpu."""
-        if key not in self._made:
-            self._made[key] = make()
-        made: T = self._made[key]
-        return made
+        """The object of that key, made at the first call and kept as long as this Gpu."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return cast(T, self._kept[key])
 
     def sync(self) -> None:
-        self.stream.sync()
+        with cuda_core():
+            self.stream.sync()
 
     def close(self) -> None:
-        """Frees the arena."""
-        if self._arena_buffer is not None:
-            self._arena_buffer.close(self.stream)
-            self._arena_buffer = None
+        """Frees the arena, the staging memory and the kept objects, and returns unused memory to the system.
+        Buffers from `allocate` must be closed before. Succeeds after a GPU fault too.
+        """
+        from cuda.bindings import runtime
 
-    def _launch(self, name: str, work: int, *arguments: Any) -> None:
-        blocks = min(-(-work // THREADS), 8192)  # the kernels stride over the rest
-        self.kernels.launch(self.stream, name, blocks, THREADS, *arguments)
+        with suppress(TrtWanError):
+            for stream in (self.stream, self.copies, self.loads):
+                with cuda_core():
+                    stream.sync()
+        for kept in self._kept.values():
+            if hasattr(kept, "close"):
+                kept.close()
+        self._kept.clear()
+        with suppress(TrtWanError), cuda_core():
+            if self.arena.memory is not None:
+                self.arena.memory.close(self.stream)
+            self.arena = Arena(0)
+            self._staging.close()
+            self.stream.sync()
+            if (pool := self._pool()) is not None:
+                cuda(runtime.cudaMemPoolTrimTo(pool, 0))
+            for stream in (self.stream, self.copies, self.loads):
+                stream.close()
+
+    def _pool(self) -> Any:
+        """CUDA's pool that buffers come from; None on a device without pools."""
+        from cuda.bindings import runtime
+
+        if not self.device.properties.memory_pools_supported:
+            return None
+        return cuda(runtime.cudaDeviceGetMemPool(self.ordinal))
+
+    def _launch(self, stream: Any, name: str, work: int, *arguments: Any) -> None:
+        blocks = min(-(-work // THREADS), MOST_BLOCKS)
+        self.kernels.launch(stream, name, blocks, THREADS, *arguments)
 
 
-class Pinned:
-    """Page-locked host memory that one copy at a time reads or writes."""
-
-    def __init__(self, size: int) -> None:
-        from cuda.core import LegacyPinnedMemoryResource
-
-        self._buffer = LegacyPinnedMemoryResource().allocate(size)
-        self.address = int(self._buffer.handle)
-        import ctypes
-
-        self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(
-            (ctypes.c_uint8 * size).from_address(self.address)
-        )
-        self._event: Any = None
-
-    def used_by(self, stream: Any) -> None:
-        self._event = stream.record()
-
-    def wait(self) -> None:
-        if self._event is not None:
-            self._event.sync()
-            self._event = None
+def _arrive(slot: Pinned, piece: Host) -> None:
+    slot.wait()
+    piece[:] = slot.bytes[: len(piece)]
 
 
 def copy(target: int, source: int, size: int, stream: Any) -> None:
@@ -229,5 +265,4 @@ def copy(target: int, source: int, size: int, stream: Any) -> None:
     from cuda.bindings import runtime
 
     kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
-    (error,) = runtime.cudaMemcpyAsync(target, source, size, kind, int(stream.handle))
-    assert not error, f"copy of {size} bytes: {error}"
+    cuda(runtime.cudaMemcpyAsync(target, source, size, kind, int(stream.handle)))

@@ -6,6 +6,7 @@ are kept.
 """
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from trt_wan.engines.choice.candidates import Candidate, Engine, Machine, candidates, tiers
@@ -17,7 +18,7 @@ from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.engine_id import Recipe
-from trt_wan.errors import UsageError
+from trt_wan.errors import GpuFault, UsageError
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.executors import Array, Observe
@@ -25,6 +26,7 @@ from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.opening.residency import (
+    BEFORE_THE_STEPS,
     BLOCK,
     CONTEXT_BYTES,
     KERNELS_BYTES,
@@ -33,7 +35,9 @@ from trt_wan.runtime.opening.residency import (
 )
 from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
 from trt_wan.runtime.settings import Settings
-from trt_wan.runtime.weights.on_device import DeviceWeights, Pack, WeightSource
+from trt_wan.runtime.weights.on_device import DeviceWeights
+from trt_wan.runtime.weights.pack import Pack
+from trt_wan.runtime.weights.sources import WeightSource
 
 MOST_SIZES = 4  # whose segments are kept
 
@@ -57,6 +61,7 @@ class GpuSizes:
         )
         self._budget = int(total)
         self.weights = DeviceWeights(gpu, source)
+        self.weights.plan([], () if settings.keep_encoders else BEFORE_THE_STEPS)
         self._executors: dict[Plan, GpuExecutor] = {}  # the size used last comes last
         self._models: dict[Plan, Model] = {}
         self._scratch: tuple[Any, int] | None = None  # buffer, bytes
@@ -92,14 +97,16 @@ class GpuSizes:
         if self._gpu.arena.size != residency.arena:
             self._gpu.reserve(residency.arena)
         executor.start(self._take_scratch(residency.scratch))
-        self.weights.prefetch([*others, *blocks])
+        room = self._budget - residency.arena - residency.scratch - residency.slots
+        self.weights.prefetch([*others, *blocks], room)
         return self._models[plan]
 
     def resume(self) -> None:
         self._gpu.device.set_current()
 
     def close(self) -> None:
-        self._gpu.sync()
+        with suppress(GpuFault):  # everything else is freed all the same
+            self._gpu.sync()
         self._executors.clear()
         self._models.clear()
         self.weights.close()

@@ -39,10 +39,9 @@ from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.text_cache import TextCache
 from trt_wan.runtime.video.clips import Clips
 from trt_wan.runtime.weights.checkpoint import load_weights
-from trt_wan.runtime.weights.convert import FileSource, RandomSource
 from trt_wan.runtime.weights.find_tokenizer import find_tokenizer
-from trt_wan.runtime.weights.on_device import WeightSource
 from trt_wan.runtime.weights.random import RandomWeights
+from trt_wan.runtime.weights.sources import FileSource, RandomSource, WeightSource
 
 RANDOM_SEED = 0
 FP8_CAPABILITY = (8, 9)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
 from trt_wan.errors import MemoryShort
-from trt_wan.runtime.weights.on_device import SLOTS, Pack
+from trt_wan.runtime.weights.pack import Pack
+from trt_wan.runtime.weights.streaming import SLOTS
 
 BLOCK = ("attn_in", "attn_out", "ffn")  # those with weights, in the order of a block
 BEFORE_THE_STEPS = (

@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import EllipsisType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,64 +23,57 @@ from trt_wan.engines.contract import Part
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.weights.find_files import find_files, option, spoken
 from trt_wan.runtime.weights.names import canonical
-from trt_wan.runtime.weights.tensor_file import DTYPES, TensorFile
+from trt_wan.runtime.weights.stored import FP8_TYPES, Stored
+from trt_wan.runtime.weights.tensor_file import TensorFile
 
-FP8_TYPES = ("F8_E4M3", "F8_E5M2")
 FLOAT_TYPES = ("F32", "F16", "BF16", *FP8_TYPES)
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 SCALED_MARKER = "scaled_fp8"
 PATCH_EMBEDDING = "patch_embedding.weight"
 
-# The float32 value of each of the 256 codes; five times as fast as ml_dtypes' astype.
-FP8_VALUES = {
-    name: np.arange(256, dtype=np.uint8).view(DTYPES[name]).astype(np.float32) for name in FP8_TYPES
-}
-
 
 class Checkpoint(Mapping[str, NDArray[np.float32]]):
-    """The tensors of one part by canonical name, float32, read from the map when asked for."""
+    """The `Tensors` of one file. Values are read when a tensor is asked for."""
 
     def __init__(self, path: Path) -> None:
         self.file = TensorFile(path)
-        self.stored = {canonical(name): name for name in self.file}
-        self.scaled = any(name == SCALED_MARKER or name.endswith(SCALE_SUFFIXES) for name in self.stored)
+        self.names = {canonical(name): name for name in self.file}
+        self.scaled = any(name == SCALED_MARKER or name.endswith(SCALE_SUFFIXES) for name in self.names)
 
     @property
     def path(self) -> Path:
         return self.file.path
 
-    def __getitem__(self, name: str) -> NDArray[np.float32]:
+    def stored(self, name: str) -> Stored:
+        """The tensor as it lies in the file; the motion encoder's ORTHONORMAL is computed."""
         if name == ORTHONORMAL:
-            return orthonormal(self[DIRECTION])
-        return self._read(name, ...)
+            return Stored(orthonormal(self[DIRECTION]))
+        entry = self.file[self.names[name]]
+        scales = self._scales(name) if entry.dtype in FP8_TYPES else None
+        return Stored(self.file.read(self.names[name]), scales, entry.file, entry.start)
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        return self.stored(name).float32()
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self.stored or (name == ORTHONORMAL and DIRECTION in self.stored)
+        return name in self.names or (name == ORTHONORMAL and DIRECTION in self.names)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.stored)
+        return len(self.names)
 
     def rows(self, name: str, indices: Sequence[int]) -> NDArray[np.float32]:
-        """Some rows of a table; the rest of it is not read."""
-        return self._read(name, list(indices))
+        """Some rows of a table; the other rows are not read."""
+        return self.stored(name).rows(indices)
 
     def raw(self, name: str) -> NDArray[np.generic]:
         """The stored values of a tensor that is not a weight, such as an embedded tokenizer."""
-        return self.file.read(self.stored[name])
-
-    def scales(self, name: str) -> NDArray[np.float32]:
-        """What the rows of an FP8 tensor are multiplied by, [out]; ones in a file without scales."""
-        rows = self.shape(name)[0]
-        scale = self._scale_of(name)
-        if scale is None:
-            return np.ones(rows, np.float32)
-        return np.broadcast_to(self.file.read(scale).astype(np.float32).reshape(-1), rows).copy()
+        return self.file.read(self.names[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.file[self.stored[name]].shape
+        return self.file[self.names[name]].shape
 
     def require(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
         """WeightsError that names every tensor that is missing, has another shape, or cannot be read."""
@@ -93,31 +85,23 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
                 "Use the checkpoint of Wan2.2-Animate-14B in bf16, fp16 or scaled FP8.",
             )
 
-    def _read(self, name: str, rows: list[int] | EllipsisType) -> NDArray[np.float32]:
-        stored = self.stored[name]
-        dtype = self.file[stored].dtype
-        values = self.file.read(stored)[rows]
-        if dtype not in FP8_TYPES:
-            return values.astype(np.float32)
-        result = FP8_VALUES[dtype][values.view(np.uint8)]
+    def _scales(self, name: str) -> NDArray[np.float32] | None:
+        """The scale of every row of an FP8 tensor; None in a file without scales."""
         scale = self._scale_of(name)
-        if scale is not None:
-            factor = self.file.read(scale).astype(np.float32)
-            per_row = factor.size > 1
-            result *= factor.reshape(-1, *[1] * (result.ndim - 1))[rows] if per_row else factor.reshape(())
-        return result
+        if scale is None:
+            return None
+        values = self.file.read(scale).astype(np.float32).reshape(-1)
+        return np.broadcast_to(values, self.shape(name)[:1])
 
     def _scale_of(self, name: str) -> str | None:
         """The stored name of an FP8 tensor's scale."""
         layer = name.removesuffix(".weight")
-        return next(
-            (self.stored[s] for suffix in SCALE_SUFFIXES if (s := layer + suffix) in self.stored), None
-        )
+        return next((self.names[s] for suffix in SCALE_SUFFIXES if (s := layer + suffix) in self.names), None)
 
     def _fault(self, name: str, shape: tuple[int, ...]) -> str | None:
-        if name not in self.stored:
+        if name not in self.names:
             return "is missing"
-        entry = self.file[self.stored[name]]
+        entry = self.file[self.names[name]]
         if entry.dtype not in FLOAT_TYPES:
             return f"has the type {entry.dtype}{self._quantisation(name)}, which is not supported"
         if entry.shape != shape:
@@ -137,14 +121,14 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
         )
 
     def _quantisation(self, name: str) -> str:
-        """What the file says of a tensor's format, for a message (model_spec.md 5.2, comfy_quant)."""
-        described = self.stored.get(name.removesuffix("weight") + "comfy_quant")
+        """The format of a tensor in the file's own words, for a message (model_spec.md 5.2, comfy_quant)."""
+        described = self.names.get(name.removesuffix("weight") + "comfy_quant")
         with suppress(ValueError, KeyError, TypeError):
             if described is not None:
                 layer = json.loads(self.file.read(described).tobytes())
             else:
                 layers = json.loads(str(self.file.metadata["_quantization_metadata"]))["layers"]
-                layer = layers[self.stored[name].removesuffix(".weight")]
+                layer = layers[self.names[name].removesuffix(".weight")]
             return f" ({layer['format']})"
         return ""
 
@@ -172,8 +156,8 @@ def load_weights(
 ) -> tuple[ModelConfig, dict[Part, Checkpoint]]:
     """The model and the checked checkpoint of every part: `chosen`, or found in or below `folders`.
 
-    Of several files that hold a part, the one that fits is taken: a folder of models has other CLIPs and
-    other T5s. Raises WeightsError.
+    Several files may hold a part, since a folder of models has other CLIPs and other T5s: the one that fits
+    is taken. Reads headers only. Raises WeightsError.
     """
     files = {part: [path] for part, path in chosen.items()}
     files |= find_files(folders, [part for part in PARTS if part not in chosen])

@@ -1,7 +1,7 @@
-"""Finds the checkpoint files in a folder by the tensors they list, whatever they are called.
+"""Finds the checkpoint files in folders by the tensors they list; their names do not matter.
 
-Only headers are read, and of a broken file that nobody needs nothing is said: a folder of models holds
-thousands of files that are none of our business.
+Only headers are read. A broken file that no part needs is not mentioned: a folder of models holds thousands
+of unrelated files.
 """
 
 import os
@@ -17,14 +17,14 @@ from trt_wan.runtime.weights.tensor_file import INDEX, read_index, stored_names
 def find_files(folders: Sequence[Path], parts: Collection[Part]) -> dict[Part, list[Path]]:
     """For each of `parts` the files (or indexes) in or below `folders` that hold it, at least one.
 
-    Raises WeightsError that names every part that is nowhere, and the files that could not be read.
+    Raises WeightsError that names every part that was not found, and the files that could not be read.
     """
     found: dict[Part, list[Path]] = {part: [] for part in parts}
-    for folder in folders if parts else ():
-        if not folder.is_dir():
-            raise WeightsError(f"There is no weights folder {folder}.", "Name it with --weights DIR.")
+    unknown = [str(folder) for folder in folders if not folder.is_dir()]
+    if parts and unknown:
+        raise WeightsError(f"There is no weights folder {', '.join(unknown)}.", "Name it with --weights DIR.")
     broken = []
-    for path in [path for folder in folders for path in _checkpoints_below(folder)] if parts else ():
+    for path in _checkpoints_below(folders) if parts else ():
         try:
             names = stored_names(path)
         except WeightsError as error:
@@ -35,7 +35,7 @@ def find_files(folders: Sequence[Path], parts: Collection[Part]) -> dict[Part, l
                 found[part].append(path)
     missing = [part for part, paths in found.items() if not paths]
     if missing:
-        places = ", ".join(map(str, folders))
+        places = " or ".join(map(str, folders))
         raise WeightsError(
             f"No safetensors file in {places} holds the {' or the '.join(map(spoken, missing))}"
             + "".join(f"; {fault}" for fault in broken)
@@ -53,10 +53,10 @@ def option(part: Part) -> str:
     return "--" + part.replace("_", "-")
 
 
-def _checkpoints_below(folder: Path) -> Iterator[Path]:
+def _checkpoints_below(folders: Sequence[Path]) -> Iterator[Path]:
     """Indexes, then the files that are no index's shards, each real file once."""
     indexes, singles = [], []
-    for path in _walk(folder):
+    for path in _walk(folders):
         if path.name.endswith(INDEX):
             indexes.append(path)
         elif path.suffix == ".safetensors":
@@ -67,7 +67,7 @@ def _checkpoints_below(folder: Path) -> Iterator[Path]:
         try:
             seen |= {shard.resolve() for shard in read_index(index).values()}
         except WeightsError:
-            pass  # whoever opens the index hears of it
+            pass  # the caller raises it when it opens the index
     for path in singles:
         real = path.resolve()
         if real not in seen:
@@ -75,14 +75,15 @@ def _checkpoints_below(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folders: Sequence[Path]) -> Iterator[Path]:
     """All files below, through links to other folders (models live on another disk), each folder once."""
     seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = Path(parent).resolve()
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield from (Path(parent, name) for name in sorted(names))
+    for folder in folders:
+        for parent, inner, names in os.walk(folder, followlinks=True):
+            real = Path(parent).resolve()
+            if real in seen:
+                inner.clear()
+                continue
+            seen.add(real)
+            inner.sort()
+            yield from (Path(parent, name) for name in sorted(names))

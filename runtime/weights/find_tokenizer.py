@@ -1,7 +1,7 @@
-"""Finds the tokenizer that goes with a text encoder: as told, inside its file, or beside it.
+"""Finds the tokenizer of a text encoder: the given file, or inside the file of the encoder, or beside it.
 
-Only in the places where umT5's lies in known layouts: a folder of models is full of other models' files of
-the same name, and a foreign tokenizer would be a wrong prompt without an error.
+Only the places of known layouts are searched: a folder of models is full of other models' files of the same
+name, and a foreign tokenizer would give a wrong prompt without an error.
 """
 
 from collections.abc import Sequence
@@ -31,13 +31,14 @@ def find_tokenizer(
     return load(path, length)
 
 
-def _search(beside: Path, weights: Sequence[Path]) -> Path | None:
-    folders = (
+def _search(beside: Path, folders: Sequence[Path]) -> Path | None:
+    places = [
         beside,
         beside / "tokenizer",
         beside / "google/umt5-xxl",  # the official repository
         beside.parent / "tokenizer",  # diffusers: beside the folder text_encoder
-        *(folder / name for folder in weights for name in (".", "tokenizer", "google/umt5-xxl")),
-    )
-    candidates = (folder / name for folder in folders for name in NAMES)
+    ]
+    for folder in folders:
+        places += [folder, folder / "tokenizer", folder / "google/umt5-xxl"]
+    candidates = (place / name for place in places for name in NAMES)
     return next((path for path in candidates if path.is_file()), None)

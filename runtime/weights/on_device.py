@@ -1,154 +1,355 @@
-"""Weights on the GPU: resident, or streamed through a few slots ahead of their use.
+"""Weights on the GPU: resident, or finished once and streamed from page-locked memory every step.
 
-The weights of one network and set (of block 7's `attn_out`, say) are one *pack*: a run of bytes, each tensor
-at a multiple of 256. A resident pack has a buffer of its own. Streamed packs come around in the same order
-every step; a thread writes the next ones from their files into pinned memory and from there into the slots
-of those already used, while the GPU computes.
+A thread loads packs ahead of their use, in the order in which a job first uses them (loader.py). A pack that
+is bound and not loaded yet goes first. Packs of `passing` networks are freed after their use.
 """
 
-import math
-from collections.abc import Collection, Mapping
+import threading
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from trt_wan.engines.contract import Network, Tensor
+from trt_wan.engines.contract import Network
+from trt_wan.errors import MemoryShort, TrtWanError
 from trt_wan.runtime.device.arena import ALIGNMENT
-from trt_wan.runtime.device.gpu import DeviceArray, Gpu, Pinned, copy
+from trt_wan.runtime.device.checked import cuda_core
+from trt_wan.runtime.device.gpu import DeviceArray, Gpu
+from trt_wan.runtime.device.pinned import PageLocked, require_host_memory
+from trt_wan.runtime.weights.loader import Held, Loader
+from trt_wan.runtime.weights.pack import Key, Pack
+from trt_wan.runtime.weights.sources import Piece, Place, WeightSource
+from trt_wan.runtime.weights.streaming import Streaming
 
-SLOTS = 2  # one in use, one on its way
-Key = tuple[str, int]  # network, set
-
-
-@dataclass(frozen=True)
-class Pack:
-    network: Network
-    n: int
-    offsets: Mapping[str, int]  # bytes from the start of the pack
-    size: int
-
-    @staticmethod
-    def of(network: Network, n: int) -> "Pack":
-        offsets, size = {}, 0
-        for tensor in network.weights:
-            offsets[tensor.name] = size
-            size += -(-nbytes(tensor) // ALIGNMENT) * ALIGNMENT
-        return Pack(network, n, offsets, size)
-
-    def arrays(self, gpu: Gpu, address: int) -> dict[str, DeviceArray]:
-        return {
-            t.name: gpu.view(address + self.offsets[t.name], t.shape, t.dtype) for t in self.network.weights
-        }
-
-
-def nbytes(tensor: Tensor) -> int:
-    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
-
-
-class WeightSource(Protocol):
-    """Where weights come from: files, or a random generator."""
-
-    def fill_device(self, gpu: Gpu, pack: Pack, arrays: Mapping[str, DeviceArray]) -> None:
-        """Enqueues the writing of every tensor of the pack."""
-        ...
-
-    def fill_host(self, pack: Pack, target: NDArray[np.uint8]) -> None:
-        """Writes the pack's bytes; called from another thread."""
-        ...
+AHEAD = 2  # packs of passing networks that may be loaded before their use
+LOCKERS = 4  # threads that page-lock memory: each pack is touched by one of them
 
 
 class DeviceWeights:
-    """Packs by network and set."""
+    """`bind` and `used` belong to one thread, the one that enqueues."""
 
     def __init__(self, gpu: Gpu, source: WeightSource) -> None:
         self.gpu, self.source = gpu, source
-        self.passing: set[str] = set()
-        self._resident: dict[Key, tuple[Any, dict[str, DeviceArray]]] = {}
-        self._stream: _Stream | None = None
+        self.passing: frozenset[str] = frozenset()
+        self._resident: dict[Key, Held] = {}
+        self._made: dict[Key, Held] = {}  # finished in page-locked memory, or under way there
+        self._memory: dict[Key, Future[PageLocked]] = {}
+        self._streamed: dict[Key, Pack] = {}
+        self._streaming: Streaming | None = None
+        self._scratch: Any = None  # where streamed packs are converted
+        self._lockers: ThreadPoolExecutor | None = None
+        self._changed = threading.Condition()
+        self._urgent: deque[Held] = deque()
+        self._queue: dict[Key, Pack] = {}
+        self._room: int | None = None
+        self._thread: threading.Thread | None = None
+        self._running = False
+        self._loader = Loader(gpu, self._take, self._begin, self._finish)
 
-    def plan(self, streamed: list[Pack], passing: Collection[str]) -> None:
-        """Call before a job. `streamed` packs are not resident; they are in the order of a step. The packs of
-        networks `passing` are freed after each use.
+    # ---- for the job ----
+
+    def plan(self, streamed: Sequence[Pack], passing: Collection[str] = ()) -> None:
+        """Sets the packs that stream from now on, in the order of a step, and the networks whose packs are
+        freed after each use. Call between jobs.
+
+        Packs that are loaded move to page-locked memory and back without being read again. Raises MemoryShort
+        and changes nothing if host memory is short.
         """
-        self.passing = set(passing)
-        self._stream = _Stream(self.gpu, self.source, streamed) if streamed else None
+        wanted = {pack.key: pack for pack in streamed}
+        self._idle()
+        new = [pack for pack in streamed if pack.key not in self._memory]
+        if new:
+            require_host_memory(sum(pack.size for pack in new))
+        begun, self.passing = frozenset(passing) - self.passing, frozenset(passing)
+        self._forget([key for key in self._resident if key[0] in begun])
+        if list(wanted) == list(self._streamed):
+            return
+        self._drop_streaming()
+        self._streamed = wanted
+        for key in [key for key in self._memory if key not in wanted and key not in self._made]:
+            _unlock(self._memory.pop(key))
+        for pack in new:
+            self._memory[pack.key] = self._lock(pack)
+        for pack in new:
+            if pack.key in self._resident:
+                self._move_down(pack)
+        if streamed:
+            self._streaming = Streaming(self.gpu, list(streamed), self._finished)
 
-    def prefetch(self, packs: list[Pack]) -> None:
-        """`packs` are in the order of their first use."""
+    def prefetch(self, packs: Sequence[Pack], room: int | None = None) -> None:
+        """Loads packs ahead of `bind`, in the order in which the coming job first uses them.
 
-    def close(self) -> None:
-        self.release({name for name, _ in self._resident})
-        self._stream = None
+        At most AHEAD packs of passing networks wait loaded for their use. Other packs go on being loaded
+        meanwhile, until resident packs and AHEAD passing ones would take more than `room` bytes.
+        """
+        wanted = {pack.key for pack in packs}
+        with self._changed:
+            self._queue = {}  # before anything is freed, or the loader would take the next of the old queue
+            stale = [key for key in self._resident if key[0] in self.passing and key not in wanted]
+        self._forget(stale)
+        with self._changed:
+            self._room = room
+            self._queue = {pack.key: pack for pack in packs if pack.key not in self._table(pack.key)}
+            self._wake()
 
     def bind(self, network: Network, n: int) -> dict[str, DeviceArray]:
-        """The weights, ready for what is enqueued next on the compute stream."""
-        key = (network.name, n)
-        if self._stream is not None and key in self._stream.position:
-            return self._stream.bind(key)
-        if key not in self._resident:
-            pack = Pack.of(network, n)
-            buffer = self.gpu.allocate(max(pack.size, ALIGNMENT))
-            arrays = pack.arrays(self.gpu, int(buffer.handle))
-            self.source.fill_device(self.gpu, pack, arrays)
-            self._resident[key] = buffer, arrays
-        return self._resident[key][1]
+        """The weights, for work that is enqueued next on the compute stream. Raises the errors of loading."""
+        key = network.name, n
+        if key in self._streamed:
+            assert self._streaming is not None
+            return self._streaming.bind(key)
+        held = self._resident.get(key)
+        if held is None or not held.joined:
+            held = self._waited(Pack.of(network, n) if held is None else held.pack)
+            self._join(held)
+        return held.arrays
 
     def used(self, network: Network, n: int) -> None:
-        """Says that everything that reads the weights is enqueued."""
-        key = (network.name, n)
-        if self._stream is not None and key in self._stream.position:
-            self._stream.used(key)
+        """Call after everything that reads the weights has been enqueued."""
+        key = network.name, n
+        if key in self._streamed:
+            assert self._streaming is not None
+            self._streaming.used(key)
         elif network.name in self.passing:
-            self._free(key)
+            self._forget([key])
 
-    def release(self, names: set[str]) -> None:
-        """Frees the resident packs of some networks, after what is enqueued."""
-        for key in [key for key in self._resident if key[0] in names]:
-            self._free(key)
+    def release(self, names: Collection[str]) -> None:
+        """Frees the resident packs of some networks, after what is enqueued, and loads no more of them."""
+        with self._changed:
+            self._queue = {key: pack for key, pack in self._queue.items() if key[0] not in names}
+            loaded = [key for key in self._resident if key[0] in names]
+        self._forget(loaded)
 
-    def _free(self, key: Key) -> None:
-        buffer, _ = self._resident.pop(key)
-        buffer.close(self.gpu.stream)
+    def close(self) -> None:
+        """Ends the threads and frees everything. The object can be used again afterwards."""
+        self._idle()
+        for stream in (self.gpu.loads, self.gpu.copies, self.gpu.stream):
+            with suppress(
+                Exception
+            ):  # after a GPU fault everything fails, and the rest is freed all the same
+                stream.sync()
+        with suppress(Exception):
+            self._drop_streaming()
+        with suppress(Exception):
+            self._forget(list(self._resident))
+        self._streamed, self._resident = {}, {}
+        if self._lockers is not None:
+            self._lockers.shutdown()
+            self._lockers = None
+        self._made.clear()
+        for future in self._memory.values():
+            with suppress(TrtWanError):
+                _unlock(future)
+        self._memory.clear()
+        self._loader.close()
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(held.pack.size for held in list(self._resident.values()) if held.error is None)
+
+    @property
+    def pinned_bytes(self) -> int:
+        done = [memory for memory in list(self._memory.values()) if memory.done() and not memory.cancelled()]
+        return sum(memory.result().size for memory in done if memory.exception() is None)
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes read from files so far."""
+        return self._loader.loaded_bytes
+
+    @property
+    def loading_seconds(self) -> float:
+        """Seconds during which the loader had work."""
+        return self._loader.seconds
+
+    # ---- requests ----
+
+    def _table(self, key: Key) -> dict[Key, Held]:
+        return self._made if key in self._streamed else self._resident
+
+    def _waited(self, pack: Pack) -> Held:
+        """Returns the pack when all that writes it is enqueued. A pack that is not under way goes first."""
+        table = self._table(pack.key)
+        with self._changed:
+            known = table.get(pack.key)
+            short = known is not None and known.done.is_set() and isinstance(known.error, MemoryShort)
+            if known is None or short:  # it was short ahead of its use: there may be room now
+                self._queue.pop(pack.key, None)
+                self._urgent.append(self._new(pack))
+                self._wake()
+            held = table[pack.key]
+        try:
+            held.wait()
+        except BaseException:
+            if held.done.is_set():
+                with self._changed:
+                    table.pop(pack.key, None)  # asked for again, it is loaded again
+            raise
+        return held
+
+    def _finished(self, pack: Pack, wait: bool) -> Held | None:
+        held = self._made.get(pack.key)
+        if held is not None and held.done.is_set() and held.error is None:
+            return held
+        return self._waited(pack) if wait else None
+
+    def _new(self, pack: Pack) -> Held:
+        held = Held(pack, self._memory[pack.key] if pack.key in self._streamed else None)
+        self._table(pack.key)[pack.key] = held
+        return held
+
+    def _wake(self) -> None:
+        if not self._running and (self._urgent or self._queue):
+            self._thread, self._running = self._loader.start(), True
+        self._changed.notify_all()
+
+    def _join(self, held: Held) -> None:
+        if not held.joined:
+            self.gpu.stream.wait(held.event)
+            held.joined = True
+
+    def _forget(self, keys: Sequence[Key]) -> None:
+        """Frees resident packs after what is enqueued on the compute stream."""
+        for key in keys:
+            held = self._resident.get(key)
+            if held is None:
+                continue
+            held.done.wait()
+            if held.buffer is not None:
+                self._join(held)
+                held.buffer.close(self.gpu.stream)
+            with self._changed:
+                del self._resident[key]
+                self._changed.notify_all()
+
+    def _idle(self) -> None:
+        """Empties the queue and waits until the loader has ended."""
+        with self._changed:
+            self._queue = {}
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    # ---- the loader's thread ----
+
+    def _take(self, wait: bool) -> Held | None:
+        with self._changed:
+            while True:
+                held = self._next()
+                if held is not None:
+                    return held
+                if not wait:
+                    return None
+                if not self._queue:
+                    self._running = False
+                    return None
+                self._changed.wait()
+
+    def _next(self) -> Held | None:
+        """The pack to load now: one that is waited for, or the first of the queue that may be loaded."""
+        if self._urgent:
+            return self._urgent.popleft()
+        loaded = [held.pack.size for key, held in self._resident.items() if key[0] in self.passing]
+        waiting = [pack.size for key, pack in self._queue.items() if key[0] in self.passing]
+        room = self._room if self._room is not None and (waiting or loaded) else 1 << 62
+        room -= self.resident_bytes
+        reserved = max(0, AHEAD * max(waiting, default=0) - sum(loaded))
+        for key, pack in self._queue.items():
+            if key in self._streamed:
+                fits = True
+            elif key[0] in self.passing:
+                fits = not loaded or (len(loaded) < AHEAD and pack.size <= room)
+            else:
+                fits = pack.size + reserved <= room
+            if fits:
+                del self._queue[key]
+                return self._new(pack)
+        return None
+
+    def _begin(self, held: Held) -> Iterator[Piece]:
+        pack = held.pack
+        if held.memory is not None:
+            if self._scratch is None:
+                largest = max(pack.size for pack in self._streamed.values())
+                self._scratch = self.gpu.allocate(largest, self.gpu.loads)
+            held.address = int(self._scratch.handle)
+            return self.source.pieces(pack)
+        held.buffer = self.gpu.allocate(max(pack.size, ALIGNMENT), self.gpu.loads)
+        held.address = int(held.buffer.handle)
+        held.arrays = pack.arrays(self.gpu, held.address)
+        made = self._made.get(pack.key)
+        if made is not None and made.done.is_set() and made.error is None:
+            return iter([_MovedUp(made)])
+        return self.source.pieces(pack)
+
+    def _finish(self, held: Held) -> None:
+        try:
+            if held.error is None and held.memory is not None:
+                self.gpu.copy(held.memory.result().address, held.address, held.pack.size, self.gpu.loads)
+            if held.error is None:
+                held.event = self.gpu.loads.record()
+            if held.memory is None and held.pack.key in self._made and held.error is None:
+                with cuda_core():
+                    held.event.sync()
+                del self._made[held.pack.key]
+                _unlock(self._memory.pop(held.pack.key))
+        except BaseException as error:
+            held.error = error
+        if held.error is not None and held.buffer is not None:
+            with suppress(Exception):
+                held.buffer.close(self.gpu.loads)
+            held.buffer = None
+        with self._changed:
+            held.done.set()
+            self._changed.notify_all()
+
+    # ---- page-locked memory ----
+
+    def _lock(self, pack: Pack) -> "Future[PageLocked]":
+        if self._lockers is None:
+            self._lockers = ThreadPoolExecutor(LOCKERS, "page-lock", self.gpu.device.set_current)
+        return self._lockers.submit(self.gpu.page_locked, pack.size)
+
+    def _move_down(self, pack: Pack) -> None:
+        """From the device to page-locked memory. The loader is idle."""
+        held = self._resident[pack.key]
+        if held.error is None:
+            memory = self._memory[pack.key]
+            moved = Held(pack, memory)
+            self.gpu.loads.wait(self.gpu.stream.record())  # a kernel may still read it
+            self.gpu.copy(memory.result().address, held.address, pack.size, self.gpu.loads)
+            moved.event = self.gpu.loads.record()
+            moved.done.set()
+            self._made[pack.key] = moved
+            held.buffer.close(self.gpu.loads)
+        del self._resident[pack.key]
+
+    def _drop_streaming(self) -> None:
+        if self._streaming is not None:
+            self._streaming.close()
+        if self._scratch is not None:
+            self._scratch.close(self.gpu.loads)
+        self._streaming = self._scratch = None
 
 
-class _Stream:
-    def __init__(self, gpu: Gpu, source: WeightSource, packs: list[Pack]) -> None:
-        self.gpu, self.source, self.packs = gpu, source, packs
-        self.position = {(pack.network.name, pack.n): i for i, pack in enumerate(packs)}
-        largest = max(pack.size for pack in packs)
-        self._slots = [gpu.allocate(largest) for _ in range(SLOTS)]
-        self._pinned = [Pinned(largest) for _ in range(2)]
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
-        self._turn = 0  # packs asked for so far, over all steps
-        self._ready: dict[int, Future[Any]] = {}
-        taken = gpu.stream.record()  # memory of another stream, usable once that got it
-        for turn in range(SLOTS):
-            self._load(turn, taken)
+class _MovedUp:
+    """A pack that streamed and is to be resident: one copy out of page-locked memory."""
 
-    def bind(self, key: Key) -> dict[str, DeviceArray]:
-        expected = self._turn % len(self.packs)
-        assert self.position[key] == expected, f"{key} is asked for, the {expected}th pack is due"
-        self.gpu.stream.wait(self._ready.pop(self._turn).result())
-        slot = self._slots[self._turn % SLOTS]
-        return self.packs[expected].arrays(self.gpu, int(slot.handle))
+    size = 0
 
-    def used(self, key: Key) -> None:
-        self._load(self._turn + SLOTS, self.gpu.stream.record())
-        self._turn += 1
+    def __init__(self, made: Held) -> None:
+        self.made = made
 
-    def _load(self, turn: int, slot_free: Any) -> None:
-        self._ready[turn] = self._thread.submit(self._write, turn, slot_free)
+    def read(self, slot: Any) -> None:
+        raise AssertionError("nothing is read")
 
-    def _write(self, turn: int, slot_free: Any) -> Any:
-        self.gpu.device.set_current()
-        pack = self.packs[turn % len(self.packs)]
-        pinned = self._pinned[turn % len(self._pinned)]
-        pinned.wait()
-        self.source.fill_host(pack, pinned.bytes[: pack.size])
-        self.gpu.copies.wait(slot_free)
-        copy(int(self._slots[turn % SLOTS].handle), pinned.address, pack.size, self.gpu.copies)
-        pinned.used_by(self.gpu.copies)
-        return self.gpu.copies.record()
+    def enqueue(self, place: Place) -> None:
+        assert self.made.memory is not None
+        source = self.made.memory.result().address
+        place.gpu.copy(place.pack, source, self.made.pack.size, place.gpu.loads)
+
+
+def _unlock(memory: "Future[PageLocked]") -> None:
+    if not memory.cancel() and memory.exception() is None:
+        memory.result().close()

@@ -16,6 +16,7 @@ from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL, PARTS, required_t
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.runtime.weights.checkpoint import orthonormal
+from trt_wan.runtime.weights.stored import Stored
 
 _EMBEDDINGS = (
     "shared.weight",
@@ -77,6 +78,9 @@ class RandomWeights(Mapping[str, NDArray[np.float32]]):
         if name == ORTHONORMAL:
             return orthonormal(self[DIRECTION])
         return random_tensor(name, self.shapes[name], self._rng(name))
+
+    def stored(self, name: str) -> Stored:
+        return Stored(self[name])
 
     def rows(self, name: str, indices: Sequence[int]) -> NDArray[np.float32]:
         """Rows of a table, each with a seed of its own."""

@@ -79,9 +79,11 @@ class TensorFile(Mapping[str, Entry]):
         """The stored values, uncopied and read-only, in their stored type, which must be one of DTYPES."""
         entry = self.entries[name]
         if entry.file not in self._maps:
-            # asarray: what is computed from an np.memmap would be an np.memmap too
+            # asarray: results of an np.memmap would be np.memmaps too
             self._maps[entry.file] = np.asarray(np.memmap(entry.file, np.uint8, mode="r"))
         raw = self._maps[entry.file][entry.start : entry.stop]
+        if len(raw) < entry.stop - entry.start:
+            raise _damaged(entry.file, "it became shorter after it was opened")
         return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 

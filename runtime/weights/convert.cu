@@ -1,0 +1,72 @@
+// Weights in the types of their file to the types of the engines. numbers.cuh stands in front.
+//
+// A weight is [rows, inner], row after row. `scales` are those of scaled FP8, one per row, or null. A scaled value
+// is rounded to float32 first, as numpy does.
+
+template <class In>
+__device__ float scaled(const In* in, i64 i, float scale) { return __fmul_rn(load(in + i), scale); }
+
+// Without scales the rows do not matter. With scales a block of threads takes a row, then the row gridDim.x further on.
+template <class In, class Out>
+__device__ void convert(const In* in, const float* scales, Out* out, i64 rows, i64 inner) {
+    if (!scales) {
+        EACH(i, rows * inner) store(out + i, load(in + i));
+        return;
+    }
+    for (i64 row = blockIdx.x; row < rows; row += gridDim.x)
+        for (i64 i = threadIdx.x; i < inner; i += blockDim.x)
+            store(out + row * inner + i, scaled(in, row * inner + i, scales[row]));
+}
+
+__device__ float as_bf16(float x) {
+    bf16 rounded;
+    store(&rounded, x);
+    return widen(rounded);
+}
+
+// E4M3 with a scale per row: the value rounded to bf16, over the row's largest magnitude over 448. One block of 256
+// threads takes a row.
+template <class In>
+__device__ void quantise(const In* in, const float* scales, e4m3* out, float* out_scales, i64 rows, i64 inner) {
+    __shared__ float largest[256];
+    for (i64 row = blockIdx.x; row < rows; row += gridDim.x) {
+        const i64 first = row * inner;
+        const float scale = scales ? scales[row] : 1.0f;
+        float most = 0;
+        for (i64 i = threadIdx.x; i < inner; i += blockDim.x)
+            most = fmaxf(most, fabsf(as_bf16(scaled(in, first + i, scale))));
+        largest[threadIdx.x] = most;
+        __syncthreads();
+        for (int half = blockDim.x / 2; half; half /= 2) {
+            if (threadIdx.x < half)
+                largest[threadIdx.x] = fmaxf(largest[threadIdx.x], largest[threadIdx.x + half]);
+            __syncthreads();
+        }
+        const float out_scale = fmaxf(largest[0] / E4M3_MAX, 1e-12f);
+        if (threadIdx.x == 0) out_scales[row] = out_scale;
+        for (i64 i = threadIdx.x; i < inner; i += blockDim.x)
+            store(out + first + i, as_bf16(scaled(in, first + i, scale)) / out_scale);
+        __syncthreads();  // `largest` is written again for the next row
+    }
+}
+
+#define CONVERT(in_name, In, out_name, Out) \
+    extern "C" __global__ void convert_##in_name##_to_##out_name( \
+        const In* in, const float* scales, Out* out, i64 rows, i64 inner) { \
+        convert(in, scales, out, rows, inner); \
+    }
+
+#define FROM(name, In) \
+    CONVERT(name, In, float32, float) \
+    CONVERT(name, In, bfloat16, bf16) \
+    CONVERT(name, In, float16, fp16) \
+    extern "C" __global__ void quantise_##name( \
+        const In* in, const float* scales, e4m3* out, float* out_scales, i64 rows, i64 inner) { \
+        quantise(in, scales, out, out_scales, rows, inner); \
+    }
+
+FROM(float32, float)
+FROM(float16, fp16)
+FROM(bfloat16, bf16)
+FROM(float8_e4m3fn, e4m3)
+FROM(float8_e5m2, e5m2)

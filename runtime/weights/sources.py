@@ -1,0 +1,223 @@
+"""The two sources of weights for the GPU: checkpoint files, and seeded random numbers.
+
+A source cuts a pack into pieces. A piece is read into pinned memory by one thread and enqueued by another:
+copied straight into the pack where the engine takes the stored type, else copied to a staging buffer on the
+device and converted from there. A scaled-FP8 checkpoint reaches the GEMM bit for bit.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.engines.contract import Part, Tensor, scale_name
+from trt_wan.runtime.device.arena import ALIGNMENT, laid_out
+from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.weights.convert import Converter
+from trt_wan.runtime.weights.pack import Pack
+from trt_wan.runtime.weights.random import random_moments
+from trt_wan.runtime.weights.stored import Stored, Tensors
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+PIECE_BYTES = 16 << 20
+PIECE_ROWS = 1 << 16  # at most, where rows have scales
+SLOT_BYTES = PIECE_BYTES + 4 * PIECE_ROWS  # a piece and the scales of its rows
+RANDOM_E4M3_DEVIATION = 100.0  # 448 is 4.5 deviations away
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a piece has been read to and where it goes; addresses."""
+
+    gpu: Gpu
+    slot: int  # pinned memory
+    staging: int  # on the device
+    pack: int  # on the device
+
+
+class Piece(Protocol):
+    @property
+    def size(self) -> int:
+        """Bytes that `read` writes; 0 if nothing is to be read."""
+        ...
+
+    def read(self, slot: NDArray[np.uint8]) -> None: ...
+
+    def enqueue(self, place: Place) -> None:
+        """Enqueues the writing of the piece into its pack, on `gpu.loads`."""
+        ...
+
+
+class WeightSource(Protocol):
+    def pieces(self, pack: Pack) -> Iterator[Piece]:
+        """Pieces that together write every tensor of the pack."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """Rows of one tensor: `count` rows of `inner` numbers from row `first`."""
+
+    stored: Stored
+    dtype: np.dtype[Any]  # in the pack
+    offset: int  # bytes from the start of the pack to the tensor
+    scales_at: int | None  # the same for its scales, if the tensor is to be quantised
+    first: int
+    count: int
+    inner: int
+
+    @property
+    def _raw(self) -> int:
+        return self.count * self.inner * self.stored.dtype.itemsize
+
+    @property
+    def _scales_start(self) -> int:
+        return -(-self._raw // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def size(self) -> int:
+        return self._raw if self.stored.scales is None else self._scales_start + 4 * self.count
+
+    def read(self, slot: NDArray[np.uint8]) -> None:
+        self.stored.read(self.first * self.inner * self.stored.dtype.itemsize, slot[: self._raw])
+        if self.stored.scales is not None:
+            scales = slot[self._scales_start : self.size].view(np.float32)
+            scales[:] = self.stored.scales[self.first : self.first + self.count]
+
+    def enqueue(self, place: Place) -> None:
+        gpu, stream = place.gpu, place.gpu.loads
+        target = place.pack + self.offset + self.first * self.inner * self.dtype.itemsize
+        if self.stored.dtype == self.dtype:
+            gpu.copy(target, place.slot, self.size, stream)
+            return
+        gpu.copy(place.staging, place.slot, self.size, stream)
+        scales = 0 if self.stored.scales is None else place.staging + self._scales_start
+        converter: Converter = gpu.once("weights", lambda: Converter(gpu))
+        if self.scales_at is None:
+            types, addresses = (self.stored.dtype, self.dtype), (place.staging, scales, target)
+            converter.convert(stream, types, addresses, self.count, self.inner)
+        else:
+            results = target, place.pack + self.scales_at + 4 * self.first
+            converter.quantise(
+                stream, self.stored.dtype, (place.staging, scales, *results), self.count, self.inner
+            )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Small pieces that share a slot: a block has forty tensors of some KB."""
+
+    pieces: tuple[StoredPiece, ...]
+
+    @property
+    def _starts(self) -> list[int]:
+        return list(laid_out({str(i): piece.size for i, piece in enumerate(self.pieces)})[0].values())
+
+    @property
+    def size(self) -> int:
+        return self._starts[-1] + self.pieces[-1].size
+
+    def read(self, slot: NDArray[np.uint8]) -> None:
+        for start, piece in zip(self._starts, self.pieces, strict=True):
+            piece.read(slot[start : start + piece.size])
+
+    def enqueue(self, place: Place) -> None:
+        for start, piece in zip(self._starts, self.pieces, strict=True):
+            piece.enqueue(replace(place, slot=place.slot + start))
+
+
+class FileSource:
+    """Weights of any `Tensors`, such as checkpoint files."""
+
+    def __init__(self, parts: Mapping[Part, Tensors], piece_bytes: int = PIECE_BYTES) -> None:
+        self.parts, self._piece_bytes = parts, piece_bytes
+
+    def pieces(self, pack: Pack) -> Iterator[Piece]:
+        waiting: list[StoredPiece] = []
+        size = 0
+        for piece in self._pieces(pack):
+            room = -(-piece.size // ALIGNMENT) * ALIGNMENT
+            if waiting and size + room > self._piece_bytes:
+                yield Batch(tuple(waiting))
+                waiting, size = [], 0
+            waiting.append(piece)
+            size += room
+        if waiting:
+            yield Batch(tuple(waiting))
+
+    def _pieces(self, pack: Pack) -> Iterator[StoredPiece]:
+        tensors, scaled = self.parts[pack.network.part], pack.scaled
+        for tensor in pack.network.weights:
+            if tensor.name in scaled:
+                continue  # written with its weight
+            stored = tensors.stored(pack.network.weight_key(tensor.name, pack.n))
+            offset, dtype = pack.offsets[tensor.name], np.dtype(tensor.dtype)
+            if dtype != E4M3:
+                yield from self._cut(stored, dtype, offset, None)
+                continue
+            scales_at = pack.offsets[scale_name(tensor.name)]
+            if stored.dtype != E4M3:
+                yield from self._cut(stored, dtype, offset, scales_at)
+                continue
+            scales = np.ones(tensor.shape[0], np.float32) if stored.scales is None else stored.scales
+            unscaled = Stored(stored.values, None, stored.file, stored.start)
+            yield from self._cut(unscaled, dtype, offset, None)
+            yield from self._cut(Stored(scales), np.dtype(np.float32), scales_at, None)
+
+    def _cut(
+        self, stored: Stored, dtype: np.dtype[Any], offset: int, scales_at: int | None
+    ) -> Iterator[StoredPiece]:
+        """Pieces of whole rows. Where rows do not matter every number is a row."""
+        by_row = stored.scales is not None or scales_at is not None
+        inner = stored.row if by_row else 1
+        rows = stored.values.size // inner
+        step = self._piece_bytes // (inner * stored.dtype.itemsize)
+        assert step, f"a row of {inner} numbers does not fit into a piece"
+        step = min(step, PIECE_ROWS) if by_row else step
+        for first in range(0, rows, step):
+            yield StoredPiece(stored, dtype, offset, scales_at, first, min(step, rows - first), inner)
+
+
+@dataclass(frozen=True)
+class RandomPiece:
+    """A whole tensor, made on the device."""
+
+    tensor: Tensor
+    offset: int
+    seed: int
+    mean: float
+    deviation: float
+    size = 0
+
+    def read(self, slot: NDArray[np.uint8]) -> None:
+        raise AssertionError("nothing is read")
+
+    def enqueue(self, place: Place) -> None:
+        array = place.gpu.view(place.pack + self.offset, self.tensor.shape, self.tensor.dtype)
+        place.gpu.fill_random(array, self.seed, self.mean, self.deviation, place.gpu.loads)
+
+
+class RandomSource:
+    """Weights of any model without its files: speed and numerics can be shown with them, pictures cannot."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def pieces(self, pack: Pack) -> Iterator[Piece]:
+        for tensor in pack.network.weights:
+            seed = zlib.crc32(pack.network.weight_key(tensor.name, pack.n).encode(), self.seed)
+            yield RandomPiece(tensor, pack.offsets[tensor.name], seed, *_moments(pack, tensor))
+
+
+def _moments(pack: Pack, tensor: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation. FP8 values times their scale have those of the weight they stand for."""
+    if weight := pack.scaled.get(tensor.name):
+        _, deviation = random_moments(pack.network.weight_key(weight.name, pack.n), weight.shape)
+        return deviation / RANDOM_E4M3_DEVIATION, 0.0
+    if tensor.dtype == "float8_e4m3fn":
+        return 0.0, RANDOM_E4M3_DEVIATION
+    return random_moments(pack.network.weight_key(tensor.name, pack.n), tensor.shape)

@@ -1,0 +1,55 @@
+"""Weights in their contracts' types by numpy, in one go: the slow, simple version of convert.cu."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.engines.contract import Tensor, scale_name
+from trt_wan.runtime.weights.pack import Pack
+from trt_wan.runtime.weights.stored import Stored, Tensors
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+
+
+def converted(values: NDArray[Any], scales: NDArray[np.float32] | None, dtype: Any) -> NDArray[Any]:
+    """`values` [rows, ...] in another type."""
+    if values.dtype == dtype and scales is None:
+        return values
+    result = values.astype(np.float32)
+    if scales is not None:
+        result = result * scales.reshape(-1, *[1] * (values.ndim - 1))
+    return result.astype(dtype)
+
+
+def quantised(
+    values: NDArray[Any], scales: NDArray[np.float32] | None
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """E4M3 [rows, inner] and float32 [rows]: a scale for each output channel."""
+    weight = converted(values, scales, BF16).astype(np.float32)
+    scale = np.maximum(np.abs(weight).max(axis=1) / np.float32(448), np.float32(1e-12))
+    return (weight / scale[:, None]).astype(E4M3), scale
+
+
+def as_contract(stored: Stored, tensor: Tensor) -> dict[str, NDArray[Any]]:
+    """The tensor, and the scale if it is FP8, by name."""
+    if np.dtype(tensor.dtype) != E4M3:
+        return {tensor.name: converted(stored.values, stored.scales, np.dtype(tensor.dtype))}
+    if stored.dtype == E4M3:
+        scale = np.ones(tensor.shape[0], np.float32) if stored.scales is None else stored.scales
+        return {tensor.name: stored.values, scale_name(tensor.name): scale}
+    values, scale = quantised(stored.values, stored.scales)
+    return {tensor.name: values, scale_name(tensor.name): scale}
+
+
+def contents(pack: Pack, tensors: Tensors) -> dict[str, bytes]:
+    """The bytes of every tensor of a pack."""
+    made: dict[str, bytes] = {}
+    for tensor in pack.network.weights:
+        if tensor.name not in pack.scaled:
+            stored = tensors.stored(pack.network.weight_key(tensor.name, pack.n))
+            made |= {name: values.tobytes() for name, values in as_contract(stored, tensor).items()}
+    assert made.keys() == {tensor.name for tensor in pack.network.weights}
+    return made
