@@ -251,10 +251,13 @@ def say_profile(executor: TimedExecutor, step_seconds: float) -> None:
 
 def loading(executor: Executor) -> dict[str, Any]:
     """Figures of loading weights onto a GPU, null on the CPU."""
-    weights = executor.weights if isinstance(executor, GpuExecutor) else None
-    return {
-        name: getattr(weights, name, None) for name in ("loaded_bytes", "loading_seconds", "pinned_bytes")
-    }
+    names = ("loaded_bytes", "loading_seconds", "pinned_bytes")
+    if not isinstance(executor, GpuExecutor):
+        return dict.fromkeys(names)
+    weights = executor.weights
+    return dict(
+        zip(names, (weights.loaded_bytes, weights.loading_seconds, weights.pinned_bytes), strict=True)
+    )
 
 
 def host_peak_bytes() -> int | None:
