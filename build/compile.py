@@ -21,10 +21,11 @@ from trt_wan.engines.choice.recipes import (
 )
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.flavour import Flavour
+from trt_wan.engines.gpu import Target
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.engines import Manifest, ensure, find, trim
 from trt_wan.engines.store.graphs import graphs_folder, is_complete
-from trt_wan.engines.tensorrt import Flavour, Target
 from trt_wan.errors import GraphError, UsageError
 
 State = Literal["there", "built", "missing", "impossible"]

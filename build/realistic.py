@@ -7,17 +7,15 @@ Gaussian noise lacks. Weights are Gaussian: what matters of them is their roundi
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.engines.contract import Network, scale_name
+from trt_wan.engines.fp8 import E4M3, quantise_rows
 
 Host = NDArray[Any]
 Float = NDArray[np.float32]
 
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-E4M3_MAX = 448.0
 WEIGHT_GAIN = 1.4  # deviation times the root of the inputs: 0.02 for the 14B's 5120
 RESIDUAL_FACTORS = (20, 30, 40, 50)  # of the outlier channels of the residual stream
 K_MEANS = (9, -9, 12, -6)  # of k's outlier channels; deviations are 1
@@ -45,12 +43,6 @@ def realistic(network: Network, seed: int) -> dict[str, Host]:
     return {name: values.astype(types[name], copy=False) for name, values in made.items()}
 
 
-def quantise_rows(weight: Float) -> tuple[Host, Float]:
-    """[out, in] to E4M3 values and a scale per output channel, like a checkpoint's bf16 weights."""
-    scale = np.maximum(np.abs(weight).max(axis=1) / np.float32(E4M3_MAX), np.float32(1e-12))
-    return (weight / scale[:, None]).astype(E4M3), scale
-
-
 def dequantised(name: str, values: dict[str, Host]) -> Float:
     """The float32 numbers that the tensor `name` stands for."""
     tensor = values[name].astype(np.float32)
@@ -67,14 +59,14 @@ def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Floa
     size = shape[-1]
     if name == "x":
         noise[:, outlier_channels(size, len(RESIDUAL_FACTORS))] *= RESIDUAL_FACTORS
-    elif name == "q":
+    elif name in ("q", "cross_q"):
         noise[..., outlier_channels(size, len(K_MEANS))] *= Q_FACTOR
         noise *= size**-0.5  # q comes multiplied by the softmax scale
     elif name == "k" or name.endswith("_k"):
         noise[..., outlier_channels(size, len(K_MEANS))] += K_MEANS
     elif name == "v":
         noise[..., outlier_channels(size, 1)] *= V_FACTOR
-    elif name == "attended":  # an average of v, so smaller
+    elif name in ("attended", "cross_attended"):  # an average of v, so smaller
         noise[:, outlier_channels(size, len(K_MEANS))] *= V_FACTOR
         noise *= 0.3
     elif name == "time_modulation":

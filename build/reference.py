@@ -1,7 +1,7 @@
 """What a candidate is compared with: the network in float32, for a sample of its tokens.
 
-`attn_in` and `attn_out` act on each token by itself, so a small fp32 graph that takes just the sample
-computes them, on ONNX Runtime on the CPU. Attention is numpy: the sampled queries against all keys.
+Every other part of a block acts on each token by itself, so a small fp32 graph that takes just the sample
+computes it, on ONNX Runtime on the CPU. Self-attention is numpy: the sampled queries against all keys.
 """
 
 from pathlib import Path
@@ -21,7 +21,8 @@ SMALL = Plan(64, 64, 9, "fp32")
 SAMPLE = SMALL.tokens  # 64
 Tokens = NDArray[np.int64]
 
-TOKEN_AXIS = {"x": 0, "attended": 0, "rope_cos": 0, "rope_sin": 0, "x_out": 0, "q": 1, "k": 1, "v": 1}
+BY_TOKENS = ("x", "attended", "rope_cos", "rope_sin", "x_out", "cross_q", "cross_attended")
+TOKEN_AXIS = dict.fromkeys(BY_TOKENS, 0) | {"q": 1, "k": 1, "v": 1}
 # A residual stream's outliers would hide a wrong result: what was added to it is compared.
 ADDED_TO = {"x_out": "x"}
 

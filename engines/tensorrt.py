@@ -1,125 +1,25 @@
-"""The one module that imports TensorRT: which of its two flavours is used, and how graphs become engines.
+"""Compiles graphs into engines with TensorRT, of either flavour.
 
-`tensorrt_rtx` (1.6, 1.7) compiles on any machine for any RTX GPU, `tensorrt` (10.13 to 11) only for the GPU
-that is there. What is called here has the same name in all of them, except where a comment says so
-(trt_facts.md 4.3). Full TensorRT could not be installed where this was written: nothing of it is proved.
+Every function called here has the same name in both flavours and all versions, except where a comment says
+so (trt_facts.md 4.3). Full TensorRT could not be installed where this was written: nothing of it is proved.
 
 Networks are strongly typed: the graph alone decides what is computed in which type. A compiled engine
-("plan") holds no weights; they are inputs. Nothing here knows of models.
+("plan") holds no weights; they are inputs. This module knows no model.
 """
 
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from importlib import import_module
 from types import new_class
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from trt_wan.engines.store import timings as timing_cache
-from trt_wan.errors import EnvironmentBroken, GraphError, UsageError
-
-FlavourName = Literal["tensorrt", "tensorrt_rtx"]
-Target = Literal["current", "sm80", "sm86", "sm89", "sm120", "sm121"]
-Capability = tuple[int, int]
-Progress = Callable[[str, int, int], None]  # TensorRT's name of the phase, steps done, steps in all
-
-
-@dataclass(frozen=True)
-class Flavour:
-    name: FlavourName
-    version: str
-    module: Any
-    reason: str  # why this one, for people; kept with its engines
-
-
-@dataclass(frozen=True)
-class FlavourRow:
-    extra: str  # of trt-wan, which installs it
-    oldest: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class TargetRow:
-    compute_capability: str  # what TensorRT-RTX calls it
-    fp8: bool  # whether it can have FP8 engines; about the GPU that is there TensorRT knows
-
-
-FLAVOURS: dict[FlavourName, FlavourRow] = {
-    "tensorrt": FlavourRow("tensorrt", (10, 13)),
-    "tensorrt_rtx": FlavourRow("rtx", (1, 6)),
-}
-
-TARGETS: dict[Target, TargetRow] = {
-    "current": TargetRow("CURRENT", fp8=True),
-    "sm80": TargetRow("SM80", fp8=False),
-    "sm86": TargetRow("SM86", fp8=False),
-    "sm89": TargetRow("SM89", fp8=True),
-    "sm120": TargetRow("SM120", fp8=True),
-    "sm121": TargetRow("SM121", fp8=True),
-}
-
-DATA_CENTRE: tuple[Capability, ...] = ((8, 0), (9, 0), (10, 0), (10, 3))
-HOPPER: Capability = (9, 0)  # TensorRT-RTX never listed it; 1.6 runs there all the same, 1.7 refuses
-
-# What the constant scales of FP8 attention cover of k and v, and times head_dim^-0.5 of q; more saturates
-# (h200_measurements.md).
-FP8_ATTENTION_RANGE = 30.0
-E4M3_MAX = 448.0
-
-
-def choose_flavour(forced: str | None, capability: Capability | None) -> Flavour:
-    """The flavour for a GPU of this compute capability; None: there is no GPU, engines are for other ones.
-
-    Raises UsageError if `forced` is no flavour, EnvironmentBroken if none that works here is installed.
-    """
-    order: tuple[FlavourName, ...] = ("tensorrt_rtx", "tensorrt")
-    if capability is None:
-        why = "it builds without a GPU"
-    elif capability in DATA_CENTRE:
-        order, why = ("tensorrt", "tensorrt_rtx"), "its kernels are tuned for data-centre GPUs"
-    else:
-        why = "it is made for RTX GPUs and builds in seconds"
-    if forced is not None:
-        order, why = tuple(name for name in FLAVOURS if name == forced), "it was asked for"
-        if not order:
-            raise UsageError(f"There is no flavour {forced!r}.", f"Use one of: {', '.join(FLAVOURS)}.")
-
-    problems: list[str] = []
-    for name in order:
-        module = _load(name, capability, problems)
-        if module is not None:
-            reason = "; ".join([*problems, "" if problems else why]).removesuffix("; ")
-            if name == "tensorrt_rtx" and capability == HOPPER:
-                reason += "; compute capability 9.0 is not on its list, but it runs there"
-            return Flavour(name, module.__version__, module, reason)
-    hopper = "pip install 'tensorrt-rtx>=1.6,<1.7'"
-    command = hopper if capability == HOPPER else f"pip install 'trt-wan[{FLAVOURS[order[0]].extra}]'"
-    raise EnvironmentBroken(f"No TensorRT can be used here: {'; '.join(problems)}.", f"Run: {command}")
-
-
-def _load(name: FlavourName, capability: Capability | None, problems: list[str]) -> Any:
-    """The module, or None and one problem more."""
-    if name == "tensorrt" and capability is None:
-        problems.append("tensorrt builds only for a GPU that is there")
-        return None
-    try:
-        module = import_module(name)
-    except Exception as error:  # a library that is missing or of the wrong CUDA raises what it likes
-        missing = isinstance(error, ModuleNotFoundError) and error.name == name
-        problems.append(f"{name} is not installed" if missing else f"{name} does not load ({error})")
-        return None
-    version = tuple(int(part) for part in module.__version__.split(".")[:2])
-    if version < FLAVOURS[name].oldest:
-        oldest = ".".join(map(str, FLAVOURS[name].oldest))
-        problems.append(f"{name} {module.__version__} is older than {oldest}")
-        return None
-    if name == "tensorrt_rtx" and capability == HOPPER and version >= (1, 7):
-        problems.append(f"{name} {module.__version__} refuses compute capability 9.0")
-        return None
-    return module
+from trt_wan.engines.flavour import Flavour, Progress
+from trt_wan.engines.fp8 import E4M3_MAX
+from trt_wan.engines.gpu import FP8_ATTENTION_RANGE, TARGETS, Target
+from trt_wan.engines.store import timings
+from trt_wan.errors import GraphError, UsageError
 
 
 def compile_onnx(flavour: Flavour, graph: bytes, target: Target, progress: Progress) -> bytes:
@@ -277,7 +177,7 @@ def build_plan(flavour: Flavour, builder: Any, network: Any, log: Any, target: T
         capability = getattr(trt.ComputeCapability, TARGETS[target].compute_capability)
         config.set_compute_capability(capability, 0)
     else:
-        timing_cache.attach(config, flavour.version)
+        timings.attach(config, flavour.version)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -288,7 +188,7 @@ def build_plan(flavour: Flavour, builder: Any, network: Any, log: Any, target: T
             f"{flavour.name} {flavour.version} cannot build for {target}: {'; '.join(log.errors)}.", hint
         )
     if flavour.name == "tensorrt":
-        timing_cache.keep(config, flavour.version)
+        timings.keep(config, flavour.version)
     return bytes(plan)
 
 

@@ -22,9 +22,9 @@ from trt_wan.engines.choice.candidates import CANDIDATES
 from trt_wan.errors import EnvironmentBroken, UsageError
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.device.kernels import compile_source
 from trt_wan.runtime.segments import attention
-from trt_wan.runtime.segments.attention import PROVIDERS, missing, open_attention
-from trt_wan.runtime.segments.attention import fp8_kernels as keys
+from trt_wan.runtime.segments.attention import PROVIDERS, fp8_kernels, missing, open_attention
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,6 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cudnn", [(8, 0), (8, 9), (9, 0), (12, 0)], [(7, 5)]),
         ("cudnn fp8", [(9, 0), (10, 0), (12, 0)], [(8, 0), (8, 9)]),
         ("flash4", [(8, 0), (9, 0), (12, 0)], [(7, 5)]),
-        ("sage fp8", [(9, 0)], [(8, 9), (10, 0), (12, 0)]),
     ],
 )
 def test_a_gpu_that_does_not_fit_is_named(
@@ -95,13 +94,13 @@ def test_what_cannot_be_opened_says_why(everything_installed: None, monkeypatch:
     with pytest.raises(UsageError, match="no attention 'flash5'") as caught:
         open_attention("flash5", gpu, 2, 5, 128)
     assert "flash4" in caught.value.hint
-    for name, head_dim in (("cudnn", 100), ("cudnn fp8", 72), ("flash4", 256), ("sage fp8", 64)):
+    for name, head_dim in (("cudnn", 100), ("cudnn fp8", 72), ("flash4", 256)):
         with pytest.raises(UsageError, match=f"{name} cannot do heads of {head_dim} channels"):
             open_attention(name, gpu, 2, 5, head_dim)
-    monkeypatch.setitem(sys.modules, "cutlass", None)  # its import raises ImportError
-    monkeypatch.delitem(sys.modules, f"{attention.__name__}.sage", raising=False)
-    with pytest.raises(EnvironmentBroken, match="sage fp8 does not load .*cutlass"):
-        open_attention("sage fp8", gpu, 2, 5, 128)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # its import raises ImportError
+    monkeypatch.delitem(sys.modules, f"{attention.__name__}.flash", raising=False)
+    with pytest.raises(EnvironmentBroken, match="flash4 does not load .*flash_attn"):
+        open_attention("flash4", gpu, 2, 5, 128)
 
 
 def test_a_missing_package_stops_the_opening(nothing_installed: None) -> None:
@@ -131,9 +130,9 @@ def test_torch_is_imported_by_flash_alone() -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
 def test_kernels_compile(nvrtc: None, capability: tuple[int, int]) -> None:
-    code = bytes(keys.compile_for(*capability).code)
+    code = bytes(compile_source(fp8_kernels.SOURCE, capability, fp8_kernels.MACROS).code)
     assert code.startswith(b"\x7fELF")
-    for name in keys.NAMES:
+    for name in fp8_kernels.NAMES:
         assert f".text.{name}".encode() + b"\0" in code
 
 

@@ -28,9 +28,11 @@ def test_flops_are_those_of_the_graph(name: str, tiny_home: Path, monkeypatch: p
 
 
 def test_flops_are_those_of_the_full_size_graph(tmp_path: Path) -> None:
-    path, plan = tmp_path / "attn_out.onnx", Plan(precision="bf16")
-    export(networks(ANIMATE_14B, plan)["attn_out"], ANIMATE_14B, plan, path)
-    same_as_graph("attn_out", ANIMATE_14B, plan, path)
+    plan = Plan(precision="bf16")
+    for name in ("attn_out", "cross_attention", "ffn"):
+        path = tmp_path / f"{name}.onnx"
+        export(networks(ANIMATE_14B, plan)[name], ANIMATE_14B, plan, path)
+        same_as_graph(name, ANIMATE_14B, plan, path)
 
 
 def test_flops_of_longer_vae_chunks(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ class HostJob:
             tensor = next(t for t in table[network].inputs if t.name == name)
             return self.gpu.empty(tensor.shape, tensor.dtype)
 
-        context = tuple(made("attn_out", name) for name in ("text_k", "text_v", "image_k", "image_v"))
+        context = tuple(made("cross_attention", name) for name in ("text_k", "text_v", "image_k", "image_v"))
         face = (made("fuser", "face_k"), made("fuser", "face_v"))
         window = WindowCondition(
             made("patch_embed", "condition"),
@@ -172,7 +172,7 @@ def test_a_step_asks_for_each_network_as_often_as_the_cost_table_says(job: HostJ
     job.run(STEPS)
     expected = {name: STEPS * count.step for name, count in calls(CONFIG, PLAN, STEPS).items() if count.step}
     assert dict(job.counts) == expected
-    assert sum(expected.values()) == STEPS * (1 + 40 * 3 + 8 + 1)
+    assert sum(expected.values()) == STEPS * (1 + 40 * 5 + 8 + 1)
 
 
 def test_a_step_uploads_nothing_but_the_strengths(job: HostJob) -> None:
@@ -184,7 +184,7 @@ def test_a_step_uploads_nothing_but_the_strengths(job: HostJob) -> None:
 
 def test_weights_are_bound_once_and_all_memory_comes_back(job: HostJob) -> None:
     filled, used = job.source.filled, job.gpu.arena.used
-    assert filled == 40 + 40 + 8 + 3  # of blocks, of fusers; patch_embed, head, attention's empty one
+    assert filled == 3 * 40 + 8 + 4  # blocks, fusers; patch_embed, head, the empty ones of both attentions
     job.run(2 * STEPS)
     assert (job.source.filled, job.gpu.arena.used) == (filled, used)
 

@@ -35,8 +35,8 @@ from trt_wan.benchmarks.preprocess import (
 )
 from trt_wan.benchmarks.preprocess.parts import PARTS, PartClock
 from trt_wan.cli.main import cli
+from trt_wan.engines.flavour import choose_flavour
 from trt_wan.engines.sam2.config import SAM2_MODELS
-from trt_wan.engines.tensorrt import choose_flavour
 from trt_wan.errors import InputError, TrtWanError
 from trt_wan.preprocess.onnx.engine import compile_file
 from trt_wan.preprocess.onnx.file import read_onnx

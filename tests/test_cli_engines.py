@@ -33,11 +33,11 @@ from trt_wan.cli.main import cli
 from trt_wan.engines.choice.candidates import CANDIDATES, Engine, Machine
 from trt_wan.engines.choice.recipes import engine_names, recipes
 from trt_wan.engines.config import TINY
+from trt_wan.engines.flavour import choose_flavour
+from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.engine_id import GpuKind
 from trt_wan.engines.store.engines import Manifest, entries, find, record_candidates
 from trt_wan.engines.store.measurements import Figure
-from trt_wan.engines.tensorrt import choose_flavour
 
 pytest.importorskip("tensorrt_rtx", reason="engines are compiled with TensorRT-RTX")
 

@@ -23,10 +23,12 @@ from trt_wan.build.export import export
 from trt_wan.engines.choice.recipes import Recipe, engine_names, recipes
 from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.flavour import choose_flavour
+from trt_wan.engines.gpu import Target
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store import engines as engine_store
-from trt_wan.engines.tensorrt import Target, choose_flavour, compile_onnx
+from trt_wan.engines.tensorrt import compile_onnx
 from trt_wan.errors import UsageError
 
 pytest.importorskip("tensorrt_rtx")
@@ -37,7 +39,7 @@ STORED: tuple[Precision, ...] = ("fp32", "fp8")
 TARGETS: tuple[Target, ...] = ("sm89", "sm120")
 FP8 = ("fp8_e4m3", "fp8_e4m3")
 BF16 = ("bf16", "bf16")
-FP8_GEMMS = {"attn_in": 3, "attn_out": 5, "context_kv": 4}
+FP8_GEMMS = {"attn_in": 3, "attn_out": 2, "ffn": 3, "context_kv": 4}
 MEMORY_LIMIT_GB = 8
 
 COMPILE = """
@@ -46,7 +48,7 @@ from dataclasses import replace
 from trt_wan.build.compile import compile_engines
 from trt_wan.engines.config import TINY
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.tensorrt import choose_flavour
+from trt_wan.engines.flavour import choose_flavour
 
 model, plan = replace(TINY, vae=replace(TINY.vae, residual_blocks=1)), Plan(64, 48, 5, sys.argv[1])
 for target in sys.argv[2:]:
@@ -63,7 +65,8 @@ from trt_wan.build.export import export
 from trt_wan.engines.config import ANIMATE_14B as model
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.tensorrt import choose_flavour, compile_attention, compile_onnx
+from trt_wan.engines.flavour import choose_flavour
+from trt_wan.engines.tensorrt import compile_attention, compile_onnx
 
 folder, plan, flavour = Path(sys.argv[1]), Plan(832, 480, 77, "fp8"), choose_flavour("tensorrt_rtx", None)
 silent = lambda phase, step, steps: None
@@ -152,7 +155,7 @@ def test_attention_is_one_kernel(home: Path, target: Target) -> None:
     plans = stored("fp8", target)
     assert fused_attentions(plans["attention"]) == [("bf16",) * 3]
     assert fused_attentions(plans["attention_fp8"]) == [("fp8_e4m3",) * 3]
-    assert fused_attentions(plans["attn_out"]) == [("bf16",) * 3] * 2  # text, image
+    assert fused_attentions(plans["cross_attention"]) == [("bf16",) * 3] * 2  # text, image
 
 
 def test_what_is_the_same_is_compiled_once(home: Path) -> None:
@@ -229,14 +232,15 @@ def test_fp8_for_a_gpu_without_it_is_refused(tmp_path: Path, monkeypatch: pytest
 
 def test_14b_without_weights_in_little_memory(tmp_path: Path) -> None:
     """At 832x480x77 for SM89; the memory is that of the whole process, with torch."""
-    command = [sys.executable, "-c", SUBSET, str(tmp_path), "attn_in", "attn_out", "attention", "head"]
+    names = ("attn_in", "attention", "attn_out", "cross_attention", "ffn", "head")
+    command = [sys.executable, "-c", SUBSET, str(tmp_path), *names]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     plans = {path.stem: path.read_bytes() for path in tmp_path.glob("*.plan")}
     print({name: len(plan) for name, plan in plans.items()}, f"bytes, peak memory {run.stdout.strip()} GB")
     assert float(run.stdout) < MEMORY_LIMIT_GB
     contracts = networks(ANIMATE_14B, Plan(832, 480, 77, "fp8"))
-    for name in ("attn_in", "attn_out"):
+    for name in ("attn_in", "attn_out", "ffn"):
         matrices = [t for t in contracts[name].weights if t.dtype == "float8_e4m3fn"]
         weights = sum(t.shape[0] * t.shape[1] for t in matrices)
         assert len(plans[name]) < weights / 50, f"{len(plans[name])} bytes, the weights {weights}"

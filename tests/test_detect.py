@@ -20,8 +20,9 @@ from onnx import TensorProto, helper
 from plan_text import fused_attentions, gemms, kernels
 
 from trt_wan.cli.main import cli
+from trt_wan.engines.flavour import choose_flavour
+from trt_wan.engines.gpu import Target
 from trt_wan.engines.store.engines import ensure
-from trt_wan.engines.tensorrt import Target, choose_flavour
 from trt_wan.errors import EnvironmentBroken, GraphError, WeightsError
 from trt_wan.preprocess.onnx import net as onnx_net
 from trt_wan.preprocess.onnx.engine import compile_file, engine_of

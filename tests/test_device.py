@@ -20,9 +20,9 @@ from safetensors.numpy import save_file
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import Network, Part, Tensor
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.tensorrt import Flavour
 from trt_wan.errors import GraphError, MemoryShort
 from trt_wan.runtime.device import gpu as gpu_module
 from trt_wan.runtime.device import kernels
@@ -87,7 +87,7 @@ def test_a_full_arena_says_how_much_was_missing() -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
 def test_kernels_compile(nvrtc: None, capability: tuple[int, int]) -> None:
-    code = bytes(kernels.compile_for(*capability).code)
+    code = bytes(kernels.compile_source(kernels.SOURCE, capability).code)
     assert code.startswith(b"\x7fELF")
     for name in kernels.NAMES:
         assert f".text.{name}".encode() + b"\0" in code
@@ -321,7 +321,7 @@ class CountingSource:
 
 def streamed_packs() -> list[Pack]:
     made = networks(TINY, Plan(64, 48, 5, "fp8"))
-    return [Pack.of(made[name], n) for n in range(4) for name in ("attn_in", "attn_out")]
+    return [Pack.of(made[name], n) for n in range(4) for name in ("attn_in", "attn_out", "ffn")]
 
 
 @pytest.fixture

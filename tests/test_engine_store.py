@@ -21,9 +21,11 @@ from typing import Any
 
 import pytest
 
+from trt_wan.engines.flavour import Flavour
+from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store import checksums as checked_plan
-from trt_wan.engines.store.engine_id import EngineId, GpuKind
+from trt_wan.engines.store.engine_id import EngineId
 from trt_wan.engines.store.engines import (
     ensure,
     entries,
@@ -35,7 +37,6 @@ from trt_wan.engines.store.engines import (
     trim,
 )
 from trt_wan.engines.store.measurements import Figure
-from trt_wan.engines.tensorrt import Flavour
 from trt_wan.errors import GraphError, UsageError
 
 RTX = Flavour("tensorrt_rtx", "1.6.1.120", SimpleNamespace(), "it builds without a GPU")

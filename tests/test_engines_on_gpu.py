@@ -15,7 +15,7 @@ from on_gpu import require_gpu, run_segment
 from tiny_job import PLAN, prepare, write_sound
 
 from trt_wan.build.graphs import build_graphs
-from trt_wan.build.realistic import E4M3, dequantised, quantise_rows
+from trt_wan.build.realistic import dequantised
 from trt_wan.build.reference import ADDED_TO
 from trt_wan.engines.choice.candidates import Candidate, candidates
 from trt_wan.engines.choice.recipes import Recipe, recipes_here
@@ -23,11 +23,12 @@ from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import Network, scale_name
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.flavour import choose_flavour
+from trt_wan.engines.fp8 import E4M3, quantise_rows
 from trt_wan.engines.precision import PRECISIONS, Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.engines import ensure
 from trt_wan.engines.store.graphs import require_graphs
-from trt_wan.engines.tensorrt import choose_flavour
 from trt_wan.errors import GraphError
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 from trt_wan.runtime.job import Inputs, Job

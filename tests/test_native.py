@@ -1,13 +1,13 @@
 """Our own block kernels. Without a GPU: they compile for every GPU with FP8, and threads cover all channels.
 
-With one, `attn_in` and `attn_out` are compared with the fp32 graphs, on the same awkward inputs that build
+With one, the parts of a block are compared with the fp32 graphs, on the same awkward inputs that build
 measures candidates with, every weight random.
 """
 
+import gc
 import inspect
 import re
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,11 +19,10 @@ from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import ANIMATE_14B, MODELS, TINY
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
-from trt_wan.errors import EnvironmentBroken
+from trt_wan.errors import EnvironmentBroken, GraphError
+from trt_wan.runtime.device.kernels import compile_source
 from trt_wan.runtime.segments import native
 from trt_wan.runtime.segments.native import block, gemm
-
-FOLDER = Path(__file__).parents[1] / "runtime" / "native"
 
 
 @pytest.mark.parametrize("channels", [256, 512, 5120, 13824])
@@ -41,7 +40,7 @@ def test_channels_that_warps_cannot_share_are_a_mistake() -> None:
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 0)])
 @pytest.mark.parametrize("model", ["14b", "tiny"])
 def test_kernels_compile(nvrtc: None, model: str, capability: tuple[int, int]) -> None:
-    code = bytes(block.compile_for(MODELS[model], capability).code)
+    code = bytes(compile_source(block.SOURCE, capability, block.macros(MODELS[model])).code)
     for name in block.KERNELS:
         assert f".text.{name}".encode() + b"\0" in code
 
@@ -49,10 +48,10 @@ def test_kernels_compile(nvrtc: None, model: str, capability: tuple[int, int]) -
 def test_every_kernel_has_a_launch() -> None:
     defined = re.findall(
         r'extern "C" __global__ void(?: __launch_bounds__\([^)]*\))?\s+(\w+)\(',  # one line or two
-        "".join((FOLDER / name).read_text() for name in block.SOURCES),
+        block.SOURCE,
     )
     assert tuple(defined) == block.KERNELS
-    segments = (block.AttnIn, block.AttnOut, block._Native)
+    segments = (*block.NATIVE.values(), block._Linear)
     launched = "".join(inspect.getsource(segment) for segment in segments)
     assert all(f'"{name}"' in launched for name in defined)
 
@@ -67,6 +66,63 @@ def test_the_reason_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> No
     assert native.missing((9, 0)) == "cuBLASLt is not installed. Run: pip install it"
 
 
+class FakeCublasLt:
+    """Knows which objects are alive. A matrix of 77 rows is refused; `found` is the number of algorithms."""
+
+    found = 1
+
+    def __init__(self) -> None:
+        self.alive = dict[int, str]()
+
+    def __getattr__(self, function: str) -> Any:
+        kind = function.removeprefix("cublasLt").removesuffix("Create").removesuffix("Destroy")
+
+        def create(made: Any, *arguments: Any) -> int:
+            if kind == "MatrixLayout" and arguments[2].value == 77:
+                return 7
+            made._obj.value = max(self.alive, default=0) + 1
+            self.alive[made._obj.value] = kind
+            return 0
+
+        def destroy(made: Any) -> int:
+            assert self.alive.pop(made.value) == kind
+            return 0
+
+        def choose(handle: Any, product: Any, w: Any, x: Any, *rest: Any) -> int:
+            rest[-1]._obj.value = self.found
+            return 0
+
+        if function.endswith("Create"):
+            return create
+        if function.endswith("Destroy"):
+            return destroy
+        return choose if function.endswith("GetHeuristic") else lambda *_: 0
+
+
+def test_all_that_cublaslt_creates_is_destroyed() -> None:
+    fake = FakeCublasLt()
+    library = gemm.CublasLt(fake)
+    product = gemm.Fp8Gemm(cast(Any, None), library, 36, 256, 512)
+    kinds = sorted(fake.alive.values())
+    assert kinds == ["", "MatmulDesc", "MatmulPreference", *["MatrixLayout"] * 3]
+    del product
+    assert list(fake.alive.values()) == [""], "the handle outlives the product"
+    del library
+    assert not fake.alive
+
+
+def test_a_product_that_cublaslt_refuses_leaves_nothing() -> None:
+    fake = FakeCublasLt()
+    library = gemm.CublasLt(fake)
+    with pytest.raises(GraphError, match="cublasLtMatrixLayoutCreate failed with status 7"):
+        gemm.Fp8Gemm(cast(Any, None), library, 77, 256, 512)
+    fake.found = 0
+    with pytest.raises(GraphError, match="no FP8 product of 36x256x512"):
+        gemm.Fp8Gemm(cast(Any, None), library, 36, 256, 512)
+    gc.collect()
+    assert list(fake.alive.values()) == [""]
+
+
 # On a GPU
 
 
@@ -78,7 +134,7 @@ def gpu() -> Any:
     return found
 
 
-@pytest.mark.parametrize("name", ["attn_in", "attn_out"])
+@pytest.mark.parametrize("name", ["attn_in", "attn_out", "cross_attention", "ffn"])
 @pytest.mark.parametrize(
     ("model", "plan"),
     [

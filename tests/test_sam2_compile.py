@@ -24,9 +24,11 @@ from plan_text import fused_attentions
 from trt_wan.build.sam2 import GRAPHS, build_sam2_graphs
 from trt_wan.cli.main import cli
 from trt_wan.engines.contract import Network
+from trt_wan.engines.flavour import choose_flavour
+from trt_wan.engines.gpu import Target
 from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Plan
 from trt_wan.engines.sam2.contracts import networks
-from trt_wan.engines.tensorrt import Target, choose_flavour, compile_onnx
+from trt_wan.engines.tensorrt import compile_onnx
 from trt_wan.errors import GraphError
 from trt_wan.preprocess.sam2.model import GPU_PLAN, Sam2Model, require_sam2_graphs
 from trt_wan.preprocess.sam2.tracker import MASKED, tables

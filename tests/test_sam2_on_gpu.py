@@ -18,8 +18,8 @@ from on_gpu import require_gpu
 from sam2_oracle import our_model
 
 from trt_wan.build.sam2 import build_sam2_graphs
+from trt_wan.engines.flavour import choose_flavour
 from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Plan, Sam2Precision, pointers_of
-from trt_wan.engines.tensorrt import choose_flavour
 from trt_wan.errors import EnvironmentBroken
 from trt_wan.preprocess.sam2 import kernels, memory_attention, resize_on_gpu
 from trt_wan.preprocess.sam2.model import Sam2Model, open_sam2_on_gpu
@@ -28,6 +28,7 @@ from trt_wan.preprocess.sam2.tracker import Sam2Tracker, TrackedFrame
 from trt_wan.preprocess.sam2.transfer import AHEAD, DeviceCarrier
 from trt_wan.preprocess.sam2.weights import Sam2Weights, random_sam2_weights, weights_of
 from trt_wan.preprocess.stages import PATIENCE
+from trt_wan.runtime.device.kernels import compile_source
 from trt_wan.runtime.events import silent
 from trt_wan.runtime.video.reader import Picture
 
@@ -45,14 +46,15 @@ def picture(height: int, width: int, seed: int = 0) -> Picture:
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
 def test_kernels_compile(nvrtc: None, capability: tuple[int, int]) -> None:
-    code = bytes(kernels.compile_for(*capability).code)
+    code = bytes(compile_source(kernels.SOURCE, capability).code)
     for name in kernels.NAMES:
         assert f".text.{name}".encode() + b"\0" in code
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
 def test_attention_to_memories_compiles(nvrtc: None, capability: tuple[int, int]) -> None:
-    code = bytes(memory_attention.compile_for(CONFIG, capability).code)
+    macros = memory_attention.macros(CONFIG)
+    code = bytes(compile_source(memory_attention.SOURCE, capability, macros).code)
     for name in memory_attention.NAMES:
         assert f".text.{name}".encode() + b"\0" in code
 
@@ -138,7 +140,6 @@ def half(home: Path, weights: Sam2Weights) -> Sam2Model:
 @pytest.mark.parametrize("rule", get_args(InputRule))
 def test_frames_are_resized_as_on_the_host(rule: InputRule, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = require_gpu()
-    compiled = kernels.Sam2Kernels(gpu.capability)
     told = []
     for size in (256, 1024):
         buffer, (target,) = resize_on_gpu.allocated(gpu, [((3, size, size), np.float32)])
@@ -148,7 +149,7 @@ def test_frames_are_resized_as_on_the_host(rule: InputRule, monkeypatch: pytest.
                 monkeypatch.setattr(resize_on_gpu, "PIECE_BYTES", piece)
                 frame = picture(height, width)[::-1, ::-1]  # turned, as a clip may be
                 gpu.write(target, np.full(target.shape, np.nan, np.float32))
-                resizer = resize_on_gpu.Resizer(gpu, compiled, size)
+                resizer = resize_on_gpu.Resizer(gpu, size)
                 resizer.write(frame, rule, target)
                 difference = np.abs(gpu.download(target) - model_input(frame.copy(), size, rule))
                 levels = difference * (255 if rule == "kijai" else 255 * DEVIATION[:, None, None])

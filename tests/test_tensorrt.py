@@ -17,14 +17,10 @@ import pytest
 from onnx import TensorProto, helper
 from plan_text import fused_attentions, gemms
 
+from trt_wan.engines.flavour import Flavour, choose_flavour
+from trt_wan.engines.gpu import Capability
 from trt_wan.engines.store.home import home
-from trt_wan.engines.tensorrt import (
-    Capability,
-    Flavour,
-    choose_flavour,
-    compile_attention,
-    compile_onnx,
-)
+from trt_wan.engines.tensorrt import compile_attention, compile_onnx
 from trt_wan.errors import EnvironmentBroken, GraphError, UsageError
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
@@ -301,7 +297,8 @@ def test_what_the_builder_refuses_is_told(rtx: Flavour) -> None:
 
 BUILD_FOR_EVER = """
 import sys
-from trt_wan.engines.tensorrt import choose_flavour, compile_attention
+from trt_wan.engines.flavour import choose_flavour
+from trt_wan.engines.tensorrt import compile_attention
 flavour = choose_flavour("tensorrt_rtx", None)
 print("ready", flush=True)
 try:

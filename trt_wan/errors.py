@@ -6,6 +6,7 @@
     ├── WeightsError         a checkpoint is missing, is not what it should be, or lacks tensors
     ├── GraphError           a graph or engine is missing, stale or damaged: rebuild it
     ├── MemoryShort          the job does not fit in this machine's memory
+    ├── GpuFault             the GPU or its driver failed while it computed
     ├── EnvironmentBroken    packages that are missing or break each other
     ├── OutputError          the result cannot be written (folder, rights, full disk)
     └── Stopped              the user asked to stop (Ctrl-C); exit code 130
@@ -15,15 +16,19 @@ A user's mistake is one of these; an `assert` is a mistake of ours.
 
 
 class TrtWanError(Exception):
-    """One sentence that says what is wrong (`message`) and one that says what to do about it (`hint`)."""
+    """`message` says in one sentence what is wrong, `hint` what to do about it.
+
+    `command` is the cure for programs, where one exists: the arguments of `trt-wan`.
+    """
 
     code = "failed"
     exit_code = 1
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", command: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.command = command
 
 
 class UsageError(TrtWanError):
@@ -45,6 +50,10 @@ class GraphError(TrtWanError):
 
 class MemoryShort(TrtWanError):
     code = "memory_short"
+
+
+class GpuFault(TrtWanError):
+    code = "gpu_fault"
 
 
 class EnvironmentBroken(TrtWanError):

@@ -84,6 +84,8 @@ def calls(model: ModelConfig, plan: Plan, steps: int) -> dict[str, Calls]:
         "attn_in": Calls(step=c.layers),
         "attention": Calls(step=c.layers),
         "attn_out": Calls(step=c.layers),
+        "cross_attention": Calls(step=c.layers),
+        "ffn": Calls(step=c.layers),
         "fuser": Calls(step=c.fusers),
         "head": Calls(step=1),
         "vae_decode_first": Calls(window=1),
@@ -147,11 +149,11 @@ def _flops(name: str, model: ModelConfig, plan: Plan) -> tuple[int, int, int]:
         case "attention":
             return 0, 4 * tokens**2 * d, 0
         case "attn_out":
-            return (
-                2 * tokens * (3 * d * d + 2 * d * c.ffn_dim),
-                4 * tokens * (text.length + image_keys) * d,
-                0,
-            )
+            return 2 * tokens * 2 * d * d, 0, 0
+        case "cross_attention":
+            return 0, 4 * tokens * (text.length + image_keys) * d, 0
+        case "ffn":
+            return 2 * tokens * (d * d + 2 * d * c.ffn_dim), 0, 0
         case "fuser":
             return 2 * tokens * 2 * d * d, 4 * tokens * FACE_TOKENS * d, 0
         case "head":

@@ -3,8 +3,7 @@
 import torch
 
 from trt_wan.benchmarks.peers.diffusers_model import Model
-
-E4M3_MAX = 448.0
+from trt_wan.engines.fp8 import E4M3_MAX
 
 
 class Fp8Linear(torch.nn.Module):

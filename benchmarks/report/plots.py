@@ -16,7 +16,17 @@ from trt_wan.benchmarks.measure.sweep import Point, Sweep
 from trt_wan.benchmarks.report.result import OURS, Result
 
 INK, LEAST, EXCESS, OTHER = "#222222", "#1b6ca8", "#f2a65a", "#9aa5b1"
-ORDER = ("patch_embed", "attn_in", "attention", "attn_out", "fuser", "head", "sampler")
+ORDER = (
+    "patch_embed",
+    "attn_in",
+    "attention",
+    "attn_out",
+    "cross_attention",
+    "ffn",
+    "fuser",
+    "head",
+    "sampler",
+)
 
 
 def draw(result: Result, folder: Path) -> list[Path]:

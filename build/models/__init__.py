@@ -27,6 +27,8 @@ GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "attn_in": block.attn_in,
     "attention": block.attention,
     "attn_out": block.attn_out,
+    "cross_attention": block.cross_attention,
+    "ffn": block.ffn,
     "fuser": face.fuser,
     "head": head.head,
     "vae_decode_first": vae.decode_first,

@@ -1,8 +1,8 @@
-"""A transformer block, cut at self-attention: `attn_in`, `attention`, `attn_out`, and `context_kv`, which
-runs once.
+"""A transformer block, cut before and after each attention: `attn_in`, `attention`, `attn_out`,
+`cross_attention`, `ffn`. `context_kv` runs once per job.
 
-Modulation rows, in order: shift, scale, gate of the attention; shift, scale, gate of the FFN (model_spec.md
-1.4).
+Rows of the modulation, in order: shift, scale, gate of self-attention; shift, scale, gate of the FFN
+(model_spec.md 1.4).
 """
 
 import torch
@@ -83,9 +83,18 @@ def attention(
 
 
 def attn_out(
-    x: Tensor,
-    attended: Tensor,
-    time_modulation: Tensor,
+    x: Tensor, attended: Tensor, time_modulation: Tensor, *, w: Weights, model: ModelConfig, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    c = model.transformer
+    gate = (w["modulation"][0] + time_modulation)[2]
+    x = x + gate * linear(attended, w, "self_attn.o")
+    h = layer_norm(x, c.eps, w["norm3.weight"], w["norm3.bias"])
+    q = rms_norm(linear(h, w, "cross_attn.q"), _scaled(w["cross_attn.norm_q.weight"], c), c.eps)
+    return x, q.reshape(len(q), c.heads, -1).to(activation(plan))
+
+
+def cross_attention(
+    cross_q: Tensor,
     text_k: Tensor,
     text_v: Tensor,
     image_k: Tensor,
@@ -95,15 +104,14 @@ def attn_out(
     model: ModelConfig,
     plan: Plan,
 ) -> tuple[Tensor]:
-    c = model.transformer
-    gate, shift, scale, ffn_gate = (w["modulation"][0] + time_modulation)[2:]
-    x = x + gate * linear(attended, w, "self_attn.o")
+    q = cross_q.transpose(0, 1)
+    return (merge_heads(attend(q, text_k, text_v) + attend_any(q, image_k, image_v)),)
 
-    h = layer_norm(x, c.eps, w["norm3.weight"], w["norm3.bias"])
-    q = rms_norm(linear(h, w, "cross_attn.q"), _scaled(w["cross_attn.norm_q.weight"], c), c.eps)
-    q = split_heads(q, c.heads).to(activation(plan))
-    context = attend(q, text_k, text_v) + attend_any(q, image_k, image_v)
-    x = x + linear(merge_heads(context), w, "cross_attn.o")
 
-    h = layer_norm(x, c.eps) * (1 + scale) + shift
-    return (x + ffn_gate * linear(gelu_tanh(linear(h, w, "ffn.0").float()), w, "ffn.2"),)
+def ffn(
+    x: Tensor, cross_attended: Tensor, time_modulation: Tensor, *, w: Weights, model: ModelConfig, plan: Plan
+) -> tuple[Tensor]:
+    shift, scale, gate = (w["modulation"][0] + time_modulation)[3:]
+    x = x + linear(cross_attended, w, "cross_attn.o")
+    h = layer_norm(x, model.transformer.eps) * (1 + scale) + shift
+    return (x + gate * linear(gelu_tanh(linear(h, w, "ffn.0").float()), w, "ffn.2"),)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trt_wan.engines.fp8 import E4M3_MAX
 from trt_wan.engines.precision import PRECISIONS
 from trt_wan.engines.shape import Plan
 
@@ -21,7 +22,6 @@ Weights = Mapping[str, Tensor]
 # (trt_facts.md 1.2).
 OPSET = 22
 
-E4M3_MAX = 448.0
 MASKED = -30000.0  # e^-30000 is 0 beside any logit, and bf16 holds it
 
 

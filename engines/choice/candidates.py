@@ -8,9 +8,9 @@ how one is opened, or whether its library is installed.
 from dataclasses import dataclass
 from typing import Literal
 
+from trt_wan.engines.flavour import Flavour
+from trt_wan.engines.gpu import HOPPER, Capability, GpuKind, Target
 from trt_wan.engines.precision import PRECISIONS, Precision
-from trt_wan.engines.store.engine_id import GpuKind
-from trt_wan.engines.tensorrt import HOPPER, Capability, Flavour, Target
 from trt_wan.errors import UsageError
 
 Tier = Literal["exact", "fast"]
@@ -73,10 +73,13 @@ CANDIDATES = (
     Candidate("attention", "flash4", BF16, maker="attention", on_request=True),
     Candidate("attention", "tensorrt fp8", FP8, "fast", engine=Engine(ATTENTION_FP8)),
     Candidate("attention", "cudnn fp8", FP8, "fast", maker="attention"),
-    Candidate("attention", "sage fp8", FP8, "fast", maker="attention"),
     Candidate("attn_out", "tensorrt", ALL, engine=Engine("attn_out")),
     Candidate("attn_out", "tensorrt sm89", ALL, engine=Engine("attn_out", "sm89")),
     Candidate("attn_out", "native", FP8, maker="native"),
+    Candidate("cross_attention", "tensorrt", ALL, engine=Engine("cross_attention")),
+    Candidate("cross_attention", "native", FP8, maker="native"),
+    Candidate("ffn", "tensorrt", ALL, engine=Engine("ffn")),
+    Candidate("ffn", "native", FP8, maker="native"),
 )
 SEGMENTS = tuple(dict.fromkeys(candidate.network for candidate in CANDIDATES))
 
@@ -99,13 +102,12 @@ class Default:
 # for 68 GB, the whole score matrix.
 _HOPPER_ATTENTION = ("cudnn", "tensorrt sm89", "tensorrt")
 _NATIVE = ("native", "tensorrt")
+_BLOCK = ("attn_in", "attn_out", "cross_attention", "ffn")
 DEFAULTS = (
     Default("attention", HOPPER, _HOPPER_ATTENTION, ("tensorrt fp8", *_HOPPER_ATTENTION)),
     Default("attention", None, ("tensorrt",), ("tensorrt fp8", "tensorrt")),
-    Default("attn_in", HOPPER, _NATIVE, _NATIVE),
-    Default("attn_in", None, ("tensorrt",), ("tensorrt",)),
-    Default("attn_out", HOPPER, _NATIVE, _NATIVE),
-    Default("attn_out", None, ("tensorrt",), ("tensorrt",)),
+    *(Default(name, HOPPER, _NATIVE, _NATIVE) for name in _BLOCK),
+    *(Default(name, None, ("tensorrt",), ("tensorrt",)) for name in _BLOCK),
 )
 
 

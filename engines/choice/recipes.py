@@ -13,19 +13,13 @@ from functools import partial
 from trt_wan.engines.choice.candidates import ATTENTION_FP8, Engine, Machine, candidates
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.flavour import Flavour, Progress
+from trt_wan.engines.gpu import FP8_ATTENTION_RANGE, TARGETS, GpuKind, Target
 from trt_wan.engines.precision import PRECISIONS
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.engine_id import EngineId, GpuKind
+from trt_wan.engines.store.engine_id import EngineId
 from trt_wan.engines.store.graphs import require_graphs
-from trt_wan.engines.tensorrt import (
-    FP8_ATTENTION_RANGE,
-    TARGETS,
-    Flavour,
-    Progress,
-    Target,
-    compile_attention,
-    compile_onnx,
-)
+from trt_wan.engines.tensorrt import compile_attention, compile_onnx
 from trt_wan.errors import UsageError
 
 

@@ -36,10 +36,10 @@ TOLERANCES = (
     Tolerance(("attention",), ("bf16", "fp8"), 8e-2, "fast"),
     # E4M3 activations, with a scale per token, are 2.6e-2 off at most: measured in both; in numpy, at the
     # 14B's sizes with outlier channels, 2.3e-2.
-    Tolerance(("attn_in", "context_kv"), ("fp8",), 4e-2),
+    Tolerance(("attn_in", "attn_out", "context_kv"), ("fp8",), 4e-2),
     # Two FP8 products in a row in the FFN: in numpy, at the 14B's sizes, 3.3e-2 of what is added to the
     # residual stream, which is how candidates are compared; measured 2.9e-2 of all.
-    Tolerance(("attn_out",), ("fp8",), 5e-2),
+    Tolerance(("ffn",), ("fp8",), 5e-2),
     # Some thirty bf16 convolutions one after the other: 1.4e-2 measured.
     Tolerance(VAE, ("bf16", "fp8"), 2.1e-2),
     # One or two bf16 layers, or float32 throughout: at most 6.4e-3 measured.

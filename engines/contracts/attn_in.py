@@ -1,4 +1,4 @@
-"""First third of a block: norm, modulation, q/k/v, their RMS norm, RoPE (model_spec.md 1.4, 1.5)."""
+"""The start of a block: norm, modulation, q/k/v, their RMS norm, RoPE (model_spec.md 1.4, 1.5)."""
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor, linear

@@ -1,13 +1,18 @@
-"""Rest of a block after self-attention: output projection, cross-attention, FFN (model_spec.md 1.4)."""
+"""From the attended values to the residual stream and the queries of cross-attention (model_spec.md 1.4).
+
+`x_out` is the residual stream after self-attention. `cross_q` holds the normed queries, multiplied by the
+softmax scale, as [tokens, heads, head_dim]. Several cross-attentions may read them: their results are
+combined before `ffn`.
+"""
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor, linear
-from trt_wan.engines.contracts import context_kv
 from trt_wan.engines.shape import Plan
 
 
 def network(model: ModelConfig, plan: Plan) -> Network:
     c = model.transformer
+    tokens = (plan.tokens, c.dim)
     return Network(
         name="attn_out",
         part="transformer",
@@ -15,10 +20,9 @@ def network(model: ModelConfig, plan: Plan) -> Network:
         repeats=c.layers,
         fp8=True,
         inputs=(
-            Tensor("x", (plan.tokens, c.dim)),
-            Tensor("attended", (plan.tokens, c.dim), "activation"),
+            Tensor("x", tokens),
+            Tensor("attended", tokens, "activation"),
             Tensor("time_modulation", (6, c.dim)),
-            *context_kv.network(model).outputs,
         ),
         weights=(
             Tensor("modulation", (1, 6, c.dim)),
@@ -27,9 +31,9 @@ def network(model: ModelConfig, plan: Plan) -> Network:
             Tensor("norm3.bias", (c.dim,)),
             *linear("cross_attn.q", c.dim, c.dim),
             Tensor("cross_attn.norm_q.weight", (c.dim,)),
-            *linear("cross_attn.o", c.dim, c.dim),
-            *linear("ffn.0", c.ffn_dim, c.dim),
-            *linear("ffn.2", c.dim, c.ffn_dim),
         ),
-        outputs=(Tensor("x_out", (plan.tokens, c.dim)),),
+        outputs=(
+            Tensor("x_out", tokens),
+            Tensor("cross_q", (plan.tokens, c.heads, c.head_dim), "activation"),
+        ),
     )

@@ -3,18 +3,11 @@
 import hashlib
 from dataclasses import dataclass
 
+from trt_wan.engines.flavour import Flavour
+from trt_wan.engines.gpu import GpuKind, Target
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.tensorrt import Flavour, Target
 
 FORMAT = 1  # raise it when the same origin no longer means the same engine
-
-
-@dataclass(frozen=True)
-class GpuKind:
-    """What an engine for the target "current" is bound to."""
-
-    name: str
-    driver: int  # its major version
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.engines import tensorrt
+from trt_wan.engines.flavour import Flavour, Progress
+from trt_wan.engines.gpu import GpuKind, Target
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.engine_id import EngineId, GpuKind
+from trt_wan.engines.store.engine_id import EngineId
 from trt_wan.engines.store.engines import ensure, open_checked
 from trt_wan.engines.store.home import home
-from trt_wan.engines.tensorrt import Flavour, Progress, Target
 from trt_wan.errors import GraphError
 from trt_wan.preprocess.onnx.file import OnnxFile
 from trt_wan.preprocess.onnx.memory import Flight, Sender, Slot

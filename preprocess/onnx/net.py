@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.engines.tensorrt import Flavour, choose_flavour
+from trt_wan.engines.flavour import Flavour, choose_flavour
 from trt_wan.errors import EnvironmentBroken, WeightsError
 from trt_wan.preprocess.onnx.file import FLOAT, HALF, OnnxFile, read_onnx
 from trt_wan.runtime.events import Progress, silent

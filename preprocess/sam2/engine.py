@@ -2,10 +2,11 @@
 
 import hashlib
 
+from trt_wan.engines.flavour import Flavour
+from trt_wan.engines.gpu import GpuKind, Target
 from trt_wan.engines.sam2.config import Sam2Config
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.engine_id import EngineId, GpuKind
-from trt_wan.engines.tensorrt import Flavour, Target
+from trt_wan.engines.store.engine_id import EngineId
 
 PREFIX = "sam2 "  # of the network's name in a manifest
 

@@ -1,90 +1,12 @@
-"""SAM2's own kernels: frames to the model's input (resize_on_gpu.py), pointers side by side (carriers.py).
+"""SAM2's small kernels of frames.cu: resizing (resize_on_gpu.py), pointers side by side (transfer.py)."""
 
-Compiled once per model by NVRTC for the GPU that is there.
-"""
-
-from typing import Any
-
-from trt_wan.runtime.device.kernels import compile_source
+from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.device.kernels import Module, read_source
 
 THREADS = 256
 NAMES = ("across", "down", "gather_rows")
-
-SOURCE = r"""
-typedef unsigned char u8;
-typedef long long i64;
-typedef unsigned long long u64;
-
-// Sums are products and additions apart, as numpy's are.
-__device__ float level(float x) { return fminf(fmaxf(floorf(__fadd_rn(x, 0.5f)), 0.0f), 255.0f); }
-
-// Rows [rows, width, 3] of a frame to [3, height, size] from row `start` on. With `levels` they are rounded,
-// without them divided by 255.
-extern "C" __global__ void across(const u8* frame, float* out, const int* first, const float* weights,
-                                  int taps, int width, int rows, int start, int height, int size,
-                                  int levels) {
-    int x = blockIdx.x * blockDim.x + threadIdx.x;
-    if (x >= size) return;
-    int low = first[x];
-    for (int row = blockIdx.y; row < rows; row += gridDim.y) {
-        const u8* line = frame + (i64)row * width * 3;
-        float sums[3] = {0.0f, 0.0f, 0.0f};
-        for (int tap = 0; tap < taps; ++tap) {
-            const u8* pixel = line + (i64)min(low + tap, width - 1) * 3;
-            float weight = weights[(i64)tap * size + x];
-            for (int c = 0; c < 3; ++c) {
-                float value = levels ? (float)pixel[c] : __fdiv_rn((float)pixel[c], 255.0f);
-                sums[c] = __fadd_rn(sums[c], __fmul_rn(value, weight));
-            }
-        }
-        for (int c = 0; c < 3; ++c)
-            out[((i64)c * height + start + row) * size + x] = levels ? level(sums[c]) : sums[c];
-    }
-}
-
-// [3, height, size] to [3, size, size]; with `levels` rounded, then with ImageNet's mean and deviation.
-extern "C" __global__ void down(const float* in, float* out, const int* first, const float* weights,
-                                int taps, int height, int size, int levels,
-                                float mean0, float mean1, float mean2,
-                                float deviation0, float deviation1, float deviation2) {
-    int x = blockIdx.x * blockDim.x + threadIdx.x;
-    if (x >= size) return;
-    const float means[3] = {mean0, mean1, mean2};
-    const float deviations[3] = {deviation0, deviation1, deviation2};
-    for (int y = blockIdx.y; y < size; y += gridDim.y) {
-        int low = first[y];
-        for (int c = 0; c < 3; ++c) {
-            const float* plane = in + (i64)c * height * size;
-            float sum = 0.0f;
-            for (int tap = 0; tap < taps; ++tap) {
-                float value = plane[(i64)min(low + tap, height - 1) * size + x];
-                sum = __fadd_rn(sum, __fmul_rn(value, weights[(i64)tap * size + y]));
-            }
-            if (levels) sum = __fdiv_rn(__fsub_rn(__fdiv_rn(level(sum), 255.0f), means[c]), deviations[c]);
-            out[((i64)c * size + y) * size + x] = sum;
-        }
-    }
-}
-
-// Rows of `channels` from wherever they are; zeros for an address of 0. One block per row.
-extern "C" __global__ void gather_rows(const u64* rows, float* out, int channels) {
-    const float* row = (const float*)rows[blockIdx.x];
-    for (int i = threadIdx.x; i < channels; i += blockDim.x)
-        out[(i64)blockIdx.x * channels + i] = row ? row[i] : 0.0f;
-}
-"""
+SOURCE = read_source(__package__, "frames.cu")
 
 
-def compile_for(major: int, minor: int) -> Any:
-    return compile_source(SOURCE, major, minor)
-
-
-class Sam2Kernels:
-    def __init__(self, capability: tuple[int, int]) -> None:
-        module = compile_for(*capability)
-        self._kernels = {name: module.get_kernel(name) for name in NAMES}
-
-    def launch(self, stream: Any, name: str, grid: int | tuple[int, ...], *arguments: Any) -> None:
-        from cuda.core import LaunchConfig, launch
-
-        launch(stream, LaunchConfig(grid=grid, block=THREADS), self._kernels[name], *arguments)
+def sam2_kernels(gpu: Gpu) -> Module:
+    return gpu.once(__name__, lambda: Module(gpu.device, SOURCE, NAMES))

@@ -1,15 +1,15 @@
-// Attention of one head to memories, with the keys shared out among blocks of threads and what they found joined:
-// the queries alone would leave most multiprocessors without work. A block takes QUERIES queries, a warp 16 of them
-// (runtime/device/attention.cu), over its share of the keys; two tiles of them are in flight.
+// Attention of one head to memories. Blocks of threads share the keys, and a second kernel joins their results: split
+// by queries alone, most multiprocessors would idle. A block takes QUERIES queries, a warp 16 of them
+// (runtime/device/attention.cuh), over its share of the keys. Two tiles are in flight.
 
 constexpr int QUERIES = WARPS * 16;
 constexpr u32 KEYS_BYTES = TILE * CHANNELS * 2, STAGE_BYTES = KEYS_BYTES + TILE * VALUES * 2;
 
-// Keys count in two runs: the first seen[0], and seen[1] from `back_start` on. Block x takes queries, y a share of the
-// keys. Sums of weighted values, divided by the sum of the weights, go to `partial` [shares, queries, VALUES], and
-// the logarithm of that sum, of base 2, to `logs` [shares, queries].
+// Two runs of keys count: the first seen[0], and seen[1] from `back_start` on. blockIdx.x selects queries, blockIdx.y a
+// share of the keys. `partial` [shares, queries, VALUES] gets the weighted values over the sum of their weights, `logs`
+// [shares, queries] the logarithm of that sum to base 2.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
-attend(const u16* queries, const u16* keys, const u16* values, const i64* seen, int back_start, float* partial,
+attend(const fp16* queries, const fp16* keys, const fp16* values, const i64* seen, int back_start, float* partial,
        float* logs, int tokens) {
     extern __shared__ __align__(1024) unsigned char buffers[];
     const int lane = threadIdx.x % 32;
@@ -20,23 +20,18 @@ attend(const u16* queries, const u16* keys, const u16* values, const i64* seen, 
     for (int d = 0; d < CHANNELS / 16; ++d)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const u16* row = queries + (i64)min(rows[i % 2], tokens - 1) * CHANNELS;
+            const fp16* row = queries + (i64)min(rows[i % 2], tokens - 1) * CHANNELS;
             q[d][i] = *(const u32*)(row + d * 16 + i / 2 * 8 + lane % 4 * 2);
         }
     Running<VALUES> r;
-#pragma unroll
-    for (int n = 0; n < VALUES / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) r.out[n][i] = 0;
-    r.most[0] = r.most[1] = -1e30f;
-    r.sum[0] = r.sum[1] = 0;
+    r.clear(-1e30f);
 
     const int front = (int)seen[0], back = (int)seen[1];
     const int front_tiles = (front + TILE - 1) / TILE, tiles = front_tiles + (back + TILE - 1) / TILE;
     const int begin = tiles * blockIdx.y / gridDim.y, end = tiles * (blockIdx.y + 1) / gridDim.y;
     const u32 base = shared_address(buffers);
 
-    auto at = [&](int tile, int& row) {  // where a tile begins, and how many keys are left there
+    auto at = [&](int tile, int& row) {  // the tile's first row, and the keys left in its run
         const int offset = (tile < front_tiles ? tile : tile - front_tiles) * TILE;
         row = tile < front_tiles ? offset : back_start + offset;
         return (tile < front_tiles ? front : back) - offset;
@@ -62,9 +57,7 @@ attend(const u16* queries, const u16* keys, const u16* values, const i64* seen, 
     const i64 share = (i64)blockIdx.y * tokens;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        float sum = r.sum[half];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
+        const float sum = r.row_sum(half);
         if (rows[half] >= tokens) continue;
         const float inverse = sum > 0 ? 1.0f / sum : 0.0f;
         float* out = partial + (share + rows[half]) * VALUES + lane % 4 * 2;
@@ -75,7 +68,7 @@ attend(const u16* queries, const u16* keys, const u16* values, const i64* seen, 
     }
 }
 
-// The shares' results by their weights, to fp16 [queries, VALUES]; a thread has two values.
+// The shares' results, weighted, as fp16 [queries, VALUES]. A thread has two values.
 extern "C" __global__ void join_shares(const float* partial, const float* logs, u32* out, int shares, int tokens) {
     constexpr int PAIRS = VALUES / 2;
     const int pair = blockIdx.x * blockDim.x + threadIdx.x, row = pair / PAIRS;

@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.engines.contract import Network
+from trt_wan.engines.flavour import Flavour, choose_flavour
+from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan
 from trt_wan.engines.sam2.contracts import graphs_folder, kernels, networks
 from trt_wan.engines.store import engines as engine_store
-from trt_wan.engines.store.engine_id import GpuKind
 from trt_wan.engines.store.graphs import holds
-from trt_wan.engines.tensorrt import Flavour, choose_flavour, compile_onnx
+from trt_wan.engines.tensorrt import compile_onnx
 from trt_wan.errors import EnvironmentBroken, GraphError
 from trt_wan.preprocess.sam2.engine import build_command, engine_of
 from trt_wan.preprocess.sam2.memory_attention import open_memory_attention, require_kernel

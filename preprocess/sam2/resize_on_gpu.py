@@ -1,8 +1,8 @@
-"""Frames become SAM2's input on the device: the frame's bytes go up, two kernels filter them.
+"""Frames become SAM2's input on the device: a frame's bytes go up and two kernels filter them.
 
-The same separable filters as resample.py's, columns first: the tables are made on the host once per size. A
-frame of any size is uploaded in pieces of whole rows, so that memory is bounded: one piece, and the frame at
-the model's width, float32 planes [3, H, S] (53 MB for 8K).
+The filters are those of resample.py, columns first. The host makes their tables once per size. A frame is
+uploaded in pieces of whole rows, so memory is bounded for any size: one piece, and the frame at the model's
+width, float32 planes [3, H, S] (53 MB for 8K).
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_wan.preprocess.sam2.kernels import THREADS, Sam2Kernels
+from trt_wan.preprocess.sam2.kernels import THREADS, sam2_kernels
 from trt_wan.preprocess.sam2.resample import DEVIATION, MEAN, InputRule, filter_table
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu, copy
@@ -20,31 +20,31 @@ from trt_wan.runtime.device.pinned import Ring
 from trt_wan.runtime.video.reader import Picture
 
 PIECE_BYTES = 8 << 20  # a frame of 1080p is one piece
-PIECES = 4  # pinned: the frames of a batch that the host may be ahead of the copies
-MOST_BLOCKS = 65535  # that a grid has in its second dimension; the kernels stride over more rows
+PIECES = 4  # pinned: the host may be this many frames ahead of the copies
+MOST_BLOCKS = 65535  # limit of a grid's second dimension; the kernels stride over more rows
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """Of one frame size and rule, on the device; and the memory that such a frame passes through."""
+    """Filters for one frame size and rule, on the device, and the memory that such a frame passes through."""
 
     across: tuple[DeviceArray, DeviceArray]
     down: tuple[DeviceArray, DeviceArray]
     piece: DeviceArray  # uint8
     narrow: DeviceArray  # float32 [3, H, S]
-    buffer: Any  # whose memory they are
+    buffer: Any  # the memory of all these arrays
 
 
 class Resizer:
-    """To [3, size, size]. Knows one frame size at a time: those of a clip are alike."""
+    """Resizes frames to [3, size, size]. Keeps the tables of one frame size: a clip has only one."""
 
-    def __init__(self, gpu: Gpu, kernels: Sam2Kernels, size: int) -> None:
-        self.gpu, self.size, self._kernels = gpu, size, kernels
+    def __init__(self, gpu: Gpu, size: int) -> None:
+        self.gpu, self.size, self._kernels = gpu, size, sam2_kernels(gpu)
         self._ring = Ring(PIECES, PIECE_BYTES)
         self._made: tuple[tuple[int, int, InputRule], _Tables] | None = None
 
     def write(self, frame: Picture, rule: InputRule, target: DeviceArray) -> None:
-        """Enqueues everything that makes `target`, float32 [3, size, size], of uint8 RGB [H, W, 3]."""
+        """Enqueues the work that makes `target`, float32 [3, size, size], from uint8 RGB [H, W, 3]."""
         assert frame.dtype == np.uint8 and frame.shape[2:] == (3,), f"{frame.dtype} {frame.shape}"
         assert target.shape == (3, self.size, self.size) and target.dtype == np.float32, target.shape
         height, width = frame.shape[:2]
@@ -69,7 +69,7 @@ class Resizer:
 
     def _launch(self, name: str, rows: int, *arguments: Any) -> None:
         grid = (math.ceil(self.size / THREADS), min(rows, MOST_BLOCKS))
-        self._kernels.launch(self.gpu.stream, name, grid, *arguments)
+        self._kernels.launch(self.gpu.stream, name, grid, THREADS, *arguments)
 
     def _tables(self, height: int, width: int, rule: InputRule) -> _Tables:
         key = (height, width, rule)
@@ -100,5 +100,5 @@ def allocated(gpu: Gpu, shapes: Sequence[tuple[tuple[int, ...], Any]]) -> tuple[
 
 
 def _rows(height: int, width: int) -> int:
-    """Of a piece."""
+    """Rows per piece."""
     return max(1, min(height, PIECE_BYTES // (width * 3)))

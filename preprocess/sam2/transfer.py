@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan, pointers_of
-from trt_wan.preprocess.sam2.kernels import Sam2Kernels
+from trt_wan.preprocess.sam2.kernels import THREADS, sam2_kernels
 from trt_wan.preprocess.sam2.resample import InputRule, model_input
 from trt_wan.preprocess.sam2.resize_on_gpu import Resizer, allocated
 from trt_wan.runtime.device.arena import ALIGNMENT, laid_out
@@ -107,8 +107,8 @@ class DeviceCarrier:
     def __init__(self, gpu: Gpu, config: Sam2Config, plan: Sam2Plan) -> None:
         self.gpu, self.config, self.batch = gpu, config, plan.batch
         side, mask = config.image_size, 4 * config.mask_size**2  # bytes of a mask
-        self._kernels = Sam2Kernels(gpu.capability)
-        self._resizer = Resizer(gpu, self._kernels, side)
+        self._kernels = sam2_kernels(gpu)
+        self._resizer = Resizer(gpu, side)
         self._ring = Ring(SLOTS, mask + (1 << 16))
         most = pointers_of(max(plan.memories))
         shapes: list[tuple[tuple[int, ...], Any]] = [
@@ -161,7 +161,7 @@ class DeviceCarrier:
             table[i] = pointer.address
         addresses = cast(DeviceArray, self.small({"rows": table})["rows"])
         arguments = (addresses.address, self._rows.address, np.int32(channels))
-        self._kernels.launch(self.gpu.stream, "gather_rows", places, *arguments)
+        self._kernels.launch(self.gpu.stream, "gather_rows", places, THREADS, *arguments)
         return cast(Array, self.gpu.view(self._rows.address, (places, channels), np.float32))
 
     def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[Host]]:

@@ -1,32 +1,28 @@
-// What kernels of attention share: a warp's part of it on tensor cores, and the copies that feed it. It stands in
-// front of their sources (kernels.py).
+// Attention on tensor cores, a warp at a time, and the copies that feed it. Stands in front of the sources that attend
+// (kernels.py).
 //
-// A warp has 16 queries, and all of them see tiles of keys and values in shared memory; the softmax is carried along
-// from tile to tile in float32. Products are of bf16 or fp16 with float32 sums (mma.m16n8k16; fragments as in PTX
-// ISA 9.7.14).
-
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef long long i64;
+// A warp has 16 queries. All warps of a block share tiles of keys and values in shared memory. The softmax is carried
+// from tile to tile in float32. Products take bf16 or fp16 and sum in float32 (mma.m16n8k16; PTX ISA 9.7.14 describes
+// the fragments).
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
 __device__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Rows of WIDTH numbers of 16 bits; the chunks of a row, 16 bytes each, are swapped so that eight rows of a column lie
-// in different banks.
+// Address of a chunk of 16 bytes in rows of WIDTH numbers of 16 bits. Chunks are swapped within a row, so that eight
+// rows of a column lie in different banks.
 template <int WIDTH>
 __device__ u32 chunk_offset(int row, int chunk) { return row * (WIDTH * 2) + ((chunk ^ (row & 7)) << 4); }
 
-// Starts the copy of ROWS rows from `first` on; rows from `end` on become zeros.
-template <int ROWS, int WIDTH, int THREADS>
-__device__ void copy_rows(u32 to, const u16* from, int first, int end) {
+// Starts the copy of ROWS rows, beginning with `first`. Rows from `end` on become zeros.
+template <int ROWS, int WIDTH, int THREADS, class Half>
+__device__ void copy_rows(u32 to, const Half* from, int first, int end) {
     constexpr int CHUNKS = WIDTH / 8;
 #pragma unroll
     for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
         const int row = i / CHUNKS, chunk = i % CHUNKS;
         const bool there = first + row < end;
-        const u16* source = from + (i64)(there ? first + row : 0) * WIDTH + chunk * 8;
+        const Half* source = from + (i64)(there ? first + row : 0) * WIDTH + chunk * 8;
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                      :: "r"(to + chunk_offset<WIDTH>(row, chunk)), "l"(source), "r"(there ? 16 : 0) : "memory");
     }
@@ -43,22 +39,18 @@ __device__ float power_of_2(float x) {  // one instruction, and 0 for -infinity
     return y;
 }
 
-#define HALF(Name, name) \
+#define HALF(Name, name, ptx) \
     struct Name { \
-        static __device__ u32 pack(float first, float second) { \
-            u32 pair; \
-            asm("cvt.rn." name "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first)); \
-            return pair; \
-        } \
+        static __device__ u32 pack(float first, float second) { return pack_##name(first, second); } \
         static __device__ void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) { \
-            asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 " \
+            asm("mma.sync.aligned.m16n8k16.row.col.f32." ptx "." ptx ".f32 " \
                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) \
                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)); \
         } \
     };
-HALF(Bf16, "bf16")
-HALF(Fp16, "f16")
+HALF(Bf16, bf16, "bf16")
+HALF(Fp16, fp16, "f16")
 
 __device__ void load_matrices(u32 (&m)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -71,12 +63,27 @@ __device__ void load_matrices_transposed(u32 (&m)[4], u32 address) {
 }
 
 template <int VALUE>
-struct Running {  // of a thread: two rows, each shared by four threads
+struct Running {  // A thread has two rows, each shared by four threads.
     float out[VALUE / 8][4];
     float most[2], sum[2];
+
+    __device__ void clear(float least) {
+#pragma unroll
+        for (int n = 0; n < VALUE / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[n][i] = 0;
+        most[0] = most[1] = least;
+        sum[0] = sum[1] = 0;
+    }
+
+    __device__ float row_sum(int half) const {  // over the four threads
+        float whole = sum[half];
+        whole += __shfl_xor_sync(~0u, whole, 1);
+        return whole + __shfl_xor_sync(~0u, whole, 2);
+    }
 };
 
-// N keys of KEY channels with values of VALUE; the first `valid` of them count.
+// Adds N keys of KEY channels and their values of VALUE channels to `r`. Only the first `valid` keys count.
 template <class Half, int N, int KEY, int VALUE>
 __device__ void attend_tile(const u32 (&q)[KEY / 16][4], u32 keys, u32 values, int valid, Running<VALUE>& r) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
@@ -95,7 +102,7 @@ __device__ void attend_tile(const u32 (&q)[KEY / 16][4], u32 keys, u32 values, i
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                if (n * 8 + lane % 4 * 2 + i % 2 >= valid) s[n][i] = -__int_as_float(0x7F800000);
+                if (n * 8 + lane % 4 * 2 + i % 2 >= valid) s[n][i] = -infinity();
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -4,8 +4,8 @@ Everything is enqueued on one compute stream; only `DeviceArray.__array__` (a do
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 and float8_e4m3fn with numpy)
 import numpy as np
@@ -13,9 +13,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from trt_wan.errors import EnvironmentBroken, MemoryShort
 from trt_wan.runtime.device.arena import Arena, Span
-from trt_wan.runtime.device.kernels import MAX_TERMS, THREADS, Kernels
+from trt_wan.runtime.device.kernels import MAX_TERMS, NAMES, SOURCE, THREADS, Module
 
 Host = NDArray[Any]
+
+T = TypeVar("T")
 
 STAGING_BYTES = 64 << 20  # pinned memory for copies; pinning costs about a second per GB
 
@@ -62,10 +64,11 @@ class Gpu:
             ) from error
         self.stream = self.device.create_stream()
         self.copies = self.device.create_stream()
-        self.kernels = Kernels(self.device)
+        self.kernels = Module(self.device, SOURCE, NAMES)
         self.arena = Arena(0)
         self._arena_buffer: Any = None
         self._staging = Pinned(STAGING_BYTES)
+        self._made: dict[Hashable, Any] = {}
 
     @property
     def name(self) -> str:
@@ -174,7 +177,14 @@ class Gpu:
         """bf16 [out, in] to E4M3 [out, in] and float32 [out], one scale per output channel."""
         out, inner = weight.shape
         addresses = (weight.address, values.address, scale.address)
-        self.kernels.launch(self.stream, "quantize_rows", out, *addresses, np.int32(inner))
+        self.kernels.launch(self.stream, "quantize_rows", out, THREADS, *addresses, np.int32(inner))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The object of that key, made at its first use and kept for as long as this Gpu."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
 
     def sync(self) -> None:
         self.stream.sync()
@@ -187,7 +197,7 @@ class Gpu:
 
     def _launch(self, name: str, work: int, *arguments: Any) -> None:
         blocks = min(-(-work // THREADS), 8192)  # the kernels stride over the rest
-        self.kernels.launch(self.stream, name, blocks, *arguments)
+        self.kernels.launch(self.stream, name, blocks, THREADS, *arguments)
 
 
 class Pinned:

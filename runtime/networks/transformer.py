@@ -102,9 +102,10 @@ def velocity(
     time_embedding, time_modulation = time
     (x,) = model.run("patch_embed", latent, window.condition, window.pose_latent, window.pose_strength)
     for n in range(c.layers):
-        q, k, v = model.run("attn_in", x, time_modulation, *rope, n=n)
-        (attended,) = model.run("attention", q, k, v)
-        (x,) = model.run("attn_out", x, attended, time_modulation, *context[n], n=n)
+        (attended,) = model.run("attention", *model.run("attn_in", x, time_modulation, *rope, n=n))
+        x, cross_q = model.run("attn_out", x, attended, time_modulation, n=n)
+        (attended,) = model.run("cross_attention", cross_q, *context[n])
+        (x,) = model.run("ffn", x, attended, time_modulation, n=n)
         if window.face is not None and n % c.fuser_interval == 0:
             i = n // c.fuser_interval
             (x,) = model.run("fuser", x, *window.face[i], window.face_strength, n=i)

@@ -19,9 +19,9 @@ from typing import Protocol, Self
 from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.contract import Part
+from trt_wan.engines.flavour import Flavour, choose_flavour
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.tensorrt import Flavour, choose_flavour
 from trt_wan.errors import EnvironmentBroken, UsageError
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.device.gpu import Gpu

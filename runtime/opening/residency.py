@@ -12,7 +12,7 @@ from trt_wan.engines.contract import Network
 from trt_wan.errors import MemoryShort
 from trt_wan.runtime.weights.on_device import SLOTS, Pack
 
-BLOCK = ("attn_in", "attn_out")  # in the order in which a block runs them
+BLOCK = ("attn_in", "attn_out", "ffn")  # those with weights, in the order of a block
 BEFORE_THE_STEPS = (
     "text_encoder_layer",
     "image_encoder_embed",

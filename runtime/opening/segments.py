@@ -12,11 +12,11 @@ from trt_wan.engines.choice.candidates import Candidate, Engine, Machine
 from trt_wan.engines.choice.recipes import Recipe
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.flavour import Flavour
+from trt_wan.engines.gpu import Capability, GpuKind
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.engine_id import GpuKind
 from trt_wan.engines.store.engines import ensure, open_checked
 from trt_wan.engines.store.home import home
-from trt_wan.engines.tensorrt import Capability, Flavour
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.segments.segment import Segment

@@ -1,1 +1,1 @@
-"""Segments compute one network on the GPU: TensorRT engines, attention libraries, native kernels."""
+"""Segments compute one network each on the GPU: TensorRT engines, attention libraries, native kernels."""

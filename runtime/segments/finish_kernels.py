@@ -6,7 +6,7 @@ python -m trt_wan.runtime.segments.finish_kernels FLAVOUR NAME KERNEL_CACHE < PL
 import sys
 from pathlib import Path
 
-from trt_wan.engines.tensorrt import choose_flavour
+from trt_wan.engines.flavour import choose_flavour
 from trt_wan.runtime.segments.tensorrt import EngineSegment
 
 

@@ -1,6 +1,6 @@
-"""What computes a network on the GPU: a TensorRT engine, a library's attention, or kernels of our own.
+"""A segment computes one network on the GPU: a TensorRT engine, a library's attention, or native kernels.
 
-A segment knows its network's tensors by name and address, and nothing of models, weights' files or arenas.
+It knows its network's tensors by name and address. It knows no model, no weight file and no arena.
 """
 
 from collections.abc import Mapping
@@ -12,19 +12,19 @@ class Segment(Protocol):
 
     @property
     def scratch_bytes(self) -> int:
-        """What it wants of the scratch that all segments share."""
+        """Bytes that it needs of the scratch, which all segments share."""
         ...
 
     def start(self, scratch: int) -> None:
-        """`scratch` is the address of at least `scratch_bytes`, a multiple of 256; between two calls of
-        `enqueue` others write there.
+        """Takes the address of at least `scratch_bytes`, a multiple of 256. Other segments write there
+        between two calls of `enqueue`.
         """
         ...
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
-        """`addresses` has every input, weight and output of the network, by the contract's names."""
+        """Takes the address of every input, weight and output, by the contract's names."""
         ...
 
     def settle(self) -> None:
-        """Says that it has run: what later starts can use is kept."""
+        """Call after a run. Saves compiled kernels for later starts."""
         ...

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trt_wan.engines.tensorrt import Flavour
+from trt_wan.engines.flavour import Flavour
 from trt_wan.errors import GraphError
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, silent

@@ -15,14 +15,12 @@ from numpy.typing import DTypeLike, NDArray
 from safetensors.numpy import save_file
 
 from trt_wan.engines.config import TINY
+from trt_wan.engines.fp8 import E4M3, E4M3_MAX
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.weights.random import random_weights
 from trt_wan.runtime.weights.tiny_tokenizer import write_tiny_tokenizer
 
-E4M3_MAX = 448.0
-
 BF16 = np.dtype(ml_dtypes.bfloat16)
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 F16 = np.dtype(np.float16)
 
 

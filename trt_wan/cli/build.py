@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from trt_wan.build.compile import CompileReport, EngineDone, EngineProgress, EngineRow, GraphDone
     from trt_wan.engines.choice.candidates import Candidate, Machine
     from trt_wan.engines.config import ModelConfig
+    from trt_wan.engines.flavour import Flavour
+    from trt_wan.engines.gpu import Target
     from trt_wan.engines.precision import Precision
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.measurements import Figure
-    from trt_wan.engines.tensorrt import Flavour, Target
     from trt_wan.runtime.device.gpu import Gpu
 
 Data = dict[str, Any]
@@ -70,7 +71,7 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, 
 def _targets(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     if not values:
         return ()
-    from trt_wan.engines.tensorrt import TARGETS
+    from trt_wan.engines.gpu import TARGETS
 
     names = dict.fromkeys(name.strip().lower() for value in values for name in value.split(","))
     for name in names:
@@ -187,7 +188,8 @@ def build_for(
 
 def _named(plan: "Plan", precision: "Precision | None", target: "Target", flavour: str | None) -> Goal:
     from trt_wan.engines.choice.recipes import require_target
-    from trt_wan.engines.tensorrt import TARGETS, choose_flavour
+    from trt_wan.engines.flavour import choose_flavour
+    from trt_wan.engines.gpu import TARGETS
 
     if target == "current":
         return _current(_gpu("Name one to build for, such as --target sm89."), plan, precision, flavour)
@@ -226,7 +228,7 @@ def _gpu(hint: str = "") -> "Gpu":
 
 
 def _current(gpu: "Gpu", plan: "Plan", precision: "Precision | None", flavour: str | None) -> Goal:
-    from trt_wan.engines.tensorrt import choose_flavour
+    from trt_wan.engines.flavour import choose_flavour
     from trt_wan.runtime.opening.model import choose_precision
     from trt_wan.runtime.settings import Settings
 

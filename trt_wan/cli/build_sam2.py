@@ -16,8 +16,9 @@ from trt_wan.cli.report import EngineReady, EngineStep, Report, Result, table
 from trt_wan.errors import EnvironmentBroken, UsageError
 
 if TYPE_CHECKING:
+    from trt_wan.engines.flavour import Flavour
+    from trt_wan.engines.gpu import Target
     from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan
-    from trt_wan.engines.tensorrt import Flavour, Target
     from trt_wan.preprocess.sam2.engine import Sam2Engine
     from trt_wan.runtime.device.gpu import Gpu
 
@@ -74,7 +75,7 @@ def named_model(which: str) -> "Sam2Config":
 
 
 def _goal(target: "Target", flavour: str | None) -> Sam2Goal:
-    from trt_wan.engines.tensorrt import choose_flavour
+    from trt_wan.engines.flavour import choose_flavour
     from trt_wan.runtime.device.gpu import Gpu
 
     if target != "current":
@@ -128,9 +129,9 @@ def _graphs(report: Report, config: "Sam2Config", plan: "Sam2Plan", dry_run: boo
 
 
 def _engines(report: Report, config: "Sam2Config", goal: Sam2Goal, dry_run: bool) -> list[Data]:
+    from trt_wan.engines.gpu import GpuKind
     from trt_wan.engines.sam2.contracts import networks
     from trt_wan.engines.store import engines as engine_store
-    from trt_wan.engines.store.engine_id import GpuKind
     from trt_wan.engines.tensorrt import compile_onnx
     from trt_wan.preprocess.sam2.engine import engine_of
     from trt_wan.preprocess.sam2.model import GPU_PLAN

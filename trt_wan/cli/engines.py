@@ -168,10 +168,11 @@ def _described(entry: "Entry") -> Row:
 
 
 def _rebuild(m: "Manifest") -> str:
+    from trt_wan.engines.flavour import Flavour, FlavourName
+    from trt_wan.engines.gpu import GpuKind, Target
     from trt_wan.engines.precision import Precision
     from trt_wan.engines.shape import Plan
-    from trt_wan.engines.store.engine_id import EngineId, GpuKind
-    from trt_wan.engines.tensorrt import Flavour, FlavourName, Target
+    from trt_wan.engines.store.engine_id import EngineId
     from trt_wan.preprocess.onnx.engine import FileEngine
     from trt_wan.preprocess.sam2.engine import PREFIX, Sam2Engine
 

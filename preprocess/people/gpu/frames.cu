@@ -1,12 +1,7 @@
-// The two networks' inputs out of frames as they are decoded: uint8, RGB, one pixel after the other.
+// Decoded frames, uint8 RGB [height, width, 3], to the inputs [3, height, width] of two networks.
 //
-// One thread makes one pixel, [3, height, width] in all, out of the four that its taps name: which pixels and with
-// what weights is the host's to say (taps.py), for every column and every row. Offsets into a frame have 64 bits.
-// Macros: MEAN and STD, three numbers each.
-
-typedef unsigned char u8;
-typedef unsigned short half;
-typedef long long i64;
+// A thread makes one pixel from four pixels of the frame. The host's tables (resampling_tables.py) name them and their
+// weights for every column and every row. Offsets into a frame have 64 bits. Macros: MEAN and STD, three numbers each.
 
 struct WholeTap { int first, second, first_weight, second_weight; };  // weights in 1/2048
 struct Tap { int first, second; float first_weight, second_weight; };
@@ -14,14 +9,7 @@ struct Tap { int first, second; float first_weight, second_weight; };
 __constant__ float mean_of_channel[3] = {MEAN};
 __constant__ float std_of_channel[3] = {STD};
 
-__device__ void store(float* out, float x) { *out = x; }
-__device__ void store(half* out, float x) {
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    *out = bits;
-}
-
-// The whole frame, as OpenCV's INTER_LINEAR of uint8 has it to the last bit, in 0..1.
+// The whole frame in 0..1, equal to OpenCV's INTER_LINEAR of uint8 to the last bit.
 template <typename T>
 __device__ void stretch(const u8* frame, i64 pitch, const WholeTap* across, const WholeTap* down, T* out,
                         int width, int height) {
@@ -40,7 +28,7 @@ __device__ void stretch(const u8* frame, i64 pitch, const WholeTap* across, cons
     }
 }
 
-// A crop, normalised. Multiply and add apart, in the host's order: the same to the last bit.
+// A crop, normalised. Multiplies and adds apart, in the host's order: equal to the host's to the last bit.
 template <typename T>
 __device__ void crop(const u8* frame, i64 pitch, const Tap* across, const Tap* down, T* out,
                      int width, int height, int bgr) {
@@ -72,5 +60,5 @@ __device__ void crop(const u8* frame, i64 pitch, const Tap* across, const Tap* d
         crop(frame, pitch, across, down, out, width, height, bgr);                                               \
     }
 FOR(float32, float)
-FOR(float16, half)
+FOR(float16, fp16)
 #undef FOR

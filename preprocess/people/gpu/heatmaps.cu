@@ -1,33 +1,23 @@
 // Heat maps [maps, height, width] to peaks [maps, 3]: x and y in pixels of the map, and the score.
 //
-// One block of threads works on one map. The arithmetic is that of pose.peaks: DARK, one Taylor step on the
-// logarithm of the blurred map. A score that is not a number says that the map has numbers that are not finite; a
-// map without anything above 0 gives -1, -1, -1. Macros: THREADS, GAUSSIAN (11 taps), LEAST_HEAT, LOW_HEAT.
+// One block of threads works on one map, with the arithmetic of pose.peaks: DARK, one Taylor step on the logarithm of
+// the blurred map. The score is NaN if the map has a number that is not finite. A map without a number above 0 gives
+// -1, -1, -1. Macros: THREADS, GAUSSIAN (11 taps), LEAST_HEAT, LOW_HEAT.
 
 constexpr int TAPS = 11, REACH = TAPS / 2;
 constexpr int PATCH = 5, AROUND = PATCH + 2 * REACH;  // the 5 x 5 around a peak depend on 15 x 15
 
 __constant__ float gaussian[TAPS] = {GAUSSIAN};
 
-__device__ float infinity() { return __int_as_float(0x7F800000); }  // NVRTC has no INFINITY and no NAN
-__device__ float not_a_number() { return __int_as_float(0x7FFFFFFF); }
-
-__device__ float load(const float* from) { return *from; }
-__device__ float load(const half* from) {
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(*from));
-    return x;
-}
-
 struct Peak { float value; int at; };
 
-// The larger one; of equals the first, as numpy's argmax has it.
+// The larger peak, or the first of two equal ones, like numpy's argmax.
 __device__ Peak better(Peak a, Peak b) {
     const bool second = b.value > a.value || (b.value == a.value && b.at < a.at);
     return second ? b : a;
 }
 
-// Of all threads' peaks the best, for every thread.
+// Returns the best peak of all threads to every thread.
 __device__ Peak best_of_block(Peak mine) {
     __shared__ Peak peaks[THREADS];
     peaks[threadIdx.x] = mine;
@@ -37,7 +27,7 @@ __device__ Peak best_of_block(Peak mine) {
         __syncthreads();
     }
     const Peak best = peaks[0];
-    __syncthreads();  // before anybody's next call
+    __syncthreads();  // `peaks` is written again by the next call
     return best;
 }
 
@@ -62,7 +52,7 @@ __device__ void taylor_step(const float (&l)[PATCH][PATCH], float* x, float* y) 
     const float dxx = 0.25f * (__fsub_rn(l[2][4], twice) + l[2][0]);
     const float dyy = 0.25f * (__fsub_rn(l[4][2], twice) + l[0][2]);
     const float dxy = 0.25f * (l[3][3] - l[1][3] - l[3][1] + l[1][1]);
-    // Rounded apart, as numpy does: fused, what is singular there would be almost singular here.
+    // Rounded apart, like numpy: with fused rounding a singular Hessian would become almost singular.
     const float determinant = __fsub_rn(__fmul_rn(dxx, dyy), __fmul_rn(dxy, dxy));
     if (determinant == 0) return;
     *x -= __fdiv_rn(__fsub_rn(__fmul_rn(dyy, dx), __fmul_rn(dxy, dy)), determinant);
@@ -76,7 +66,7 @@ __device__ void decode(const T* maps, float* peaks, int width, int height) {
     float* out = peaks + 3 * (i64)blockIdx.x;
     __shared__ float rows[AROUND][PATCH], patch[PATCH][PATCH];
 
-    // Finite numbers minus themselves are 0; a thread without a pixel has size as its place.
+    // A finite number minus itself is 0. A thread without a pixel has `size` as its place.
     Peak mine = {-infinity(), size};
     float finite = 0;
     for (int i = threadIdx.x; i < size; i += THREADS) {
@@ -97,7 +87,7 @@ __device__ void decode(const T* maps, float* peaks, int width, int height) {
     }
 
     for (int k = threadIdx.x; k < AROUND * PATCH; k += THREADS) {
-        const int j = k / PATCH, i = k % PATCH;  // of rows
+        const int j = k / PATCH, i = k % PATCH;
         const int at_y = y + j - AROUND / 2, at_x = x + i - PATCH / 2 - REACH;
         float sum = 0;
         if (at_y >= 0 && at_y < height)
@@ -112,7 +102,7 @@ __device__ void decode(const T* maps, float* peaks, int width, int height) {
         value = 0;
         for (int t = 0; t < TAPS; ++t) value += gaussian[t] * rows[j + t][i];
     }
-    // The blurred map is scaled to the score where the logarithm is cut; elsewhere the step does not see it.
+    // The scale of the blurred map matters only where the logarithm is cut off: there it is scaled to the score.
     if (__syncthreads_or(value < LOW_HEAT)) {
         Peak largest = {-infinity(), size};
         for (int i = threadIdx.x; i < size; i += THREADS)
@@ -135,5 +125,5 @@ __device__ void decode(const T* maps, float* peaks, int width, int height) {
         decode(maps, peaks, width, height);                                                                      \
     }
 FOR(float32, float)
-FOR(float16, half)
+FOR(float16, fp16)
 #undef FOR

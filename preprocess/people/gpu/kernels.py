@@ -1,11 +1,9 @@
-"""The kernels of frames.cu and heatmaps.cu, compiled once for a GPU, and how each is launched.
+"""Launches the kernels of frames.cu and heatmaps.cu on the GPU's compute stream.
 
-Addresses are whole numbers; everything is enqueued on the GPU's compute stream. What comes out of `stretch`
-and `crop` is one picture [3, height, width] of a network's input, in the input's type.
+`stretch` and `crop` write one picture [3, height, width] of a network's input, in the input's type. Addresses
+are integers.
 """
 
-from functools import lru_cache
-from importlib.resources import files
 from typing import Any
 
 import cv2
@@ -13,19 +11,18 @@ import numpy as np
 
 from trt_wan.preprocess.people import pose
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.kernels import compile_source
+from trt_wan.runtime.device.kernels import Module, read_source
 
-SOURCES = ("frames.cu", "heatmaps.cu")
-TYPES = ("float32", "float16")  # of a network's input and output
+SOURCE = read_source(__package__, "frames.cu", "heatmaps.cu")
+TYPES = ("float32", "float16")  # a network's input and output have one of them
 NAMES = tuple(f"{name}_{kind}" for name in ("stretch", "crop", "decode") for kind in TYPES)
-FRAME_THREADS = 64  # of a block: columns of one row
+FRAME_THREADS = 64  # a block makes columns of one row
 MAP_THREADS = 256
 
 
-def compile_for(capability: tuple[int, int]) -> Any:
-    """The kernels' code for GPUs of a compute capability; needs no GPU."""
+def macros() -> dict[str, object]:
     gaussian = cv2.getGaussianKernel(pose.BLUR, pose.SIGMA, cv2.CV_32F)[:, 0]
-    macros = {
+    return {
         "MEAN": _numbers(pose.MEAN),
         "STD": _numbers(pose.STD),
         "GAUSSIAN": _numbers(gaussian),
@@ -33,9 +30,6 @@ def compile_for(capability: tuple[int, int]) -> Any:
         "LOW_HEAT": f"{pose.LOW_HEAT}f",
         "THREADS": MAP_THREADS,
     }
-    folder = files(__package__)
-    source = "".join((folder / name).read_text(encoding="utf-8") for name in SOURCES)
-    return compile_source(source, *capability, macros)
 
 
 def _numbers(values: Any) -> str:
@@ -44,9 +38,8 @@ def _numbers(values: Any) -> str:
 
 class PeopleKernels:
     def __init__(self, gpu: Gpu) -> None:
-        module = compile_for(gpu.capability)
-        self._gpu = gpu
-        self._kernels = {name: module.get_kernel(name) for name in NAMES}
+        self._stream = gpu.stream
+        self._module = Module(gpu.device, SOURCE, NAMES, macros())
 
     def stretch(
         self,
@@ -75,7 +68,7 @@ class PeopleKernels:
     def decode(self, kind: np.dtype[Any], maps: int, count: int, width: int, height: int, peaks: int) -> None:
         """`count` maps [height, width] to float32 [count, 3]."""
         arguments = (maps, peaks, np.int32(width), np.int32(height))
-        self._launch(f"decode_{kind.name}", count, MAP_THREADS, *arguments)
+        self._module.launch(self._stream, f"decode_{kind.name}", count, MAP_THREADS, *arguments)
 
     def _picture(
         self,
@@ -90,15 +83,9 @@ class PeopleKernels:
         width, height = size
         grid = (-(-width // FRAME_THREADS), height)
         arguments = (frame, np.int64(3 * frame_width), *taps, out, np.int32(width), np.int32(height), *more)
-        self._launch(name, grid, FRAME_THREADS, *arguments)
-
-    def _launch(self, name: str, grid: int | tuple[int, ...], threads: int, *arguments: Any) -> None:
-        from cuda.core import LaunchConfig, launch
-
-        launch(self._gpu.stream, LaunchConfig(grid=grid, block=threads), self._kernels[name], *arguments)
+        self._module.launch(self._stream, name, grid, FRAME_THREADS, *arguments)
 
 
-@lru_cache(maxsize=1)
 def people_kernels(gpu: Gpu) -> PeopleKernels:
-    """One set for both networks."""
-    return PeopleKernels(gpu)
+    """Both networks share one set."""
+    return gpu.once(__name__, lambda: PeopleKernels(gpu))

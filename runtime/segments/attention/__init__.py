@@ -1,9 +1,8 @@
-"""Attention by libraries other than TensorRT, each in a module that is imported only when it is chosen.
+"""Attention by libraries other than TensorRT. Each has a module, imported only when it is chosen.
 
-Every provider is a `Segment` for the network `attention`: q, k and v bf16 [heads, tokens, head_dim], q
-already multiplied by head_dim^-0.5, so that the softmax takes the scores as they are; `attended` bf16
-[tokens, heads * head_dim]. Only `flash4` needs torch. Which of them is fast or exact enough is for others to
-measure.
+Every provider is a `Segment` for the network `attention`. q, k and v are bf16 [heads, tokens, head_dim]. q is
+already multiplied by head_dim^-0.5, so the softmax takes the scores unscaled. `attended` is bf16 [tokens,
+heads * head_dim]. Only `flash4` needs torch. `trt-wan build` measures their speed and error.
 """
 
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ INSTALL = "pip install 'trt-wan[hopper]'"
 
 @dataclass(frozen=True)
 class Provider:
-    module: str  # of this package
-    segment: str  # its class there: (gpu, heads, tokens, head_dim) -> Segment
-    packages: tuple[str, ...]  # as pip calls them
+    module: str  # in this package
+    segment: str  # a class of the module: (gpu, heads, tokens, head_dim) -> Segment
+    packages: tuple[str, ...]  # names on PyPI
     oldest: Capability
     newest: Capability
     head_dims: range
@@ -36,16 +35,13 @@ PROVIDERS = {
     "cudnn": Provider("cudnn", "Cudnn", (FRONTEND,), (8, 0), ANY_NEWER, range(8, 129, 8)),
     "cudnn fp8": Provider("cudnn", "CudnnFp8", (FRONTEND,), (9, 0), ANY_NEWER, range(16, 129, 16)),
     "flash4": Provider("flash", "Flash4", ("flash-attn-4", "torch"), (8, 0), ANY_NEWER, range(8, 129, 8)),
-    "sage fp8": Provider(
-        "sage", "SageFp8", (FRONTEND, "nvidia-cutlass-dsl"), (9, 0), (9, 0), range(128, 129)
-    ),
 }
 
 
 def missing(name: str, capability: Capability) -> str | None:
-    """One sentence that says why provider `name` cannot be used on such a GPU, and the fix; None if it can.
+    """Why provider `name` cannot be used on such a GPU, with the fix, in one sentence. None if it can.
 
-    Loads nothing: it asks which packages are installed. UsageError if there is no such provider.
+    Looks for installed packages without importing them. Raises UsageError for an unknown provider.
     """
     provider = _provider(name)
     if not provider.oldest <= capability <= provider.newest:
@@ -62,9 +58,9 @@ def missing(name: str, capability: Capability) -> str | None:
 
 
 def open_attention(name: str, gpu: Gpu, heads: int, tokens: int, head_dim: int) -> Segment:
-    """Provider `name` for one shape, its kernels chosen and compiled.
+    """Provider `name` for one shape, with its kernels chosen and compiled.
 
-    Raises UsageError for a name or shape that it does not have, EnvironmentBroken if it cannot be used here.
+    Raises UsageError for an unknown name or shape, EnvironmentBroken if it cannot be used here.
     """
     provider = _provider(name)
     if head_dim not in provider.head_dims:

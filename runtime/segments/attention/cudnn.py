@@ -1,10 +1,11 @@
-"""cuDNN's attention through the graph API of nvidia-cudnn-frontend: bf16, and E4M3 inside. No torch.
+"""cuDNN's attention in bf16 and in E4M3, through the graph API of nvidia-cudnn-frontend. No torch.
 
-A graph is one attention of one shape. Its plan is the first of cuDNN's heuristics that this GPU supports, the
-same one every time; it is built once. The output's strides write [tokens, heads, head_dim].
+A graph is one attention of one shape. Its plan is built once: the first of cuDNN's heuristics that this GPU
+supports, which is the same every time. The output's strides write [tokens, heads, head_dim].
 """
 
 import ctypes
+import weakref
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from trt_wan.engines.tensorrt import E4M3_MAX, FP8_ATTENTION_RANGE
+from trt_wan.engines.fp8 import E4M3_MAX
+from trt_wan.engines.gpu import FP8_ATTENTION_RANGE
 from trt_wan.errors import EnvironmentBroken
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
@@ -30,11 +32,7 @@ class Cudnn:
         attended, _ = self._graph.graph.sdpa(q, k, v, attn_scale=1.0, generate_stats=False)
         self._graph.attended(attended)
         self._graph.build()
-        self._scratch = 0
-
-    @property
-    def scratch_bytes(self) -> int:
-        return self._graph.workspace_bytes
+        self.scratch_bytes, self._scratch = self._graph.workspace_bytes, 0
 
     def start(self, scratch: int) -> None:
         self._scratch = scratch
@@ -47,9 +45,9 @@ class Cudnn:
 
 
 class CudnnFp8:
-    """bf16 in and out, E4M3 between: quantised with constant scales, as TensorRT's FP8 attention is.
+    """bf16 in and out, E4M3 between, with the constant scales of TensorRT's FP8 attention.
 
-    On Hopper cuDNN writes FP8 attention as FP8 only, so its output is widened in a pass of its own.
+    On Hopper cuDNN can write the output of FP8 attention in FP8 only, so a separate pass widens it.
     """
 
     def __init__(self, gpu: Gpu, heads: int, tokens: int, head_dim: int) -> None:
@@ -57,7 +55,7 @@ class CudnnFp8:
         self._graph = AttentionGraph(gpu, heads, tokens, head_dim, "FP8_E4M3")
         q, k, v = (self._graph.input(name) for name in ("q", "k", "v"))
 
-        # What E4M3's largest number stands for. Weights of the softmax are at most 1, outputs are means of v.
+        # E4M3_MAX stands for these values. Softmax weights are at most 1, outputs are means of v.
         ranges = {
             "q": FP8_ATTENTION_RANGE * head_dim**-0.5,
             "k": FP8_ATTENTION_RANGE,
@@ -72,7 +70,7 @@ class CudnnFp8:
             "scale_s": E4M3_MAX,
             "scale_o": self._factors["v"],
         }
-        numbers = [*scales, "amax_s", "amax_o"]  # the last two are written, and read by nobody
+        numbers = [*scales, "amax_s", "amax_o"]  # cuDNN writes the last two; nothing reads them
         self._numbers_buffer = gpu.allocate(4 * len(numbers))
         address = int(self._numbers_buffer.handle)
         gpu.write(gpu.view(address, (len(scales),), np.float32), np.array([*scales.values()], np.float32))
@@ -87,22 +85,14 @@ class CudnnFp8:
         self._graph.build()
 
         values = heads * tokens * head_dim
-        self._offsets, self._scratch_bytes = laid_out(
-            {
-                "workspace": self._graph.workspace_bytes,
-                "partial": self._kernels.partial_bytes,
-                "means": heads * head_dim * 4,
-                "q": values,
-                "k": values,
-                "v": values,
-                "attended": values,
-            }
-        )
+        parts = {
+            "workspace": self._graph.workspace_bytes,
+            "partial": self._kernels.partial_bytes,
+            "means": heads * head_dim * 4,
+        }
+        parts |= dict.fromkeys(("q", "k", "v", "attended"), values)
+        self._offsets, self.scratch_bytes = laid_out(parts)
         self._parts: dict[str, int] = {}
-
-    @property
-    def scratch_bytes(self) -> int:
-        return self._scratch_bytes
 
     def start(self, scratch: int) -> None:
         self._parts = {name: scratch + offset for name, offset in self._offsets.items()}
@@ -122,7 +112,7 @@ class CudnnFp8:
 
 
 class AttentionGraph:
-    """A cuDNN graph on the Gpu's stream, whose tensors are known by name. `io` is cuDNN's name of a type."""
+    """A cuDNN graph on the Gpu's stream, with tensors by name. `io` is cuDNN's name of their type."""
 
     def __init__(self, gpu: Gpu, heads: int, tokens: int, head_dim: int, io: str) -> None:
         self._cudnn = cudnn = _load()
@@ -134,6 +124,7 @@ class AttentionGraph:
             raise EnvironmentBroken(
                 f"cuDNN does not start ({error}).", "Run: pip install -U nvidia-cudnn-cu13"
             ) from error
+        weakref.finalize(self, cudnn.destroy_handle, self._handle).atexit = False
         cudnn.set_stream(self._handle, gpu.handle)
         self.graph = cudnn.pygraph(
             io_data_type=self._io,
@@ -153,7 +144,7 @@ class AttentionGraph:
         return self._tensors[name]
 
     def attended(self, tensor: Any) -> None:
-        """Makes it the output, [tokens, heads, head_dim]."""
+        """Makes `tensor` the output, [tokens, heads, head_dim]."""
         heads, tokens, head_dim = self.shape
         tensor.set_output(True).set_dim([1, heads, tokens, head_dim]).set_data_type(self._io)
         tensor.set_stride([heads * tokens * head_dim, head_dim, heads * head_dim, 1])
@@ -171,8 +162,8 @@ class AttentionGraph:
         self._tensors[name] = tensor.set_data_type(self._cudnn.data_type.FLOAT)
 
     def build(self) -> None:
-        """EnvironmentBroken if cuDNN has no plan for it on this GPU."""
-        # The frontend also ranks kernels of its own, which would be compiled with CUTLASS at run time.
+        """Raises EnvironmentBroken if cuDNN has no plan for it on this GPU."""
+        # The frontend also offers this kernel, which CUTLASS would compile at run time.
         self.graph.deselect_engines(["sdpa_fwd_prefill"])
         try:
             self.graph.build([self._cudnn.heur_mode.A])
@@ -193,10 +184,10 @@ class AttentionGraph:
 
 
 def _load() -> Any:
-    """The frontend's module, with cuDNN's library behind it.
+    """The frontend's module, bound to cuDNN's library.
 
-    The frontend looks in the interpreter's own site-packages and where the loader looks, which knows a
-    library that is loaded already: so the wheel nvidia-cudnn-cu13 is found wherever pip has put it.
+    The frontend looks in the interpreter's site-packages, then asks the loader, which knows libraries that
+    are loaded already. So the library is loaded first: pip may have put nvidia-cudnn-cu13 into any folder.
     """
     spec = find_spec("nvidia.cudnn") if find_spec("nvidia") else None
     for folder in (spec.submodule_search_locations if spec else None) or ():

@@ -1,7 +1,7 @@
-"""FlashAttention-4, in CuTe DSL, which takes torch's tensors: torch is imported here and nowhere else.
+"""FlashAttention-4, in CuTe DSL. It takes torch tensors: no other module of the runtime imports torch.
 
-Our memory is shown to torch, not copied; q, k and v are strided views of what they are, and the output is
-written in place. The kernel is compiled when the segment is made and does not depend on the number of tokens.
+torch views our memory without copies: q, k and v are strided views, and the output is written in place. The
+kernel is compiled when the segment is made and does not depend on the number of tokens.
 """
 
 import warnings
@@ -50,9 +50,9 @@ class Flash4:
         _flash_attn_fwd(q, k, v, softmax_scale=1.0, out=out.unsqueeze(0))
 
     def _compile(self, heads: int, tokens: int, head_dim: int) -> None:
-        """Runs it once on little: only a run compiles and loads the kernel."""
+        """Runs it once on few tokens: only a run compiles and loads the kernel."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # CUTLASS about an argument type of FlashAttention's own
+            warnings.simplefilter("ignore")  # CUTLASS warns of an argument type of FlashAttention
             x = torch.zeros(heads, tokens, head_dim, dtype=torch.bfloat16, device=self._device)
             self._attend(x, x, x, torch.empty_like(x).view(tokens, heads, head_dim))
             self._stream.synchronize()
@@ -61,7 +61,7 @@ class Flash4:
 
 
 class _Memory:
-    """Device memory as torch takes it; the protocol has no bf16, so it goes as 16-bit integers."""
+    """Device memory for torch.as_tensor. The protocol has no bf16, so it says 16-bit integers."""
 
     def __init__(self, address: int, shape: Sequence[int]) -> None:
         self.__cuda_array_interface__ = {

@@ -1,4 +1,4 @@
-"""Networks of the transformer computed by kernels of our own around FP8 matrix products."""
+"""Networks of the transformer computed by native kernels around FP8 matrix products."""
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
@@ -10,7 +10,7 @@ FP8_CAPABILITY = (8, 9)
 
 
 def missing(capability: tuple[int, int]) -> str | None:
-    """Why it cannot be used here, in a sentence with the fix; None if it can."""
+    """Why it cannot be used here, with the fix, in a sentence. None if it can."""
     from trt_wan.runtime.segments.native.gemm import missing as missing_library
 
     if capability < FP8_CAPABILITY:
@@ -19,7 +19,7 @@ def missing(capability: tuple[int, int]) -> str | None:
 
 
 def open_native(network: Network, model: ModelConfig, plan: Plan, gpu: Gpu) -> Segment:
-    """The segment of `attn_in` or `attn_out` in FP8."""
+    """The segment of a part of a block in FP8; the parts are the rows of block.NATIVE."""
     from trt_wan.runtime.segments.native.block import NATIVE
 
     return NATIVE[network.name](model, plan, gpu)

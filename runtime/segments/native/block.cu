@@ -1,43 +1,22 @@
 // The arithmetic of a transformer block between its matrix products and around its self-attention.
 //
-// One block of threads works on one token: its channels stay in registers from the load to the store, so that
-// every tensor is read once and written once. Threads hold vectors of neighbouring channels: eight, or four where
-// the float32 residual stream passes, so that a warp's accesses have no gaps. Tokens come with one scale each (FP8
-// operands), products come unscaled: what they lack is `token_scale * weight_scale` and the bias. Sizes are macros:
-// DIM, FFN, HEADS, HEAD_DIM, EPS, SOFTMAX_SCALE, DIM_THREADS, FFN_THREADS.
+// One block of threads works on one token. Its channels stay in registers from the load to the store, so every tensor
+// is read once and written once. Threads hold vectors of neighbouring channels: eight, or four of the float32 residual
+// stream, so that a warp's accesses have no gaps. FP8 operands have one scale per token. Products arrive unscaled: the
+// kernel that loads one multiplies it by `token_scale * weight_scale` and adds the bias. Macros: DIM, FFN, HEADS,
+// HEAD_DIM, EPS, SOFTMAX_SCALE, DIM_THREADS, FFN_THREADS.
 
-typedef unsigned char fp8;    // E4M3
-typedef unsigned short bf16;
-
-constexpr int DIM_VECTORS = DIM / 8 / DIM_THREADS;  // of eight channels, per thread
+constexpr int DIM_VECTORS = DIM / 8 / DIM_THREADS;  // eight channels each, per thread
 constexpr int FFN_VECTORS = FFN / 8 / FFN_THREADS;
-constexpr int STREAM_VECTORS = DIM / 4 / DIM_THREADS;  // of four
+constexpr int STREAM_VECTORS = DIM / 4 / DIM_THREADS;  // four channels each
 static_assert(DIM_VECTORS * 8 * DIM_THREADS == DIM && DIM_THREADS % 32 == 0, "threads do not cover DIM");
 static_assert(FFN_VECTORS * 8 * FFN_THREADS == FFN && FFN_THREADS % 32 == 0, "threads do not cover FFN");
 static_assert(HEAD_DIM == 128 && HEADS * HEAD_DIM == DIM, "heads of 128 channels");
 
-constexpr float E4M3_MAX = 448.0f;
-
-// Loads and stores of a vector. What a kernel reads once does not stay in the caches.
+// Loads and stores of a vector. Tensors that a kernel reads once bypass L1.
 
 __device__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 __device__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-
-__device__ u32 pack_bf16(float first, float second) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-    return pair;
-}
-
-__device__ u32 pack_fp8(float first, float second) {
-#if __CUDA_ARCH__ >= 890
-    unsigned short pair;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
-    return pair;
-#else
-    return 0;  // never launched: no FP8 there
-#endif
-}
 
 __device__ void load(const bf16* from, float (&x)[8]) {
     uint4 raw;
@@ -60,7 +39,7 @@ __device__ void load(const float* from, float (&x)[4]) {
 }
 
 template <int N>
-__device__ void load_shared_by_tokens(const float* from, float (&x)[N]) {  // scales, biases, norms: kept in L1
+__device__ void load_shared_by_tokens(const float* from, float (&x)[N]) {  // scales, biases, norms: stay in L1
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
         const float4 four = __ldg((const float4*)(from + i));
@@ -74,14 +53,14 @@ __device__ void store(bf16* to, const float (&x)[8]) {
     *(uint4*)to = make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
 }
 
-__device__ void store(fp8* to, const float (&x)[4], float factor) {
-    *(u32*)to = pack_fp8(x[0] * factor, x[1] * factor) | pack_fp8(x[2] * factor, x[3] * factor) << 16;
+__device__ void store(e4m3* to, const float (&x)[4], float factor) {
+    *(u32*)to = pack_e4m3(x[0] * factor, x[1] * factor) | pack_e4m3(x[2] * factor, x[3] * factor) << 16;
 }
 
-__device__ void store(fp8* to, const float (&x)[8], float factor) {
+__device__ void store(e4m3* to, const float (&x)[8], float factor) {
     u32 pairs[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = pack_fp8(x[2 * i] * factor, x[2 * i + 1] * factor);
+    for (int i = 0; i < 4; ++i) pairs[i] = pack_e4m3(x[2 * i] * factor, x[2 * i + 1] * factor);
     *(uint2*)to = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
 }
 
@@ -105,9 +84,9 @@ __device__ float reduce(float x) {
     return x;
 }
 
-// Quantises a token's values and writes its scale; as `operand` of build/models/ops.py does.
+// Quantises a token's values and writes its scale, like `operand` in build/models/ops.py.
 template <int THREADS, int VECTORS, int N>
-__device__ void quantize(const float (&x)[VECTORS][N], fp8* out, float* out_scale) {
+__device__ void quantize(const float (&x)[VECTORS][N], e4m3* out, float* out_scale) {
     float most = 0;
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v)
@@ -116,7 +95,7 @@ __device__ void quantize(const float (&x)[VECTORS][N], fp8* out, float* out_scal
     most = fmaxf(reduce<THREADS, largest>(most), 1e-10f);
     if (threadIdx.x == 0) out_scale[blockIdx.x] = most * (1.0f / E4M3_MAX);
     const float factor = E4M3_MAX / most;
-    fp8* row = out + (i64)blockIdx.x * (THREADS * VECTORS * N);
+    e4m3* row = out + (i64)blockIdx.x * (THREADS * VECTORS * N);
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) store(row + (v * THREADS + threadIdx.x) * N, x[v], factor);
 }
@@ -158,7 +137,7 @@ __device__ void load_product(const bf16* product, float token_scale, const float
     for (int i = 0; i < N; ++i) y[i] = y[i] * (token_scale * s[i]) + b[i];
 }
 
-// The six rows of modulation for this step: shift, 1 + scale, gate; of the attention, then of the FFN.
+// The six rows of modulation for this step: shift, 1 + scale and gate of the attention, then of the FFN.
 extern "C" __global__ void modulation_rows(const float* modulation, const float* time_modulation, float* rows) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= 6 * DIM) return;
@@ -167,7 +146,7 @@ extern "C" __global__ void modulation_rows(const float* modulation, const float*
 }
 
 extern "C" __global__ void __launch_bounds__(DIM_THREADS)
-norm_quantize(const float* x, const float* gain, const float* offset, fp8* out, float* out_scale) {
+norm_quantize(const float* x, const float* gain, const float* offset, e4m3* out, float* out_scale) {
     float values[STREAM_VECTORS][4];
 #pragma unroll
     for (int v = 0; v < STREAM_VECTORS; ++v)
@@ -176,7 +155,7 @@ norm_quantize(const float* x, const float* gain, const float* offset, fp8* out, 
     quantize<DIM_THREADS>(values, out, out_scale);
 }
 
-extern "C" __global__ void __launch_bounds__(DIM_THREADS) quantize_tokens(const bf16* x, fp8* out, float* out_scale) {
+extern "C" __global__ void __launch_bounds__(DIM_THREADS) quantize_tokens(const bf16* x, e4m3* out, float* out_scale) {
     float values[DIM_VECTORS][8];
 #pragma unroll
     for (int v = 0; v < DIM_VECTORS; ++v)
@@ -184,8 +163,8 @@ extern "C" __global__ void __launch_bounds__(DIM_THREADS) quantize_tokens(const 
     quantize<DIM_THREADS>(values, out, out_scale);
 }
 
-// q, k, v from products to heads: scales, bias, RMS norm of q and k over all channels, RoPE, [heads, tokens, 128].
-// blockIdx.y says which of the three; q's norm gets the softmax scale.
+// q, k and v [heads, tokens, 128] from products: scales, bias, RMS norm of q and k over all channels, RoPE.
+// blockIdx.y selects one of the three. q's norm includes the softmax scale.
 extern "C" __global__ void __launch_bounds__(DIM_THREADS)
 heads_from_products(const bf16* product_q, const bf16* product_k, const bf16* product_v, const float* token_scale,
                     const float* scale_q, const float* scale_k, const float* scale_v, const float* bias_q,
@@ -233,7 +212,7 @@ heads_from_products(const bf16* product_q, const bf16* product_k, const bf16* pr
     }
 }
 
-// q of the cross-attention: scales, bias, RMS norm with the softmax scale; [tokens, channels].
+// q [tokens, channels] of the cross-attention from a product: scales, bias, RMS norm with the softmax scale.
 extern "C" __global__ void __launch_bounds__(DIM_THREADS)
 rms_norm_product(const bf16* product, const float* token_scale, const float* weight_scale, const float* bias,
                  const float* weight, bf16* out) {
@@ -259,7 +238,7 @@ rms_norm_product(const bf16* product, const float* token_scale, const float* wei
     }
 }
 
-// x + gate * product, as the new residual stream. `gate` may be missing: then it is 1.
+// Writes the new residual stream, x + gate * product. A null `gate` counts as 1.
 __device__ void add_product(const float* x, const bf16* product, float token_scale, const float* weight_scale,
                             const float* bias, const float* gate, float* x_out, float (&values)[STREAM_VECTORS][4]) {
 #pragma unroll
@@ -276,11 +255,11 @@ __device__ void add_product(const float* x, const bf16* product, float token_sca
     }
 }
 
-// The residual stream after a product, and its norm as the next product's operand. `x_out` may be `x`.
+// Adds a product to the residual stream and quantises its norm for the next product. `x_out` may be `x`.
 extern "C" __global__ void __launch_bounds__(DIM_THREADS)
 add_norm_quantize(const float* x, const bf16* product, const float* token_scale, const float* weight_scale,
                   const float* bias, const float* gate, float* x_out, const float* gain, const float* offset,
-                  fp8* out, float* out_scale) {
+                  e4m3* out, float* out_scale) {
     float values[STREAM_VECTORS][4];
     add_product(x, product, token_scale[blockIdx.x], weight_scale, bias, gate, x_out, values);
     norm(values, gain, offset);
@@ -300,7 +279,7 @@ __device__ float gelu_tanh(float x) {  // 0.5 x (1 + tanh u) = x / (1 + e^-2u)
 }
 
 extern "C" __global__ void __launch_bounds__(FFN_THREADS)
-gelu_quantize(const bf16* product, const float* token_scale, const float* weight_scale, const float* bias, fp8* out,
+gelu_quantize(const bf16* product, const float* token_scale, const float* weight_scale, const float* bias, e4m3* out,
               float* out_scale) {
     float y[FFN_VECTORS][8];
 #pragma unroll

@@ -1,14 +1,13 @@
-"""`attn_in` and `attn_out` in FP8 without TensorRT: kernels of block.cu between products of cuBLASLt.
+"""A block without its self-attention, in FP8 without TensorRT: native kernels between products of cuBLASLt.
 
-The same arithmetic as the graphs of build/models/block.py, with the same roundings: FP8 operands with a scale
-per token, products in bf16, everything between in float32. What a kernel of TensorRT's between two products
-costs in several passes over the tokens is one pass here.
+The arithmetic and its roundings are those of the graphs in build/models/block.py: FP8 operands with a scale
+per token, products in bf16, all other numbers in float32. Between two products these kernels read the tokens
+once, TensorRT's several times.
 """
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
-from importlib.resources import files
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,16 +16,16 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.kernels import allow_shared_memory, attention_source, compile_source
+from trt_wan.runtime.device.kernels import ATTENTION, Module, read_source
 from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, CublasLt, Fp8Gemm
 
-VECTOR = 8  # channels of a thread's load
+VECTOR = 8  # channels that a thread loads at once
 DIM_THREADS, FFN_THREADS = 320, 576  # at most, per token; 288 for the FFN was no slower (docs/log.md)
-QUERIES = 128  # of a block of threads in the cross-attention
+QUERIES = 128  # per block of threads in the cross-attention
 CROSS_THREADS = 256
 CROSS_SHARED_BYTES = 64 << 10  # two tiles of 64 keys and values
 
-SOURCES = ("block.cu", "cross_attention.cu")
+SOURCE = ATTENTION + read_source(__package__, "block.cu", "cross_attention.cu")
 KERNELS = (
     "modulation_rows",
     "norm_quantize",
@@ -48,10 +47,9 @@ def threads_for(channels: int, limit: int) -> int:
     return fitting[-1]
 
 
-def compile_for(model: ModelConfig, capability: tuple[int, int]) -> Any:
-    """The kernels' code for a model and GPUs of a compute capability; needs no GPU."""
+def macros(model: ModelConfig) -> dict[str, object]:
     c = model.transformer
-    macros = {
+    return {
         "DIM": c.dim,
         "FFN": c.ffn_dim,
         "HEADS": c.heads,
@@ -61,58 +59,52 @@ def compile_for(model: ModelConfig, capability: tuple[int, int]) -> Any:
         "DIM_THREADS": threads_for(c.dim, DIM_THREADS),
         "FFN_THREADS": threads_for(c.ffn_dim, FFN_THREADS),
     }
-    folder = files(__package__)
-    parts = ((folder / name).read_text(encoding="utf-8") for name in SOURCES)
-    return compile_source("".join((attention_source(), *parts)), *capability, macros)
 
 
-class _Kernels:
-    """The compiled kernels and the product library of one GPU and model."""
-
-    def __init__(self, gpu: Gpu, model: ModelConfig) -> None:
-        module = compile_for(model, gpu.capability)
-        self._gpu = gpu
-        self._kernels = {name: module.get_kernel(name) for name in KERNELS}
-        allow_shared_memory(self._kernels["cross_attention"], CROSS_SHARED_BYTES)
-        self.library = CublasLt()
-
-    def launch(
-        self, name: str, grid: int | tuple[int, ...], threads: int, *arguments: Any, shared: int = 0
-    ) -> None:
-        from cuda.core import LaunchConfig, launch
-
-        config = LaunchConfig(grid=grid, block=threads, shmem_size=shared)
-        launch(self._gpu.stream, config, self._kernels[name], *arguments)
-
-
-@lru_cache(maxsize=1)
-def _kernels(gpu: Gpu, model: ModelConfig) -> _Kernels:
-    return _Kernels(gpu, model)
+def _compiled(gpu: Gpu, model: ModelConfig) -> Module:
+    module = Module(gpu.device, SOURCE, KERNELS, macros(model))
+    module.allow_shared("cross_attention", CROSS_SHARED_BYTES)
+    return module
 
 
 class _Native:
-    """What both segments have: sizes, kernels, and their layout of the scratch."""
+    """Sizes, kernels, and the layout of the scratch.
+
+    Nothing in the scratch survives a segment: all that another segment needs is an output.
+    """
 
     def __init__(self, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
         c = model.transformer
         self.tokens, self.dim, self.ffn, self.heads = plan.tokens, c.dim, c.ffn_dim, c.heads
-        assert 2 * c.dim <= c.ffn_dim, "the cross-attention's q does not fit where the hidden layer will be"
         self.text_keys, self.image_keys = model.text.length, model.image.tokens
-        self.gpu, self._on = gpu, _kernels(gpu, model)
-        self._dim_threads = threads_for(c.dim, DIM_THREADS)
-        self._ffn_threads = threads_for(c.ffn_dim, FFN_THREADS)
-        self._square = Fp8Gemm(gpu, self._on.library, self.tokens, c.dim, c.dim)
+        module = gpu.once((__name__, model), lambda: _compiled(gpu, model))
+        self._launch = partial(module.launch, gpu.stream)
         self._offsets, self.scratch_bytes = laid_out(self._parts())
         self._at: dict[str, int] = {}
 
     def start(self, scratch: int) -> None:
         self._at = {name: scratch + offset for name, offset in self._offsets.items()}
 
+    def enqueue(self, addresses: Mapping[str, int]) -> None:
+        raise NotImplementedError
+
     def settle(self) -> None:
         pass
 
     def _parts(self) -> dict[str, int]:
         """Bytes of the buffers in the scratch."""
+        return {}
+
+
+class _Linear(_Native):
+    """Steps of the segments with matrix products, all of which are modulated."""
+
+    def __init__(self, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
+        super().__init__(model, plan, gpu)
+        self._dim_threads = threads_for(self.dim, DIM_THREADS)
+        self._square = self._gemm(gpu, self.dim, self.dim)
+
+    def _parts(self) -> dict[str, int]:
         return {
             "workspace": WORKSPACE_BYTES,
             "modulation": 6 * self.dim * 4,
@@ -121,22 +113,32 @@ class _Native:
         }
 
     def _row(self, row: int) -> int:
-        """Where a row of modulation is: 0 shift, 1 scale + 1, 2 gate of the attention; then the FFN's."""
+        """Address of a modulation row: 0 shift, 1 scale + 1, 2 gate of self-attention; 3 to 5 the FFN's."""
         return self._at["modulation"] + row * self.dim * 4
 
     def _modulate(self, a: Mapping[str, int]) -> None:
         blocks = math.ceil(6 * self.dim / 256)
         arguments = (a["modulation"], a["time_modulation"], self._at["modulation"])
-        self._on.launch("modulation_rows", blocks, 256, *arguments)
+        self._launch("modulation_rows", blocks, 256, *arguments)
 
     def _each_token(self, kernel: str, *arguments: Any) -> None:
-        self._on.launch(kernel, self.tokens, self._dim_threads, *arguments)
+        self._launch(kernel, self.tokens, self._dim_threads, *arguments)
+
+    def _quantize(self, values: int) -> None:
+        self._each_token("quantize_tokens", values, self._at["operand"], self._at["scale"])
+
+    def _gemm(self, gpu: Gpu, out: int, inner: int) -> Fp8Gemm:
+        return Fp8Gemm(gpu, gpu.once(CublasLt, CublasLt), self.tokens, out, inner)
 
     def _multiply(self, gemm: Fp8Gemm, operand: str, weight: int, product: str) -> None:
         gemm.enqueue(self._at[operand], weight, self._at[product], self._at["workspace"])
 
+    def _product(self, a: Mapping[str, int], name: str, scale: str = "scale") -> tuple[int, ...]:
+        """A finished product as the kernels take it: values, scales of tokens and of the weight, bias."""
+        return self._at["product"], self._at[scale], a[f"{name}.scale"], a[f"{name}.bias"]
 
-class AttnIn(_Native):
+
+class AttnIn(_Linear):
     def _parts(self) -> dict[str, int]:
         products = ("product_q", "product_k", "product_v")
         return super()._parts() | dict.fromkeys(products, self.tokens * self.dim * 2)
@@ -147,7 +149,7 @@ class AttnIn(_Native):
         self._each_token("norm_quantize", a["x"], self._row(1), self._row(0), at["operand"], at["scale"])
         for name in "qkv":
             self._multiply(self._square, "operand", a[f"self_attn.{name}.weight"], f"product_{name}")
-        self._on.launch(
+        self._launch(
             "heads_from_products",
             (self.tokens, 3),
             self._dim_threads,
@@ -160,54 +162,71 @@ class AttnIn(_Native):
         )
 
 
-class AttnOut(_Native):
+class AttnOut(_Linear):
+    def _parts(self) -> dict[str, int]:
+        return super()._parts() | {"product": self.tokens * self.dim * 2}
+
+    def enqueue(self, addresses: Mapping[str, int]) -> None:
+        a, at = addresses, self._at
+        operand = at["operand"], at["scale"]
+        self._modulate(a)
+        self._quantize(a["attended"])
+        self._multiply(self._square, "operand", a["self_attn.o.weight"], "product")
+        product, norm3 = self._product(a, "self_attn.o"), (a["norm3.weight"], a["norm3.bias"])
+        self._each_token("add_norm_quantize", a["x"], *product, self._row(2), a["x_out"], *norm3, *operand)
+        self._multiply(self._square, "operand", a["cross_attn.q.weight"], "product")
+        product = self._product(a, "cross_attn.q")
+        self._each_token("rms_norm_product", *product, a["cross_attn.norm_q.weight"], a["cross_q"])
+
+
+class CrossAttention(_Native):
+    def enqueue(self, addresses: Mapping[str, int]) -> None:
+        a = addresses
+        self._launch(
+            "cross_attention",
+            (math.ceil(self.tokens / QUERIES), self.heads),
+            CROSS_THREADS,
+            *(a["cross_q"], a["text_k"], a["text_v"], np.int32(self.text_keys)),
+            *(a["image_k"], a["image_v"], np.int32(self.image_keys)),
+            *(a["cross_attended"], np.int32(self.tokens)),
+            shared=CROSS_SHARED_BYTES,
+        )
+
+
+class Ffn(_Linear):
     def __init__(self, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
         super().__init__(model, plan, gpu)
-        self._up = Fp8Gemm(gpu, self._on.library, self.tokens, self.ffn, self.dim)
-        self._down = Fp8Gemm(gpu, self._on.library, self.tokens, self.dim, self.ffn)
+        self._ffn_threads = threads_for(self.ffn, FFN_THREADS)
+        self._up = self._gemm(gpu, self.ffn, self.dim)
+        self._down = self._gemm(gpu, self.dim, self.ffn)
 
     def _parts(self) -> dict[str, int]:
         return super()._parts() | {
             "hidden_scale": self.tokens * 4,
-            "hidden": self.tokens * self.ffn,  # FP8; the cross-attention's q waits here before
+            "hidden": self.tokens * self.ffn,  # FP8
             "product": self.tokens * self.ffn * 2,
         }
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
-        a, at = addresses, self._at
-        x, out = a["x"], a["x_out"]
-        operand = at["operand"], at["scale"]
-
-        def product(name: str, scale: str = "scale") -> tuple[int, ...]:
-            return at["product"], at[scale], a[f"{name}.scale"], a[f"{name}.bias"]
-
+        a, at, out = addresses, self._at, addresses["x_out"]
+        operand, hidden = (at["operand"], at["scale"]), (at["hidden"], at["hidden_scale"])
         self._modulate(a)
-        self._each_token("quantize_tokens", a["attended"], *operand)
-        self._multiply(self._square, "operand", a["self_attn.o.weight"], "product")
-        norm3 = a["norm3.weight"], a["norm3.bias"]
-        self._each_token("add_norm_quantize", x, *product("self_attn.o"), self._row(2), out, *norm3, *operand)
-
-        self._multiply(self._square, "operand", a["cross_attn.q.weight"], "product")
-        q, attended = at["hidden"], at["product"]
-        self._each_token("rms_norm_product", *product("cross_attn.q"), a["cross_attn.norm_q.weight"], q)
-        self._on.launch(
-            "cross_attention",
-            (math.ceil(self.tokens / QUERIES), self.heads),
-            CROSS_THREADS,
-            *(q, a["text_k"], a["text_v"], np.int32(self.text_keys)),
-            *(a["image_k"], a["image_v"], np.int32(self.image_keys), attended, np.int32(self.tokens)),
-            shared=CROSS_SHARED_BYTES,
-        )
-        self._each_token("quantize_tokens", attended, *operand)
+        self._quantize(a["cross_attended"])
         self._multiply(self._square, "operand", a["cross_attn.o.weight"], "product")
-        norm2 = self._row(4), self._row(3)
-        self._each_token("add_norm_quantize", out, *product("cross_attn.o"), 0, out, *norm2, *operand)
+        product, norm2 = self._product(a, "cross_attn.o"), (self._row(4), self._row(3))
+        self._each_token("add_norm_quantize", a["x"], *product, 0, out, *norm2, *operand)
 
         self._multiply(self._up, "operand", a["ffn.0.weight"], "product")
-        hidden = at["hidden"], at["hidden_scale"]
-        self._on.launch("gelu_quantize", self.tokens, self._ffn_threads, *product("ffn.0"), *hidden)
+        product = self._product(a, "ffn.0")
+        self._launch("gelu_quantize", self.tokens, self._ffn_threads, *product, *hidden)
         self._multiply(self._down, "hidden", a["ffn.2.weight"], "product")
-        self._each_token("add_gated", out, *product("ffn.2", "hidden_scale"), self._row(5), out)
+        product = self._product(a, "ffn.2", "hidden_scale")
+        self._each_token("add_gated", out, *product, self._row(5), out)
 
 
-NATIVE: dict[str, type[AttnIn] | type[AttnOut]] = {"attn_in": AttnIn, "attn_out": AttnOut}
+NATIVE: dict[str, type[_Native]] = {
+    "attn_in": AttnIn,
+    "attn_out": AttnOut,
+    "cross_attention": CrossAttention,
+    "ffn": Ffn,
+}

@@ -1,24 +1,18 @@
-// Cross-attention to text and image: two softmaxes over the same queries, whose results are added.
+// Cross-attention to text and image: the sum of two softmaxes over the same queries.
 //
-// A block of threads takes 128 queries of one head, a warp 16 of them (runtime/device/attention.cu); two tiles of 64
-// keys are in flight. Q [tokens, heads * 128], multiplied by the softmax scale; keys and values [heads, keys, 128].
+// A block of threads takes 128 queries of one head, a warp 16 of them (runtime/device/attention.cuh). Two tiles of 64
+// keys are in flight. Queries are [tokens, heads * 128] and already scaled; keys and values are [heads, keys, 128].
 
 constexpr int WARPS = 8;
 constexpr int QUERIES = WARPS * 16;
 constexpr int TILE = 64;         // keys
-constexpr int SMALL_TILE = 16;   // for the keys left over
+constexpr int SMALL_TILE = 16;   // for the remaining keys
 
-// One softmax over all `keys`; the result is in r.out, divided by its sum.
+// One softmax over all `keys`. r.out is the result, already divided by the sum of the weights.
 __device__ void attend(const u32 (&q)[HEAD_DIM / 16][4], const bf16* k, const bf16* v, int keys, u32 buffers,
                        Running<HEAD_DIM>& r) {
     constexpr u32 MATRIX = TILE * 256, STAGE = 2 * MATRIX;
-#pragma unroll
-    for (int n = 0; n < HEAD_DIM / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) r.out[n][i] = 0;
-    r.most[0] = r.most[1] = -__int_as_float(0x7F800000);
-    r.sum[0] = r.sum[1] = 0;
-
+    r.clear(-infinity());
     const int tiles = keys / TILE;
     auto copy = [&](u32 to, const bf16* from, int first) {
         copy_rows<TILE, HEAD_DIM, WARPS * 32>(to, from, first, keys);
@@ -42,7 +36,7 @@ __device__ void attend(const u32 (&q)[HEAD_DIM / 16][4], const bf16* k, const bf
         __syncthreads();
     }
     const int left = keys - tiles * TILE;
-    if (left) {  // the whole rest is copied at once and worked on in small tiles
+    if (left) {  // all remaining keys are copied at once and attended to in small tiles
         copy(buffers, k, tiles * TILE);
         copy(buffers + MATRIX, v, tiles * TILE);
         end_of_copies();
@@ -55,10 +49,7 @@ __device__ void attend(const u32 (&q)[HEAD_DIM / 16][4], const bf16* k, const bf
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        float sum = r.sum[half];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        const float inverse = 1.0f / sum;
+        const float inverse = 1.0f / r.row_sum(half);
 #pragma unroll
         for (int n = 0; n < HEAD_DIM / 8; ++n) r.out[n][2 * half] *= inverse, r.out[n][2 * half + 1] *= inverse;
     }
@@ -83,7 +74,7 @@ cross_attention(const bf16* queries, const bf16* text_k, const bf16* text_v, int
     Running<HEAD_DIM> r;
     attend(q, text_k + head * text_keys * HEAD_DIM, text_v + head * text_keys * HEAD_DIM, text_keys,
            shared_address(buffers), r);
-    u32 text[HEAD_DIM / 8][2];  // waits as bf16: in float32 the registers would not do
+    u32 text[HEAD_DIM / 8][2];  // kept as bf16: there are too few registers for float32
 #pragma unroll
     for (int n = 0; n < HEAD_DIM / 8; ++n)
 #pragma unroll

@@ -1,0 +1,54 @@
+// Flat arrays on the device: sampler arithmetic, and weights made at random. The host names a kernel by its element
+// type.
+
+// Multiplies and adds apart, as numpy does: CPU and GPU agree to the last bit.
+extern "C" __global__ void combine(float* out, i64 n, int terms,
+                                   const float* x0, const float* x1, const float* x2,
+                                   const float* x3, const float* x4, const float* x5,
+                                   float c0, float c1, float c2, float c3, float c4, float c5) {
+    const float* x[6] = {x0, x1, x2, x3, x4, x5};
+    const float c[6] = {c0, c1, c2, c3, c4, c5};
+    EACH(i, n) {
+        float sum = __fmul_rn(x[0][i], c[0]);
+        for (int k = 1; k < terms; ++k) sum = __fadd_rn(sum, __fmul_rn(x[k][i], c[k]));
+        out[i] = sum;
+    }
+}
+
+// Normal: splitmix64 of the position, then Box-Muller on its two halves.
+__device__ float normal(u64 seed, u64 i) {
+    u64 z = seed * 0x9E3779B97F4A7C15ull + (i + 1) * 0xD1B54A32D192ED03ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    z ^= z >> 31;
+    float u = ((u32)(z >> 8) & 0xFFFFFF) * 5.9604645e-8f + 2.9802322e-8f;
+    float v = (u32)(z >> 32) * 2.3283064e-10f;
+    return sqrtf(-2.0f * logf(u)) * cospif(2.0f * v);
+}
+
+#define RANDOM(name, type) \
+    extern "C" __global__ void name(type* out, i64 n, u64 seed, float mean, float deviation) { \
+        EACH(i, n) store(out + i, mean + deviation * normal(seed, i)); \
+    }
+RANDOM(random_float32, float)
+RANDOM(random_bfloat16, bf16)
+RANDOM(random_float8_e4m3fn, e4m3)
+
+// One block of threads per row: its largest magnitude over 448 is its scale.
+extern "C" __global__ void quantize_rows(const bf16* w, e4m3* out, float* scale, int inner) {
+    __shared__ float largest[256];
+    const bf16* row = w + (i64)blockIdx.x * inner;
+    float most = 0;
+    for (int i = threadIdx.x; i < inner; i += blockDim.x) most = fmaxf(most, fabsf(load(row + i)));
+    largest[threadIdx.x] = most;
+    __syncthreads();
+    for (int half = blockDim.x / 2; half; half /= 2) {
+        if (threadIdx.x < half)
+            largest[threadIdx.x] = fmaxf(largest[threadIdx.x], largest[threadIdx.x + half]);
+        __syncthreads();
+    }
+    float s = fmaxf(largest[0] / E4M3_MAX, 1e-12f);
+    if (threadIdx.x == 0) scale[blockIdx.x] = s;
+    for (int i = threadIdx.x; i < inner; i += blockDim.x)
+        store(out + (i64)blockIdx.x * inner + i, load(row + i) / s);
+}
