@@ -12,7 +12,6 @@ from typing import Literal
 from trt_wan.engines.choice.candidates import SEGMENTS, Candidate, Engine, Machine, candidates
 from trt_wan.engines.choice.choose import Missing
 from trt_wan.engines.choice.recipes import (
-    Recipe,
     engine_names,
     engines_of,
     recipes,
@@ -24,8 +23,11 @@ from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import Target
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.engines import Manifest, ensure, find, trim
-from trt_wan.engines.store.graphs import graphs_folder, is_complete
+from trt_wan.engines.store.engine_id import Recipe
+from trt_wan.engines.store.engines import ensure, find
+from trt_wan.engines.store.entries import entries, trim
+from trt_wan.engines.store.graphs import graph_set
+from trt_wan.engines.store.manifest import Manifest
 from trt_wan.errors import GraphError, UsageError
 
 State = Literal["there", "built", "missing", "impossible"]
@@ -108,7 +110,7 @@ def compile_engines(
     start = time.perf_counter()
     assert (machine is not None) == (target == "current"), f"{target} on {machine}"
     require_target(plan, target)
-    if not is_complete(graphs_folder(model, plan), model, plan):
+    if not graph_set(model, plan).complete():
         if dry_run:  # without a graph's bytes there is no telling whether its engine is there
             wanted = _wanted(model, plan, target, machine)
             rows = tuple(EngineRow(engine.recipe, engine.target, "missing", None) for engine in wanted)
@@ -124,12 +126,14 @@ def compile_engines(
     places = _places(plan, machine)
     spared = {row.engine for rows in places for row in rows}
     errors: dict[Engine, GraphError] = {}
+    before = {entry.key for entry in entries()}
     rows = tuple(
-        _make(engine, recipe, (number, len(made)), errors if engine in spared else None, progress)
+        _make(engine, recipe, (number, made), errors if engine in spared else None, progress)
         for number, (engine, recipe) in enumerate(made.items(), 1)
     )
     _require_others(places, missing, errors)
-    removed = trim({recipe.engine.key for recipe in made.values()})
+    trim({recipe.engine.key for recipe in made.values()})
+    removed = before - {entry.key for entry in entries()}
     return CompileReport(rows, (), time.perf_counter() - start, len(removed))
 
 
@@ -147,18 +151,22 @@ def _look(recipe: Recipe) -> EngineRow:
 def _make(
     engine: Engine,
     recipe: Recipe,
-    count: tuple[int, int],
+    place: tuple[int, Mapping[Engine, Recipe]],
     errors: dict[Engine, GraphError] | None,
     progress: BuildProgress,
 ) -> EngineRow:
-    """An error that does not end the build is put into `errors`."""
+    """`place` is the engine's number and all recipes of the build. An error that does not end the build is
+    put into `errors`.
+    """
     name, target = recipe.engine.network, recipe.engine.target
+    count = (place[0], len(place[1]))
+    spare = {other.engine.key for other in place[1].values()}
 
     def step(phase: str, done: int, steps: int) -> None:
         progress(EngineProgress(name, target, *count, phase, done, steps))
 
     try:
-        manifest, built = ensure(recipe.engine, lambda: recipe.compile(step))
+        manifest, built = ensure(recipe.engine, lambda: recipe.compile(step), spare)
         row = EngineRow(name, target, "built" if built else "there", manifest)
     except GraphError as error:
         if errors is None:

@@ -1,4 +1,4 @@
-"""The shape of one window: what a set of graphs is exported for.
+"""The shape of one window, for which a set of graphs is exported.
 
 Pixel frames F per window, latent frames T = (F-1)/4 + 1, slots T1 = T + 1 (slot 0 is the reference),
 tokens per slot P = (H/16)(W/16), tokens L = T1·P.
@@ -16,9 +16,8 @@ class Plan:
     height: int = 480
     frames: int = 77
     precision: Precision = "fp32"
-    vae_chunk: int = (
-        1  # latent frames per VAE call after the first; any divisor of T-1 gives the same pictures
-    )
+    # Latent frames per VAE call after the first; any divisor of T-1 gives the same pictures.
+    vae_chunk: int = 1
     face_batch: int = 8  # face crops per call of the motion encoder; the last call is filled up
 
     def __post_init__(self) -> None:
@@ -40,6 +39,12 @@ class Plan:
                 "after the first.",
                 "Use 1, which always fits.",
             )
+
+    def build_command(self, model: str) -> tuple[str, ...]:
+        """The arguments of trt-wan that build this shape of a model."""
+        size, window = f"{self.width}x{self.height}", str(self.frames)
+        shape = ("--size", size, "--window", window, "--precision", self.precision)
+        return ("build", "--model", model, *shape)
 
     @property
     def latent_width(self) -> int:

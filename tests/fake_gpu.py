@@ -5,6 +5,7 @@ Engines run on ONNX Runtime, and the kernels of people are numpy's: what is prov
 """
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from trt_wan.preprocess.onnx import net as onnx_net
 from trt_wan.preprocess.people.gpu import batches as people
 from trt_wan.preprocess.people.gpu.resampling_tables import TAP, WHOLE_TAP
 from trt_wan.preprocess.people.pose import MEAN, STD, peaks
+from trt_wan.runtime.segments import tensorrt as segments
 
 Array = NDArray[Any]
 
@@ -182,25 +184,26 @@ class NumpyKernels:
         return at(address, (needed, width, 3), np.uint8).astype(np.int64)
 
 
+class FakeLogger:
+    ERROR = 0
+
+    def __init__(self, severity: int) -> None: ...
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     """Networks for TensorRT run on the GPU that is returned."""
     gpu = FakeGpu()
-    module = SimpleNamespace(nptype=np.dtype)
+    module = SimpleNamespace(nptype=np.dtype, Runtime=lambda log: None, Logger=FakeLogger)
     flavour = SimpleNamespace(name="fake", version="1", reason="", module=module)
     asked: list[Any] = []
-    engine_of = onnx_engine.engine_of
+    recipe_of = onnx_engine.recipe_of
 
     def remembered(file: Any, shape: tuple[int, ...], *rest: Any) -> Any:
         asked[:] = [file.path, shape]
-        return engine_of(file, shape, *rest)
+        return replace(recipe_of(file, shape, *rest), compile=lambda progress: b"plan")
 
-    def open_engines(_: Any, __: Any, plans: dict[str, bytes], *rest: Any) -> Any:
-        assert list(plans.values()) == [b"plan"]
-        return {name: FakeSegment(gpu, *asked) for name in plans}
-
-    monkeypatch.setattr(onnx_engine, "engine_of", remembered)
-    monkeypatch.setattr(onnx_engine, "compile_file", lambda *_: b"plan")
-    monkeypatch.setattr(onnx_engine, "open_engines", open_engines)
+    monkeypatch.setattr(onnx_engine, "recipe_of", remembered)
+    monkeypatch.setattr(segments, "EngineSegment", lambda *_: FakeSegment(gpu, *asked))
     monkeypatch.setattr(onnx_net, "_gpu", lambda: (gpu, flavour))
     monkeypatch.setattr(memory, "copy", fake_copy)
     monkeypatch.setattr(memory, "Pinned", FakePinned)

@@ -24,7 +24,7 @@ from trt_wan.build.reference import SAMPLE, reference, relative_error
 from trt_wan.engines.choice import recipes as recipes_module
 from trt_wan.engines.choice.candidates import Candidate, Engine, Machine
 from trt_wan.engines.choice.choose import figures_of
-from trt_wan.engines.choice.recipes import Recipe, engines_of
+from trt_wan.engines.choice.recipes import engines_of
 from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import Network
@@ -33,7 +33,7 @@ from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.fp8 import quantise_rows
 from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.engine_id import EngineId
+from trt_wan.engines.store.engine_id import Recipe, wan_engine
 from trt_wan.engines.store.engines import ensure
 from trt_wan.engines.store.measurements import Figure
 from trt_wan.errors import GraphError, MemoryShort, UsageError
@@ -355,7 +355,7 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Engine, Rec
 
     def recipe(engine: Engine) -> Recipe:
         gpu = H200.gpu if engine.target == "current" else None
-        identity = EngineId(engine.recipe, "tiny", PLAN, engine.recipe, engine.target, RTX, gpu)
+        identity = wan_engine(engine.recipe, "tiny", PLAN, engine.recipe, engine.target, RTX, gpu)
         return Recipe(identity, lambda progress: b"")
 
     made = {engine: recipe(engine) for engine in engines_of(TINY, PLAN, H200)}
@@ -549,7 +549,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[Engine]:
     monkeypatch.setattr(recipes_module, "require_graphs", lambda *arguments: tmp_path)
     monkeypatch.setattr(recipes_module, "compile_onnx", onnx)
     monkeypatch.setattr(recipes_module, "compile_attention", attention)
-    monkeypatch.setattr("trt_wan.build.compile.is_complete", lambda *arguments: True)
+    monkeypatch.setattr("trt_wan.engines.store.graphs.GraphSet.complete", lambda graphs: True)
     return impossible
 
 

@@ -38,8 +38,8 @@ from trt_wan.cli.main import cli
 from trt_wan.engines.flavour import choose_flavour
 from trt_wan.engines.sam2.config import SAM2_MODELS
 from trt_wan.errors import InputError, TrtWanError
-from trt_wan.preprocess.onnx.engine import compile_file
 from trt_wan.preprocess.onnx.file import read_onnx
+from trt_wan.preprocess.onnx.recipe import compile_file
 from trt_wan.preprocess.people.detect import open_detector
 from trt_wan.preprocess.people.person import Box
 from trt_wan.preprocess.people.pose import open_pose

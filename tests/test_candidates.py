@@ -25,7 +25,7 @@ from trt_wan.engines.choice.candidates import (
     tiers,
 )
 from trt_wan.engines.choice.choose import Choice, accurate, choose, figures_of
-from trt_wan.engines.choice.recipes import Recipe, engines_of
+from trt_wan.engines.choice.recipes import engines_of
 from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contracts import networks
@@ -33,8 +33,8 @@ from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.precision import PRECISIONS
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.engine_id import EngineId
-from trt_wan.engines.store.engines import ensure, entries, record_candidates
+from trt_wan.engines.store.engine_id import Recipe, wan_engine
+from trt_wan.engines.store.engines import ensure, record_candidates
 from trt_wan.engines.store.measurements import Figure
 from trt_wan.errors import GraphError, UsageError
 from trt_wan.runtime.events import Event, Note
@@ -242,7 +242,7 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Engine, Rec
 
     def recipe(engine: Engine) -> Recipe:
         gpu = H200.gpu if engine.target == "current" else None
-        identity = EngineId(engine.recipe, "tiny", PLAN, engine.recipe, engine.target, RTX, gpu)
+        identity = wan_engine(engine.recipe, "tiny", PLAN, engine.recipe, engine.target, RTX, gpu)
         return Recipe(identity, lambda progress: engine.title.encode())
 
     return {engine: recipe(engine) for engine in engines_of(TINY, PLAN, H200)}
@@ -295,9 +295,9 @@ def test_only_what_is_chosen_is_opened_and_the_engines_together(
 ) -> None:
     opened: list[Any] = []
 
-    def engines(gpu: Any, flavour: Any, plans: dict[str, bytes], cache: Path, progress: Any) -> Any:
-        opened.append(plans)
-        return {name: f"engine {name}" for name in plans}
+    def engines(gpu: Any, wanted: dict[str, Recipe], progress: Any) -> Any:
+        opened.append(wanted)
+        return {name: f"engine {name}" for name in wanted}
 
     def library(name: str, gpu: Any, heads: int, tokens: int, head_dim: int) -> str:
         return f"{name} {heads} {tokens} {head_dim}"
@@ -319,15 +319,14 @@ def test_only_what_is_chosen_is_opened_and_the_engines_together(
     }
     events: list[Event] = []
     gpu: Any = SimpleNamespace()
-    found = open_segments.open_segments(places, TINY, PLAN, gpu, RTX, recipes, events.append)
+    found = open_segments.open_segments(places, TINY, PLAN, gpu, recipes, events.append)
     assert found == {
         "head": "engine head",
         "attn_in": "native attn_in",
         "attention": f"cudnn 2 {PLAN.tokens} 128",
         "attn_out": "engine attn_out",
     }
-    assert opened == [{"head": b"head", "attn_out": b"attn_out sm89"}]
-    assert len(entries()) == len(events) == 2
+    assert opened == [{"head": recipes[Engine("head")], "attn_out": recipes[Engine("attn_out", "sm89")]}]
 
 
 def test_what_is_missing_is_asked_of_who_knows(monkeypatch: pytest.MonkeyPatch) -> None:

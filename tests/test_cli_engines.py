@@ -36,8 +36,12 @@ from trt_wan.engines.config import TINY
 from trt_wan.engines.flavour import choose_flavour
 from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.engines import Manifest, entries, find, record_candidates
+from trt_wan.engines.store.engines import find, record_candidates
+from trt_wan.engines.store.entries import entries
+from trt_wan.engines.store.locks import held
+from trt_wan.engines.store.manifest import Manifest
 from trt_wan.engines.store.measurements import Figure
+from trt_wan.errors import shell_command
 
 pytest.importorskip("tensorrt_rtx", reason="engines are compiled with TensorRT-RTX")
 
@@ -306,11 +310,14 @@ def test_list_shows_what_was_used_last_first(store: Path) -> None:
     assert {row["network"] for row in data["engines"]} == set(NAMES)
     assert data["bytes"] == sum(path.stat().st_size for path in store.glob("*.*"))
     first = data["engines"][0]
-    shape = (first["width"], first["height"], first["frames"], first["precision"], first["target"])
-    assert shape == (64, 48, 13, "fp8", "sm89") and first["state"] == "whole" and first["gpu"] is None
-    header, row, *rest = invoke("list").stdout.splitlines()
-    assert header.split()[:3] == ["KEY", "ENGINE", "MODEL"] and len(rest) == len(NAMES) - 1
-    assert row.split()[:6] == [newest[:8], "head", "tiny", "64x48x13", "fp8", "sm89"]
+    described = [first[name] for name in ("kind", "about", "precision", "target")]
+    assert described == ["wan", "tiny, 64x48, 13 frames", "fp8", "sm89"]
+    assert first["state"] == "whole" and first["gpu"] is None
+    engines, _, folders = invoke("list").stdout.partition("\n\n")
+    header, row, *rest = engines.splitlines()
+    assert header.split()[:4] == ["KEY", "KIND", "ENGINE", "ABOUT"] and len(rest) == len(NAMES) - 1
+    assert row.split()[:7] == [newest[:8], "wan", "head", "tiny,", "64x48,", "13", "frames"]
+    assert [line.split()[0] for line in folders.splitlines()] == ["FOLDER", "graphs", "locks"]
 
 
 def test_list_marks_the_damaged_with_their_cure(store: Path) -> None:
@@ -332,7 +339,8 @@ def test_an_empty_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     result = invoke("list")
     assert (result.exit_code, result.stdout) == (0, "") and "Run: trt-wan build" in result.stderr
     assert data_of("list")["engines"] == []
-    assert data_of("rm", "--all", "--yes") == {"result": None, "removed": [], "freed_bytes": 0}
+    nothing = {"result": None, "removed": [], "folders": [], "freed_bytes": 0}
+    assert data_of("rm", "--all", "--yes") == nothing
 
 
 def test_show_tells_the_manifest_and_the_measurements(store: Path) -> None:
@@ -345,7 +353,15 @@ def test_show_tells_the_manifest_and_the_measurements(store: Path) -> None:
     assert "No candidates were measured." in invoke("show", engine.key).stdout
     record_candidates(engine, figures)
     shown = invoke("show", engine.key[:10]).stdout
-    for fact in (engine.key, "attention", "64x48, 13 frames", "fp8", "sm89", "whole", engine.rebuild):
+    for fact in (
+        engine.key,
+        "attention",
+        "64x48, 13 frames",
+        "fp8",
+        "sm89",
+        "whole",
+        shell_command(engine.rebuild),
+    ):
         assert fact in shown
     table = [line.split() for line in shown.splitlines()[-4:]]
     gpu = ["A", "GPU", "tensorrt_rtx", "1.6"]
@@ -359,7 +375,7 @@ def test_show_tells_the_manifest_and_the_measurements(store: Path) -> None:
     assert (
         data["candidates"] == [vars(figure) for figure in figures]
         and data["state"] == "whole"
-        and data["rebuild"] == engine.rebuild
+        and data["rebuild"] == list(engine.rebuild)
     )
 
 
@@ -404,16 +420,42 @@ def test_rm_removes_what_is_named_and_says_how_much(store: Path) -> None:
     keys = [manifest(name).key for name in ("head", "fuser")]
     size = sum(path.stat().st_size for key in keys for path in store.glob(f"{key}.*"))
     data = data_of("rm", keys[0], keys[1][:10], keys[0][:12], "--yes")
-    assert data == {"result": None, "removed": keys, "freed_bytes": size}
+    assert data == {"result": None, "removed": keys, "folders": [], "freed_bytes": size}
     assert not any(list(store.glob(f"{key}.*")) for key in keys) and len(entries()) == len(NAMES) - 2
     result = invoke("rm", "--all", "--yes")
-    assert result.stdout.startswith(f"{len(NAMES) - 2} engines removed, ") and result.exit_code == 0
-    assert "MB freed" in result.stdout and entries() == []
+    assert result.stdout.startswith(f"{len(NAMES) - 2} engines, graphs, locks (") and result.exit_code == 0
+    assert " MB) removed" in result.stdout and entries() == []
+    assert not [path for path in store.parent.rglob("*") if path.is_file()], "everything is gone"
+
+
+FOLDERS = ("graphs/a", "kernels/cubin", "measurements", "timings", "onnx", "text", "weights/tiny")
+
+
+def test_everything_on_disk_is_listed_and_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
+    for folder in FOLDERS:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").write_bytes(bytes(100))
+    (tmp_path / "a user's own file").touch()
+    listed = data_of("list")["folders"]
+    assert {row["name"]: row["bytes"] for row in listed} == {name.partition("/")[0]: 100 for name in FOLDERS}
+    data = data_of("rm", "kernels", "text", "--yes")
+    assert data["folders"] == ["kernels", "text"] and data["freed_bytes"] == 200
+    lock = tmp_path / "graphs" / "a.lock"
+    with held(lock):
+        message, hint = refused(1, "rm", "--all", "--yes")
+        assert "Another process is building graphs; " in message and hint
+        assert (tmp_path / "graphs" / "a" / "file").exists()
+    assert data_of("rm", "graphs", "--yes")["folders"] == ["graphs"] and not lock.exists()
+    assert data_of("list")["folders"] == []
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a user's own file"]
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [([], "Which engines?"), (["--all", "0"], "Which engines?"), (["--all"], "Nobody can be asked here")],
+    [([], "Which engines?"), (["--all", "0"], "Which engines?"), (["--all"], "cannot ask whether")],
 )
 def test_rm_refuses(store: Path, options: list[str], says: str) -> None:
     message, _ = refused(2, "rm", *options)
@@ -476,7 +518,9 @@ def test_rm_leaves_what_another_process_builds(store: Path, monkeypatch: pytest.
     )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     message, hint = refused(1, "rm", "--all", "--yes")
-    assert f"Another process is building {head[:8]}; {len(NAMES) - 1} engines removed" in message and hint
+    assert (
+        f"Another process is building {head[:8]}; {len(NAMES) - 1} engines, graphs, locks" in message and hint
+    )
     holder.communicate("")
     assert [entry.key for entry in entries()] == [head]
 

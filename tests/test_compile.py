@@ -20,7 +20,7 @@ from plan_text import fused_attentions, gemms
 
 from trt_wan.build.compile import BuildProgress, EngineDone, EngineProgress, compile_engines
 from trt_wan.build.export import export
-from trt_wan.engines.choice.recipes import Recipe, engine_names, recipes
+from trt_wan.engines.choice.recipes import engine_names, recipes
 from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import choose_flavour
@@ -28,6 +28,8 @@ from trt_wan.engines.gpu import Target
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store import engines as engine_store
+from trt_wan.engines.store.engine_id import Recipe
+from trt_wan.engines.store.entries import entries
 from trt_wan.engines.tensorrt import compile_onnx
 from trt_wan.errors import UsageError
 
@@ -169,7 +171,7 @@ def test_what_is_the_same_is_compiled_once(home: Path) -> None:
         assert {name for name in fp32 if fp32[name].engine.key == fp8[name].engine.key} == same
         keys += [recipe.engine.key for made in (fp32, fp8) for recipe in made.values()]
     assert len(set(keys)) == len(keys) - len(TARGETS) * len(same)
-    assert {entry.key for entry in engine_store.entries() if entry.manifest} == set(keys)
+    assert {entry.key for entry in entries() if entry.manifest} == set(keys)
 
 
 def never(event: object) -> None:

@@ -25,9 +25,9 @@ from trt_wan.engines.gpu import Target
 from trt_wan.engines.store.engines import ensure
 from trt_wan.errors import EnvironmentBroken, GraphError, WeightsError
 from trt_wan.preprocess.onnx import net as onnx_net
-from trt_wan.preprocess.onnx.engine import compile_file, engine_of
 from trt_wan.preprocess.onnx.file import read_onnx
 from trt_wan.preprocess.onnx.net import OnnxNet
+from trt_wan.preprocess.onnx.recipe import compile_file, recipe_of
 from trt_wan.preprocess.people.detect import Detector, official_person, open_detector, rows
 from trt_wan.preprocess.people.person import Box
 
@@ -316,18 +316,19 @@ def test_an_engine_belongs_to_its_file_and_batch(tmp_path: Path, monkeypatch: py
     file = read_onnx(onnx_nets.pose(tmp_path / "a.onnx", KERNEL))
     other = read_onnx(onnx_nets.pose(tmp_path / "b.onnx", KERNEL + 1))
     keys = {
-        engine_of(f, (batch, 3, 256, 192), "sm89", flavour, None).key
+        recipe_of(f, (batch, 3, 256, 192), "sm89", flavour, None).engine.key
         for f in (file, other)
         for batch in (1, 8)
     }
     assert len(keys) == 4
-    engine = engine_of(file, (8, 3, 256, 192), "sm89", flavour, None)
-    assert engine.title.startswith("engine a.onnx (batch 8, 192x256, sm89, tensorrt_rtx")
+    engine = recipe_of(file, (8, 3, 256, 192), "sm89", flavour, None).engine
+    assert engine.title.startswith("engine a.onnx (batch 8, 192x256, fp16, sm89, tensorrt_rtx")
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
     ensure(engine, lambda: b"plan")
     listed = CliRunner().invoke(cli, ("list", "--json"))
     (row,) = json.loads(listed.stdout.splitlines()[-1])["data"]["engines"]
-    assert row["rebuild"] == f"trt-wan rm {engine.key}; it is built again when it is used"
+    assert (row["kind"], row["network"], row["about"]) == ("onnx", "a.onnx", "batch 8, 192x256")
+    assert (row["precision"], row["rebuild"]) == ("fp16", []), "its next use builds it"
 
 
 def test_batches_on_a_gpu_overlap_and_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,6 +352,6 @@ def test_batches_on_a_gpu_overlap_and_stay_in_order(tmp_path: Path, monkeypatch:
     np.testing.assert_array_equal(output, -frames)
     np.testing.assert_allclose(sums, frames.sum((1, 2, 3)), rtol=1e-3)
     assert gpu.most_computing == 2
-    assert "built engine neg.onnx (batch 2, 4x4, current, fake 1)" in notes[0].text
+    assert "built engine neg.onnx (batch 2, 4x4, fp16, current, fake 1)" in notes[0].text
     OnnxNet(path, "tensorrt", 2, progress=notes.append)
     assert len(notes) == 1  # the second time it is in the store

@@ -15,12 +15,12 @@ from typing import Any, cast
 import ml_dtypes
 import numpy as np
 import pytest
+from fake_tensorrt import FakeTensorRt, recipe
 from safetensors.numpy import save_file
 
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import Network, Part, Tensor
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import GraphError, MemoryShort
@@ -29,7 +29,6 @@ from trt_wan.runtime.device import kernels
 from trt_wan.runtime.device.arena import Arena, Span
 from trt_wan.runtime.device.gpu import DeviceArray
 from trt_wan.runtime.executors.gpu import GpuExecutor
-from trt_wan.runtime.segments import tensorrt as engine_segment
 from trt_wan.runtime.segments.tensorrt import open_engines
 from trt_wan.runtime.weights import on_device as weights_module
 from trt_wan.runtime.weights.checkpoint import Checkpoint, load_weights
@@ -254,6 +253,8 @@ class FakeBuffer:
 
 
 class FakeGpu:
+    name = "A GPU"
+
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []
         self.stream, self.copies = FakeStream(self.log, "compute"), FakeStream(self.log, "copies")
@@ -410,73 +411,6 @@ def test_resident_packs_are_filled_once_and_passing_ones_are_freed() -> None:
 # The TensorRT executor
 
 
-class FakeContext:
-    def __init__(self, log: list[tuple[Any, ...]], works: bool) -> None:
-        self.log, self.works, self.addresses = log, works, dict[str, int]()
-
-    def set_device_memory(self, address: int, size: int) -> None:
-        self.log.append(("scratch", address, size))
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self.addresses[name] = address
-        return True
-
-    def execute_async_v3(self, stream: int) -> bool:
-        self.log.append(("execute", dict(self.addresses), stream))
-        return self.works
-
-
-class FakeCache:
-    def __init__(self) -> None:
-        self.blob = b""
-
-    def deserialize(self, blob: bytes) -> bool:
-        self.blob = blob
-        return True
-
-    def serialize(self) -> bytes:
-        return self.blob + b"kernels"
-
-
-class FakeTensorRt:
-    """As much of the module as the executor calls. The plan b"bad" is refused, b"fails" does not run."""
-
-    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
-
-    def __init__(self) -> None:
-        self.log: list[tuple[Any, ...]] = []
-        self.caches: list[FakeCache] = []
-
-    class Logger:
-        ERROR = 1
-
-        def __init__(self, level: int) -> None:
-            pass
-
-    def Runtime(self, logger: Any) -> Any:
-        def engine(plan: bytes) -> Any:
-            if plan == b"bad":
-                return None
-            return SimpleNamespace(
-                device_memory_size_v2=100 * len(plan),
-                create_runtime_config=self._config,
-                create_execution_context=lambda config: FakeContext(self.log, plan != b"fails"),
-            )
-
-        return SimpleNamespace(deserialize_cuda_engine=engine)
-
-    def _config(self) -> Any:
-        def made() -> FakeCache:
-            self.caches.append(FakeCache())
-            return self.caches[-1]
-
-        return SimpleNamespace(
-            set_execution_context_allocation_strategy=lambda s: self.log.append(("strategy", s)),
-            create_runtime_cache=made,
-            set_runtime_cache=lambda cache: self.log.append(("cache", cache)),
-        )
-
-
 NETWORK = Network(
     "net",
     "transformer",
@@ -487,21 +421,11 @@ NETWORK = Network(
 )
 
 
-@pytest.fixture(autouse=True)
-def children(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], bytes]]:
-    """The processes that would be started to finish kernels, with what they would read."""
-    started: list[tuple[tuple[str, ...], bytes]] = []
-
-    def run(command: tuple[str, ...], *, input: bytes, capture_output: bool) -> None:
-        started.append((command[2:], input))
-
-    monkeypatch.setattr(engine_segment.subprocess, "run", run)
-    return started
-
-
-def executor(trt: FakeTensorRt, gpu: FakeGpu, plans: dict[str, bytes], folder: Path) -> GpuExecutor:
-    flavour = Flavour("tensorrt_rtx", "1.6.1", trt, "a test")
-    made = GpuExecutor(cast(Any, gpu), open_engines(cast(Any, gpu), flavour, plans, folder))
+def executor(trt: FakeTensorRt, gpu: FakeGpu, plans: dict[str, bytes], home: Path) -> GpuExecutor:
+    recipes = {name: recipe(trt, name, plan) for name, plan in plans.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRT_WAN_HOME", str(home))
+        made = GpuExecutor(cast(Any, gpu), open_engines(cast(Any, gpu), recipes))
     made.start(1 << 20, DeviceWeights(cast(Any, gpu), CountingSource(), [], set()))
     return made
 
@@ -536,41 +460,6 @@ def test_executor_names_the_network_that_is_refused_or_fails(tmp_path: Path) -> 
     inputs = {"x": np.ones((2, 3)), "indices": np.zeros(4, np.int64)}
     with pytest.raises(GraphError, match="could not run net"):
         runs.run(NETWORK, 0, inputs)
-
-
-def test_the_kernel_cache_is_written_whole_and_read_back(tmp_path: Path) -> None:
-    folder, trt = tmp_path / "kernels" / "rtx", FakeTensorRt()
-    first = executor(trt, FakeGpu(), {"net": b"plan"}, folder)
-    first.settle()
-    (path,) = folder.iterdir()  # nothing partial is left
-    assert path.read_bytes() == b"kernels"
-    executor(trt, FakeGpu(), {"net": b"plan"}, folder)
-    executor(trt, FakeGpu(), {"net": b"another"}, folder)
-    assert [cache.blob for cache in trt.caches] == [b"", b"kernels", b""]
-    assert [line[1] for line in trt.log if line[0] == "cache"] == trt.caches
-
-
-def test_new_engines_are_opened_in_processes_of_their_own_first(
-    tmp_path: Path, children: list[tuple[tuple[str, ...], bytes]]
-) -> None:
-    plans = {"known": b"known", "small": b"plan", "large": b"a large plan"}
-    executor(FakeTensorRt(), FakeGpu(), {"known": b"known"}, tmp_path).settle()
-    assert not children, "one engine is opened here at once"
-    executor(FakeTensorRt(), FakeGpu(), plans, tmp_path).settle()
-    module = ("trt_wan.runtime.segments.finish_kernels", "tensorrt_rtx")
-    assert sorted(children) == [
-        ((*module, "large", str(tmp_path)), b"a large plan"),
-        ((*module, "small", str(tmp_path)), b"plan"),
-    ]
-    executor(FakeTensorRt(), FakeGpu(), plans, tmp_path)
-    assert len(children) == 2, "once"
-
-
-def test_a_process_that_cannot_finish_kernels_stops_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()  # real processes, which find no GPU, or no engine in this plan
-    executor(FakeTensorRt(), FakeGpu(), {"net": b"plan", "other": b"another"}, tmp_path)
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,19 +25,13 @@ from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store import checksums as checked_plan
-from trt_wan.engines.store.engine_id import EngineId
-from trt_wan.engines.store.engines import (
-    ensure,
-    entries,
-    find,
-    limit_bytes,
-    open_checked,
-    record_candidates,
-    remove,
-    trim,
-)
+from trt_wan.engines.store import engines as engine_store
+from trt_wan.engines.store import kernels, locks
+from trt_wan.engines.store.engine_id import EngineId, Recipe, wan_engine
+from trt_wan.engines.store.engines import ensure, find, obtain, open_checked, record_candidates
+from trt_wan.engines.store.entries import entries, limit_bytes, remove, trim
 from trt_wan.engines.store.measurements import Figure
-from trt_wan.errors import GraphError, UsageError
+from trt_wan.errors import GraphError, UsageError, shell_command
 
 RTX = Flavour("tensorrt_rtx", "1.6.1.120", SimpleNamespace(), "it builds without a GPU")
 PLAN = Plan(832, 480, 77, "fp8")
@@ -46,7 +40,7 @@ SIZE = 10_000
 
 
 def engine(name: str = "attn_in") -> EngineId:
-    return EngineId(name, "14b", PLAN, hashlib.sha256(name.encode()).hexdigest(), "sm89", RTX, None)
+    return wan_engine(name, "14b", PLAN, hashlib.sha256(name.encode()).hexdigest(), "sm89", RTX, None)
 
 
 A, B = engine("attn_in"), engine("attn_out")
@@ -89,9 +83,9 @@ def test_an_engine_is_built_once_and_described() -> None:
     assert build(A) and not build(A)
     assert open_checked(A) == plan_of(A)
     manifest = json.loads(file(A, "json").read_text())
-    assert manifest["network"] == "attn_in" and manifest["model"] == "14b"
-    assert (manifest["width"], manifest["height"], manifest["frames"]) == (832, 480, 77)
-    assert (manifest["precision"], manifest["target"]) == ("fp8", "sm89")
+    assert (manifest["kind"], manifest["network"]) == ("wan", "attn_in")
+    assert (manifest["about"], manifest["precision"]) == ("14b, 832x480, 77 frames", "fp8")
+    assert manifest["target"] == "sm89" and manifest["rebuild"] == list(A.rebuild)
     assert (manifest["flavour"], manifest["version"]) == ("tensorrt_rtx", "1.6.1.120")
     assert manifest["flavour_reason"] == RTX.reason
     assert manifest["bytes"] == SIZE and manifest["sha256"] == hashlib.sha256(plan_of(A)).hexdigest()
@@ -105,10 +99,10 @@ def test_an_engine_that_is_not_there() -> None:
 
 
 def test_the_rebuild_command_is_made_of_the_engine() -> None:
-    options = shlex.split(REBUILD.removeprefix("Run: "))
-    assert options[:2] == ["trt-wan", "build"]
-    other = replace(A, model="tiny", plan=Plan(64, 48, 13, "bf16"), target="sm120")
-    assert other.rebuild == (
+    assert shlex.split(REBUILD.removeprefix("Run: ")) == ["trt-wan", *A.rebuild]
+    assert refused(A).command == A.rebuild
+    other = wan_engine("head", "tiny", Plan(64, 48, 13, "bf16"), "source", "sm120", RTX, None)
+    assert shell_command(other.rebuild) == (
         "trt-wan build --model tiny --size 64x48 --window 13 --precision bf16 --target sm120 "
         "--flavour tensorrt_rtx"
     )
@@ -127,7 +121,9 @@ OTHERS = [
 
 def test_everything_that_decides_the_plan_is_in_the_key() -> None:
     assert len({other.key for other in [A, *OTHERS]}) == 1 + len(OTHERS)
-    same = replace(A, network="x", model="tiny", plan=Plan(), flavour=replace(RTX, reason="another"))
+    same = replace(
+        A, network="x", about="tiny", precision="fp32", rebuild=(), flavour=replace(RTX, reason="?")
+    )
     assert same.key == A.key
 
 
@@ -166,9 +162,15 @@ DAMAGES: dict[str, tuple[Callable[[], object], str]] = {
     "plan cut": (lambda: os.truncate(file(A, "plan"), 4000), "has 4000 bytes instead of 10000"),
     "plan empty": (lambda: os.truncate(file(A, "plan"), 0), "has 0 bytes instead of 10000"),
     "plan longer": (lambda: edit(file(A, "plan"), lambda data: data + b"!"), "has 10001 bytes"),
-    "first bit": (lambda: edit(file(A, "plan"), lambda d: bytes([d[0] ^ 1]) + d[1:]), "not what was built"),
-    "last bit": (lambda: edit(file(A, "plan"), lambda d: d[:-1] + bytes([d[-1] ^ 1])), "not what was built"),
-    "plans swapped": (lambda: swap(file(A, "plan"), file(B, "plan")), "is not what was built"),
+    "first bit": (
+        lambda: edit(file(A, "plan"), lambda d: bytes([d[0] ^ 1]) + d[1:]),
+        "was changed after",
+    ),
+    "last bit": (
+        lambda: edit(file(A, "plan"), lambda d: d[:-1] + bytes([d[-1] ^ 1])),
+        "was changed after",
+    ),
+    "plans swapped": (lambda: swap(file(A, "plan"), file(B, "plan")), "was changed after"),
     "all swapped": (swap_everything, "should be there is another, attn_out"),
     "manifests swapped": (lambda: swap(file(A, "json"), file(B, "json")), "is another, attn_out"),
     "manifest missing": (lambda: file(A, "json").unlink(), "has no manifest"),
@@ -255,7 +257,7 @@ def test_an_edit_that_sets_the_time_back_is_found(how: str, hashed: list[int]) -
         other.replace(plan)
     os.utime(plan, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert plan.stat().st_size == SIZE and plan.stat().st_mtime_ns == before.st_mtime_ns
-    assert "is not what was built" in refused(A).message
+    assert "was changed after" in refused(A).message
 
 
 def test_what_is_remembered_may_be_damaged_or_old(hashed: list[int]) -> None:
@@ -318,12 +320,13 @@ BUILD_FOR_EVER = """
 import random, sys
 sys.path.insert(0, sys.argv[1])
 from test_engine_store import A, B, plan_of
-from trt_wan.engines.store import engines as engine_store
+from trt_wan.engines.store.engines import ensure
+from trt_wan.engines.store.manifest import erase
 print("ready", flush=True)
 while True:
     wanted = random.choice((A, B))
-    engine_store.ensure(wanted, lambda: plan_of(wanted))
-    engine_store._erase(wanted.key)
+    ensure(wanted, lambda: plan_of(wanted))
+    erase(wanted.key)
 """
 
 # Builds two engines, slowly; prints what it had to build.
@@ -441,6 +444,96 @@ def test_damaged_and_half_written_engines_go_before_all_others(folder: Path) -> 
     assert names() == ["attn_out"]
     kinds = {path.name.split(".", 1)[1] for path in folder.glob("*.*")}
     assert kinds == {"plan", "json", "txt"}
+
+
+def test_every_new_engine_makes_room_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not `trt-wan build` alone: also a run, preprocessing and SAM2, which build what is missing."""
+    build(A)
+    age(A, 100)
+    build(B)
+    monkeypatch.setenv("TRT_WAN_ENGINES_GB", str(3 * SIZE / 1e9))  # two, with their manifests
+    other = engine("other")
+    assert obtain(Recipe(other, lambda progress: plan_of(other))).built
+    assert names() == ["other", "attn_out"]
+    assert ensure(engine("more"), lambda: plan_of(A), {B.key, other.key})[1]
+    assert names() == ["more", "other", "attn_out"], "spared engines stay, even if they are too much"
+
+
+def test_a_limit_that_is_no_size_is_found_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRT_WAN_ENGINES_GB", "four")
+    with pytest.raises(UsageError, match="TRT_WAN_ENGINES_GB"):
+        ensure(A, lambda: pytest.fail("built"))
+
+
+def test_an_engine_that_vanishes_between_building_and_reading_is_built_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another process may need the room at once."""
+    made = []
+
+    def compile(progress: Any) -> bytes:
+        made.append(1)
+        return plan_of(A)
+
+    touch = engine_store._put
+
+    def vanishing(wanted: EngineId, plan: bytes, seconds: float) -> Any:
+        manifest = touch(wanted, plan, seconds)
+        if len(made) == 1:
+            file(wanted, "plan").unlink()
+        return manifest
+
+    monkeypatch.setattr(engine_store, "_put", vanishing)
+    got = obtain(Recipe(A, compile))
+    assert (got.plan, got.built, len(made)) == (plan_of(A), True, 2)
+    assert not obtain(Recipe(A, compile)).built
+
+
+def kernels_of(wanted: EngineId, gpu: str = "H200", driver: str = "580.95.05", size: int = 1000) -> Path:
+    manifest = find(wanted)
+    assert manifest is not None
+    path = kernels.KernelCache("tensorrt_rtx", gpu, driver).file(manifest.sha256)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(size))
+    return path
+
+
+def test_kernels_belong_to_a_plan_a_gpu_and_a_driver() -> None:
+    """Two drivers, or two GPUs, that share a home do not write each other's file."""
+    build(A)
+    build(B)
+    places = [("H200", "580.95.05"), ("H200", "580.82.07"), ("L40S", "580.95.05")]
+    files = {kernels_of(wanted, *place) for wanted in (A, B) for place in places}
+    assert len(files) == 6
+    remove(A.key)
+    assert sum(path.exists() for path in files) == 3, "an engine's kernels go with it"
+
+
+def test_kernels_count_and_orphans_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(A)
+    age(A, 100)
+    build(B)
+    kept, going = kernels_of(B), kernels_of(A, size=5 * SIZE)
+    orphan = going.with_name("0" * 32 + "-123456789012.kernels")
+    orphan.write_bytes(b"of an engine that is gone")
+    cubin = folder.parent / "kernels" / "cubin" / "a.cubin"
+    cubin.parent.mkdir()
+    cubin.write_bytes(b"of no engine")
+    trim(())
+    assert names() == ["attn_out", "attn_in"] and not orphan.exists()
+    monkeypatch.setenv("TRT_WAN_ENGINES_GB", str(4 * SIZE / 1e9))
+    trim(())
+    assert names() == ["attn_out"] and kept.exists() and cubin.exists() and not going.exists()
+
+
+def test_stale_locks_go_and_held_ones_stay(folder: Path) -> None:
+    build(A)
+    (folder / "locks" / f"{'0' * 32}.lock").touch()
+    with locks.held(folder / "locks" / f"{'1' * 32}.lock"):
+        trim(())
+        there = {path.stem for path in (folder / "locks").iterdir()}
+        assert there == {A.key, "1" * 32}
+    assert remove(A.key) and not (folder / "locks" / f"{A.key}.lock").exists()
 
 
 @pytest.mark.parametrize("limit", ["four", "-1", "nan", "inf"])

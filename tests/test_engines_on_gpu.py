@@ -18,7 +18,7 @@ from trt_wan.build.graphs import build_graphs
 from trt_wan.build.realistic import dequantised
 from trt_wan.build.reference import ADDED_TO
 from trt_wan.engines.choice.candidates import Candidate, candidates
-from trt_wan.engines.choice.recipes import Recipe, recipes_here
+from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import Network, scale_name
@@ -27,13 +27,15 @@ from trt_wan.engines.flavour import choose_flavour
 from trt_wan.engines.fp8 import E4M3, quantise_rows
 from trt_wan.engines.precision import PRECISIONS, Precision
 from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.engine_id import Recipe
 from trt_wan.engines.store.engines import ensure
 from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.errors import GraphError
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.opening.model import open_model
-from trt_wan.runtime.opening.segments import finish_engines, machine_of, missing, open_segments
+from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
+from trt_wan.runtime.segments.tensorrt import finish_engines
 from trt_wan.runtime.settings import Settings, WeightFiles
 
 Values = dict[str, Any]
@@ -112,7 +114,7 @@ def test_every_candidate_is_within_its_tolerance(
     machine = machine_of(gpu, choose_flavour(None, gpu.capability))
     recipes = recipes_here(TINY, plan, machine)
     built = [recipe for recipe in recipes.values() if is_built(recipe)]
-    finish_engines(built, machine.flavour, lambda event: None)
+    finish_engines(gpu, built, lambda event: None)
     rows: list[tuple[float, float, Candidate]] = []
     for name, network in networks(TINY, plan).items():
         values = at_types(network, calls[name])
@@ -126,9 +128,7 @@ def test_every_candidate_is_within_its_tolerance(
             if missing(candidate, machine.capability) is not None:
                 continue
             try:
-                segments = open_segments(
-                    {name: candidate}, TINY, plan, gpu, machine.flavour, recipes, lambda event: None
-                )
+                segments = open_segments({name: candidate}, TINY, plan, gpu, recipes, lambda event: None)
             except GraphError as error:
                 print(f"{precision:5} {name:22} {candidate.name:15} cannot be built: {error.message}")
                 continue

@@ -28,9 +28,10 @@ from trt_wan.engines.flavour import choose_flavour
 from trt_wan.engines.gpu import Target
 from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Plan
 from trt_wan.engines.sam2.contracts import networks
+from trt_wan.engines.sam2.recipes import graph_set
 from trt_wan.engines.tensorrt import compile_onnx
 from trt_wan.errors import GraphError
-from trt_wan.preprocess.sam2.model import GPU_PLAN, Sam2Model, require_sam2_graphs
+from trt_wan.preprocess.sam2.model import GPU_PLAN, Sam2Model
 from trt_wan.preprocess.sam2.tracker import MASKED, tables
 from trt_wan.preprocess.sam2.weights import random_sam2_weights, weights_of
 
@@ -53,11 +54,11 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRT_WAN_HOME", str(home))
         with pytest.raises(GraphError, match="not built") as caught:
-            require_sam2_graphs(MODEL, PLAN)
+            graph_set(MODEL, PLAN).require()
         assert caught.value.hint == "Run: trt-wan build --sam2 sam2.1_tiny"
         made: list[str] = []
         folder = build_sam2_graphs(MODEL, PLAN, lambda name, seconds: made.append(name))
-        assert made == list(networks(MODEL, PLAN)) and require_sam2_graphs(MODEL, PLAN) == folder
+        assert made == list(networks(MODEL, PLAN)) and graph_set(MODEL, PLAN).require() == folder
         build_sam2_graphs(MODEL, PLAN, lambda name, seconds: pytest.fail("made twice"))
     return folder
 
@@ -135,13 +136,15 @@ def test_trt_wan_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = list(networks(MODEL, GPU_PLAN))
     assert built["graphs"] == 12 and [row["name"] for row in built["engines"]] == names
     assert {row["state"] for row in built["engines"]} == {"built"}
-    require_sam2_graphs(MODEL, Sam2Plan())
+    graph_set(MODEL, Sam2Plan()).require()
     again = data_of(*command)
     assert again["graphs"] == 0 and {row["state"] for row in again["engines"]} == {"there"}
     rows = data_of("list")["engines"]
-    assert {row["network"] for row in rows} == {f"sam2 {name}" for name in names}
-    rebuild = "trt-wan build --sam2 sam2.1_tiny --target sm89 --flavour tensorrt_rtx"
-    assert {row["rebuild"] for row in rows} == {rebuild}
+    assert {row["network"] for row in rows} == set(names)
+    described = {(row["kind"], row["about"], row["precision"]) for row in rows}
+    assert described == {("sam2", "sam2.1_tiny, 256x256", "fp16")}
+    rebuild = ["build", "--sam2", "sam2.1_tiny", "--target", "sm89", "--flavour", "tensorrt_rtx"]
+    assert all(row["rebuild"] == rebuild for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ takes milliseconds. What `trt-wan build` really exports is test_cli.py's and tes
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tiny_job import BUILD, PLAN
 from trt_wan.engines.config import ANIMATE_14B, TINY, ModelConfig
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.graphs import MANIFEST, building, graphs_folder, is_complete, require_graphs
+from trt_wan.engines.store.graphs import MANIFEST, graph_set, graphs_folder, require_graphs
 from trt_wan.errors import GraphError
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ def fill(folder: Path) -> None:
 
 def build(model: ModelConfig = TINY, plan: Plan = PLAN) -> bool:
     """Whether anything had to be built."""
-    with building(model, plan) as folder:
+    with graph_set(model, plan).filling() as folder:
         if folder is not None:
             fill(folder)
     return folder is not None
@@ -83,7 +84,7 @@ def wait_for(path: Path) -> None:
 
 
 def test_a_build_is_complete_and_is_not_made_twice(home: Path) -> None:
-    assert not is_complete(graphs_folder(TINY, PLAN), TINY, PLAN)
+    assert not graph_set(TINY, PLAN).complete()
     assert build()
     assert require_graphs(TINY, PLAN) == graphs_folder(TINY, PLAN)
     assert not build()
@@ -93,6 +94,7 @@ def test_graphs_that_are_not_there_are_named_with_their_command(home: Path) -> N
     with pytest.raises(GraphError, match="are not built") as caught:
         require_graphs(TINY, PLAN)
     assert caught.value.hint == f"Run: {BUILD}"
+    assert shlex.join(("trt-wan", *caught.value.command)) == BUILD
     assert str(graphs_folder(TINY, PLAN)) in caught.value.message
     with pytest.raises(GraphError, match="fp8, are not built") as caught:
         require_graphs(TINY, replace(PLAN, precision="fp8"))
@@ -133,7 +135,7 @@ def test_a_damaged_folder_is_refused_and_rebuilt(home: Path, damage: str) -> Non
     build()
     folder = graphs_folder(TINY, PLAN)
     DAMAGES[damage](folder)
-    assert not is_complete(folder, TINY, PLAN)
+    assert not graph_set(TINY, PLAN).complete()
     with pytest.raises(GraphError, match="are damaged") as caught:
         require_graphs(TINY, PLAN)
     assert caught.value.hint == f"Run: {BUILD}"
@@ -142,15 +144,15 @@ def test_a_damaged_folder_is_refused_and_rebuilt(home: Path, damage: str) -> Non
 
 
 def test_a_build_that_lacks_a_graph_does_not_count(home: Path) -> None:
-    with building(TINY, PLAN) as folder:
+    with graph_set(TINY, PLAN).filling() as folder:
         assert folder is not None
         fill(folder)
         (folder / f"{NAMES[5]}.onnx").unlink()
-    assert not is_complete(graphs_folder(TINY, PLAN), TINY, PLAN)
+    assert not graph_set(TINY, PLAN).complete()
 
 
 def test_a_failed_build_leaves_nothing_and_keeps_its_error(home: Path) -> None:
-    with pytest.raises(RuntimeError, match="out of luck"), building(TINY, PLAN) as folder:
+    with pytest.raises(RuntimeError, match="out of luck"), graph_set(TINY, PLAN).filling() as folder:
         assert folder is not None
         fill(folder)
         raise RuntimeError("out of luck")
@@ -166,12 +168,12 @@ def test_killed_builds_never_count(home: Path) -> None:
         wait_for(folder.with_name(f"{folder.name}.partial") / f"{name}.onnx")
         process.kill()
         process.communicate()
-        assert not is_complete(folder, TINY, PLAN), name
+        assert not graph_set(TINY, PLAN).complete(), name
         with pytest.raises(GraphError):
             require_graphs(TINY, PLAN)
     out, err = slow_build().communicate(timeout=20)
     assert out == f"{len(NAMES)}\n", err
-    assert is_complete(folder, TINY, PLAN)
+    assert graph_set(TINY, PLAN).complete()
     assert {path.suffix for path in (home / "graphs").iterdir()} <= {folder.suffix, ".lock"}
 
 
@@ -182,11 +184,11 @@ def test_two_builds_at_once_wait_for_each_other(home: Path) -> None:
     second = slow_build()
     made = [process.communicate(timeout=20) for process in (first, second)]
     assert [int(out) for out, _ in made] == [len(NAMES), 0], made
-    assert is_complete(folder, TINY, PLAN)
+    assert graph_set(TINY, PLAN).complete()
 
 
 def test_builds_of_different_plans_do_not_wait(home: Path) -> None:
-    with building(TINY, PLAN):
+    with graph_set(TINY, PLAN).filling():
         assert build(TINY, replace(PLAN, width=80))
 
 
@@ -206,37 +208,46 @@ def test_every_model_and_plan_has_its_own_folder(home: Path) -> None:
     assert graphs_folder(TINY, PLAN) == graphs_folder(replace(TINY), replace(PLAN))
 
 
-def test_the_folder_follows_the_source_of_the_graphs_and_no_other(tmp_path: Path) -> None:
+def test_reworded_comments_leave_the_folder_and_a_new_version_does_not(tmp_path: Path) -> None:
+    """Graphs of a release that explains itself better are the users' graphs still."""
     for name in ("trt_wan", "engines", "build", "runtime"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
 
-    def key() -> str:
+    def keys() -> list[str]:
         program = (
             "from trt_wan.engines import config, shape as plan\n"
+            "from trt_wan.engines.sam2 import config as sam2, recipes\n"
             "from trt_wan.engines.store import graphs as store\n"
-            "print(store.__file__, store.graphs_folder(config.TINY, plan.Plan()).name)"
+            "sets = store.graph_set(config.TINY, plan.Plan()), recipes.graph_set(\n"
+            "    sam2.SAM2_MODELS['sam2.1_tiny'], sam2.Sam2Plan())\n"
+            "print(store.__file__, *(each.folder.name for each in sets))"
         )
         command = [sys.executable, "-c", program]
-        printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-        file, name = printed.split()
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        printed = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        file, *names = printed.split()
         assert file.startswith(str(tmp_path)), f"not the copy: {file}"
-        return name
+        return names
 
-    keys = [key()]
+    before = keys()
     for source in (
         "build/models/ops.py",
+        "build/sam2/encoder.py",
         "build/export.py",
         "engines/contracts/head.py",
+        "engines/sam2/contracts.py",
         "engines/config.py",
-        "engines/precision.py",
     ):
-        with (tmp_path / source).open("a") as file:
-            file.write("\n# another version\n")
-        keys.append(key())
-    assert len(set(keys)) == 6
-    with (tmp_path / "runtime/denoise.py").open("a") as file:
-        file.write("\n# another version\n")
-    assert key() == keys[-1]
+        text = (tmp_path / source).read_text()
+        (tmp_path / source).write_text(text.replace('"""', '"""Reworded: ', 1) + "\n# and a comment\n")
+    assert keys() == before
+    for i, source in enumerate(("engines/contracts/__init__.py", "engines/sam2/contracts.py")):
+        text = (tmp_path / source).read_text()
+        (tmp_path / source).write_text(text.replace("GRAPHS_VERSION = ", "GRAPHS_VERSION = 10"))
+        changed = keys()
+        assert changed[i] != before[i] and changed[i + 1 :] == before[i + 1 :]
 
 
 def test_without_trt_wan_home_graphs_live_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,20 @@
 A user's mistake is one of these; an `assert` is a mistake of ours.
 """
 
+import shlex
+from collections.abc import Iterable
+
+
+def shell_command(command: Iterable[str]) -> str:
+    """The command of trt-wan with these arguments, to be typed."""
+    return shlex.join(("trt-wan", *command))
+
 
 class TrtWanError(Exception):
     """`message` says in one sentence what is wrong, `hint` what to do about it.
 
-    `command` is the cure for programs, where one exists: the arguments of `trt-wan`.
+    `command` is the cure for programs, where one exists: the arguments of `trt-wan`. A hint that is left out
+    names it.
     """
 
     code = "failed"
@@ -27,7 +36,7 @@ class TrtWanError(Exception):
     def __init__(self, message: str, hint: str = "", command: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or (f"Run: {shell_command(command)}" if command else "")
         self.command = command
 
 

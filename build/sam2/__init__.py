@@ -1,20 +1,21 @@
-"""SAM2's graphs, written in torch to be exported: functions of the tensors that engines/sam2/contracts.py
-names, and their export into the graph store.
+"""SAM2's graphs in torch, and their export into the store. Their arguments are the tensors that
+engines/sam2/contracts.py names.
 """
 
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from trt_wan.build.export import export_function
+from trt_wan.build.graphs import fill
 from trt_wan.build.sam2 import decoder, encoder, memory
 from trt_wan.engines.contract import Network
 from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan
-from trt_wan.engines.sam2.contracts import graphs_folder, networks
-from trt_wan.engines.store.graphs import GraphExported, filling
+from trt_wan.engines.sam2.contracts import networks
+from trt_wan.engines.sam2.recipes import graph_set
+from trt_wan.engines.store.graphs import GraphExported
 
 GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "encoder": encoder.encoder,
@@ -29,7 +30,7 @@ GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 
 
 def export_sam2(network: Network, config: Sam2Config, path: Path) -> None:
-    """Writes the ONNX graph of `network`, of whatever plan it is, to `path`."""
+    """Writes the ONNX graph of `network`, of any plan, to `path`."""
     function = GRAPHS[re.sub(r"_\d+$", "", network.name)]  # track_7 is track, for seven memories
 
     def graph(inputs: Sequence[Tensor], weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -41,12 +42,8 @@ def export_sam2(network: Network, config: Sam2Config, path: Path) -> None:
 def build_sam2_graphs(config: Sam2Config, plan: Sam2Plan, exported: GraphExported) -> Path:
     """The folder of the graphs; calls `exported(name, seconds)` after each one that had to be made."""
     contracts = networks(config, plan)
-    with filling(
-        graphs_folder(config, plan), contracts, {"model": config.name, "plan": repr(plan)}
-    ) as folder:
-        if folder is not None:
-            for name, network in contracts.items():
-                start = time.perf_counter()
-                export_sam2(network, config, folder / f"{name}.onnx")
-                exported(name, time.perf_counter() - start)
-    return graphs_folder(config, plan)
+
+    def write(name: str, path: Path) -> None:
+        export_sam2(contracts[name], config, path)
+
+    return fill(graph_set(config, plan), write, exported)

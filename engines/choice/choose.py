@@ -11,7 +11,7 @@ from trt_wan.engines.choice.candidates import Candidate, Machine, Tier, candidat
 from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.store.engine_id import EngineId
-from trt_wan.engines.store.engines import read_manifest
+from trt_wan.engines.store.manifest import read_manifest
 from trt_wan.engines.store.measurements import Figure, title
 from trt_wan.errors import GraphError, UsageError
 

@@ -6,27 +6,19 @@ targets no GPU.
 """
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from trt_wan.engines.choice.candidates import ATTENTION_FP8, Engine, Machine, candidates
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.flavour import Flavour, Progress
+from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import FP8_ATTENTION_RANGE, TARGETS, GpuKind, Target
 from trt_wan.engines.precision import PRECISIONS
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.engine_id import EngineId
+from trt_wan.engines.store.engine_id import EngineId, Recipe, wan_engine
 from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.engines.tensorrt import compile_attention, compile_onnx
 from trt_wan.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Recipe:
-    engine: EngineId
-    compile: Callable[[Progress], bytes]
 
 
 def engine_names(model: ModelConfig, plan: Plan) -> tuple[str, ...]:
@@ -56,7 +48,7 @@ def recipes(
 
     def engine(name: str, source: bytes) -> EngineId:
         digest = hashlib.sha256(source).hexdigest()
-        return EngineId(name, model.name, plan, digest, target, flavour, gpu)
+        return wan_engine(name, model.name, plan, digest, target, flavour, gpu)
 
     found = {}
     for name in networks(model, plan):

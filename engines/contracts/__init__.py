@@ -25,6 +25,10 @@ from trt_wan.engines.contracts import (
 )
 from trt_wan.engines.shape import Plan
 
+# Raise it whenever an exported graph computes something else or has other inputs or outputs: exported graphs
+# are kept under this number. tests/test_graph_hashes.py finds a change that was forgotten.
+GRAPHS_VERSION = 1
+
 
 def networks(model: ModelConfig, plan: Plan) -> dict[str, Network]:
     """Every network of `model` at the shapes of `plan`, by name, in the order a run first needs them."""

@@ -20,14 +20,14 @@ tables and rotations are the host's, so that no graph stores them.
 `POSITION` is no file's: it is computed from the two stored position embeddings.
 """
 
-import hashlib
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 
 from trt_wan.engines.contract import Network, Tensor
 from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan, pointers_of, trunk_blocks
-from trt_wan.engines.store.home import home
+
+# Raise it whenever an exported graph computes something else or has other inputs or outputs (see
+# engines/contracts).
+GRAPHS_VERSION = 1
 
 POSITION = "image_encoder.trunk.position"
 POS_EMBED = "image_encoder.trunk.pos_embed"
@@ -72,25 +72,6 @@ def required_tensors(config: Sam2Config) -> dict[str, tuple[int, ...]]:
     shapes[f"{MASK_DOWNSAMPLE}.weight"], shapes[f"{MASK_DOWNSAMPLE}.bias"] = (1, 1, 4, 4), (1,)
     shapes["no_mem_pos_enc"] = (1, 1, config.channels)  # in the file, and used by none of the eight
     return shapes
-
-
-def graphs_folder(config: Sam2Config, plan: Sam2Plan) -> Path:
-    """Where the graphs are, or will be; a sibling of those of the video model."""
-    digest = hashlib.sha256(f"{config!r} {plan!r} {_source_hash()}".encode()).hexdigest()[:12]
-    return home() / "graphs" / f"{config.name}-{config.image_size}-{plan.precision}-{digest}"
-
-
-@cache
-def _source_hash() -> str:
-    """Of everything the exported graphs depend on."""
-    package = Path(__file__).parents[1]
-    build = package.parent / "build"
-    files = [package / "contract.py", *sorted((package / "sam2").glob("*.py"))]
-    files += [build / "export.py", build / "models" / "ops.py", *sorted((build / "sam2").glob("*.py"))]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _features(c: Sam2Config, *lead: int) -> tuple[Tensor, ...]:

@@ -13,6 +13,8 @@ import time
 from io import BufferedReader
 from pathlib import Path
 
+from trt_wan.engines.store.files import keep
+
 LARGE = 64 << 20  # bytes; hashing fewer takes less than 50 ms
 SETTLED = 2.0  # s since the last change: times are that coarse on some disks, so one more could look the same
 
@@ -28,7 +30,7 @@ def has_hash(file: BufferedReader, sha256: str, memory: Path) -> bool:
         return False
     file.seek(0)
     if large and now - max(found.st_mtime_ns, found.st_ctime_ns) > SETTLED * 1e9:
-        _remember(memory, state)
+        keep(memory, json.dumps(state))
     return True
 
 
@@ -37,12 +39,3 @@ def _remembered(memory: Path) -> object:
         return json.loads(memory.read_text())
     except (OSError, ValueError):  # not there, or damaged: hashed again
         return None
-
-
-def _remember(memory: Path, state: list[object]) -> None:
-    temporary = memory.with_name(f"{memory.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_text(json.dumps(state))
-        temporary.replace(memory)
-    except OSError:  # a store that this user may only read
-        pass

@@ -4,10 +4,10 @@ A cache is bound to a GPU and a version of TensorRT, which refuses any other; th
 empty one. TensorRT-RTX measures nothing while it builds.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
+from trt_wan.engines.store import files
 from trt_wan.engines.store.home import home
 
 
@@ -28,8 +28,4 @@ def attach(config: Any, version: str) -> None:
 
 def keep(config: Any, version: str) -> None:
     """Writes the timings that `config` has after a build; of two at once the last one stays."""
-    file = _file(version)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.partial")
-    temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
-    temporary.replace(file)
+    files.keep(_file(version), bytes(config.get_timing_cache().serialize()))

@@ -7,11 +7,11 @@ wrong file is refused before anything loads it. Neither the package `onnx` nor a
 import hashlib
 import json
 import mmap
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from trt_wan.engines.store.files import keep
 from trt_wan.engines.store.home import home
 from trt_wan.errors import WeightsError
 
@@ -58,10 +58,7 @@ class OnnxFile:
         for path in (self.path, *self.weight_files):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}.partial")
-        temporary.write_text(json.dumps({"files": files, "sha256": digest.hexdigest()}))
-        temporary.replace(kept)
+        keep(kept, json.dumps({"files": files, "sha256": digest.hexdigest()}))
         return digest.hexdigest()
 
 

@@ -7,8 +7,6 @@ already (`trt-wan build --sam2 MODEL`).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,12 +16,9 @@ from trt_wan.engines.contract import Network
 from trt_wan.engines.flavour import Flavour, choose_flavour
 from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan
-from trt_wan.engines.sam2.contracts import graphs_folder, kernels, networks
-from trt_wan.engines.store import engines as engine_store
-from trt_wan.engines.store.graphs import holds
-from trt_wan.engines.tensorrt import compile_onnx
-from trt_wan.errors import EnvironmentBroken, GraphError
-from trt_wan.preprocess.sam2.engine import build_command, engine_of
+from trt_wan.engines.sam2.contracts import kernels, networks
+from trt_wan.engines.sam2.recipes import graph_set, recipes
+from trt_wan.errors import EnvironmentBroken
 from trt_wan.preprocess.sam2.memory_attention import open_memory_attention, require_kernel
 from trt_wan.preprocess.sam2.transfer import Carrier, DeviceCarrier, HostCarrier
 from trt_wan.preprocess.sam2.weights import Sam2Source, Sam2Weights
@@ -33,7 +28,6 @@ from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.executors import Array, Executor
 from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
-from trt_wan.runtime.opening.segments import kernel_cache
 from trt_wan.runtime.segments.segment import Segment
 from trt_wan.runtime.segments.tensorrt import open_engines
 from trt_wan.runtime.weights.on_device import DeviceWeights, nbytes
@@ -108,35 +102,17 @@ def open_sam2(
             progress(Note(f"SAM2 runs with {flavour.name} {flavour.version} on {gpu.name}"))
             return open_sam2_on_gpu(weights, GPU_PLAN, gpu, flavour, progress)
     plan = Sam2Plan()
-    graphs = require_sam2_graphs(weights.config, plan)
-    return Sam2Model(
-        weights.config, plan, OnnxRuntimeExecutor(graphs, BoundWeights({"sam2": weights})), weights
-    )
-
-
-def require_sam2_graphs(config: Sam2Config, plan: Sam2Plan) -> Path:
-    folder = graphs_folder(config, plan)
-    if holds(folder, networks(config, plan)):
-        return folder
-    raise GraphError(
-        f"The graphs of {config.name}, {plan.precision}, batch {plan.batch}, are not built ({folder}).",
-        f"Run: {build_command(config.name)}",
-    )
+    graphs = graph_set(weights.config, plan).require()
+    on_cpu = OnnxRuntimeExecutor(graphs, BoundWeights({"sam2": weights}))
+    return Sam2Model(weights.config, plan, on_cpu, weights)
 
 
 def open_sam2_on_gpu(
     weights: Sam2Weights, plan: Sam2Plan, gpu: Gpu, flavour: Flavour, progress: Progress
 ) -> Sam2Model:
     config = weights.config
-    graphs = require_sam2_graphs(config, plan)
-    plans = {}
-    for name in networks(config, plan):
-        graph = (graphs / f"{name}.onnx").read_bytes()
-        engine = engine_of(config, name, graph, "current", flavour, GpuKind(gpu.name, gpu.driver))
-        engine_store.ensure(engine, partial(compile_onnx, flavour, graph, "current", _unheard))
-        plans[name] = engine_store.open_checked(engine)
-    segments: dict[str, Segment] = {}
-    segments |= open_engines(gpu, flavour, plans, kernel_cache(flavour), progress)
+    engines = recipes(config, plan, "current", flavour, GpuKind(gpu.name, gpu.driver))
+    segments: dict[str, Segment] = {**open_engines(gpu, engines, progress)}
     if plan.by_kernel:
         segments |= open_memory_attention(gpu, config, plan.memories)
     executor = GpuExecutor(gpu, segments, DeviceWeights(gpu, Sam2Source(weights)))
@@ -155,7 +131,3 @@ def arena_bytes(config: Sam2Config, plan: Sam2Plan) -> int:
     memory = nbytes(contracts["memory_encoder"].outputs[0])
     total = sum(map(size, contracts.values())) + 2 * size(contracts["encoder"]) + MEMORIES * memory
     return math.ceil(1.1 * total)
-
-
-def _unheard(phase: str, step: int, steps: int) -> None:
-    """Each engine takes seconds."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from trt_wan.engines.store.files import keep
 from trt_wan.engines.store.home import home
 
 DIGEST = 32  # bytes of a sha256
@@ -33,11 +34,7 @@ def kept(origin: Iterable[str], compile: Callable[[], bytes]) -> bytes:
         if hashlib.sha256(data[DIGEST:]).digest() == data[:DIGEST]:
             return data[DIGEST:]
     code = compile()
-    with suppress(OSError):  # a home that this user may only read
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.partial")
-        temporary.write_bytes(hashlib.sha256(code).digest() + code)
-        temporary.replace(path)
+    keep(path, hashlib.sha256(code).digest() + code)
     return code
 
 

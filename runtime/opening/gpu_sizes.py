@@ -10,12 +10,13 @@ from typing import Any
 
 from trt_wan.engines.choice.candidates import Candidate, Engine, Machine, candidates, tiers
 from trt_wan.engines.choice.choose import choose, figures_of
-from trt_wan.engines.choice.recipes import Recipe, recipes_here
+from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.tensorrt import Flavour
+from trt_wan.engines.store.engine_id import Recipe
 from trt_wan.errors import UsageError
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress
@@ -105,8 +106,7 @@ class GpuSizes:
     def _open(self, plan: Plan, progress: Progress) -> None:
         recipes = recipes_here(self._config, plan, self._machine)
         chosen = choose_segments(self._config, plan, self._machine, recipes, self._settings, progress)
-        flavour = self._machine.flavour
-        segments = open_segments(chosen, self._config, plan, self._gpu, flavour, recipes, progress)
+        segments = open_segments(chosen, self._config, plan, self._gpu, recipes, progress)
         executor = GpuExecutor(self._gpu, segments, self.weights)
         self._executors[plan] = executor
         observed = self._observe(executor) if self._observe else executor

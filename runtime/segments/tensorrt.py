@@ -1,23 +1,27 @@
 """TensorRT engines as segments: one execution context each, over scratch that the executor gives.
 
-Nothing is compiled here, but TensorRT-RTX finishes an engine's kernels when its context is created, which
-takes up to 5 s an engine, one after the other in a process. So engines that were never opened on this machine
-are opened once in processes of their own, side by side, which leave the kernels in a cache file.
+Engines that are missing are compiled first; that is all of the compiler that is used here. TensorRT-RTX
+finishes an engine's kernels when its context is created, which takes up to 5 s an engine, one after the other
+in a process. So engines that were never opened on this machine are opened once in other processes, side by
+side, which leave the kernels in a cache file (engines/store/kernels.py).
 """
 
-import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trt_wan.engines.flavour import Flavour
-from trt_wan.errors import GraphError
+from trt_wan.engines.store.engine_id import Recipe
+from trt_wan.engines.store.engines import Obtained, obtain
+from trt_wan.engines.store.files import keep
+from trt_wan.engines.store.kernels import KernelCache
+from trt_wan.errors import GraphError, MemoryShort
+from trt_wan.runtime.device.driver import driver_version
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, silent
 
@@ -25,59 +29,98 @@ PROCESSES = 8  # at most; each takes half a GB of GPU memory while it works
 
 
 def open_engines(
-    gpu: Gpu,
-    flavour: Flavour,
-    plans: Mapping[str, bytes],
-    kernel_cache: Path,
-    progress: Progress = silent,
-    hashes: Mapping[str, str] | None = None,
+    gpu: Gpu, recipes: Mapping[str, Recipe], progress: Progress = silent
 ) -> dict[str, "EngineSegment"]:
-    """`plans` are engines by name, checked by the store; `kernel_cache` is where RTX keeps its kernels.
-
-    `hashes` are the plans' sha256, if they are known: of a gigabyte they take a second.
+    """A segment for each recipe. Engines that are missing or damaged are built, which takes TensorRT-RTX a
+    second at most.
     """
-    known = hashes or {}
-    if len(plans) > 1 and len(unfinished(flavour, plans, kernel_cache)) > 1:
-        finish_kernels(flavour, plans, kernel_cache, progress)
+    if not recipes:
+        return {}
+    engines = {name: _obtained(recipe, recipes.values(), progress) for name, recipe in recipes.items()}
+    flavour = next(iter(recipes.values())).engine.flavour
+    cache = KernelCache(flavour.name, gpu.name, driver_version())
+    if len(_unfinished(engines, cache)) > 1:
+        _finish(engines, cache, progress)
     runtime = flavour.module.Runtime(flavour.module.Logger(flavour.module.Logger.ERROR))
     return {
-        name: EngineSegment(gpu.handle, flavour.module, runtime, name, plan, kernel_cache, known.get(name))
-        for name, plan in plans.items()
+        name: EngineSegment(
+            gpu.handle, flavour.module, runtime, name, engine.plan, cache.file(engine.manifest.sha256)
+        )
+        for name, engine in engines.items()
     }
 
 
-class EngineSegment:
-    """`stream` is the handle of the stream to compute on."""
+def finish_engines(gpu: Gpu, recipes: Iterable[Recipe], progress: Progress = silent) -> None:
+    """Has the kernels of engines finished for this GPU, so that no run has to."""
+    wanted = list(recipes)
+    if wanted:
+        engines = {recipe.engine.title: _obtained(recipe, wanted, progress) for recipe in wanted}
+        cache = KernelCache(wanted[0].engine.flavour.name, gpu.name, driver_version())
+        _finish(engines, cache, progress)
 
-    def __init__(
-        self,
-        stream: int,
-        trt: Any,
-        runtime: Any,
-        name: str,
-        plan: bytes,
-        kernel_cache: Path,
-        sha256: str | None = None,
-    ) -> None:
+
+def _obtained(recipe: Recipe, spare: Iterable[Recipe], progress: Progress) -> Obtained:
+    engine = obtain(recipe, {other.engine.key for other in spare})
+    if engine.built:
+        progress(Note(f"built {recipe.engine.title} in {engine.manifest.build_seconds:.1f} s"))
+    return engine
+
+
+def _unfinished(engines: Mapping[str, Obtained], cache: KernelCache) -> list[str]:
+    """Engines whose kernels TensorRT-RTX has not finished on this machine, the largest first."""
+    if cache.flavour != "tensorrt_rtx":
+        return []
+    new = [name for name, engine in engines.items() if not cache.file(engine.manifest.sha256).exists()]
+    return sorted(new, key=lambda name: len(engines[name].plan), reverse=True)
+
+
+def _finish(engines: Mapping[str, Obtained], cache: KernelCache, progress: Progress) -> None:
+    """Opens the unfinished engines in other processes. A failure there comes again when this process opens
+    the engine.
+    """
+    new = _unfinished(engines, cache)
+    if not new:
+        return
+    progress(Note(f"finishing the kernels of {len(new)} engines for this GPU, once"))
+    command = (sys.executable, "-m", "trt_wan.runtime.segments.finish_kernels", cache.flavour)
+
+    def finish(name: str) -> None:
+        file = cache.file(engines[name].manifest.sha256)
+        subprocess.run((*command, name, str(file)), input=engines[name].plan, capture_output=True)
+
+    with ThreadPoolExecutor(min(PROCESSES, os.cpu_count() or 1)) as pool:
+        list(pool.map(finish, new))
+
+
+class EngineSegment:
+    """`stream` is the handle of the stream to compute on; `kernels` the file of the engine's kernels."""
+
+    def __init__(self, stream: int, trt: Any, runtime: Any, name: str, plan: bytes, kernels: Path) -> None:
         self._stream, self._trt, self.name = stream, trt, name
         self._runtime = runtime  # TensorRT wants it to outlive its engines
         self._engine = runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise GraphError(
                 f"TensorRT refuses the engine of {name}.",
-                "Rebuild it: trt-wan rm ENGINE, then trt-wan build.",
+                "Run trt-wan list for its key, then trt-wan rm KEY: the next run builds it again.",
             )
         config = self._engine.create_runtime_config()
+        if config is None:
+            raise _no_context(name)
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self._cache: Any = None
-        self._cache_file = cache_file(kernel_cache, plan, sha256)
+        self._kernels = kernels
         self._cached = False
         if hasattr(config, "create_runtime_cache"):
             self._cache = config.create_runtime_cache()
-            if self._cache_file.exists():  # False for another GPU or driver: then it starts empty
-                self._cached = bool(self._cache.deserialize(self._cache_file.read_bytes()))
+            if self._cache is None:
+                raise _no_context(name)
+            if kernels.exists():  # TensorRT refuses a damaged file: then the cache starts empty
+                self._cached = bool(self._cache.deserialize(kernels.read_bytes()))
             config.set_runtime_cache(self._cache)
         self._context = self._engine.create_execution_context(config)
+        if self._context is None:
+            raise _no_context(name)
 
     @property
     def scratch_bytes(self) -> int:
@@ -93,48 +136,22 @@ class EngineSegment:
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         for name, address in addresses.items():
-            taken = self._context.set_tensor_address(name, address)
-            assert taken, f"{self.name} has no tensor {name}"
+            if not self._context.set_tensor_address(name, address):
+                raise GraphError(f"TensorRT's engine of {self.name} takes no tensor {name}.", "Report it.")
         if not self._context.execute_async_v3(self._stream):
             raise GraphError(
                 f"TensorRT could not run {self.name}.", "Report it, with what TensorRT wrote above."
             )
 
     def settle(self) -> None:
-        """Writes what TensorRT-RTX compiled, unless that came from the file."""
-        if self._cache is None or self._cached:
-            return
-        self._cache_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._cache_file.with_suffix(f".{os.getpid()}.partial")
-        temporary.write_bytes(bytes(self._cache.serialize()))
-        temporary.replace(self._cache_file)
-        self._cached = True
+        """Keeps the kernels that TensorRT-RTX compiled, unless they came from the file."""
+        if self._cache is not None and not self._cached:
+            keep(self._kernels, bytes(self._cache.serialize()))
+            self._cached = True  # also where it could not be kept: no later window tries again
 
 
-def cache_file(folder: Path, plan: bytes, sha256: str | None = None) -> Path:
-    return folder / f"{(sha256 or hashlib.sha256(plan).hexdigest())[:32]}.kernels"
-
-
-def unfinished(flavour: Flavour, plans: Mapping[str, bytes], kernel_cache: Path) -> list[str]:
-    """Engines whose kernels TensorRT-RTX has not finished on this machine, the largest first."""
-    if flavour.name != "tensorrt_rtx":
-        return []
-    new = [name for name, plan in plans.items() if not cache_file(kernel_cache, plan).exists()]
-    return sorted(new, key=lambda name: len(plans[name]), reverse=True)
-
-
-def finish_kernels(
-    flavour: Flavour, plans: Mapping[str, bytes], kernel_cache: Path, progress: Progress
-) -> None:
-    """Opens the unfinished engines in other processes. What fails there shows when it is opened here."""
-    new = unfinished(flavour, plans, kernel_cache)
-    if not new:
-        return
-    progress(Note(f"finishing the kernels of {len(new)} engines for this GPU, once"))
-    command = (sys.executable, "-m", "trt_wan.runtime.segments.finish_kernels", flavour.name)
-
-    def finish(name: str) -> None:
-        subprocess.run((*command, name, str(kernel_cache)), input=plans[name], capture_output=True)
-
-    with ThreadPoolExecutor(min(PROCESSES, os.cpu_count() or 1)) as pool:
-        list(pool.map(finish, new))
+def _no_context(name: str) -> MemoryShort:
+    return MemoryShort(
+        f"TensorRT could not open the engine of {name}; it returns nothing when GPU memory is short.",
+        "Close other programs on the GPU, or use a smaller size or window.",
+    )

@@ -12,10 +12,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from trt_wan.engines.config import TINY
 from trt_wan.engines.fp8 import E4M3, E4M3_MAX
+from trt_wan.engines.store.files import replace_atomically
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.weights.random import random_weights
 from trt_wan.runtime.weights.tiny_tokenizer import write_tiny_tokenizer
@@ -79,6 +80,4 @@ def _blur_kernels() -> dict[str, Array]:
 
 
 def _write(path: Path, tensors: dict[str, Array]) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    save_file(tensors, temporary)
-    temporary.rename(path)
+    replace_atomically(path, save(tensors))

@@ -240,11 +240,11 @@ def _graphs(report: Report, model: str, plan: "Plan", dry_run: bool) -> tuple[Re
     """The graphs' folder; torch is imported only if a graph is missing."""
     from trt_wan.engines.config import MODELS
     from trt_wan.engines.contracts import networks
-    from trt_wan.engines.store.graphs import graphs_folder, is_complete
+    from trt_wan.engines.store.graphs import graph_set
 
     config = MODELS[model]
-    folder = graphs_folder(config, plan)
-    there = is_complete(folder, config, plan)
+    graphs = graph_set(config, plan)
+    folder, there = graphs.folder, graphs.complete()
     if dry_run:
         missing = [] if there else list(networks(config, plan))
         text = f"{len(missing)} graphs would be exported" if missing else "the graphs are there"
@@ -278,7 +278,7 @@ def _engines(
     """The engines' folder, or a table of what would be built."""
     from trt_wan.build.compile import compile_engines
     from trt_wan.engines.config import MODELS
-    from trt_wan.engines.store import engines as engine_store
+    from trt_wan.engines.store.manifest import folder
 
     start = time.perf_counter()
     graphs = 0
@@ -324,7 +324,7 @@ def _engines(
         if names:
             note(report, f"{len(names)} graphs would be exported first.")
         return _table(engines), {"missing_graphs": names, "engines": engines}
-    return engine_store.folder(), {
+    return folder(), {
         "graphs": graphs,
         "engines": engines,
         "candidates": [vars(figure) for figure in figures],
@@ -336,13 +336,13 @@ def _engines(
 
 def _finish(report: Report, config: "ModelConfig", goal: Goal, done: "CompileReport") -> None:
     from trt_wan.engines.choice.recipes import recipes_here
-    from trt_wan.runtime.opening.segments import finish_engines
+    from trt_wan.runtime.segments.tensorrt import finish_engines
 
-    assert goal.machine is not None, goal
+    assert goal.machine is not None and goal.gpu is not None, goal
     if not (made := {row.manifest.key for row in done.engines if row.manifest}):
         return
     recipes = recipes_here(config, goal.plan, goal.machine).values()
-    finish_engines((r for r in recipes if r.engine.key in made), goal.flavour, report.progress)
+    finish_engines(goal.gpu, (r for r in recipes if r.engine.key in made), report.progress)
 
 
 def _measure(
@@ -366,7 +366,7 @@ def _measure(
 
     def opened(candidate: "Candidate") -> Any:
         places = {candidate.network: candidate}
-        segments = open_segments(places, config, goal.plan, gpu, goal.flavour, recipes, report.progress)
+        segments = open_segments(places, config, goal.plan, gpu, recipes, report.progress)
         return segments[candidate.network]
 
     def progress(event: "Measured | Measuring") -> None:

@@ -1,7 +1,7 @@
-"""`trt-wan build --sam2`: SAM2's graphs, and engines for the GPU that is there or for named ones.
+"""`trt-wan build --sam2`: SAM2's graphs, and engines for the GPU of this machine or for named ones.
 
-The graphs are for ONNX Runtime, in fp32, and, where engines are built, for those, in fp16 and for a batch of
-frames. What is there already stays.
+ONNX Runtime takes graphs in fp32; engines are built from graphs in fp16 for a batch of frames. Graphs and
+engines that exist are not made again.
 """
 
 import time
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from trt_wan.engines.flavour import Flavour
     from trt_wan.engines.gpu import Target
     from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan
-    from trt_wan.preprocess.sam2.engine import Sam2Engine
     from trt_wan.runtime.device.gpu import Gpu
 
 Data = dict[str, Any]
@@ -37,7 +36,8 @@ def build_sam2_for(
 ) -> tuple[Result, Data]:
     """The result and the data of `trt-wan build --sam2 WHICH`, a model's name or a weights file."""
     from trt_wan.engines.sam2.config import Sam2Plan
-    from trt_wan.engines.store import engines as engine_store
+    from trt_wan.engines.sam2.recipes import graph_set
+    from trt_wan.engines.store.manifest import folder
     from trt_wan.preprocess.sam2.model import GPU_PLAN
 
     start = time.perf_counter()
@@ -55,7 +55,7 @@ def build_sam2_for(
         rows = [("graph", name, "would be exported") for name in exported]
         rows += [("engine", f"{row['name']}, {row['target']}", row["state"]) for row in engines]
         return table([("WHAT", "NAME", "STATE"), *rows]), data
-    return engine_store.folder() if goals else _folder(config, plans[0]), data
+    return folder() if goals else graph_set(config, plans[0]).folder, data
 
 
 def named_model(which: str) -> "Sam2Config":
@@ -94,22 +94,15 @@ def _here(report: Report, flavour: str | None) -> list[Sam2Goal]:
         return []
 
 
-def _folder(config: "Sam2Config", plan: "Sam2Plan") -> Path:
-    from trt_wan.engines.sam2.contracts import graphs_folder
-
-    return graphs_folder(config, plan)
-
-
 def _graphs(report: Report, config: "Sam2Config", plan: "Sam2Plan", dry_run: bool) -> list[str]:
-    """Those that had to be exported, or would be; torch is imported only for that."""
-    from trt_wan.engines.sam2.contracts import networks
-    from trt_wan.engines.store.graphs import holds
+    """The graphs that had to be exported, or would be; torch is imported only for that."""
+    from trt_wan.engines.sam2.recipes import graph_set
 
-    contracts = networks(config, plan)
-    if holds(_folder(config, plan), contracts):
+    graphs = graph_set(config, plan)
+    if graphs.complete():
         return []
     if dry_run:
-        return [f"{name}, {plan.precision}" for name in contracts]
+        return [f"{name}, {plan.precision}" for name in graphs.names]
     made: list[str] = []
 
     def exported(name: str, seconds: float) -> None:
@@ -130,48 +123,35 @@ def _graphs(report: Report, config: "Sam2Config", plan: "Sam2Plan", dry_run: boo
 
 def _engines(report: Report, config: "Sam2Config", goal: Sam2Goal, dry_run: bool) -> list[Data]:
     from trt_wan.engines.gpu import GpuKind
-    from trt_wan.engines.sam2.contracts import networks
-    from trt_wan.engines.store import engines as engine_store
-    from trt_wan.engines.tensorrt import compile_onnx
-    from trt_wan.preprocess.sam2.engine import engine_of
+    from trt_wan.engines.sam2.recipes import graph_set, recipes
+    from trt_wan.engines.store.engines import ensure, find
     from trt_wan.preprocess.sam2.model import GPU_PLAN
-    from trt_wan.runtime.opening.segments import kernel_cache
-    from trt_wan.runtime.segments.tensorrt import finish_kernels
+    from trt_wan.runtime.segments.tensorrt import finish_engines
 
-    folder, flavour, gpu = _folder(config, GPU_PLAN), goal.flavour, goal.gpu
-    kind = None if gpu is None else GpuKind(gpu.name, gpu.driver)
+    flavour, gpu = goal.flavour, goal.gpu
     note(report, f"{goal.target}: {GPU_PLAN.precision}, {flavour.name} {flavour.version} ({flavour.reason})")
-    names = list(networks(config, GPU_PLAN))
+    graphs = graph_set(config, GPU_PLAN)
+    if dry_run and not graphs.complete():
+        blank = {"target": goal.target, "state": "would be built"}
+        return [{"name": name, **blank} for name in graphs.names]
+    kind = None if gpu is None else GpuKind(gpu.name, gpu.driver)
+    made = recipes(config, GPU_PLAN, goal.target, flavour, kind)
+    keys = [recipe.engine.key for recipe in made.values()]
     found: list[Data] = []
-    made: dict[str, Sam2Engine] = {}
-    for number, name in enumerate(names, 1):
-        path = folder / f"{name}.onnx"
-        if not path.exists():  # a dry run before the first build
-            found.append({"name": name, "target": goal.target, "state": "would be built"})
-            continue
-        graph = path.read_bytes()
-        engine = engine_of(config, name, graph, goal.target, flavour, kind)
+    for number, (name, recipe) in enumerate(made.items(), 1):
+        row: Data = {"name": name, "target": goal.target, "key": recipe.engine.key}
         if dry_run:
-            state = "would be built" if engine_store.find(engine) is None else "there"
-            found.append({"name": name, "target": goal.target, "state": state, "key": engine.key})
+            state = "would be built" if find(recipe.engine) is None else "there"
+            found.append({**row, "state": state})
             continue
 
         def step(phase: str, step: int, steps: int, name: str = name, number: int = number) -> None:
-            report.progress(EngineStep(goal.target, name, number, len(names), phase, step, steps))
+            report.progress(EngineStep(goal.target, name, number, len(made), phase, step, steps))
 
-        manifest, built = engine_store.ensure(
-            engine, partial(compile_onnx, flavour, graph, goal.target, step)
-        )
-        state, seconds = "built" if built else "there", manifest.build_seconds
-        report.progress(EngineReady(goal.target, name, number, len(names), state, seconds, manifest.bytes))
-        made[name] = engine
-        found.append(
-            {"name": name, "target": goal.target, "state": state, "seconds": seconds}
-            | {"bytes": manifest.bytes, "key": engine.key}
-        )
-    if made:
-        engine_store.trim({engine.key for engine in made.values()})
-    if made and gpu is not None:
-        plans = {name: engine_store.open_checked(engine) for name, engine in made.items()}
-        finish_kernels(flavour, plans, kernel_cache(flavour), report.progress)
+        manifest, built = ensure(recipe.engine, partial(recipe.compile, step), keys)
+        state, seconds, size = "built" if built else "there", manifest.build_seconds, manifest.bytes
+        report.progress(EngineReady(goal.target, name, number, len(made), state, seconds, size))
+        found.append({**row, "state": state, "seconds": seconds, "bytes": size})
+    if gpu is not None and not dry_run:
+        finish_engines(gpu, made.values(), report.progress)
     return found

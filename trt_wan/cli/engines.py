@@ -1,104 +1,127 @@
-"""`trt-wan list`, `show` and `rm`: the engines on disk. A key may be shortened as long as one engine fits."""
+"""`trt-wan list`, `show` and `rm`: the engines and caches on disk.
+
+A key may be shortened as long as one engine fits.
+"""
 
 import dataclasses
 import difflib
 import hashlib
 import sys
+from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from trt_wan.cli.command import command, note
 from trt_wan.cli.report import Report, readable_bytes, table
-from trt_wan.errors import GraphError, UsageError
+from trt_wan.errors import GraphError, UsageError, shell_command
 
 if TYPE_CHECKING:
-    from trt_wan.engines.store.engines import Entry, Manifest
+    from trt_wan.engines.store.entries import Entry
+    from trt_wan.engines.store.folders import Folder
+    from trt_wan.engines.store.manifest import Manifest
     from trt_wan.engines.store.measurements import Figure
 
 SHORT = 8  # digits of a key that are shown
 Row = dict[str, Any]
 
 
-@click.command("list", short_help="List the engines on disk.")
+@click.command("list", short_help="List the engines and caches on disk.")
 @command
 def list_engines(*, report: Report) -> Any:
-    """List the engines on disk, what was used last first. Only `show` also checks their content."""
-    from trt_wan.engines.store.engines import entries, folder
+    """List the engines on disk, the last used first, and the other folders that trt-wan keeps.
 
-    found = entries()
+    Only `show` also checks an engine's content.
+    """
+    from trt_wan.engines.store.entries import entries
+    from trt_wan.engines.store.folders import folders
+    from trt_wan.engines.store.manifest import folder
+
+    found, others = entries(), folders()
     rows = [_described(entry) for entry in found]
-    damaged = [row for row in rows if row["state"] == "damaged"]
-    for row in damaged:
-        note(
-            report,
-            f"The engine {row['key'][:SHORT]} is damaged. Run: {row['rebuild'] or _remove(row['key'])}",
-        )
+    for row in rows:
+        if row["state"] == "damaged":
+            cure = shell_command(row["rebuild"] or _remove(row["key"]))
+            note(report, f"The engine {row['key'][:SHORT]} is damaged. Run: {cure}")
     if not rows:
         note(report, f"There are no engines in {folder()}. Run: trt-wan build")
-    data = {"engines": rows, "bytes": sum(entry.bytes for entry in found)}
-    return (_list_table(rows) if rows else None), data
+    data = {
+        "engines": rows,
+        "bytes": sum(entry.bytes for entry in found),
+        "folders": [dataclasses.asdict(other) for other in others],
+    }
+    tables = [_list_table(rows)] if rows else []
+    tables += [_folder_table(others)] if others else []
+    return "\n\n".join(tables) or None, data
 
 
-@click.command("show", short_help="Say what an engine is, with its measurements.")
+@click.command("show", short_help="Describe an engine, with its measurements.")
 @click.argument("key")
 @command
 def show_engine(*, report: Report, key: str) -> Any:
-    """Say what the engine KEY is, whether it is whole, and what the autotuning measured."""
-    from trt_wan.engines.store.engines import entries, folder
+    """Describe the engine KEY, check that it is whole, and show its measured candidates."""
+    from trt_wan.engines.store.entries import entries
+    from trt_wan.engines.store.manifest import path_of
 
     entry = _find(entries(), key)
     manifest = _manifest(entry)
     if manifest is None:
         raise GraphError(
-            f"The engine {entry.key[:SHORT]} is damaged: what it was is not known.",
-            f"Run: {_remove(entry.key)}",
+            f"The engine {entry.key[:SHORT]} is damaged and has no manifest.", command=_remove(entry.key)
         )
     row = _described(entry)
-    plan = folder() / f"{entry.key}.plan"
+    plan = path_of(entry.key, "plan")
     if row["state"] == "whole" and hashlib.sha256(plan.read_bytes()).hexdigest() != manifest.sha256:
         row["state"] = "damaged"
-    data = dataclasses.asdict(manifest) | {
-        "state": row["state"],
-        "used": row["used"],
-        "rebuild": row["rebuild"],
-    }
+    data = dataclasses.asdict(manifest) | {"state": row["state"], "used": row["used"]}
     return _in_words(manifest, row), data
 
 
-@click.command("rm", short_help="Remove engines.")
-@click.argument("keys", nargs=-1, metavar="KEY...")
-@click.option("--all", "everything", is_flag=True, help="All engines.")
+@click.command("rm", short_help="Remove engines and caches.")
+@click.argument("names", nargs=-1, metavar="KEY|FOLDER...")
+@click.option("--all", "everything", is_flag=True, help="All engines and folders.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @command
-def remove_engines(*, report: Report, keys: tuple[str, ...], everything: bool, yes: bool) -> Any:
-    """Remove the engines KEY... or --all from the disk. `trt-wan build` makes them again."""
-    from trt_wan.engines.store.engines import entries, remove
+def remove_engines(*, report: Report, names: tuple[str, ...], everything: bool, yes: bool) -> Any:
+    """Remove engines by KEY, folders by name (`trt-wan list` shows both), or everything with --all.
 
-    if bool(keys) == everything:
+    trt-wan makes all of it again when it is needed.
+    """
+    from trt_wan.engines.store.entries import entries, remove
+    from trt_wan.engines.store.folders import ABOUT, clear, folders
+
+    if bool(names) == everything:
         raise UsageError(
-            "Which engines?", "Name their keys, or all of them with --all; trt-wan list shows them."
+            "Which engines?",
+            "Name their keys, folders such as kernels, or everything with --all; trt-wan list shows them.",
         )
-    there = entries()
-    chosen = there if everything else list({e.key: e for e in (_find(there, key) for key in keys)}.values())
-    size = readable_bytes(sum(entry.bytes for entry in chosen))
-    if chosen and not yes and not _agreed(f"Remove {_count(len(chosen))}, {size}?"):
-        return "Nothing was removed.", {"removed": [], "freed_bytes": 0}
-    removed = [entry for entry in chosen if remove(entry.key)]
-    freed = sum(entry.bytes for entry in removed)
-    said = f"{_count(len(removed))} removed, {readable_bytes(freed)} freed"
-    if busy := [entry.key[:SHORT] for entry in chosen if entry not in removed]:
+    there, others = entries(), folders()
+    if not everything:
+        keys = [name for name in names if name not in ABOUT]
+        there = list({entry.key: entry for entry in (_find(there, key) for key in keys)}.values())
+        others = [other for other in others if other.name in names]
+    if (there or others) and not yes and not _agreed(f"Remove {_size_of(there, others)}?"):
+        return "Nothing was removed.", {"removed": [], "folders": [], "freed_bytes": 0}
+    removed = [entry for entry in there if remove(entry.key)]
+    cleared = [other for other in others if clear(other.name)]
+    said = f"{_size_of(removed, cleared)} removed"
+    busy = [entry.key[:SHORT] for entry in there if entry not in removed]
+    if busy := [*busy, *(other.name for other in others if other not in cleared)]:
         raise GraphError(
             f"Another process is building {', '.join(busy)}; {said}.",
             "Run it again when that build has ended.",
         )
-    return said, {"removed": [entry.key for entry in removed], "freed_bytes": freed}
+    return said, {
+        "removed": [entry.key for entry in removed],
+        "folders": [other.name for other in cleared],
+        "freed_bytes": _bytes(removed, cleared),
+    }
 
 
 def _agreed(question: str) -> bool:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UsageError("Nobody can be asked here whether to remove engines.", "Add --yes.")
+        raise UsageError("Without a terminal trt-wan cannot ask whether to remove engines.", "Add --yes.")
     try:
         return click.confirm(question, err=True)
     except click.Abort:  # what click makes of Ctrl-C
@@ -109,8 +132,19 @@ def _count(engines: int) -> str:
     return "1 engine" if engines == 1 else f"{engines} engines"
 
 
-def _remove(key: str) -> str:
-    return f"trt-wan rm {key[:SHORT]} --yes"
+def _size_of(engines: "Sequence[Entry]", others: "Sequence[Folder]") -> str:
+    parts = [_count(len(engines))] if engines or not others else []
+    parts += [other.name for other in others]
+    return f"{', '.join(parts)} ({readable_bytes(_bytes(engines, others))})"
+
+
+def _bytes(engines: "Sequence[Entry]", others: "Sequence[Folder]") -> int:
+    return sum(entry.bytes for entry in engines) + sum(other.bytes for other in others)
+
+
+def _remove(key: str) -> tuple[str, ...]:
+    """The command that removes an engine."""
+    return ("rm", key[:SHORT], "--yes")
 
 
 def _find(there: "list[Entry]", key: str) -> "Entry":
@@ -138,55 +172,34 @@ def _named(some: "list[Entry]") -> str:
 
 
 def _manifest(entry: "Entry") -> "Manifest | None":
-    """Also of a damaged engine, if it still has a good manifest: that tells how to build it again."""
-    from trt_wan.engines.store import engines as engine_store
+    """Also of a damaged engine whose manifest is good: it holds the command that rebuilds it."""
+    from trt_wan.engines.store.manifest import read_manifest
 
-    return entry.manifest or engine_store.read_manifest(entry.key)
+    return entry.manifest or read_manifest(entry.key)
+
+
+DESCRIBED = "kind network about precision target gpu driver flavour version rebuild".split()
 
 
 def _described(entry: "Entry") -> Row:
-    """A row of `list`. Whether it is damaged is told by the size of the file."""
-    m = _manifest(entry)
+    """A row of `list`; an engine whose file has another size is damaged."""
+    manifest = _manifest(entry)
     return {
         "key": entry.key,
         "state": "whole" if entry.manifest else "damaged",
-        "network": m.network if m else None,
-        "model": m.model if m else None,
-        "width": m.width if m else None,
-        "height": m.height if m else None,
-        "frames": m.frames if m else None,
-        "precision": m.precision if m else None,
-        "target": m.target if m else None,
-        "gpu": m.gpu if m else None,
-        "driver": m.driver if m else None,
-        "flavour": m.flavour if m else None,
-        "version": m.version if m else None,
+        **{name: getattr(manifest, name, None) for name in DESCRIBED},
         "bytes": entry.bytes,
         "used": datetime.fromtimestamp(entry.used).astimezone().isoformat(timespec="seconds"),
-        "rebuild": _rebuild(m) if m else None,
     }
 
 
-def _rebuild(m: "Manifest") -> str:
-    from trt_wan.engines.flavour import Flavour, FlavourName
-    from trt_wan.engines.gpu import GpuKind, Target
-    from trt_wan.engines.precision import Precision
-    from trt_wan.engines.shape import Plan
-    from trt_wan.engines.store.engine_id import EngineId
-    from trt_wan.preprocess.onnx.engine import FileEngine
-    from trt_wan.preprocess.sam2.engine import PREFIX, Sam2Engine
-
-    flavour = Flavour(cast(FlavourName, m.flavour), m.version, None, m.flavour_reason)
-    plan = Plan(m.width, m.height, m.frames, cast(Precision, m.precision))
-    gpu = GpuKind(m.gpu, m.driver) if m.gpu is not None and m.driver is not None else None
-    kind: type[EngineId] = Sam2Engine if m.network.startswith(PREFIX) else EngineId
-    if m.network.endswith(".onnx"):
-        kind = FileEngine
-    return kind(m.network, m.model, plan, m.source, cast(Target, m.target), flavour, gpu).rebuild
+def _folder_table(others: "Sequence[Folder]") -> str:
+    rows = [(other.name, str(other.files), readable_bytes(other.bytes), other.about) for other in others]
+    return table([("FOLDER", "FILES", "BYTES", "CONTENT; MADE AGAIN BY"), *rows])
 
 
 def _list_table(rows: list[Row]) -> str:
-    header = "KEY ENGINE MODEL SIZE PRECISION TARGET GPU TENSORRT BYTES USED STATE".split()
+    header = "KEY KIND ENGINE ABOUT PRECISION TARGET GPU TENSORRT BYTES USED STATE".split()
     return table([header, *([_cell(row, name) for name in header] for row in rows)])
 
 
@@ -205,8 +218,6 @@ def _cell(row: Row, column: str) -> str:
             return "?"
         case "ENGINE":
             return str(row["network"])
-        case "SIZE":
-            return f"{row['width']}x{row['height']}x{row['frames']}"
         case "GPU":
             return _gpu(row["gpu"], row["driver"])
         case "TENSORRT":
@@ -219,11 +230,15 @@ def _gpu(name: str | None, driver: int | None) -> str:
 
 
 def _in_words(m: "Manifest", row: Row) -> str:
-    state = "whole" if row["state"] == "whole" else f"damaged; run: {row['rebuild']}"
+    again = shell_command(m.rebuild) if m.rebuild else "the next use builds it"
+    state = (
+        "whole" if row["state"] == "whole" else f"damaged; run: {shell_command(m.rebuild or _remove(m.key))}"
+    )
     lines = [
         ("key", m.key),
+        ("kind", m.kind),
         ("engine", m.network),
-        ("first for", f"{m.model}, {m.width}x{m.height}, {m.frames} frames per window"),
+        ("first for", m.about),
         ("precision", m.precision),
         ("target", m.target if m.gpu is None else f"{m.target}: {_gpu(m.gpu, m.driver)}"),
         ("tensorrt", f"{m.flavour} {m.version} ({m.flavour_reason})"),
@@ -232,7 +247,7 @@ def _in_words(m: "Manifest", row: Row) -> str:
         ("plan", f"{readable_bytes(m.bytes)}, sha256 {m.sha256}"),
         ("graph", f"sha256 {m.source}"),
         ("state", state),
-        ("rebuild", str(row["rebuild"])),
+        ("rebuild", again),
     ]
     width = max(len(name) for name, _ in lines)
     text = "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines)
@@ -240,7 +255,7 @@ def _in_words(m: "Manifest", row: Row) -> str:
 
 
 def _candidates(figures: "list[Figure]") -> str:
-    """The fastest first; what has no time comes last, with the reason."""
+    """The fastest first; candidates without a time come last, with the reason."""
     if not figures:
         return "No candidates were measured."
     rows = [

@@ -1,0 +1,81 @@
+"""The files of one engine: `<key>.plan`, and `<key>.json`, its manifest, which holds its own hash."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trt_wan.engines.store.engine_id import FORMAT, Kind
+from trt_wan.engines.store.files import replace_atomically
+from trt_wan.engines.store.home import home
+from trt_wan.engines.store.measurements import Figure
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An engine in words; network and `about` are those that it was first compiled for."""
+
+    key: str
+    kind: Kind
+    network: str
+    about: str
+    precision: str
+    rebuild: tuple[str, ...]
+    source: str
+    target: str
+    flavour: str
+    version: str
+    flavour_reason: str
+    gpu: str | None
+    driver: int | None
+    built: str  # UTC
+    build_seconds: float
+    bytes: int
+    sha256: str  # of the plan
+    candidates: list[Figure] = field(default_factory=list)
+    format: int = FORMAT
+
+
+def folder() -> Path:
+    return home() / "engines"
+
+
+def path_of(key: str, kind: str) -> Path:
+    return folder() / f"{key}.{kind}"
+
+
+def lock_of(key: str) -> Path:
+    return folder() / "locks" / f"{key}.lock"
+
+
+def read_manifest(key: str) -> Manifest | None:
+    """None for a manifest that is missing, edited, or of another format."""
+    try:
+        values = json.loads(path_of(key, "json").read_text(encoding="utf-8"))
+        checksum = values.pop("checksum")
+        if checksum == _checksum(values) and values["format"] == FORMAT:
+            figures = [Figure(**figure) for figure in values.pop("candidates")]
+            return Manifest(**values | {"rebuild": tuple(values["rebuild"])}, candidates=figures)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def write_manifest(manifest: Manifest) -> None:
+    values = asdict(manifest)
+    text = json.dumps(values | {"checksum": _checksum(values)}, indent=1, ensure_ascii=False)
+    replace_atomically(path_of(manifest.key, "json"), text, sync=True)
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def erase(key: str) -> None:
+    """Removes the manifest first, so that an interruption leaves no engine; also partial files of killed
+    writers.
+    """
+    path_of(key, "json").unlink(missing_ok=True)
+    for path in folder().glob(f"{key}.*"):
+        path.unlink(missing_ok=True)

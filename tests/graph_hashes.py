@@ -1,0 +1,98 @@
+"""The hash of each exported graph, without names and versions that only torch's exporter decides.
+
+    python tests/graph_hashes.py        writes tests/golden/graph_hashes.json, after GRAPHS_VERSION was raised
+
+The graphs are those of the tiny model at every precision and of a small SAM2.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+from onnx import numpy_helper
+from tiny_job import PLAN
+
+from trt_wan.build.export import export
+from trt_wan.build.sam2 import export_sam2
+from trt_wan.engines import contracts
+from trt_wan.engines.config import TINY
+from trt_wan.engines.precision import PRECISIONS
+from trt_wan.engines.sam2 import contracts as sam2_contracts
+from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Plan
+
+PINNED = Path(__file__).parent / "golden" / "graph_hashes.json"
+VERSIONS = {"wan": contracts.GRAPHS_VERSION, "sam2": sam2_contracts.GRAPHS_VERSION}
+# One block per stage, one of them global, one layer of memory attention: every kind of layer once.
+SAM2 = replace(
+    SAM2_MODELS["sam2.1_tiny"], image_size=256, blocks=(1, 1, 2, 1), global_blocks=(3,), memory_layers=1
+)
+SAM2_PLANS = {"fp32": Sam2Plan(memories=(7,)), "fp16": Sam2Plan("fp16", batch=2, memories=(7,))}
+
+
+def wan_hashes(folder: Path) -> Iterator[tuple[str, str]]:
+    """By precision and network; a network that a precision leaves as it was comes once."""
+    seen = set()
+    for precision in PRECISIONS:
+        plan = replace(PLAN, precision=precision)
+        for name, network in contracts.networks(TINY, plan).items():
+            if network not in seen:
+                seen.add(network)
+                export(network, TINY, plan, path := folder / f"{precision}-{name}.onnx")
+                yield f"{precision} {name}", graph_hash(path)
+
+
+def sam2_hashes(folder: Path) -> Iterator[tuple[str, str]]:
+    for precision, plan in SAM2_PLANS.items():
+        for name, network in sam2_contracts.networks(SAM2, plan).items():
+            export_sam2(network, SAM2, path := folder / f"{precision}-{name}.onnx")
+            yield f"{precision} {name}", graph_hash(path)
+
+
+def graph_hash(path: Path) -> str:
+    """Covers operators, attributes, constants, and how they are connected; inputs and outputs by name."""
+    model = onnx.load(path)
+    graph = model.graph
+    assert not model.functions, "functions are not hashed yet"
+    names = {value.name: value.name for value in (*graph.input, *graph.output)} | {"": ""}
+    parts: list[object] = [sorted((o.domain, o.version) for o in model.opset_import)]
+    for value in (*graph.input, *graph.output):
+        kind = value.type.tensor_type
+        parts.append((value.name, kind.elem_type, [d.dim_value for d in kind.shape.dim]))
+    for i, constant in enumerate(graph.initializer):
+        names.setdefault(constant.name, f"constant {i}")
+        parts.append((names[constant.name], _constant(constant)))
+    for i, node in enumerate(graph.node):
+        for j, output in enumerate(node.output):
+            names.setdefault(output, f"{i}.{j}")
+        attributes = sorted((a.name, _attribute(a)) for a in node.attribute)
+        parts.append((node.domain, node.op_type, attributes))
+        parts.append([[names[name] for name in ends] for ends in (node.input, node.output)])
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _attribute(attribute: onnx.AttributeProto) -> str:
+    assert attribute.type not in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS), "not hashed yet"
+    if attribute.type == onnx.AttributeProto.TENSOR:
+        return repr(_constant(attribute.t))
+    return repr(onnx.helper.get_attribute_value(attribute))
+
+
+def _constant(tensor: onnx.TensorProto) -> tuple[int, list[int], str]:
+    values = numpy_helper.to_array(tensor).tobytes()
+    return tensor.data_type, list(tensor.dims), hashlib.sha256(values).hexdigest()
+
+
+HASHES = {"wan": wan_hashes, "sam2": sam2_hashes}
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        found = {
+            kind: {"version": VERSIONS[kind], "graphs": dict(hashes(Path(folder)))}
+            for kind, hashes in HASHES.items()
+        }
+    PINNED.write_text(json.dumps(found, indent=1) + "\n")
+    print(PINNED)
