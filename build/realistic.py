@@ -5,6 +5,7 @@ few channels of k have a large mean that all tokens share. Both are what 8-bit f
 Gaussian noise lacks. Weights are Gaussian: what matters of them is their rounding.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -76,5 +77,5 @@ def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Floa
     elif len(shape) == 1:  # a norm's weight
         noise = 1 + 0.1 * noise
     elif name.endswith(".weight"):
-        noise *= WEIGHT_GAIN * size**-0.5
+        noise *= WEIGHT_GAIN * math.prod(shape[1:]) ** -0.5  # also convolutions
     return noise
