@@ -7,7 +7,7 @@ native kernels. This one opens an engine exactly as a run does.
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,6 @@ from trt_wan.runtime.segments.segment import Segment
 SEED = 0
 
 Values = Mapping[str, Host]
-Open = Callable[[Network], Segment]
 
 
 def inputs(network: Network) -> dict[str, Host]:
@@ -65,6 +64,14 @@ def difference(made: Host, wanted: Host, before: Host | None = None) -> float:
     off = float(np.linalg.norm(made.astype(np.float64) - wanted.astype(np.float64)))
     size = float(np.linalg.norm(wanted.astype(np.float64) - (0.0 if before is None else before)))
     return off / size if size else off
+
+
+def differs_among(made: Values, wanted: Values, inputs: Values, largest: float) -> bool:
+    """Whether any of the results `made` is further from `wanted` than `largest`."""
+    return any(
+        difference(array, wanted[name], inputs.get(ADDED_TO.get(name, ""))) > largest
+        for name, array in made.items()
+    )
 
 
 def outputs_of(runner: BaseRunner, values: Values) -> dict[str, Host]:
@@ -114,11 +121,11 @@ class Given(_Runner):
 class SegmentRunner(_Runner):
     """A segment on the GPU. Its inputs have the contract's types and hold the numbers of the feed."""
 
-    def __init__(self, gpu: Gpu, network: Network, values: Values, opened: Open) -> None:
+    def __init__(self, gpu: Gpu, network: Network, values: Values, segment: Segment) -> None:
         super().__init__("segment", widened(values))
-        self._gpu, self._network, self._typed, self._opened = gpu, network, values, opened
+        self._gpu, self._network, self._typed, self._segment = gpu, network, values, segment
 
     def infer_impl(self, feed_dict: Values) -> "OrderedDict[str, Host]":
-        made = run_segment(self._gpu, self._opened(self._network), self._network, self._typed)
+        made = run_segment(self._gpu, self._segment, self._network, self._typed)
         self.inference_time = 0.0
         return OrderedDict((name, array.astype(np.float32)) for name, array in made.items())

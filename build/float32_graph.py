@@ -37,7 +37,7 @@ def _widen(tensor: TensorProto) -> None:
 
 
 def _unquantise(node: NodeProto) -> None:
-    """Keeps the scale of a quantising node and drops its rounding. Every scale is a scalar (models/ops.py)."""
+    """Keeps the scale of a quantising node and drops its rounding. All scales are scalars (models/ops.py)."""
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         node.op_type = "Div" if node.op_type == "QuantizeLinear" else "Mul"
         del node.input[2:]

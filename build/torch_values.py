@@ -1,4 +1,4 @@
-"""Runs a graph's function in torch on the CPU: its outputs, or every result by the name of the graph's tensor."""
+"""Runs a graph's function in torch on the CPU: its outputs, or every result by its name in the graph."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -82,11 +82,16 @@ def choose(
     usable = {n: row for n, row in rows.items() if tier in ("fast", row.tier) and not row.on_request}
     absent = {name: sentence for name, row in usable.items() if (sentence := missing(row)) is not None}
     here = {name: figures[name] for name in usable if name not in absent and name in figures}
+    ranked = accurate(here.values(), precision, tier)
     finished = all(is_known(row, figures) for name, row in usable.items() if name not in absent)
-    if finished and (ranked := accurate(here.values(), precision, tier)):
+    if finished and ranked:
         return Choice(rows[ranked[0].candidate], _measured(ranked, tolerance(network, precision, tier)))
     state = "measuring was not finished" if here and not finished else "not measured"
-    return _default(network, precision, tier, machine, usable, absent, here, f"{state}: run trt-wan build")
+    order = (*default_order(network, tier, machine.capability), *(figure.candidate for figure in ranked))
+    order = tuple(dict.fromkeys(name for name in order if name in usable))
+    return _default(
+        network, precision, tier, machine, rows, order, absent, here, f"{state}: run trt-wan build"
+    )
 
 
 def _asked(
@@ -124,13 +129,13 @@ def _default(
     precision: Precision,
     tier: Tier,
     machine: Machine,
-    usable: Mapping[str, Candidate],
+    rows: Mapping[str, Candidate],
+    order: Sequence[str],
     absent: Mapping[str, str],
     known: Mapping[str, Figure],
     state: str,
 ) -> Choice:
-    """The first of the default order that can be used and was not measured as wrong."""
-    order = [name for name in default_order(network, tier, machine.capability) if name in usable]
+    """The first in order that can be used and was not measured as wrong."""
     passed = []
     for name in order:
         figure = known.get(name)
@@ -144,7 +149,7 @@ def _default(
             ground = f"default for compute capability {major}.{minor}"
             if figure is not None and figure.state == "failed":
                 state = f"measuring it failed: {figure.problem}"
-            return Choice(usable[name], "; ".join([ground, *passed, _clause(state)]))
+            return Choice(rows[name], "; ".join([ground, *passed, _clause(state)]))
     raise GraphError(
         f"No candidate for {network} is within {tolerance(network, precision, tier):.1e} of fp32 "
         f"({'; '.join(passed)}).",

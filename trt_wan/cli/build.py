@@ -272,11 +272,17 @@ def _check(
     flavour: str | None,
 ) -> tuple[Result, Data]:
     """The table of comparisons, the worst first. Raises GraphError, which names the layer, if one fails."""
-    from trt_wan.build.check import CHECK_SIZE, CHECK_WINDOW, check_engines, check_graphs, require_right
     from trt_wan.build.goals import goals_here
     from trt_wan.engines.config import MODELS
     from trt_wan.engines.shape import Plan
 
+    try:
+        from trt_wan.build.check import CHECK_SIZE, CHECK_WINDOW, check_graphs, require_right
+        from trt_wan.build.check_engines import check_engines
+    except ImportError as error:
+        raise UsageError(
+            f"--check needs packages that are not here ({error}).", "Run: pip install 'trt-wan[build]'"
+        ) from error
     plan = Plan(*(size or CHECK_SIZE), frames=CHECK_WINDOW if window is None else window)
     goals = goals_here(plan, precision, flavour, report.progress)
     if goals:
