@@ -52,7 +52,7 @@ class CompileReport:
     engines: tuple[EngineRow, ...]
     missing_graphs: tuple[str, ...] = ()  # in a dry run: a build exports them first
     graphs: int = 0  # exported by this call
-    seconds: float = 0.0  # of this call, with graphs
+    seconds: float = 0.0  # the duration of this call, with graphs
     removed: int = 0  # engines that made room
 
 

@@ -1,4 +1,4 @@
-"""Runs one segment on the GPU outside of a model, in buffers of its own inputs and outputs."""
+"""Runs one segment on the GPU outside of a model, with buffers for its inputs and outputs."""
 
 import math
 from collections.abc import Iterator, Mapping

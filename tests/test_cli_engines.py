@@ -37,8 +37,10 @@ from trt_wan.engines.store.entries import entries
 from trt_wan.engines.store.locks import held
 from trt_wan.engines.store.manifest import Manifest
 from trt_wan.engines.store.measurements import Figure, Place, record_figures, title
-from trt_wan.errors import EnvironmentBroken, shell_command
+from trt_wan.errors import EnvironmentBroken, UsageError, shell_command
 from trt_wan.runtime.events import CandidateReady, CandidateStep
+from trt_wan.runtime.opening.model import choose_precision
+from trt_wan.runtime.settings import Settings
 
 pytest.importorskip("tensorrt_rtx", reason="engines are compiled with TensorRT-RTX")
 
@@ -263,6 +265,20 @@ def test_with_a_gpu_it_builds_for_it(
     assert asked[2:] == [build, build, True, (*build[:-1], True)]
     message, _ = refused(2, *BUILD, "--measure")
     assert "measured on the GPU" in message
+
+
+def test_fp8_on_a_gpu_without_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At `build` and at `run`."""
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
+    monkeypatch.setattr(FakeGpu, "capability", (8, 6))
+    monkeypatch.setattr(trt_wan.build.goals, "Gpu", FakeGpu)
+    message, hint = refused(2, *BUILD[:-2], "--precision", "fp8")
+    assert message == "Precision fp8 needs compute capability 8.9 or later; this GPU has 8.6."
+    assert hint == "Use --precision bf16." and not list(tmp_path.iterdir())
+    gpu: Any = FakeGpu()
+    with pytest.raises(UsageError, match="this GPU has 8.6"):
+        choose_precision(Settings(precision="fp8"), gpu)
+    assert choose_precision(Settings(), gpu) == "bf16"
 
 
 def test_what_could_not_be_built_is_no_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def is_known(candidate: Candidate, figures: Mapping[str, Figure]) -> bool:
 def accurate(figures: Iterable[Figure], precision: Precision, tier: Tier) -> list[Figure]:
     """The figures of candidates that the tier may use: the best first, then the others by time.
 
-    Of those within 3 % of the fastest the most accurate is the best.
+    The best is the most accurate of those within 3 % of the fastest.
     """
     fitting = [f for f in figures if _is_accurate(f, precision, tier) and tier in ("fast", f.tier)]
     ranked = sorted(fitting, key=_ms)

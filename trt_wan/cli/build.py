@@ -194,7 +194,7 @@ def _graphs(report: Report, model: str, plan: "Plan", dry_run: bool) -> tuple[Re
 def _engines(
     report: Report, model: str, goals: "list[Goal]", measure: bool | None, dry_run: bool
 ) -> tuple[Result, Data]:
-    """The engines' folder, or a table of what would be built."""
+    """The engines' folder, or a table of the engines to build."""
     from trt_wan.build.goals import compile_goal, tune_goal
     from trt_wan.engines.config import MODELS
     from trt_wan.engines.store.manifest import folder
@@ -293,7 +293,7 @@ def _check(
     try:
         require_right(checked)
     except GraphError:
-        note(report, text)  # the table is no result, but it tells what is right
+        note(report, text)  # the table is no result, but it shows the right rows
         raise
     return text, {"checks": [vars(row) for row in checked]}
 
