@@ -36,6 +36,11 @@ def realistic(network: Network, seed: int) -> dict[str, Host]:
             angles = rng.uniform(0, 2 * np.pi, tensor.shape)
             made |= {"rope_cos": np.cos(angles), "rope_sin": np.sin(angles)}
             continue
+        if tensor.name == "cross_q":  # like q, in every head; its keys know the heads' size
+            head_dim = next(t.shape[-1] for t in network.inputs if t.name == "text_k")
+            values = _values("q", (tensor.shape[0], tensor.shape[1] // head_dim, head_dim), rng)
+            made[tensor.name] = values.reshape(tensor.shape)
+            continue
         values = _values(tensor.name, tensor.shape, rng)
         if types[tensor.name] == E4M3:
             made[tensor.name], made[scale_name(tensor.name)] = quantise_rows(values)
@@ -60,7 +65,7 @@ def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Floa
     size = shape[-1]
     if name == "x":
         noise[:, outlier_channels(size, len(RESIDUAL_FACTORS))] *= RESIDUAL_FACTORS
-    elif name in ("q", "cross_q"):
+    elif name == "q":
         noise[..., outlier_channels(size, len(K_MEANS))] *= Q_FACTOR
         noise *= size**-0.5  # q comes multiplied by the softmax scale
     elif name == "k" or name.endswith("_k"):

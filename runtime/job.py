@@ -120,6 +120,11 @@ class Job:
         CpuGenerator(self.seed)
 
     @property
+    def prompts(self) -> list[str]:
+        """The prompt, and with guidance the negative prompt."""
+        return [self.prompt, self.negative_prompt] if self.guided else [self.prompt]
+
+    @property
     def guided(self) -> bool:
         """Whether every step is computed for the negative prompt too."""
         return self.guidance > 1

@@ -1,16 +1,16 @@
-"""Starting noise, equal to what torch's CPU generator draws from the same seed: users keep their seeds.
+"""Starting noise, equal to the noise of torch's CPU generator for the same seed, so users keep their seeds.
 
-Knows nothing of latents or windows: a generator is asked for shapes and continues where the last draw ended.
+This module knows no latents or windows. A generator draws any shape and continues where the last draw ended.
 
-How torch gets from a seed to normals, which is what is repeated here:
-- The engine is MT19937, 32 bits a draw. Only the low 32 bits of the seed reach it, so seeds that differ above
-  them give the same noise. numpy's legacy `RandomState` seeds and draws identically.
+torch makes normals from a seed as follows, and this module repeats it:
+- The engine is MT19937, 32 bits per draw. Only the low 32 bits of the seed reach it, so seeds that differ in
+  the high bits give the same noise. numpy's legacy `RandomState` seeds and draws identically.
 - 16 values or more (float32 throughout): one draw per value, its low 24 bits taken as a fraction of 1. Blocks
-  of 16 become normals by Box-Muller: value j gives the radius and value j+8 the angle of a point, whose x
-  stays at j and whose y goes to j+8. When the size is no multiple of 16, the last 16 values are replaced by a
-  block from 16 new draws.
-- Fewer than 16 values (float64, rounded at the end): two draws joined, first one high, give 53 bits. One such
-  fraction is the angle, the next the radius; x is the value, y is kept for the next value, also across calls.
+  of 16 become normals by Box-Muller: value j gives the radius and value j+8 the angle of a point. Its x
+  stays at j and its y goes to j+8. When the size is no multiple of 16, a block from 16 new draws replaces the
+  last 16 values.
+- Fewer than 16 values (float64, rounded at the end): two joined draws, the first one high, give 53 bits. One
+  such fraction is the angle, the next the radius. x is the value, y is kept for the next value, across calls.
 
 torch has its own approximations of log, sin and cos: in a latent the two are at most 7e-7 apart (torch 2.13).
 """
@@ -34,7 +34,7 @@ class CpuGenerator:
     """Draws what `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` draws."""
 
     def __init__(self, seed: int) -> None:
-        """UsageError unless -2^63 <= seed < 2^64, as in torch; a negative seed is its two's complement."""
+        """UsageError unless -2^63 <= seed < 2^64. As in torch, a negative seed is its two's complement."""
         if not -(2**63) <= seed < 2**64:
             raise UsageError(
                 f"The seed {seed} does not fit in 64 bits.",
@@ -44,7 +44,7 @@ class CpuGenerator:
         self._kept: float | None = None
 
     def randn(self, shape: Sequence[int]) -> F32:
-        """Standard normals, float32. Each call continues the sequence."""
+        """Returns standard normals, float32. Each call continues the sequence."""
         size = math.prod(shape)
         values = self._blocks(size) if size >= BLOCK else self._one_by_one(size)
         return values.reshape(tuple(shape))
@@ -80,7 +80,7 @@ class CpuGenerator:
 
 
 def _box_muller(draws: U32) -> F32:
-    """Whole blocks of draws to as many normals."""
+    """Converts whole blocks of draws to as many normals."""
     fractions = (draws & np.uint32(0xFFFFFF)).astype(np.float32)
     fractions *= np.float32(2**-24)
     first, second = fractions.reshape(-1, 2, BLOCK // 2).transpose(1, 0, 2)

@@ -22,11 +22,11 @@ from trt_wan.runtime.networks.transformer import (
 
 @dataclass(frozen=True)
 class Prepared:
-    contexts: list[PerLayer]  # of the prompt, and with guidance of the negative prompt
+    contexts: list[PerLayer]  # one for the prompt, with guidance one for the negative prompt
     times: list[tuple[Array, Array]]  # embedding and modulation of every step
     rope: tuple[Array, Array]
     reference: Array  # slot 0 of the condition, [20, 1, h, w]
-    blank_face: PerLayer | None  # of the negative prompt's branch; None without guidance
+    blank_face: PerLayer | None  # for the negative prompt; None without guidance
 
 
 def prepare(model: Model, texts: Sequence[Array], picture: Pixels, timesteps: Sequence[float]) -> Prepared:

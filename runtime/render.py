@@ -1,6 +1,6 @@
 """A job to a video file: frames encoded as they come, with the driving clip's rate and sound.
 
-Frames are rounded, pasted back and encoded in a thread of their own, in order, while the next ones are
+Frames are rounded, pasted back and encoded in another thread, in order, while the next ones are
 decoded: after the last decoding only the last frames are left to write.
 """
 
@@ -32,7 +32,7 @@ class Rendered:
     width: int
     height: int
     rate: float  # frames per second
-    writing_seconds: float  # of the thread that wrote, which ran beside the rest
+    writing_seconds: float  # busy seconds of the writing thread, which runs beside the rest
 
 
 class Streaming(Protocol):

@@ -2,11 +2,11 @@
 
 A latent at level sigma is x = (1 - sigma)·clean + sigma·noise; the model predicts the velocity noise - clean,
 so that clean = x - sigma·velocity. Levels fall from (almost) 1 to exactly 0 in N steps. A *grid* chooses the
-levels and what the model is told; a *sampler* turns (latent, velocity) of one level into the next latent.
+levels and the timesteps. A *sampler* turns (latent, velocity) of one level into the next latent.
 
-A sampler does nothing to the latents but ask `combine` for linear combinations, whose coefficients it works
-out on the host in float64: what arrays are and where they live is `combine`'s business, numpy in float32 by
-default. A sampler remembers earlier steps: make a fresh one for each window.
+A sampler computes coefficients on the host in float64 and asks `combine` for linear combinations of latents.
+By default these are numpy arrays in float32; with an executor's `combine` they stay on the device. A sampler
+remembers earlier steps: make a new one for each window.
 """
 
 import math
@@ -21,17 +21,17 @@ from trt_wan.errors import UsageError
 
 F64 = NDArray[np.float64]
 
-Latent = Any  # whatever `combine` works on: a numpy array, a tensor on the device
+Latent = Any  # an array that `combine` takes: of numpy, or on the device
 # [(coefficient, array), …] -> the sum of the products, a new array
 Combine = Callable[[Sequence[tuple[float, Latent]]], Latent]
 
-MODEL_TIMES = 1000  # the model is told sigma on a scale of 0…1000
+MODEL_TIMES = 1000  # the model gets sigma on a scale of 0…1000
 BELOW_ONE = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """`sigmas` [N+1], falling, the last 0; `timesteps` [N], what the model is given. float64, read-only."""
+    """`sigmas` [N+1], falling, the last 0; `timesteps` [N], inputs of the model. float64, read-only."""
 
     sigmas: F64
     timesteps: F64
@@ -78,8 +78,8 @@ GRIDS = {
 def schedule(grid: str, steps: int, shift: float) -> Schedule:
     """The levels of `grid`, moved towards noise: sigma -> shift·sigma / (1 + (shift-1)·sigma).
 
-    UsageError for a grid that does not exist, steps outside 1…1000, or a shift (officially 5) that is not a
-    positive number or presses two levels into one.
+    Raises UsageError for an unknown grid, steps outside 1…1000, or a shift (officially 5) that is not a
+    positive number or makes two levels equal.
     """
     _check(grid, steps, shift)
     row = GRIDS[grid]
@@ -88,7 +88,7 @@ def schedule(grid: str, steps: int, shift: float) -> Schedule:
     if row.starts_below_one and abs(levels[0] - 1) < BELOW_ONE:
         levels[0] -= BELOW_ONE
     timesteps = MODEL_TIMES * levels
-    # The origins of all four grids keep their sigmas in float32. It shows near 1, where UniPC takes the
+    # The origins of all four grids keep sigmas in float32. This matters near 1, where UniPC takes the
     # logarithm of 1 - sigma: 1 - float32(0.999999) is 1.013e-6.
     sigmas = np.append(levels, 0.0).astype(np.float32).astype(np.float64)
     if not (np.diff(sigmas) < 0).all():
@@ -124,7 +124,7 @@ class Sampler(Protocol):
     def __init__(self, schedule: Schedule, combine: Combine = combine_fp32) -> None: ...
 
     def step(self, i: int, latent: Latent, velocity: Latent) -> Latent:
-        """From the latent at sigma_i and the model's answer to it, the next one. In order, i = 0…N-1."""
+        """Returns the next latent, from that at sigma_i and its velocity. Call in order, i = 0…N-1."""
         ...
 
 
@@ -144,7 +144,7 @@ class UniPC:
 
     With a = 1 - sigma and lambda = log(a/sigma), the published form multiplies by a·expm1(-h) and divides by
     differences of lambda, which is infinite at both ends. For flow matching, -a_t·expm1(-h) from s to t is
-    1 - sigma_t/sigma_s, finite everywhere; and a slope of m over an infinite distance is 0 (`_pull`).
+    1 - sigma_t/sigma_s, finite everywhere. A slope of m over an infinite distance is 0 (`_pull`).
     """
 
     def __init__(self, schedule: Schedule, combine: Combine = combine_fp32) -> None:
@@ -173,7 +173,7 @@ class UniPC:
         return self._combine([(ratio, self._latent), (gain - half, self._clean[-1]), (half, self._clean[-2])])
 
     def _correct(self, i: int) -> Latent:
-        """The step from i-1 to i once more, now that m_i is known."""
+        """Repeats the step from i-1 to i with m_i, which is known now."""
         ratio = self._sigmas[i] / self._sigmas[i - 1]
         gain = 1 - ratio
         if i == 1:

@@ -38,7 +38,7 @@ class Settings:
     executor: ExecutorName = "auto"
     precision: Precision | None = None
     tier: Tier = "exact"  # exact: attention in bf16; fast: in 8 bits
-    flavour: str | None = None  # of TensorRT
+    flavour: str | None = None  # TensorRT flavour
     vram: float | None = None  # GB to use at most
     segments: Mapping[str, str] = field(default_factory=dict)  # candidates asked for, by network
     text_cache: bool = True  # whether the features of prompts are kept on disk

@@ -1,10 +1,10 @@
-"""How a clip is cut into windows that overlap, and which decoded frames of each window the output keeps.
+"""Cuts a clip into overlapping windows, and chooses the decoded frames of each window that the output keeps.
 
 Frames are numbered from 0 in the driving clip (n of them). A window has C frames and starts C - r after the
 one before it; its first r frames repeat the last r of that one and are dropped from the output. Past its end
 the clip is walked back and forth until the last window is full. The arithmetic is that of the official code
 (model_spec.md 3.1) with two gaps closed: a clip of at most r frames gets one window (there: none), and a
-single frame is repeated (there: an index error). Whether C suits the VAE is `Plan`'s business.
+single frame is repeated (there: an index error). `Plan` checks that C suits the VAE.
 """
 
 from dataclasses import dataclass
@@ -49,16 +49,16 @@ class Windows:
 
     @property
     def target(self) -> int:
-        """Frames of the clip once padded, all windows exactly full."""
+        """Number of frames of the padded clip, with every window full."""
         return self.overlap + self.total * self.stride
 
     def indices(self, j: int) -> list[int]:
-        """The clip's frame at each of window j's C places. The padded clip: 0, 1, …, n-1, n-2, …, 0, 1, …"""
+        """Returns the C frames of window j. The padded clip goes 0, 1, …, n-1, n-2, …, 0, 1, …"""
         start = self._start(j)
         return [self._bounce(frame) for frame in range(start, start + self.window)]
 
     def keep(self, j: int) -> slice:
-        """Which of window j's decoded frames go to the output: over all windows n frames, in order."""
+        """Returns the decoded frames of window j that the output keeps: n in order over all windows."""
         start = self._start(j)
         return slice(self.overlap if j else 0, min(self.window, self.clip_frames - start))
 

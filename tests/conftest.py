@@ -20,7 +20,7 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
+from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
 from trt_wan.runtime.networks.model import Model
 
 MakeModel = Callable[..., Model]
@@ -87,7 +87,7 @@ class ExportingExecutor(OnnxRuntimeExecutor):
     """Exports a graph the first time it is run: a test pays for the networks it uses and no others."""
 
     def __init__(self, graphs: Path, weights: Weights, config: ModelConfig, plan: Plan) -> None:
-        super().__init__(graphs, weights)
+        super().__init__(graphs, BoundWeights(weights))
         self.config, self.plan = config, plan
 
     def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:

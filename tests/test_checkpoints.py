@@ -149,6 +149,13 @@ def test_tiny_weights_are_complete_and_close_to_what_was_drawn(tiny: Path) -> No
             assert excess.max() <= 0, f"{name} ({dtype}) is {excess.max()} beyond rounding"
 
 
+def test_a_seed_keeps_its_weights_wherever_networks_are_cut() -> None:
+    weights = random_weights(TINY, "transformer", 0)
+    names = ("blocks.1.self_attn.o.weight", "blocks.0.ffn.2.bias", "blocks.3.cross_attn.o.weight")
+    first = [float(weights[name].flat[0]) for name in names]
+    assert first == pytest.approx([-0.0227659, -0.0898448, -0.0720062], abs=1e-6)
+
+
 def test_the_tiny_transformer_is_laid_out_like_the_scaled_fp8_files(files: dict[Part, Path]) -> None:
     with safe_open(files["transformer"], framework="pt") as file:  # opened by the safetensors package
         tensors = {name: file.get_tensor(name) for name in file.keys()}

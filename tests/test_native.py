@@ -7,6 +7,7 @@ measures candidates with, every weight random.
 import gc
 import inspect
 import re
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -54,6 +55,71 @@ def test_every_kernel_has_a_launch() -> None:
     segments = (*block.NATIVE.values(), block._Linear)
     launched = "".join(inspect.getsource(segment) for segment in segments)
     assert all(f'"{name}"' in launched for name in defined)
+
+
+# Where kernels write, by position of the argument; they read all other addresses.
+WRITES = {
+    "modulation_rows": (2,),
+    "norm_quantize": (3, 4),
+    "quantize_tokens": (1, 2),
+    "product": (2,),
+    "heads_from_products": (14, 15, 16),
+    "rms_norm_product": (5,),
+    "cross_attention": (7,),
+    "add_norm_quantize": (6, 9, 10),
+    "add_gated": (6,),
+    "gelu_quantize": (4, 5),
+}
+LAUNCHES = {
+    "attn_in": "modulation_rows norm_quantize product product product heads_from_products",
+    "attn_out": "modulation_rows quantize_tokens product add_norm_quantize product rms_norm_product",
+    "cross_attention": "cross_attention",
+    "ffn": "modulation_rows quantize_tokens product add_norm_quantize product gelu_quantize product "
+    "add_gated",
+}
+
+
+class Recorder:
+    """The kernels and products of a segment, as a list of launches."""
+
+    def __init__(self) -> None:
+        self.launches = list[tuple[str, tuple[Any, ...]]]()
+
+    def launch(
+        self, stream: Any, name: str, grid: Any, threads: int, *arguments: Any, shared: int = 0
+    ) -> None:
+        self.launches.append((name, arguments))
+
+    def product(self, *sizes: Any) -> Any:
+        return SimpleNamespace(enqueue=lambda x, w, y, space: self.launches.append(("product", (x, w, y))))
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_kernels_read_what_was_given_or_written_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read that an earlier segment left in the scratch, which all segments share."""
+    plan, recorder = Plan(64, 48, 5, "fp8"), Recorder()
+    monkeypatch.setattr(block, "Fp8Gemm", recorder.product)
+    gpu = SimpleNamespace(stream=None, once=lambda key, make: recorder)
+    network = networks(TINY, plan)[name]
+    tensors = network.inputs + network.weights + network.outputs
+    addresses = {tensor.name: (1 << 40) + 256 * i for i, tensor in enumerate(tensors)}
+    outputs = {addresses[tensor.name] for tensor in network.outputs}
+    known = set(addresses.values()) - outputs
+    segment = native.open_native(network, TINY, plan, cast(Any, gpu))
+    segment.start(1 << 30)
+    segment.enqueue(addresses)
+    assert [launched for launched, _ in recorder.launches] == LAUNCHES[name].split()
+    for launched, arguments in recorder.launches:
+        places = [i for i, value in enumerate(arguments) if isinstance(value, int) and value]
+        assert {arguments[i] for i in places if i not in WRITES[launched]} <= known, launched
+        written = {arguments[i] for i in WRITES[launched]}
+        assert not written & (set(addresses.values()) - outputs), launched
+        assert all(
+            value in outputs or 1 << 30 <= value < (1 << 30) + segment.scratch_bytes for value in written
+        )
+        rows = 6 if launched == "modulation_rows" else 1
+        known |= {value + row * 4 * TINY.transformer.dim for value in written for row in range(rows)}
+    assert outputs <= known
 
 
 def test_the_reason_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

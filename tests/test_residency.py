@@ -24,7 +24,7 @@ from trt_wan.runtime import pipeline
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.networks.model import Model
-from trt_wan.runtime.networks.text_encoder import encode_text
+from trt_wan.runtime.networks.text_encoder import encode_texts
 from trt_wan.runtime.networks.tokenizer import byte_tokenizer
 from trt_wan.runtime.opening import activation_memory as rehearsal
 from trt_wan.runtime.opening.activation_memory import activation_bytes
@@ -109,8 +109,7 @@ def counted(plan: Plan, guidance: float, steps: int, windows: int) -> int:
             return model
 
         def texts(self, model: Model, job: Job) -> list[Array]:
-            prompts = [job.prompt, job.negative_prompt] if job.guided else [job.prompt]
-            return [encode_text(model, tokenizer, prompt) for prompt in prompts]
+            return encode_texts(model, tokenizer, job.prompts)
 
     clip, face = BlankClip(plan.height, plan.width), BlankClip(512, 512)
     frames = plan.frames + (windows - 1) * (plan.frames - 1)

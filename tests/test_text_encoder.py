@@ -25,7 +25,7 @@ from trt_wan.engines.shape import Plan
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.model import Model
-from trt_wan.runtime.networks.text_encoder import encode_text, position_buckets
+from trt_wan.runtime.networks.text_encoder import encode_texts, position_buckets
 from trt_wan.runtime.networks.tokenizer import Tokenizer, clean, load_sentencepiece, load_tokenizer_json
 from trt_wan.runtime.weights.random import random_tensor
 from trt_wan.runtime.weights.tiny_tokenizer import write_tiny_tokenizer
@@ -53,7 +53,7 @@ CORPUS = [
 
 @pytest.fixture(scope="module")
 def spiece() -> bytes:
-    """A SentencePiece model of umT5's kind, trained here: Unigram, bytes for what it has not seen."""
+    """A SentencePiece model of umT5's kind, trained here: Unigram, with bytes for unseen characters."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -119,11 +119,30 @@ def expected_features(umt5: UMT5EncoderModel, ids: list[int]) -> Array:
 def test_features_equal_transformers(prompt, make_model, umt5, weights, tiny_tokenizer):
     tokenizer = load_tokenizer_json(tiny_tokenizer, LENGTH)
     model = make_model(TINY, Plan(), {"text_encoder": weights})
-    features = encode_text(model, tokenizer, prompt)
+    (features,) = encode_texts(model, tokenizer, [prompt])
     expected = expected_features(umt5, tokenizer.encode(prompt))
     assert features.dtype == np.float32
     np.testing.assert_allclose(features, expected, rtol=0, atol=2e-5)
     assert 0.5 < expected[0].std() < 2  # the tolerance is relative to values of order 1
+
+
+def test_prompts_share_one_pass_over_the_layers(make_model, weights, tiny_tokenizer):
+    tokenizer = load_tokenizer_json(tiny_tokenizer, LENGTH)
+    model: Model = make_model(TINY, Plan(), {"text_encoder": weights})
+    alone = [encode_texts(model, tokenizer, [prompt])[0] for prompt in PROMPTS.values()]
+    layers: list[int] = []
+    run = model.executor.run
+
+    class Watched:
+        def run(self, network, n, inputs):
+            layers.append(n)
+            return run(network, n, inputs)
+
+    watched = Model(model.config, model.plan, Watched(), model.weights)  # type: ignore[arg-type]
+    together = encode_texts(watched, tokenizer, list(PROMPTS.values()))
+    assert layers == [n for n in range(TINY.text.layers) for _ in PROMPTS]
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))
 
 
 def test_weights_are_those_of_transformers(weights):
@@ -150,10 +169,10 @@ def test_only_the_rows_of_the_prompt_are_read(make_model, weights, tiny_tokenize
 
     tokenizer = load_tokenizer_json(tiny_tokenizer, LENGTH)
     lazy = Lazy()
-    features = encode_text(make_model(TINY, Plan(), {"text_encoder": lazy}), tokenizer, "two cats")
+    (features,) = encode_texts(make_model(TINY, Plan(), {"text_encoder": lazy}), tokenizer, ["two cats"])
     assert lazy.read == [tokenizer.encode("two cats")]
     halved = weights | {TOKEN_EMBEDDING: weights[TOKEN_EMBEDDING].astype(np.float16)}
-    plain = encode_text(make_model(TINY, Plan(), {"text_encoder": halved}), tokenizer, "two cats")
+    (plain,) = encode_texts(make_model(TINY, Plan(), {"text_encoder": halved}), tokenizer, ["two cats"])
     np.testing.assert_array_equal(features, plain)
 
 
@@ -161,7 +180,7 @@ def test_foreign_tokenizer_is_refused(make_model, weights):
     foreign = Tokenizer(lambda text: [TINY.text.vocabulary], 1, LENGTH)
     model: Model = make_model(TINY, Plan(), {"text_encoder": weights})
     with pytest.raises(WeightsError, match="knows 512 pieces") as error:
-        encode_text(model, foreign, "a")
+        encode_texts(model, foreign, ["a"])
     assert error.value.hint
 
 
@@ -214,7 +233,7 @@ def test_clean():
     assert clean(" \u3000a\n\n b\t&amp;lt;c&amp;gt; ") == "a b <c>"
     assert clean("< &amp;lt;") == "< <"  # ftfy leaves entities alone once it has seen a tag's bracket
     assert clean("schÃ¶n") == "schön"
-    assert clean("a\udcffb") == "a\ufffdb"  # what a shell hands over for bytes that are not UTF-8
+    assert clean("a\udcffb") == "a\ufffdb"  # a shell passes bytes that are not UTF-8 this way
 
 
 def test_unreadable_tokenizers_name_the_fix(tmp_path, folder, spiece):

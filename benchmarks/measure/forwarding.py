@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from trt_wan.engines.contract import Network
-from trt_wan.runtime.executors import Array, Executor
+from trt_wan.runtime.executors import Array, BlendPart, Executor
 
 
 class ForwardingExecutor:
@@ -18,6 +18,15 @@ class ForwardingExecutor:
 
     def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
         return self.executor.combine(terms)
+
+    def take(self, array: Array, slots: Sequence[int]) -> Array:
+        return self.executor.take(array, slots)
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        return self.executor.join(arrays)
+
+    def blend(self, slots: int, parts: Sequence[BlendPart]) -> Array:
+        return self.executor.blend(slots, parts)
 
     def wait(self) -> None:
         self.executor.wait()

@@ -1,7 +1,7 @@
 """The graphs, written in torch to be exported: plain functions of the tensors a contract names.
 
-Each takes the contract's inputs in order, then `w` (the contract's weights by name) and the shapes it needs,
-and returns the contract's outputs in order. `GRAPHS` pairs them with the contracts by name.
+Each takes the contract's inputs in order, then `w` (the contract's weights by name), the model and the plan.
+It returns the contract's outputs in order. `GRAPHS` pairs the graphs with the contracts by name.
 """
 
 from collections.abc import Callable

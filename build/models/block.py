@@ -29,8 +29,8 @@ from trt_wan.engines.shape import Plan
 def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates pairs (channels 2k, 2k+1) of [heads, tokens, head_dim]; cos, sin are [tokens, head_dim/2].
 
-    Written token by token, and as a sum of two products instead of a stack of two results: then TensorRT
-    norms, rotates, transposes and casts q and k in one kernel. The stack wrote both in float32 on the way.
+    Written token by token, and as a sum of two products instead of a stack of two results. TensorRT then
+    norms, rotates, transposes and casts q and k in one kernel. With a stack it wrote both in float32 first.
     """
     x = x.transpose(0, 1)
     pairs = x.reshape(*x.shape[:-1], -1, 2)
@@ -40,7 +40,7 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _scaled(norm_weight: Tensor, c: TransformerConfig) -> Tensor:
-    """The weight of q's norm with the softmax scale in it, so that no attention has to multiply."""
+    """The weight of q's norm times the softmax scale, so that no attention has to multiply."""
     scaled: Tensor = norm_weight * c.head_dim**-0.5
     return scaled
 
@@ -90,7 +90,7 @@ def attn_out(
     x = x + gate * linear(attended, w, "self_attn.o")
     h = layer_norm(x, c.eps, w["norm3.weight"], w["norm3.bias"])
     q = rms_norm(linear(h, w, "cross_attn.q"), _scaled(w["cross_attn.norm_q.weight"], c), c.eps)
-    return x, q.reshape(len(q), c.heads, -1).to(activation(plan))
+    return x, q.to(activation(plan))
 
 
 def cross_attention(
@@ -104,7 +104,7 @@ def cross_attention(
     model: ModelConfig,
     plan: Plan,
 ) -> tuple[Tensor]:
-    q = cross_q.transpose(0, 1)
+    q = split_heads(cross_q, model.transformer.heads)
     return (merge_heads(attend(q, text_k, text_v) + attend_any(q, image_k, image_v)),)
 
 

@@ -1,4 +1,4 @@
-"""What enters the transformer: latents with condition and pose, time, text, image (model_spec.md 1.4)."""
+"""The inputs of the transformer: latents with condition and pose, time, text, image (model_spec.md 1.4)."""
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +8,11 @@ from trt_wan.build.models.ops import Weights, gelu_tanh, layer_norm, linear
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.shape import Plan
 
-IMAGE_NORM_EPS = 1e-5  # of img_emb only; every other norm of the transformer has 1e-6
+IMAGE_NORM_EPS = 1e-5  # img_emb alone has it; all other norms of the transformer have 1e-6
 
 
 def _patchify(x: Tensor) -> Tensor:
-    """[c, t, h, w] to [t·(h/2)·(w/2), c·2·2]: the rows a (1,2,2) convolution of stride (1,2,2) multiplies."""
+    """[c, t, h, w] to [t·(h/2)·(w/2), c·2·2]: one row for each place of a (1,2,2) kernel of that stride."""
     c, t, h, w = x.shape
     return (
         x.reshape(c, t, h // 2, 2, w // 2, 2)

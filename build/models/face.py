@@ -1,4 +1,4 @@
-"""The face path: crops to motion vectors to face tokens to what the fusers add (model_spec.md 1.6-1.8)."""
+"""The face path: crops to motion vectors, these to face tokens, and the fusers (model_spec.md 1.6-1.8)."""
 
 import math
 
@@ -14,7 +14,7 @@ FACE_NORM_EPS = 1e-6
 
 
 def _equalized(w: Weights, name: str) -> Tensor:
-    """A weight of the motion encoder as it is used: divided by the root of its fan-in."""
+    """A weight of the motion encoder, divided by the root of its fan-in."""
     weight = w[f"{name}.weight"]
     return weight * (1 / math.sqrt(weight[0].numel()))
 

@@ -1,8 +1,8 @@
 """Small pieces the graphs share. Tokens are 2-D [tokens, channels], heads [heads, tokens, head_dim], no batch
 axis.
 
-Attention is written as MatMul, Softmax, MatMul: TensorRT fuses that form as well as ONNX `Attention`, of
-which two in one graph crash its builder (trt_facts.md 1.2).
+Attention is written as MatMul, Softmax, MatMul. TensorRT fuses that form as well as ONNX `Attention`, and two
+`Attention` nodes in one graph crash its builder (trt_facts.md 1.2).
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ MASKED = -30000.0  # e^-30000 is 0 beside any logit, and bf16 holds it
 
 
 def activation(plan: Plan) -> torch.dtype:
-    """The type of what passes between the parts of a block."""
+    """The type of the tensors that pass between the parts of a block."""
     return torch.bfloat16 if PRECISIONS[plan.precision].activation == "bfloat16" else torch.float32
 
 
@@ -49,9 +49,9 @@ def operand(x: Tensor, weight: Tensor) -> Operand:
 def project(x: Operand, w: Weights, name: str) -> Tensor:
     """A linear layer [out, in], with its bias if it has one.
 
-    FP8 stays an FP8 GEMM in TensorRT only if the scales of its Q/DQ nodes are constants: they are 1, and the
-    real ones, of the tokens and of the weights, are multiplied outside (trt_facts.md 2.3). The result is
-    float32 for FP8, else of the weights' type.
+    TensorRT keeps an FP8 GEMM only if the scales of its Q/DQ nodes are constants. They are 1; the scales of
+    tokens and weights are multiplied outside (trt_facts.md 2.3). Returns float32 for FP8, otherwise the
+    weights' type.
     """
     weight, bias = w[f"{name}.weight"], w.get(f"{name}.bias")
     if x.scale is None:
@@ -87,7 +87,7 @@ def layer_norm(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """In float32, whatever the type of x."""
+    """Computed and returned in float32 for every type of x."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
@@ -108,10 +108,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attend_any(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` for a number of keys that is no multiple of 8, filled up with keys whose weight is exactly 0.
+    """`attend` for any number of keys: fills up to a multiple of 8 with keys whose weight is exactly 0.
 
-    TensorRT-RTX's fused attention built for SM89 is wrong by 9 % for CLIP's 257 keys, and built for the H200
-    itself such a number is not fused at all (docs/log.md).
+    For CLIP's 257 keys, TensorRT-RTX's fused attention for SM89 is wrong by 9 %, and its build for the H200
+    does not fuse at all (docs/log.md).
     """
     missing = -k.shape[-2] % 8
     if not missing:

@@ -1,6 +1,6 @@
 """One layer of the umT5 encoder: attention with a relative bias, then a gated GELU (model_spec.md 8.1).
 
-umT5 does not scale its logits, has no biases, and every layer has a bias table of its own.
+umT5 does not scale its logits, its linear layers have no biases, and each layer has its own bias table.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """The Wan2.1 VAE, a chunk at a time: walks the layers of `vae_layers`, caches explicit (model_spec.md 7).
 
-Video tensors are [channels, frames, height, width]. Spatial layers make the frames the batch. Padding in
-space is the convolution's own, padding in time is the cache. Upsampling is `nearest`: for a factor of two it
-is the same as `nearest-exact`, for which TensorRT has only a slow gather (trt_facts.md 1.1).
+Video tensors are [channels, frames, height, width]. Spatial layers make the frames the batch. Convolutions
+pad in space, caches pad in time. Upsampling is `nearest`, which equals `nearest-exact` for a factor of two:
+TensorRT has only a slow gather for the latter (trt_facts.md 1.1).
 """
 
 import math

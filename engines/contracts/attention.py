@@ -1,4 +1,4 @@
-"""Self-attention over all tokens: a graph of its own, so that another kernel can take its place."""
+"""Self-attention over all tokens. It is a separate network so that other kernels can compute it."""
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor

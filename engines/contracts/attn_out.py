@@ -1,8 +1,8 @@
 """From the attended values to the residual stream and the queries of cross-attention (model_spec.md 1.4).
 
 `x_out` is the residual stream after self-attention. `cross_q` holds the normed queries, multiplied by the
-softmax scale, as [tokens, heads, head_dim]. Several cross-attentions may read them: their results are
-combined before `ffn`.
+softmax scale. They are [tokens, channels] because our kernels and TensorRT write that without another pass.
+Several cross-attentions may read them: their results are combined before `ffn`.
 """
 
 from trt_wan.engines.config import ModelConfig
@@ -32,8 +32,5 @@ def network(model: ModelConfig, plan: Plan) -> Network:
             *linear("cross_attn.q", c.dim, c.dim),
             Tensor("cross_attn.norm_q.weight", (c.dim,)),
         ),
-        outputs=(
-            Tensor("x_out", tokens),
-            Tensor("cross_q", (plan.tokens, c.heads, c.head_dim), "activation"),
-        ),
+        outputs=(Tensor("x_out", tokens), Tensor("cross_q", tokens, "activation")),
     )

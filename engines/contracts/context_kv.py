@@ -1,4 +1,4 @@
-"""Keys and values of the text and image tokens for one block; run once per job, not per step."""
+"""Keys and values of the text and image tokens for one block, computed once per job."""
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor, linear

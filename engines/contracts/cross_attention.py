@@ -7,14 +7,11 @@ from trt_wan.engines.shape import Plan
 
 
 def network(model: ModelConfig, plan: Plan) -> Network:
-    c = model.transformer
+    tokens = (plan.tokens, model.transformer.dim)
     return Network(
         name="cross_attention",
         part="transformer",
-        inputs=(
-            Tensor("cross_q", (plan.tokens, c.heads, c.head_dim), "activation"),
-            *context_kv.network(model).outputs,
-        ),
+        inputs=(Tensor("cross_q", tokens, "activation"), *context_kv.network(model).outputs),
         weights=(),
-        outputs=(Tensor("cross_attended", (plan.tokens, c.dim), "activation"),),
+        outputs=(Tensor("cross_attended", tokens, "activation"),),
     )

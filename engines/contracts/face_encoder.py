@@ -1,4 +1,4 @@
-"""Motion vectors to face tokens, five per slot; slot 0 (the reference) is zero (model_spec.md 1.7)."""
+"""Motion vectors to face tokens, five per slot, zeros in slot 0, the reference (model_spec.md 1.7)."""
 
 from trt_wan.engines.config import FACE_TOKENS, ModelConfig
 from trt_wan.engines.contract import Network, Tensor, exact_linear

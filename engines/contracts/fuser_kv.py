@@ -1,4 +1,4 @@
-"""Keys and values of the face tokens for one fuser; once per window (model_spec.md 1.8)."""
+"""Keys and values of the face tokens for one fuser, computed once per window (model_spec.md 1.8)."""
 
 from trt_wan.engines.config import FACE_TOKENS, ModelConfig
 from trt_wan.engines.contract import Network, Tensor, linear

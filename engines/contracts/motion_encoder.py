@@ -1,9 +1,8 @@
 """Face crops in [-1, 1] to motion vectors (model_spec.md 1.6).
 
-Convolution and linear weights are the checkpoint's, unscaled: the equalising factors are in the graph. The
-one weight that is not in the checkpoint under its name is `dec.direction.orthonormal`, the Q of the
-Householder QR of `dec.direction.weight`; the loader computes it, because its signs must be LAPACK's and ONNX
-has no QR.
+Convolution and linear weights are the checkpoint's, unscaled: the graph has the equalising factors. The
+loader computes `dec.direction.orthonormal`, the Q of the Householder QR of `dec.direction.weight`: its signs
+must be LAPACK's, and ONNX has no QR.
 """
 
 from trt_wan.engines.config import ModelConfig

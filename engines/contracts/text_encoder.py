@@ -1,7 +1,9 @@
 """One layer of the umT5 encoder, run once per layer (model_spec.md 8.1).
 
-The token embedding is a look-up in the memory-mapped file and the final RMS norm a line of numpy; both live
-in the runtime. `position_buckets` is the same for every layer, the bias table it selects from is not.
+The token embedding is a look-up in the memory-mapped file and the final RMS norm a line of numpy. The runtime
+has both. `position_buckets` is the same for every layer; each layer's bias table differs.
+
+`attention_bias` is added to every row of the logits. It is 0, or very negative at padding.
 """
 
 from trt_wan.engines.config import ModelConfig
@@ -18,9 +20,7 @@ def network(model: ModelConfig) -> Network:
         repeats=t.layers,
         inputs=(
             Tensor("hidden", (t.length, t.dim)),
-            Tensor(
-                "attention_bias", (t.length,)
-            ),  # added to every row of the logits: 0, or very negative where padded
+            Tensor("attention_bias", (t.length,)),
             Tensor("position_buckets", (t.length, t.length), "int64"),
         ),
         weights=(

@@ -1,9 +1,9 @@
 """The VAE as two lists of layers, walked by its contracts and by its graphs (model_spec.md 7.1, 7.2).
 
 Video tensors are [channels, frames, height, width]. Encoder and decoder are causal in time and run chunk by
-chunk: the first chunk is one frame, every later one four frames per latent frame. What a layer has to know of
-the chunk before is its cache: the last two input frames of a causal convolution, the last frame of a halving
-in time. Before the first frame everything is zero, so the first chunk takes no caches.
+chunk: the first chunk is one frame, every later one has four frames per latent frame. A layer's cache holds
+the frames of the previous chunk that it needs: the last two input frames of a causal convolution, the last
+frame where time is halved. Frames before the first one are zero, so the first chunk takes no caches.
 """
 
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ def _middle(half: str, width: int, cell: int) -> tuple[Layer, ...]:
 
 
 def encoder(vae: VaeConfig) -> tuple[Layer, ...]:
-    """Frames to the latent's mean, then log variance. The halving nearest to the pixels leaves time alone."""
+    """Frames to the latent's mean, then log variance. The halving nearest to the pixels keeps the frames."""
     widths = [vae.base_dim * m for m in vae.multipliers]
     names = (f"encoder.downsamples.{i}" for i in count())
     width, cell = widths[0], 1
@@ -66,7 +66,7 @@ def encoder(vae: VaeConfig) -> tuple[Layer, ...]:
 
 
 def decoder(vae: VaeConfig) -> tuple[Layer, ...]:
-    """Latent to frames. The doubling nearest to the pixels leaves time alone; all halve the channels."""
+    """Latent to frames. The doubling nearest to the pixels keeps the frames. All halve the channels."""
     widths = [vae.base_dim * m for m in reversed(vae.multipliers)]
     names = (f"decoder.upsamples.{i}" for i in count())
     last = len(widths) - 1
@@ -96,7 +96,7 @@ def _gamma(name: str, channels: int, axes: int = 4) -> Tensor:
 
 
 def weights(layer: Layer, first: bool) -> tuple[Tensor, ...]:
-    """The layer's weights. The first frame passes the convolutions along time by, so they are not there."""
+    """The layer's weights. The first chunk skips the temporal convolutions, so their weights are missing."""
     name, inner, out = layer.name, layer.inner, layer.out
     match layer.kind:
         case "pointwise":
@@ -129,7 +129,7 @@ def weights(layer: Layer, first: bool) -> tuple[Tensor, ...]:
 
 
 def caches(layer: Layer, plan: Plan) -> tuple[Tensor, ...]:
-    """What the layer hands to the next chunk, in the order in which it is needed."""
+    """The tensors that the layer passes to the next chunk, in the order of their use."""
     height, width = plan.height // layer.cell, plan.width // layer.cell
 
     def last_two(name: str, channels: int) -> Tensor:
@@ -146,11 +146,8 @@ def caches(layer: Layer, plan: Plan) -> tuple[Tensor, ...]:
         case "up3d":
             return (last_two(f"{layer.name}.time_conv", layer.inner),)
         case "down3d":  # halved in space before it is halved in time
-            return (
-                Tensor(
-                    f"{layer.name}.time_conv.cache", (layer.out, 1, height // 2, width // 2), "activation"
-                ),
-            )
+            halved = (layer.out, 1, height // 2, width // 2)
+            return (Tensor(f"{layer.name}.time_conv.cache", halved, "activation"),)
         case "head":
             return (last_two(f"{layer.name}.2", layer.inner),)
         case "pointwise" | "attention" | "down2d" | "up2d":

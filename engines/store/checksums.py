@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 
@@ -22,7 +23,7 @@ SETTLED = 2.0  # s since the last change: times are that coarse on some disks, s
 def has_hash(file: BufferedReader, sha256: str, memory: Path) -> bool:
     """`file` is open for reading, and is at its beginning afterwards; `memory` is where it is remembered."""
     now, found = time.time_ns(), os.fstat(file.fileno())  # before it is read: a change meanwhile shows later
-    state = [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, sha256]
+    state = [*_state(found), sha256]
     large = found.st_size >= LARGE
     if large and _remembered(memory) == state:
         return True
@@ -39,3 +40,41 @@ def _remembered(memory: Path) -> object:
         return json.loads(memory.read_text())
     except (OSError, ValueError):  # not there, or damaged: hashed again
         return None
+
+
+CHUNK = 8 << 20  # bytes read between two looks at `should_stop`
+
+
+def file_state(path: Path) -> list[int]:
+    """Size, inode and times of a file: they differ once it was written to or replaced. Raises OSError."""
+    return _state(os.stat(path))
+
+
+def known_hash(path: Path, memory: Path) -> str | None:
+    """Returns the sha256 of `path` if `memory` has it for the file's present state. Raises OSError."""
+    match _remembered(memory):
+        case [*state, str(sha256)] if state == file_state(path):
+            return sha256
+    return None
+
+
+def content_hash(path: Path, state: list[int], memory: Path, should_stop: Callable[[], bool]) -> str | None:
+    """Returns the sha256 of `path` and remembers it; None if stopped, or if the file left `state`.
+
+    Raises OSError.
+    """
+    digest, now = hashlib.sha256(), time.time_ns()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            if should_stop():
+                return None
+            digest.update(chunk)
+        if _state(os.fstat(file.fileno())) != state:
+            return None
+    if now - max(state[2:]) > SETTLED * 1e9:
+        keep(memory, json.dumps([*state, digest.hexdigest()]))
+    return digest.hexdigest()
+
+
+def _state(found: os.stat_result) -> list[int]:
+    return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]

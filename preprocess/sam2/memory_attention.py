@@ -6,6 +6,7 @@ block of threads all the keys of its queries, so most multiprocessors idle (docs
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -49,7 +50,7 @@ class MemoryAttention:
     """The segment for a number of memories; `module` has the kernels."""
 
     def __init__(self, gpu: Gpu, config: Sam2Config, memories: int, module: Module) -> None:
-        self._stream, self._module, self._tokens = gpu.stream, module, config.tokens
+        self._launch, self._tokens = partial(module.launch, gpu.stream), config.tokens
         self._pairs = config.tokens * config.memory_channels // 2
         self._back_start = memories * config.tokens
         self._shared = 2 * TILE * (config.channels + config.memory_channels) * 2
@@ -65,12 +66,12 @@ class MemoryAttention:
         self._at = {name: scratch + offset for name, offset in self._offsets.items()}
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
-        partial, logs, tokens = self._at["partial"], self._at["logs"], np.int32(self._tokens)
+        found, tokens = (self._at["partial"], self._at["logs"]), np.int32(self._tokens)
         given = *(addresses[name] for name in ("q", "keys", "values", "seen")), np.int32(self._back_start)
-        grid, launch = (self._blocks, self._shares), self._module.launch
-        launch(self._stream, "attend", grid, 32 * WARPS, *given, partial, logs, tokens, shared=self._shared)
-        join = partial, logs, addresses["attended"], np.int32(self._shares), tokens
-        launch(self._stream, "join_shares", math.ceil(self._pairs / THREADS), THREADS, *join)
+        grid = (self._blocks, self._shares)
+        self._launch("attend", grid, 32 * WARPS, *given, *found, tokens, shared=self._shared)
+        join = *found, addresses["attended"], np.int32(self._shares), tokens
+        self._launch("join_shares", math.ceil(self._pairs / THREADS), THREADS, *join)
 
     def settle(self) -> None:
         pass
@@ -80,5 +81,5 @@ def open_memory_attention(
     gpu: Gpu, config: Sam2Config, memories: Sequence[int]
 ) -> dict[str, MemoryAttention]:
     """Segments by network, one for each number of memories."""
-    module = Module(gpu.device, SOURCE, NAMES, macros(config))
+    module = gpu.once((__name__, config), lambda: Module(gpu.device, SOURCE, NAMES, macros(config)))
     return {f"track_attention_{n}": MemoryAttention(gpu, config, n, module) for n in memories}

@@ -1,4 +1,4 @@
-"""What runs the graphs. An executor knows tensors by name and nothing of models, windows or files."""
+"""Executors run the graphs. An executor knows tensors by name and nothing of models, windows or files."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from trt_wan.engines.contract import Network
 
 Array = NDArray[np.generic]  # or an executor's own, which has a shape and which numpy can read
+
+# Slots of the result that the slots of an array go to, one weight for each, and the array (float32).
+BlendPart = tuple[Sequence[int], Sequence[float], Array]
 
 
 class Executor(Protocol):
@@ -24,12 +27,26 @@ class Executor(Protocol):
         """The sum of coefficient·array in float32, added in the order given: the samplers' arithmetic."""
         ...
 
+    def take(self, array: Array, slots: Sequence[int]) -> Array:
+        """Slots of an array [channels, slots, h, w], in the order given; a slot may be repeated."""
+        ...
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        """Arrays [channels, slots, h, w] one after the other along their slots."""
+        ...
+
+    def blend(self, slots: int, parts: Sequence[BlendPart]) -> Array:
+        """Returns float32 [channels, slots, h, w]: weight·slot k of every part is added to its slot of the
+        result, in the order given. A slot that no part names is 0.
+        """
+        ...
+
     def wait(self) -> None:
         """Returns when everything asked for so far is computed."""
         ...
 
     def settle(self) -> None:
-        """Says that every network has run once: what later starts can use is kept."""
+        """Call when every network has run once: compiled kernels are kept on disk for later starts."""
         ...
 
     def release(self, names: set[str]) -> None:

@@ -11,8 +11,9 @@ from typing import Any, cast
 import numpy as np
 
 from trt_wan.engines.contract import Network
+from trt_wan.runtime.device import slots as on_slots
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu
-from trt_wan.runtime.executors import Array
+from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.segments.segment import Segment
 from trt_wan.runtime.weights.on_device import DeviceWeights
 
@@ -45,6 +46,15 @@ class GpuExecutor:
 
     def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
         return cast(Array, self.gpu.combine(terms))
+
+    def take(self, array: Array, slots: Sequence[int]) -> Array:
+        return cast(Array, on_slots.take(self.gpu, array, slots))
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        return cast(Array, on_slots.join(self.gpu, arrays))
+
+    def blend(self, slots: int, parts: Sequence[BlendPart]) -> Array:
+        return cast(Array, on_slots.blend(self.gpu, slots, parts))
 
     def wait(self) -> None:
         self.gpu.sync()

@@ -6,12 +6,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trt_wan.engines.checkpoint import PARTS, required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import EnvironmentBroken, GraphError, MemoryShort
-from trt_wan.runtime.executors import Array
+from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.schedulers import combine_fp32
 
 
@@ -53,6 +55,20 @@ class OnnxRuntimeExecutor:
 
     def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
         return combine_fp32(terms)
+
+    def take(self, array: Array, slots: Sequence[int]) -> Array:
+        return array[:, list(slots)]
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        return np.concatenate(arrays, axis=1)
+
+    def blend(self, slots: int, parts: Sequence[BlendPart]) -> Array:
+        channels, _, *picture = parts[0][2].shape
+        total = np.zeros((channels, slots, *picture), np.float32)
+        for into, weights, array in parts:
+            for k, (slot, weight) in enumerate(zip(into, weights, strict=True)):
+                total[:, slot] += np.multiply(array[:, k], weight, dtype=np.float32)
+        return total
 
     def wait(self) -> None:
         pass  # ONNX Runtime returns when it is done

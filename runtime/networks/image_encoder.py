@@ -1,7 +1,7 @@
 """The letter-boxed reference picture to CLIP image features (model_spec.md 2.3, 8.2).
 
-The picture is squashed to 224x224, bicubic without antialiasing, as the official code does: with another
-filter the features differ measurably. They are the hidden states after all layers but the last, not normed.
+The picture is squashed to 224x224, bicubic without antialiasing, as the official code does. Another filter
+changes the features measurably. They are the hidden states after all layers but the last, without a norm.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ CUBIC = -0.75  # the free parameter of the cubic kernel (Keys 1981); torch and O
 
 
 def encode_image(model: Model, canvas: Array) -> NDArray[np.float32]:
-    """Features [257, dim] of a picture [3, H, W] in [-1, 1]."""
+    """Returns features [257, dim] of a picture [3, H, W] in [-1, 1]."""
     (hidden,) = model.run("image_encoder_embed", clip_pixels(canvas, model.config.image.size))
     for n in range(model.config.image.layers_used):
         (hidden,) = model.run("image_encoder_layer", hidden, n=n)
@@ -24,7 +24,7 @@ def encode_image(model: Model, canvas: Array) -> NDArray[np.float32]:
 
 
 def clip_pixels(canvas: Array, size: int = 224) -> NDArray[np.float32]:
-    """What CLIP looks at, [3, size, size], from a picture [3, H, W] in [-1, 1]."""
+    """Returns the input of CLIP, [3, size, size], from a picture [3, H, W] in [-1, 1]."""
     _, height, width = canvas.shape
     squashed = _cubic_weights(height, size) @ canvas.astype(np.float64) @ _cubic_weights(width, size).T
     pixels: NDArray[np.float32] = ((squashed * 0.5 + 0.5 - MEAN) / STD).astype(np.float32)
@@ -32,9 +32,9 @@ def clip_pixels(canvas: Array, size: int = 224) -> NDArray[np.float32]:
 
 
 def _cubic_weights(source: int, size: int) -> NDArray[np.float64]:
-    """The matrix [size, source] that resamples one axis: four taps a row, the edges repeated.
+    """Returns the matrix [size, source] that resamples one axis: four taps per row, edges repeated.
 
-    Not cv2.resize: where OpenCV runs without Intel IPP, it rounds positions to fp32 and is off by 2e-4.
+    cv2.resize is not used: without Intel IPP it rounds positions to fp32 and is off by 2e-4.
     """
     position = (np.arange(size) + 0.5) * (source / size) - 0.5
     taps = np.floor(position).astype(np.int64)[:, None] + np.arange(-1, 3)

@@ -28,7 +28,7 @@ class Model:
         self._before_each: Callable[[], None] | None = None
 
     def run(self, name: str, *inputs: Array, n: int = 0) -> tuple[Array, ...]:
-        """The outputs of network `name`. Raises what `checked` was given to raise."""
+        """The outputs of network `name`. Exceptions of the check in `checked` pass through."""
         if self._before_each is not None:
             self._before_each()
         network = self.networks[name]

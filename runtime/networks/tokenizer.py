@@ -1,8 +1,8 @@
 """A prompt to token ids, as umT5 was trained: cleaned, cut, `</s>` last. It pads nothing.
 
-The same pieces come in two file formats: a Hugging Face `tokenizer.json` and a SentencePiece model, which is
-a file `spiece.model` or the U8 tensor `spiece_model` inside ComfyUI's text encoder (model_spec.md 5.4).
-The packages for text are imported on use: they cost more than the command line's start.
+The pieces come in two file formats: a Hugging Face `tokenizer.json`, and a SentencePiece model, either a file
+`spiece.model` or the U8 tensor `spiece_model` inside ComfyUI's text encoder (model_spec.md 5.4). The packages
+for text are imported on first use, because importing them takes longer than the start of the command line.
 """
 
 import html
@@ -21,9 +21,10 @@ class Tokenizer:
     pieces: Callable[[str], list[int]]  # ids of a cleaned text, with nothing added
     end: int  # id of </s>
     length: int  # most ids the text encoder takes, </s> included
+    file: Path | None = None  # where it was read from, if not from inside the text encoder's file
 
     def encode(self, prompt: str) -> list[int]:
-        """One to `length` ids; a prompt that is too long loses its tail, never its `</s>`."""
+        """Returns 1 to `length` ids. A prompt that is too long loses its tail, never its `</s>`."""
         return [*self.pieces(clean(prompt))[: self.length - 1], self.end]
 
 
@@ -35,23 +36,25 @@ def clean(prompt: str) -> str:
 
 
 def load_tokenizer_json(path: Path, length: int) -> Tokenizer:
-    """Raises WeightsError."""
+    """Reads a Hugging Face tokenizer. Raises WeightsError."""
     import tokenizers
 
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises plain Exception for every fault, a missing file included
         raise _unreadable(str(path), str(error)) from error
-    tokenizer.no_truncation()  # what the file asks for is undone: a truncated text would have no </s>
+    tokenizer.no_truncation()  # a text truncated by the file's own settings would have no </s>
     tokenizer.no_padding()
     end = tokenizer.token_to_id(END)
     if end is None:
         raise _endless(str(path))
-    return Tokenizer(lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids), end, length)
+    return Tokenizer(
+        lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids), end, length, path
+    )
 
 
 def load_sentencepiece(model: Path | bytes, length: int) -> Tokenizer:
-    """From a file or from the bytes of one. Raises WeightsError."""
+    """Reads a SentencePiece model from a file or from its bytes. Raises WeightsError."""
     import sentencepiece
 
     name = str(model) if isinstance(model, Path) else "inside the text encoder's file"
@@ -64,11 +67,12 @@ def load_sentencepiece(model: Path | bytes, length: int) -> Tokenizer:
         raise _unreadable(name, "not a SentencePiece model") from error
     if processor.eos_id() < 0:  # an empty model loads and has none either
         raise _endless(name)
-    return Tokenizer(lambda text: list(processor.encode(text)), processor.eos_id(), length)
+    file = model if isinstance(model, Path) else None
+    return Tokenizer(lambda text: list(processor.encode(text)), processor.eos_id(), length, file)
 
 
 def byte_tokenizer(vocabulary: int, length: int) -> Tokenizer:
-    """For random weights, which have no tokenizer: a piece per byte, `</s>` is 1 as in umT5."""
+    """The tokenizer of random weights: a piece per byte, `</s>` is 1 as in umT5."""
     return Tokenizer(lambda text: [3 + byte % (vocabulary - 3) for byte in text.encode()], 1, length)
 
 

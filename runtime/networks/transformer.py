@@ -1,5 +1,4 @@
-"""The transformer as the denoising loop sees it: what is computed once, and `velocity`, which is computed
-every step.
+"""The transformer as the denoising loop sees it: parts that are computed once, and `velocity` for every step.
 
 Once per job: the context (keys and values of text and image tokens for every block) and the time table.
 Once per window: the face (keys and values of the face tokens for every fuser). Arrays have no batch axis.
@@ -21,7 +20,7 @@ PerLayer = list[tuple[Array, ...]]
 
 @dataclass(frozen=True)
 class WindowCondition:
-    """What one window is conditioned on; the latents are [channels, slots or frames, h, w]."""
+    """The condition of one window. The latents are [channels, slots or frames, h, w]."""
 
     condition: Array  # [20, T1, h, w]: 4 of mask, 16 of latent
     pose_latent: Array  # [16, T, h, w]; zeros without a pose clip

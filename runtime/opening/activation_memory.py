@@ -17,7 +17,7 @@ from trt_wan.engines.shape import Plan
 from trt_wan.runtime.conditioning import Strengths, WindowClips, condition_window
 from trt_wan.runtime.denoise import Branch, denoise, predict_window
 from trt_wan.runtime.device.arena import Arena, Span
-from trt_wan.runtime.executors import Array
+from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.vae import decode
 from trt_wan.runtime.preparation import prepare
@@ -66,6 +66,15 @@ class _Rehearsal:
         held = [self._held(value, "float32") for _, value in terms]
         return cast(Array, _Shape(self.arena, held[0].shape, "float32"))
 
+    def take(self, array: Array, slots: Sequence[int]) -> Array:
+        return self._like(array, len(slots), str(array.dtype))
+
+    def join(self, arrays: Sequence[Array]) -> Array:
+        return self._like(arrays[0], sum(array.shape[1] for array in arrays), str(arrays[0].dtype))
+
+    def blend(self, slots: int, parts: Sequence[BlendPart]) -> Array:
+        return self._like(parts[0][2], slots, "float32")
+
     def wait(self) -> None:
         pass
 
@@ -74,6 +83,9 @@ class _Rehearsal:
 
     def release(self, names: set[str]) -> None:
         pass
+
+    def _like(self, array: Array, slots: int, dtype: str) -> Array:
+        return cast(Array, _Shape(self.arena, (array.shape[0], slots, *array.shape[2:]), dtype))
 
     def _held(self, value: Any, dtype: str) -> _Shape:
         return value if isinstance(value, _Shape) else _Shape(self.arena, value.shape, dtype)

@@ -1,5 +1,6 @@
 """The sizes of an open model on the CPU: an ONNX Runtime executor each, over one set of fp32 weights."""
 
+import platform
 from collections.abc import Collection, Mapping
 
 from trt_wan.engines.config import ModelConfig
@@ -19,6 +20,12 @@ class CpuSizes:
         self._config, self._weights, self._observe = config, weights, observe
         self._bound = BoundWeights(weights)
         self._models: dict[Plan, Model] = {}
+
+    @property
+    def numerics(self) -> tuple[str, ...]:
+        import onnxruntime
+
+        return f"onnxruntime {onnxruntime.__version__}", platform.machine(), platform.processor()
 
     def begin(self, plan: Plan, guided: bool, steps: int, skip: Collection[str], progress: Progress) -> Model:
         if plan not in self._models:

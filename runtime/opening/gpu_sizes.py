@@ -62,6 +62,11 @@ class GpuSizes:
         self._models: dict[Plan, Model] = {}
         self._scratch: tuple[Any, int] | None = None  # buffer, bytes
 
+    @property
+    def numerics(self) -> tuple[str, ...]:
+        machine = self._machine
+        return machine.version, machine.gpu.name, str(machine.gpu.driver)
+
     def begin(self, plan: Plan, guided: bool, steps: int, skip: Collection[str], progress: Progress) -> Model:
         contracts = networks(self._config, plan)
         blocks = [

@@ -13,6 +13,7 @@ engines are built on the spot.
 import gc
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -29,12 +30,13 @@ from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.networks.model import Model
-from trt_wan.runtime.networks.text_encoder import encode_text
+from trt_wan.runtime.networks.text_encoder import encode_texts
 from trt_wan.runtime.networks.tokenizer import Tokenizer, byte_tokenizer
 from trt_wan.runtime.opening.cpu_sizes import CpuSizes
 from trt_wan.runtime.opening.gpu_sizes import GpuSizes
 from trt_wan.runtime.pipeline import ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
+from trt_wan.runtime.text_cache import TextCache
 from trt_wan.runtime.video.clips import Clips
 from trt_wan.runtime.weights.checkpoint import load_weights
 from trt_wan.runtime.weights.convert import FileSource, RandomSource
@@ -49,6 +51,11 @@ TEXT_ENCODER = "text_encoder_layer"
 
 class Sizes(Protocol):
     """The model at every size that jobs have asked for."""
+
+    @property
+    def numerics(self) -> tuple[str, ...]:
+        """Names everything beside weights and graphs that decides the bits of a result."""
+        ...
 
     def begin(self, plan: Plan, guided: bool, steps: int, skip: Collection[str], progress: Progress) -> Model:
         """The model at a size, with memory for a job. The job does not run the networks `skip`."""
@@ -65,12 +72,13 @@ class Sizes(Protocol):
 
 @dataclass(frozen=True)
 class OpenWeights:
-    """Weights of every part, and the tokenizer. `source` fills a GPU; `host` is what the CPU reads."""
+    """Weights of every part, and the tokenizer. `source` fills a GPU, the CPU reads `host`."""
 
     config: ModelConfig
     host: HostWeights
     source: WeightSource
     tokenizer: Tokenizer
+    text_files: tuple[Path, ...] = ()  # of text encoder and tokenizer; none for random weights
 
 
 def open_model(
@@ -100,6 +108,10 @@ class OpenModel:
         self.config, self.precision, self.settings = weights.config, precision, settings
         self._weights, self._sizes = weights, sizes
         self._running = False
+        text, numbers = self.config.text, (self.config.name, precision, *sizes.numerics)
+        cached = settings.text_cache and bool(weights.text_files)
+        self._cache = TextCache(cached, weights.text_files, numbers, (text.length, text.dim))
+        self._features: dict[str, Array] = {}  # of the job's prompts, as far as they are known
 
     def stream(
         self,
@@ -140,14 +152,22 @@ class OpenModel:
 
     def begin(self, job: Job, width: int, height: int, progress: Progress) -> Model:
         plan = Plan(width, height, job.window, self.precision)
-        return self._sizes.begin(plan, job.guided, job.steps, (), progress)
+        found = {prompt: self._cache.find(prompt) for prompt in job.prompts}
+        self._features = {prompt: features for prompt, features in found.items() if features is not None}
+        known = len(self._features) == len(found)
+        return self._sizes.begin(plan, job.guided, job.steps, [TEXT_ENCODER] if known else [], progress)
 
     def texts(self, model: Model, job: Job) -> list[Array]:
-        prompts = [job.prompt, job.negative_prompt] if job.guided else [job.prompt]
-        return [encode_text(model, self._weights.tokenizer, prompt) for prompt in prompts]
+        new = [prompt for prompt in dict.fromkeys(job.prompts) if prompt not in self._features]
+        made = encode_texts(model, self._weights.tokenizer, new) if new else []
+        for prompt, features in zip(new, made, strict=True):
+            self._features[prompt] = features
+            self._cache.store(prompt, features)
+        return [self._features[prompt] for prompt in job.prompts]
 
     def close(self) -> None:
         self._sizes.close()
+        self._cache.close()
         gc.collect()  # TensorRT's objects and arrays free GPU memory when Python drops them
 
     def __enter__(self) -> Self:
@@ -170,7 +190,9 @@ def open_weights(weights: WeightFiles, progress: Progress) -> OpenWeights:
     config, checkpoints = load_weights(weights.folders, weights.files)
     text_encoder = checkpoints["text_encoder"]
     tokenizer = find_tokenizer(weights.tokenizer, weights.folders, text_encoder, config.text.length)
-    return OpenWeights(config, checkpoints, FileSource(checkpoints), tokenizer)
+    files = {entry.file for entry in text_encoder.file.entries.values()}
+    files |= {tokenizer.file} if tokenizer.file is not None else set()
+    return OpenWeights(config, checkpoints, FileSource(checkpoints), tokenizer, tuple(sorted(files)))
 
 
 def open_gpu(settings: Settings, progress: Progress) -> tuple[Gpu, Flavour] | None:

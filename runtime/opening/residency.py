@@ -29,7 +29,7 @@ CONTEXT_BYTES = (500 << 20) + KERNELS_BYTES  # context and kernels; measured 0.6
 @dataclass(frozen=True)
 class Residency:
     arena: int  # activations
-    scratch: int  # of the engines, shared
+    scratch: int  # shared by the engines
     resident: int  # weights that stay
     streamed: list[Pack]  # in the order of a step; empty if everything fits
     slots: int  # bytes of the slots they stream through

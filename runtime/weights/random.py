@@ -49,7 +49,21 @@ def random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
 def random_weights(model: ModelConfig, part: Part, seed: int) -> dict[str, NDArray[np.float32]]:
     """All tensors of `part` by canonical name; the same for the same seed on every machine."""
     rng = np.random.default_rng([seed, PARTS.index(part)])
-    return {name: random_tensor(name, shape, rng) for name, shape in required_tensors(model, part).items()}
+    shapes = required_tensors(model, part)
+    return {name: random_tensor(name, shapes[name], rng) for name in _drawing_order(list(shapes))}
+
+
+def _drawing_order(names: list[str]) -> list[str]:
+    """A seed keeps its numbers: the second half of a block was one network when they were first drawn."""
+    first = "blocks.0.self_attn.o.weight"
+    if first not in names:
+        return names
+    start, stop = (
+        names.index(first),
+        1 + max(i for i, name in enumerate(names) if name.endswith(".ffn.2.bias")),
+    )
+    half = sorted(names[start:stop], key=lambda name: int(name.split(".")[1]))
+    return names[:start] + half + names[stop:]
 
 
 class RandomWeights(Mapping[str, NDArray[np.float32]]):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from safetensors.numpy import save
 
-from trt_wan.engines.config import TINY
+from trt_wan.engines.config import TINY, MotionConfig
 from trt_wan.engines.fp8 import E4M3, E4M3_MAX
 from trt_wan.engines.store.files import replace_atomically
 from trt_wan.runtime.executors import Array
@@ -26,14 +26,14 @@ F16 = np.dtype(np.float16)
 
 
 def write_tiny_weights(folder: Path, seed: int) -> list[Path]:
-    """The files written; the same bytes for the same seed."""
+    """Returns the files written: the same bytes for the same seed."""
     folder.mkdir(parents=True, exist_ok=True)
     transformer = random_weights(TINY, "transformer", seed)
     text = random_weights(TINY, "text_encoder", seed)
     files = {
         "wan2.2_animate_tiny_fp8_e4m3fn_scaled.safetensors": {
             **_scaled_fp8(transformer, BF16, lambda name: name.startswith("blocks.")),
-            **_blur_kernels(),
+            **blur_kernels(TINY.motion),
             "scaled_fp8": np.zeros(2, E4M3),
         },
         "wan2.1_vae_tiny_bf16.safetensors": _as(BF16, random_weights(TINY, "vae", seed)),
@@ -58,7 +58,7 @@ def _as(dtype: DTypeLike, tensors: Mapping[str, Array]) -> dict[str, Array]:
 def _scaled_fp8(
     tensors: Mapping[str, NDArray[np.float32]], other: np.dtype[np.generic], chosen: Callable[[str], bool]
 ) -> dict[str, Array]:
-    """Chosen matrices as FP8 with the scale max|W|/448, all other tensors as `other`."""
+    """Stores chosen matrices as FP8 with the scale max|W|/448, all other tensors as `other`."""
     result: dict[str, Array] = {}
     for name, values in tensors.items():
         if values.ndim == 2 and name.endswith(".weight") and chosen(name):
@@ -70,11 +70,11 @@ def _scaled_fp8(
     return result
 
 
-def _blur_kernels() -> dict[str, Array]:
-    """The buffers that real files carry and no loader needs; exact in BF16."""
+def blur_kernels(motion: MotionConfig) -> dict[str, Array]:
+    """Buffers of real files that no loader needs; exact in BF16."""
     row = np.array([1, 3, 3, 1], np.float32)
     kernel = (np.outer(row, row) / 64).astype(BF16)
-    blocks = range(1, len(TINY.motion.channels))
+    blocks = range(1, len(motion.channels))
     names = [f"convs.{i}.{part}.0.kernel" for i in blocks for part in ("conv2", "skip")]
     return {f"motion_encoder.enc.net_app.{name}": kernel for name in names}
 

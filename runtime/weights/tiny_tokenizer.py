@@ -1,7 +1,7 @@
-"""A real `tokenizer.json` for the tiny model, of umT5's kind: Unigram pieces, `▁` for a space, bytes.
+"""Writes a real `tokenizer.json`, for the tiny model, of umT5's kind: Unigram pieces, `▁` for a space, bytes.
 
-Deterministic, 26 kB, and it never answers `<unk>`: what it does not know it spells in UTF-8 bytes. (As in
-umT5's own file, a prompt that contains the name of a special piece literally gets that piece.)
+It is deterministic, has 26 kB, and never gives `<unk>`: unknown characters are spelt in UTF-8 bytes. (As with
+umT5's own file, a prompt that contains the name of a special piece gets that piece.)
 """
 
 from itertools import product
@@ -40,15 +40,17 @@ def write_tiny_tokenizer(path: Path, vocabulary: int) -> None:
 
 
 def _scored(vocabulary: int) -> list[tuple[str, float]]:
-    """Pieces and log-probabilities: words beat syllables, syllables letters, letters bytes."""
+    """Pieces and log-probabilities: words beat syllables, syllables letters, letters bytes. A larger
+    vocabulary is filled with pieces that no text has.
+    """
     kept = vocabulary - len(SPECIAL) - len(BYTES) - len(CHARACTERS)
     longer = [*((f"▁{word}", -6.0) for word in WORDS), *((syllable, -9.0) for syllable in SYLLABLES)]
-    assert 0 <= kept <= len(longer), (
-        f"a tiny vocabulary of {vocabulary} needs {kept} of {len(longer)} longer pieces"
-    )
+    assert kept >= 0, f"a vocabulary of {vocabulary} is too small"
+    unused = [(f"<unused {k}>", -50.0) for k in range(kept - len(longer))]
     return [
         *((piece, 0.0) for piece in SPECIAL),
         *((piece, -50.0) for piece in BYTES),
         *((piece, -8.0) for piece in CHARACTERS),
         *longer[:kept],
+        *unused,
     ]

@@ -1,0 +1,300 @@
+"""An open model: jobs of different sizes, modes, prompts and seeds one after another, on ONNX Runtime. The
+same on a GPU, with its memory, is in test_open_model_on_gpu.py.
+"""
+
+import os
+import shutil
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_job import FRAMES, PLAN, as_argv, prepare, write_clip, write_reference, write_sound
+
+from trt_wan.engines.config import TINY
+from trt_wan.errors import InputError, Stopped, UsageError
+from trt_wan.runtime.events import Event, Note, StageStarted, StepDone
+from trt_wan.runtime.executors import Array, Executor
+from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.opening.model import OpenModel, open_model
+from trt_wan.runtime.settings import Settings, WeightFiles
+from trt_wan.runtime.video import clips as clips_module
+from trt_wan.runtime.video.clips import open_clips
+from trt_wan.runtime.video.reader import Clip
+from trt_wan.runtime.weights.tiny import write_tiny_weights
+
+OTHER = (32, 48)  # a second size, width and height
+BUILD_OTHER = "trt-wan build --model tiny --size 32x48 --window 9 --precision fp32"
+Clips = dict[str, Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tiny_home: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRT_WAN_HOME", str(tiny_home))
+        subprocess.run(as_argv(BUILD_OTHER), env=os.environ, capture_output=True, check=True)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Clips:
+    """Prepared clips of both sizes, and weights."""
+    base = tmp_path_factory.mktemp("jobs")
+    prepare(base / "first", write_sound(base / "tone.m4a", 1))
+    (base / "other").mkdir()
+    write_reference(base / "other/src_ref.png", OTHER)
+    write_clip(base / "other/src_pose.mp4", OTHER, 9)
+    write_tiny_weights(base / "weights", seed=5)
+    return {name: base / name for name in ("first", "other", "weights")}
+
+
+def opened(folders: Clips, **more: Any) -> OpenModel:
+    files = WeightFiles((folders["weights"],))
+    return open_model(files, Settings(executor="onnxruntime", text_cache=False), **more)
+
+
+@pytest.fixture(scope="module")
+def model(folders: Clips) -> Iterator[OpenModel]:
+    with opened(folders) as model:
+        yield model
+
+
+def job(folder: Path, **changes: Any) -> Job:
+    settings = {"window": PLAN.frames, "steps": 2, "seed": 7} | changes
+    return Job(Inputs.from_folder(folder, changes.get("mode", "animate")), **settings)
+
+
+def frames(model: OpenModel, job: Job, **more: Any) -> Array:
+    return np.stack(list(model.stream(job, **more)))
+
+
+def no_face(job: Job) -> Job:
+    return replace(job, inputs=replace(job.inputs, face=None))
+
+
+def jobs(folders: Clips) -> list[Job]:
+    """Two sizes, both modes, another prompt, with and without guidance."""
+    first = no_face(job(folders["first"]))
+    return [
+        first,
+        job(folders["other"], window=9, seed=3),
+        no_face(replace(first, prompt="a dancer", guidance=2.0)),
+        no_face(job(folders["first"], mode="replace")),
+        first,
+    ]
+
+
+def test_jobs_in_a_row_equal_single_runs(folders: Clips, model: OpenModel) -> None:
+    """Also after a job that was stopped in the middle of a window."""
+    alone = []
+    for task in jobs(folders)[:4]:
+        with opened(folders) as single:
+            alone.append(frames(single, task))
+    row = []
+    for k, task in enumerate(jobs(folders)):
+        if k == 2:
+            stop_after_a_step(model, replace(task, steps=4))
+        row.append(frames(model, task))
+    for k, (got, want) in enumerate(zip(row, [*alone, alone[0]], strict=True)):
+        assert np.array_equal(got, want), f"job {k} differs from its single run"
+    assert not np.array_equal(alone[0], alone[2]) and not np.array_equal(alone[0], alone[3])
+
+
+def stop_after_a_step(model: OpenModel, task: Job) -> None:
+    steps: list[Event] = []
+
+    def progress(event: Event) -> None:
+        steps.extend([event] if isinstance(event, StepDone) else [])
+
+    with pytest.raises(Stopped):
+        frames(model, task, progress=progress, should_stop=lambda: bool(steps))
+
+
+def test_a_model_runs_one_job_at_a_time(folders: Clips, model: OpenModel) -> None:
+    task = no_face(job(folders["first"]))
+    stream = model.stream(task)
+    next(stream)
+    with pytest.raises(UsageError, match="running another job"):
+        next(model.stream(task))
+    stream.close()
+    assert len(frames(model, task)) == FRAMES
+
+
+def test_an_abandoned_stream_leaves_the_model_usable_in_another_thread(
+    folders: Clips, model: OpenModel
+) -> None:
+    task = no_face(job(folders["first"]))
+    want = frames(model, task)
+    stream = model.stream(task)
+    next(stream)
+    stream.close()
+    got: list[Array] = []
+    thread = threading.Thread(target=lambda: got.append(frames(model, task)))
+    thread.start()
+    thread.join()
+    assert np.array_equal(got[0], want)
+
+
+def test_an_observer_sees_every_size(folders: Clips) -> None:
+    seen: list[Executor] = []
+
+    def observe(executor: Executor) -> Executor:
+        seen.append(executor)
+        return executor
+
+    with opened(folders, observe=observe) as model:
+        for task in (jobs(folders)[0], jobs(folders)[1], jobs(folders)[0]):
+            frames(model, task)
+    assert len(seen) == 2
+
+
+class Counting:
+    """Counts the networks that run; everything else passes through."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self.ran: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.executor, name)
+
+    def run(self, network: Any, n: int, inputs: Any) -> Any:
+        self.ran[network.name] += 1
+        return self.executor.run(network, n, inputs)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_known_prompt_opens_no_text_encoder(folders: Clips, cached: bool) -> None:
+    task = job(folders["other"], window=9, prompt=f"known {cached}", guidance=1.0)
+    ran: list[Counter[str]] = []
+    made = []
+    for _ in range(2):
+        watched: list[Counting] = []
+
+        def observe(executor: Executor, watched: list[Counting] = watched) -> Any:
+            watched.append(Counting(executor))
+            return watched[0]
+
+        settings = Settings(executor="onnxruntime", text_cache=cached)
+        with open_model(WeightFiles((folders["weights"],)), settings, observe=observe) as model:
+            made.append(frames(model, task))
+        ran.append(watched[0].ran)
+    layers = TINY.text.layers
+    assert [r["text_encoder_layer"] for r in ran] == [layers, 0 if cached else layers]
+    assert np.array_equal(*made)
+    assert ran[0]["attn_in"] == ran[1]["attn_in"] > 0
+
+
+def test_the_grey_clip_is_encoded_once_a_size(folders: Clips) -> None:
+    watched: list[Counting] = []
+
+    def observe(executor: Executor) -> Any:
+        watched.append(Counting(executor))
+        return watched[0]
+
+    task = job(folders["other"], window=9)
+    with opened(folders, observe=observe) as model:
+        first = frames(model, task)
+        encoded = watched[0].ran["vae_encode_next"]
+        again = frames(model, task)
+        assert watched[0].ran["vae_encode_next"] - encoded == encoded // 2  # the pose clip alone
+    assert np.array_equal(first, again)
+
+
+# --- Faults that were there ------------------------------------------------------------------------------
+
+
+def test_replace_without_a_face_clip_gets_a_grey_face(folders: Clips, model: OpenModel) -> None:
+    """The wrapper feeds one (kijai_semantics.md 1.5); the fusers were skipped."""
+    events: list[Event] = []
+    task = no_face(job(folders["first"], mode="replace"))
+    without = frames(model, task, progress=events.append)
+    assert any(isinstance(event, Note) and "grey face" in event.text for event in events)
+
+    skipped = frames(model, replace(task, face_strength=0.0))
+    assert not np.array_equal(without, skipped), "the fusers are skipped"
+    animated = no_face(job(folders["first"]))
+    assert np.array_equal(frames(model, animated), frames(model, replace(animated, face_strength=0.0)))
+
+
+def test_strengths_are_placed_once_a_window(folders: Clips) -> None:
+    """They were uploaded nine times a step."""
+    given: list[Any] = []
+
+    class Watching(Counting):
+        def run(self, network: Any, n: int, inputs: Any) -> Any:
+            given.extend(value for name, value in inputs.items() if name.endswith("_strength"))
+            return super().run(network, n, inputs)
+
+    with opened(folders, observe=Watching) as model:  # type: ignore[arg-type]
+        frames(model, job(folders["first"], steps=3))
+    assert len(given) == 2 * 3 * (1 + TINY.transformer.fusers)  # windows, steps
+    assert len({id(value) for value in given}) == 2 * 2
+
+
+@pytest.mark.parametrize("stage", ["text", "image", "condition", "decode"])
+def test_a_stop_is_looked_at_in_every_stage(folders: Clips, model: OpenModel, stage: str) -> None:
+    """It was looked at between steps only: in the last decode the job went on to its end."""
+    reached: list[str] = []
+    steps: list[StepDone] = []
+
+    def progress(event: Event) -> None:
+        if isinstance(event, StageStarted):
+            reached.append(event.stage)
+        if isinstance(event, StepDone):
+            steps.append(event)
+
+    task = job(folders["other"], window=9)
+    with pytest.raises(Stopped):
+        frames(model, task, progress=progress, should_stop=lambda: reached[-1:] == [stage])
+    assert reached[-1] == stage and len(steps) == (2 if stage == "decode" else 0)
+    assert len(frames(model, task)) == 9
+
+
+def test_clips_are_closed_when_they_do_not_fit_together(
+    folders: Clips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folders["first"], tmp_path / "clips")
+    write_clip(tmp_path / "clips/src_face.mp4", (512, 512), 12)
+    made: list[Clip] = []
+    closed: list[Clip] = []
+
+    class Watched(Clip):
+        def __init__(self, path: Path, history: int = 1) -> None:
+            super().__init__(path, history)
+            made.append(self)
+
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
+    monkeypatch.setattr(clips_module, "Clip", Watched)
+    inputs = Inputs.from_folder(tmp_path / "clips", "replace")
+    with pytest.raises(InputError, match="different numbers of frames"):
+        open_clips(inputs, 13)
+    assert len(made) == 4 and set(closed) == set(made)
+    with open_clips(Inputs.from_folder(folders["first"], "replace"), 13):
+        assert len(closed) == 4
+    assert set(closed) == set(made) and len(made) == 8
+
+
+def test_several_folders_of_weights_are_searched(folders: Clips, tmp_path: Path) -> None:
+    """A second --weights replaced the first in silence."""
+    first, second = tmp_path / "diffusion_models", tmp_path / "rest"
+    for folder in (first, second):
+        folder.mkdir()
+    for path in folders["weights"].iterdir():
+        shutil.copy(path, first if path.name.startswith("wan2.2") else second)
+    files = WeightFiles((first, second))
+    with open_model(files, Settings(executor="onnxruntime", text_cache=False)) as model:
+        assert len(frames(model, job(folders["other"], window=9))) == 9
+
+
+def test_weights_must_be_named() -> None:
+    with pytest.raises(UsageError, match="no weights"):
+        WeightFiles()

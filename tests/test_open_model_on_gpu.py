@@ -1,0 +1,153 @@
+"""An open model on a GPU: memory that comes back, jobs in a row that equal single runs, streaming that
+changes nothing.
+
+Tiny random weights in files; skipped where there is no GPU.
+"""
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from on_gpu import require_gpu
+from tiny_job import PLAN, prepare, write_clip, write_reference, write_sound
+
+from trt_wan.build.graphs import build_graphs
+from trt_wan.engines.config import TINY
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.shape import Plan
+from trt_wan.errors import MemoryShort, Stopped
+from trt_wan.runtime.events import Event, Note, StepDone
+from trt_wan.runtime.executors import Array
+from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.opening.activation_memory import activation_bytes
+from trt_wan.runtime.opening.model import OpenModel, open_model
+from trt_wan.runtime.opening.residency import BLOCK, CONTEXT_BYTES, plan_residency
+from trt_wan.runtime.settings import Settings, WeightFiles
+from trt_wan.runtime.weights.on_device import SLOTS, Pack
+from trt_wan.runtime.weights.tiny import write_tiny_weights
+
+OTHER = Plan(32, 48, 9)
+CYCLES = 20
+SPARE = 8 << 20  # bytes: the driver hands memory out in pieces of 2 MB
+Clips = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Any:
+    return require_gpu()
+
+
+@pytest.fixture(scope="module")
+def folders(gpu: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clips]:
+    base = tmp_path_factory.mktemp("jobs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRT_WAN_HOME", str(base / "home"))
+        for plan in (PLAN, OTHER):
+            build_graphs(TINY, replace(plan, precision="fp8"), lambda name, seconds: None)
+        prepare(base / "first", write_sound(base / "tone.m4a", 1))
+        (base / "other").mkdir()
+        write_reference(base / "other/src_ref.png", (OTHER.width, OTHER.height))
+        write_clip(base / "other/src_pose.mp4", (OTHER.width, OTHER.height), 9)
+        write_tiny_weights(base / "weights", seed=5)
+        yield {name: base / name for name in ("first", "other", "weights")}
+
+
+def opened(folders: Clips, **settings: Any) -> OpenModel:
+    given = {"precision": "fp8", "text_cache": False} | settings
+    return open_model(WeightFiles((folders["weights"],)), Settings(**given))
+
+
+def job(folder: Path, **changes: Any) -> Job:
+    settings = {"window": PLAN.frames, "steps": 2, "seed": 7} | changes
+    return Job(Inputs.from_folder(folder, changes.get("mode", "animate")), **settings)
+
+
+def jobs(folders: Clips) -> list[Job]:
+    first = job(folders["first"])
+    return [
+        first,
+        job(folders["other"], window=OTHER.frames, seed=3),
+        replace(first, prompt="a dancer", guidance=2.0),
+        job(folders["first"], mode="replace"),
+        first,
+    ]
+
+
+def frames(model: OpenModel, task: Job, **more: Any) -> Array:
+    return np.concatenate(list(model.pieces(task, **more)), axis=1)
+
+
+def free_bytes() -> int:
+    from cuda.bindings import runtime
+
+    gc.collect()
+    runtime.cudaDeviceSynchronize()
+    error, free, _ = runtime.cudaMemGetInfo()
+    assert not error
+    return int(free)
+
+
+def test_opening_and_closing_gives_all_memory_back(folders: Clips) -> None:
+    after: list[int] = []
+    for k in range(CYCLES):
+        with opened(folders) as model:
+            frames(model, jobs(folders)[k % 2])
+        after.append(free_bytes())
+    assert min(after[1:]) >= after[0] - SPARE, [after[0] - free for free in after]
+
+
+def stop_after_a_step(model: OpenModel, task: Job) -> None:
+    steps: list[Event] = []
+
+    def progress(event: Event) -> None:
+        steps.extend([event] if isinstance(event, StepDone) else [])
+
+    with pytest.raises(Stopped):
+        frames(model, task, progress=progress, should_stop=lambda: bool(steps))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_jobs_in_a_row_equal_single_runs(folders: Clips, keep: bool) -> None:
+    alone = []
+    for task in jobs(folders)[:4]:
+        with opened(folders) as single:
+            alone.append(frames(single, task))
+    with opened(folders, keep_encoders=keep) as model:
+        for k, task in enumerate(jobs(folders)):
+            if k == 2:
+                stop_after_a_step(model, replace(task, steps=4))
+            assert np.array_equal(frames(model, task), [*alone, alone[0]][k]), f"job {k}"
+
+
+def test_streaming_changes_no_bit_and_a_stopped_job_leaves_the_stream_usable(folders: Clips) -> None:
+    task = job(folders["first"], steps=3)
+    with opened(folders) as model:
+        want = frames(model, task)
+        sizes: Any = model._sizes
+        plan = replace(PLAN, precision="fp8")
+        contracts = networks(TINY, plan)
+        scratch = sizes._executors[plan].scratch_bytes
+        arena = activation_bytes(TINY, plan, False, task.steps)
+        with pytest.raises(MemoryShort):
+            plan_residency(TINY, contracts, arena, scratch, 0)
+        whole = plan_residency(TINY, contracts, arena, scratch, 1 << 40)
+    blocks = [Pack.of(contracts[name], n).size for name in BLOCK for n in range(TINY.transformer.layers)]
+    least = whole.total - sum(blocks) + SLOTS * max(blocks) + CONTEXT_BYTES
+    events: list[Event] = []
+    with opened(folders, vram=least / 1e9, keep_encoders=False) as model:
+        assert np.array_equal(frames(model, task, progress=events.append), want)
+        stop_after_a_step(model, task)
+        assert np.array_equal(frames(model, task), want)
+    layers = TINY.transformer.layers
+    said = [event.text for event in events if isinstance(event, Note)]
+    assert any(f"{layers} of {layers} blocks stream from host memory" in text for text in said), said
+
+
+def test_many_steps_fit_into_the_planned_memory(folders: Clips) -> None:
+    """The plan rehearsed four steps, and 200 were refused as a fault of the plan."""
+    with opened(folders) as model:
+        assert frames(model, job(folders["other"], window=OTHER.frames, steps=200)).shape[1] == 9
