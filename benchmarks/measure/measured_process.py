@@ -27,6 +27,7 @@ from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.errors import Stopped, TrtWanError
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone
 from trt_wan.runtime.executors import Executor, Observe
+from trt_wan.runtime.host_memory import peak_bytes
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.render import render
@@ -154,7 +155,7 @@ def run_job(spec: Spec) -> None:
             for (stage, name), seconds in watch.executor.watched().items()
         ],
         calls=dict(watch.executor.calls),
-        host_peak_bytes=host_peak_bytes(),
+        host_peak_bytes=peak_bytes(),
         first_step_at=watch.first_step_at,
         at=time.time(),
         **watch.opened(),
@@ -240,18 +241,8 @@ def say_profile(executor: TimedExecutor, step_seconds: float) -> None:
         networks=networks,
         calls={name: count / PROFILED for name, count in executor.calls.items()},
         uploads={name: count / PROFILED for name, count in executor.uploads.items() if count},
-        host_peak_bytes=host_peak_bytes(),
+        host_peak_bytes=peak_bytes(),
     )
-
-
-def host_peak_bytes() -> int | None:
-    """The most memory this process has held; None where the system does not keep it."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 MODES = {"job": run_job, "steps": run_steps}
