@@ -1,26 +1,24 @@
-"""Measures the candidates for a network's place on the GPU that is there: how fast, and how far from fp32.
+"""Measures the candidates for each network's place on this machine's GPU: time, and error against fp32.
 
-Every candidate runs at the real shape on the same realistic inputs. The figures go into the manifests of the
-engines among them, where a run finds them. How a candidate is opened is the caller's business; one that
-cannot be opened or run is a figure as well.
+Every candidate runs at the real shape on the same realistic inputs. A figure is written as soon as it is
+known (engines/store/measurements.py), so a build that was stopped goes on with the next candidate. A
+candidate that cannot be opened or run has a figure too.
 """
 
 import gc
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from trt_wan.build.on_gpu import download, placed, started
 from trt_wan.build.realistic import Float, Host, realistic
 from trt_wan.build.reference import SAMPLE, Tokens, reference, relative_error
-from trt_wan.engines.choice.candidates import SEGMENTS, Candidate, Machine, candidates, tiers
-from trt_wan.engines.choice.choose import Missing, accurate, figures_of
+from trt_wan.engines.choice.candidates import SEGMENTS, Candidate, Engine, Machine, candidates, tiers
+from trt_wan.engines.choice.choose import Missing, accurate, place_of
 from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import ModelConfig
@@ -28,64 +26,19 @@ from trt_wan.engines.contract import Network
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.engine_id import EngineId
-from trt_wan.engines.store.engines import find, record_candidates
-from trt_wan.engines.store.measurements import Figure
-from trt_wan.errors import TrtWanError
+from trt_wan.engines.store.measurements import Figure, read_figures, record_figures, title
+from trt_wan.errors import GpuFault, TrtWanError
+from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.events import CandidateReady, CandidateStep, Progress
+from trt_wan.runtime.opening.segments import open_segments
+from trt_wan.runtime.segments.segment import Segment
 
 SEED = 0
 WARM_UPS = 2
 TIMED = 10
-ALIGNMENT = 256  # bytes; no buffer is smaller
 
-
-class Segment(Protocol):
-    """As in runtime/segments.py."""
-
-    @property
-    def scratch_bytes(self) -> int: ...
-
-    def start(self, scratch: int) -> None: ...
-
-    def enqueue(self, addresses: Mapping[str, int]) -> None: ...
-
-    def settle(self) -> None: ...
-
-
-class Gpu(Protocol):
-    """As in runtime/device/gpu.py: buffers have a `handle` and `close(stream)`."""
-
-    stream: Any
-
-    def allocate(self, size: int) -> Any: ...
-
-    def view(self, address: int, shape: Sequence[int], dtype: Any) -> Any: ...
-
-    def write(self, array: Any, host: NDArray[Any]) -> None: ...
-
-    def download(self, array: Any) -> NDArray[Any]: ...
-
-
-Clock = Callable[[Any, Callable[[], None]], float]  # stream, what to time -> milliseconds
+Clock = Callable[[Any, Callable[[], None]], float]  # stream, work to time -> milliseconds
 Open = Callable[[Candidate], Segment]
-
-
-@dataclass(frozen=True)
-class Measuring:
-    network: str
-    candidate: str
-    number: int  # of this candidate, 1-based
-    candidates: int
-
-
-@dataclass(frozen=True)
-class Measured:
-    figure: Figure
-    number: int
-    candidates: int
-
-
-TuneProgress = Callable[[Measuring | Measured], None]
 
 
 def event_clock(stream: Any, work: Callable[[], None]) -> float:
@@ -109,18 +62,24 @@ def autotune(
     plan: Plan,
     machine: Machine,
     gpu: Gpu,
-    open_candidate: Open,
     missing: Missing,
-    progress: TuneProgress,
+    progress: Progress,
     *,
     again: bool = False,
     clock: Clock = event_clock,
+    opened: Open | None = None,
 ) -> list[Figure]:
-    """The figures of every place that more than one candidate can take, measured now or, but for `again`,
-    earlier on this GPU. A candidate that is missing is a figure too. UsageError if torch is not here, which
-    exports the reference.
+    """The figures of every place with several candidates: the known ones, or with `again` all new ones.
+
+    A missing candidate has a figure too. `opened` opens a candidate in tests. Raises UsageError without
+    torch, which exports the reference, and GpuFault if a candidate breaks the GPU's context: then nothing
+    else can be measured in this process.
     """
     recipes = recipes_here(model, plan, machine)
+
+    def opened_here(row: Candidate) -> Segment:
+        return open_segments({row.network: row}, model, plan, gpu, recipes, progress)[row.network]
+
     figures: list[Figure] = []
     for network in SEGMENTS:
         rows = candidates(network, plan.precision, machine)
@@ -128,62 +87,27 @@ def autotune(
         usable = [row for row in rows if row.name not in absent]
         if len(usable) < 2:
             continue
-        engines = [recipes[row.engine].engine for row in rows if row.engine is not None]
-        known = figures_of(engines, machine)
-        if not again and all(row.name in known and known[row.name].state != "missing" for row in usable):
-            figures += [known[row.name] for row in rows if row.name in known]
-            continue
-        blank = partial(_blank, plan.precision, machine)
-        found = [blank(row, "missing", absent[row.name]) for row in rows if row.name in absent]
-        contract = networks(model, plan)[network]
-        found += _measure(contract, model, plan, usable, gpu, open_candidate, blank, progress, clock)
-        free = {row.name for row in rows if not row.on_request}
-        found = _with_choice(found, free, plan.precision)
-        _record(engines, found)
-        figures += found
+        sources = [recipes[row.engine].engine.source for row in rows if row.engine is not None]
+        place = place_of(recipes[Engine(network)].engine.source, machine)
+        found = {} if again else read_figures(place)
+        wanted = [row for row in usable if row.name not in found or found[row.name].state == "missing"]
+        if wanted:
+            blanks = {row.name: _blank(row, plan.precision, machine) for row in rows}
+            found |= {name: _without(blanks[name], "missing", why) for name, why in absent.items()}
+            contract = networks(model, plan)[network]
+            bench = _Bench.of(contract, model, plan, gpu, clock, opened or opened_here)
+            for figure in bench.figures([(row, blanks[row.name]) for row in wanted], progress):
+                found[figure.candidate] = figure
+                record_figures(place, sources, found)
+            found |= _with_choice(found, rows, plan.precision)
+            record_figures(place, sources, found)
+        figures += [found[row.name] for row in rows if row.name in found]
     return figures
-
-
-def _measure(
-    network: Network,
-    model: ModelConfig,
-    plan: Plan,
-    usable: Sequence[Candidate],
-    gpu: Gpu,
-    open_candidate: Open,
-    blank: Callable[..., Figure],
-    progress: TuneProgress,
-    clock: Clock,
-) -> list[Figure]:
-    rng = np.random.default_rng(SEED)
-    tokens = rng.choice(plan.tokens, SAMPLE, replace=plan.tokens < SAMPLE)
-    values = realistic(network, SEED)
-    bench = _Bench(gpu, network, values, tokens, reference(network.name, model, values, tokens), clock)
-    found = []
-    with _buffers(gpu, {name: host.nbytes for name, host in values.items()}) as inputs:
-        for name, host in values.items():
-            gpu.write(gpu.view(inputs[name], host.shape, host.dtype), host)
-        for number, candidate in enumerate(usable, 1):
-            progress(Measuring(network.name, candidate.name, number, len(usable)))
-            try:
-                ms, error = bench.measure(open_candidate, candidate, inputs)
-            except (
-                Exception
-            ) as problem:  # a library raises what it likes; the others are measured all the same
-                figure = blank(candidate, "failed", _sentence(problem))
-            else:
-                figure = replace(blank(candidate, "measured"), ms=ms, error=error)
-                if math.isinf(error):
-                    figure = blank(candidate, "broken", "Its output has numbers that are not finite.")
-            gc.collect()  # what the candidate held on the GPU
-            found.append(figure)
-            progress(Measured(figure, number, len(usable)))
-    return found
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """One network with inputs and what should come out of them at some tokens."""
+    """One network with its inputs, and its fp32 outputs at some tokens."""
 
     gpu: Gpu
     network: Network
@@ -191,79 +115,94 @@ class _Bench:
     tokens: Tokens
     wanted: dict[str, Float]
     clock: Clock
+    opened: Open
 
-    def measure(
-        self, open_candidate: Open, candidate: Candidate, inputs: Mapping[str, int]
-    ) -> tuple[float, float]:
+    @classmethod
+    def of(
+        cls, network: Network, model: ModelConfig, plan: Plan, gpu: Gpu, clock: Clock, opened: Open
+    ) -> "_Bench":
+        tokens = np.random.default_rng(SEED).choice(plan.tokens, SAMPLE, replace=plan.tokens < SAMPLE)
+        values = realistic(network, SEED)
+        wanted = reference(network.name, model, values, tokens)
+        return cls(gpu, network, values, tokens, wanted, clock, opened)
+
+    def figures(self, rows: Sequence[tuple[Candidate, Figure]], progress: Progress) -> Iterator[Figure]:
+        """Measures the candidates one after another, each with its blank figure."""
+        network = self.network.name
+        with placed(self.gpu, self.values) as inputs:
+            for number, (row, blank) in enumerate(rows, 1):
+                progress(CandidateStep(network, row.name, number, len(rows)))
+                figure = self._figure(row, blank, inputs)
+                gc.collect()  # frees the candidate's memory on the GPU
+                yield figure
+                f, count = figure, (number, len(rows))
+                progress(
+                    CandidateReady(network, row.name, *count, f.state, f.ms, f.error, f.tolerance, title(f))
+                )
+                if f.state == "failed":
+                    self._require_context(f, len(rows) - number)
+
+    def _figure(self, row: Candidate, blank: Figure, inputs: Mapping[str, int]) -> Figure:
+        try:
+            ms, error = self.measure(row, inputs)
+        except Exception as problem:  # libraries raise errors of any type; the other candidates still count
+            return _without(blank, "failed", _sentence(problem))
+        if math.isinf(error):
+            return _without(blank, "broken", "Its output has numbers that are not finite.")
+        return replace(blank, ms=ms, error=error)
+
+    def _require_context(self, failed: Figure, left: int) -> None:
+        """Raises GpuFault if the failed candidate broke the context: every later call would fail too."""
+        try:
+            self.gpu.sync()
+        except Exception as problem:  # of any type: the context is lost
+            raise GpuFault(
+                f"Measuring {failed.network} = {failed.candidate} broke the GPU's context "
+                f"({failed.problem}); {left} of its rivals are not measured.",
+                "Run the same command again: it goes on with the others.",
+            ) from problem
+
+    def measure(self, candidate: Candidate, inputs: Mapping[str, int]) -> tuple[float, float]:
         """Milliseconds and relative error."""
-        gpu, shapes = self.gpu, {t.name: (t.shape, np.dtype(t.dtype)) for t in self.network.outputs}
-        sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
-        segment = open_candidate(candidate)
-        with _buffers(gpu, sizes) as outputs, _buffers(gpu, {"": segment.scratch_bytes}) as scratch:
-            for (
-                name,
-                address,
-            ) in outputs.items():  # all bits set is NaN in every type: what is not written shows
-                gpu.write(gpu.view(address, (sizes[name],), np.uint8), np.full(sizes[name], 0xFF, np.uint8))
-            segment.start(scratch[""])
-            segment.enqueue({**inputs, **outputs})
-            made = {
-                name: gpu.download(gpu.view(outputs[name], shape, dtype))
-                for name, (shape, dtype) in shapes.items()
-            }
+        gpu, segment = self.gpu, self.opened(candidate)
+        with started(gpu, segment, self.network, inputs) as addresses:
+            segment.enqueue(addresses)
+            made = download(gpu, self.network, addresses)
             error = relative_error(made, self.wanted, self.values, self.tokens)
-            ms = self.clock(gpu.stream, lambda: segment.enqueue({**inputs, **outputs}))
+            ms = self.clock(gpu.stream, lambda: segment.enqueue(addresses))
             segment.settle()
         return ms, error
 
 
-@contextmanager
-def _buffers(gpu: Gpu, sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Addresses by name."""
-    held = []
-    try:
-        addresses = {}
-        for name, size in sizes.items():
-            held.append(gpu.allocate(max(size, ALIGNMENT)))
-            addresses[name] = int(held[-1].handle)
-        yield addresses
-    finally:
-        for buffer in held:
-            buffer.close(gpu.stream)
-
-
-def _blank(
-    precision: Precision, machine: Machine, candidate: Candidate, state: Any, problem: str = ""
-) -> Figure:
+def _blank(candidate: Candidate, precision: Precision, machine: Machine) -> Figure:
     """A figure without time and error."""
     return Figure(
         candidate.network,
         candidate.name,
-        state,
+        "measured",
         ms=None,
         error=None,
         tolerance=tolerance(candidate.network, precision, candidate.tier),
         tier=candidate.tier,
         gpu=machine.gpu.name,
         version=machine.version,
-        problem=problem,
     )
 
 
-def _with_choice(figures: Sequence[Figure], free: Collection[str], precision: Precision) -> list[Figure]:
-    """The figures, with the tiers that each is the best of; `free` are the candidates to choose from."""
-    rivals = [figure for figure in figures if figure.candidate in free]
+def _without(blank: Figure, state: Any, problem: str) -> Figure:
+    return replace(blank, state=state, problem=problem)
+
+
+def _with_choice(
+    figures: Mapping[str, Figure], rows: Sequence[Candidate], precision: Precision
+) -> dict[str, Figure]:
+    """The figures, each with the tiers that take it."""
+    rivals = [figures[row.name] for row in rows if row.name in figures and not row.on_request]
     best = {tier: ranked[0] for tier in tiers(precision) if (ranked := accurate(rivals, precision, tier))}
-    return [
-        replace(figure, chosen=", ".join(tier for tier, first in best.items() if first is figure))
-        for figure in figures
-    ]
-
-
-def _record(engines: Sequence[EngineId], figures: Sequence[Figure]) -> None:
-    for engine in engines:
-        if find(engine) is not None:  # one that cannot be built has no manifest
-            record_candidates(engine, figures)
+    return {
+        name: replace(figure, chosen=", ".join(tier for tier, first in best.items() if first is figure))
+        for name, figure in figures.items()
+    }
 
 
 def _sentence(problem: Exception) -> str:

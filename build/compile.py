@@ -1,23 +1,17 @@
-"""Graphs to engines: puts every engine of a model and plan, for one target, into the store.
+"""Compiles every engine of a model and plan, for one target, into the store.
 
-Engines that are there stay, and each one is in the store as soon as it is compiled: a build that was stopped
-goes on where it was. torch is imported only if graphs have to be exported first.
+Existing engines stay, and each new one is stored as soon as it is compiled: a build that was stopped goes on
+with the next. torch is imported only to export missing graphs.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from trt_wan.engines.choice.candidates import SEGMENTS, Candidate, Engine, Machine, candidates
 from trt_wan.engines.choice.choose import Missing
-from trt_wan.engines.choice.recipes import (
-    engine_names,
-    engines_of,
-    recipes,
-    recipes_here,
-    require_target,
-)
+from trt_wan.engines.choice.recipes import engine_names, engines_of, recipes, recipes_here, require_target
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
@@ -29,19 +23,20 @@ from trt_wan.engines.store.entries import entries, trim
 from trt_wan.engines.store.graphs import graph_set
 from trt_wan.engines.store.manifest import Manifest
 from trt_wan.errors import GraphError, UsageError
+from trt_wan.runtime.events import EngineReady, EngineStep, GraphExported, Progress
 
 State = Literal["there", "built", "missing", "impossible"]
 
 
 @dataclass(frozen=True)
 class EngineRow:
-    """One line of the report. Seconds are those of its compilation, whenever that was."""
+    """An engine of the report. `seconds` is the time of its compilation, also of an earlier one."""
 
     name: str
     target: Target
     state: State
-    manifest: Manifest | None  # None if it is not there
-    problem: str = ""  # why it is impossible
+    manifest: Manifest | None  # None for an engine that is not in the store
+    problem: str = ""  # the reason why it is impossible
 
     @property
     def seconds(self) -> float:
@@ -55,38 +50,10 @@ class EngineRow:
 @dataclass(frozen=True)
 class CompileReport:
     engines: tuple[EngineRow, ...]
-    missing_graphs: tuple[str, ...]  # which a build has to export first; of a dry run only
-    seconds: float  # of this call, with graphs
-    removed: int  # engines that made room
-
-
-@dataclass(frozen=True)
-class GraphDone:
-    name: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class EngineProgress:
-    """The phase and its steps are TensorRT's."""
-
-    name: str
-    target: Target
-    number: int  # of this engine, 1-based
-    engines: int
-    phase: str
-    step: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class EngineDone:
-    row: EngineRow
-    number: int
-    engines: int
-
-
-BuildProgress = Callable[[GraphDone | EngineProgress | EngineDone], None]
+    missing_graphs: tuple[str, ...] = ()  # in a dry run: a build exports them first
+    graphs: int = 0  # exported by this call
+    seconds: float = 0.0  # the duration of this call, with graphs
+    removed: int = 0  # engines that made room
 
 
 def compile_engines(
@@ -94,35 +61,35 @@ def compile_engines(
     plan: Plan,
     target: Target,
     flavour: Flavour,
-    progress: BuildProgress,
+    progress: Progress,
     *,
     machine: Machine | None = None,
     missing: Missing = lambda candidate: None,
     dry_run: bool = False,
 ) -> CompileReport:
-    """Builds what is missing or damaged. With `dry_run` nothing is built: the report says what is there.
+    """Builds missing and damaged engines. With `dry_run` it builds nothing and reports their states.
 
-    `machine` is the one that is there, for the target "current": it also gets the candidates that are built
-    for another target. An engine that cannot be compiled ends the build with a GraphError, those before it
-    are in the store; but where another candidate can take the network's place (`missing` says of which the
-    library is not here) the report says why, and the build goes on.
+    `machine` is this machine, for the target "current": its candidates for other targets are built too.
+    Raises GraphError for an engine that cannot be compiled, unless another candidate can take the network's
+    place: then the report holds the reason. `missing` says why a candidate cannot be used. Earlier engines
+    are in the store.
     """
     start = time.perf_counter()
     assert (machine is not None) == (target == "current"), f"{target} on {machine}"
     require_target(plan, target)
+    exported = 0
     if not graph_set(model, plan).complete():
-        if dry_run:  # without a graph's bytes there is no telling whether its engine is there
+        if dry_run:  # an engine's key needs the bytes of its graph
             wanted = _wanted(model, plan, target, machine)
             rows = tuple(EngineRow(engine.recipe, engine.target, "missing", None) for engine in wanted)
-            return CompileReport(rows, tuple(networks(model, plan)), time.perf_counter() - start, 0)
-        _export(model, plan, progress)
+            return CompileReport(rows, tuple(networks(model, plan)))
+        exported = export_graphs(model, plan, progress)
     if machine is not None:
         made = recipes_here(model, plan, machine)
     else:
         made = {Engine(name, target): r for name, r in recipes(model, plan, target, flavour).items()}
     if dry_run:
-        rows = tuple(_look(recipe) for recipe in made.values())
-        return CompileReport(rows, (), time.perf_counter() - start, 0)
+        return CompileReport(tuple(_look(recipe) for recipe in made.values()))
     places = _places(plan, machine)
     spared = {row.engine for rows in places for row in rows}
     errors: dict[Engine, GraphError] = {}
@@ -134,7 +101,30 @@ def compile_engines(
     _require_others(places, missing, errors)
     trim({recipe.engine.key for recipe in made.values()})
     removed = before - {entry.key for entry in entries()}
-    return CompileReport(rows, (), time.perf_counter() - start, len(removed))
+    return CompileReport(rows, (), exported, time.perf_counter() - start, len(removed))
+
+
+def export_graphs(model: ModelConfig, plan: Plan, progress: Progress) -> int:
+    """Exports the graphs that are missing, and returns their number. Raises UsageError without torch."""
+    graphs = graph_set(model, plan)
+    if graphs.complete():
+        return 0
+    made: list[str] = []
+
+    def exported(name: str, seconds: float) -> None:
+        made.append(name)
+        progress(GraphExported(name, seconds))
+
+    try:
+        from trt_wan.build.graphs import build_graphs
+
+        build_graphs(model, plan, exported)
+    except ImportError as error:  # torch imports onnxscript only when it exports
+        raise UsageError(
+            f"Exporting graphs needs packages that are not here ({error}).",
+            "Run: pip install 'trt-wan[build]'",
+        ) from error
+    return len(made)
 
 
 def _wanted(model: ModelConfig, plan: Plan, target: Target, machine: Machine | None) -> tuple[Engine, ...]:
@@ -153,32 +143,32 @@ def _make(
     recipe: Recipe,
     place: tuple[int, Mapping[Engine, Recipe]],
     errors: dict[Engine, GraphError] | None,
-    progress: BuildProgress,
+    progress: Progress,
 ) -> EngineRow:
     """`place` is the engine's number and all recipes of the build. An error that does not end the build is
     put into `errors`.
     """
+    number, made = place
     name, target = recipe.engine.network, recipe.engine.target
-    count = (place[0], len(place[1]))
-    spare = {other.engine.key for other in place[1].values()}
 
     def step(phase: str, done: int, steps: int) -> None:
-        progress(EngineProgress(name, target, *count, phase, done, steps))
+        progress(EngineStep(target, name, number, len(made), phase, done, steps))
 
+    keys = [other.engine.key for other in made.values()]
     try:
-        manifest, built = ensure(recipe.engine, lambda: recipe.compile(step), spare)
+        manifest, built = ensure(recipe.engine, lambda: recipe.compile(step), keys)
         row = EngineRow(name, target, "built" if built else "there", manifest)
     except GraphError as error:
         if errors is None:
             raise
         errors[engine] = error
         row = EngineRow(name, target, "impossible", None, error.message)
-    progress(EngineDone(row, *count))
+    progress(EngineReady(target, name, number, len(made), row.state, row.seconds, row.bytes, row.problem))
     return row
 
 
 def _places(plan: Plan, machine: Machine | None) -> list[tuple[Candidate, ...]]:
-    """The candidates for every place that has several; no others may fail."""
+    """The candidates for every place that has several; no other engine may fail."""
     if machine is None:
         return []
     every = [candidates(network, plan.precision, machine) for network in SEGMENTS]
@@ -196,15 +186,3 @@ def _require_others(
             error = errors.get(failed.engine) if failed.engine else None
             if error is not None and not others:
                 raise error
-
-
-def _export(model: ModelConfig, plan: Plan, progress: BuildProgress) -> None:
-    try:
-        from trt_wan.build.graphs import build_graphs
-
-        build_graphs(model, plan, lambda name, seconds: progress(GraphDone(name, seconds)))
-    except ImportError as error:  # torch imports onnxscript only when it exports
-        raise UsageError(
-            f"Exporting graphs needs packages that are not here ({error}).",
-            "Run: pip install 'trt-wan[build]'",
-        ) from error

@@ -7,12 +7,15 @@ with its contract (names, shapes, types) and passes the ONNX checker before it c
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
 from onnx import checker
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
 
 from trt_wan.build.models import GRAPHS
 from trt_wan.build.models.ops import OPSET
@@ -55,22 +58,40 @@ class _Graph(torch.nn.Module):
 
 def export(network: Network, model: ModelConfig, plan: Plan, path: Path) -> None:
     """Writes the ONNX graph of `network` to `path`."""
-
-    def graph(inputs: Sequence[torch.Tensor], weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return GRAPHS[network.name](*inputs, w=weights, model=model, plan=plan)
-
-    export_function(network, graph, path)
+    export_function(network, graph_function(network, model, plan), path)
 
 
 def export_function(network: Network, function: GraphFunction, path: Path) -> None:
     """Writes the ONNX graph of `network`, which `function` computes, to `path`."""
+    proto = _exported(network, function, FakeTensorMode()).model_proto
+    _assert_kept(proto, network)
+    checker.check_model(proto, full_check=True)
+    path.write_bytes(proto.SerializeToString())
+
+
+def exported_program(network: Network, model: ModelConfig, plan: Plan) -> ExportedProgram:
+    """The program behind the graph of `network`: its nodes have the names of the graph's tensors."""
+    program: ExportedProgram = _exported(
+        network, graph_function(network, model, plan), nullcontext()
+    ).exported_program
+    return program
+
+
+def graph_function(network: Network, model: ModelConfig, plan: Plan) -> GraphFunction:
+    def graph(inputs: Sequence[torch.Tensor], weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return GRAPHS[network.name](*inputs, w=weights, model=model, plan=plan)
+
+    return graph
+
+
+def _exported(network: Network, function: GraphFunction, mode: AbstractContextManager[Any]) -> Any:
+    """torch's ONNXProgram. `mode` decides whether its tensors have memory."""
     tensors = network.inputs + network.weights
-    with FakeTensorMode(), torch.no_grad():
+    with mode, torch.no_grad():
         args = tuple(torch.empty(t.shape, dtype=_DTYPES[t.dtype]) for t in tensors)
         program = torch.export.export(_Graph(network, function), args)
-    logging.getLogger("torch.onnx").setLevel(
-        logging.ERROR
-    )  # it reports that torchvision is missing; nothing needs it
+    # The exporter reports that torchvision is missing, which no graph needs.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(
@@ -82,10 +103,7 @@ def export_function(network: Network, function: GraphFunction, path: Path) -> No
             verbose=False,
         )
     assert exported is not None
-    proto = exported.model_proto
-    _assert_kept(proto, network)
-    checker.check_model(proto, full_check=True)
-    path.write_bytes(proto.SerializeToString())
+    return exported
 
 
 def _assert_kept(proto: onnx.ModelProto, network: Network) -> None:

@@ -1,10 +1,11 @@
 """Inputs to measure a network with: seeded, and as awkward as those of a trained model.
 
 In trained transformers a few channels of the residual stream are tens of times larger than the rest, and a
-few channels of k have a large mean that all tokens share. Both are what 8-bit formats suffer from and plain
-Gaussian noise lacks. Weights are Gaussian: what matters of them is their rounding.
+few channels of k have a large mean that all tokens share. 8-bit formats suffer from both, and plain
+Gaussian noise has neither. Weights are Gaussian: only their rounding matters.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ Host = NDArray[Any]
 Float = NDArray[np.float32]
 
 WEIGHT_GAIN = 1.4  # deviation times the root of the inputs: 0.02 for the 14B's 5120
-RESIDUAL_FACTORS = (20, 30, 40, 50)  # of the outlier channels of the residual stream
-K_MEANS = (9, -9, 12, -6)  # of k's outlier channels; deviations are 1
-Q_FACTOR = 2  # of q in k's outlier channels; more makes FP8 attention saturate (FP8_ATTENTION_RANGE)
-V_FACTOR = 8  # of one channel of v
+RESIDUAL_FACTORS = (20, 30, 40, 50)  # outlier channels of the residual stream
+K_MEANS = (9, -9, 12, -6)  # outlier channels of k; deviations are 1
+Q_FACTOR = 2  # q in k's outlier channels; more makes FP8 attention saturate (FP8_ATTENTION_RANGE)
+V_FACTOR = 8  # one channel of v
 
 
 def realistic(network: Network, seed: int) -> dict[str, Host]:
@@ -81,5 +82,5 @@ def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Floa
     elif len(shape) == 1:  # a norm's weight
         noise = 1 + 0.1 * noise
     elif name.endswith(".weight"):
-        noise *= WEIGHT_GAIN * size**-0.5
+        noise *= WEIGHT_GAIN * math.prod(shape[1:]) ** -0.5  # also convolutions
     return noise

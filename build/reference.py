@@ -1,4 +1,4 @@
-"""What a candidate is compared with: the network in float32, for a sample of its tokens.
+"""The reference for candidates: the network in float32, for a sample of its tokens.
 
 Every other part of a block acts on each token by itself, so a small fp32 graph that takes just the sample
 computes it, on ONNX Runtime on the CPU. Self-attention is numpy: the sampled queries against all keys.
@@ -23,7 +23,7 @@ Tokens = NDArray[np.int64]
 
 BY_TOKENS = ("x", "attended", "rope_cos", "rope_sin", "x_out", "cross_q", "cross_attended")
 TOKEN_AXIS = dict.fromkeys(BY_TOKENS, 0) | {"q": 1, "k": 1, "v": 1}
-# A residual stream's outliers would hide a wrong result: what was added to it is compared.
+# A residual stream's outliers would hide a wrong result, so the difference from the stream is compared.
 ADDED_TO = {"x_out": "x"}
 
 
@@ -82,7 +82,7 @@ def _session(name: str, model: ModelConfig, path: Path) -> Any:
 def relative_error(
     output: dict[str, Host], wanted: dict[str, Float], values: dict[str, Host], tokens: Tokens
 ) -> float:
-    """Of the sample, the worst output's; infinite if any number of any whole output is not finite."""
+    """The worst output's error over the sample; infinite if any number of a whole output is not finite."""
     errors = []
     for name, whole in output.items():
         if not np.isfinite(whole).all():

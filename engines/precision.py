@@ -8,6 +8,11 @@ the face's motion.
 from dataclasses import dataclass
 from typing import Literal
 
+from trt_wan.engines.gpu import Capability
+from trt_wan.errors import UsageError
+
+FP8_CAPABILITY: Capability = (8, 9)  # Ada, the first with FP8 products
+
 Precision = Literal["fp32", "bf16", "fp8"]
 
 
@@ -24,3 +29,18 @@ PRECISIONS: dict[Precision, PrecisionRow] = {
     "bf16": PrecisionRow("bfloat16", "bfloat16"),
     "fp8": PrecisionRow("bfloat16", "bfloat16", fp8=True),
 }
+
+
+def best_precision(capability: Capability) -> Precision:
+    """FP8 where the GPU has it, else bf16."""
+    return "fp8" if capability >= FP8_CAPABILITY else "bf16"
+
+
+def require_fp8(precision: Precision, capability: Capability) -> None:
+    """Raises UsageError if the precision needs FP8 and GPUs of this capability have none."""
+    if PRECISIONS[precision].fp8 and capability < FP8_CAPABILITY:
+        major, minor = capability
+        raise UsageError(
+            f"Precision {precision} needs compute capability 8.9 or later; this GPU has {major}.{minor}.",
+            "Use --precision bf16.",
+        )

@@ -1,4 +1,4 @@
-"""What a run reports: plain values handed to `progress(event)`. The library itself prints nothing."""
+"""Events of jobs and builds: plain values handed to `progress(event)`. The library itself prints nothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class StageProgress:
-    """`done` of the `total` frames of a stage have come; said a few times per stage."""
+    """`done` of the `total` frames of a stage are finished; reported a few times per stage."""
 
     stage: str
     done: int
@@ -24,8 +24,9 @@ class StageProgress:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One denoising step is computed, in `seconds`; the host had asked for all of it after `host_seconds`.
-    `eta` counts the remaining steps of all windows, in seconds.
+    """A denoising step took `seconds`. After `host_seconds` the host had enqueued all of its work.
+
+    `eta` is the time for the remaining steps of all windows, in seconds.
     """
 
     window: int
@@ -53,9 +54,80 @@ class Note:
     text: str
 
 
-Event = StageStarted | StageProgress | StepDone | WindowDone | Note
+@dataclass(frozen=True)
+class GraphExported:
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EngineStep:
+    """An engine is being compiled. TensorRT names the phase and counts its steps."""
+
+    target: str
+    name: str
+    number: int  # of this engine, 1-based
+    engines: int
+    phase: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class EngineReady:
+    """An engine is in the store, or cannot be built. `seconds` is the time of its compilation, also of an
+    earlier one.
+    """
+
+    target: str
+    name: str
+    number: int  # of this engine, 1-based
+    engines: int
+    state: str  # built, there, or impossible: then `problem` says why
+    seconds: float
+    bytes: int
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class CandidateStep:
+    """A candidate for a network's place is being measured."""
+
+    network: str
+    candidate: str
+    number: int  # of this candidate, 1-based
+    candidates: int
+
+
+@dataclass(frozen=True)
+class CandidateReady:
+    """A candidate is measured; `text` describes the result in words."""
+
+    network: str
+    candidate: str
+    number: int  # of this candidate, 1-based
+    candidates: int
+    state: str
+    ms: float | None
+    error: float | None
+    tolerance: float
+    text: str
+
+
+Event = (
+    StageStarted
+    | StageProgress
+    | StepDone
+    | WindowDone
+    | Note
+    | GraphExported
+    | EngineStep
+    | EngineReady
+    | CandidateStep
+    | CandidateReady
+)
 Progress = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """The progress of callers that do not care."""
+    """Ignores every event."""

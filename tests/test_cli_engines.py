@@ -22,13 +22,9 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny_job import PLAN, TRT_WAN
 
-import trt_wan.build.autotune
-import trt_wan.build.compile
-import trt_wan.cli.build
+import trt_wan.build.goals
 import trt_wan.cli.engines
-import trt_wan.engines.choice.recipes
-import trt_wan.runtime.device.gpu
-from trt_wan.build.autotune import Measured, Measuring
+from trt_wan.build.compile import CompileReport, EngineRow
 from trt_wan.cli.main import cli
 from trt_wan.engines.choice.candidates import CANDIDATES, Engine, Machine
 from trt_wan.engines.choice.recipes import engine_names, recipes
@@ -36,12 +32,15 @@ from trt_wan.engines.config import TINY
 from trt_wan.engines.flavour import choose_flavour
 from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.engines import find, record_candidates
+from trt_wan.engines.store.engines import find
 from trt_wan.engines.store.entries import entries
 from trt_wan.engines.store.locks import held
 from trt_wan.engines.store.manifest import Manifest
-from trt_wan.engines.store.measurements import Figure
-from trt_wan.errors import shell_command
+from trt_wan.engines.store.measurements import Figure, Place, record_figures, title
+from trt_wan.errors import EnvironmentBroken, UsageError, shell_command
+from trt_wan.runtime.events import CandidateReady, CandidateStep
+from trt_wan.runtime.opening.model import choose_precision
+from trt_wan.runtime.settings import Settings
 
 pytest.importorskip("tensorrt_rtx", reason="engines are compiled with TensorRT-RTX")
 
@@ -211,14 +210,14 @@ class FakeGpu:
 
 
 def without_gpu() -> None:
-    raise trt_wan.runtime.device.gpu.EnvironmentBroken("No CUDA device can be used (test).", "on the CPU")
+    raise EnvironmentBroken("No CUDA device can be used (test).", "on the CPU")
 
 
 def test_without_a_gpu_it_says_that_it_exports_graphs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
-    monkeypatch.setattr(trt_wan.runtime.device.gpu, "Gpu", without_gpu)
+    monkeypatch.setattr(trt_wan.build.goals, "Gpu", without_gpu)
     for precision in ("fp32", "bf16"):
         options = ["--precision", precision] if precision != "fp32" else []
         result = invoke(*BUILD[:-2], "--dry-run", *options)
@@ -243,19 +242,19 @@ def test_with_a_gpu_it_builds_for_it(
 ) -> None:
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
     monkeypatch.setattr(FakeGpu, "capability", capability)
-    monkeypatch.setattr(trt_wan.runtime.device.gpu, "Gpu", FakeGpu)
+    monkeypatch.setattr(trt_wan.build.goals, "Gpu", FakeGpu)
     asked: list[Any] = []
 
     def compiled(*arguments: Any, machine: Machine, missing: Any, dry_run: bool) -> Any:
         asked.append((*arguments[:3], arguments[3].name, machine.gpu, machine.capability, dry_run))
-        return trt_wan.build.compile.CompileReport((), (), 0.0, 0)
+        return CompileReport(())
 
-    def measured(report: Any, config: Any, goal: Any, done: Any, again: bool) -> list[Figure]:
+    def tuned(*arguments: Any, again: bool) -> list[Figure]:
         asked.append(again)
         return [FIGURE]
 
-    monkeypatch.setattr(trt_wan.build.compile, "compile_engines", compiled)
-    monkeypatch.setattr(trt_wan.cli.build, "_measure", measured)
+    monkeypatch.setattr(trt_wan.build.goals, "compile_engines", compiled)
+    monkeypatch.setattr(trt_wan.build.goals, "autotune", tuned)
     data = data_of(*BUILD[:-2], *options)
     plan = Plan(PLAN.width, PLAN.height, PLAN.frames, precision)  # type: ignore[arg-type]
     build = (TINY, plan, "current", "tensorrt_rtx", GpuKind("A GPU", 13), capability, False)
@@ -268,25 +267,38 @@ def test_with_a_gpu_it_builds_for_it(
     assert "measured on the GPU" in message
 
 
+def test_fp8_on_a_gpu_without_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At `build` and at `run`."""
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
+    monkeypatch.setattr(FakeGpu, "capability", (8, 6))
+    monkeypatch.setattr(trt_wan.build.goals, "Gpu", FakeGpu)
+    message, hint = refused(2, *BUILD[:-2], "--precision", "fp8")
+    assert message == "Precision fp8 needs compute capability 8.9 or later; this GPU has 8.6."
+    assert hint == "Use --precision bf16." and not list(tmp_path.iterdir())
+    gpu: Any = FakeGpu()
+    with pytest.raises(UsageError, match="this GPU has 8.6"):
+        choose_precision(Settings(precision="fp8"), gpu)
+    assert choose_precision(Settings(), gpu) == "bf16"
+
+
 def test_what_could_not_be_built_is_no_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its reason is the builder's; events and the choice are told line by line."""
-    monkeypatch.setattr(trt_wan.runtime.device.gpu, "Gpu", FakeGpu)
-    row = trt_wan.build.compile.EngineRow("attention", "current", "impossible", None, "It asks for 68 GB.")
-    report = trt_wan.build.compile.CompileReport((row,), (), 0.0, 0)
-    monkeypatch.setattr(trt_wan.build.compile, "compile_engines", lambda *_, **options: report)
-    monkeypatch.setattr(trt_wan.engines.choice.recipes, "recipes_here", lambda *_: {})
+    monkeypatch.setattr(trt_wan.build.goals, "Gpu", FakeGpu)
+    row = EngineRow("attention", "current", "impossible", None, "It asks for 68 GB.")
+    report = CompileReport((row,))
+    monkeypatch.setattr(trt_wan.build.goals, "compile_engines", lambda *_, **options: report)
     sentences = []
 
-    def tuned(
-        model: Any, plan: Any, machine: Any, gpu: Any, opened: Any, missing: Any, progress: Any, **_: Any
-    ) -> Any:
+    def tuned(model: Any, plan: Any, machine: Any, gpu: Any, missing: Any, progress: Any, **_: Any) -> Any:
         sentences.extend(missing(row) for row in CANDIDATES if row.engine == Engine("attention"))
         sentences.extend(missing(row) for row in CANDIDATES if row.engine == Engine("attn_in"))
-        progress(Measuring("attention", "cudnn", 1, 1))
-        progress(Measured(FIGURE, 1, 1))
+        progress(CandidateStep("attention", "cudnn", 1, 1))
+        f = FIGURE
+        ready = CandidateReady(f.network, f.candidate, 1, 1, f.state, f.ms, f.error, f.tolerance, title(f))
+        progress(ready)
         return [FIGURE]
 
-    monkeypatch.setattr(trt_wan.build.autotune, "autotune", tuned)
+    monkeypatch.setattr(trt_wan.build.goals, "autotune", tuned)
     told = invoke(*BUILD[:-2]).stderr.splitlines()
     assert sentences == ["It asks for 68 GB.", None]
     words = "38.50 ms, error 3.1e-03 <= 1.0e-02"
@@ -351,7 +363,8 @@ def test_show_tells_the_manifest_and_the_measurements(store: Path) -> None:
         FIGURE,
     ]
     assert "No candidates were measured." in invoke("show", engine.key).stdout
-    record_candidates(engine, figures)
+    place = Place("A GPU", "tensorrt_rtx 1.6", engine.source)
+    record_figures(place, [engine.source], {figure.candidate: figure for figure in figures})
     shown = invoke("show", engine.key[:10]).stdout
     for fact in (
         engine.key,

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from plan_text import fused_attentions, gemms
 
-from trt_wan.build.compile import BuildProgress, EngineDone, EngineProgress, compile_engines
+from trt_wan.build.compile import compile_engines
 from trt_wan.build.export import export
 from trt_wan.engines.choice.recipes import engine_names, recipes
 from trt_wan.engines.config import ANIMATE_14B, TINY
@@ -32,6 +32,7 @@ from trt_wan.engines.store.engine_id import Recipe
 from trt_wan.engines.store.entries import entries
 from trt_wan.engines.tensorrt import compile_onnx
 from trt_wan.errors import UsageError
+from trt_wan.runtime.events import EngineReady, EngineStep, Event
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -200,16 +201,19 @@ def test_progress_counts_engines(home: Path, tmp_path: Path, monkeypatch: pytest
     """In a store with the graphs and no engines. Phases are reported of what takes longer than 0.1 s."""
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
     (tmp_path / "graphs").symlink_to(home / "graphs")
-    events: list[object] = []
-    progress: BuildProgress = events.append
-    report = compile_engines(MODEL, PLANS["fp32"], "sm89", choose_flavour("tensorrt_rtx", None), progress)
+    events: list[Event] = []
+    report = compile_engines(
+        MODEL, PLANS["fp32"], "sm89", choose_flavour("tensorrt_rtx", None), events.append
+    )
     names = engine_names(MODEL, PLANS["fp32"])
-    done = [event for event in events if isinstance(event, EngineDone)]
-    assert [(e.row.name, e.number) for e in done] == [(name, n) for n, name in enumerate(names, 1)]
-    assert [e.row for e in done] == list(report.engines)
+    done = [event for event in events if isinstance(event, EngineReady)]
+    assert [(e.name, e.number) for e in done] == [(name, n) for n, name in enumerate(names, 1)]
+    assert [(e.state, e.seconds, e.bytes) for e in done] == [
+        (row.state, row.seconds, row.bytes) for row in report.engines
+    ]
     assert {e.engines for e in done} == {len(names)}
     assert all(row.state == "built" and row.seconds > 0 and row.bytes > 0 for row in report.engines)
-    steps = [event for event in events if isinstance(event, EngineProgress)]
+    steps = [event for event in events if isinstance(event, EngineStep)]
     assert steps and all(e.phase and 0 <= e.step <= e.steps for e in steps)
 
 

@@ -28,9 +28,8 @@ from trt_wan.engines.store import checksums as checked_plan
 from trt_wan.engines.store import engines as engine_store
 from trt_wan.engines.store import kernels, locks
 from trt_wan.engines.store.engine_id import EngineId, Recipe, wan_engine
-from trt_wan.engines.store.engines import ensure, find, obtain, open_checked, record_candidates
+from trt_wan.engines.store.engines import ensure, find, obtain, open_checked
 from trt_wan.engines.store.entries import entries, limit_bytes, remove, trim
-from trt_wan.engines.store.measurements import Figure
 from trt_wan.errors import GraphError, UsageError, shell_command
 
 RTX = Flavour("tensorrt_rtx", "1.6.1.120", SimpleNamespace(), "it builds without a GPU")
@@ -89,7 +88,7 @@ def test_an_engine_is_built_once_and_described() -> None:
     assert (manifest["flavour"], manifest["version"]) == ("tensorrt_rtx", "1.6.1.120")
     assert manifest["flavour_reason"] == RTX.reason
     assert manifest["bytes"] == SIZE and manifest["sha256"] == hashlib.sha256(plan_of(A)).hexdigest()
-    assert manifest["build_seconds"] >= 0 and manifest["gpu"] is None and manifest["candidates"] == []
+    assert manifest["build_seconds"] >= 0 and manifest["gpu"] is None
 
 
 def test_an_engine_that_is_not_there() -> None:
@@ -183,7 +182,7 @@ DAMAGES: dict[str, tuple[Callable[[], object], str]] = {
         "or an edited one",
     ),
     "manifest target": (lambda: set_field("target", "sm120"), "or an edited one"),
-    "manifest candidates": (lambda: set_field("candidates", [{"ms": 1.0}]), "or an edited one"),
+    "manifest command": (lambda: set_field("rebuild", ["build"]), "or an edited one"),
     "manifest field more": (lambda: edit(file(A, "json"), lambda d: b'{"x": 1,' + d[1:]), "or an edited one"),
 }
 
@@ -565,19 +564,6 @@ def test_a_limit_that_is_no_size(limit: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_default_limit_is_four_gigabytes() -> None:
     assert limit_bytes() == 4e9
-
-
-def test_measured_candidates_are_kept_with_the_engine() -> None:
-    build(A)
-    here = Figure("attention", "cudnn", "measured", 25.0, 0.006, 0.01, "exact", "H200", "tensorrt_rtx 1.6")
-    elsewhere = replace(here, gpu="L40S", ms=60.0)
-    record_candidates(A, [replace(here, ms=99.0), elsewhere])
-    record_candidates(A, [here])  # the same again, and another GPU's stay
-    manifest, built = ensure(A, lambda: pytest.fail("it is there"))
-    assert manifest.candidates == [elsewhere, here] and not built
-    assert open_checked(A) == plan_of(A)
-    with pytest.raises(GraphError, match="not built"):
-        record_candidates(B, [here])
 
 
 def test_a_store_that_may_only_be_read_still_serves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

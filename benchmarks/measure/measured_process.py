@@ -30,6 +30,7 @@ from trt_wan.errors import Stopped
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone
 from trt_wan.runtime.executors import Executor, Observe
 from trt_wan.runtime.executors.gpu import GpuExecutor
+from trt_wan.runtime.host_memory import peak_bytes
 from trt_wan.runtime.job import DEFAULT_PROMPT, Inputs, Job, Mode
 from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.render import render
@@ -158,7 +159,7 @@ def run_job(spec: Spec) -> None:
             for (stage, name), seconds in watch.executor.watched().items()
         ],
         calls=dict(watch.executor.calls),
-        host_peak_bytes=host_peak_bytes(),
+        host_peak_bytes=peak_bytes(),
         first_step_at=watch.first_step_at,
         **loading(watch.executor.executor),
         at=time.time(),
@@ -245,7 +246,7 @@ def say_profile(executor: TimedExecutor, step_seconds: float) -> None:
         networks=networks,
         calls={name: count / PROFILED for name, count in executor.calls.items()},
         uploads={name: count / PROFILED for name, count in executor.uploads.items() if count},
-        host_peak_bytes=host_peak_bytes(),
+        host_peak_bytes=peak_bytes(),
     )
 
 
@@ -258,16 +259,6 @@ def loading(executor: Executor) -> dict[str, Any]:
     return dict(
         zip(names, (weights.loaded_bytes, weights.loading_seconds, weights.pinned_bytes), strict=True)
     )
-
-
-def host_peak_bytes() -> int | None:
-    """Returns the peak memory of this process; None if the system does not count it."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 MODES = {"job": run_job, "steps": run_steps}

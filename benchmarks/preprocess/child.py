@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from trt_wan.benchmarks.measure.measured_process import host_peak_bytes
 from trt_wan.benchmarks.measure.processes import answering, say
 from trt_wan.benchmarks.measure.timed import timed
 from trt_wan.benchmarks.preprocess.parts import PartClock
@@ -31,6 +30,7 @@ from trt_wan.preprocess.preprocess import FIND, preprocess
 from trt_wan.preprocess.sam2.segmenter import open_segmenter
 from trt_wan.preprocess.stages import Executor, Networks, open_stages
 from trt_wan.runtime.events import Event, Note, StageProgress
+from trt_wan.runtime.host_memory import peak_bytes
 from trt_wan.runtime.job import Mode
 from trt_wan.runtime.video.reader import Clip, Picture
 
@@ -88,7 +88,7 @@ def passes(spec: Spec, run: Callable[[], int]) -> int:
 
 
 def end(notes: Notes, **more: Any) -> None:
-    say("end", host_peak_bytes=host_peak_bytes(), notes=notes.texts, **more)
+    say("end", host_peak_bytes=peak_bytes(), notes=notes.texts, **more)
 
 
 def read_frames(path: str) -> list[Picture]:

@@ -1,8 +1,8 @@
-"""What may compute a network on a GPU: one row per candidate. Networks without rows have their own engine.
+"""The candidates for a network's place on a GPU: one row each. A network without rows has one engine.
 
-A candidate is a TensorRT engine (perhaps one made for another target, or by another recipe than the network's
-graph), kernels of our own, or an attention library. Which one a run takes is in choice.py; nothing here knows
-how one is opened, or whether its library is installed.
+A candidate is a TensorRT engine (perhaps for another target, or by another recipe than the network's graph),
+our kernels, or an attention library. choose.py picks one; runtime/opening/segments.py opens it and knows
+whether its library is installed.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ ATTENTION_FP8 = "attention_fp8"  # the recipe of the contract `attention`, compu
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPU that is there, and its TensorRT."""
+    """The GPU of this machine, and its TensorRT."""
 
     gpu: GpuKind
     capability: Capability
@@ -34,7 +34,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Engine:
-    """A TensorRT engine by the name of its recipe and the target it is built for."""
+    """A TensorRT engine: the name of its recipe, and the target it is built for."""
 
     recipe: str
     target: Target = "current"
@@ -47,11 +47,11 @@ class Engine:
 @dataclass(frozen=True)
 class Candidate:
     network: str
-    name: str  # as users read and write it
+    name: str  # for users, who read and write it
     precisions: tuple[Precision, ...]
     tier: Tier = "exact"  # the lowest that may use it
     maker: Maker = "engine"
-    engine: Engine | None = None  # of the maker "engine", and only then
+    engine: Engine | None = None  # set if the maker is "engine", and only then
     on_request: bool = False  # measured, but taken only if it is asked for
 
     def __post_init__(self) -> None:
@@ -59,22 +59,20 @@ class Candidate:
 
 
 ALL: tuple[Precision, ...] = ("fp32", "bf16", "fp8")
-BF16: tuple[Precision, ...] = ("bf16", "fp8")  # whose q, k, v are bf16
+BF16: tuple[Precision, ...] = ("bf16", "fp8")  # q, k, v are bf16
 FP8: tuple[Precision, ...] = ("fp8",)
 
 CANDIDATES = (
     Candidate("attn_in", "tensorrt", ALL, engine=Engine("attn_in")),
-    Candidate("attn_in", "tensorrt sm89", ALL, engine=Engine("attn_in", "sm89")),
     Candidate("attn_in", "native", FP8, maker="native"),
     Candidate("attention", "tensorrt", ALL, engine=Engine("attention")),
     Candidate("attention", "tensorrt sm89", ALL, engine=Engine("attention", "sm89")),
     Candidate("attention", "cudnn", BF16, maker="attention"),
-    # It imports torch and compiles itself at every start, for 14 s on an H200: what it saves in 60 steps.
+    # It imports torch and compiles itself at every start: 14 s on an H200, which it saves in 60 steps.
     Candidate("attention", "flash4", BF16, maker="attention", on_request=True),
     Candidate("attention", "tensorrt fp8", FP8, "fast", engine=Engine(ATTENTION_FP8)),
     Candidate("attention", "cudnn fp8", FP8, "fast", maker="attention"),
     Candidate("attn_out", "tensorrt", ALL, engine=Engine("attn_out")),
-    Candidate("attn_out", "tensorrt sm89", ALL, engine=Engine("attn_out", "sm89")),
     Candidate("attn_out", "native", FP8, maker="native"),
     Candidate("cross_attention", "tensorrt", ALL, engine=Engine("cross_attention")),
     Candidate("cross_attention", "native", FP8, maker="native"),
@@ -83,17 +81,17 @@ CANDIDATES = (
 )
 SEGMENTS = tuple(dict.fromkeys(candidate.network for candidate in CANDIDATES))
 
-# GPUs that take engines of a named target and may gain by it: the one where what TensorRT-RTX builds for the
-# GPU itself was seen to lose (docs/log.md). What is SM89's own is the same engine as "current".
+# GPUs that may gain by an engine for a named target, for attention only: on Hopper TensorRT-RTX's engine for
+# SM89 beats the one for the GPU itself (docs/log.md). On SM89 both are the same engine.
 GUESTS: dict[Target, tuple[Capability, ...]] = {"sm89": (HOPPER,)}
 
 
 @dataclass(frozen=True)
 class Default:
-    """Which candidates are tried, in this order, where none was measured."""
+    """The order of trying candidates where they were not measured."""
 
     network: str
-    capability: Capability | None  # None: every other
+    capability: Capability | None  # None: every other one
     exact: tuple[str, ...]
     fast: tuple[str, ...]
 
@@ -112,7 +110,7 @@ DEFAULTS = (
 
 
 def candidates(network: str, precision: Precision, machine: Machine) -> tuple[Candidate, ...]:
-    """Those that the machine and the precision allow, of all tiers."""
+    """The candidates of all tiers that the machine and the precision allow."""
     rows = [row for row in CANDIDATES if row.network == network]
     if not rows:
         return (Candidate(network, "tensorrt", ALL, engine=Engine(network)),)
@@ -127,7 +125,7 @@ def _fits(candidate: Candidate, machine: Machine) -> bool:
 
 
 def default_order(network: str, tier: Tier, capability: Capability) -> tuple[str, ...]:
-    """Names of candidates; a machine need not have all of them."""
+    """Names of candidates; a machine may lack some of them."""
     if network not in SEGMENTS:
         return ("tensorrt",)
     rows = [row for row in DEFAULTS if row.network == network]
@@ -136,12 +134,12 @@ def default_order(network: str, tier: Tier, capability: Capability) -> tuple[str
 
 
 def tiers(precision: Precision) -> tuple[Tier, ...]:
-    """The tiers that a precision has: 8-bit attention goes with 8-bit linears."""
+    """The tiers of a precision: 8-bit attention goes with 8-bit linear layers."""
     return ("exact", "fast") if PRECISIONS[precision].fp8 else ("exact",)
 
 
 def require_known(network: str, name: str) -> None:
-    """UsageError, with the names there are, if no row is called so."""
+    """Raises UsageError with the known names if there is no such row."""
     if network not in SEGMENTS:
         raise UsageError(
             f"There is no choice for a network called {network!r}.", f"Use one of: {', '.join(SEGMENTS)}."

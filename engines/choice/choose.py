@@ -1,7 +1,6 @@
-"""Which candidate computes a network: the fastest that was measured and is accurate enough, else the default.
+"""Chooses a network's candidate: the fastest accurate one if all were measured, else the default.
 
-The figures are those of this GPU and TensorRT, from the manifest of any engine among the network's
-candidates. Every choice says why.
+The figures are those of this GPU and TensorRT (engines/store/measurements.py). Every choice has its reason.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,12 +9,12 @@ from dataclasses import dataclass
 from trt_wan.engines.choice.candidates import Candidate, Machine, Tier, candidates, default_order
 from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.precision import Precision
-from trt_wan.engines.store.engine_id import EngineId
-from trt_wan.engines.store.manifest import read_manifest
-from trt_wan.engines.store.measurements import Figure, title
+from trt_wan.engines.store.measurements import Figure, Place, title
 from trt_wan.errors import GraphError, UsageError
 
-Missing = Callable[[Candidate], str | None]  # why a candidate cannot be used here, in a sentence
+NOISE = 1.03  # times within 3 % of each other are equal: they change places from one build to the next
+
+Missing = Callable[[Candidate], str | None]  # a sentence that says why a candidate cannot be used here
 
 
 @dataclass(frozen=True)
@@ -28,21 +27,34 @@ class Choice:
         return f"{self.candidate.network} = {self.candidate.name} ({self.reason})"
 
 
-def figures_of(engines: Iterable[EngineId], machine: Machine) -> dict[str, Figure]:
-    """What was measured here, by candidate; `engines` are those of one network's candidates."""
-    found: dict[str, Figure] = {}
-    for engine in engines:
-        manifest = read_manifest(engine.key)
-        for figure in manifest.candidates if manifest else ():
-            if (figure.gpu, figure.version) == (machine.gpu.name, machine.version):
-                found.setdefault(figure.candidate, figure)
-    return found
+def place_of(graph: str, machine: Machine) -> Place:
+    """`graph` is the hash of the network's graph."""
+    return Place(machine.gpu.name, machine.version, graph)
+
+
+def is_known(candidate: Candidate, figures: Mapping[str, Figure]) -> bool:
+    """Whether a candidate that can be used was measured. A library may be installed after it was missing."""
+    figure = figures.get(candidate.name)
+    return figure is not None and (figure.state != "missing" or candidate.maker == "engine")
 
 
 def accurate(figures: Iterable[Figure], precision: Precision, tier: Tier) -> list[Figure]:
-    """Those that the tier may use, the fastest first."""
+    """The figures of candidates that the tier may use: the best first, then the others by time.
+
+    The best is the most accurate of those within 3 % of the fastest.
+    """
     fitting = [f for f in figures if _is_accurate(f, precision, tier) and tier in ("fast", f.tier)]
-    return sorted(fitting, key=lambda f: f.ms or 0.0)
+    ranked = sorted(fitting, key=_ms)
+    if ranked:
+        as_fast = [figure for figure in ranked if _ms(figure) <= NOISE * _ms(ranked[0])]
+        best = min(as_fast, key=lambda figure: figure.error or 0.0)
+        ranked.remove(best)
+        ranked.insert(0, best)
+    return ranked
+
+
+def _ms(figure: Figure) -> float:
+    return figure.ms or 0.0
 
 
 def _is_accurate(figure: Figure, precision: Precision, tier: Tier) -> bool:
@@ -61,18 +73,25 @@ def choose(
 ) -> Choice:
     """The candidate for a network's place.
 
-    `asked` names one that is taken unmeasured or not: UsageError if it cannot be. GraphError if every
-    candidate that there is was measured and is too far from fp32.
+    `asked` forces a candidate, measured or not. Raises UsageError if it cannot be used, and GraphError if
+    every candidate was measured and is too far from fp32.
     """
     rows = {row.name: row for row in candidates(network, precision, machine)}
     if asked is not None:
         return Choice(_asked(rows, network, asked, precision, tier, missing), "asked for")
     usable = {n: row for n, row in rows.items() if tier in ("fast", row.tier) and not row.on_request}
     absent = {name: sentence for name, row in usable.items() if (sentence := missing(row)) is not None}
-    here = [figures[name] for name in usable if name not in absent and name in figures]
-    if ranked := accurate(here, precision, tier):
+    here = {name: figures[name] for name in usable if name not in absent and name in figures}
+    ranked = accurate(here.values(), precision, tier)
+    finished = all(is_known(row, figures) for name, row in usable.items() if name not in absent)
+    if finished and ranked:
         return Choice(rows[ranked[0].candidate], _measured(ranked, tolerance(network, precision, tier)))
-    return _default(network, precision, tier, machine, usable, absent, here)
+    state = "measuring was not finished" if here and not finished else "not measured"
+    order = (*default_order(network, tier, machine.capability), *(figure.candidate for figure in ranked))
+    order = tuple(dict.fromkeys(name for name in order if name in usable))
+    return _default(
+        network, precision, tier, machine, rows, order, absent, here, f"{state}: run trt-wan build"
+    )
 
 
 def _asked(
@@ -99,7 +118,10 @@ def _asked(
 def _measured(ranked: Sequence[Figure], largest: float) -> str:
     best, *others = ranked
     next_best = [f"{figure.candidate} {figure.ms:.1f} ms" for figure in others[:1]]
-    return "; ".join([f"{best.ms:.1f} ms", *next_best, f"error {best.error:.1e} <= {largest:.1e}"])
+    accuracy = f"error {best.error:.1e} <= {largest:.1e}"
+    if others and _ms(others[0]) < _ms(best):
+        accuracy += ", the more accurate within 3 %"
+    return "; ".join([f"{best.ms:.1f} ms", *next_best, accuracy])
 
 
 def _default(
@@ -107,25 +129,27 @@ def _default(
     precision: Precision,
     tier: Tier,
     machine: Machine,
-    usable: Mapping[str, Candidate],
+    rows: Mapping[str, Candidate],
+    order: Sequence[str],
     absent: Mapping[str, str],
-    figures: Sequence[Figure],
+    known: Mapping[str, Figure],
+    state: str,
 ) -> Choice:
-    """The first of the default order that is there and was not found wrong."""
-    known = {figure.candidate: figure for figure in figures}
-    order = [name for name in default_order(network, tier, machine.capability) if name in usable]
+    """The first in order that can be used and was not measured as wrong."""
     passed = []
     for name in order:
         figure = known.get(name)
+        wrong = figure is not None and figure.state != "failed" and not _is_accurate(figure, precision, tier)
         if name in absent:
             passed.append(f"{name}: {_clause(absent[name])}")
-        elif figure is not None and figure.state != "failed":
+        elif figure is not None and wrong:
             passed.append(f"{name}: {title(figure)}")
         else:
             major, minor = machine.capability
             ground = f"default for compute capability {major}.{minor}"
-            state = f"measuring it failed: {figure.problem}" if figure else "not measured: run trt-wan build"
-            return Choice(usable[name], "; ".join([ground, *passed, _clause(state)]))
+            if figure is not None and figure.state == "failed":
+                state = f"measuring it failed: {figure.problem}"
+            return Choice(rows[name], "; ".join([ground, *passed, _clause(state)]))
     raise GraphError(
         f"No candidate for {network} is within {tolerance(network, precision, tier):.1e} of fp32 "
         f"({'; '.join(passed)}).",

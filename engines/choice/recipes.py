@@ -1,8 +1,8 @@
-"""The engines of a model and plan, and how each is made: from its ONNX graph, or layer by layer.
+"""The engines of a model and plan, each with its recipe: from its ONNX graph, or layer by layer.
 
-`trt-wan build` makes all of them ahead; with TensorRT-RTX, which takes less than a second for one, a run can
-make what is missing itself. The graphs have to be there, nothing else: no torch, no weights, for named
-targets no GPU.
+`trt-wan build` makes all engines ahead. With TensorRT-RTX, which needs less than a second for one, a run
+makes missing ones itself. A recipe needs the exported graphs only: no torch, no weights, for named targets no
+GPU.
 """
 
 import hashlib
@@ -22,19 +22,19 @@ from trt_wan.errors import UsageError
 
 
 def engine_names(model: ModelConfig, plan: Plan) -> tuple[str, ...]:
-    """One engine per network, and candidates that have no graph of their own."""
+    """One engine per network, and the candidates that are built without a graph."""
     return (*networks(model, plan), *((ATTENTION_FP8,) if PRECISIONS[plan.precision].fp8 else ()))
 
 
 def engines_of(model: ModelConfig, plan: Plan, machine: Machine) -> tuple[Engine, ...]:
-    """Those for the GPU that is there, and its candidates that are built for another target."""
+    """The engines for the machine's GPU, and its candidates that are built for another target."""
     rows = [row for name in networks(model, plan) for row in candidates(name, plan.precision, machine)]
     guests = [row.engine for row in rows if row.engine is not None and row.engine.target != "current"]
     return (*(Engine(name) for name in engine_names(model, plan)), *guests)
 
 
 def require_target(plan: Plan, target: Target) -> None:
-    """UsageError if GPUs of that target cannot run the plan's precision."""
+    """Raises UsageError if GPUs of that target cannot run the plan's precision."""
     if PRECISIONS[plan.precision].fp8 and not TARGETS[target].fp8:
         raise UsageError(f"GPUs of target {target} have no FP8.", "Use --precision bf16.")
 
@@ -42,7 +42,7 @@ def require_target(plan: Plan, target: Target) -> None:
 def recipes(
     model: ModelConfig, plan: Plan, target: Target, flavour: Flavour, gpu: GpuKind | None = None
 ) -> dict[str, Recipe]:
-    """The recipe of every engine by name; GraphError if the graphs are not exported."""
+    """The recipe of every engine by name. Raises GraphError if the graphs are not exported."""
     require_target(plan, target)
     graphs = require_graphs(model, plan)
 
@@ -65,7 +65,7 @@ def recipes(
 
 
 def recipes_here(model: ModelConfig, plan: Plan, machine: Machine) -> dict[Engine, Recipe]:
-    """The recipe of every engine that the GPU that is there may use."""
+    """The recipe of every engine that the machine's GPU may use."""
     wanted = engines_of(model, plan, machine)
     by_target = {
         target: recipes(model, plan, target, machine.flavour, machine.gpu if target == "current" else None)

@@ -1,9 +1,9 @@
 """How far from fp32 a network may be: the one table, by network, precision and tier.
 
 The error is relative, the norm of the difference over the norm of the fp32 result, on the same inputs and
-weights: FP8 weights count as the numbers they stand for, so what is left is the rounding on the way. A row is
-about one and a half times what its number format costs, so that another order of summation passes and a
-wrong kernel, which is off by 6e-2 and more (docs/log.md: SM89's attn_out on an H200), does not. Figures
+weights. FP8 weights count as the numbers they stand for, so only rounding on the way remains. A row is about
+one and a half times the error of its number format, so that another order of summation passes and a wrong
+kernel, which is off by 6e-2 and more (docs/log.md: SM89's attn_out on an H200), does not. Figures
 "measured" are of the tiny model on an H200 (docs/log.md).
 """
 
@@ -32,13 +32,13 @@ TOLERANCES = (
     # measured in TensorRT, 2.4e-3 in numpy.
     Tolerance(("attention",), ("bf16", "fp8"), 1e-2, "exact"),
     # E4M3 rounds q, k, v and probabilities by 2.6e-2 each: 5.4e-2 on Gaussian inputs, 6.1e-2 with outlier
-    # channels (h200_measurements.md); 1e-1 is what sharp attention costs and is not what is measured here.
+    # channels (h200_measurements.md); sharp attention costs 1e-1, and is not measured here.
     Tolerance(("attention",), ("bf16", "fp8"), 8e-2, "fast"),
     # E4M3 activations, with a scale per token, are 2.6e-2 off at most: measured in both; in numpy, at the
     # 14B's sizes with outlier channels, 2.3e-2.
     Tolerance(("attn_in", "attn_out", "context_kv"), ("fp8",), 4e-2),
-    # Two FP8 products in a row in the FFN: in numpy, at the 14B's sizes, 3.3e-2 of what is added to the
-    # residual stream, which is how candidates are compared; measured 2.9e-2 of all.
+    # Two FP8 products in a row in the FFN: in numpy, at the 14B's sizes, 3.3e-2 of the addition to the
+    # residual stream, which is how candidates are compared; measured 2.9e-2 of the whole stream.
     Tolerance(("ffn",), ("fp8",), 5e-2),
     # Some thirty bf16 convolutions one after the other: 1.4e-2 measured.
     Tolerance(VAE, ("bf16", "fp8"), 2.1e-2),

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import BufferedReader
 
@@ -22,7 +22,6 @@ from trt_wan.engines.store.entries import entries, limit_bytes, trim
 from trt_wan.engines.store.files import replace_atomically
 from trt_wan.engines.store.locks import held
 from trt_wan.engines.store.manifest import Manifest, erase, lock_of, path_of, read_manifest, write_manifest
-from trt_wan.engines.store.measurements import Figure
 from trt_wan.errors import GraphError
 
 
@@ -108,20 +107,6 @@ def obtain(recipe: Recipe, spare: Collection[str] = ()) -> Obtained:
 
 def _unheard(phase: str, step: int, steps: int) -> None:
     """An engine that is built on the spot is reported when it is built, not while."""
-
-
-def record_candidates(engine: EngineId, figures: Collection[Figure]) -> None:
-    """Writes a measurement's figures into the manifest, beside those of other GPUs and candidates."""
-
-    def measured(figure: Figure) -> tuple[str, str, str]:
-        return figure.gpu, figure.version, figure.candidate
-
-    new = {measured(figure) for figure in figures}
-    with held(lock_of(engine.key)):
-        with _checked(engine) as (_, manifest):
-            pass
-        kept = [figure for figure in manifest.candidates if measured(figure) not in new]
-        write_manifest(replace(manifest, candidates=[*kept, *figures]))
 
 
 @contextmanager

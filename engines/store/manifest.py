@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trt_wan.engines.store.engine_id import FORMAT, Kind
 from trt_wan.engines.store.files import replace_atomically
 from trt_wan.engines.store.home import home
-from trt_wan.engines.store.measurements import Figure
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,6 @@ class Manifest:
     build_seconds: float
     bytes: int
     sha256: str  # the plan's
-    candidates: list[Figure] = field(default_factory=list)
     format: int = FORMAT
 
 
@@ -55,8 +53,7 @@ def read_manifest(key: str) -> Manifest | None:
         values = json.loads(path_of(key, "json").read_text(encoding="utf-8"))
         checksum = values.pop("checksum")
         if checksum == _checksum(values) and values["format"] == FORMAT:
-            figures = [Figure(**figure) for figure in values.pop("candidates")]
-            return Manifest(**values | {"rebuild": tuple(values["rebuild"])}, candidates=figures)
+            return Manifest(**values | {"rebuild": tuple(values["rebuild"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return None

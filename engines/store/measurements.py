@@ -1,13 +1,30 @@
-"""What a build measured of a candidate on one GPU, as it stands in the manifests of engines."""
+"""Measurements of candidates, in $TRT_WAN_HOME/measurements: one file per GPU, TensorRT and graph.
 
-from dataclasses import dataclass
-from typing import Literal
+A file holds the figures of all candidates for one network's place: engines, kernels and libraries alike. It
+stays when engines are removed.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trt_wan.engines.store.files import replace_atomically
+from trt_wan.engines.store.home import home
+from trt_wan.engines.store.locks import held
+
+FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Figure:
-    """All states but `measured` say why in `problem` and have neither time nor error. `missing`: its library
-    was not there, or its engine could not be built; `failed`: it did not run; `broken`: its output has NaN.
+    """The measurement of one candidate. Only the state `measured` has a time and an error; the others say why
+    in `problem`.
+
+    `missing`: its library is not installed, or its engine cannot be built. `failed`: it did not run.
+    `broken`: its output has NaN.
     """
 
     network: str
@@ -23,8 +40,63 @@ class Figure:
     problem: str = ""
 
 
+@dataclass(frozen=True)
+class Place:
+    """A network's place on a GPU. `version` is TensorRT's with its flavour, `graph` the hash of the graph."""
+
+    gpu: str
+    version: str
+    graph: str
+
+    @property
+    def file(self) -> Path:
+        name = hashlib.sha256(repr((FORMAT, *asdict(self).values())).encode()).hexdigest()[:32]
+        return _folder() / f"{name}.json"
+
+
+def read_figures(place: Place) -> dict[str, Figure]:
+    """The figures by candidate; none for a file that is missing or damaged."""
+    values = _read(place.file)
+    return {figure.candidate: figure for figure in values["figures"]} if values else {}
+
+
+def record_figures(place: Place, sources: Collection[str], figures: dict[str, Figure]) -> None:
+    """Writes figures, by candidate, beside those of other candidates. `sources` name the engines among them.
+
+    Raises OSError.
+    """
+    with held(place.file.with_suffix(".lock")):
+        known = _read(place.file) or {"sources": [], "figures": []}
+        merged = {figure.candidate: figure for figure in known["figures"]} | figures
+        values = asdict(place) | {
+            "sources": sorted({*known["sources"], *sources}),
+            "figures": [asdict(figure) for figure in merged.values()],
+        }
+        replace_atomically(place.file, json.dumps(values, indent=1, ensure_ascii=False), sync=True)
+
+
+def figures_beside(source: str) -> list[Figure]:
+    """The figures for the places of the engine `source`, by all GPUs and versions."""
+    found = [_read(path) for path in sorted(_folder().glob("*.json"))]
+    return [
+        figure for values in found if values and source in values["sources"] for figure in values["figures"]
+    ]
+
+
+def _folder() -> Path:
+    return home() / "measurements"
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return {"sources": list(values["sources"]), "figures": [Figure(**f) for f in values["figures"]]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def title(figure: Figure) -> str:
-    """One line for people: how fast and how wrong, or why neither is known."""
+    """One line for people: the time and the error, or the reason for having neither."""
     if figure.ms is None or figure.error is None:
         return f"{figure.state}: {figure.problem}"
     sign = "<=" if figure.error <= figure.tolerance else ">"

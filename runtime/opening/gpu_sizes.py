@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from trt_wan.engines.choice.candidates import Candidate, Engine, Machine, candidates, tiers
-from trt_wan.engines.choice.choose import choose, figures_of
+from trt_wan.engines.choice.choose import choose, place_of
 from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
@@ -18,6 +18,7 @@ from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.engine_id import Recipe
+from trt_wan.engines.store.measurements import read_figures
 from trt_wan.errors import GpuFault, UsageError
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress
@@ -166,13 +167,13 @@ def choose_segments(
     chosen = {}
     for network in networks(config, plan):
         rows = candidates(network, plan.precision, machine)
-        engines = [recipes[row.engine].engine for row in rows if row.engine is not None]
+        graph = recipes[Engine(network)].engine.source
         choice = choose(
             network,
             plan.precision,
             settings.tier,
             machine,
-            figures_of(engines, machine),
+            read_figures(place_of(graph, machine)),
             lambda row: missing(row, machine.capability),
             settings.segments.get(network),
         )

@@ -21,7 +21,7 @@ from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.flavour import Flavour, choose_flavour
-from trt_wan.engines.precision import Precision
+from trt_wan.engines.precision import Precision, best_precision, require_fp8
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import EnvironmentBroken, UsageError
 from trt_wan.runtime.conditioning import Pixels
@@ -44,7 +44,6 @@ from trt_wan.runtime.weights.random import RandomWeights
 from trt_wan.runtime.weights.sources import FileSource, RandomSource, WeightSource
 
 RANDOM_SEED = 0
-FP8_CAPABILITY = (8, 9)
 HostWeights = Mapping[Part, Mapping[str, Array]]
 TEXT_ENCODER = "text_encoder_layer"
 
@@ -220,5 +219,6 @@ def choose_precision(settings: Settings, gpu: Gpu | None) -> Precision:
             )
         return "fp32"
     if settings.precision is None:
-        return "fp8" if gpu.capability >= FP8_CAPABILITY else "bf16"
+        return best_precision(gpu.capability)
+    require_fp8(settings.precision, gpu.capability)
     return settings.precision

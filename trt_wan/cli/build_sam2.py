@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_wan.cli.command import note
-from trt_wan.cli.report import EngineReady, EngineStep, Report, Result, table
+from trt_wan.cli.report import Report, Result, table
 from trt_wan.errors import EnvironmentBroken, UsageError
+from trt_wan.runtime.events import EngineReady, EngineStep
 
 if TYPE_CHECKING:
     from trt_wan.engines.flavour import Flavour

@@ -1,4 +1,4 @@
-"""What all commands share: their report, and how exceptions become output and an exit code."""
+"""Shared by all commands: the report, and the way from an exception to output and an exit code."""
 
 import sys
 from collections.abc import Callable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def command(function: Callable[..., tuple[Result, dict[str, Any]]]) -> Callable[..., None]:
-    """Gives a command its `report`, and turns what it returns or raises into output and an exit code."""
+    """Gives a command its `report`, and turns its result or exception into output and an exit code."""
 
     @click.option("--json", "as_json", is_flag=True, help="Events and the result as JSON lines on stdout.")
     @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -26,7 +26,7 @@ def command(function: Callable[..., tuple[Result, dict[str, Any]]]) -> Callable[
         try:
             report.done(*function(report=report, **options))
         except BrokenPipeError:
-            raise  # nobody reads our stdout any more: click ends quietly
+            raise  # the reader of stdout is gone: click ends quietly
         except (Exception, KeyboardInterrupt) as error:
             told = _told(error)
             report.failed(told)
@@ -38,7 +38,7 @@ def command(function: Callable[..., tuple[Result, dict[str, Any]]]) -> Callable[
 
 
 def _told(error: BaseException) -> TrtWanError:
-    """What the user is told of an exception; a plain TrtWanError stands for a mistake of ours."""
+    """The error for the user; a plain TrtWanError stands for a mistake in trt-wan."""
     notes = " ".join(getattr(error, "__notes__", ()))
     if isinstance(error, TrtWanError):
         return error
@@ -56,7 +56,7 @@ def _told(error: BaseException) -> TrtWanError:
 
 
 class Group(click.Group):
-    """A group that reports what click itself refuses as JSON too, when the command line asks for JSON."""
+    """A group that reports click's own errors as JSON too, when the command line asks for JSON."""
 
     def invoke(self, ctx: click.Context) -> Any:
         as_json = "--json" in ctx.args
@@ -75,7 +75,7 @@ def note(report: Report, text: str) -> None:
 
 
 def show(report: Report, tables: "RenderableType") -> None:
-    """A benchmark's tables, for people: not in quiet runs, nor beside JSON lines."""
+    """Prints a benchmark's tables for people: not in quiet runs, and not beside JSON lines."""
     if isinstance(report, TextReport) and not report.quiet:
         from trt_wan.benchmarks.report.sheet import console
 

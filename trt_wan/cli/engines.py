@@ -63,6 +63,7 @@ def show_engine(*, report: Report, key: str) -> Any:
     """Describe the engine KEY, check that it is whole, and show its measured candidates."""
     from trt_wan.engines.store.entries import entries
     from trt_wan.engines.store.manifest import path_of
+    from trt_wan.engines.store.measurements import figures_beside
 
     entry = _find(entries(), key)
     manifest = _manifest(entry)
@@ -74,8 +75,10 @@ def show_engine(*, report: Report, key: str) -> Any:
     plan = path_of(entry.key, "plan")
     if row["state"] == "whole" and hashlib.sha256(plan.read_bytes()).hexdigest() != manifest.sha256:
         row["state"] = "damaged"
+    figures = figures_beside(manifest.source)
     data = dataclasses.asdict(manifest) | {"state": row["state"], "used": row["used"]}
-    return _in_words(manifest, row), data
+    data["candidates"] = [dataclasses.asdict(figure) for figure in figures]
+    return f"{_in_words(manifest, row)}\n\n{_candidates(figures)}", data
 
 
 @click.command("rm", short_help="Remove engines and caches.")
@@ -250,8 +253,7 @@ def _in_words(m: "Manifest", row: Row) -> str:
         ("rebuild", again),
     ]
     width = max(len(name) for name, _ in lines)
-    text = "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines)
-    return f"{text}\n\n{_candidates(m.candidates)}"
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines)
 
 
 def _candidates(figures: "list[Figure]") -> str:

@@ -1,4 +1,4 @@
-"""What the command line says while it works, and how it ends: for people, or as JSON lines for programs.
+"""Progress and the result of a command: for people, or as JSON lines for programs.
 
 stdout carries the result (a path or a table; with --json one event per line and a last envelope), stderr
 everything else.
@@ -8,12 +8,23 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from trt_wan.errors import TrtWanError
-from trt_wan.runtime.events import Event, Note, StageProgress, StageStarted, StepDone, WindowDone
+from trt_wan.runtime.events import (
+    CandidateReady,
+    CandidateStep,
+    EngineReady,
+    EngineStep,
+    Event,
+    GraphExported,
+    Note,
+    StageProgress,
+    StageStarted,
+    StepDone,
+    WindowDone,
+)
 
 SCHEMA = "trt-wan/1"
 
@@ -30,66 +41,11 @@ STAGES = {
 }
 
 
-Result = Path | str | None  # a table is for people: with --json its rows are in the data
-
-
-@dataclass(frozen=True)
-class EngineStep:
-    """An engine is being compiled; the phase and its steps are TensorRT's."""
-
-    target: str
-    name: str
-    number: int  # of this engine, 1-based
-    engines: int
-    phase: str
-    step: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class EngineReady:
-    """An engine is in the store. Seconds are those of its compilation, whenever that was."""
-
-    target: str
-    name: str
-    number: int
-    engines: int
-    state: str  # built, there, or impossible: then `problem` says why
-    seconds: float
-    bytes: int
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class CandidateStep:
-    """A candidate for a network's place is being measured."""
-
-    network: str
-    candidate: str
-    number: int  # of this candidate, 1-based
-    candidates: int
-
-
-@dataclass(frozen=True)
-class CandidateReady:
-    """A candidate is measured; `text` says in words what came out."""
-
-    network: str
-    candidate: str
-    number: int
-    candidates: int
-    state: str
-    ms: float | None
-    error: float | None
-    tolerance: float
-    text: str
-
-
-Reported = Event | EngineStep | EngineReady | CandidateStep | CandidateReady
+Result = Path | str | None  # a str is a table for people; --json has its rows in the data
 
 
 class Report(Protocol):
-    def progress(self, event: Reported) -> None: ...
+    def progress(self, event: Event) -> None: ...
 
     def done(self, result: Result, data: dict[str, Any]) -> None: ...
 
@@ -97,7 +53,7 @@ class Report(Protocol):
 
 
 class JsonReport:
-    def progress(self, event: Reported) -> None:
+    def progress(self, event: Event) -> None:
         self._line({"event": type(event).__name__, **dataclasses.asdict(event)})
 
     def done(self, result: Result, data: dict[str, Any]) -> None:
@@ -114,17 +70,16 @@ class JsonReport:
 
 
 class TextReport:
-    """One line per stage and step, and per engine that is built; on a terminal what is under way is one line
-    that is overwritten."""
+    """One line per stage, step and engine. On a terminal a line shows the current work and is overwritten."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
         self._status: Any = None
 
-    def progress(self, event: Reported) -> None:
+    def progress(self, event: Event) -> None:
         if self.quiet or (isinstance(event, EngineReady) and event.state == "there"):
             return
-        if isinstance(event, Note | EngineReady | CandidateReady):
+        if isinstance(event, Note | GraphExported | EngineReady | CandidateReady):
             self._say(describe(event))
         elif sys.stderr.isatty():
             self._update(describe(event))
@@ -160,10 +115,12 @@ class TextReport:
             self._status = None
 
 
-def describe(event: Reported) -> str:
+def describe(event: Event) -> str:
     """One line for people."""
     if isinstance(event, Note):
         return event.text
+    if isinstance(event, GraphExported):
+        return f"exported {event.name} in {event.seconds:.1f} s"
     if isinstance(event, EngineStep | EngineReady):
         engine = f"{event.target}  engine {event.number}/{event.engines}  {event.name}"
         if isinstance(event, EngineStep):
