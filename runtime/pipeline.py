@@ -15,7 +15,7 @@ import numpy as np
 from trt_wan.errors import Stopped
 from trt_wan.runtime.conditioning import Pixels, Strengths, WindowClips, condition_window, to_signal
 from trt_wan.runtime.denoise import BetweenSteps, Branch, denoise, predict_window
-from trt_wan.runtime.events import Note, Progress, StageStarted, StepDone, WindowDone, silent
+from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.networks.model import Model
@@ -66,8 +66,14 @@ def stream_pieces(
     # 1. Plan: everything that can be refused is refused here.
     windows = Windows(clips.frames, job.window, job.overlap)
     schedule = make_schedule(job.grid, job.steps, job.shift)
-    progress(StageStarted("weights"))
-    model = opened.begin(job, clips.width, clips.height, progress)
+
+    def told(event: Event) -> None:
+        progress(event)
+        if should_stop():
+            raise Stopped("Stopped while the model was being opened.")
+
+    told(StageStarted("weights"))
+    model = opened.begin(job, clips.width, clips.height, told)
     config, plan = model.config, model.plan
     assert config.motion.size == FACE_SIZE, (
         f"face crops are {FACE_SIZE}, {config.name} takes {config.motion.size}"

@@ -3,31 +3,40 @@ same on a GPU, with its memory, is in test_open_model_on_gpu.py.
 """
 
 import os
+import resource
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from tiny_job import FRAMES, PLAN, as_argv, prepare, write_clip, write_reference, write_sound
 
+from trt_wan.cli.run import run
 from trt_wan.engines.config import TINY
+from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.store.checksums import SETTLED
 from trt_wan.errors import InputError, Stopped, UsageError
 from trt_wan.runtime.events import Event, Note, StageStarted, StepDone
 from trt_wan.runtime.executors import Array, Executor
+from trt_wan.runtime.host_memory import peak_bytes
 from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.opening.gpu_sizes import GpuSizes
 from trt_wan.runtime.opening.model import OpenModel, open_model
+from trt_wan.runtime.opening.residency import CONTEXT_BYTES, KERNELS_BYTES
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.video import clips as clips_module
 from trt_wan.runtime.video.clips import open_clips
 from trt_wan.runtime.video.reader import Clip
+from trt_wan.runtime.weights.sources import RandomSource
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 OTHER = (32, 48)  # a second size, width and height
@@ -241,7 +250,7 @@ def test_strengths_are_placed_once_a_window(folders: Clips) -> None:
     assert len({id(value) for value in given}) == 2 * 2
 
 
-@pytest.mark.parametrize("stage", ["text", "image", "condition", "decode"])
+@pytest.mark.parametrize("stage", ["weights", "text", "image", "condition", "decode"])
 def test_a_stop_is_looked_at_in_every_stage(folders: Clips, model: OpenModel, stage: str) -> None:
     """It was looked at between steps only: in the last decode the job went on to its end."""
     reached: list[str] = []
@@ -297,6 +306,35 @@ def test_several_folders_of_weights_are_searched(folders: Clips, tmp_path: Path)
     files = WeightFiles((first, second))
     with open_model(files, Settings(executor="onnxruntime", text_cache=False)) as model:
         assert len(frames(model, job(folders["other"], window=9))) == 9
+
+
+def test_the_command_line_takes_several_folders_of_weights() -> None:
+    given = ["--inputs", ".", "-o", "x.mp4", "--weights", "first", "--weights", "second"]
+    with run.make_context("run", given) as context:
+        assert context.params["weights"] == (Path("first"), Path("second"))
+
+
+@pytest.mark.parametrize(
+    ("vram", "budget"), [(None, 5 * 10**9 - KERNELS_BYTES), (3.0, 3 * 10**9 - CONTEXT_BYTES)]
+)
+def test_the_cuda_context_is_subtracted_once(vram: float | None, budget: int) -> None:
+    """Free memory is measured with the context open; it was subtracted again."""
+    gpu: Any = SimpleNamespace(
+        free_bytes=lambda: 5 * 10**9, name="A GPU", driver=13, capability=(9, 0), loads=None, copies=None
+    )
+    flavour = Flavour("tensorrt_rtx", "1.6.1", None, "a test")
+    sizes = GpuSizes(gpu, flavour, TINY, {}, RandomSource(0), Settings(vram=vram), None)
+    assert sizes._budget == budget
+
+
+def test_peak_memory_is_bytes_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS counts bytes where Linux counts kilobytes: the peak was a thousand times too large there."""
+    usage = SimpleNamespace(ru_maxrss=4096)
+    monkeypatch.setattr(resource, "getrusage", lambda who: usage)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert peak_bytes() == 4096 * 1024
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert peak_bytes() == 4096
 
 
 def test_weights_must_be_named() -> None:

@@ -20,6 +20,7 @@ from typing import Protocol, Self
 from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.contract import Part
+from trt_wan.engines.contracts import GRAPHS_VERSION
 from trt_wan.engines.flavour import Flavour, choose_flavour
 from trt_wan.engines.precision import Precision, best_precision, require_fp8
 from trt_wan.engines.shape import Plan
@@ -107,7 +108,7 @@ class OpenModel:
         self.config, self.precision, self.settings = weights.config, precision, settings
         self._weights, self._sizes = weights, sizes
         self._running = False
-        text, numbers = self.config.text, (self.config.name, precision, *sizes.numerics)
+        text, numbers = self.config.text, (self.config.name, precision, str(GRAPHS_VERSION), *sizes.numerics)
         cached = settings.text_cache and bool(weights.text_files)
         self._cache = TextCache(cached, weights.text_files, numbers, (text.length, text.dim))
         self._features: dict[str, Array] = {}  # of the job's prompts, as far as they are known

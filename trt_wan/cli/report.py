@@ -61,7 +61,9 @@ class JsonReport:
         self._line({"schema": SCHEMA, "ok": True, "data": {"result": path, **data}})
 
     def failed(self, error: TrtWanError) -> None:
-        described = {"code": error.code, "message": error.message, "hint": error.hint}
+        described: dict[str, Any] = {"code": error.code, "message": error.message, "hint": error.hint}
+        if error.command:
+            described["command"] = list(error.command)
         self._line({"schema": SCHEMA, "ok": False, "error": described})
 
     @staticmethod
