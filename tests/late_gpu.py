@@ -75,7 +75,12 @@ class Memory:
         if stream is None:
             self.bytes[:] = 0xFF
         else:
-            stream.enqueue(lambda: self.bytes.fill(0xFF))
+            self.gpu.leaving += 1
+            stream.enqueue(self._free)
+
+    def _free(self) -> None:
+        self.bytes.fill(0xFF)
+        self.gpu.leaving -= 1
 
     def used_by(self, stream: LateStream) -> None:
         assert self.event is None, "pinned memory is written while a copy reads it"
@@ -126,6 +131,7 @@ class LateGpu:
         self.stream, self.copies, self.loads = (LateStream(self, n) for n in ("compute", "copies", "loads"))
         self.device = SimpleNamespace(set_current=lambda: None)
         self.live: list[Memory] = []
+        self.leaving = 0  # pieces that were closed and are free only when the GPU gets there
         self.kept: list[Memory] = []  # so that no address comes twice
         self.reads = 0
         self.broken: dict[str, Exception] = {}  # by the name of a method

@@ -16,7 +16,7 @@ from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan
 from trt_wan.preprocess.sam2.model import Sam2Model
 from trt_wan.preprocess.sam2.weights import weights_of
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
+from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
 
 Values = NDArray[np.float32]
 
@@ -152,7 +152,7 @@ class ExportingExecutor(OnnxRuntimeExecutor):
     """Exports a graph the first time it is run; remembers what it was given last."""
 
     def __init__(self, folder: Path, config: Sam2Config, weights: Mapping[str, Array]) -> None:
-        super().__init__(folder, {"sam2": weights})
+        super().__init__(folder, BoundWeights({"sam2": weights}))
         self.config, self.last = config, dict[str, Array]()
 
     def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:

@@ -31,7 +31,7 @@ from trt_wan.engines.store.engine_id import Recipe
 from trt_wan.engines.store.engines import ensure
 from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.errors import GraphError
-from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
+from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.opening.model import open_model
 from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
@@ -110,7 +110,7 @@ def test_every_candidate_is_within_its_tolerance(
     monkeypatch.setenv("TRT_WAN_HOME", str(tiny_home))
     plan = Plan(PLAN.width, PLAN.height, PLAN.frames, precision)
     build_graphs(TINY, plan, lambda name, seconds: None)
-    fp32 = OnnxRuntimeExecutor(require_graphs(TINY, PLAN), {})
+    fp32 = OnnxRuntimeExecutor(require_graphs(TINY, PLAN), BoundWeights({}))
     machine = machine_of(gpu, choose_flavour(None, gpu.capability))
     recipes = recipes_here(TINY, plan, machine)
     built = [recipe for recipe in recipes.values() if is_built(recipe)]

@@ -35,7 +35,8 @@ def run_ours(
 ) -> Array:
     model = make_model(TINY, plan, {"transformer": weights | {ORTHONORMAL: orthonormal(weights[DIRECTION])}})
     face = encode_blank_face(model) if inputs["face"] is None else encode_face(model, inputs["face"])
-    window = WindowCondition(inputs["condition"], inputs["pose"], 1.0, face, 1.0)
+    one = np.ones(1, np.float32)
+    window = WindowCondition(inputs["condition"], inputs["pose"], one, face, one)
     context = encode_context(model, inputs["text"], inputs["image"])
     time = encode_time(model, t)
     return velocity(model, inputs["latent"], time, context, window, rope_tables(TINY, plan))
@@ -99,7 +100,8 @@ def test_face_and_pose_strength(make_model: MakeModel, weights: dict[str, Array]
     no_pose = np.zeros_like(inputs["pose"])
 
     def run(pose: Array, pose_strength: float, face_kv: object, face_strength: float) -> Array:
-        window = WindowCondition(inputs["condition"], pose, pose_strength, face_kv, face_strength)  # type: ignore[arg-type]
+        strengths = (np.array([strength], np.float32) for strength in (pose_strength, face_strength))
+        window = WindowCondition(inputs["condition"], pose, next(strengths), face_kv, next(strengths))
         return velocity(model, inputs["latent"], time, context, window, rope)
 
     nothing = run(no_pose, 0, None, 1)

@@ -23,7 +23,7 @@ from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
+from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
 from trt_wan.runtime.networks import vae
 from trt_wan.runtime.networks.model import Model
 
@@ -37,14 +37,14 @@ class EagerExecutor(OnnxRuntimeExecutor):
     """Runs the graph functions themselves, without an export: seconds less per chunk size."""
 
     def __init__(self, config: ModelConfig, plan: Plan, weights: Mapping[Part, Mapping[str, Array]]) -> None:
-        super().__init__(Path(), weights)
+        super().__init__(Path(), BoundWeights(weights))
         self.config, self.plan = config, plan
 
     def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
         def tensors(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
             return {name: torch.from_numpy(np.asarray(value)) for name, value in arrays.items()}
 
-        given, weights = tensors(inputs), tensors(self._weights_of(network, n))
+        given, weights = tensors(inputs), tensors(self.weights.bind(network, n))
         with torch.no_grad():
             outputs = GRAPHS[network.name](*given.values(), w=weights, model=self.config, plan=self.plan)
         for contract, output in zip(network.outputs, outputs, strict=True):

@@ -19,7 +19,7 @@ from trt_wan.benchmarks.measure.plain_jobs import as_argument
 from trt_wan.benchmarks.measure.processes import Child
 from trt_wan.benchmarks.measure.sample_clips import write_clips
 from trt_wan.benchmarks.measure.script import add_arguments, finish, say_note, settings_from
-from trt_wan.benchmarks.measure.workplace import with_graphs, workplace
+from trt_wan.benchmarks.measure.workplace import SHARED, with_graphs, workplace
 from trt_wan.benchmarks.peers.shape import Shape, shape_from
 from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
 from trt_wan.runtime.events import Progress
@@ -105,7 +105,7 @@ def measure(
     weights: str | None,
     progress: Progress,
 ) -> OpenModelJobs:
-    with workplace(shape) as (env, clips):
+    with workplace(shape, (*SHARED, "kernels")) as (env, clips):
         spec = Spec(shape, clips, steps, {**settings, "keep_encoders": True}, weights)
         others = write_clips(Path(clips).parent / "second", second.width, second.height, second.window)
         jobs = five_jobs(spec, replace(spec, shape=second, clips=str(others)))

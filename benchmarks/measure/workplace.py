@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,16 +31,16 @@ Rounds = list[list[float]]
 
 
 @contextlib.contextmanager
-def workplace(shape: Shape) -> Iterator[tuple[dict[str, str], str]]:
+def workplace(shape: Shape, shared: Sequence[str] = SHARED) -> Iterator[tuple[dict[str, str], str]]:
     """The environment of measured processes and a folder of clips.
 
-    Graphs and engines are the user's. Kernels that TensorRT-RTX finishes on this machine are kept apart, so
-    that a start can be cold. Bytecode is cached as Python does by default; where Python is told not to write
-    it, it goes into a temporary folder: compiling our modules is no part of a start.
+    The folders `shared` are the user's. Kernels that TensorRT-RTX finishes on this machine are kept apart by
+    default, so that a start can be cold. Bytecode is cached as Python does by default; where Python is told
+    not to write it, it goes into a temporary folder: compiling our modules is no part of a start.
     """
     with tempfile.TemporaryDirectory(prefix="trt-wan-bench-") as temporary:
         folder = Path(temporary)
-        for name in SHARED:
+        for name in shared:
             real = home() / name
             real.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to(real.resolve(), target_is_directory=True)

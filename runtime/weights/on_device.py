@@ -43,6 +43,7 @@ class DeviceWeights:
         self._urgent: deque[Held] = deque()
         self._queue: dict[Key, Pack] = {}
         self._room: int | None = None
+        self._leaving: deque[Any] = deque()  # recorded after the last uses of freed packs
         self._thread: threading.Thread | None = None
         self._running = False
         self._loader = Loader(gpu, self._take, self._begin, self._finish)
@@ -113,6 +114,11 @@ class DeviceWeights:
             self._streaming.used(key)
         elif network.name in self.passing:
             self._forget([key])
+            # Memory is free when the GPU gets there: a host that runs ahead would have it all in use at once.
+            self._leaving.append(self.gpu.stream.record())
+            if len(self._leaving) > AHEAD:
+                with cuda_core():
+                    self._leaving.popleft().sync()
 
     def release(self, names: Collection[str]) -> None:
         """Frees the resident packs of some networks, after what is enqueued, and loads no more of them."""
