@@ -53,7 +53,13 @@ class Checked:
 
 
 def require_right(checked: Sequence[Checked]) -> None:
-    """Raises GraphError, which names the layer, if a comparison failed."""
+    """Raises GraphError, which names the layer, if a comparison failed, or if nothing can compute a network."""
+    computed = {row.network for row in checked if not row.problem}
+    for row in checked:
+        if row.network not in computed:
+            raise GraphError(
+                f"Nothing here computes {row.network}: {row.problem}", "Report it, with the table."
+            )
     wrong = [row for row in checked if not row.right and not row.problem]
     if wrong:
         names = [f"{row.network} by {row.computed_by} at {row.layer}" for row in wrong]

@@ -62,10 +62,12 @@ def check_engines(model: ModelConfig, goal: Goal, progress: Progress) -> list[Ch
             progress(CandidateStep(name, row.name, number, len(contracts)))
             largest = tolerance(name, plan.precision, row.tier)
             try:
-                rows.append(case.check(row, opened(row), largest))
+                segment = opened(row)
             except GraphError as error:  # an engine that cannot be built: a run takes another candidate
                 problem = f"not built: {error.message}"
                 rows.append(Checked(name, row.name, math.inf, largest, problem=problem))
+            else:
+                rows.append(case.check(row, segment, largest))
     return worst_first(rows)
 
 
@@ -95,7 +97,10 @@ class _Case:
             layer = row.name
             if row.engine == Engine(row.network):  # the engine of this graph, which can have other outputs
                 case = (self.network, self.values, self.gpu, self.flavour)
-                layer = first_layer(self.graph, self.graph, *case, largest)
+                try:
+                    layer = first_layer(self.graph, self.graph, *case, largest)
+                except GraphError as error:
+                    layer = f"a layer that was not found ({error.message})"
         return Checked(row.network, row.name, found, largest, layer)
 
 

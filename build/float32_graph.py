@@ -45,8 +45,12 @@ def _unquantise(node: NodeProto) -> None:
 
 
 def marked(model: ModelProto, names: list[str]) -> ModelProto:
-    """The graph with the tensors `names` as its only outputs."""
-    from polygraphy.backend.onnx import modify_outputs
-
-    changed: ModelProto = modify_outputs(model, outputs=names, copy=True)
+    """The graph with the tensors `names` as its only outputs. Not polygraphy's modify_outputs, which loses
+    the type of bfloat16 tensors: TensorRT then refuses the graph.
+    """
+    changed = ModelProto()
+    changed.CopyFrom(model)
+    known = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
+    del changed.graph.output[:]
+    changed.graph.output.extend(known[name] for name in names)
     return changed

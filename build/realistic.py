@@ -42,6 +42,9 @@ def realistic(network: Network, seed: int) -> dict[str, Host]:
             made[tensor.name] = values.reshape(tensor.shape)
             continue
         values = _values(tensor.name, tensor.shape, rng)
+        if tensor.name.endswith("SelfAttention.q.weight"):  # T5 has no softmax scale: its q learned it
+            heads = next(t.shape[1] for t in network.weights if t.name.endswith("attention_bias.weight"))
+            values *= (tensor.shape[0] // heads) ** -0.5
         if types[tensor.name] == E4M3:
             made[tensor.name], made[scale_name(tensor.name)] = quantise_rows(values)
         else:

@@ -16,7 +16,7 @@ from on_gpu import require_gpu
 from trt_wan.build import check as module
 from trt_wan.build.bisect import first_difference
 from trt_wan.build.check import Checked, check_graph, require_right
-from trt_wan.build.check_engines import check_engines, first_layer
+from trt_wan.build.check_engines import _types, check_engines, first_layer
 from trt_wan.build.compare import difference, inputs, on_cpu, outputs_of, widened
 from trt_wan.build.export import export
 from trt_wan.build.float32_graph import in_float32, marked
@@ -29,6 +29,7 @@ from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import choose_flavour
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
+from trt_wan.engines.tensorrt import compile_onnx
 from trt_wan.errors import GraphError
 from trt_wan.runtime.events import silent
 
@@ -158,6 +159,30 @@ def test_check_refuses(monkeypatch: pytest.MonkeyPatch, options: list[str], says
     monkeypatch.setattr("trt_wan.build.goals.goals_here", lambda *arguments: [])
     code, envelope = invoke("build", "--check", *options, "--json")
     assert code == 2 and says in envelope["error"]["message"], envelope
+
+
+def test_a_network_that_nothing_computes_is_an_error() -> None:
+    """On an H200 a row said "not built", and the command ended with 0."""
+    spare = Checked("attention", "tensorrt", np.inf, 1e-2, problem="not built: 68 GB.")
+    right = Checked("attention", "cudnn", 1e-3, 1e-2)
+    require_right([spare, right])
+    with pytest.raises(GraphError, match="Nothing here computes ffn: not built"):
+        require_right(
+            [spare, right, Checked("ffn", "tensorrt", np.inf, 1e-2, problem="not built: no layer.")]
+        )
+
+
+def test_intermediate_results_in_bfloat16_compile_as_outputs(tmp_path: Path) -> None:
+    """Their type was lost, so that an engine that differs could not be bisected."""
+    pytest.importorskip("tensorrt_rtx")
+    plan = Plan(64, 48, 5, "bf16")
+    export(networks(TINY, plan)["text_encoder_layer"], TINY, plan, tmp_path / "layer.onnx")
+    layer = onnx.load(tmp_path / "layer.onnx")
+    types = _types(layer)
+    assert sum(tensor.dtype == "bfloat16" for tensor in types.values()) > 5
+    graph = marked(layer, list(types)).SerializeToString()
+    flavour = choose_flavour("tensorrt_rtx", None)
+    assert compile_onnx(flavour, graph, "sm89", lambda *step: None)
 
 
 # --- on a GPU ----------------------------------------------------------------------------------------------
