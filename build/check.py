@@ -53,7 +53,7 @@ class Checked:
 
 
 def require_right(checked: Sequence[Checked]) -> None:
-    """Raises GraphError, which names the layer, if a comparison failed, or if nothing can compute a network."""
+    """Raises GraphError if a comparison failed, with the layer, or if nothing can compute a network."""
     computed = {row.network for row in checked if not row.problem}
     for row in checked:
         if row.network not in computed:
