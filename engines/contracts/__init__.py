@@ -1,5 +1,9 @@
 """The contracts of all networks: one module each, one row each in `networks`."""
 
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, at_precision
 from trt_wan.engines.contracts import (
@@ -30,7 +34,8 @@ from trt_wan.engines.shape import Plan
 GRAPHS_VERSION = 1
 
 
-def networks(model: ModelConfig, plan: Plan) -> dict[str, Network]:
+@cache
+def networks(model: ModelConfig, plan: Plan) -> Mapping[str, Network]:
     """Every network of `model` at the shapes of `plan`, by name, in the order a run first needs them."""
     rows = (
         text_encoder.network(model),
@@ -56,4 +61,4 @@ def networks(model: ModelConfig, plan: Plan) -> dict[str, Network]:
         vae_decode.first(model, plan),
         vae_decode.next_chunk(model, plan),
     )
-    return {network.name: at_precision(network, plan.precision) for network in rows}
+    return MappingProxyType({network.name: at_precision(network, plan.precision) for network in rows})
