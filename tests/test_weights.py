@@ -27,7 +27,7 @@ from trt_wan.errors import MemoryShort, WeightsError
 from trt_wan.runtime.opening.residency import BLOCK
 from trt_wan.runtime.weights import convert
 from trt_wan.runtime.weights.checkpoint import Checkpoint, load_weights
-from trt_wan.runtime.weights.on_device import AHEAD, DeviceWeights
+from trt_wan.runtime.weights.on_device import AHEAD, LEAVING, DeviceWeights
 from trt_wan.runtime.weights.pack import Pack, nbytes
 from trt_wan.runtime.weights.random import RandomWeights, random_moments
 from trt_wan.runtime.weights.sources import FileSource, Piece, Place, RandomSource
@@ -447,7 +447,7 @@ def test_a_host_that_runs_ahead_does_not_hold_all_passing_packs_at_once(tiny: Pa
     for pack in packs_of("fp8", "text_encoder_layer", "context_kv"):
         run.use(pack)
         most = max(most, gpu.leaving)
-    assert 0 < most <= AHEAD + 1
+    assert 0 < most <= LEAVING + 1
     run.end()
 
 

@@ -23,6 +23,7 @@ from trt_wan.runtime.weights.sources import Piece, Place, WeightSource
 from trt_wan.runtime.weights.streaming import Streaming
 
 AHEAD = 2  # packs of passing networks that may be loaded before their use
+LEAVING = 1  # freed packs of passing networks that the GPU may still use
 LOCKERS = 4  # threads that page-lock memory: each pack is touched by one of them
 
 
@@ -116,7 +117,7 @@ class DeviceWeights:
             self._forget([key])
             # Memory is free when the GPU gets there: a host that runs ahead would have it all in use at once.
             self._leaving.append(self.gpu.stream.record())
-            if len(self._leaving) > AHEAD:
+            if len(self._leaving) > LEAVING:
                 with cuda_core():
                     self._leaving.popleft().sync()
 
@@ -260,7 +261,7 @@ class DeviceWeights:
         waiting = [pack.size for key, pack in self._queue.items() if key[0] in self.passing]
         room = self._room if self._room is not None and (waiting or loaded) else 1 << 62
         room -= self.resident_bytes
-        reserved = max(0, AHEAD * max(waiting, default=0) - sum(loaded))
+        reserved = max(0, (AHEAD + LEAVING + 1) * max(waiting, default=0) - sum(loaded))
         for key, pack in self._queue.items():
             if key in self._streamed:
                 fits = True
