@@ -155,7 +155,7 @@ class _Bench:
         """Raises GpuFault if the failed candidate broke the context: every later call would fail too."""
         try:
             self.gpu.sync()
-        except Exception as problem:  # of any type: the context is lost
+        except Exception as problem:  # any type of error: the context is lost
             raise GpuFault(
                 f"Measuring {failed.network} = {failed.candidate} broke the GPU's context "
                 f"({failed.problem}); {left} of its rivals are not measured.",

@@ -66,7 +66,7 @@ class EngineStep:
 
     target: str
     name: str
-    number: int  # of this engine, 1-based
+    number: int  # the number of this engine, 1-based
     engines: int
     phase: str
     step: int
@@ -81,7 +81,7 @@ class EngineReady:
 
     target: str
     name: str
-    number: int  # of this engine, 1-based
+    number: int  # the number of this engine, 1-based
     engines: int
     state: str  # built, there, or impossible: then `problem` says why
     seconds: float
@@ -95,7 +95,7 @@ class CandidateStep:
 
     network: str
     candidate: str
-    number: int  # of this candidate, 1-based
+    number: int  # the number of this candidate, 1-based
     candidates: int
 
 
@@ -105,7 +105,7 @@ class CandidateReady:
 
     network: str
     candidate: str
-    number: int  # of this candidate, 1-based
+    number: int  # the number of this candidate, 1-based
     candidates: int
     state: str
     ms: float | None

@@ -31,7 +31,7 @@ TWO_PI = np.float32(2 * math.pi)
 
 
 class CpuGenerator:
-    """Draws what `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` draws."""
+    """Draws the numbers of `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))`."""
 
     def __init__(self, seed: int) -> None:
         """UsageError unless -2^63 <= seed < 2^64. As in torch, a negative seed is its two's complement."""

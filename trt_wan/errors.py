@@ -24,7 +24,7 @@ def shell_command(command: Iterable[str]) -> str:
 
 
 class TrtWanError(Exception):
-    """`message` says in one sentence what is wrong, `hint` what to do about it.
+    """`message` is one sentence about the fault, `hint` one about the cure.
 
     `command` is the cure for programs, where one exists: the arguments of `trt-wan`. A hint that is left out
     names it.

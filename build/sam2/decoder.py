@@ -15,7 +15,7 @@ from trt_wan.build.models.ops import Weights, attend, layer_norm, linear, merge_
 from trt_wan.build.sam2.encoder import norm
 from trt_wan.engines.sam2.config import Sam2Config
 
-EPS = 1e-5  # of the transformer's norms; those between the upscaling layers have 1e-6
+EPS = 1e-5  # for the transformer's norms; those between the upscaling layers have 1e-6
 STABILITY_DELTA, STABILITY_MIN = 0.05, 0.98
 NO_OBJECT = -1024.0  # logits of a frame without the object
 PROMPTS, DECODER = "sam_prompt_encoder", "sam_mask_decoder"
@@ -100,7 +100,7 @@ def decode(
     w: Weights,
     config: Sam2Config,
 ) -> Decoded:
-    """`prompt_bias` masks prompt tokens as keys; as queries nobody reads them."""
+    """`prompt_bias` masks prompt tokens as keys; as queries they are not read."""
     c, grid = config, config.grid
     names = ("obj_score_token", "iou_token", "mask_tokens")
     own = torch.cat([w[f"{DECODER}.{name}.weight"] for name in names])

@@ -32,10 +32,10 @@ class Figure:
     state: Literal["measured", "broken", "failed", "missing"]
     ms: float | None  # median time on the GPU
     error: float | None  # against fp32, relative, over the whole sample
-    tolerance: float  # of its tier
+    tolerance: float  # its tier's
     tier: str  # the lowest that may use it
     gpu: str
-    version: str  # of TensorRT, with its flavour
+    version: str  # TensorRT's flavour and version
     chosen: str = ""  # the tiers that take it: "exact", "fast", "exact, fast"
     problem: str = ""
 

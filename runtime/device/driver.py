@@ -11,7 +11,9 @@ def driver_version() -> str:
         text = Path("/proc/driver/nvidia/version").read_text()
         if match := re.search(r"\b\d{3,}\.\d+(\.\d+)*\b", text):
             return match[0]
-    with suppress(Exception):  # cuda-core before 1.0 lacks it; without NVML it raises what it likes
+    with suppress(
+        Exception
+    ):  # cuda-core before 1.0 lacks it; without NVML it raises exceptions of many classes
         from cuda.core import system
 
         return ".".join(map(str, system.get_kernel_mode_driver_version()))

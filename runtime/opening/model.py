@@ -78,7 +78,7 @@ class OpenWeights:
     host: HostWeights
     source: WeightSource
     tokenizer: Tokenizer
-    text_files: tuple[Path, ...] = ()  # of text encoder and tokenizer; none for random weights
+    text_files: tuple[Path, ...] = ()  # the files of text encoder and tokenizer; none for random weights
 
 
 def open_model(
@@ -111,7 +111,7 @@ class OpenModel:
         text, numbers = self.config.text, (self.config.name, precision, str(GRAPHS_VERSION), *sizes.numerics)
         cached = settings.text_cache and bool(weights.text_files)
         self._cache = TextCache(cached, weights.text_files, numbers, (text.length, text.dim))
-        self._features: dict[str, Array] = {}  # of the job's prompts, as far as they are known
+        self._features: dict[str, Array] = {}  # by prompt of the job, as far as they are known
 
     def stream(
         self,

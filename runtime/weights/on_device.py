@@ -122,7 +122,7 @@ class DeviceWeights:
                     self._leaving.popleft().sync()
 
     def release(self, names: Collection[str]) -> None:
-        """Frees the resident packs of some networks, after what is enqueued, and loads no more of them."""
+        """Frees the resident packs of some networks after all enqueued work, and loads no more of them."""
         with self._changed:
             self._queue = {key: pack for key, pack in self._queue.items() if key[0] not in names}
             loaded = [key for key in self._resident if key[0] in names]
@@ -217,7 +217,7 @@ class DeviceWeights:
             held.joined = True
 
     def _forget(self, keys: Sequence[Key]) -> None:
-        """Frees resident packs after what is enqueued on the compute stream."""
+        """Frees resident packs after all work enqueued on the compute stream."""
         for key in keys:
             held = self._resident.get(key)
             if held is None:

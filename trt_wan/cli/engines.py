@@ -127,7 +127,7 @@ def _agreed(question: str) -> bool:
         raise UsageError("Without a terminal trt-wan cannot ask whether to remove engines.", "Add --yes.")
     try:
         return click.confirm(question, err=True)
-    except click.Abort:  # what click makes of Ctrl-C
+    except click.Abort:  # click's exception for Ctrl-C
         raise KeyboardInterrupt from None
 
 
