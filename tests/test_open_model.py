@@ -136,6 +136,14 @@ def test_a_model_runs_one_job_at_a_time(folders: Clips, model: OpenModel) -> Non
     assert len(frames(model, task)) == FRAMES
 
 
+def test_a_closed_model_says_so(folders: Clips) -> None:
+    with opened(folders) as model:
+        pass
+    model.close()
+    with pytest.raises(UsageError, match="This model is closed"):
+        next(model.stream(no_face(job(folders["first"]))))
+
+
 def test_an_abandoned_stream_leaves_the_model_usable_in_another_thread(
     folders: Clips, model: OpenModel
 ) -> None:

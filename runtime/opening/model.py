@@ -107,7 +107,7 @@ class OpenModel:
     def __init__(self, weights: OpenWeights, precision: Precision, sizes: Sizes, settings: Settings) -> None:
         self.config, self.precision, self.settings = weights.config, precision, settings
         self._weights, self._sizes = weights, sizes
-        self._running = False
+        self._running = self._closed = False
         text, numbers = self.config.text, (self.config.name, precision, str(GRAPHS_VERSION), *sizes.numerics)
         cached = settings.text_cache and bool(weights.text_files)
         self._cache = TextCache(cached, weights.text_files, numbers, (text.length, text.dim))
@@ -138,6 +138,8 @@ class OpenModel:
         should_stop: ShouldStop = lambda: False,
     ) -> Iterator[Array]:
         """`stream` in pieces and before rounding: float32 [3, n, H, W] in [-1, 1]."""
+        if self._closed:
+            raise UsageError("This model is closed.", "Open it again with open_model().")
         if self._running:
             raise UsageError("This model is running another job.", "Wait for it, or open a second model.")
         self._running = True
@@ -166,6 +168,10 @@ class OpenModel:
         return [self._features[prompt] for prompt in job.prompts]
 
     def close(self) -> None:
+        """Call between jobs. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         self._sizes.close()
         self._cache.close()
         gc.collect()  # TensorRT's objects and arrays free GPU memory when Python drops them
