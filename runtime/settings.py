@@ -1,5 +1,6 @@
 """The settings of an open model: files, executor, precision and memory. A `Job` (job.py) says the rest."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,5 +46,7 @@ class Settings:
     keep_encoders: bool = True  # whether networks that run once a job keep their weights for the next job
 
     def __post_init__(self) -> None:
+        if self.vram is not None and not 0 < self.vram < math.inf:
+            raise UsageError(f"{self.vram} GB of GPU memory is not possible.", "Use --vram 12, for example.")
         for network, candidate in self.segments.items():
             require_known(network, candidate)

@@ -89,17 +89,20 @@ class TextCache:
             self._stop.set()
 
     def _hash(self) -> None:
-        hashes = []
+        hashes: list[str] = []
         for path, state in self._files.items():
-            try:
+            sha256 = None
+            with suppress(OSError):
                 # The features belong to the content that was there when the encoder was opened.
                 sha256 = content_hash(path, state, self._memory(path), self._stop.is_set)
-            except OSError:
-                return
             if sha256 is None:
-                return
+                break
             hashes.append(sha256)
         with self._lock:
+            if len(hashes) < len(self._files):  # nothing is kept, on the disk or here
+                self._files = {}
+                self._pending.clear()
+                return
             self._hashes = hashes
             for prompt, features in self._pending.items():
                 self._write(prompt, features, hashes)

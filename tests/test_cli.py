@@ -324,7 +324,7 @@ def test_a_second_ctrl_c_ends_at_once(place: Workplace, tmp_path: Path) -> None:
     process = start([sys.executable, "-c", STUCK, *run_arguments(place, tmp_path / "out.mp4")])
     read_until(process, "window 2/2  denoising")
     process.send_signal(signal.SIGINT)
-    read_until(process, "Stopping after this step; press Ctrl-C again to stop at once.")
+    read_until(process, "Stopping as soon as nothing is lost; press Ctrl-C again to stop at once.")
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)

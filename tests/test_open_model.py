@@ -345,6 +345,12 @@ def test_peak_memory_is_bytes_on_every_system(monkeypatch: pytest.MonkeyPatch) -
     assert peak_bytes() == 4096
 
 
+@pytest.mark.parametrize("vram", [-1.0, 0.0, float("nan"), float("inf")])
+def test_gpu_memory_is_a_positive_number(vram: float) -> None:
+    with pytest.raises(UsageError, match="GB of GPU memory is not possible"):
+        Settings(vram=vram)
+
+
 def test_weights_must_be_named() -> None:
     with pytest.raises(UsageError, match="no weights"):
         WeightFiles()

@@ -324,7 +324,7 @@ def _stop_at_a_safe_point() -> Iterator[Callable[[], bool]]:
         if pressed:
             raise KeyboardInterrupt
         pressed = True
-        os.write(2, b"\nStopping after this step; press Ctrl-C again to stop at once.\n")
+        os.write(2, b"\nStopping as soon as nothing is lost; press Ctrl-C again to stop at once.\n")
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
