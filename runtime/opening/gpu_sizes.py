@@ -93,7 +93,8 @@ class GpuSizes:
         if residency.streamed:
             streamed = len({pack.n for pack in residency.streamed})
             text = f"{streamed} of {self._config.transformer.layers} blocks stream from host memory"
-            progress(Note(f"{text} ({self._budget / 1e9:.1f} GB)"))
+            limit = self._budget / 1e9 if self._settings.vram is None else self._settings.vram
+            progress(Note(f"{text} ({limit:.1f} GB)"))
         self.weights.plan(residency.streamed, residency.passing)
         if self._gpu.arena.size != residency.arena:
             self._gpu.reserve(residency.arena)

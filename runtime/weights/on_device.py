@@ -83,7 +83,8 @@ class DeviceWeights:
         """Loads packs ahead of `bind`, in the order in which the coming job first uses them.
 
         At most AHEAD packs of passing networks wait loaded for their use. Other packs go on being loaded
-        meanwhile, until resident packs and AHEAD passing ones would take more than `room` bytes.
+        meanwhile, until resident packs, AHEAD passing ones and those that the GPU still uses would take more
+        than `room` bytes.
         """
         wanted = {pack.key for pack in packs}
         with self._changed:
@@ -141,6 +142,7 @@ class DeviceWeights:
         with suppress(Exception):
             self._forget(list(self._resident))
         self._streamed, self._resident = {}, {}
+        self._leaving.clear()
         if self._lockers is not None:
             self._lockers.shutdown()
             self._lockers = None
