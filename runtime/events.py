@@ -1,7 +1,7 @@
 """Events of jobs and builds: plain values handed to `progress(event)`. The library itself prints nothing."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,11 @@ class WindowDone:
 
 @dataclass(frozen=True)
 class Note:
-    """Something the user should know that is not an error."""
+    """Something the user should know that is not an error. `code` and `data` say the same to programs."""
 
     text: str
+    code: str = ""
+    data: Mapping[str, object] = field(default_factory=dict)  # values that JSON has
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def render(
         if partial := writer.abandon(keep=True):
             where = f"The {writer.frames} finished frames are in {partial}."
             if isinstance(error, TrtWanError):
-                error.hint = f"{error.hint} {where}".strip()
+                error.add_hint(where)
             else:
                 error.add_note(where)
         raise

@@ -668,7 +668,7 @@ def test_graphs_not_built(place: Workplace, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path / "elsewhere"))
     message, hint = refused(invoke(*run_arguments(place, tmp_path / "o.mp4", "--json")), 1, "graph_unusable")
     assert "the model tiny for 64x48, 13 frames per window, fp32, are not built" in message
-    assert hint == f"Run: {BUILD}"
+    assert hint == f"Run:\n{BUILD}"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -685,13 +685,13 @@ def test_the_hint_for_damaged_graphs_mends_them(
     graph.write_bytes(content)
     arguments = run_arguments(place, tmp_path / "o.mp4", "--json")
     message, hint = refused(invoke(*arguments), 1, "graph_unusable")
-    assert f"are damaged ({graph.parent})" in message and hint == f"Run: {BUILD}"
+    assert f"are damaged ({graph.parent})" in message and hint == f"Run:\n{BUILD}"
 
     def copy(network: Network, model: object, plan: object, path: Path) -> None:
         shutil.copyfile(good / path.name, path)
 
     monkeypatch.setattr("trt_wan.build.graphs.export", copy)
-    built = invoke(*hint.removeprefix("Run: trt-wan ").split(), "--json")
+    built = invoke(*hint.removeprefix("Run:\ntrt-wan ").split(), "--json")
     assert built.exit_code == 0 and lines(built.stdout)[-1]["data"]["graphs"] == len(
         list(good.glob("*.onnx"))
     )

@@ -407,7 +407,7 @@ def test_show_of_what_has_no_manifest(store: Path) -> None:
     key = manifest("head").key
     (store / f"{key}.json").unlink()
     message, hint = refused(1, "show", key)
-    assert "damaged" in message and hint == f"Run: trt-wan rm {key[:8]} --yes"
+    assert "damaged" in message and hint == f"Run:\ntrt-wan rm {key[:8]} --yes"
 
 
 def test_keys_that_fit_none_or_several(store: Path) -> None:

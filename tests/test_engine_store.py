@@ -44,7 +44,7 @@ def engine(name: str = "attn_in") -> EngineId:
 
 A, B = engine("attn_in"), engine("attn_out")
 REBUILD = (
-    "Run: trt-wan build --model 14b --size 832x480 --window 77 --precision fp8 --target sm89 "
+    "Run:\ntrt-wan build --model 14b --size 832x480 --window 77 --precision fp8 --target sm89 "
     "--flavour tensorrt_rtx"
 )
 
@@ -98,7 +98,7 @@ def test_an_engine_that_is_not_there() -> None:
 
 
 def test_the_rebuild_command_is_made_of_the_engine() -> None:
-    assert shlex.split(REBUILD.removeprefix("Run: ")) == ["trt-wan", *A.rebuild]
+    assert shlex.split(REBUILD.removeprefix("Run:\n")) == ["trt-wan", *A.rebuild]
     assert refused(A).command == A.rebuild
     other = wan_engine("head", "tiny", Plan(64, 48, 13, "bf16"), "source", "sm120", RTX, None)
     assert shell_command(other.rebuild) == (

@@ -147,7 +147,7 @@ def test_a_writer_that_fails_ends_the_job_at_the_next_step(
         render(job(clips), model, tmp_path / "out.mp4")
     partial = tmp_path / "out.partial.mp4"
     assert caught.value.message == "The disk is full."
-    assert caught.value.hint == f"Free some space. The 3 finished frames are in {partial}."
+    assert caught.value.hint == f"Free some space.\nThe 3 finished frames are in {partial}."
     assert greys(partial) == [0, 1, 2] and list(tmp_path.iterdir()) == [partial]
 
 

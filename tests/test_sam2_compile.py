@@ -56,7 +56,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("TRT_WAN_HOME", str(home))
         with pytest.raises(GraphError, match="not built") as caught:
             graph_set(MODEL, PLAN).require()
-        assert caught.value.hint == "Run: trt-wan build --sam2 sam2.1_tiny"
+        assert caught.value.hint == "Run:\ntrt-wan build --sam2 sam2.1_tiny"
         made: list[str] = []
         folder = build_sam2_graphs(MODEL, PLAN, lambda name, seconds: made.append(name))
         assert made == list(networks(MODEL, PLAN)) and graph_set(MODEL, PLAN).require() == folder

@@ -93,12 +93,12 @@ def test_a_build_is_complete_and_is_not_made_twice(home: Path) -> None:
 def test_graphs_that_are_not_there_are_named_with_their_command(home: Path) -> None:
     with pytest.raises(GraphError, match="are not built") as caught:
         require_graphs(TINY, PLAN)
-    assert caught.value.hint == f"Run: {BUILD}"
+    assert caught.value.hint == f"Run:\n{BUILD}"
     assert shlex.join(("trt-wan", *caught.value.command)) == BUILD
     assert str(graphs_folder(TINY, PLAN)) in caught.value.message
     with pytest.raises(GraphError, match="fp8, are not built") as caught:
         require_graphs(TINY, replace(PLAN, precision="fp8"))
-    assert caught.value.hint == f"Run: {BUILD.replace('fp32', 'fp8')}"
+    assert caught.value.hint == f"Run:\n{BUILD.replace('fp32', 'fp8')}"
 
 
 def cut(folder: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_damaged_folder_is_refused_and_rebuilt(home: Path, damage: str) -> Non
     assert not graph_set(TINY, PLAN).complete()
     with pytest.raises(GraphError, match="are damaged") as caught:
         require_graphs(TINY, PLAN)
-    assert caught.value.hint == f"Run: {BUILD}"
+    assert caught.value.hint == f"Run:\n{BUILD}"
     assert build()
     assert require_graphs(TINY, PLAN) == folder
 

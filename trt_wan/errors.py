@@ -23,11 +23,16 @@ def shell_command(command: Iterable[str]) -> str:
     return shlex.join(("trt-wan", *command))
 
 
+def with_commands(sentence: str, *commands: str) -> str:
+    """A hint: a sentence, then each shell command on a line with nothing else, to be pasted."""
+    return "\n".join((sentence, *commands))
+
+
 class TrtWanError(Exception):
     """`message` is one sentence about the fault, `hint` one about the cure.
 
     `command` is the cure for programs, where one exists: the arguments of `trt-wan`. A hint that is left out
-    names it.
+    names it. Shell commands in a hint stand on lines of their own (`with_commands`).
     """
 
     code = "failed"
@@ -36,8 +41,12 @@ class TrtWanError(Exception):
     def __init__(self, message: str, hint: str = "", command: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint or (f"Run: {shell_command(command)}" if command else "")
+        self.hint = hint or (with_commands("Run:", shell_command(command)) if command else "")
         self.command = command
+
+    def add_hint(self, more: str) -> None:
+        """Appends lines to the hint."""
+        self.hint = f"{self.hint}\n{more}" if self.hint else more
 
 
 class UsageError(TrtWanError):

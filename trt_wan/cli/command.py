@@ -70,8 +70,8 @@ class Group(click.Group):
             ctx.exit(UsageError.exit_code)
 
 
-def note(report: Report, text: str) -> None:
-    report.progress(Note(text))
+def note(report: Report, text: str, code: str = "", **data: object) -> None:
+    report.progress(Note(text, code, data))
 
 
 def show(report: Report, tables: "RenderableType") -> None:

@@ -1,6 +1,7 @@
 """`trt-wan run`: opens the model, runs one job on it, writes the video."""
 
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -227,7 +228,7 @@ def run(
     try:
         return render_prepared(report, inputs, output, options, **written)
     except TrtWanError as error:
-        error.hint = f"{error.hint} The prepared clips can be used again: --inputs {inputs}".strip()
+        error.add_hint(f"The prepared clips can be used again: --inputs {shlex.quote(str(inputs))}")
         raise
 
 
