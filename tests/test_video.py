@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 import trt_wan
 from trt_wan.errors import InputError, OutputError, TrtWanError, UsageError
 from trt_wan.runtime.video.reader import Clip, Picture, read_picture
-from trt_wan.runtime.video.writer import VideoWriter, encoders
+from trt_wan.runtime.video.encoder import encoders
+from trt_wan.runtime.video.writer import VideoWriter
 
 WIDTH, HEIGHT = 96, 64
 RATES = (Fraction(12), Fraction(30000, 1001), Fraction(25))
