@@ -65,7 +65,7 @@ LISTING = """
 import atexit, pathlib, sys
 file = pathlib.Path(sys.argv.pop(1))
 atexit.register(lambda: file.write_text(" ".join(sys.modules)))
-from trt_wan.cli.main import main
+from trt_wan.__main__ import main
 main()
 """
 
@@ -80,7 +80,7 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())
-from trt_wan.cli.main import main
+from trt_wan.__main__ import main
 main()
 """
 
@@ -98,7 +98,7 @@ def stuck(*arguments):
     return velocity(*arguments)
 
 denoise.velocity = stuck
-from trt_wan.cli.main import main
+from trt_wan.__main__ import main
 main()
 """
 

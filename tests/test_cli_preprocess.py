@@ -335,7 +335,7 @@ class Slow(FakePeople):
             yield person
 
 stages.open_stages = lambda *a, **o: stages.Stages(Slow(), FakeSegmenter())
-from trt_wan.cli.main import main
+from trt_wan.__main__ import main
 main()
 """
 

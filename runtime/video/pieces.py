@@ -1,5 +1,5 @@
-"""Pieces of a video file: fragments of mp4 and mov, clusters of Matroska. Written one after another behind one
-header they are a file that plays.
+"""Pieces of a video file: fragments of mp4 and mov, clusters of Matroska. A header and pieces, one after
+another, are a file that plays.
 
 ffmpeg makes them in memory: PyAV has no call that makes a muxer write what it holds back. Times are absolute.
 Decoding times may not be negative in an mp4, so there pictures are moved by MOST_DELAY frames, which the edit
@@ -45,9 +45,9 @@ def header(muxer: str, first: Mapping[Stream, "Packet[Any]"]) -> bytes:
     return made[: next(ends)]
 
 
-def piece(muxer: str, streams: Mapping[Stream, Packets], rate: Fraction, order: int) -> bytes:
-    """The first stream has the pictures. Their pts are their numbers. The first is number `order` in decoding
-    order.
+def piece(muxer: str, streams: Mapping[Stream, Packets], rate: Fraction, order: int, number: int) -> bytes:
+    """Piece `number`, from 1. The first stream has the pictures. Their pts are their numbers in display
+    order. The first of them is number `order` in decoding order.
     """
     video = next(iter(streams))
     shift = MOST_DELAY if is_mp4(muxer) else 0
@@ -55,7 +55,8 @@ def piece(muxer: str, streams: Mapping[Stream, Packets], rate: Fraction, order: 
         assert picture.pts is not None
         set_times(picture, picture.pts + shift, k - MOST_DELAY + shift, 1 / rate)
         picture.duration = 1
-    made = _muxed(muxer, streams, _PIECE if is_mp4(muxer) else _CLUSTERS)
+    options = {**_PIECE, "fragment_index": str(number)} if is_mp4(muxer) else _CLUSTERS
+    made = _muxed(muxer, streams, options)
     return b"".join(made[start:end] for name, start, end in _parts(muxer, made) if name in _PLAYING)
 
 
@@ -68,7 +69,7 @@ def hiding(muxer: str, data: bytes) -> Iterator[tuple[int, bytes]]:
             yield start, b"\xec\x01" + (end - start - 9).to_bytes(7, "big")  # a void with a length of 8 bytes
 
 
-def set_times(packet: "Packet[Any]", pts: int, dts: int, time_base: Fraction) -> None:
+def set_times(packet: "Packet[Any]", pts: int | None, dts: int | None, time_base: Fraction) -> None:
     packet.time_base, packet.pts, packet.dts = time_base, pts, dts
 
 
@@ -101,7 +102,8 @@ def _parts(muxer: str, data: bytes) -> Iterator[tuple[bytes, int, int]]:
     position = 0
     while position < len(data):
         if is_mp4(muxer):  # ISO/IEC 14496-12, 4.2: a length of 4 bytes, then a name of 4 letters
-            name, end = data[position + 4 : position + 8], position + int.from_bytes(data[position : position + 4])
+            head = data[position : position + 8]
+            name, end = head[4:], position + int.from_bytes(head[:4])
         else:  # RFC 8794, 4: leading zeros of the first byte tell how many bytes follow it
             id_end = position + 9 - data[position].bit_length()
             name, width = data[position:id_end], 9 - data[id_end].bit_length()

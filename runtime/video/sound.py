@@ -1,4 +1,4 @@
-"""The sound of the finished video: another file's packets, copied if players accept them, else encoded again."""
+"""The sound of the finished video: another file's packets, copied if players accept them, else encoded."""
 
 import shlex
 from collections.abc import Iterator
@@ -28,9 +28,9 @@ SOUND_RATES = {
 class Sound:
     """Packets for the output's sound stream, in order of time, up to the time of the pictures.
 
-    `stream` is a template for streams, and `first` the first packet. `before` has the packets that start before
-    the first picture, where an edit list can hide them. Elsewhere a codec delay hides `delay` seconds of them,
-    and files without one get none.
+    `stream` is a template for streams, and `first` the first packet. `before` has the packets that start
+    before the first picture, where an edit list can hide them. Elsewhere a codec delay hides `delay` seconds
+    of them; without one they are dropped.
     """
 
     stream: AudioStream
@@ -97,9 +97,10 @@ class Sound:
                 yield packet
 
     def _demuxed(self) -> "Iterator[Packet[AudioStream]]":
-        adts = self._input.codec_context.codec.canonical_name == "aac" and not self._input.codec_context.extradata
-        # AAC of a transport stream. The muxer takes it as it is, but not for fragments (PyAV 18.1).
-        unwrap = BitStreamFilterContext("aac_adtstoasc", self._input) if adts else None
+        codec = self._input.codec_context
+        # AAC of a transport stream has headers of its own, which the muxer for fragments does not remove.
+        wrapped = codec.codec.canonical_name == "aac" and not codec.extradata
+        unwrap = BitStreamFilterContext("aac_adtstoasc", self._input) if wrapped else None
         for packet in self._source.demux(self._input):
             if packet.pts is None:
                 continue
@@ -124,6 +125,7 @@ def _encoder(name: str, source: AudioStream) -> AudioStream:
     nowhere = av.open("-", "w", format="null")
     rate = source.rate if source.rate in SOUND_RATES[name] else 48_000
     stream = nowhere.add_stream(name, rate=rate, bit_rate=SOUND_BIT_RATE)
+    assert isinstance(stream, AudioStream), f"{name} encodes no sound"
     stream.codec_context.layout = "mono" if source.channels == 1 else "stereo"
     stream.codec_context.flags |= Flags.global_header  # see Encoding.open
     nowhere.start_encoding()

@@ -1,8 +1,7 @@
-"""The place of the finished video: checks before the work, names of unfinished files, and the lock that keeps two
-runs from one output.
+"""The place of the finished video: checks before the work, names of unfinished files, a lock on the output.
 
-While a job runs, its video grows as `<stem>.partial<suffix>`. One that was kept from an earlier run stays: the
-next is `<stem>.partial-2<suffix>`, and so on.
+While a job runs, its video grows as `<stem>.partial<suffix>`. One that was kept from an earlier run stays:
+the next is `<stem>.partial-2<suffix>`, and so on.
 """
 
 import errno
@@ -43,25 +42,28 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 
 def refuse_inputs(output: Path, inputs: Iterable[Path | None]) -> None:
-    """Raises UsageError if `output` is one of the files `inputs`, or a file in one of the folders `inputs`, also
-    through links.
+    """Raises UsageError if `output` is one of the files `inputs`, or a file in one of the folders `inputs`,
+    also through links. Videos in folders do not count: the folders are those of checkpoints.
     """
     if not output.exists():
         return
     there = output.stat()
     for path in inputs:
-        for file in () if path is None else path.rglob("*") if path.is_dir() else (path,):
+        files = [] if path is None else [path]
+        if path is not None and path.is_dir():
+            files = [file for file in path.rglob("*") if file.suffix.lower() not in KINDS]
+        for file in files:
             with suppress(OSError):
                 if os.path.samestat(there, file.stat()):
                     raise UsageError(
-                        f"{output} is {file}, an input of this job, and would be overwritten.",
+                        f"{output} is an input of this job ({file}) and would be overwritten.",
                         "Choose another output.",
                     )
 
 
 @contextmanager
 def claimed(output: Path, progress: Progress = silent) -> Iterator[None]:
-    """Keeps `output`, a file or a folder, for this process. Raises OutputError at once if another process has it.
+    """Keeps `output`, a file or a folder, for this process. Raises OutputError if another process has it.
 
     Tells of files that were kept from earlier runs, and removes those of killed runs that hold nothing. Calls
     may be nested. The operating system releases the lock of a process that is killed.
@@ -82,7 +84,7 @@ def claimed(output: Path, progress: Progress = silent) -> Iterator[None]:
             stack.callback(_quietly, lock.unlink)
             _ours.add(place)
             stack.callback(_ours.remove, place)
-            kept = _kept(place)
+            kept = _kept(place) if place.suffix.lower() in KINDS else []
         if kept:
             names = [str(path if output.is_symlink() else output.with_name(path.name)) for path in kept]
             text = f"Kept from an earlier run, and left alone: {', '.join(names)}."
@@ -94,7 +96,7 @@ _ours: set[Path] = set()  # the outputs of this process
 
 
 def partial_names(path: Path) -> Iterator[Path]:
-    """Beside the file, and where `path` is a link beside the file behind it: a file can then be renamed to it."""
+    """Names beside `path`, or beside the file that `path` links to: a rename replaces that file."""
     place = path.resolve() if path.is_symlink() else path
     for number in count(1):
         yield place.with_name(f"{place.stem}.partial{f'-{number}' if number > 1 else ''}{place.suffix}")

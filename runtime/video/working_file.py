@@ -1,4 +1,4 @@
-"""A video file that grows by pieces. Each piece plays as soon as it is written, so a killed job leaves a video.
+"""A video file that grows by pieces. Each piece plays once it is written, so a killed job leaves a video.
 
 An encoder gives packets late and in decoding order. Pieces hold pictures without a gap in display order. The
 last pictures of a finished window, which are still inside the encoder, are encoded once more into a tail: a
@@ -15,6 +15,7 @@ from typing import Any
 import av
 from av.packet import Packet
 from av.stream import Stream
+from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from trt_wan.runtime.video.kinds import Kind
@@ -37,7 +38,9 @@ PROBE = 65_536  # bytes, written and dropped to test that the file can grow
 class WorkingFile:
     """Raises OSError where the disk fails. The file then ends with its last whole piece."""
 
-    def __init__(self, path: Path, kind: Kind, rate: Fraction, video: VideoStream, sound: Sound | None) -> None:
+    def __init__(
+        self, path: Path, kind: Kind, rate: Fraction, video: VideoStream, sound: Sound | None
+    ) -> None:
         """Creates `path`, which must not exist. `video` is a template for streams (Encoding.open)."""
         self.path, self.rate = path, rate
         self.pictures = 0  # in the file, without the tail
@@ -45,6 +48,7 @@ class WorkingFile:
         self._muxer, self._video, self._sound = kind.muxer, video, sound
         self._delay = 0  # frames that the decoding order has run ahead of the display so far
         self._hide_tail: list[tuple[int, bytes]] = []  # positions, and the bytes to write there
+        self._pieces = 0
         self._end = 0
         self._file = path.open("xb", buffering=0)
         try:
@@ -55,8 +59,8 @@ class WorkingFile:
             raise
 
     def append(self, pictures: Packets, sound: Packets) -> None:
-        """`pictures` are the next in decoding order, as many as the tail has or more: they hide it. Their pts are
-        their numbers. Without any, only sound is added.
+        """`pictures` are the next in decoding order; their pts are their numbers. They hide the tail, and are
+        no fewer than its pictures. Without any, only sound is added.
         """
         assert not pictures or self.pictures + len(pictures) >= self.shown, "the tail is longer"
         delays = [k - (picture.pts or 0) for k, picture in enumerate(pictures, self.pictures)]
@@ -91,7 +95,9 @@ class WorkingFile:
             av.open(str(target.absolute()), "w", format=self._muxer, options=options) as output,
         ):
             streams = [output.add_stream_from_template(stream, opaque=True) for stream in source.streams]
-            streams[0].codec_context.framerate = self.rate
+            codec = streams[0].codec_context
+            assert isinstance(codec, VideoCodecContext), "the first stream has the pictures"
+            codec.framerate = self.rate
             if self._sound is not None:
                 mux(output, streams[1], self._sound.before)
                 end -= self._sound.delay  # muxers count from the start of the delay
@@ -127,7 +133,8 @@ class WorkingFile:
         if first and self._sound is not None and self._sound.first is not None:
             first[self._sound.stream] = self._sound.first
         start = header(self._muxer, first) if first else b""
-        return start + piece(self._muxer, streams, self.rate, self.pictures)
+        self._pieces += 1
+        return start + piece(self._muxer, streams, self.rate, self.pictures, self._pieces)
 
     def _replace_tail(self, shown: int) -> None:
         for position, hidden in self._hide_tail:

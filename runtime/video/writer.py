@@ -1,7 +1,7 @@
 """Writes the finished video: pictures one at a time, and the sound of another file beside them.
 
-Pictures are uint8 RGB [H, W, 3]. The file grows as `<stem>.partial<suffix>` and gets its final name when it is
-complete, so a file with the final name is never half a video. Sound is written up to the time of the last
+Pictures are uint8 RGB [H, W, 3]. The file grows as `<stem>.partial<suffix>` and gets its final name when it
+is complete, so a file with the final name is never half a video. Sound is written up to the time of the last
 picture.
 """
 
@@ -47,7 +47,7 @@ class VideoWriter:
         crf: int = CRF,
         preset: str = PRESET,
     ) -> None:
-        """Creates the partial file at once, so that a target that cannot be written fails before the computing.
+        """Creates the partial file at once: a target that cannot be written fails before the computing.
 
         The first sound stream of the file `sound` is used, if it has one. The start of its picture is time 0.
         `crf` and `preset` are for x264.
@@ -56,6 +56,7 @@ class VideoWriter:
         self.path, self.overwrite = path, overwrite
         self.width, self.height, self.rate = width, height, rate
         self.frames = 0
+        self.kept = 0  # frames in the partial file after abandon()
         self._scaler = VideoReformatter()
         self._coded: list[Packet[Any]] = []  # pictures that the file lacks, in decoding order
         self._heard: list[Packet[Any]] = []  # sound that the file lacks
@@ -74,11 +75,6 @@ class VideoWriter:
     @property
     def has_sound(self) -> bool:
         return self._sound is not None
-
-    @property
-    def kept(self) -> int:
-        """Frames in the partial file."""
-        return self._file.shown if self._file else 0
 
     def write(self, frame: NDArray[np.uint8]) -> None:
         """Adds one picture [H, W, 3]."""
@@ -104,8 +100,9 @@ class VideoWriter:
                 self._append()
 
     def settle(self) -> None:
-        """Every picture so far reaches the disk and plays there, even if this process is killed. Pictures that are
-        still inside the encoder, 11 at 832x480, are encoded twice for it.
+        """Writes every picture so far to the disk: it plays there even if this process is killed.
+
+        Pictures that are still inside the encoder (11 at 832x480 with x264) are encoded twice for it.
         """
         file = self._opened
         with explained(self.path):
@@ -140,14 +137,16 @@ class VideoWriter:
         if self._file is None:
             return None
         if keep and self.frames:
-            with suppress(av.FFmpegError, OSError, InputError):  # an error that broke the writing does so again
+            with suppress(av.FFmpegError, OSError, InputError):  # the disk may be full
                 self._drain()
                 os.replace(self._joined(), self.partial)
-        kept = keep and self.kept > 0
+        self.kept = self._file.shown if keep else 0
         self._release()
-        if not kept:
-            self.partial.unlink(missing_ok=True)
-        return self.partial if kept else None
+        if self.kept:
+            return self.partial
+        with suppress(OSError):
+            self.partial.unlink()
+        return None
 
     def __enter__(self) -> Self:
         return self
@@ -164,9 +163,10 @@ class VideoWriter:
         self._encoder = self._encoding.open()
         if sound is not None:
             self._sound = Sound.of(sound, kind)
-        for self.partial in partial_names(self.path):
-            with suppress(FileExistsError):  # kept from another run
-                self._file = WorkingFile(self.partial, kind, self.rate, self._encoder, self._sound)
+        for partial in partial_names(self.path):
+            with suppress(FileExistsError):  # kept from an earlier run
+                self._file = WorkingFile(partial, kind, self.rate, self._encoder, self._sound)
+                self.partial = partial
                 break
 
     @property

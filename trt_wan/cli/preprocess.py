@@ -154,6 +154,8 @@ PREPARING_NAMES = {str(parameter.name) for parameter in preprocess.params} - {
     *("reference", "clip", "output", "mode", "executor", "overwrite", "as_json", "quiet")
 }
 
+PREPARING_FILES = ("edited_reference", "edited_driving", "detector", "pose", "sam2", "keypoints")
+
 OF_A_MASK = ("sam2", "segmenter", "grow", "block", "fill")
 NOT_GIVEN = (None, False, "auto")
 
@@ -161,10 +163,13 @@ NOT_GIVEN = (None, False, "auto")
 def prepare(
     report: Report, reference: Path, clip: Path, output: Path, *, executor: Any, **options: Any
 ) -> tuple[Path, dict[str, Any]]:
-    """Makes the folder `output`; `options` are those of PREPARING, mode and overwrite."""
-    from trt_wan.preprocess.clips.artifacts import ALL
+    """Makes the folder `output`, and keeps it for this process until the command ends. `options` are those of
+    PREPARING, mode and overwrite.
+    """
+    from trt_wan.preprocess.clips.artifacts import ALL, remove_leftovers
     from trt_wan.preprocess.preprocess import preprocess as make
     from trt_wan.preprocess.stages import Networks, open_stages
+    from trt_wan.runtime.video.target import claimed, refuse_inputs
 
     start = time.perf_counter()
     if options["mode"] == "animate" and (
@@ -174,6 +179,11 @@ def prepare(
             f"In the mode animate there is no mask, so --{useless[0]} would do nothing.",
             f"Leave out --{useless[0]}, or use --mode replace.",
         )
+    files = [reference, clip, *(options[name] for name in PREPARING_FILES)]
+    for name in ALL:
+        refuse_inputs(output / name, files)
+    click.get_current_context().with_resource(claimed(output))
+    remove_leftovers(output)
     names = ("detector", "pose", "sam2", "segmenter")
     networks = Networks(**{name: options.pop(name) for name in names}, executor=executor)
     job = _job(reference, clip, output, **options)

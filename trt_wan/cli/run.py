@@ -1,11 +1,8 @@
 """`trt-wan run`: opens the model, runs one job on it, writes the video."""
 
-import os
 import shlex
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.command import command, note
-from trt_wan.cli.preprocess import PREPARING_NAMES, prepare, preparing_options
+from trt_wan.cli.preprocess import PREPARING_FILES, PREPARING_NAMES, prepare, preparing_options
 from trt_wan.cli.report import Report
+from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError
 
 if TYPE_CHECKING:
@@ -64,6 +62,11 @@ class RunOptions:
 
         files: Any = {part: file for part in PARTS if (file := getattr(self, part)) is not None}
         return WeightFiles(self.weights, files, self.tokenizer, self.random_weights)
+
+    def files(self) -> list[Path]:
+        """Files and folders that are only read."""
+        named = [getattr(self, name) for name in (*PARTS, "tokenizer")]
+        return [*self.weights, *(path for path in named if path is not None)]
 
     def settings(self) -> "Settings":
         """A command runs one job, so no weights are kept for another."""
@@ -209,7 +212,9 @@ def run(
     The clips are prepared into the folder out.inputs beside the output, as `trt-wan preprocess` does; its
     options are the last ones below.
     """
+    from trt_wan.preprocess.clips.artifacts import ALL
     from trt_wan.runtime.job import unused_clips
+    from trt_wan.runtime.video.target import refuse_inputs
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
     options = RunOptions(**given)
@@ -218,6 +223,8 @@ def run(
             "In the mode animate there is nothing to paste back.",
             "Leave out --paste-back, or use --mode replace.",
         )
+    files = [reference, clip, audio, *options.files(), *(preparing[name] for name in PREPARING_FILES)]
+    refuse_inputs(output, [*files, *(inputs / name for name in ALL if inputs)])
     written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
     if inputs is not None:
         _refuse_preparing(reference)
@@ -246,14 +253,18 @@ def render_prepared(
     from trt_wan.runtime.opening.model import open_model
     from trt_wan.runtime.render import render
     from trt_wan.runtime.video.clips import open_clips
-    from trt_wan.runtime.video.writer import check_target
+    from trt_wan.runtime.video.target import check_target, claimed
 
     start = time.perf_counter()
     job = options.job(Inputs.from_folder(folder, options.mode or "animate"))  # type: ignore[arg-type]
     files, settings = options.weight_files(), options.settings()
     check_target(output, overwrite)
-    with open_clips(job.inputs, job.window) as clips, open_model(files, settings, report.progress) as model:
-        with _stop_at_a_safe_point() as should_stop:
+    with (
+        claimed(output, report.progress),
+        open_clips(job.inputs, job.window) as clips,
+        open_model(files, settings, report.progress) as model,
+    ):
+        with stop_at_a_safe_point() as stop:
             result = render(
                 job,
                 model,
@@ -262,9 +273,11 @@ def render_prepared(
                 sound=audio,
                 overwrite=overwrite,
                 paste_back=paste_back,
-                progress=report.progress,
-                should_stop=should_stop,
+                progress=stop.watching(report.progress),
+                should_stop=stop.asked,
             )
+            if stop.asked():
+                note(report, "The video was finished before it could be stopped.", code="not_stopped")
     data = {"frames": result.frames, "width": result.width, "height": result.height, "fps": result.rate}
     return result.path, {**data, "seconds": round(time.perf_counter() - start, 2)}
 
@@ -281,7 +294,7 @@ def _prepare_beside(
     """The folder of clips made from `reference` and `clip`. The job's own settings are checked before."""
     from trt_wan.preprocess.clips import artifacts
     from trt_wan.runtime.job import Inputs
-    from trt_wan.runtime.video.writer import check_target
+    from trt_wan.runtime.video.target import check_target, claimed
 
     if reference is None or clip is None:
         raise UsageError(
@@ -294,6 +307,7 @@ def _prepare_beside(
     options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
     options.weight_files(), options.settings()
     check_target(output, overwrite)
+    click.get_current_context().with_resource(claimed(output, report.progress))
     shared = {"mode": options.mode, "executor": options.executor, "overwrite": overwrite}
     made, _ = prepare(report, reference, clip, folder, **shared, **preparing)
     return made
@@ -313,22 +327,3 @@ def _refuse_preparing(reference: Path | None) -> None:
             f"--inputs names clips that are prepared already, so {given} would do nothing.",
             f"Leave out {given}, or --inputs.",
         )
-
-
-@contextmanager
-def _stop_at_a_safe_point() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C ends the job at the next safe point (a step or a network), the second at once."""
-    pressed = False
-
-    def on_interrupt(number: int, frame: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-        os.write(2, b"\nStopping as soon as nothing is lost; press Ctrl-C again to stop at once.\n")
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
