@@ -26,7 +26,9 @@ _PIECE = {"movflags": f"{_FRAGMENTS}+frag_discont", "use_editlist": "0", "avoid_
 MATROSKA = {"fflags": "+bitexact"}
 _CLUSTERS = {**MATROSKA, "avoid_negative_ts": "disabled"}
 
-_SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
+_CLUSTER, _CODEC_DELAY = b"\x1f\x43\xb6\x75", b"\x56\xaa"
+# Elements that are entered: Segment, Tracks, TrackEntry.
+_MASTERS = (b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b", b"\xae")
 
 
 def is_mp4(muxer: str) -> bool:
@@ -58,6 +60,14 @@ def piece(muxer: str, streams: Mapping[Stream, Packets], rate: Fraction, order: 
     options = {**_PIECE, "fragment_index": str(number)} if is_mp4(muxer) else _CLUSTERS
     made = _muxed(muxer, streams, options)
     return b"".join(made[start:end] for name, start, end in _parts(muxer, made) if name in _PLAYING)
+
+
+def codec_delay(muxer: str, header: bytes) -> Fraction:
+    """Seconds of sound that a Matroska header hides. The muxer counts times of sound from their start."""
+    for name, start, end in _parts(muxer, header):
+        if name == _CODEC_DELAY:  # an id of 2 bytes, a length of 1, nanoseconds
+            return Fraction(int.from_bytes(header[start + 3 : end]), 10**9)
+    return Fraction(0)
 
 
 def hiding(muxer: str, data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -98,7 +108,7 @@ def _muxed(muxer: str, streams: Mapping[Stream, Packets], options: dict[str, str
 
 
 def _parts(muxer: str, data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and end of each part of a file. A Matroska segment counts as its head alone."""
+    """Name, start and end of each part of a file. Matroska's masters count as their heads alone."""
     position = 0
     while position < len(data):
         if is_mp4(muxer):  # ISO/IEC 14496-12, 4.2: a length of 4 bytes, then a name of 4 letters
@@ -108,6 +118,6 @@ def _parts(muxer: str, data: bytes) -> Iterator[tuple[bytes, int, int]]:
             id_end = position + 9 - data[position].bit_length()
             name, width = data[position:id_end], 9 - data[id_end].bit_length()
             length = int.from_bytes(data[id_end : id_end + width]) & ((1 << 7 * width) - 1)
-            end = id_end + width + (0 if name == _SEGMENT else length)
+            end = id_end + width + (0 if name in _MASTERS else length)
         yield name, position, end
         position = end

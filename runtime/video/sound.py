@@ -16,7 +16,6 @@ from av.packet import Packet
 
 from trt_wan.errors import InputError, with_commands
 from trt_wan.runtime.video.kinds import Kind
-from trt_wan.runtime.video.pieces import is_mp4
 
 SOUND_BIT_RATE = 192_000  # for sound that must be encoded again
 SOUND_RATES = {
@@ -29,8 +28,7 @@ class Sound:
     """Packets for the output's sound stream, in order of time, up to the time of the pictures.
 
     `stream` is a template for streams, and `first` the first packet. `before` has the packets that start
-    before the first picture, where an edit list can hide them. Elsewhere a codec delay hides `delay` seconds
-    of them; without one they are dropped.
+    before the first picture.
     """
 
     stream: AudioStream
@@ -55,20 +53,12 @@ class Sound:
         self.stream = self._input if copied else _encoder(kind.sound, self._input)
         self._packets = self._copied() if copied else self._encoded()
         self.first = self._next = self._advance()
-        self.before = []
-        hidden = is_mp4(kind.muxer)
-        delayed = not copied or self.stream.codec_context.codec.canonical_name == "opus"
-        self.delay = Fraction(0)
-        if delayed and not hidden and self._next is not None:
-            self.delay = max(-_seconds(self._next), self.delay)
-        while self._next is not None and _seconds(self._next) < -self.delay:
-            self.before += [self._next] if hidden else []
-            self._next = self._advance()
+        self.before = self.until(Fraction(0))
 
     def until(self, end: Fraction) -> "list[Packet[AudioStream]]":
         """The next packets, those that start before `end`, in seconds."""
         packets = []
-        while self._next is not None and _seconds(self._next) < end:
+        while self._next is not None and seconds(self._next) < end:
             packets.append(self._next)
             self._next = self._advance()
         return packets
@@ -140,7 +130,7 @@ def _with_extradata(stream: AudioStream, extradata: bytes) -> AudioStream:
     return made
 
 
-def _seconds(packet: "Packet[Any]") -> Fraction:
+def seconds(packet: "Packet[Any]") -> Fraction:
     assert packet.pts is not None
     return packet.pts * packet.time_base
 

@@ -8,7 +8,7 @@ without encoding: it has one index, exact times, and the sound's packets before 
 
 import os
 from fractions import Fraction
-from math import ceil
+from math import ceil, lcm
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from trt_wan.runtime.video.pieces import (
     MATROSKA,
     MOST_DELAY,
     Packets,
+    codec_delay,
     header,
     hiding,
     is_mp4,
@@ -30,7 +31,7 @@ from trt_wan.runtime.video.pieces import (
     piece,
     set_times,
 )
-from trt_wan.runtime.video.sound import Sound
+from trt_wan.runtime.video.sound import Sound, seconds
 
 PROBE = 65_536  # bytes, written and dropped to test that the file can grow
 
@@ -46,6 +47,8 @@ class WorkingFile:
         self.pictures = 0  # in the file, without the tail
         self.shown = 0  # in the file, with the tail
         self._muxer, self._video, self._sound = kind.muxer, video, sound
+        self._codec_delay = Fraction(0)
+        self._has_sound = False  # sound can begin after the last picture
         self._delay = 0  # frames that the decoding order has run ahead of the display so far
         self._hide_tail: list[tuple[int, bytes]] = []  # positions, and the bytes to write there
         self._pieces = 0
@@ -68,6 +71,7 @@ class WorkingFile:
         assert self._delay <= MOST_DELAY, f"a delay of {self._delay} frames"
         if pictures or sound:
             self._write(self._made(pictures, sound))
+        self._has_sound = self._has_sound or bool(sound)
         if pictures:
             self.pictures += len(pictures)
             self._replace_tail(self.pictures)
@@ -84,23 +88,20 @@ class WorkingFile:
 
     def join(self, target: Path) -> None:
         """Writes the final video to `target`. Its sound ends with the last picture. Raises OSError."""
-        end = self.pictures / self.rate  # of the sound, in seconds
-        options = MATROSKA
-        if is_mp4(self._muxer):
-            units = str(self.rate.numerator * ceil(10_000 / self.rate.numerator))  # per second
-            options = {"movflags": "+faststart", "movie_timescale": units, "video_track_timescale": units}
+        end = self.pictures / self.rate - self._codec_delay  # of the sound, in seconds
+        options = self._mp4_options() if is_mp4(self._muxer) else MATROSKA
         with (
             # Absolute paths, because ffmpeg takes `a:b.mp4` for a protocol called `a`.
             av.open(str(self.path.absolute())) as source,
             av.open(str(target.absolute()), "w", format=self._muxer, options=options) as output,
         ):
-            streams = [output.add_stream_from_template(stream, opaque=True) for stream in source.streams]
+            templates = [*source.streams][: 2 if self._has_sound else 1]
+            streams = [output.add_stream_from_template(stream, opaque=True) for stream in templates]
             codec = streams[0].codec_context
             assert isinstance(codec, VideoCodecContext), "the first stream has the pictures"
             codec.framerate = self.rate
-            if self._sound is not None:
+            if self._sound is not None and self._has_sound and is_mp4(self._muxer):
                 mux(output, streams[1], self._sound.before)
-                end -= self._sound.delay  # muxers count from the start of the delay
             pictures = 0
             for packet in source.demux():
                 if packet.pts is None:
@@ -111,12 +112,22 @@ class WorkingFile:
                     packet.duration = 1
                     pictures += 1
                 else:
-                    left = round(end / packet.time_base) - packet.pts
+                    left = end // packet.time_base - packet.pts
                     if left <= 0:
                         continue
                     packet.duration = min(packet.duration or left, left)
                 mux(output, streams[packet.stream_index], [packet])
         assert pictures == self.pictures, f"{pictures} of {self.pictures} pictures in the final file"
+
+    def _mp4_options(self) -> dict[str, str]:
+        """Units of time in which pictures and sound have exact lengths."""
+        units = self.rate.numerator * ceil(10_000 / self.rate.numerator)  # per second
+        common = lcm(units, self._sound.stream.rate) if self._sound is not None else units
+        return {
+            "movflags": "+faststart",
+            "video_track_timescale": str(units),
+            "movie_timescale": str(common if common < 2**31 else units),
+        }
 
     def close(self) -> None:
         self._file.close()
@@ -126,15 +137,27 @@ class WorkingFile:
         self.path.unlink(missing_ok=True)
 
     def _made(self, pictures: Packets, sound: Packets) -> bytes:
+        start = b""
+        if not self._end:
+            first: dict[Stream, Packet[Any]] = {self._video: pictures[0]}
+            if self._sound is not None and self._sound.first is not None:
+                first[self._sound.stream] = self._sound.first
+            start = header(self._muxer, first)
+            sound = [*self._before(start), *sound]
         streams: dict[Stream, Packets] = {self._video: pictures}
-        first: dict[Stream, Packet[Any]] = {} if self._end else {self._video: pictures[0]}
         if self._sound is not None and sound:
             streams[self._sound.stream] = sound
-        if first and self._sound is not None and self._sound.first is not None:
-            first[self._sound.stream] = self._sound.first
-        start = header(self._muxer, first) if first else b""
         self._pieces += 1
         return start + piece(self._muxer, streams, self.rate, self.pictures, self._pieces)
+
+    def _before(self, start: bytes) -> Packets:
+        """The sound before the first picture that the header hides. In an mp4 the edit list of the final file
+        does so; ffmpeg does not heed one in a file of fragments.
+        """
+        if self._sound is None or is_mp4(self._muxer):
+            return []
+        self._codec_delay = codec_delay(self._muxer, start)
+        return [packet for packet in self._sound.before if seconds(packet) >= -self._codec_delay]
 
     def _replace_tail(self, shown: int) -> None:
         for position, hidden in self._hide_tail:
