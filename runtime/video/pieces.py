@@ -79,6 +79,12 @@ def hiding(muxer: str, data: bytes) -> Iterator[tuple[int, bytes]]:
             yield start, b"\xec\x01" + (end - start - 9).to_bytes(7, "big")  # a void with a length of 8 bytes
 
 
+def has_no_piece(data: bytes) -> bool:
+    """Whether a file is empty, zeros, or a header alone."""
+    is_header = data[4:8] == b"ftyp" or data.startswith(b"\x1a\x45\xdf\xa3")
+    return not any(data) or (is_header and not any(name in data for name in _PLAYING))
+
+
 def set_times(packet: "Packet[Any]", pts: int | None, dts: int | None, time_base: Fraction) -> None:
     packet.time_base, packet.pts, packet.dts = time_base, pts, dts
 

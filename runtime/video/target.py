@@ -20,6 +20,7 @@ from trt_wan.engines.store.locks import held
 from trt_wan.errors import OutputError, UsageError, with_commands
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.video.kinds import KINDS
+from trt_wan.runtime.video.pieces import has_no_piece
 from trt_wan.runtime.video.working_file import PROBE
 
 
@@ -137,10 +138,10 @@ def _kept(place: Path) -> list[Path]:
     for path in sorted(place.parent.iterdir()):
         if pattern.fullmatch(path.name):
             _quietly(joining(path).unlink)
-            if path.stat().st_size > PROBE or any(path.read_bytes()):
-                kept.append(path)
-            else:
+            if path.stat().st_size <= PROBE and has_no_piece(path.read_bytes()):
                 _quietly(path.unlink)
+            else:
+                kept.append(path)
     return kept
 
 

@@ -47,7 +47,8 @@ class WorkingFile:
         self.pictures = 0  # in the file, without the tail
         self.shown = 0  # in the file, with the tail
         self._muxer, self._video, self._sound = kind.muxer, video, sound
-        self._codec_delay = Fraction(0)
+        self._codec_delay = Fraction(0)  # seconds of sound that a Matroska header hides
+        self._early: Packets = []
         self._has_sound = False  # sound can begin after the last picture
         self._delay = 0  # frames that the decoding order has run ahead of the display so far
         self._hide_tail: list[tuple[int, bytes]] = []  # positions, and the bytes to write there
@@ -69,8 +70,11 @@ class WorkingFile:
         delays = [k - (picture.pts or 0) for k, picture in enumerate(pictures, self.pictures)]
         self._delay = max([self._delay, *delays])
         assert self._delay <= MOST_DELAY, f"a delay of {self._delay} frames"
+        self._begin(pictures)
+        sound = [*self._early, *sound]
         if pictures or sound:
-            self._write(self._made(pictures, sound))
+            self._write(self._piece(pictures, sound))
+            self._early = []
         self._has_sound = self._has_sound or bool(sound)
         if pictures:
             self.pictures += len(pictures)
@@ -78,7 +82,8 @@ class WorkingFile:
 
     def append_tail(self, pictures: Packets) -> None:
         """`pictures` are copies of the next ones, whose own packets come later. They hide the tail before."""
-        made, start = self._made(pictures, ()), self._end
+        self._begin(pictures)
+        made, start = self._piece(pictures, ()), self._end
         self._write(made)
         self._replace_tail(self.pictures + len(pictures))
         self._hide_tail = [(start + position, hidden) for position, hidden in hiding(self._muxer, made)]
@@ -101,6 +106,7 @@ class WorkingFile:
             assert isinstance(codec, VideoCodecContext), "the first stream has the pictures"
             codec.framerate = self.rate
             if self._sound is not None and self._has_sound and is_mp4(self._muxer):
+                # Its edit list hides them. ffmpeg heeds none in a file of fragments, so they are not there.
                 mux(output, streams[1], self._sound.before)
             pictures = 0
             for packet in source.demux():
@@ -136,28 +142,25 @@ class WorkingFile:
         self.close()
         self.path.unlink(missing_ok=True)
 
-    def _made(self, pictures: Packets, sound: Packets) -> bytes:
-        start = b""
-        if not self._end:
-            first: dict[Stream, Packet[Any]] = {self._video: pictures[0]}
-            if self._sound is not None and self._sound.first is not None:
-                first[self._sound.stream] = self._sound.first
-            start = header(self._muxer, first)
-            sound = [*self._before(start), *sound]
+    def _begin(self, pictures: Packets) -> None:
+        """Writes the header, if there is none. Sound that it hides comes with the first piece of sound."""
+        if self._end or not pictures:
+            return
+        first: dict[Stream, Packet[Any]] = {self._video: pictures[0]}
+        if self._sound is not None and self._sound.first is not None:
+            first[self._sound.stream] = self._sound.first
+        made = header(self._muxer, first)
+        self._write(made)
+        if self._sound is not None and not is_mp4(self._muxer):  # for an mp4 see join
+            self._codec_delay = codec_delay(self._muxer, made)
+            self._early = [p for p in self._sound.before if seconds(p) >= -self._codec_delay]
+
+    def _piece(self, pictures: Packets, sound: Packets) -> bytes:
         streams: dict[Stream, Packets] = {self._video: pictures}
         if self._sound is not None and sound:
             streams[self._sound.stream] = sound
         self._pieces += 1
-        return start + piece(self._muxer, streams, self.rate, self.pictures, self._pieces)
-
-    def _before(self, start: bytes) -> Packets:
-        """The sound before the first picture that the header hides. In an mp4 the edit list of the final file
-        does so; ffmpeg does not heed one in a file of fragments.
-        """
-        if self._sound is None or is_mp4(self._muxer):
-            return []
-        self._codec_delay = codec_delay(self._muxer, start)
-        return [packet for packet in self._sound.before if seconds(packet) >= -self._codec_delay]
+        return piece(self._muxer, streams, self.rate, self.pictures, self._pieces)
 
     def _replace_tail(self, shown: int) -> None:
         for position, hidden in self._hide_tail:
