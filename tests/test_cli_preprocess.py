@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -340,21 +341,65 @@ main()
 """
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT])
-def test_ctrl_c_leaves_nothing(folder: Path, stop: signal.Signals) -> None:
+def started() -> "subprocess.Popen[str]":
+    """A slow preparation that has begun."""
     code = SLOW.format(tests=ROOT / "tests")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", code, *PREPARE], stderr=subprocess.PIPE, text=True, env=environment
     )
     assert process.stderr is not None
-    for line in process.stderr:
-        if "frame 3 of 15" in line:
-            break
+    assert any("frame 3 of 15" in line for line in process.stderr)
+    return process
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing(folder: Path, stop: signal.Signals) -> None:
+    process = started()
+    assert process.stderr is not None
     process.send_signal(stop)
     told = process.stderr.read()
     assert process.wait(timeout=20) == 130 and "Stopped at once." in told and "Traceback" not in told
     assert {path.name for path in folder.iterdir()} == {"character.png", "dance.mp4"}
+
+
+def test_a_second_preparation_of_a_folder_is_refused_and_a_killed_ones_rest_goes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*arguments: object, **options: object) -> Stages:
+        return Stages(FakePeople(), FakeSegmenter())
+
+    monkeypatch.setattr(trt_wan.preprocess.stages, "open_stages", opened)
+    process = started()
+    (folder / "link").symlink_to("out")
+    for name in ("out", "link"):
+        message, _ = refused(invoke(*PREPARE, "-o", name, "--json"), 1, "output_unwritable")
+        assert message == f"Another run is writing {name}."
+    process.kill()
+    process.communicate()
+    assert [path.name[:8] for path in (folder / "out").iterdir()] == [".making-"]
+    assert invoke(*PREPARE).exit_code == 0
+    assert {path.name for path in folder.iterdir()} == {"character.png", "dance.mp4", "link", "out"}
+    assert not [path for path in (folder / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_whose_clips_are_inputs_is_refused(folder: Path) -> None:
+    out = folder / "out"
+    out.mkdir()
+    (out / "src_pose.mp4").symlink_to(folder / "dance.mp4")
+    shutil.copy(folder / "character.png", out / "src_ref.png")
+    (out / "keypoints.json").write_text("{}")
+    for reference, clip, options in (
+        ("character.png", "dance.mp4", ()),
+        ("out/src_ref.png", "out/../dance.mp4", ()),
+        ("character.png", "out/src_pose.mp4", ("--keypoints", "out/keypoints.json")),
+    ):
+        result = invoke("preprocess", reference, clip, "-o", "out", "-y", "--json", *options)
+        assert "is an input of this job" in refused(result, 2, "usage")[0]
+    (out / "src_pose.mp4").unlink()
+    arguments = (*PREPARE, "-y", "--keypoints", "out/keypoints.json", "--json")
+    assert "out/keypoints.json is an input" in refused(invoke(*arguments), 2, "usage")[0]
+    assert (out / "keypoints.json").read_text() == "{}"
 
 
 def test_the_choices_are_those_of_the_types() -> None:

@@ -621,21 +621,36 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.fail("a file on the full disk was left open: its space is not free again")
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_a_full_disk_keeps_what_was_written(small_disk: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
+def test_a_full_disk_keeps_every_settled_frame(small_disk: Path, suffix: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    path = small_disk / f"out{suffix}"
-    written = 0
-    writer = VideoWriter(path, 64, 64, Fraction(25))
+    settled = 0
+    writer = VideoWriter(small_disk / f"out{suffix}", 64, 64, Fraction(25))
     with pytest.raises(OutputError, match="disk is full") as caught:
         for shift in range(600):
             writer.write(np.roll(noise, 17 * shift, axis=shift % 2))
-            written += 1
+            if writer.frames % 12 == 0:
+                writer.settle()
+                settled = writer.frames
         writer.finish()
     assert "Free some space" in caught.value.hint
     partial = writer.abandon(keep=True)
     assert partial is not None and list(small_disk.iterdir()) == [partial]
-    assert playable_frames(partial) > 25, f"of {written} pictures written"
+    assert settled > 12 and playable_frames(partial) == writer.kept >= settled
+    assert all(abs(number - k) < 2 for k, number in enumerate(decode_times(partial)))
+
+
+def test_a_disk_too_small_for_the_final_file_keeps_the_partial_one(small_disk: Path) -> None:
+    """The working file has every frame, and the final file does not fit beside it."""
+    noise = np.random.default_rng(0)
+    with VideoWriter(small_disk / "out.mp4", 64, 64, Fraction(25)) as writer:
+        for _ in range(50):
+            writer.write(noise.integers(0, 256, (64, 64, 3), np.uint8))
+        with pytest.raises(OutputError, match="disk is full"):
+            writer.finish()
+        assert writer.abandon(keep=True) == writer.partial and writer.kept == 50
+    assert list(small_disk.iterdir()) == [writer.partial] and playable_frames(writer.partial) == 50
+    assert writer.partial.stat().st_size > 2**17, "more than half of the disk"
 
 
 def test_a_killed_job_leaves_a_file_that_plays(tmp_path: Path) -> None:
@@ -660,6 +675,12 @@ def playable_frames(path: Path) -> int:
             for _ in container.decode(video=0):
                 frames += 1
     return frames
+
+
+def decode_times(path: Path) -> list[float]:
+    """Times of the pictures, in frames at 25 per second."""
+    with av.open(str(path)) as container:
+        return [float(frame.time or 0) * 25 for frame in container.decode(video=0)]
 
 
 def test_a_disk_that_is_full_from_the_start_is_named_at_once(small_disk: Path) -> None:
