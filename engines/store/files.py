@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from threading import get_native_id
 
+PARTIAL = ".partial"  # a file or folder that is being made, or that a killed process left
+
 
 def replace_atomically(path: Path, data: bytes | str, *, sync: bool = False) -> None:
     """Writes `data` to `path`; on any error the old file stays and no temporary one is left.
@@ -12,7 +14,7 @@ def replace_atomically(path: Path, data: bytes | str, *, sync: bool = False) -> 
     two. Makes the folder. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{get_native_id()}.partial")
+    temporary = path.with_name(f"{path.name}.{get_native_id()}{PARTIAL}")
     try:
         with temporary.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -38,3 +40,9 @@ def keep(path: Path, data: bytes | str) -> bool:
     except OSError:
         return False
     return True
+
+
+def forget_partials(folder: Path) -> None:
+    """Removes the files in `folder` that killed processes left. Call under the lock of all its writers."""
+    for path in folder.glob(f"*{PARTIAL}"):
+        path.unlink(missing_ok=True)

@@ -179,7 +179,7 @@ def _graphs(report: Report, model: str, plan: "Plan", dry_run: bool) -> tuple[Re
 
     graphs = graph_set(MODELS[model], plan)
     if dry_run:
-        missing = [] if graphs.complete() else list(graphs.names)
+        missing = list(graphs.missing())
         text = f"{len(missing)} graphs would be exported" if missing else "the graphs are there"
         return f"{text}: {graphs.folder}", {"missing_graphs": missing, "engines": []}
     start = time.perf_counter()
