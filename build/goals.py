@@ -96,7 +96,8 @@ def compile_goal(model: ModelConfig, goal: Goal, dry_run: bool, progress: Progre
             dry_run=dry_run,
         )
     except KeyboardInterrupt as stop:
-        stop.add_note("Finished engines stay: the same command goes on from there.")
+        if not hasattr(stop, "__notes__"):  # else it was stopped among the graphs
+            stop.add_note("Finished engines stay: the same command goes on from there.")
         raise
 
 

@@ -32,12 +32,16 @@ def fill(
     graphs: GraphSet, write: Callable[[str, Path], None], exported: GraphExported, waiting: Waiting
 ) -> Path:
     """Has `write(name, path)` export the missing graphs of a set. Returns its folder."""
-    with graphs.filling(waiting) as missing, _no_garbage_collection():
-        for name in missing:
-            start = time.perf_counter()
-            write(name, graphs.folder / f"{name}.onnx")
-            graphs.finished(name)
-            exported(name, time.perf_counter() - start)
+    try:
+        with graphs.filling(waiting) as missing, _no_garbage_collection():
+            for name in missing:
+                start = time.perf_counter()
+                write(name, graphs.folder / f"{name}.onnx")
+                graphs.finished(name)
+                exported(name, time.perf_counter() - start)
+    except KeyboardInterrupt as stop:
+        stop.add_note("Finished graphs stay: the same command goes on from there.")
+        raise
     return graphs.folder
 
 

@@ -1,12 +1,14 @@
-"""The graph store: a folder counts only when it is whole, whatever was killed, cut or changed.
+"""The graph store: a folder counts only when it is whole, and finished graphs stay.
 
 Most builds here write a few bytes where the exporter would write a graph: the store cannot tell, and a build
 takes milliseconds. What `trt-wan build` really exports is test_cli.py's and test_pipeline.py's business.
 """
 
+import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -53,17 +55,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def fill(folder: Path) -> None:
-    for name in NAMES:
-        (folder / f"{name}.onnx").write_bytes(name.encode() * 100)
-
-
-def build(model: ModelConfig = TINY, plan: Plan = PLAN) -> bool:
-    """Whether anything had to be built."""
-    with graph_set(model, plan).filling() as folder:
-        if folder is not None:
-            fill(folder)
-    return folder is not None
+def build(model: ModelConfig = TINY, plan: Plan = PLAN) -> tuple[str, ...]:
+    """The graphs that had to be built."""
+    graphs = graph_set(model, plan)
+    with graphs.filling() as missing:
+        for name in missing:
+            (graphs.folder / f"{name}.onnx").write_bytes(name.encode() * 100)
+            graphs.finished(name)
+    return missing
 
 
 def slow_build() -> "subprocess.Popen[str]":
@@ -73,7 +72,13 @@ def slow_build() -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=stoppable,
     )
+
+
+def stoppable() -> None:
+    """Ctrl-C reaches the process also where the tests run with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wait_for(path: Path) -> None:
@@ -85,9 +90,9 @@ def wait_for(path: Path) -> None:
 
 def test_a_build_is_complete_and_is_not_made_twice(home: Path) -> None:
     assert not graph_set(TINY, PLAN).complete()
-    assert build()
+    assert build() == tuple(NAMES)
     assert require_graphs(TINY, PLAN) == graphs_folder(TINY, PLAN)
-    assert not build()
+    assert build() == ()
 
 
 def test_graphs_that_are_not_there_are_named_with_their_command(home: Path) -> None:
@@ -117,74 +122,108 @@ def forget(folder: Path) -> None:
     (folder / MANIFEST).write_text("\n".join(line for line in manifest if f'"{NAMES[2]}"' not in line))
 
 
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "a graph is missing": lambda folder: (folder / f"{NAMES[0]}.onnx").unlink(),
-    "a graph is cut short": cut,
-    "a graph has a flipped bit": flip,
-    "a graph is empty": lambda folder: (folder / f"{NAMES[1]}.onnx").write_bytes(b""),
-    "the manifest is missing": lambda folder: (folder / MANIFEST).unlink(),
-    "the manifest is cut short": lambda folder: os.truncate(folder / MANIFEST, 100),
-    "the manifest is another JSON": lambda folder: (folder / MANIFEST).write_text("[]"),
-    "the manifest is not text": lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe\x00"),
-    "the manifest lacks a network": forget,
+def nest(folder: Path) -> None:
+    (folder / MANIFEST).write_text('{"graphs": ' + "[" * 100_000)
+
+
+# With the places of the graphs that are exported again.
+DAMAGES: dict[str, tuple[Callable[[Path], object], slice]] = {
+    "a graph is missing": (lambda folder: (folder / f"{NAMES[0]}.onnx").unlink(), slice(0, 1)),
+    "a graph is cut short": (cut, slice(3, 4)),
+    "a graph has a flipped bit": (flip, slice(-1, None)),
+    "a graph is empty": (lambda folder: (folder / f"{NAMES[1]}.onnx").write_bytes(b""), slice(1, 2)),
+    "the manifest lacks a network": (forget, slice(2, 3)),
+    "the manifest is missing": (lambda folder: (folder / MANIFEST).unlink(), slice(None)),
+    "the manifest is cut short": (lambda folder: os.truncate(folder / MANIFEST, 100), slice(None)),
+    "the manifest is another JSON": (lambda folder: (folder / MANIFEST).write_text("[]"), slice(None)),
+    "the manifest is not text": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), slice(None)),
+    "the manifest is nested without end": (nest, slice(None)),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_folder_is_refused_and_rebuilt(home: Path, damage: str) -> None:
+def test_a_damaged_folder_is_refused_and_what_is_damaged_alone_is_built_again(
+    home: Path, damage: str
+) -> None:
     build()
     folder = graphs_folder(TINY, PLAN)
-    DAMAGES[damage](folder)
-    assert not graph_set(TINY, PLAN).complete()
-    with pytest.raises(GraphError, match="are damaged") as caught:
+    harm, place = DAMAGES[damage]
+    harm(folder)
+    wanted = tuple(NAMES[place])
+    assert graph_set(TINY, PLAN).missing() == wanted
+    state = (
+        "not built" if wanted == tuple(NAMES) else f"not complete: 1 of {len(NAMES)} are missing or damaged"
+    )
+    with pytest.raises(GraphError, match=f"are {state}") as caught:
         require_graphs(TINY, PLAN)
     assert caught.value.hint == f"Run:\n{BUILD}"
-    assert build()
+    assert build() == wanted
     assert require_graphs(TINY, PLAN) == folder
 
 
+def test_graphs_of_releases_that_kept_complete_sets_alone_still_count(home: Path) -> None:
+    build()
+    manifest = graphs_folder(TINY, PLAN) / MANIFEST
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({name: values[name] for name in ("graphs", "sha256")}))
+    assert build() == ()
+
+
 def test_a_build_that_lacks_a_graph_does_not_count(home: Path) -> None:
-    with graph_set(TINY, PLAN).filling() as folder:
-        assert folder is not None
-        fill(folder)
-        (folder / f"{NAMES[5]}.onnx").unlink()
+    build()
+    (graphs_folder(TINY, PLAN) / f"{NAMES[5]}.onnx").unlink()
     assert not graph_set(TINY, PLAN).complete()
 
 
-def test_a_failed_build_leaves_nothing_and_keeps_its_error(home: Path) -> None:
-    with pytest.raises(RuntimeError, match="out of luck"), graph_set(TINY, PLAN).filling() as folder:
-        assert folder is not None
-        fill(folder)
+def test_a_failed_build_keeps_its_error_and_its_finished_graphs(home: Path) -> None:
+    graphs = graph_set(TINY, PLAN)
+    with pytest.raises(RuntimeError, match="out of luck"), graphs.filling() as missing:
+        (graphs.folder / f"{missing[0]}.onnx").write_bytes(b"whole")
+        graphs.finished(missing[0])
+        (graphs.folder / f"{missing[1]}.onnx").write_bytes(b"half")
         raise RuntimeError("out of luck")
-    assert [path.suffix for path in (home / "graphs").iterdir()] == [".lock"]
-    assert build()
+    assert build() == tuple(NAMES[1:])
 
 
-def test_killed_builds_never_count(home: Path) -> None:
-    """Killed while the first, some middle and the last graphs are being written."""
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_stopped_build_goes_on_where_it_was(home: Path, how: signal.Signals) -> None:
+    """Stopped while the first, some middle and the last graphs are being written."""
     folder = graphs_folder(TINY, PLAN)
-    for name in (NAMES[0], NAMES[6], NAMES[13], NAMES[-1]):
+    made = 0
+    for place in (0, 6, 13, len(NAMES) - 1):
         process = slow_build()
-        wait_for(folder.with_name(f"{folder.name}.partial") / f"{name}.onnx")
-        process.kill()
+        wait_for(folder / f"{NAMES[place]}.onnx")
+        process.send_signal(how)
         process.communicate()
-        assert not graph_set(TINY, PLAN).complete(), name
+        left = graph_set(TINY, PLAN).missing()
+        made = len(NAMES) - len(left)
+        assert left == tuple(NAMES[made:]) and made >= place, "the graphs before are kept, in order"
         with pytest.raises(GraphError):
             require_graphs(TINY, PLAN)
+    (folder / f"{NAMES[0]}.onnx.123.partial").touch()
     out, err = slow_build().communicate(timeout=20)
-    assert out == f"{len(NAMES)}\n", err
+    assert out == f"{len(NAMES) - made}\n", err
     assert graph_set(TINY, PLAN).complete()
     assert {path.suffix for path in (home / "graphs").iterdir()} <= {folder.suffix, ".lock"}
+    assert {path.name for path in folder.iterdir()} == {MANIFEST, *(f"{name}.onnx" for name in NAMES)}
 
 
 def test_two_builds_at_once_wait_for_each_other(home: Path) -> None:
     folder = graphs_folder(TINY, PLAN)
     first = slow_build()
-    wait_for(folder.with_name(f"{folder.name}.partial") / f"{NAMES[0]}.onnx")
+    wait_for(folder / f"{NAMES[0]}.onnx")
     second = slow_build()
     made = [process.communicate(timeout=20) for process in (first, second)]
     assert [int(out) for out, _ in made] == [len(NAMES), 0], made
     assert graph_set(TINY, PLAN).complete()
+
+
+def test_a_file_in_place_of_the_folder_gives_way(home: Path) -> None:
+    folder = graphs_folder(TINY, PLAN)
+    folder.parent.mkdir()
+    folder.touch()
+    assert not graph_set(TINY, PLAN).complete()
+    assert build() == tuple(NAMES) and folder.is_dir()
 
 
 def test_builds_of_different_plans_do_not_wait(home: Path) -> None:

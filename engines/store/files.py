@@ -1,8 +1,10 @@
 """Files that are there completely or not at all: written under a temporary name, then renamed."""
 
+import json
 import os
 from pathlib import Path
 from threading import get_native_id
+from typing import Any
 
 PARTIAL = ".partial"  # a file or folder that is being made, or that a killed process left
 
@@ -40,6 +42,14 @@ def keep(path: Path, data: bytes | str) -> bool:
     except OSError:
         return False
     return True
+
+
+def read_json(path: Path) -> Any:
+    """The values of a JSON file in the store. None for one that is missing, damaged or nested too deeply."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def forget_partials(folder: Path) -> None:

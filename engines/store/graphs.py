@@ -11,16 +11,15 @@ next graph, and a graph that is cut, edited or half written is exported again.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import GRAPHS_VERSION, networks
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.files import forget_partials, replace_atomically
+from trt_wan.engines.store.files import forget_partials, read_json, replace_atomically
 from trt_wan.engines.store.home import home
 from trt_wan.engines.store.locks import Waiting, held, in_silence
 from trt_wan.errors import GraphError
@@ -41,7 +40,7 @@ class GraphSet:
 
     def missing(self) -> tuple[str, ...]:
         """The graphs that are not there byte for byte as they were exported. They hold no weights: 2 MB."""
-        known = read_manifest(self.folder)["sha256"]
+        known = read_manifest(self.folder).sha256
         return tuple(name for name in self.names if not _is_whole(self.folder, name, known))
 
     def complete(self) -> bool:
@@ -73,28 +72,31 @@ class GraphSet:
 
     def finished(self, name: str) -> None:
         """Records the exported graph of a network, which counts from now on."""
-        known = read_manifest(self.folder)["sha256"]
+        known = read_manifest(self.folder).sha256
         exported = {name: sha256 for name, sha256 in known.items() if name in self.names}
         exported[name] = _sha256(self.folder / f"{name}.onnx")
         manifest = {"graphs": self.title, "command": self.command, "names": self.names, "sha256": exported}
         replace_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder of graphs; one that is missing or damaged knows nothing."""
-    values: Any = None
-    with suppress(OSError, ValueError):
-        values = json.loads((folder / MANIFEST).read_text())
-    match values:
-        case {"graphs": str(), "sha256": dict()}:
-            return {"command": [], "names": list(values["sha256"]), **values}
-    return {"graphs": "", "command": [], "names": [], "sha256": {}}
+@dataclass(frozen=True)
+class GraphManifest:
+    """The manifest of a folder of graphs: the names of all graphs, and the hashes of the finished ones."""
+
+    title: str = ""
+    names: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    sha256: Mapping[str, object] = field(default_factory=dict)
 
 
-def damaged(folder: Path) -> list[str]:
-    """The graphs that the manifest of a folder names and that are missing or differ from it."""
-    values = read_manifest(folder)
-    return [name for name in values["names"] if not _is_whole(folder, name, values["sha256"])]
+def read_manifest(folder: Path) -> GraphManifest:
+    """The manifest of a folder; one that is missing or damaged knows nothing."""
+    match read_json(folder / MANIFEST):
+        case {"graphs": str(title), "sha256": dict(sha256), "names": list(names), "command": list(command)}:
+            return GraphManifest(title, tuple(map(str, names)), tuple(map(str, command)), sha256)
+        case {"graphs": str(title), "sha256": dict(sha256)}:  # by releases that kept complete sets alone
+            return GraphManifest(title, tuple(sha256), (), sha256)
+    return GraphManifest()
 
 
 def lock_of(folder: Path) -> Path:
@@ -127,7 +129,7 @@ def require_graphs(model: ModelConfig, plan: Plan) -> Path:
     return graph_set(model, plan).require()
 
 
-def _is_whole(folder: Path, name: str, known: dict[str, str]) -> bool:
+def _is_whole(folder: Path, name: str, known: Mapping[str, object]) -> bool:
     try:
         return name in known and _sha256(folder / f"{name}.onnx") == known[name]
     except OSError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trt_wan.engines.store.engine_id import FORMAT, Kind
-from trt_wan.engines.store.files import replace_atomically
+from trt_wan.engines.store.files import read_json, replace_atomically
 from trt_wan.engines.store.home import home
 
 
@@ -50,11 +50,11 @@ def lock_of(key: str) -> Path:
 def read_manifest(key: str) -> Manifest | None:
     """None for a manifest that is missing, edited, or of another format."""
     try:
-        values = json.loads(path_of(key, "json").read_text(encoding="utf-8"))
+        values = read_json(path_of(key, "json"))
         checksum = values.pop("checksum")
         if checksum == _checksum(values) and values["format"] == FORMAT:
             return Manifest(**values | {"rebuild": tuple(values["rebuild"])})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         pass
     return None
 
