@@ -2,14 +2,18 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Lock
 
+from trt_wan.build.beside import Write, helpers, helpers_for
 from trt_wan.build.export import export
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.files import PARTIAL
 from trt_wan.engines.store.graphs import GraphExported, GraphSet, graph_set
 from trt_wan.engines.store.locks import Waiting, in_silence
 
@@ -20,29 +24,51 @@ def build_graphs(
     """The folder of the graphs; calls `exported(name, seconds)` after each one that had to be made, and
     `waiting` where another process is making them.
     """
-    contracts = networks(model, plan)
-
-    def write(name: str, path: Path) -> None:
-        export(contracts[name], model, plan, path)
-
-    return fill(graph_set(model, plan), write, exported, waiting)
+    return fill(graph_set(model, plan), partial(_write, model, plan), exported, waiting)
 
 
-def fill(
-    graphs: GraphSet, write: Callable[[str, Path], None], exported: GraphExported, waiting: Waiting
-) -> Path:
-    """Has `write(name, path)` export the missing graphs of a set. Returns its folder."""
+def _write(model: ModelConfig, plan: Plan, name: str, path: Path) -> None:
+    export(networks(model, plan)[name], model, plan, path)
+
+
+def fill(graphs: GraphSet, write: Write, exported: GraphExported, waiting: Waiting) -> Path:
+    """Has `write`, which can be pickled, export the missing graphs of a set, several at a time where that is
+    faster. Returns its folder.
+    """
     try:
         with graphs.filling(waiting) as missing, _no_garbage_collection():
-            for name in missing:
-                start = time.perf_counter()
-                write(name, graphs.folder / f"{name}.onnx")
-                graphs.finished(name)
-                exported(name, time.perf_counter() - start)
+            _export(graphs, list(missing), write, exported)
     except KeyboardInterrupt as stop:
         stop.add_note("Finished graphs stay: the same command goes on from there.")
         raise
     return graphs.folder
+
+
+def _export(graphs: GraphSet, missing: list[str], write: Write, exported: GraphExported) -> None:
+    one_at_a_time = Lock()  # the manifest, and the caller's function
+
+    def work(write: Write) -> None:
+        """Exports graphs with `write` until none is left; one that fails is left for another process."""
+        while missing:
+            try:
+                name = missing.pop(0)
+            except IndexError:
+                return
+            start, path = time.perf_counter(), graphs.folder / f"{name}.onnx{PARTIAL}"
+            try:
+                write(name, path)
+            except OSError:
+                missing.insert(0, name)
+                raise
+            with one_at_a_time:
+                path.replace(graphs.folder / f"{name}.onnx")
+                graphs.finished(name)
+                exported(name, time.perf_counter() - start)
+
+    with helpers(helpers_for(len(missing)), write, work) as wait:
+        work(write)
+        wait()
+        work(write)  # graphs at which a helper failed
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def test_a_torch_without_its_private_function_exports_the_same_bytes(
 
 
 def test_a_graph_does_not_depend_on_the_place_of_our_source(tmp_path: Path) -> None:
-    """torch writes the file and the line of each node into the graph; an engine's key has the graph's hash."""
+    """torch notes the line of Python of each node in the graph; an engine's key has the graph's hash."""
     graph = exported(tmp_path / "graph.onnx")
     assert b".py" not in graph and b"Graph/" not in graph
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,10 +20,14 @@ from pathlib import Path
 import pytest
 from tiny_job import BUILD, PLAN
 
+import trt_wan.build.graphs
+from trt_wan.build.beside import Write, helpers
+from trt_wan.build.graphs import fill
 from trt_wan.engines.config import ANIMATE_14B, TINY, ModelConfig
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.graphs import MANIFEST, graph_set, graphs_folder, require_graphs
+from trt_wan.engines.store.locks import in_silence
 from trt_wan.errors import GraphError
 
 ROOT = Path(__file__).parents[1]
@@ -39,10 +44,12 @@ def export(network, model, plan, path):
             time.sleep(0.002)
 
 sys.modules["trt_wan.build.export"] = types.SimpleNamespace(export=export)
+import trt_wan.build.graphs
 from trt_wan.build.graphs import build_graphs
 from trt_wan.engines.config import TINY
 from trt_wan.engines.shape import Plan
 
+trt_wan.build.graphs.helpers_for = lambda graphs: 0  # they would have the real exporter
 made = []
 build_graphs(TINY, Plan(64, 48, 13), lambda name, seconds: made.append(name))
 print(len(made))
@@ -192,7 +199,7 @@ def test_a_stopped_build_goes_on_where_it_was(home: Path, how: signal.Signals) -
     made = 0
     for place in (0, 6, 13, len(NAMES) - 1):
         process = slow_build()
-        wait_for(folder / f"{NAMES[place]}.onnx")
+        wait_for(folder / f"{NAMES[place]}.onnx.partial")
         process.send_signal(how)
         process.communicate()
         left = graph_set(TINY, PLAN).missing()
@@ -208,10 +215,47 @@ def test_a_stopped_build_goes_on_where_it_was(home: Path, how: signal.Signals) -
     assert {path.name for path in folder.iterdir()} == {MANIFEST, *(f"{name}.onnx" for name in NAMES)}
 
 
+def test_a_helper_exports_graphs_and_stops_at_one_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The function that it gets copies files of its folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("first").write_bytes(b"1")
+    Path("second").write_bytes(b"2")
+    done: list[str] = []
+
+    def work(write: Write) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        for name in ("first", "second", "missing", "first"):
+            write(name, tmp_path / f"{name}.onnx")
+            done.append(name)
+
+    with helpers(1, shutil.copyfile, work) as wait:
+        wait()
+    assert done == ["first", "second"]
+    assert [path.read_bytes() for path in sorted(tmp_path.glob("*.onnx"))] == [b"1", b"2"]
+
+
+def only_here(name: str, path: Path) -> None:
+    """A helper cannot import the tests, and ends."""
+    time.sleep(0.01)
+    path.write_text(name)
+
+
+def test_without_its_helpers_a_build_does_everything_itself(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trt_wan.build.graphs, "helpers_for", lambda graphs: 2)
+    made: list[str] = []
+    folder = fill(graph_set(TINY, PLAN), only_here, lambda name, seconds: made.append(name), in_silence)
+    assert sorted(made) == sorted(NAMES) and graph_set(TINY, PLAN).complete()
+    assert {path.name for path in folder.iterdir()} == {MANIFEST, *(f"{name}.onnx" for name in NAMES)}
+
+
 def test_two_builds_at_once_wait_for_each_other(home: Path) -> None:
     folder = graphs_folder(TINY, PLAN)
     first = slow_build()
-    wait_for(folder / f"{NAMES[0]}.onnx")
+    wait_for(folder / f"{NAMES[0]}.onnx.partial")
     second = slow_build()
     made = [process.communicate(timeout=20) for process in (first, second)]
     assert [int(out) for out, _ in made] == [len(NAMES), 0], made

@@ -4,6 +4,7 @@ engines/sam2/contracts.py names.
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -46,9 +47,8 @@ def build_sam2_graphs(
     """The folder of the graphs; calls `exported(name, seconds)` after each one that had to be made, and
     `waiting` where another process is making them.
     """
-    contracts = networks(config, plan)
+    return fill(graph_set(config, plan), partial(_write, config, plan), exported, waiting)
 
-    def write(name: str, path: Path) -> None:
-        export_sam2(contracts[name], config, path)
 
-    return fill(graph_set(config, plan), write, exported, waiting)
+def _write(config: Sam2Config, plan: Sam2Plan, name: str, path: Path) -> None:
+    export_sam2(networks(config, plan)[name], config, path)
