@@ -18,7 +18,8 @@ from io import BufferedReader
 
 from trt_wan.engines.store import checksums
 from trt_wan.engines.store.engine_id import EngineId, Recipe
-from trt_wan.engines.store.entries import entries, limit_bytes, trim
+from trt_wan.engines.store.entries import entries, trim
+from trt_wan.engines.store.environment import limit_bytes
 from trt_wan.engines.store.files import replace_atomically
 from trt_wan.engines.store.locks import Waiting, held, in_silence
 from trt_wan.engines.store.manifest import Manifest, erase, lock_of, path_of, read_manifest, write_manifest

@@ -40,8 +40,8 @@ class GraphSet:
 
     def missing(self) -> tuple[str, ...]:
         """The graphs that are not there byte for byte as they were exported. They hold no weights: 2 MB."""
-        known = read_manifest(self.folder).sha256
-        return tuple(name for name in self.names if not _is_whole(self.folder, name, known))
+        manifest = read_manifest(self.folder)
+        return tuple(name for name in self.names if not is_whole(self.folder, name, manifest))
 
     def complete(self) -> bool:
         return not self.missing()
@@ -129,9 +129,10 @@ def require_graphs(model: ModelConfig, plan: Plan) -> Path:
     return graph_set(model, plan).require()
 
 
-def _is_whole(folder: Path, name: str, known: Mapping[str, object]) -> bool:
+def is_whole(folder: Path, name: str, manifest: GraphManifest) -> bool:
+    """Whether a graph is finished, and the file has the bytes that were exported."""
     try:
-        return name in known and _sha256(folder / f"{name}.onnx") == known[name]
+        return manifest.sha256.get(name) == _sha256(folder / f"{name}.onnx")
     except OSError:
         return False
 

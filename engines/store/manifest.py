@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ class Manifest:
     bytes: int
     sha256: str  # the plan's
     format: int = FORMAT
+
+
+FILE = re.compile(r"([0-9a-f]{32})\.(plan|json|checked)")
 
 
 def folder() -> Path:
