@@ -53,19 +53,22 @@ def goals_here(
     plan: Plan, precision: Precision | None, flavour: str | None, progress: Progress
 ) -> list[Goal]:
     """The goal for this machine's GPU, with the same choices as a run. Empty without a GPU or a TensorRT for
-    it, which is reported.
+    it, which is reported. Raises EnvironmentBroken where a flavour is asked for and cannot be used.
     """
     try:
         gpu = _gpu()
     except EnvironmentBroken as error:
-        progress(Note(f"Graphs only; engines need a GPU or --target. {error.message}"))
+        if flavour is not None:
+            hint = "Leave --flavour out for graphs alone, or name a GPU, such as --target sm89."
+            raise EnvironmentBroken(error.message, hint) from error
+        progress(Note(f"Graphs only; engines need a GPU or --target. {error.message}", "graphs_only"))
         return []
     try:
         return [_current(gpu, plan, precision, flavour)]
     except EnvironmentBroken as error:
         if flavour is not None:
             raise
-        progress(Note(f"Graphs only. {error.message} {error.hint}"))
+        progress(Note(f"Graphs only. {error.message} {error.hint}", "graphs_only"))
         return []
 
 

@@ -218,12 +218,17 @@ def test_without_a_gpu_it_says_that_it_exports_graphs(
 ) -> None:
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
     monkeypatch.setattr(trt_wan.build.goals, "Gpu", without_gpu)
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "fp8"):
         options = ["--precision", precision] if precision != "fp32" else []
         result = invoke(*BUILD[:-2], "--dry-run", *options)
         assert result.exit_code == 0 and f"-{precision}-" in result.stdout
         assert result.stdout.startswith(f"{GRAPHS} graphs would be exported: {tmp_path}")
         assert result.stderr.startswith("Graphs only; engines need a GPU or --target. No CUDA device")
+        again = f"trt-wan build --model tiny --size 64x48 --window 13 --precision {precision} --target sm89"
+        assert (f"\n{again}\n" in result.stderr) == (precision != "fp32")
+        assert ("the CPU runs fp32" in result.stderr) == (precision != "fp32")
+    message, hint = refused(1, *BUILD[:-2], "--flavour", "tensorrt_rtx")
+    assert "No CUDA device" in message and "Leave --flavour out" in hint
     message, hint = refused(1, *BUILD[:-1], "current")
     assert "No CUDA device" in message and "--target sm89" in hint
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_job import BUILD, PLAN
+from tiny_job import BUILD, PLAN, as_argv
 
 import trt_wan.build.graphs
 from trt_wan.build.beside import Write, helpers
@@ -260,6 +260,38 @@ def test_two_builds_at_once_wait_for_each_other(home: Path) -> None:
     made = [process.communicate(timeout=20) for process in (first, second)]
     assert [int(out) for out, _ in made] == [len(NAMES), 0], made
     assert graph_set(TINY, PLAN).complete()
+
+
+# Holds a lock until its stdin ends: python -c HOLD FILE
+HOLD = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_build_that_waits_says_for_which_process_and_stops_at_ctrl_c(home: Path) -> None:
+    lock = home / "graphs" / f"{graphs_folder(TINY, PLAN).name}.lock"
+    lock.parent.mkdir()
+    pipe = subprocess.PIPE
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, lock], stdin=pipe, stdout=pipe, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    command = [*as_argv(BUILD), "--json"]
+    waiting = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=stoppable)
+    assert waiting.stdout is not None
+    events = map(json.loads, waiting.stdout)
+    note = next(event for event in events if event.get("code") == "waiting_for_lock")
+    process = holder.pid if sys.platform == "linux" else None
+    assert note["data"] == {"lock": str(lock), "process": process}
+    assert note["text"].startswith("Waiting for") and str(lock) in note["text"]
+    waiting.send_signal(signal.SIGINT)
+    *_, ended = events
+    _, err = waiting.communicate(timeout=20)
+    assert (waiting.returncode, ended["error"]["code"], err) == (130, "interrupted", "")
+    assert "Finished graphs stay: the same command goes on from there." in ended["error"]["hint"]
+    holder.communicate("")
 
 
 def test_a_file_in_place_of_the_folder_gives_way(home: Path) -> None:
