@@ -12,7 +12,7 @@ from tiny_job import FRAMES, PLAN, RATE, prepare, write_clip, write_reference, w
 from trt_wan.errors import InputError, UsageError
 from trt_wan.runtime.job import Inputs, Mode, unused_clips
 from trt_wan.runtime.video.clips import Clips, open_clips
-from trt_wan.runtime.video.reader import read_picture
+from trt_wan.runtime.video.pictures import read_picture
 
 SIZE = (PLAN.width, PLAN.height)
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 import trt_wan
 from trt_wan.errors import InputError, OutputError, TrtWanError, UsageError
-from trt_wan.runtime.video.reader import Clip, Picture, read_picture
+from trt_wan.runtime.video.pictures import read_picture
+from trt_wan.runtime.video.reader import Clip, Picture
 from trt_wan.runtime.video.writer import VideoWriter, encoders
 
 WIDTH, HEIGHT = 96, 64
