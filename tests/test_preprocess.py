@@ -416,7 +416,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "damaged packet": (damaged, "is damaged"),
     "a picture": (lambda folder: write_reference(folder / "clip.png"), "is a picture, not a video"),
     "a folder": (lambda folder: folder, "has no numbered pictures"),
-    "one row of pixels": (lambda folder: write_clip(folder / "c.mkv", 2, (4000, 1)), "at least 16 pixels a side"),
+    "one row of pixels": (
+        lambda folder: write_clip(folder / "c.mkv", 2, (4000, 1)),
+        "at least 16 pixels a side",
+    ),
 }
 
 

@@ -85,7 +85,8 @@ def _refuse_header(path: Path, data: NDArray[np.uint8], hint: str) -> None:
         refuse_size(path, codec.width, codec.height)
     elif codec is not None:  # ffmpeg does not say which
         raise InputError(
-            f"{path} cannot be read as a picture: its header is damaged, or it has more than {MAX_PIXELS} pixels.",
+            f"{path} cannot be read as a picture: its header is damaged, or it has more than "
+            f"{MAX_PIXELS} pixels.",
             hint,
         )
 

@@ -5,6 +5,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -166,19 +167,16 @@ def _animation(path: Path) -> Stills:
     width, height = (int.from_bytes(head[k : k + 3], "little") + 1 for k in (24, 27))
     refuse_size(path, width, height)
     count = data.tobytes().count(b"ANMF")  # at least the number of frames
-    damaged = InputError(
-        f"{path} cannot be read as an animated WebP.",
-        with_commands("Convert it to a video, with ImageMagick for example:", f"magick {path} clip.mp4"),
-    )
+    video = shlex.quote(str(path.with_suffix(".mp4")))
+    hint = with_commands("Make a video of it, for example:", f"magick {shlex.quote(str(path))} {video}")
     if width * height * count > MAX_PIXELS:
-        damaged.message = f"{path} is too long: {count} frames of {width}x{height}."
-        raise damaged
+        raise InputError(f"{path} is too long to be read: {count} frames of {width}x{height}.", hint)
     try:
         good, animation = cv2.imdecodeanimation(data)
-    except cv2.error as error:
-        raise damaged from error
+    except cv2.error:
+        good = False
     if not good or not animation.frames:
-        raise damaged
+        raise InputError(f"{path} cannot be read as an animated WebP.", hint)
     frames: list[NDArray[Any]] = [np.asarray(frame) for frame in animation.frames]
     seconds = np.asarray(animation.durations, np.float64) / 1000
     rate = Fraction(len(frames) / float(seconds.sum())).limit_denominator(1001) if seconds.sum() else RATE

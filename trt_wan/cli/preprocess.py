@@ -27,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 NETWORK = click.Path(path_type=Path)  # a file or a folder, checked when it is opened
 FILE = click.Path(path_type=Path, dir_okay=False)
 # `-` is stdin. A clip may be a folder of pictures, or a pattern that no file has as its name.
-PICTURE = click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True)
+PICTURE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 CLIP = click.Path(path_type=Path, allow_dash=True)
 STDIN = Path("-")
 

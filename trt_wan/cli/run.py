@@ -15,8 +15,8 @@ import click
 from trt_wan.cli.command import command, note
 from trt_wan.cli.preprocess import (
     CLIP,
-    PICTURE,
     PREPARING_NAMES,
+    STDIN,
     prepare,
     preparing_options,
     reference_background,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+PICTURE = click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True)
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
 SETTINGS = ("executor", "precision", "tier", "flavour", "vram", "segments", "text_cache")
 
@@ -105,9 +106,15 @@ def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
     return {network.strip(): candidate.strip() for network, _, candidate in pairs}
 
 
+def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and value != STDIN and "%" not in value.name and not os.path.exists(value):
+        raise click.BadParameter(f"File {str(value)!r} does not exist.")
+    return value
+
+
 @click.command(short_help="Make a video.")
 @click.argument("reference", type=PICTURE, required=False)
-@click.argument("clip", type=CLIP, required=False)
+@click.argument("clip", type=CLIP, required=False, callback=_there)
 @click.option(
     "--inputs",
     type=FOLDER,
