@@ -29,7 +29,7 @@ MASK_NOISE = 6  # levels that compression adds to black and takes from white
 class Clips:
     """Open clips, None for those not given. Frames and rate are the driving clip's. A context manager."""
 
-    reference: Pixels  # [h, w, 3], as in the file
+    reference: Pixels  # [h, w, 3], of the size in the file
     pose: AnyClip | None
     face: AnyClip | None
     background: AnyClip | None

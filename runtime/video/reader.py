@@ -78,7 +78,11 @@ class Clip:
             self._coded_size = (first.width, first.height)
             self._square_size, aspect = _square(stream.sample_aspect_ratio, self._coded_size, path)
             self._turn = _turn(first, path)
-            self._colours = _to_bt709(first)
+            self._as_rgb: dict[str, Any] = {"format": "rgba" if _has_opacity(first) else "rgb24"}
+            self._as_rgb |= _to_bt709(first)
+            if self._square_size != self._coded_size:
+                width, height = self._square_size
+                self._as_rgb |= {"width": width, "height": height, "interpolation": Interpolation.LANCZOS}
             if first.interlaced_frame:
                 self._coming = _deinterlaced(chain([first], self._coming))
                 self._kept.clear()
@@ -134,13 +138,8 @@ class Clip:
         return picture[::rows, ::columns]
 
     def _rgb(self, frame: VideoFrame) -> Picture:
-        changed: dict[str, Any] = dict(self._colours)
-        if self._square_size != self._coded_size:
-            changed["width"], changed["height"] = self._square_size
-            changed["interpolation"] = Interpolation.LANCZOS
-        layout = "rgba" if _has_opacity(frame) else "rgb24"
-        picture = np.asarray(self._scaler.reformat(frame, format=layout, **changed).to_ndarray(), np.uint8)
-        return over(picture[..., :3], picture[..., 3], COLOURS[BEHIND]) if layout == "rgba" else picture
+        picture = np.asarray(self._scaler.reformat(frame, **self._as_rgb).to_ndarray(), np.uint8)
+        return picture if picture.shape[2] == 3 else over(picture[..., :3], picture[..., 3], COLOURS[BEHIND])
 
     def _decode_next(self) -> None:
         try:
