@@ -163,7 +163,7 @@ def test_one_mask_and_one_background_stand_for_all_frames(folder: Path, kind: st
         write_clip(folder / "src_bg.mp4", frames=1)
     clips = opened(folder, "replace")
     assert clips.frames == FRAMES
-    signals, _ = window_clips(clips, list(range(7, 20)), grey_face=False)
+    signals = window_clips(clips, list(range(7, 20)), grey_face=False)
     assert signals.person is not None and signals.background is not None
     assert signals.person.shape == (13, PLAN.height, PLAN.width) and set(np.unique(signals.person)) == {0, 1}
     assert (signals.person == signals.person[0]).all()
@@ -206,12 +206,12 @@ def test_soft_masks_are_made_hard_and_counted(folder: Path) -> None:
     levels = [0, 6, 7, 100, 127, 128, 200, 248, 249, 255]
     picture(folder / "src_mask.png", lambda x: levels[x % 10])
     clips = opened(folder, "replace")
-    signals, soft = window_clips(clips, [0, 1], grey_face=False)
+    signals = window_clips(clips, [0, 1], grey_face=False)
     columns = np.array([levels[x % 10] for x in range(PLAN.width)])
     assert signals.person is not None and (signals.person == (columns >= 128)).all()
-    assert soft == 2 * PLAN.height * int(((columns > 6) & (columns < 249)).sum())
+    assert signals.soft == 2 * PLAN.height * int(((columns > 6) & (columns < 249)).sum())
     picture(folder / "src_mask.png", lambda x: [0, 6, 249, 255][x % 4])
-    assert window_clips(opened(folder, "replace"), [0, 1], grey_face=False)[1] == 0
+    assert window_clips(opened(folder, "replace"), [0, 1], grey_face=False).soft == 0
 
 
 def test_a_transparent_reference_lies_on_the_colour_that_is_asked_for(folder: Path) -> None:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from trt_wan.errors import InputError, with_commands
 from trt_wan.runtime.events import Note
 
-# Pixels. H.264 and OpenCV's own decoders stop at about these sizes; a frame at the limit is 0.8 GB of RGB.
-MAX_SIDE, MAX_PIXELS = 1 << 14, 1 << 28
+# Pixels. H.264 stops at about this size, and few cameras have more; a picture at the limit is 0.4 GB of RGB.
+MAX_SIDE, MAX_PIXELS = 1 << 14, 1 << 27
 MIN_SIDE = 16
 # Seconds of sound against picture over the whole clip (ITU-R BT.1359 accepts -185 to +90 ms).
 MAX_DRIFT = Fraction(1, 10)
@@ -120,7 +120,7 @@ def measure(path: Path) -> tuple[int, Fraction, list[Note]]:
 
 def uneven(path: Path, spacing: NDArray[np.float64], rate: Fraction, tick: float) -> list[Note]:
     """A note if frames come unevenly. `spacing` between frames and the container's `tick` are in seconds."""
-    usual = float(np.median(spacing)) if len(spacing) else 0.0
+    usual = float(np.sort(spacing)[(len(spacing) - 1) // 2]) if len(spacing) else 0.0  # the lower median
     off = int((np.abs(spacing - usual) > max(UNEVEN * usual, 1.5 * tick)).sum()) if usual else 0
     if not off:
         return []

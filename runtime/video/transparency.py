@@ -1,6 +1,6 @@
 """What lies behind transparent pixels: a plain colour, for the model takes opaque pictures.
 
-Pixels are uint8 [..., 3] RGB, opacity is uint8 [...], 255 where nothing shines through.
+Pixels are uint8 [H, W, 3] RGB, opacity is uint8 [H, W], 255 where nothing shines through.
 """
 
 import re
@@ -43,9 +43,13 @@ def colour(text: str) -> Colour:
 
 def over(pixels: NDArray[Any], opacity: NDArray[Any], behind: Colour) -> NDArray[np.uint8]:
     """The pixels in front of the plain colour `behind`."""
-    part = opacity[..., None].astype(np.uint16)
-    mixed = pixels * part + np.asarray(behind, np.uint16) * (255 - part)
-    return ((mixed + 127) // 255).astype(np.uint8)
+    made = np.empty(pixels.shape, np.uint8)
+    for row, colours, part in zip(
+        made, pixels, opacity[..., None], strict=True
+    ):  # 2 bytes a row, not a picture
+        part = part.astype(np.uint16)
+        row[:] = (colours * part + np.asarray(behind, np.uint16) * (255 - part) + 127) // 255
+    return made
 
 
 def transparency_note(path: Path, opacity: NDArray[Any], behind: str, option: str = "") -> Note:
