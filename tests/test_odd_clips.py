@@ -296,9 +296,9 @@ def test_a_damaged_animation_is_refused(tmp_path: Path) -> None:
         open_clip(tmp_path / "c.webp")
     assert caught.value.hint
     large = bytearray(content)
-    large[24:30] = (16_000).to_bytes(3, "little") * 2
+    large[24:30] = (8_000).to_bytes(3, "little") * 2
     (tmp_path / "c.webp").write_bytes(large)
-    with pytest.raises(InputError, match="too long to be read: 5 frames of 16001x16001"):
+    with pytest.raises(InputError, match="too long to be read: 5 frames of 8001x8001"):
         open_clip(tmp_path / "c.webp")
 
 

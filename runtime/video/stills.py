@@ -172,7 +172,7 @@ def _animation(path: Path) -> Stills:
     if width * height * count > MAX_PIXELS:
         raise InputError(f"{path} is too long to be read: {count} frames of {width}x{height}.", hint)
     try:
-        good, animation = cv2.imdecodeanimation(data)
+        good, animation = cv2.imdecodeanimation(data[None])  # OpenCV 4 takes one row alone
     except cv2.error:
         good = False
     if not good or not animation.frames:
