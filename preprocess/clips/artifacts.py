@@ -16,13 +16,14 @@ from trt_wan.errors import OutputError
 from trt_wan.runtime.video.target import missing_parents
 
 REFERENCE = "src_ref.png"
+REFERENCE_MASK = "src_ref_mask.png"  # the opacity of a transparent reference
 POSE = "src_pose.mp4"
 FACE = "src_face.mp4"
 BACKGROUND = "src_bg.mp4"
 MASK = "src_mask.mp4"
 PREVIEW = "preview.mp4"
 KEYPOINTS = "keypoints.json"
-ALL = (POSE, FACE, BACKGROUND, MASK, PREVIEW, KEYPOINTS, REFERENCE)
+ALL = (POSE, FACE, BACKGROUND, MASK, PREVIEW, KEYPOINTS, REFERENCE_MASK, REFERENCE)
 
 # x264. Masks of 16-pixel blocks survive it exactly. At 18 the hole's edge in the background rings.
 CRF = 10

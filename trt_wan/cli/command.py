@@ -9,6 +9,7 @@ import click
 
 from trt_wan.cli.report import Report, Result, StdoutLost, TextReport, report_for
 from trt_wan.cli.stopping import interrupts
+from trt_wan.engines.store.environment import check_environment
 from trt_wan.errors import MemoryShort, OutputError, Stopped, TrtWanError, UsageError
 from trt_wan.runtime.events import Note
 
@@ -26,6 +27,8 @@ def command(function: Callable[..., tuple[Result, dict[str, Any]]]) -> Callable[
         report = report_for(as_json, quiet)
         try:
             with interrupts():
+                for name in check_environment():
+                    note(report, f"trt-wan reads no variable {name}.", "unknown_variable", name=name)
                 report.done(*function(report=report, **options))
         except BrokenPipeError:
             raise  # the reader of stdout is gone: click ends quietly

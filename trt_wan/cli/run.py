@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.command import command, note
-from trt_wan.cli.preprocess import PREPARING_FILES, PREPARING_NAMES, prepare, preparing_options
+from trt_wan.cli.preprocess import (
+    CLIP,
+    PREPARING_FILES,
+    PREPARING_NAMES,
+    STDIN,
+    prepare,
+    preparing_options,
+    reference_background,
+)
 from trt_wan.cli.report import Report
 from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError
@@ -21,6 +29,7 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+PICTURE = click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True)
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
 SETTINGS = ("executor", "precision", "tier", "flavour", "vram", "segments", "text_cache")
 
@@ -56,6 +65,8 @@ class RunOptions:
     overlap: int | None = None
     pose_strength: float | None = None
     face_strength: float | None = None
+    trim_to_shortest: bool = False
+    reference_background: str = "white"
 
     def weight_files(self) -> "WeightFiles":
         from trt_wan.runtime.settings import WeightFiles
@@ -74,6 +85,14 @@ class RunOptions:
 
         return Settings(**self._given(SETTINGS), keep_encoders=False)
 
+    def inputs(self, folder: Path) -> "Inputs":
+        from trt_wan.runtime.job import Inputs
+
+        mode: Any = self.mode or "animate"  # click has checked it
+        return Inputs.from_folder(
+            folder, mode, trim_to_shortest=self.trim_to_shortest, behind=self.reference_background
+        )
+
     def job(self, inputs: "Inputs") -> "Job":
         from trt_wan.runtime.job import Job
 
@@ -91,9 +110,15 @@ def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
     return {network.strip(): candidate.strip() for network, _, candidate in pairs}
 
 
+def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and value != STDIN and "%" not in value.name and not os.path.exists(value):
+        raise click.BadParameter(f"File {str(value)!r} does not exist.")
+    return value
+
+
 @click.command(short_help="Make a video.")
-@click.argument("reference", type=FILE, required=False)
-@click.argument("clip", type=FILE, required=False)
+@click.argument("reference", type=PICTURE, required=False)
+@click.argument("clip", type=CLIP, required=False, callback=_there)
 @click.option(
     "--inputs",
     type=FOLDER,
@@ -138,6 +163,12 @@ def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
 )
 @click.option("--pose-strength", type=float, default=1.0, show_default=True)
 @click.option("--face-strength", type=float, default=1.0, show_default=True)
+@reference_background
+@click.option(
+    "--trim-to-shortest",
+    is_flag=True,
+    help="Cut longer clips of --inputs to the length of the shortest.",
+)
 @click.option(
     "--audio", type=FILE, help="File whose sound is copied. Default: the sound of src_pose.mp4, if any."
 )
@@ -249,14 +280,13 @@ def render_prepared(
     paste_back: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
     """Makes the video of the prepared clips in `folder`. The files are checked before the model is opened."""
-    from trt_wan.runtime.job import Inputs
     from trt_wan.runtime.opening.model import open_model
     from trt_wan.runtime.render import render
     from trt_wan.runtime.video.clips import open_clips
     from trt_wan.runtime.video.target import check_target, claimed
 
     start = time.perf_counter()
-    job = options.job(Inputs.from_folder(folder, options.mode or "animate"))  # type: ignore[arg-type]
+    job = options.job(options.inputs(folder))
     files, settings = options.weight_files(), options.settings()
     check_target(output, overwrite)
     with (
@@ -308,7 +338,12 @@ def _prepare_beside(
     options.weight_files(), options.settings()
     check_target(output, overwrite)
     click.get_current_context().with_resource(claimed(output, report.progress))
-    shared = {"mode": options.mode, "executor": options.executor, "overwrite": overwrite}
+    shared = {
+        "mode": options.mode,
+        "executor": options.executor,
+        "overwrite": overwrite,
+        "reference_background": options.reference_background,
+    }
     made, _ = prepare(report, reference, clip, folder, **shared, **preparing)
     return made
 
