@@ -1,5 +1,6 @@
 """`trt-wan run`: opens the model, runs one job on it, writes the video."""
 
+import os
 import shlex
 import time
 from collections.abc import Mapping
@@ -243,7 +244,6 @@ def run(
     The clips are prepared into the folder out.inputs beside the output, as `trt-wan preprocess` does; its
     options are the last ones below.
     """
-    from trt_wan.preprocess.clips.artifacts import ALL
     from trt_wan.runtime.job import unused_clips
     from trt_wan.runtime.video.target import refuse_inputs
 
@@ -255,7 +255,7 @@ def run(
             "Leave out --paste-back, or use --mode replace.",
         )
     files = [reference, clip, audio, *options.files(), *(preparing[name] for name in PREPARING_FILES)]
-    refuse_inputs(output, [*files, *(inputs / name for name in ALL if inputs)])
+    refuse_inputs(output, [*files, *(inputs.glob("src_*") if inputs else ())])
     written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
     if inputs is not None:
         _refuse_preparing(reference)
