@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.finite import is_finite
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, velocity
 from trt_wan.runtime.preparation import Prepared
@@ -46,7 +45,12 @@ class NotFiniteLatent(Exception):
 
 
 def denoise(
-    predict: Predict, noise: Array, solver: Sampler, steps: int, between_steps: BetweenSteps
+    predict: Predict,
+    noise: Array,
+    solver: Sampler,
+    steps: int,
+    between_steps: BetweenSteps,
+    is_finite: Callable[[Array], bool],
 ) -> Array:
     """Noise [16, T1, h, w] to the clean latent of the same shape. Raises NotFiniteLatent."""
     latent = noise

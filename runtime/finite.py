@@ -2,7 +2,7 @@
 
 A run checks the latent after every step and every piece of decoded frames, which costs about a thousandth of
 its time. When one is not finite, the step is computed again by a `Watching` executor, which checks every
-network's inputs and outputs on the host and raises NotFinite with the first one's name.
+network's inputs and outputs and raises NotFinite with the first one's name.
 """
 
 from collections.abc import Callable, Mapping
@@ -50,7 +50,7 @@ def explained(model: Model, broken: Broken) -> NotFinite:
 
 
 class Watching(ForwardingExecutor):
-    """Raises NotFinite at the first network with a NaN or an infinity. Downloads all that goes in and out."""
+    """Raises NotFinite at the first network that is given or gives a NaN or an infinity. Waits for each."""
 
     def __init__(self, executor: Executor, weights: Mapping[Part, Mapping[str, Array]]) -> None:
         super().__init__(executor)
@@ -59,11 +59,11 @@ class Watching(ForwardingExecutor):
     def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
         layer = f"{network.name} {n}" if network.repeats > 1 else network.name
         for name, array in inputs.items():
-            if not is_finite(array):
+            if not self.executor.is_finite(array):
                 raise NotFinite(f"{layer} is given a NaN or an infinity as {name}.", _REPORT)
         outputs = self.executor.run(network, n, inputs)
         for tensor, array in zip(network.outputs, outputs, strict=True):
-            if not is_finite(array):
+            if not self.executor.is_finite(array):
                 raise self._fault(network, n, layer, tensor)
         return outputs
 

@@ -140,7 +140,7 @@ def _stream(
         predict = predict_window(model, prepared, branches(job, prepared, window), job.guidance)
         solver = SAMPLERS[job.sampler](schedule, model.executor.combine)
         try:
-            latent = denoise(predict, noise, solver, job.steps, clock.window(j))
+            latent = denoise(predict, noise, solver, job.steps, clock.window(j), model.executor.is_finite)
         except NotFiniteLatent as found:
             when = f"window {j + 1} of {windows.total}, step {found.step + 1} of {job.steps}"
             again = _Step(job, clips, texts, windows.indices(j), carried, found.step, found.latent)

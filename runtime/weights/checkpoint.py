@@ -125,7 +125,7 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
     def _quantisation(self, name: str) -> str:
         """The format of a tensor in the file's own words, for a message (model_spec.md 5.2, comfy_quant)."""
         described = self.names.get(name.removesuffix("weight") + "comfy_quant")
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
             if described is not None:
                 layer = json.loads(self.file.read(described).tobytes())
             else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.report import Report, Result, TextReport, report_for
+from trt_wan.engines.store.environment import check_environment
 from trt_wan.errors import MemoryShort, OutputError, Stopped, TrtWanError, UsageError
 from trt_wan.runtime.events import Note
 
@@ -24,6 +25,8 @@ def command(function: Callable[..., tuple[Result, dict[str, Any]]]) -> Callable[
     def wrapped(as_json: bool, quiet: bool, **options: Any) -> None:
         report = report_for(as_json, quiet)
         try:
+            for name in check_environment():
+                note(report, f"trt-wan reads no variable {name}.", "unknown_variable", name=name)
             report.done(*function(report=report, **options))
         except BrokenPipeError:
             raise  # the reader of stdout is gone: click ends quietly

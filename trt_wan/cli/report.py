@@ -151,7 +151,10 @@ def report_for(as_json: bool, quiet: bool) -> Report:
 
 
 def readable_bytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size / 1e3:.1f} kB"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
