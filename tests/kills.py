@@ -294,8 +294,8 @@ def main() -> None:
     base = make_base(given.folder / "base", kinds)
     print(f"left alone: {base.seconds}", file=sys.stderr, flush=True)
     done = run_all(base, moments(given.moments, kinds, given.seed), given.folder / "moments", given.workers)
-    size = (base.folder / "out.mp4").stat().st_size
-    for i in range(given.disks):
+    for i in range(given.disks if "run" in kinds else 0):
+        size = (base.folder / "out.mp4").stat().st_size
         done.append(fill_a_disk(base, given.folder / f"disk{i}", 4096 + i * 2 * size // max(given.disks, 1)))
     text = json.dumps(report(done), indent=1, default=str)
     print(text)
