@@ -63,8 +63,8 @@ def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) 
         poses = _retargeted(job, skeletons, found, stages)
 
         # 4. Draw and write all clips, frame by frame.
-        drawing = Drawing(job, sizes, people, skeletons, poses, stages.observe)
-        write_clips(drawing, replace(footage, fitted=sizes.fitted), folder.making, stages, progress)
+        drawing = Drawing(job, sizes, found.frames, people, skeletons, poses, stages.observe)
+        write_clips(drawing, footage, folder.making, stages, progress)
         (folder.making / artifacts.REFERENCE).write_bytes(job.reference.read_bytes())
         return folder.publish()
 
