@@ -79,6 +79,7 @@ def plan_footage(job: PreprocessJob, reference: Picture, observe: Observe) -> tu
         rate = job.rate or (RATES[job.compat] if job.compat else clip.rate)
         rule: SamplingRule = "kijai" if job.compat == "kijai" else "official"
         indices = frame_indices(clip.frames, clip.rate, rate, rule)
+        job.choice.require_inside(clip.width, clip.height)
         footage = Footage(job.clip, indices, rate, clip.has_sound, observe=observe)
         return footage, plan_sizes(job, reference, clip)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trt_wan.errors import InputError
 from trt_wan.preprocess.clips import artifacts
-from trt_wan.preprocess.clips.artifacts import ArtifactFolder
+from trt_wan.preprocess.clips.artifacts import ArtifactFolder, require_new
 from trt_wan.preprocess.clips.keypoints import (
     FoundPeople,
     read_keypoints,
@@ -24,7 +24,7 @@ from trt_wan.preprocess.clips.streams import READ_AHEAD, ahead, counted
 from trt_wan.preprocess.drawing import Drawing, write_clips
 from trt_wan.preprocess.footage import Footage, Sizes, plan_footage
 from trt_wan.preprocess.job import PreprocessJob
-from trt_wan.preprocess.observe import observed
+from trt_wan.preprocess.observe import observed, unobserved
 from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.fill import fill_gaps
 from trt_wan.preprocess.people.person import PersonFrame
@@ -37,6 +37,15 @@ from trt_wan.runtime.video.reader import Picture, read_picture
 
 MAX_GAP = Fraction(1, 2)  # s: longer gaps of a joint or a person are not filled
 FIND = "find person"
+
+
+def check(job: PreprocessJob) -> None:
+    """Raises every error of `preprocess` that needs no network, before one is opened."""
+    require_new(job.output, job.overwrite)
+    footage, sizes = plan_footage(job, read_picture(job.reference), unobserved)
+    if job.keypoints is not None:
+        found = read_keypoints(job.keypoints, len(footage.indices))
+        require_fit(job.keypoints, found, len(footage.indices), sizes.clip)
 
 
 def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) -> Path:
@@ -81,7 +90,7 @@ def _people_of(
     if job.keypoints is None:
         found = _find_people(job, footage, sizes, stages, progress)
     else:
-        found = read_keypoints(job.keypoints)
+        found = read_keypoints(job.keypoints, len(footage.indices))
         require_fit(job.keypoints, found, len(footage.indices), sizes.clip)
     if job.retarget is not None and (found.reference is None or found.reference_size != sizes.canvas):
         canvas = letterbox(reference, *sizes.canvas)

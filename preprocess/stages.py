@@ -66,6 +66,26 @@ class Networks:
     segmenter: SegmenterName = "auto"
     executor: Executor = "auto"
 
+    def require_used(self, mode: Mode, needs_people: bool) -> None:
+        """Raises UsageError for a file that a job of that kind leaves aside."""
+        if mode == "animate" and (self.sam2 is not None or self.segmenter != "auto"):
+            option = "--segmenter" if self.sam2 is None else "--sam2"
+            raise UsageError(
+                f"In the mode animate there is no mask, so {option} would do nothing.",
+                f"Leave out {option}, or use --mode replace.",
+            )
+        if self.sam2 is not None and self.segmenter in ("mediapipe", "box"):
+            raise UsageError(
+                f"Masks are made by --segmenter {self.segmenter}, so --sam2 would do nothing.",
+                "Leave out one of them.",
+            )
+        if not needs_people and (self.detector is not None or self.pose is not None):
+            option = "--pose" if self.detector is None else "--detector"
+            raise UsageError(
+                f"The people are in the file of --keypoints, so {option} would do nothing.",
+                f"Leave out {option} or --keypoints.",
+            )
+
 
 class MediapipeSource:
     """The fallback for both stages: MediaPipe finds one person, and that person's outline.
@@ -125,7 +145,10 @@ def open_stages(
     progress: Progress = silent,
     observe: Observe = unobserved,
 ) -> Stages:
-    """Opens the files in `networks`, else the fallback. Raises UsageError if there is neither."""
+    """Opens the files in `networks`, else the fallback. Raises UsageError if there is neither, and for files
+    that would not be used.
+    """
+    networks.require_used(mode, needs_people)
     return Stages(
         _open_people(networks, compat, progress, observe) if needs_people else None,
         _open_segmenter(networks, compat, progress) if mode == "replace" else None,

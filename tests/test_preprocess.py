@@ -288,7 +288,12 @@ class Absent(FakePeople):
         ({"mode": "replace", "retarget": "safe"}, "nothing is retargeted"),
         ({"edited_driving": Path("x.png")}, "read for retargeting only"),
         ({"rate": Fraction(-1)}, "A rate of -1 makes no video"),
+        ({"rate": Fraction(1001)}, "A rate of 1001 makes no video"),
         ({"face_padding": -1}, "A face padding of -1"),
+        ({"face_padding": 1025}, "A face padding of 1025"),
+        ({"size": (20_000, 20_000)}, "20000x20000 is too large"),
+        ({"mask": MaskShape(grow=3)}, "there is no mask, so --grow"),
+        ({"keypoints": Path("k"), "choice": PersonChoice(number=1)}, "so --person would do nothing"),
     ],
 )
 def test_jobs_that_cannot_be(options: dict[str, object], says: str) -> None:
