@@ -18,6 +18,7 @@ from trt_wan.preprocess.clips.writers import ClipSet
 from trt_wan.preprocess.footage import Footage, Sizes
 from trt_wan.preprocess.job import PreprocessJob
 from trt_wan.preprocess.observe import Observe, observed
+from trt_wan.preprocess.people.notes import no_face
 from trt_wan.preprocess.people.person import Box, PersonFrame
 from trt_wan.preprocess.people.skeleton import Skeleton, from_keypoints
 from trt_wan.preprocess.pictures.background import cut_hole
@@ -130,8 +131,8 @@ class Drawing:
 def write_clips(drawing: Drawing, footage: Footage, folder: Path, stages: Stages, progress: Progress) -> None:
     """Raises InputError if a mask is needed in mode replace and no frame has one."""
     job, frames, some_mask = drawing.job, len(footage.indices), False
-    if job.face and not any(drawing.faces):
-        progress(Note(f"No face was found in any frame, so {artifacts.FACE} is black."))
+    if job.face and (note := no_face([box is not None for box in drawing.faces], drawing.cropper.without)):
+        progress(note)
     with ExitStack() as opened:
         read = opened.enter_context(closing(ahead(drawing.shots(footage), READ_AHEAD)))
         coming = observed(read, "wait for frames and masks", drawing.observe)

@@ -27,6 +27,7 @@ from trt_wan.preprocess.job import PreprocessJob
 from trt_wan.preprocess.observe import observed, unobserved
 from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.fill import fill_gaps
+from trt_wan.preprocess.people.notes import about_frames, is_seen
 from trt_wan.preprocess.people.person import PersonFrame
 from trt_wan.preprocess.people.skeleton import Skeleton, from_keypoints
 from trt_wan.preprocess.retarget.rules import retarget
@@ -59,12 +60,14 @@ def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) 
         # --keypoints makes the same clips.
         found = rounded(_people_of(job, footage, sizes, reference, stages, progress))
         write_keypoints(folder.making / artifacts.KEYPOINTS, found)
-        if all(person.keypoints is None for person in found.frames):
+        if not any(is_seen(person, sizes.clip) for person in found.frames):
             raise InputError(
                 f"No person was found in any of the {len(footage.indices)} frames of {job.clip}.",
                 "Use a clip in which the person can be seen, or with --detector and --pose say where: "
                 "--box x0,y0,x1,y1.",
             )
+        for note in about_frames(found.frames, sizes.clip):
+            progress(note)
 
         # 3. Skeletons of the driving person, and the poses to draw.
         people = [sizes.placed(person) for person in found.frames]

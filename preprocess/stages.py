@@ -18,9 +18,10 @@ from trt_wan.preprocess.clips.streams import split
 from trt_wan.preprocess.observe import Observe, unobserved
 from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.mediapipe import MediapipePeople
-from trt_wan.preprocess.people.person import PersonFrame, box_of_joints
+from trt_wan.preprocess.people.notes import jumps, person_changed
+from trt_wan.preprocess.people.person import Box, PersonFrame, box_of_joints
 from trt_wan.preprocess.pictures.masks import Compat, Mask
-from trt_wan.runtime.events import Progress, silent
+from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.job import Mode
 from trt_wan.runtime.video.reader import Picture
 
@@ -28,6 +29,8 @@ Executor = Literal["auto", "onnxruntime", "tensorrt"]
 SegmenterName = Literal["auto", "sam2", "mediapipe", "box"]
 
 INSTALL = "pip install 'trt-wan[mediapipe]'"
+ONE_PERSON = "MediaPipe finds one person and does not say whether there are more."
+SEVERAL = "Where several are in view, give --detector and --pose."
 SURE = 0.3  # least score of a joint, for people without a box
 
 
@@ -105,9 +108,14 @@ class MediapipeSource:
                 "MediaPipe follows the one person that it finds and cannot choose among several.",
                 "Leave out --person, --point and --box, or give --detector and --pose.",
             )
+        progress(Note(f"{ONE_PERSON} {SEVERAL}", "one_person"))
+        boxes: list[Box | None] = []
         with MediapipePeople() as people:
             for person, _ in people.frames(frames):
+                boxes.append(person.box)
                 yield person
+        if changed := person_changed([], [], jumps(boxes), SEVERAL):
+            progress(changed)
 
     def outlines(self, frames: Iterable[Picture], people: Sequence[PersonFrame]) -> Iterator[Mask]:
         """Outlines of the person that MediaPipe finds. `people` are ignored."""

@@ -57,6 +57,7 @@ class PersonChoice:
             )
 
 
+MOST_LISTED = 8  # people in a sentence
 LARGEST = PersonChoice()
 
 
@@ -98,8 +99,11 @@ def chosen(choice: PersonChoice, people: Sequence[Person], boxes: Sequence[Box],
 
 
 def listed(people: Sequence[Person]) -> str:
-    """1 at 40,60 (120x300), …"""
-    places = (
-        f"{p.number} at {p.box.x0:.0f},{p.box.y0:.0f} ({p.box.width:.0f}x{p.box.height:.0f})" for p in people
-    )
+    """1 at 40,60 (120x300), …, and 3 more"""
+    places = [
+        f"{p.number} at {p.box.x0:.0f},{p.box.y0:.0f} ({p.box.width:.0f}x{p.box.height:.0f})"
+        for p in people[:MOST_LISTED]
+    ]
+    if len(people) > MOST_LISTED:
+        places.append(f"and {len(people) - MOST_LISTED} more")
     return ", ".join(places) or "nobody"

@@ -52,6 +52,13 @@ class FaceCropper:
     fade: int = 6
     compat: Compat = None
 
+    @property
+    def without(self) -> str:
+        """The content of a crop without a face, in words."""
+        if self.compat is not None:
+            return "the face clip is black"
+        return f"the face clip shows the last face for {self.hold} frames and then fades to black"
+
     def boxes(self, skeletons: Sequence[Skeleton]) -> list[PixelBox | None]:
         """The boxes of all frames of a clip. Smoothing looks ahead, so all are made at once."""
         if not skeletons:
