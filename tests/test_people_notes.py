@@ -1,4 +1,4 @@
-"""Notes about the people in a clip: each once, with numbers, the option that decides, and the same in --json."""
+"""Notes about the people in a clip: each once, with numbers and the option that decides, also in --json."""
 
 import json
 from collections.abc import Sequence
@@ -79,8 +79,8 @@ def test_joints_far_outside_of_the_picture(tmp_path: Path) -> None:
     make(tmp_path, write_clip(tmp_path / "c.mkv", 5), keypoints=given(tmp_path, frames), events=events)
     note = notes_of(events)["joints_outside"]
     assert note.text == (
-        "2 of 5 frames have joints far outside of the picture (in frame 1 joint 9 at 5000,-300, in a picture of "
-        "320x180). If that is wrong, edit keypoints.json and give it back with --keypoints."
+        "2 of 5 frames have joints far outside of the picture (in frame 1 joint 9 at 5000,-300, in a picture "
+        "of 320x180). If that is wrong, edit keypoints.json and give it back with --keypoints."
     )
     assert note.data == {"frames": 2, "of": 5, "first": 1, "joint": 9, "x": 5000, "y": -300}
 
@@ -104,8 +104,8 @@ def test_frames_without_a_face(tmp_path: Path) -> None:
     make(tmp_path, clip, keypoints=given(tmp_path, [seen, turned, seen, seen, turned, turned]), events=events)
     note = notes_of(events)["no_face"]
     assert note.text == (
-        "No face was found in 3 of 6 frames (1, 4 to 5), where the face clip shows the last face for 6 frames "
-        "and then fades to black. Leave the face clip out with --no-face, or edit keypoints.json and give it "
+        "No face was found in 3 of 6 frames (1, 4 to 5), where the face clip shows the last face for 6 "
+        "frames and then fades to black. Leave the face clip out with --no-face, or edit keypoints.json and give it "
         "back with --keypoints."
     )
     assert note.data == {"frames": 3, "of": 6, "first": 1, "ranges": [(1, 1), (4, 5)]}
@@ -191,8 +191,8 @@ def test_a_cut_to_others() -> None:
     told = follow([*[[ONE]] * 10, *[[Box(250, 10, 300, 100, 0.9)]] * 20])
     assert told["person_changed"].data == {"back": [], "cut": [10], "jumped": []}
     assert told["person_changed"].text == (
-        "The person may have changed: others are seen, as after a cut, and the largest is followed, in frame 10. "
-        "Cut the clip there if so, or choose with --person, --point or --box."
+        "The person may have changed: others are seen, as after a cut, and the largest is followed, in frame "
+        "10. Cut the clip there if so, or choose with --person, --point or --box."
     )
 
 

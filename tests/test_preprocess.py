@@ -609,8 +609,8 @@ def test_what_happens_to_the_followed_person_is_said() -> None:
     texts = [event.text for event in events if isinstance(event, Note)]
     (first, *_) = [k for k, box in enumerate(boxes) if box is not None and box.x0 > 100]
     assert texts == [
-        f"The person may have changed: someone is taken for the person that was out of sight in frame {first}."
-        " Cut the clip there if so, or choose with --person, --point or --box."
+        f"The person may have changed: someone is taken for the person that was out of sight in frame "
+        f"{first}. Cut the clip there if so, or choose with --person, --point or --box."
     ]
     (note,) = [event for event in events if isinstance(event, Note)]
     assert (note.code, note.data) == ("person_changed", {"back": [first], "cut": [], "jumped": []})
