@@ -105,8 +105,8 @@ def test_frames_without_a_face(tmp_path: Path) -> None:
     note = notes_of(events)["no_face"]
     assert note.text == (
         "No face was found in 3 of 6 frames (1, 4 to 5), where the face clip shows the last face for 6 "
-        "frames and then fades to black. Leave the face clip out with --no-face, or edit keypoints.json and give it "
-        "back with --keypoints."
+        "frames and then fades to black. Leave the face clip out with --no-face, or edit keypoints.json and "
+        "give it back with --keypoints."
     )
     assert note.data == {"frames": 3, "of": 6, "first": 1, "ranges": [(1, 1), (4, 5)]}
     events.clear()

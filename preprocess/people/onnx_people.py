@@ -70,9 +70,8 @@ class OnnxPeople:
                 yield from _people(*under_way.popleft())
         while under_way:
             yield from _people(*under_way.popleft())
-        crowd = (
-            None if told or choice != LARGEST else _crowd(tracker.first_frame if tracked else None, counts)
-        )
+        first = tracker.first_frame if tracked else None
+        crowd = None if told or choice != LARGEST else _crowd(first, counts)
         back, cut = ([e.frame for e in tracker.events if e.what == what] for what in ("back", "cut"))
         jumps = [] if tracked else notes.jumps(followed)
         for note in (crowd, notes.person_changed(back, cut, jumps, ADVICE)):
