@@ -386,7 +386,7 @@ def engines(rng: Random, folder: Path) -> None:
     with home(folder / "home") as there:
         shutil.rmtree(there, ignore_errors=True)
         ensure(engine, lambda: plan)
-        for kind in rng.sample(("json", "json", "plan", "checked"), rng.choice((1, 2))):
+        for kind in rng.sample(("json", "plan", "checked"), rng.choice((1, 2))):
             path = there / "engines" / f"{engine.key}.{kind}"
             content = path.read_bytes() if path.exists() else b"[1, 2, 3, 4]"
             path.write_bytes(

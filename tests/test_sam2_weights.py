@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from dataclasses import replace
@@ -115,6 +116,37 @@ def test_a_storage_that_was_cut(weights: dict[str, Values], tmp_path: Path) -> N
     loaded = load_sam2(cut)
     with pytest.raises(WeightsError, match="too short"):
         loaded[next(iter(weights))]
+
+
+@pytest.mark.parametrize("what", ["name", "checksum", "end"])
+def test_a_damaged_storage(weights: dict[str, Values], tmp_path: Path, what: str) -> None:
+    """The zip's directory is whole, and the storage that it points to is not."""
+    file = tmp_path / "damaged.pt"
+    torch.save({"model": {n: torch.from_numpy(v) for n, v in weights.items()}}, file)
+    with zipfile.ZipFile(file) as archive:
+        info = next(info for info in archive.infolist() if info.filename.endswith("data/0"))
+    content = bytearray(file.read_bytes())
+    at = info.header_offset + (
+        30 if what == "name" else 4 if what == "end" else 30 + len(info.filename) + 200
+    )
+    content[at : at + 64] = bytes(255 - byte for byte in content[at : at + 64])
+    file.write_bytes(content)
+    loaded = load_sam2(file)
+    with pytest.raises(WeightsError, match="data/0 cannot be read"):
+        loaded[next(iter(weights))]
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    """40 MB of zeros in 40 kB: refused by the directory of the zip."""
+    file = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(40_000_000))
+    tracemalloc.start()
+    with pytest.raises(WeightsError, match="no zip archive as torch writes it"):
+        load_sam2(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_strict(weights: dict[str, Values]) -> None:

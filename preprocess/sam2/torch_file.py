@@ -25,6 +25,7 @@ STORAGES: dict[str, np.dtype[Any]] = {
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
     "DoubleStorage": np.dtype(np.float64),
 }
+LARGEST, MOST_DIMENSIONS = 1 << 53, 32  # elements of a tensor
 USE = "Use an official file (sam2.1_hiera_base_plus.pt, sam2_hiera_large.pt, ...) or its safetensors."
 
 
@@ -40,11 +41,17 @@ class StoredTensor:
     stride: tuple[int, ...]
 
     def read(self) -> NDArray[Any]:
-        with zipfile.ZipFile(self.path) as archive:
-            raw = np.frombuffer(archive.read(self.entry), self.dtype)[self.offset :]
+        damaged = WeightsError(
+            f"{self.path} is damaged: {self.entry} cannot be read, or is too short.", "Download it again."
+        )
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                raw = np.frombuffer(archive.read(self.entry), self.dtype)[self.offset :]
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+            raise damaged from error
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        if math.prod(self.shape) and (last >= len(raw) or min(self.stride, default=0) < 0):
-            raise WeightsError(f"{self.path} is damaged: {self.entry} is too short.", "Download it again.")
+        if math.prod(self.shape) and last >= len(raw):
+            raise damaged
         strides = tuple(step * self.dtype.itemsize for step in self.stride)
         return np.lib.stride_tricks.as_strided(raw, self.shape, strides, writeable=False)
 
@@ -75,8 +82,10 @@ class _Unpickler(pickle.Unpickler):
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
         match storage, offset, shape, stride:
-            case (str(entry), np.dtype() as dtype), int(), tuple(), tuple() if all(
-                isinstance(number, int) for number in (*shape, *stride)
+            case (str(entry), np.dtype() as dtype), int(), tuple(), tuple() if len(shape) == len(
+                stride
+            ) <= MOST_DIMENSIONS and all(
+                isinstance(number, int) and 0 <= number < LARGEST for number in (offset, *shape, *stride)
             ):
                 return StoredTensor(self.path, entry, dtype, offset, shape, stride)
         raise pickle.UnpicklingError("it has a tensor of an unknown kind")
@@ -90,6 +99,8 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of an official file, which are under "model"."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise zipfile.BadZipFile  # torch compresses nothing, and a small bomb unpacks to gigabytes
             entry = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
             if entry is None:
                 raise pickle.UnpicklingError("it has no data.pkl")
@@ -99,7 +110,9 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
             f"{path} cannot be read ({error.strerror}).", "Check the path and its rights."
         ) from error
     except Exception as error:  # a damaged pickle can raise any exception
-        reason = "it is no zip archive" if isinstance(error, zipfile.BadZipFile) else str(error)
+        reason = str(error)[:200]
+        if isinstance(error, zipfile.BadZipFile):
+            reason = "it is no zip archive as torch writes it"
         raise WeightsError(f"{path} is no SAM2 checkpoint, or damaged: {reason}.", USE) from error
     tensors = loaded.get("model", loaded) if isinstance(loaded, dict) else None
     if not isinstance(tensors, dict) or not all(
