@@ -20,6 +20,7 @@ from trt_wan.preprocess.clips.keypoints import (
     rounded,
     write_keypoints,
 )
+from trt_wan.preprocess.clips.sizes import Size
 from trt_wan.preprocess.clips.streams import READ_AHEAD, ahead, counted
 from trt_wan.preprocess.drawing import Drawing, write_clips
 from trt_wan.preprocess.footage import Footage, Sizes, plan_footage
@@ -40,13 +41,14 @@ MAX_GAP = Fraction(1, 2)  # s: longer gaps of a joint or a person are not filled
 FIND = "find person"
 
 
-def check(job: PreprocessJob) -> None:
-    """Raises every error of `preprocess` that needs no network, before one is opened."""
+def video_size(job: PreprocessJob) -> Size:
+    """Width and height of the video. Raises every error of `preprocess` that needs no network."""
     require_new(job.output, job.overwrite)
     footage, sizes = plan_footage(job, read_picture(job.reference), unobserved)
     if job.keypoints is not None:
         found = read_keypoints(job.keypoints, len(footage.indices))
         require_fit(job.keypoints, found, len(footage.indices), sizes.clip)
+    return sizes.canvas
 
 
 def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) -> Path:

@@ -8,6 +8,7 @@ traceback, and leaves its files in --out.
 """
 
 import argparse
+import copy
 import io
 import json
 import os
@@ -80,11 +81,11 @@ def damaged(rng: Random, data: bytes) -> bytes:
 
 def odd_value(rng: Random) -> Any:
     if rng.random() < 0.1:
-        value: Any = rng.choice(ODD)
+        value: Any = copy.deepcopy(rng.choice(ODD))
         for _ in range(rng.choice((2, 20, 40, 400))):
             value = [value] if rng.random() < 0.5 else {"keypoints": value}
         return value
-    return rng.choice(ODD)
+    return copy.deepcopy(rng.choice(ODD))
 
 
 def changed_tree(rng: Random, tree: Any) -> Any:
@@ -103,7 +104,7 @@ def changed_tree(rng: Random, tree: Any) -> Any:
                 holder[rng.choice((f"{key}x", "", "box", "size"))] = holder.pop(key)
             case 2:
                 holder[key:key] = holder[key : key + 1] * rng.choice((1, 2, 200))
-            case 3 if isinstance(holder[key], (int, float)):
+            case 3 if isinstance(holder[key], (int, float)) and abs(holder[key]) < 1e300:
                 holder[key] = rng.choice((-1, 1e4, -1e4, 1e6, 1e8, 0.001)) * (holder[key] or 1)
             case _:
                 holder[key] = odd_value(rng)

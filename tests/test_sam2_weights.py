@@ -149,6 +149,14 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
     assert peak < 1_000_000
 
 
+def test_a_number_that_takes_gigabytes(tmp_path: Path) -> None:
+    file = tmp_path / "far.pt"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}r\xff\xff\xff\x0f.")  # {} as value 268435455
+    with pytest.raises(WeightsError, match="it numbers a value 268435455"):
+        load_sam2(file)
+
+
 def test_strict(weights: dict[str, Values]) -> None:
     shapes = {name: value.shape for name, value in weights.items()}
     changed = dict(shapes)

@@ -7,6 +7,7 @@ can name no other function, so it cannot run code.
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -95,6 +96,13 @@ def _without_gradient(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
+def _refuse_far_places(data: bytes) -> None:
+    """Python keeps a list of the values that a pickle numbers: one number of 2**31 takes 34 GB."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
+            raise pickle.UnpicklingError(f"it numbers a value {argument}")
+
+
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of an official file, which are under "model"."""
     try:
@@ -104,7 +112,9 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
             entry = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
             if entry is None:
                 raise pickle.UnpicklingError("it has no data.pkl")
-            loaded = _Unpickler(path, entry.removesuffix("data.pkl"), archive.read(entry)).load()
+            data = archive.read(entry)
+            _refuse_far_places(data)
+            loaded = _Unpickler(path, entry.removesuffix("data.pkl"), data).load()
     except OSError as error:
         raise WeightsError(
             f"{path} cannot be read ({error.strerror}).", "Check the path and its rights."

@@ -163,15 +163,15 @@ def prepare(
 ) -> tuple[Path, dict[str, Any]]:
     """Makes the folder `output`; `options` are those of PREPARING, mode and overwrite."""
     from trt_wan.preprocess.clips.artifacts import ALL
-    from trt_wan.preprocess.preprocess import check
     from trt_wan.preprocess.preprocess import preprocess as make
+    from trt_wan.preprocess.preprocess import video_size
     from trt_wan.preprocess.stages import Networks, open_stages
 
     start = time.perf_counter()
     names = ("detector", "pose", "sam2", "segmenter")
     networks = Networks(**{name: options.pop(name) for name in names}, executor=executor)
     job = _job(reference, clip, output, **options)
-    check(job)
+    video_size(job)
     stages = open_stages(
         networks, job.mode, job.compat, needs_people=job.needs_people, progress=report.progress
     )
