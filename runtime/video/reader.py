@@ -27,6 +27,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from trt_wan.errors import InputError
+from trt_wan.runtime.video.png import is_cut_short
 
 Picture = NDArray[np.uint8]
 
@@ -138,7 +139,8 @@ def read_picture(path: Path) -> Picture:
     )
     try:
         # Unlike numpy, cv2.imread cannot open a path outside the code page on Windows.
-        picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+        data = np.fromfile(path, np.uint8)
+        picture = None if is_cut_short(data) else cv2.imdecode(data, cv2.IMREAD_COLOR)
     except (cv2.error, OSError) as error:
         raise unreadable from error
     if picture is None:
