@@ -15,6 +15,6 @@ def is_cut_short(data: NDArray[np.uint8]) -> bool:
     at = len(SIGNATURE)
     if content[:at] != SIGNATURE:
         return False
-    while at < len(content) and content[at + 4 : at + 8] != b"IEND":
+    while at < len(content) and bytes(content[at + 4 : at + 8]) != b"IEND":
         at += FRAME + int.from_bytes(content[at : at + 4])
     return at >= len(content)
