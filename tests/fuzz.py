@@ -620,6 +620,9 @@ def worker(kind: str) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (CEILING, CEILING))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with tempfile.TemporaryDirectory() as warm:  # imports and sources take longer than an input
+        run_one(kind, -1, Path(warm))
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
         start = time.perf_counter()
@@ -683,8 +686,7 @@ def run_many(tally: Tally, indices: Iterator[int], lock: Lock) -> None:
         start = time.perf_counter()
         process.stdin.write(b"%d\n" % index)
         process.stdin.flush()
-        # The first input of a process also waits for its imports.
-        ready, _, _ = select.select([process.stdout], [], [], LIMIT_SECONDS + 30)
+        ready, _, _ = select.select([process.stdout], [], [], 2 * LIMIT_SECONDS)
         line = process.stdout.readline() if ready else b""
         if line:
             outcome, text, seconds, peak = json.loads(line)
@@ -694,7 +696,7 @@ def run_many(tally: Tally, indices: Iterator[int], lock: Lock) -> None:
         else:
             process.kill()
             died = process.wait()
-            text = f"died with {died}" if ready else f"no answer for {LIMIT_SECONDS + 30:.0f} s"
+            text = f"died with {died}" if ready else f"no answer for {2 * LIMIT_SECONDS:.0f} s"
             tally.add(index, "crash" if ready else "hang", text, time.perf_counter() - start, 0)
         process.kill()
         process.wait()
@@ -707,9 +709,11 @@ def run_many(tally: Tally, indices: Iterator[int], lock: Lock) -> None:
 def _start(kind: str) -> "subprocess.Popen[bytes]":
     command = [sys.executable, str(Path(__file__)), "--worker", kind]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRT_WAN_HOME": tempfile.gettempdir() + "/fuzz-home"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
     )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n", f"{kind} cannot begin"
+    return process
 
 
 def main() -> None:

@@ -184,7 +184,7 @@ def test_the_official_rule_tracks_nobody() -> None:
     assert "6 of 24 frames show more than one person (10 to 15; at most 2)" in told["several_people"].text
     assert "the largest of each frame is taken. Follow one with --person" in told["several_people"].text
     assert told["person_changed"].data == {"back": [], "cut": [], "jumped": [10, 16]}
-    assert "in frames 10, 16." in told["person_changed"].text
+    assert "in 2 frames (10, 16)." in told["person_changed"].text
 
 
 def test_a_cut_to_others() -> None:

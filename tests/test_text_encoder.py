@@ -244,6 +244,9 @@ def test_unreadable_tokenizers_name_the_fix(tmp_path, folder, spiece):
     broken = tmp_path / "broken"
     broken.write_bytes(spiece[: len(spiece) // 2])
     (tmp_path / "list.json").write_text("[]")
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["pre_tokenizer"] = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "x" * 9000}
+    (tmp_path / "long.json").write_text(json.dumps(tree))
     endless = tokenizers.Tokenizer(tokenizers.models.Unigram([("a", 0.0)]))
     endless.save(str(tmp_path / "endless.json"))
     for load, source in (
@@ -252,6 +255,7 @@ def test_unreadable_tokenizers_name_the_fix(tmp_path, folder, spiece):
         (load_tokenizer_json, folder / "spiece.model"),
         (load_tokenizer_json, tmp_path / "list.json"),
         (load_tokenizer_json, tmp_path / "endless.json"),
+        (load_tokenizer_json, tmp_path / "long.json"),
         (load_sentencepiece, tmp_path / "missing"),
         (load_sentencepiece, tmp_path),
         (load_sentencepiece, broken),
@@ -260,6 +264,7 @@ def test_unreadable_tokenizers_name_the_fix(tmp_path, folder, spiece):
     ):
         with pytest.raises(WeightsError, match="tokenizer") as error:
             load(source, LENGTH)
+        assert len(error.value.message) < 400
         assert "google/umt5-xxl" in error.value.hint
 
 

@@ -139,7 +139,7 @@ def places(frames: Sequence[int]) -> str:
 
 
 def _frames(frames: Sequence[int]) -> str:
-    return places(frames) if len(frames) == 1 else f"frames {places(frames)}"
+    return places(frames) if len(frames) == 1 else f"{len(frames)} frames ({places(frames)})"
 
 
 def _share(count: int, frames: int) -> str:

@@ -94,7 +94,7 @@ def byte_tokenizer(vocabulary: int, length: int) -> Tokenizer:
 
 
 def _unreadable(name: str, reason: str) -> WeightsError:
-    return WeightsError(f"The tokenizer {name} cannot be read ({reason}).", _HINT)
+    return WeightsError(f"The tokenizer {name} cannot be read ({reason[:200]}).", _HINT)
 
 
 def _endless(name: str) -> WeightsError:
