@@ -12,6 +12,7 @@ from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.pictures.masks import Compat, MaskShape
 from trt_wan.preprocess.retarget.rules import RetargetRule
 from trt_wan.runtime.job import Mode
+from trt_wan.runtime.video.transparency import colour
 
 SIZE = (832, 480)
 MOST_RATE = 1000  # frames per second
@@ -39,6 +40,7 @@ class PreprocessJob:
     head: bool = True
     face: bool = True
     face_padding: int = 0  # pixels of the clip; with `compat`, of the scaled frame
+    behind: str = "white"  # the colour behind a transparent reference: a name or #rrggbb
     keypoints: Path | None = None  # edited by hand: these replace the search for people
     overwrite: bool = False
 
@@ -53,6 +55,7 @@ class PreprocessJob:
                 "Edited pictures are read for retargeting only.",
                 "Add --retarget safe or --retarget official.",
             )
+        colour(self.behind)
         require_possible_size(*self.size)
         if self.rate is not None and not 0 < self.rate <= MOST_RATE:
             raise UsageError(

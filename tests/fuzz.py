@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from threading import Lock, Thread
 from types import SimpleNamespace
@@ -222,6 +221,8 @@ def some_pictures() -> tuple[tuple[str, bytes], ...]:
 
 def png(rng: Random, folder: Path) -> None:
     """PNG in two of three inputs, with the checksums of its chunks made right in half of them."""
+    from trt_wan.runtime.video.pictures import read_picture
+
     pictures = some_pictures()
     suffix, content = pictures[rng.randrange(4 if rng.random() < 0.67 else len(pictures))]
     if suffix == ".png" and rng.random() < 0.5:
@@ -230,8 +231,7 @@ def png(rng: Random, folder: Path) -> None:
         content = damaged(rng, content)
     path = folder / f"picture{suffix}"
     path.write_bytes(content)
-    place = "pictures" if (ROOT / "runtime" / "video" / "pictures.py").exists() else "reader"
-    assert import_module(f"trt_wan.runtime.video.{place}").read_picture(path).ndim == 3
+    assert read_picture(path).ndim == 3
 
 
 def _png_with_checksums(rng: Random, content: bytes) -> bytes:

@@ -8,7 +8,8 @@ import pytest
 from made_clips import write_clip, write_reference
 
 from trt_wan.errors import InputError
-from trt_wan.runtime.video.reader import Clip, read_picture
+from trt_wan.runtime.video.pictures import read_picture
+from trt_wan.runtime.video.reader import Clip
 
 
 @pytest.mark.parametrize("name", [b"xxxx", b"\0\0\0\0", b"fpcm"])

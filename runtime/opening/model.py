@@ -29,6 +29,7 @@ from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.executors import Array, Observe
+from trt_wan.runtime.finite import Broken, explained, is_finite
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.text_encoder import encode_texts
@@ -137,7 +138,7 @@ class OpenModel:
         progress: Progress = silent,
         should_stop: ShouldStop = lambda: False,
     ) -> Iterator[Array]:
-        """`stream` in pieces and before rounding: float32 [3, n, H, W] in [-1, 1]."""
+        """`stream` in pieces, before clamping to [-1, 1] and rounding: float32 [3, n, H, W]."""
         if self._closed:
             raise UsageError("This model is closed.", "Open it again with open_model().")
         if self._running:
@@ -162,6 +163,10 @@ class OpenModel:
     def texts(self, model: Model, job: Job) -> list[Array]:
         new = [prompt for prompt in dict.fromkeys(job.prompts) if prompt not in self._features]
         made = encode_texts(model, self._weights.tokenizer, new) if new else []
+        if not all(map(is_finite, made)):
+            raise explained(
+                model, Broken("the prompt", lambda model: encode_texts(model, self._weights.tokenizer, new))
+            )
         for prompt, features in zip(new, made, strict=True):
             self._features[prompt] = features
             self._cache.store(prompt, features)
