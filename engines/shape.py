@@ -9,6 +9,18 @@ from dataclasses import dataclass
 from trt_wan.engines.precision import Precision
 from trt_wan.errors import UsageError
 
+MOST_SIDE, MOST_PIXELS = 8192, 4096 * 2304  # of a video; a larger one fits into no machine's memory
+
+
+def require_possible_size(width: int, height: int) -> None:
+    """Raises UsageError for a video that is too large, before memory is allocated for it."""
+    if max(width, height) > MOST_SIDE or width * height > MOST_PIXELS:
+        raise UsageError(
+            f"A video of {width}x{height} is too large: a side has at most {MOST_SIDE} pixels, a picture at "
+            f"most {MOST_PIXELS}.",
+            "Give a size such as 832x480 or 1280x720.",
+        )
+
 
 @dataclass(frozen=True)
 class Plan:

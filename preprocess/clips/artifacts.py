@@ -47,12 +47,7 @@ class ArtifactFolder:
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
-        there = [name for name in ALL if (path / name).exists()]
-        if there and not overwrite:
-            raise OutputError(
-                f"{path} has {', '.join(there)} already.",
-                f"Choose another folder, allow them to be overwritten, or use them: --inputs {path}.",
-            )
+        require_new(path, overwrite)
         self.path = path
         self._made = missing_parents(path)
         try:
@@ -88,3 +83,13 @@ class ArtifactFolder:
         for folder in self._made:
             with suppress(OSError):  # another program has put a file in it
                 folder.rmdir()
+
+
+def require_new(path: Path, overwrite: bool) -> None:
+    """Raises OutputError if the folder has prepared clips that may not be overwritten."""
+    there = [name for name in ALL if (path / name).exists()]
+    if there and not overwrite:
+        raise OutputError(
+            f"{path} has {', '.join(there)} already.",
+            f"Choose another folder, allow them to be overwritten, or use them: --inputs {path}.",
+        )

@@ -33,7 +33,7 @@ STDIN = Path("-")
 
 
 def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
-    if match := re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", value):
+    if match := re.fullmatch(r"([1-9]\d{0,5})[x×]([1-9]\d{0,5})", value):
         return int(match[1]), int(match[2])
     raise click.BadParameter(f"{value!r} is not a size such as 832x480.")
 
@@ -41,13 +41,10 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, 
 def _rate(ctx: click.Context, param: click.Parameter, value: str | None) -> Fraction | None:
     if value is None:
         return None
-    try:
-        rate = Fraction(value)
-    except (ValueError, ZeroDivisionError):
-        raise click.BadParameter(f"{value!r} is not a rate such as 16, 29.97 or 30000/1001.") from None
-    if not 0 < rate <= 1000:
-        raise click.BadParameter(f"{value!r} is not between 0 and 1000 frames per second.")
-    return rate.limit_denominator(1001)
+    # No exponents: Fraction("1e99999999") computes for hours.
+    if not re.fullmatch(r"[+-]?\d{1,9}(\.\d{1,9}|/0*[1-9]\d{0,8})?", value):
+        raise click.BadParameter(f"{value!r} is not a rate such as 16, 29.97 or 30000/1001.")
+    return Fraction(value).limit_denominator(1001)
 
 
 def _numbers(count: int, example: str) -> Callable[..., tuple[float, ...] | None]:
@@ -102,7 +99,7 @@ PREPARING = (
         show_default=True,
         help="The maker of the mask. box: the person's whole box.",
     ),
-    click.option("--grow", type=int, help="Pixels that the mask grows. Default: 10."),
+    click.option("--grow", type=int, help="Pixels that the mask grows, 0 to 512. Default: 10."),
     click.option("--block", type=int, help="Pixels of the mask's blocks, a multiple of 16. Default: 32."),
     click.option("--fill", is_flag=True, help="Fill holes in the mask."),
     click.option(
@@ -113,7 +110,7 @@ PREPARING = (
     click.option("--hands/--no-hands", default=True, help="Draw the hands."),
     click.option("--head/--no-head", default=True, help="Draw the head."),
     click.option("--face/--no-face", default=True, help="Make the face clip."),
-    click.option("--face-padding", type=int, default=0, help="Pixels around the face."),
+    click.option("--face-padding", type=int, default=0, help="Pixels of the clip around the face."),
     click.option("--keypoints", type=FILE, help="An edited keypoints.json, instead of a search for people."),
 )  # fmt: skip
 
@@ -168,6 +165,12 @@ def preprocess(*, report: Report, reference: Path, clip: Path, output: Path, **o
     The folder contains src_ref.png, src_pose.mp4, src_face.mp4, for replace src_bg.mp4 and src_mask.mp4, a
     preview.mp4 for checking, and keypoints.json, which can be edited and used with --keypoints.
     """
+    files = ("detector", "pose", "sam2")
+    if options["executor"] != "auto" and not any(options[name] for name in files):
+        raise UsageError(
+            "No network is given, and MediaPipe has a runtime of its own, so --executor would do nothing.",
+            "Leave out --executor, or give --detector and --pose, or --sam2.",
+        )
     return prepare(report, reference, clip, output, **options)
 
 
@@ -178,9 +181,6 @@ PREPARING_NAMES = {str(parameter.name) for parameter in preprocess.params} - {
 
 PREPARING_FILES = ("edited_reference", "edited_driving", "detector", "pose", "sam2", "keypoints")
 
-OF_A_MASK = ("sam2", "segmenter", "grow", "block", "fill")
-NOT_GIVEN = (None, False, "auto")
-
 
 def prepare(
     report: Report, reference: Path, clip: Path, output: Path, *, executor: Any, **options: Any
@@ -190,17 +190,11 @@ def prepare(
     """
     from trt_wan.preprocess.clips.artifacts import ALL, remove_leftovers
     from trt_wan.preprocess.preprocess import preprocess as make
+    from trt_wan.preprocess.preprocess import video_size
     from trt_wan.preprocess.stages import Networks, open_stages
     from trt_wan.runtime.video.target import claimed, refuse_inputs
 
     start = time.perf_counter()
-    if options["mode"] == "animate" and (
-        useless := [name for name in OF_A_MASK if options[name] not in NOT_GIVEN]
-    ):
-        raise UsageError(
-            f"In the mode animate there is no mask, so --{useless[0]} would do nothing.",
-            f"Leave out --{useless[0]}, or use --mode replace.",
-        )
     files = [reference, clip, *(options[name] for name in PREPARING_FILES)]
     for name in ALL:
         refuse_inputs(output / name, files)
@@ -210,6 +204,7 @@ def prepare(
     networks = Networks(**{name: options.pop(name) for name in names}, executor=executor)
     with _from_stdin(reference, clip) as (reference, clip):
         job = _job(reference, clip, output, **options)
+        video_size(job)
         stages = open_stages(
             networks, job.mode, job.compat, needs_people=job.needs_people, progress=report.progress
         )
