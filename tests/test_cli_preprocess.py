@@ -21,6 +21,7 @@ from made_clips import FakePeople, FakeSegmenter, write_clip, write_reference
 import trt_wan.preprocess.stages
 from trt_wan.cli.main import cli
 from trt_wan.cli.preprocess import preprocess as preprocess_command
+from trt_wan.install import install_command
 from trt_wan.preprocess.clips.sizes import Fit
 from trt_wan.preprocess.people.person import PersonFrame
 from trt_wan.preprocess.pictures.masks import Compat, Mask
@@ -210,7 +211,7 @@ def no_mediapipe(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_to_find_people_with(folder: Path, no_mediapipe: None) -> None:
     message, hint = clean(folder, exit_code=2, code="usage")
     assert message.startswith("There is nothing to find people with")
-    assert hint == "Give the two ONNX files, or: pip install 'trt-wan[mediapipe]'"
+    assert hint == f"Give the two ONNX files, or install MediaPipe:\n{install_command('mediapipe')}"
 
 
 @pytest.mark.parametrize("option", ["--detector", "--pose"])

@@ -19,7 +19,7 @@ from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.engine_id import Recipe
 from trt_wan.engines.store.measurements import read_figures
-from trt_wan.errors import GpuFault, UsageError
+from trt_wan.errors import GpuFault, UsageError, shell_command, with_commands
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.executors import Array, Observe
@@ -165,7 +165,7 @@ def choose_segments(
         raise UsageError(
             f"The tier {settings.tier} needs FP8; the precision is {plan.precision}.", "Use --tier exact."
         )
-    chosen = {}
+    chosen, unmeasured = {}, 0
     for network in networks(config, plan):
         rows = candidates(network, plan.precision, machine)
         graph = recipes[Engine(network)].engine.source
@@ -181,4 +181,9 @@ def choose_segments(
         if len(rows) > 1:
             progress(Note(choice.text))
         chosen[network] = choice.candidate
+        unmeasured += choice.unmeasured and len(rows) > 1
+    if unmeasured:
+        text = f"{unmeasured} parts run by default, not by measurement. Measure them once:"
+        command = plan.build_command(config.name)
+        progress(Note(with_commands(text, shell_command(command)), "unmeasured", {"parts": unmeasured}))
     return chosen

@@ -1,13 +1,15 @@
 """The prepared clips of a job, opened together: same length, right sizes, one canvas."""
 
+import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from trt_wan.errors import InputError
+from trt_wan.errors import InputError, with_commands
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.job import Inputs
 from trt_wan.runtime.video.reader import Clip, read_picture
@@ -69,7 +71,7 @@ def _fitted(inputs: Inputs, reference: Pixels, clips: Mapping[str, Clip | None])
         )
     canvas = next((clips[name] for name in ("pose", "background", "mask") if clips[name] is not None), None)
     size = (canvas.width, canvas.height) if canvas else (reference.shape[1], reference.shape[0])
-    _require_multiple_of_16(canvas.path.name if canvas else inputs.reference.name, *size)
+    _require_multiple_of_16(canvas.path if canvas else inputs.reference, *size)
     for name, clip in clips.items():
         if clip is not None:
             _require_size(clip, *((FACE_SIZE, FACE_SIZE) if name == "face" else size))
@@ -78,13 +80,15 @@ def _fitted(inputs: Inputs, reference: Pixels, clips: Mapping[str, Clip | None])
     )
 
 
-def _require_multiple_of_16(name: str, width: int, height: int) -> None:
+def _require_multiple_of_16(path: Path, width: int, height: int) -> None:
     if width % 16 or height % 16:
         w, h = (max(16, (side + 8) // 16 * 16) for side in (width, height))
         raise InputError(
-            f"{name} is {width}x{height}; both sides must be multiples of 16.",
-            f"Scale or crop it and the clips that go with it, to {w}x{h} for example "
-            f"(ffmpeg -i {name} -vf scale={w}:{h} …).",
+            f"{path.name} is {width}x{height}; both sides must be multiples of 16.",
+            with_commands(
+                f"Scale or crop it and the clips that go with it, to {w}x{h} for example:",
+                _scaled(path, w, h),
+            ),
         )
 
 
@@ -92,5 +96,11 @@ def _require_size(clip: Clip, width: int, height: int) -> None:
     if (clip.width, clip.height) != (width, height):
         raise InputError(
             f"{clip.path.name} is {clip.width}x{clip.height} where {width}x{height} is needed.",
-            f"Scale it: ffmpeg -i {clip.path.name} -vf scale={width}:{height} …",
+            with_commands("Scale it:", _scaled(clip.path, width, height)),
         )
+
+
+def _scaled(path: Path, width: int, height: int) -> str:
+    """The ffmpeg command that writes the clip or picture at that size, beside it."""
+    made = path.with_name(f"{path.stem}.{width}x{height}{path.suffix}")
+    return f"ffmpeg -i {shlex.quote(str(path))} -vf scale={width}:{height} {shlex.quote(str(made))}"

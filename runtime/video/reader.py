@@ -26,7 +26,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from trt_wan.errors import InputError
+from trt_wan.errors import InputError, with_commands
 
 Picture = NDArray[np.uint8]
 
@@ -104,7 +104,7 @@ class Clip:
             first = "x".join(map(str, self._coded_size))
             raise InputError(
                 f"{self.path} changes its size at frame {index}: {first} to {frame.width}x{frame.height}.",
-                f"Make one size of it: {_remake(self.path)}",
+                with_commands("Make one size of it:", _remake(self.path)),
             )
         transpose, rows, columns = self._turn
         picture = np.asarray(self._scaler.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
@@ -117,13 +117,13 @@ class Clip:
         except StopIteration:
             raise InputError(
                 f"{self.path} is damaged: of its {self.frames} frames only {self._decoded} can be decoded.",
-                f"Keep what can be read: {_remake(self.path)}",
+                with_commands("Keep what can be read:", _remake(self.path)),
             ) from None
         except av.FFmpegError as error:
             raise InputError(
                 f"{self.path} is damaged: it cannot be decoded after frame {self._decoded} of {self.frames} "
                 f"({error.strerror}).",
-                f"Keep what can be read: {_remake(self.path)}",
+                with_commands("Keep what can be read:", _remake(self.path)),
             ) from error
         self._decoded += 1
 
@@ -134,7 +134,7 @@ def read_picture(path: Path) -> Picture:
     fixed = shlex.quote(str(path.with_suffix(".fixed.png")))
     unreadable = InputError(
         f"{path} cannot be read as a picture.",
-        f"Convert it to PNG: ffmpeg -i {shlex.quote(str(path))} -frames:v 1 {fixed}",
+        with_commands("Convert it to PNG:", f"ffmpeg -i {shlex.quote(str(path))} -frames:v 1 {fixed}"),
     )
     try:
         # Unlike numpy, cv2.imread cannot open a path outside the code page on Windows.
@@ -154,7 +154,7 @@ def _open(path: Path) -> InputContainer:
     except (av.FFmpegError, OSError) as error:
         raise InputError(
             f"{path} cannot be read as a video ({error.strerror}).",
-            f"If a player can show it, convert it: {_remake(path)}",
+            with_commands("If a player can show it, convert it:", _remake(path)),
         ) from error
     if container.format.name == "image2" or container.format.name.endswith("_pipe"):
         container.close()
@@ -212,7 +212,8 @@ def _rate(video: VideoStream, count: int, span: Fraction, path: Path) -> Fractio
         return Fraction(declared)
     if not span:
         raise InputError(
-            f"{path} does not say how many frames it has per second.", f"Say it: {_remake(path, '-r 30 ')}"
+            f"{path} does not say how many frames it has per second.",
+            with_commands("Say it:", _remake(path, "-r 30 ")),
         )
     return ((count - 1) / span).limit_denominator(1001)
 
@@ -234,14 +235,14 @@ def _turn(frame: VideoFrame, path: Path) -> tuple[bool, int, int]:
         return True, 1 if b > 0 else -1, 1 if c > 0 else -1
     raise InputError(
         f"{path} is tagged as rotated by {abs(frame.rotation)} degrees, which is not a quarter turn.",
-        f"Turn the pictures themselves: {_remake(path)}",
+        with_commands("Turn the pictures themselves:", _remake(path)),
     )
 
 
 def _cut_short(path: Path) -> InputError:
     return InputError(
         f"{path} is damaged or cut short: it ends before the length that it promises.",
-        f"Copy or download it again, or keep what can be read: {_remake(path)}",
+        with_commands("Copy or download it again, or keep what can be read:", _remake(path)),
     )
 
 

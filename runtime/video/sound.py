@@ -12,7 +12,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 
-from trt_wan.errors import InputError
+from trt_wan.errors import InputError, with_commands
 
 SOUND_BIT_RATE = 192_000  # for sound that must be encoded again
 # Sound that common players accept in each container. All other sound is encoded again as AAC.
@@ -119,6 +119,8 @@ def _readable(path: Path) -> Iterator[None]:
         fixed = path.with_name(f"{path.stem}.fixed.mp4")
         raise InputError(
             f"The sound of {path} cannot be read ({error.strerror}).",
-            "Encode it again: "
-            f"ffmpeg -i {shlex.quote(str(path))} -c:v copy -c:a aac {shlex.quote(str(fixed))}",
+            with_commands(
+                "Encode it again:",
+                f"ffmpeg -i {shlex.quote(str(path))} -c:v copy -c:a aac {shlex.quote(str(fixed))}",
+            ),
         ) from error

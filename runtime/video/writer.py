@@ -24,7 +24,7 @@ from av.packet import Packet
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from numpy.typing import NDArray
 
-from trt_wan.errors import InputError, OutputError, UsageError
+from trt_wan.errors import InputError, OutputError, UsageError, with_commands
 from trt_wan.runtime.video.sound import COPIED_SOUND, Sound
 
 CRF = 18  # x264: visually lossless
@@ -205,12 +205,13 @@ def check_target(path: Path, overwrite: bool) -> None:
         )
     if not path.parent.is_dir():
         raise OutputError(
-            f"There is no folder {path.parent}.", f"Make it: mkdir -p {shlex.quote(str(path.parent))}"
+            f"There is no folder {path.parent}.",
+            with_commands("Make it:", f"mkdir -p {shlex.quote(str(path.parent))}"),
         )
     if path.is_dir():
         raise OutputError(f"{path} is a folder.", "Give the name of a file.")
     if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists already.", "Choose another name, or allow it to be overwritten.")
+        raise OutputError(f"{path} exists already.", "Choose another name, or add -y to replace it.")
 
 
 def _output_error(path: Path, error: OSError | av.FFmpegError) -> OutputError:

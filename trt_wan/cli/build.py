@@ -14,7 +14,8 @@ import click
 
 from trt_wan.cli.command import command, note
 from trt_wan.cli.report import Report, Result, readable_bytes, table
-from trt_wan.errors import GraphError, UsageError
+from trt_wan.errors import GraphError, UsageError, with_commands
+from trt_wan.install import install_command
 
 if TYPE_CHECKING:
     from trt_wan.build.check import Checked
@@ -281,7 +282,8 @@ def _check(
         from trt_wan.build.check_engines import check_engines
     except ImportError as error:
         raise UsageError(
-            f"--check needs packages that are not here ({error}).", "Run: pip install 'trt-wan[build]'"
+            f"--check needs packages that are not here ({error}).",
+            with_commands("Run:", install_command("build")),
         ) from error
     plan = Plan(*(size or CHECK_SIZE), frames=CHECK_WINDOW if window is None else window)
     goals = goals_here(plan, precision, flavour, report.progress)

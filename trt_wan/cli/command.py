@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.report import Report, Result, TextReport, report_for
-from trt_wan.errors import MemoryShort, OutputError, Stopped, TrtWanError, UsageError
+from trt_wan.errors import MemoryShort, OutputError, Stopped, TrtWanError, UsageError, with_commands
 from trt_wan.runtime.events import Note
 
 if TYPE_CHECKING:
@@ -66,7 +66,9 @@ class Group(click.Group):
             if not as_json:
                 raise
             where = error.ctx.command_path if error.ctx else ctx.command_path
-            report_for(as_json, quiet=True).failed(UsageError(error.format_message(), f"Run: {where} --help"))
+            report_for(as_json, quiet=True).failed(
+                UsageError(error.format_message(), with_commands("Run:", f"{where} --help"))
+            )
             ctx.exit(UsageError.exit_code)
 
 

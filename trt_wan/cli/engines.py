@@ -15,7 +15,7 @@ import click
 
 from trt_wan.cli.command import command, note
 from trt_wan.cli.report import Report, readable_bytes, table
-from trt_wan.errors import GraphError, UsageError, shell_command
+from trt_wan.errors import GraphError, UsageError, shell_command, with_commands
 
 if TYPE_CHECKING:
     from trt_wan.engines.store.entries import Entry
@@ -43,9 +43,9 @@ def list_engines(*, report: Report) -> Any:
     for row in rows:
         if row["state"] == "damaged":
             cure = shell_command(row["rebuild"] or _remove(row["key"]))
-            note(report, f"The engine {row['key'][:SHORT]} is damaged. Run: {cure}")
+            note(report, with_commands(f"The engine {row['key'][:SHORT]} is damaged. Run:", cure))
     if not rows:
-        note(report, f"There are no engines in {folder()}. Run: trt-wan build")
+        note(report, with_commands(f"There are no engines in {folder()}. Make them:", "trt-wan build"))
     data = {
         "engines": rows,
         "bytes": sum(entry.bytes for entry in found),
@@ -97,7 +97,10 @@ def remove_engines(*, report: Report, names: tuple[str, ...], everything: bool, 
     if bool(names) == everything:
         raise UsageError(
             "Which engines?",
-            "Name their keys, folders such as kernels, or everything with --all; trt-wan list shows them.",
+            with_commands(
+                "Name their keys, folders such as kernels, or everything with --all. List them:",
+                "trt-wan list",
+            ),
         )
     there, others = entries(), folders()
     if not everything:
@@ -162,7 +165,7 @@ def _find(there: "list[Entry]", key: str) -> "Entry":
     starts = {entry.key[: max(SHORT, len(key))]: entry for entry in there}
     close = [starts[start] for start in difflib.get_close_matches(key.lower(), starts)]
     hint = f"Close to it: {_named(close)}. " if close else ""
-    raise UsageError(f"There is no engine {key!r}.", f"{hint}Run: trt-wan list")
+    raise UsageError(f"There is no engine {key!r}.", with_commands(f"{hint}Run:", "trt-wan list"))
 
 
 def _named(some: "list[Entry]") -> str:
@@ -234,9 +237,8 @@ def _gpu(name: str | None, driver: int | None) -> str:
 
 def _in_words(m: "Manifest", row: Row) -> str:
     again = shell_command(m.rebuild) if m.rebuild else "the next use builds it"
-    state = (
-        "whole" if row["state"] == "whole" else f"damaged; run: {shell_command(m.rebuild or _remove(m.key))}"
-    )
+    if row["state"] == "damaged" and not m.rebuild:
+        again = shell_command(_remove(m.key))
     lines = [
         ("key", m.key),
         ("kind", m.kind),
@@ -249,7 +251,7 @@ def _in_words(m: "Manifest", row: Row) -> str:
         ("last used", str(row["used"])),
         ("plan", f"{readable_bytes(m.bytes)}, sha256 {m.sha256}"),
         ("graph", f"sha256 {m.source}"),
-        ("state", state),
+        ("state", str(row["state"])),
         ("rebuild", again),
     ]
     width = max(len(name) for name, _ in lines)
