@@ -4,7 +4,6 @@ On this machine's GPU it also measures the candidates. Without a GPU and without
 graphs only, which ONNX Runtime runs on the CPU.
 """
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ import click
 
 from trt_wan.cli.command import command, note
 from trt_wan.cli.report import Report, Result, readable_bytes, table
+from trt_wan.cli.sizes import size as size_option
 from trt_wan.errors import GraphError, UsageError, with_commands
 from trt_wan.install import install_command
 
@@ -29,14 +29,6 @@ if TYPE_CHECKING:
 Data = dict[str, Any]
 
 SIZE, WINDOW = (832, 480), 77
-
-
-def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    if match := re.fullmatch(r"(\d+)[x×](\d+)", value):
-        return int(match[1]), int(match[2])
-    raise click.BadParameter(f"{value!r} is not a size such as 832x480.")
 
 
 def _targets(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -55,7 +47,7 @@ def _targets(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 @click.option("--model", type=click.Choice(["14b", "tiny"]), default="14b", show_default=True)
 @click.option(
     "--size",
-    callback=_size,
+    callback=size_option,
     metavar="WxH",
     show_default="832x480; with --check 128x128",
     help="Width x height of the video.",

@@ -3,7 +3,6 @@
 Its options are those of `run REF CLIP` too, which prepares the clips on its own.
 """
 
-import re
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -14,6 +13,7 @@ import click
 
 from trt_wan.cli.command import command
 from trt_wan.cli.report import Report
+from trt_wan.cli.sizes import size
 from trt_wan.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 NETWORK = click.Path(path_type=Path)  # a file or a folder, checked when it is opened
 FILE = click.Path(path_type=Path, dir_okay=False)
-
-
-def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
-    if match := re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", value):
-        return int(match[1]), int(match[2])
-    raise click.BadParameter(f"{value!r} is not a size such as 832x480.")
 
 
 def _rate(ctx: click.Context, param: click.Parameter, value: str | None) -> Fraction | None:
@@ -58,7 +52,7 @@ def _numbers(count: int, example: str) -> Callable[..., tuple[float, ...] | None
 
 
 PREPARING = (
-    click.option("--size", callback=_size, default="832x480", show_default=True, help="Size of the video."),
+    click.option("--size", callback=size, default="832x480", show_default=True, help="Size of the video."),
     click.option(
         "--fit",
         type=click.Choice(["area", "crop", "pad", "stretch"]),
