@@ -1,8 +1,12 @@
-"""The version of the installed NVIDIA driver."""
+"""The installed NVIDIA driver and the presence of a GPU, read without CUDA."""
 
 import re
+import shutil
 from contextlib import suppress
 from pathlib import Path
+
+# Where Linux lists no PCI device: a container, Jetson, WSL.
+DEVICE_FILES = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/dxg")
 
 
 def driver_version() -> str:
@@ -24,3 +28,13 @@ def driver_version() -> str:
         if not error:
             return f"CUDA {version}"
     return "unknown"
+
+
+def has_nvidia_gpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether an NVIDIA GPU is in this machine, with or without a driver. `devices`: those on Linux."""
+    for device in devices.glob("*"):
+        with suppress(OSError):
+            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+            if vendor == "0x10de" and kind.startswith("0x03"):  # NVIDIA, display controller
+                return True
+    return shutil.which("nvidia-smi") is not None or any(Path(name).exists() for name in DEVICE_FILES)
