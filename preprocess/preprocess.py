@@ -20,11 +20,12 @@ from trt_wan.preprocess.clips.keypoints import (
     rounded,
     write_keypoints,
 )
+from trt_wan.preprocess.clips.sizes import Size
 from trt_wan.preprocess.clips.streams import READ_AHEAD, ahead, counted
 from trt_wan.preprocess.drawing import Drawing, write_clips
 from trt_wan.preprocess.footage import Footage, Sizes, plan_footage
 from trt_wan.preprocess.job import PreprocessJob
-from trt_wan.preprocess.observe import observed
+from trt_wan.preprocess.observe import observed, unobserved
 from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.fill import fill_gaps
 from trt_wan.preprocess.people.person import PersonFrame
@@ -37,6 +38,11 @@ from trt_wan.runtime.video.reader import Picture, read_picture
 
 MAX_GAP = Fraction(1, 2)  # s: longer gaps of a joint or a person are not filled
 FIND = "find person"
+
+
+def video_size(job: PreprocessJob) -> Size:
+    """Width and height of the video. Raises InputError or UsageError for files that cannot be used."""
+    return plan_footage(job, read_picture(job.reference), unobserved)[1].canvas
 
 
 def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) -> Path:

@@ -119,7 +119,7 @@ class Job:
                     f"Use --{name}-strength 0 (off) to 1, or up to {MOST_STRENGTH} to exaggerate.",
                 )
         # Each of these raises UsageError for its own settings.
-        Plan(frames=self.window)
+        Plan(16, 16, self.window)
         Windows(1, self.window, self.overlap)
         schedule(self.grid, self.steps, self.shift)
         CpuGenerator(self.seed)

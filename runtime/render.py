@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from trt_wan.errors import InputError, TrtWanError
+from trt_wan.errors import TrtWanError
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.events import Progress, StageStarted, silent
 from trt_wan.runtime.executors import Array
@@ -17,6 +17,7 @@ from trt_wan.runtime.job import Job
 from trt_wan.runtime.paste_back import pasted_back
 from trt_wan.runtime.pipeline import ShouldStop, to_pixels
 from trt_wan.runtime.video.clips import Clips, open_clips
+from trt_wan.runtime.video.sound import without_sound
 from trt_wan.runtime.video.writer import VideoWriter
 from trt_wan.runtime.video.writer_thread import Beside
 
@@ -80,7 +81,7 @@ def render(
     )
     try:
         if sound is not None and not writer.has_sound:
-            raise InputError(f"{sound} has no sound.", "Leave out --audio, or name a file with sound.")
+            raise without_sound(sound)
 
         def write(pieces: Iterator[Array]) -> None:
             frames: Iterable[Pixels] = (frame for piece in pieces for frame in to_pixels(piece))

@@ -25,6 +25,7 @@ import psutil
 import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import save_file
+from test_hints import not_alone
 from tiny_job import (
     BUILD,
     FRAMES,
@@ -152,13 +153,14 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 
 def refused(result: Result, exit_code: int, code: str) -> tuple[str, str]:
-    """Message and hint of a refusal with --json."""
+    """Message and hint of a refusal with --json. A command in the hint stands alone on its line."""
     assert result.exit_code == exit_code, result.output
     envelope = lines(result.stdout)[-1]
     assert envelope["ok"] is False and set(envelope) == {"schema", "ok", "error"}
     error = envelope["error"]
     assert error["code"] == code and set(error) - {"command"} == {"code", "message", "hint"}
     assert error["message"].endswith((".", ")")) and error["hint"], error
+    assert not not_alone(error["hint"]) and len(error["message"]) < 500, error
     return error["message"], error["hint"]
 
 
@@ -667,7 +669,8 @@ def test_a_mistake_of_ours_ends_with_an_envelope_and_its_traceback(
 def test_graphs_not_built(place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hint is the very command that made the graphs of all other tests here."""
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path / "elsewhere"))
-    message, hint = refused(invoke(*run_arguments(place, tmp_path / "o.mp4", "--json")), 1, "graph_unusable")
+    arguments = run_arguments(place, tmp_path / "o.mp4", "--json", "--no-build")
+    message, hint = refused(invoke(*arguments), 1, "graph_unusable")
     assert "the model tiny for 64x48, 13 frames per window, fp32, are not built" in message
     assert hint == f"Run:\n{BUILD}"
     assert list(tmp_path.iterdir()) == []
@@ -684,7 +687,7 @@ def test_the_hint_for_damaged_graphs_mends_them(
     content = bytearray(graph.read_bytes())
     content[len(content) // 2] ^= 0xFF
     graph.write_bytes(content)
-    arguments = run_arguments(place, tmp_path / "o.mp4", "--json")
+    arguments = run_arguments(place, tmp_path / "o.mp4", "--json", "--no-build")
     message, hint = refused(invoke(*arguments), 1, "graph_unusable")
     assert f"are damaged ({graph.parent})" in message and hint == f"Run:\n{BUILD}"
 

@@ -36,7 +36,7 @@ from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.text_encoder import encode_texts
 from trt_wan.runtime.networks.tokenizer import Tokenizer, byte_tokenizer
 from trt_wan.runtime.opening.cpu_sizes import CpuSizes
-from trt_wan.runtime.opening.gpu_sizes import GpuSizes
+from trt_wan.runtime.opening.gpu_sizes import GpuSizes, build_engines, require_tier
 from trt_wan.runtime.pipeline import ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.text_cache import TextCache
@@ -118,12 +118,23 @@ class Basis:
         if self.place is None:
             require_memory(self.weights.config, plan)
 
+    def make_engines(self, plan: Plan, progress: Progress) -> None:
+        """Builds the missing engines of that shape and finishes their kernels, ahead of the first job, which
+        does the same. Its graphs must exist.
+        """
+        if self.place is not None:
+            gpu, flavour = self.place
+            build_engines(self.weights.config, plan, gpu, flavour, self.settings, progress)
+
 
 def open_basis(weights: WeightFiles, settings: Settings, progress: Progress) -> Basis:
     """Reads headers, tokenizer and GPU; computes nothing. Raises TrtWanError."""
     opened = open_weights(weights, progress)
     place = open_gpu(settings, progress)
-    return Basis(opened, place, choose_precision(settings, place[0] if place else None), settings)
+    precision = choose_precision(settings, place[0] if place else None)
+    if place is not None:
+        require_tier(settings.tier, precision)
+    return Basis(opened, place, precision, settings)
 
 
 class OpenModel:

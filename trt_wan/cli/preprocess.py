@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from trt_wan.cli.command import command
+from trt_wan.cli.missing import require_exporters
 from trt_wan.cli.report import Report
 from trt_wan.cli.sizes import size
-from trt_wan.errors import UsageError
+from trt_wan.errors import GraphError, UsageError
 
 if TYPE_CHECKING:
     from trt_wan.preprocess.job import PreprocessJob
+    from trt_wan.preprocess.stages import Networks, Stages
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Planned = Callable[[int, int], Callable[[], None]]
 NETWORK = click.Path(path_type=Path)  # a file or a folder, checked when it is opened
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -153,12 +156,24 @@ NOT_GIVEN = (None, False, "auto")
 
 
 def prepare(
-    report: Report, reference: Path, clip: Path, output: Path, *, executor: Any, **options: Any
+    report: Report,
+    reference: Path,
+    clip: Path,
+    output: Path,
+    *,
+    executor: Any,
+    planned: Planned = lambda width, height: lambda: None,
+    **options: Any,
 ) -> tuple[Path, dict[str, Any]]:
-    """Makes the folder `output`; `options` are those of PREPARING, mode and overwrite."""
+    """Makes the folder `output`; `options` are those of PREPARING, mode and overwrite.
+
+    `planned` is called with the video's size after all checks that need no network. The function that it
+    returns is called when all networks are open, before the clip is read.
+    """
     from trt_wan.preprocess.clips.artifacts import ALL
     from trt_wan.preprocess.preprocess import preprocess as make
-    from trt_wan.preprocess.stages import Networks, open_stages
+    from trt_wan.preprocess.preprocess import video_size
+    from trt_wan.preprocess.stages import Networks
 
     start = time.perf_counter()
     if options["mode"] == "animate" and (
@@ -171,12 +186,32 @@ def prepare(
     names = ("detector", "pose", "sam2", "segmenter")
     networks = Networks(**{name: options.pop(name) for name in names}, executor=executor)
     job = _job(reference, clip, output, **options)
-    stages = open_stages(
-        networks, job.mode, job.compat, needs_people=job.needs_people, progress=report.progress
-    )
+    begin = planned(*video_size(job))
+    stages = _open_stages(report, networks, job)
+    begin()
     folder = make(job, stages, report.progress)
     made = [str(folder / name) for name in ALL if (folder / name).exists()]
     return folder, {"files": made, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def _open_stages(report: Report, networks: "Networks", job: "PreprocessJob") -> "Stages":
+    """Opens the networks. SAM2's graphs are exported if they are missing."""
+    from trt_wan.cli.build_sam2 import build_sam2_for
+    from trt_wan.preprocess import stages
+
+    def opened() -> "Stages":
+        return stages.open_stages(
+            networks, job.mode, job.compat, needs_people=job.needs_people, progress=report.progress
+        )
+
+    try:
+        return opened()
+    except GraphError as error:
+        if networks.sam2 is None or not error.command:
+            raise
+        require_exporters(error)
+    build_sam2_for(report, str(networks.sam2), (), None, dry_run=False)
+    return opened()
 
 
 def _job(

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.command import command, note
+from trt_wan.cli.missing import require_graphs
 from trt_wan.cli.preprocess import PREPARING_NAMES, prepare, preparing_options
 from trt_wan.cli.report import Report
 from trt_wan.errors import TrtWanError, UsageError
 
 if TYPE_CHECKING:
     from trt_wan.runtime.job import Inputs, Job
+    from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.settings import Settings, WeightFiles
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -58,6 +60,7 @@ class RunOptions:
     overlap: int | None = None
     pose_strength: float | None = None
     face_strength: float | None = None
+    build: bool = True  # whether missing graphs are exported
 
     def weight_files(self) -> "WeightFiles":
         from trt_wan.runtime.settings import WeightFiles
@@ -185,6 +188,12 @@ def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
 @click.option(
     "--paste-back", is_flag=True, help="Put the clip's own pixels back around the mask (mode replace)."
 )
+@click.option(
+    "--build/--no-build",
+    default=True,
+    show_default=True,
+    help="Export graphs of this size that are missing, with torch. --no-build: stop at once.",
+)
 @click.option("-y", "--overwrite", is_flag=True, help="Replace the output if it exists.")
 @preparing_options
 @command
@@ -210,6 +219,7 @@ def run(
     options are the last ones below.
     """
     from trt_wan.runtime.job import unused_clips
+    from trt_wan.runtime.video.sound import require_sound
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
     options = RunOptions(**given)
@@ -219,14 +229,16 @@ def run(
             "Leave out --paste-back, or use --mode replace.",
         )
     written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
+    if audio is not None:
+        require_sound(audio)
     if inputs is not None:
         _refuse_preparing(reference)
         if unused := unused_clips(inputs, options.mode):  # type: ignore[arg-type]  # click has checked it
             note(report, f"Not used in the mode {options.mode}: {', '.join(unused)}.")
         return render_prepared(report, inputs, output, options, **written)
-    inputs = _prepare_beside(report, reference, clip, output, overwrite, preparing, options)
+    inputs, basis = _prepare_beside(report, reference, clip, output, overwrite, preparing, options)
     try:
-        return render_prepared(report, inputs, output, options, **written)
+        return render_prepared(report, inputs, output, options, **written, basis=basis)
     except TrtWanError as error:
         error.add_hint(f"The prepared clips can be used again: --inputs {shlex.quote(str(inputs))}")
         raise
@@ -240,10 +252,14 @@ def render_prepared(
     audio: Path | None = None,
     overwrite: bool = False,
     paste_back: bool = False,
+    basis: "Basis | None" = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Makes the video of the prepared clips in `folder`. The files are checked before the model is opened."""
+    """Makes the video of the prepared clips in `folder`, and before it the graphs that are missing.
+
+    All files are checked before that. `basis` is the options', if it is open already.
+    """
     from trt_wan.runtime.job import Inputs
-    from trt_wan.runtime.opening.model import open_model
+    from trt_wan.runtime.opening.model import open_basis
     from trt_wan.runtime.render import render
     from trt_wan.runtime.video.clips import open_clips
     from trt_wan.runtime.video.writer import check_target
@@ -252,8 +268,10 @@ def render_prepared(
     job = options.job(Inputs.from_folder(folder, options.mode or "animate"))  # type: ignore[arg-type]
     files, settings = options.weight_files(), options.settings()
     check_target(output, overwrite)
-    with open_clips(job.inputs, job.window) as clips, open_model(files, settings, report.progress) as model:
-        with _stop_at_a_safe_point() as should_stop:
+    with open_clips(job.inputs, job.window) as clips:
+        basis = basis or open_basis(files, settings, report.progress)
+        require_graphs(report, basis, clips.width, clips.height, job.window, options.build)()
+        with basis.open() as model, _stop_at_a_safe_point() as should_stop:
             result = render(
                 job,
                 model,
@@ -277,10 +295,14 @@ def _prepare_beside(
     overwrite: bool,
     preparing: dict[str, Any],
     options: RunOptions,
-) -> Path:
-    """The folder of clips made from `reference` and `clip`. The job's own settings are checked before."""
+) -> "tuple[Path, Basis]":
+    """The folder of clips made from `reference` and `clip`. Before that, everything that can be refused is
+    checked, and the graphs and engines that are missing are made.
+    """
+    from trt_wan.engines.shape import Plan
     from trt_wan.preprocess.clips import artifacts
     from trt_wan.runtime.job import Inputs
+    from trt_wan.runtime.opening.model import open_basis
     from trt_wan.runtime.video.writer import check_target
 
     if reference is None or clip is None:
@@ -291,12 +313,23 @@ def _prepare_beside(
     folder = output.with_name(f"{output.stem}.inputs")
     face = folder / artifacts.FACE if preparing["face"] else None
     hole = (folder / artifacts.BACKGROUND, folder / artifacts.MASK) if options.mode == "replace" else ()
-    options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
-    options.weight_files(), options.settings()
+    job = options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
+    files, settings = options.weight_files(), options.settings()
     check_target(output, overwrite)
+    basis = open_basis(files, settings, report.progress)
+
+    def planned(width: int, height: int) -> Callable[[], None]:
+        export = require_graphs(report, basis, width, height, job.window, options.build)
+
+        def make() -> None:
+            export()
+            basis.make_engines(Plan(width, height, job.window, basis.precision), report.progress)
+
+        return make
+
     shared = {"mode": options.mode, "executor": options.executor, "overwrite": overwrite}
-    made, _ = prepare(report, reference, clip, folder, **shared, **preparing)
-    return made
+    made, _ = prepare(report, reference, clip, folder, **shared, planned=planned, **preparing)
+    return made, basis
 
 
 def _refuse_preparing(reference: Path | None) -> None:
