@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +29,21 @@ def driver_version() -> str:
         if not error:
             return f"CUDA {version}"
     return "unknown"
+
+
+def nvidia_smi() -> list[str]:
+    """A line for every GPU: name, memory, driver, the driver's CUDA version. Empty without a driver."""
+    fields = "name,memory.total,driver_version"
+    try:
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        gpus = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        about = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    cuda = re.search(r"CUDA Version: *([\d.]+)", about)
+    rows = [re.split(r", *", line) for line in gpus.splitlines()]
+    end = f", CUDA {cuda[1]}" if cuda else ""
+    return [f"{', '.join(row[:-1])}, driver {row[-1]}{end}" for row in rows]
 
 
 def has_nvidia_gpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:

@@ -14,6 +14,7 @@ import click
 from trt_wan.cli.command import command
 from trt_wan.cli.missing import require_exporters
 from trt_wan.cli.report import Report
+from trt_wan.cli.sections import SectionedCommand
 from trt_wan.cli.sizes import size
 from trt_wan.errors import GraphError, UsageError
 
@@ -113,7 +114,7 @@ def preparing_options(function: Function) -> Function:
     return function
 
 
-@click.command(short_help="Prepare the clips of a job.")
+@click.command(cls=SectionedCommand, short_help="Prepare the clips of a job.")
 @click.argument("reference", type=FILE)
 @click.argument("clip", type=FILE)
 @click.option(

@@ -16,6 +16,7 @@ from trt_wan.cli.command import command, note
 from trt_wan.cli.missing import require_graphs
 from trt_wan.cli.preprocess import PREPARING_NAMES, prepare, preparing_options
 from trt_wan.cli.report import Report
+from trt_wan.cli.sections import SectionedCommand
 from trt_wan.errors import TrtWanError, UsageError
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
     return {network.strip(): candidate.strip() for network, _, candidate in pairs}
 
 
-@click.command(short_help="Make a video.")
+@click.command(cls=SectionedCommand, short_help="Make a video.")
 @click.argument("reference", type=FILE, required=False)
 @click.argument("clip", type=FILE, required=False)
 @click.option(
@@ -136,15 +137,19 @@ def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
 @click.option(
     "--overlap", type=int, default=1, show_default=True, help="Frames carried to the next window: 1 or 5."
 )
-@click.option("--pose-strength", type=float, default=1.0, show_default=True)
-@click.option("--face-strength", type=float, default=1.0, show_default=True)
+@click.option(
+    "--pose-strength", type=float, default=1.0, show_default=True, help="0 leaves the pose clip aside."
+)
+@click.option(
+    "--face-strength", type=float, default=1.0, show_default=True, help="0 leaves the face clip aside."
+)
 @click.option(
     "--audio", type=FILE, help="File whose sound is copied. Default: the sound of src_pose.mp4, if any."
 )
 @click.option("--transformer", type=FILE, help="Checkpoint to use instead of the one in --weights.")
-@click.option("--vae", type=FILE)
-@click.option("--text-encoder", type=FILE)
-@click.option("--image-encoder", type=FILE)
+@click.option("--vae", type=FILE, help="The same for the VAE.")
+@click.option("--text-encoder", type=FILE, help="The same for umT5.")
+@click.option("--image-encoder", type=FILE, help="The same for CLIP.")
 @click.option("--tokenizer", type=FILE, help="tokenizer.json or spiece.model of umT5.")
 @click.option(
     "--executor",
@@ -215,8 +220,8 @@ def run(
     trt-wan run character.png dance.mp4 --weights models/ -o out.mp4
     trt-wan run --inputs prepared/ --weights models/ -o out.mp4 --mode replace --steps 6
 
-    The clips are prepared into the folder out.inputs beside the output, as `trt-wan preprocess` does; its
-    options are the last ones below.
+    The clips are prepared into the folder out.inputs beside the output, as `trt-wan preprocess` does, with
+    the same options. Graphs of this size that are missing are exported first.
     """
     from trt_wan.runtime.job import unused_clips
     from trt_wan.runtime.video.sound import require_sound
