@@ -3,6 +3,7 @@
 In a process of its own where the process matters (exit code, signals, what is imported), else in this one.
 """
 
+import errno
 import json
 import os
 import pty
@@ -45,8 +46,9 @@ from trt_wan.cli.main import cli
 from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contract import Network
 from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.files import named
 from trt_wan.engines.store.graphs import graphs_folder
-from trt_wan.errors import MemoryShort, UsageError
+from trt_wan.errors import EnvironmentBroken, MemoryShort, UsageError
 from trt_wan.install import install_command
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.executors.onnxruntime import require_memory
@@ -619,7 +621,7 @@ def test_two_onnx_runtimes(place: Workplace, tmp_path: Path, monkeypatch: pytest
             OSError(28, "No space left on device", "/tmp/x"),
             1,
             "output_unwritable",
-            "/tmp/x: No space left on device.",
+            "/tmp/x: the disk is full.",
         ),
         (OSError("odd"), 1, "output_unwritable", "A file: odd."),
         (
@@ -647,6 +649,104 @@ def test_what_python_raises_is_told_like_our_own(
     monkeypatch.setattr(trt_wan.runtime.render, "render", fail)
     message, hint = refused(invoke(*run_arguments(place, tmp_path / "o.mp4", "--json")), exit_code, code)
     assert message == says and hint.endswith("The 5 finished frames are in o.partial.mp4.")
+
+
+@pytest.mark.parametrize(
+    ("number", "says", "begins"),
+    [
+        (errno.ENOSPC, "the disk is full", "Free some space"),
+        (errno.EDQUOT, "the disk is full", "Free some space"),
+        (errno.EROFS, "Read-only file system", "Check the disk and its rights"),
+        (errno.EACCES, "Permission denied", "Check the disk and its rights"),
+    ],
+)
+def test_a_cache_that_cannot_be_written_names_its_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str, begins: str
+) -> None:
+    """Elsewhere the variable would be no help."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("TRT_WAN_HOME", str(home))
+    for file, is_cache in ((home / "graphs" / "a.onnx", True), (tmp_path / "models" / "a", False)):
+
+        def fail(*args: object, file: Path = file) -> None:
+            raise OSError(number, os.strerror(number), str(file))
+
+        monkeypatch.setattr("trt_wan.runtime.weights.tiny.write_tiny_weights", fail)
+        message, hint = refused(invoke("weights", "tiny", "x", "--json"), 1, "output_unwritable")
+        first, *command = hint.splitlines()
+        assert message == f"{file}: {says}." and first.startswith(begins)
+        assert command == ['export TRT_WAN_HOME="$PWD/trt-wan-cache"'] * is_cache
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    """Python's error of a write has no name."""
+    with pytest.raises(OSError) as bare, open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"x")
+    assert bare.value.filename is None
+    with pytest.raises(OSError) as caught, named(tmp_path / "a.onnx"):
+        raise bare.value
+    assert caught.value.filename == str(tmp_path / "a.onnx")
+
+
+def test_demo_looks_at_the_path_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path / "home"))
+    message, hint = refused(invoke("demo", "-o", "no dir/x.mp4", "--json"), 1, "output_unwritable")
+    assert message == "There is no folder no dir." and hint == "Make it:\nmkdir -p 'no dir'"
+    (tmp_path / "mine.mp4").touch()
+    message, _ = refused(invoke("demo", "-o", "mine.mp4", "--json"), 1, "output_unwritable")
+    assert message == "mine.mp4 exists already." and not (tmp_path / "home").exists()
+
+
+def test_a_prompt_that_is_cut_says_so(place: Workplace, tmp_path: Path) -> None:
+    """Before anything is computed; also where its features are known, and for the negative prompt."""
+    long = "dance " * 700
+    for prompts in (("--prompt", long), ("--negative-prompt", long, "--guidance", "2")):
+        for _ in range(2):
+            arguments = run_arguments(place, tmp_path / "o.mp4", "--json", "-y", "--steps", "1", *prompts)
+            events = lines(invoke(*arguments).stdout)
+            (k,) = [k for k, event in enumerate(events) if event.get("code") == "prompt_cut"]
+            tokens = events[k]["data"]["tokens"]
+            assert events[k]["data"] == {"tokens": tokens, "read": 512, "prompt": long} and tokens > 700
+            assert f"has {tokens} tokens, and the model reads the first 512." in events[k]["text"]
+            assert len(events[k]["text"]) < 200
+            computed = [j for j, event in enumerate(events) if event.get("stage") in ("text", "image")]
+            assert k < min(computed)
+    arguments = run_arguments(
+        place, tmp_path / "o.mp4", "--json", "-y", "--steps", "1", "--prompt", "dance " * 100
+    )
+    assert "prompt_cut" not in invoke(*arguments).stdout
+
+
+def test_a_known_prompt_is_not_encoded(place: Workplace, tmp_path: Path) -> None:
+    def stages(*options: str) -> list[str]:
+        result = invoke(*run_arguments(place, tmp_path / "o.mp4", "--json", "-y", "--steps", "1", *options))
+        return [event["stage"] for event in lines(result.stdout) if event.get("event") == "StageStarted"]
+
+    stages("--prompt", "a known prompt")
+    assert "text" not in stages("--prompt", "a known prompt")
+    assert "text" in stages("--prompt", "a known prompt", "--no-text-cache")
+
+
+def test_the_cpu_is_said_in_a_word_where_there_is_no_gpu(
+    place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's own sentence is for machines that have a GPU, and for those who ask for TensorRT."""
+
+    def no_driver(ordinal: int = 0) -> None:
+        raise EnvironmentBroken("No CUDA device can be used (libcuda.so.1).", "Install an NVIDIA driver.")
+
+    monkeypatch.setattr("trt_wan.runtime.opening.model.Gpu", no_driver)
+    arguments = run_arguments(place, tmp_path / "o.mp4", "-y", "--steps", "1")
+    monkeypatch.setattr("trt_wan.runtime.opening.model.has_nvidia_gpu", lambda: False)
+    told = invoke(*arguments).stderr.splitlines()
+    assert "executor = onnxruntime on the CPU (no NVIDIA GPU is here)" in told and "CUDA" not in "".join(told)
+    message, _ = refused(invoke(*arguments, "--json", "--executor", "tensorrt"), 1, "environment_broken")
+    assert "libcuda.so.1" in message
+    monkeypatch.setattr("trt_wan.runtime.opening.model.has_nvidia_gpu", lambda: True)
+    told = invoke(*arguments).stderr.splitlines()
+    k = told.index("executor = onnxruntime on the CPU (No CUDA device can be used (libcuda.so.1))")
+    assert told[k + 1] == "Install an NVIDIA driver."
 
 
 def test_a_mistake_of_ours_ends_with_an_envelope_and_its_traceback(

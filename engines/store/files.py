@@ -1,6 +1,8 @@
 """Files that are there completely or not at all: written under a temporary name, then renamed."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import get_native_id
 
@@ -14,7 +16,7 @@ def replace_atomically(path: Path, data: bytes | str, *, sync: bool = False) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{get_native_id()}.partial")
     try:
-        with temporary.open("wb") as file:
+        with named(path), temporary.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             if sync:
                 file.flush()
@@ -29,6 +31,16 @@ def replace_atomically(path: Path, data: bytes | str, *, sync: bool = False) -> 
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Gives an OSError of the block the file's name, which Python leaves out where a write fails."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(error.filename or path)
+        raise
 
 
 def keep(path: Path, data: bytes | str) -> bool:
