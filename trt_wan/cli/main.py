@@ -4,6 +4,9 @@ help.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C.
 """
 
+import io
+import sys
+
 import click
 
 from trt_wan.cli.bench import bench
@@ -35,4 +38,6 @@ for subcommand in (run, build, bench, preprocess, list_engines, show_engine, rem
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path is written byte for byte, also one that is no text
+        sys.stdout.reconfigure(errors="surrogateescape")
     cli()

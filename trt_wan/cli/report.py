@@ -68,7 +68,10 @@ class JsonReport:
 
     @staticmethod
     def _line(value: dict[str, Any]) -> None:
-        print(json.dumps(value, ensure_ascii=False), flush=True)
+        line = json.dumps(value, ensure_ascii=False)
+        if not line.isprintable():  # bytes of a path that are no text: JSON has an escape for them
+            line = json.dumps(value)
+        print(line, flush=True)
 
 
 class TextReport:

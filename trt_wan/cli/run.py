@@ -233,6 +233,10 @@ def run(
             "In the mode animate there is nothing to paste back.",
             "Leave out --paste-back, or use --mode replace.",
         )
+    if options.negative_prompt is not None and not (options.guidance or 1) > 1:
+        raise UsageError(
+            "Without guidance --negative-prompt would do nothing.", "Add --guidance 5, or leave it out."
+        )
     written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
     if audio is not None:
         require_sound(audio)
