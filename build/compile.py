@@ -13,7 +13,6 @@ from trt_wan.engines.choice.candidates import SEGMENTS, Candidate, Engine, Machi
 from trt_wan.engines.choice.choose import Missing
 from trt_wan.engines.choice.recipes import engine_names, engines_of, recipes, recipes_here, require_target
 from trt_wan.engines.config import ModelConfig
-from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import Target
 from trt_wan.engines.shape import Plan
@@ -24,7 +23,7 @@ from trt_wan.engines.store.graphs import graph_set
 from trt_wan.engines.store.manifest import Manifest
 from trt_wan.errors import GraphError, UsageError, with_commands
 from trt_wan.install import install_command
-from trt_wan.runtime.events import EngineReady, EngineStep, GraphExported, Progress
+from trt_wan.runtime.events import EngineReady, EngineStep, GraphExported, Progress, reports_waiting
 
 State = Literal["there", "built", "missing", "impossible"]
 
@@ -79,11 +78,11 @@ def compile_engines(
     assert (machine is not None) == (target == "current"), f"{target} on {machine}"
     require_target(plan, target)
     exported = 0
-    if not graph_set(model, plan).complete():
+    if lacking := graph_set(model, plan).missing():
         if dry_run:  # an engine's key needs the bytes of its graph
             wanted = _wanted(model, plan, target, machine)
             rows = tuple(EngineRow(engine.recipe, engine.target, "missing", None) for engine in wanted)
-            return CompileReport(rows, tuple(networks(model, plan)))
+            return CompileReport(rows, lacking)
         exported = export_graphs(model, plan, progress)
     if machine is not None:
         made = recipes_here(model, plan, machine)
@@ -107,8 +106,7 @@ def compile_engines(
 
 def export_graphs(model: ModelConfig, plan: Plan, progress: Progress) -> int:
     """Exports the graphs that are missing, and returns their number. Raises UsageError without torch."""
-    graphs = graph_set(model, plan)
-    if graphs.complete():
+    if graph_set(model, plan).complete():
         return 0
     made: list[str] = []
 
@@ -119,7 +117,7 @@ def export_graphs(model: ModelConfig, plan: Plan, progress: Progress) -> int:
     try:
         from trt_wan.build.graphs import build_graphs
 
-        build_graphs(model, plan, exported)
+        build_graphs(model, plan, exported, reports_waiting(progress))
     except ImportError as error:  # torch imports onnxscript only when it exports
         raise UsageError(
             f"Exporting graphs needs packages that are not here ({error}).",
@@ -157,7 +155,7 @@ def _make(
 
     keys = [other.engine.key for other in made.values()]
     try:
-        manifest, built = ensure(recipe.engine, lambda: recipe.compile(step), keys)
+        manifest, built = ensure(recipe.engine, lambda: recipe.compile(step), keys, reports_waiting(progress))
         row = EngineRow(name, target, "built" if built else "there", manifest)
     except GraphError as error:
         if errors is None:

@@ -8,6 +8,8 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ _ONNX_TYPES = {
     "int64": onnx.TensorProto.INT64,
 }
 
+# The arguments of torch's private export that we pass.
+PASSED = {"registry", "input_names", "output_names", "opset_version", "optimize", "verbose"}
 
 # A network's graph: its inputs in the contract's order, its weights by name.
 GraphFunction = Callable[[Sequence[torch.Tensor], dict[str, torch.Tensor]], tuple[torch.Tensor, ...]]
@@ -66,6 +70,7 @@ def export_function(network: Network, function: GraphFunction, path: Path) -> No
     """Writes the ONNX graph of `network`, which `function` computes, to `path`."""
     proto = _exported(network, function, FakeTensorMode()).model_proto
     _assert_kept(proto, network)
+    _forget_origin(proto)
     checker.check_model(proto, full_check=True)
     with named(path):
         path.write_bytes(proto.SerializeToString())
@@ -96,16 +101,45 @@ def _exported(network: Network, function: GraphFunction, mode: AbstractContextMa
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported = torch.onnx.export(
+        exported = _export_call()(
             program,
             (),
             input_names=[t.name for t in tensors],
             output_names=[t.name for t in network.outputs],
             opset_version=OPSET,
+            optimize=True,
             verbose=False,
         )
     assert exported is not None
     return exported
+
+
+@cache
+def _export_call() -> Callable[..., Any]:
+    """torch.onnx.export, with one table of torch's operators for all graphs.
+
+    torch.onnx.export parses the sources of 500 operators for every graph, which takes a second, and has no
+    argument for a table that exists. The function behind it has one, which is private: a torch whose function
+    differs gets torch.onnx.export. The graphs are the same, byte for byte.
+    """
+    try:
+        from torch.onnx._internal.exporter._core import export as behind
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        if not PASSED <= signature(behind).parameters.keys():
+            return torch.onnx.export
+        return partial(behind, registry=ONNXRegistry.from_torchlib(opset_version=OPSET))
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return torch.onnx.export
+
+
+def _forget_origin(proto: onnx.ModelProto) -> None:
+    """Removes the lines of Python that each node comes from. An engine's key has the hash of its graph, and a
+    graph that is exported again, in another folder or by a later release, is the same.
+    """
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del part.metadata_props[:]
 
 
 def _assert_kept(proto: onnx.ModelProto, network: Network) -> None:

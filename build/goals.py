@@ -53,19 +53,22 @@ def goals_here(
     plan: Plan, precision: Precision | None, flavour: str | None, progress: Progress
 ) -> list[Goal]:
     """The goal for this machine's GPU, with the same choices as a run. Empty without a GPU or a TensorRT for
-    it, which is reported.
+    it, which is reported. Raises EnvironmentBroken where a flavour is asked for and cannot be used.
     """
     try:
         gpu = _gpu()
     except EnvironmentBroken as error:
-        progress(Note(f"Graphs only; engines need a GPU or --target. {error.message}"))
+        if flavour is not None:
+            hint = "Leave --flavour out for graphs alone, or name a GPU, such as --target sm89."
+            raise EnvironmentBroken(error.message, hint) from error
+        progress(Note(f"Graphs only; engines need a GPU or --target. {error.message}", "graphs_only"))
         return []
     try:
         return [_current(gpu, plan, precision, flavour)]
     except EnvironmentBroken as error:
         if flavour is not None:
             raise
-        progress(Note(f"Graphs only. {error.message} {error.hint}"))
+        progress(Note(f"Graphs only. {error.message} {error.hint}", "graphs_only"))
         return []
 
 
@@ -96,7 +99,8 @@ def compile_goal(model: ModelConfig, goal: Goal, dry_run: bool, progress: Progre
             dry_run=dry_run,
         )
     except KeyboardInterrupt as stop:
-        stop.add_note("Finished engines stay: the same command goes on from there.")
+        if not hasattr(stop, "__notes__"):  # else it was stopped among the graphs
+            stop.add_note("Finished engines stay: the same command goes on from there.")
         raise
 
 

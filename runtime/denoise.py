@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, velocity
@@ -34,12 +36,27 @@ def predict_window(model: Model, prepared: Prepared, branches: Sequence[Branch],
     return predict
 
 
+class NotFiniteLatent(Exception):
+    """Step `step`, from 0, made a latent that is not finite out of `latent`, a host array."""
+
+    def __init__(self, step: int, latent: Array) -> None:
+        super().__init__(step)
+        self.step, self.latent = step, latent
+
+
 def denoise(
-    predict: Predict, noise: Array, solver: Sampler, steps: int, between_steps: BetweenSteps
+    predict: Predict,
+    noise: Array,
+    solver: Sampler,
+    steps: int,
+    between_steps: BetweenSteps,
+    is_finite: Callable[[Array], bool],
 ) -> Array:
-    """Noise [16, T1, h, w] to the clean latent of the same shape."""
+    """Noise [16, T1, h, w] to the clean latent of the same shape. Raises NotFiniteLatent."""
     latent = noise
     for step in range(steps):
-        latent = solver.step(step, latent, predict(step, latent))
+        before, latent = latent, solver.step(step, latent, predict(step, latent))
         between_steps(step + 1)
+        if not is_finite(latent):
+            raise NotFiniteLatent(step, np.asarray(before))
     return latent

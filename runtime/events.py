@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -133,3 +134,14 @@ Progress = Callable[[Event], None]
 
 def silent(event: Event) -> None:
     """Ignores every event."""
+
+
+def reports_waiting(progress: Progress) -> Callable[[Path, int | None], None]:
+    """For `held` (engines/store/locks.py): reports that another process holds the lock, and which one."""
+
+    def waiting(lock: Path, process: int | None) -> None:
+        other = "another process" if process is None else f"process {process}"
+        text = f"Waiting for {other}, which is making the same ({lock})."
+        progress(Note(text, "waiting_for_lock", {"lock": str(lock), "process": process}))
+
+    return waiting

@@ -5,8 +5,9 @@ the open model only as `Opened`; opening/model.py is one.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import cv2
@@ -14,17 +15,27 @@ import numpy as np
 
 from trt_wan.errors import Stopped
 from trt_wan.runtime.conditioning import Pixels, Strengths, WindowClips, condition_window, to_signal
-from trt_wan.runtime.denoise import BetweenSteps, Branch, denoise, predict_window
+from trt_wan.runtime.denoise import BetweenSteps, Branch, NotFiniteLatent, denoise, predict_window
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.executors import Array
+from trt_wan.runtime.finite import Broken, explained, is_finite_sum
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import decode
 from trt_wan.runtime.noise import CpuGenerator
-from trt_wan.runtime.preparation import prepare
+from trt_wan.runtime.preparation import Prepared, prepare
 from trt_wan.runtime.schedulers import SAMPLERS
 from trt_wan.runtime.schedulers import schedule as make_schedule
-from trt_wan.runtime.video.clips import FACE_SIZE, Clips, open_clips
+from trt_wan.runtime.video.clips import (
+    FACE_SIZE,
+    PERSON,
+    Clips,
+    frames_of,
+    open_clips,
+    people_of,
+    soft_pixels,
+)
 from trt_wan.runtime.windows import Windows
 
 ShouldStop = Callable[[], bool]
@@ -52,8 +63,8 @@ def stream_pieces(
     progress: Progress = silent,
     should_stop: ShouldStop = lambda: False,
 ) -> Iterator[Array]:
-    """Yields the decoded frames in pieces, before rounding: float32 [3, n, H, W] in [-1, 1]. Together they
-    have as many frames as the driving clip.
+    """Yields the decoded frames in pieces, before clamping to [-1, 1] and rounding: float32 [3, n, H, W].
+    Together they have as many frames as the driving clip.
 
     `clips` are the job's, if they are open already. `should_stop` is asked between steps, and elsewhere
     before every network; it ends the stream with `Stopped`. Raises TrtWanError. Every check that needs no
@@ -64,7 +75,21 @@ def stream_pieces(
         with open_clips(job.inputs, job.window) as clips:
             yield from stream_pieces(job, opened, clips=clips, progress=progress, should_stop=should_stop)
         return
+    try:
+        yield from _stream(job, opened, clips, progress, should_stop)
+    except Broken as broken:
+        fault = broken
+    else:
+        return
+    fault.__traceback__ = fault.__context__ = None  # its frames hold the arrays of the GPU
+    progress(Note("A result is not a number: computing it again to find the layer.", "not_finite"))
+    raise explained(opened.begin(job, clips.width, clips.height, silent), fault)
 
+
+def _stream(
+    job: Job, opened: Opened, clips: Clips, progress: Progress, should_stop: ShouldStop
+) -> Iterator[Array]:
+    """`stream_pieces`. Raises Broken for numbers that are not finite."""
     # 1. Plan: everything that can be refused is refused here.
     windows = Windows(clips.frames, job.window, job.overlap)
     schedule = make_schedule(job.grid, job.steps, job.shift)
@@ -81,6 +106,8 @@ def stream_pieces(
         f"face crops are {FACE_SIZE}, {config.name} takes {config.motion.size}"
     )
     latent_size = plan.latent_height, plan.latent_width
+    for note in clips.notes:
+        progress(note)
     if job.mode == "replace" and clips.face is None:
         progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
     clock = _StepClock(model, job, windows.total, progress, should_stop)
@@ -94,6 +121,7 @@ def stream_pieces(
     generator = CpuGenerator(job.seed)
     strengths = Strengths(job.pose_strength, job.face_strength)
     carried: Array | None = None
+    soft_before = False
 
     for j in range(windows.total):
         here = {"window": j + 1, "windows": windows.total}
@@ -102,27 +130,34 @@ def stream_pieces(
         progress(StageStarted("condition", **here))
         with model.checked(clock.stop_before_next):
             signals = window_clips(clips, windows.indices(j), grey_face=job.mode == "replace")
+            if signals.soft and not soft_before:
+                progress(_soft_mask(clips, signals.soft, j))
+            soft_before = soft_before or signals.soft > 0
             window = condition_window(model, prepared.reference, signals, carried, strengths)
-        branches = [Branch(prepared.contexts[0], window)]
-        if job.guided:
-            face = None if window.face is None else prepared.blank_face
-            branches.append(Branch(prepared.contexts[1], replace(window, face=face)))
 
         # 4. Denoise.
         progress(StageStarted("denoise", **here))
         noise = generator.randn((config.vae.latent_channels, plan.slots, *latent_size))
-        predict = predict_window(model, prepared, branches, job.guidance)
+        predict = predict_window(model, prepared, branches(job, prepared, window), job.guidance)
         solver = SAMPLERS[job.sampler](schedule, model.executor.combine)
-        latent = denoise(predict, noise, solver, job.steps, clock.window(j))
+        try:
+            latent = denoise(predict, noise, solver, job.steps, clock.window(j), model.executor.is_finite)
+        except NotFiniteLatent as found:
+            when = f"window {j + 1} of {windows.total}, step {found.step + 1} of {job.steps}"
+            again = _Step(job, clips, texts, windows.indices(j), carried, found.step, found.latent)
+            raise Broken(when, again) from None
 
         # 5. Decode without the reference slot; the last frames are carried into the next window as they are.
         progress(StageStarted("decode", **here))
         kept, done = windows.keep(j), 0
         carried = None
         latents = np.asarray(latent)[:, 1:]
-        del latent, solver, predict, branches, window
+        del latent, solver, predict, window
         with model.checked(clock.stop_before_next):
             for frames in decode(model, latents):
+                if not is_finite_sum(frames):
+                    when = f"window {j + 1} of {windows.total}, decoding"
+                    raise Broken(when, partial(_decode_again, latents))
                 carried = _last(job.overlap, carried, frames)
                 if (piece := frames[:, max(kept.start - done, 0) : max(kept.stop - done, 0)]).shape[1]:
                     yield piece
@@ -132,22 +167,70 @@ def stream_pieces(
         progress(WindowDone(j + 1, windows.total, kept.stop - kept.start))
 
 
+def branches(job: Job, prepared: Prepared, window: WindowCondition) -> list[Branch]:
+    """The conditional side, and with guidance the unconditional one."""
+    sides = [Branch(prepared.contexts[0], window)]
+    if job.guided:
+        face = None if window.face is None else prepared.blank_face
+        sides.append(Branch(prepared.contexts[1], replace(window, face=face)))
+    return sides
+
+
+def _decode_again(latents: Array, model: Model) -> None:
+    for _ in decode(model, latents):
+        pass
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Computes one step again, with everything that it depends on."""
+
+    job: Job
+    clips: Clips
+    texts: Sequence[Array]
+    indices: list[int]
+    carried: Array | None
+    step: int
+    latent: Array
+
+    def __call__(self, model: Model) -> None:
+        job, schedule = self.job, make_schedule(self.job.grid, self.job.steps, self.job.shift)
+        prepared = prepare(model, self.texts, self.clips.reference, list(schedule.timesteps))
+        signals = window_clips(self.clips, self.indices, grey_face=job.mode == "replace")
+        strengths = Strengths(job.pose_strength, job.face_strength)
+        window = condition_window(model, prepared.reference, signals, self.carried, strengths)
+        predict_window(model, prepared, branches(job, prepared, window), job.guidance)(self.step, self.latent)
+
+
 def window_clips(clips: Clips, indices: list[int], grey_face: bool) -> WindowClips:
     """The frames `indices` of every clip. `grey_face` stands in for a face clip that is not given."""
     pose = None if clips.pose is None else to_signal(clips.pose.window(indices))
     face = background = person = None
+    soft = 0
     if clips.face is not None:
         face = to_signal(clips.face.window(indices)).transpose(1, 0, 2, 3)
     elif grey_face:
         face = np.broadcast_to(np.float32(0), (len(indices), 3, FACE_SIZE, FACE_SIZE))
     if clips.background is not None and clips.mask is not None:
-        background = to_signal(clips.background.window(indices))
-        person = clips.mask.window(indices)[..., 0].astype(np.float32) / 255
-    return WindowClips(pose, face, background, person)
+        background = to_signal(frames_of(clips.background, indices))
+        masks = frames_of(clips.mask, indices)
+        person, soft = people_of(masks).astype(np.float32), soft_pixels(masks)
+    return WindowClips(pose, face, background, person, soft)
+
+
+def _soft_mask(clips: Clips, soft: int, window: int) -> Note:
+    assert clips.mask is not None, "soft pixels are those of a mask"
+    name = clips.mask.path.name
+    return Note(
+        f"{name} is not black and white: {soft} pixels of window {window + 1} lie between. "
+        f"Levels of {PERSON} and more count as the person, all others as the background.",
+        "soft_mask",
+        {"file": str(clips.mask.path), "pixels": soft, "window": window + 1, "threshold": PERSON},
+    )
 
 
 def to_pixels(frames: Array) -> Pixels:
-    """float32 [3, n, H, W] in [-1, 1] to uint8 [n, H, W, 3]."""
+    """float32 [3, n, H, W], clamped to [-1, 1], to uint8 [n, H, W, 3]."""
     _, count, height, width = frames.shape
     pixels = np.empty((count, height, width, 3), np.uint8)
     # A frame at a time stays in the cache, and OpenCV puts planes together five times as fast as numpy.
@@ -155,15 +238,16 @@ def to_pixels(frames: Array) -> Pixels:
     for k, picture in enumerate(pixels):
         np.add(frames[:, k], 1, out=levels)
         np.multiply(levels, 127.5, out=levels)
+        np.clip(levels, 0, 255, out=levels)
         np.copyto(planes, np.rint(levels, out=levels), casting="unsafe")
         cv2.merge(list(planes), picture)
     return pixels
 
 
 def _last(count: int, before: Array | None, frames: Array) -> Array:
-    """A copy of the last `count` frames, or of all if there are fewer."""
-    end = frames[:, -count:]
-    return np.array(end) if before is None else np.concatenate([before, end], axis=1)[:, -count:]
+    """The last `count` frames, or all if there are fewer, clamped to [-1, 1]."""
+    end = np.clip(frames[:, -count:], -1, 1)
+    return end if before is None else np.concatenate([before, end], axis=1)[:, -count:]
 
 
 class _StepClock:

@@ -122,6 +122,8 @@ class TextCache:
         features = np.zeros(self._shape, np.float32)
         rows = np.frombuffer(data, np.float32).reshape(-1, self._shape[1])
         features[: len(rows)] = rows
+        if not np.isfinite(features).all():
+            raise ValueError("not finite")
         return features
 
     def _trim(self) -> None:

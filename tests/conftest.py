@@ -6,14 +6,12 @@ import gc
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import pytest
 from tiny_job import BUILD, as_argv
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from trt_wan.build.export import export
 from trt_wan.engines.config import ModelConfig
@@ -55,14 +53,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What is imported by now stays: the collector need not look through it again, a sixth of an export."""
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_registry() -> Iterator[None]:
-    """torch.onnx makes its table of operators anew for every graph: 0.45 s, half of a small one's time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
-        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -133,7 +133,7 @@ class HostJob:
         )
         predict = predict_window(self.model, prepared, [self.branch], 1.0)
         solver = SAMPLERS["unipc"](schedule("official", steps, 5.0), self.model.executor.combine)
-        denoise(predict, self.noise, solver, steps, lambda done: None)
+        denoise(predict, self.noise, solver, steps, lambda done: None, lambda latent: True)
 
 
 @pytest.fixture(scope="module")

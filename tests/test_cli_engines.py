@@ -219,12 +219,17 @@ def test_without_a_gpu_it_says_that_it_exports_graphs(
 ) -> None:
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
     monkeypatch.setattr(trt_wan.build.goals, "Gpu", without_gpu)
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "fp8"):
         options = ["--precision", precision] if precision != "fp32" else []
         result = invoke(*BUILD[:-2], "--dry-run", *options)
         assert result.exit_code == 0 and f"-{precision}-" in result.stdout
         assert result.stdout.startswith(f"{GRAPHS} graphs would be exported: {tmp_path}")
         assert result.stderr.startswith("Graphs only; engines need a GPU or --target. No CUDA device")
+        again = f"trt-wan build --model tiny --size 64x48 --window 13 --precision {precision} --target sm89"
+        assert (f"\n{again}\n" in result.stderr) == (precision != "fp32")
+        assert ("the CPU runs fp32" in result.stderr) == (precision != "fp32")
+    message, hint = refused(1, *BUILD[:-2], "--flavour", "tensorrt_rtx")
+    assert "No CUDA device" in message and "Leave --flavour out" in hint
     message, hint = refused(1, *BUILD[:-1], "current")
     assert "No CUDA device" in message and "--target sm89" in hint
     assert not list(tmp_path.iterdir())
@@ -330,7 +335,10 @@ def test_list_shows_what_was_used_last_first(store: Path) -> None:
     header, row, *rest = engines.splitlines()
     assert header.split()[:4] == ["KEY", "KIND", "ENGINE", "ABOUT"] and len(rest) == len(NAMES) - 1
     assert row.split()[:7] == [newest[:8], "wan", "head", "tiny,", "64x48,", "13", "frames"]
-    assert [line.split()[0] for line in folders.splitlines()] == ["FOLDER", "graphs", "locks"]
+    graphs = next(path.name for path in (store.parent / "graphs").iterdir() if path.is_dir())
+    names = [line.split()[0] for line in folders.splitlines() if line]
+    assert names[:-1] == ["FOLDER", f"graphs/{graphs}", "locks"]
+    assert folders.endswith(f"MB in {store.parent}\n")
 
 
 def test_list_marks_the_damaged_with_their_cure(store: Path) -> None:
@@ -338,10 +346,10 @@ def test_list_marks_the_damaged_with_their_cure(store: Path) -> None:
     os.truncate(store / f"{cut}.plan", 100)
     (store / f"{unknown}.json").write_text("{}")
     listed = invoke("list")
-    assert listed.exit_code == 0 and listed.stdout.count("damaged") == 2
-    told = listed.stderr.splitlines()
-    rebuild = told[told.index(f"The engine {cut[:8]} is damaged. Run:") + 1].removeprefix("trt-wan ")
-    assert f"The engine {unknown[:8]} is damaged. Run:\ntrt-wan rm {unknown[:8]} --yes" in listed.stderr
+    assert listed.exit_code == 0 and listed.stdout.count(" damaged\n") == 2
+    _, _, after = listed.stderr.partition(f"The engine {cut[:8]} is damaged. Run:\ntrt-wan ")
+    rebuild = after.splitlines()[0]
+    assert f"The engine {unknown[:8]} is damaged. Run:\ntrt-wan rm {unknown[:8]} --yes\n" in listed.stderr
     assert data_of(*rebuild.split())["engines"], "the command it names is one"
     assert {row["state"] for row in data_of("list")["engines"]} == {"whole"}
 
@@ -349,7 +357,8 @@ def test_list_marks_the_damaged_with_their_cure(store: Path) -> None:
 def test_an_empty_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
     result = invoke("list")
-    assert (result.exit_code, result.stdout) == (0, "") and "Make them:\ntrt-wan build\n" in result.stderr
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == f"There are no graphs and no engines in {tmp_path}. Run:\ntrt-wan build\n"
     assert data_of("list")["engines"] == []
     nothing = {"result": None, "removed": [], "folders": [], "freed_bytes": 0}
     assert data_of("rm", "--all", "--yes") == nothing
@@ -416,8 +425,8 @@ def test_keys_that_fit_none_or_several(store: Path) -> None:
     typo = keys[0][:6] + ("0" if keys[0][6] != "0" else "1") + keys[0][7]
     for command in (["show"], ["rm", "--yes"]):
         message, hint = refused(2, *command, typo)
-        assert message == f"There is no engine {typo!r}." and f"Close to it: {keys[0][:8]}" in hint
-        assert hint.endswith("Run:\ntrt-wan list")
+        assert message == f"There is no engine and no folder {typo!r}."
+        assert f"Close to it: {keys[0][:8]}" in hint and hint.endswith(" Run:\ntrt-wan list")
     digit = max("0123456789abcdef", key=lambda d: sum(key.startswith(d) for key in keys))
     several = [key for key in keys if key.startswith(digit)]
     assert len(several) > 1, "21 keys begin with 16 digits"
@@ -437,7 +446,8 @@ def test_rm_removes_what_is_named_and_says_how_much(store: Path) -> None:
     assert data == {"result": None, "removed": keys, "folders": [], "freed_bytes": size}
     assert not any(list(store.glob(f"{key}.*")) for key in keys) and len(entries()) == len(NAMES) - 2
     result = invoke("rm", "--all", "--yes")
-    assert result.stdout.startswith(f"{len(NAMES) - 2} engines, graphs, locks (") and result.exit_code == 0
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{len(NAMES) - 2} engines, 1 set of graphs, locks (")
     assert " MB) removed" in result.stdout and entries() == []
     assert not [path for path in store.parent.rglob("*") if path.is_file()], "everything is gone"
 
@@ -454,22 +464,23 @@ def test_everything_on_disk_is_listed_and_can_be_removed(
         (tmp_path / folder / "file").write_bytes(bytes(100))
     (tmp_path / "a user's own file").touch()
     listed = data_of("list")["folders"]
-    assert {row["name"]: row["bytes"] for row in listed} == {name.partition("/")[0]: 100 for name in FOLDERS}
+    names = {name if name == "graphs/a" else name.partition("/")[0] for name in FOLDERS}
+    assert {row["name"]: row["bytes"] for row in listed} == dict.fromkeys(names, 100) | {"unknown": 0}
     data = data_of("rm", "kernels", "text", "--yes")
     assert data["folders"] == ["kernels", "text"] and data["freed_bytes"] == 200
     lock = tmp_path / "graphs" / "a.lock"
     with held(lock):
         message, hint = refused(1, "rm", "--all", "--yes")
-        assert "Another process is building graphs; " in message and hint
+        assert "Another process is building graphs/a; " in message and hint
         assert (tmp_path / "graphs" / "a" / "file").exists()
-    assert data_of("rm", "graphs", "--yes")["folders"] == ["graphs"] and not lock.exists()
-    assert data_of("list")["folders"] == []
+    assert data_of("rm", "graphs", "--yes")["folders"] == ["graphs/a"] and not lock.exists()
+    assert [row["name"] for row in data_of("list")["folders"]] == ["unknown"]
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a user's own file"]
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [([], "Which engines?"), (["--all", "0"], "Which engines?"), (["--all"], "cannot ask whether")],
+    [([], "Which engines or"), (["--all", "0"], "Which engines or"), (["--all"], "cannot ask whether")],
 )
 def test_rm_refuses(store: Path, options: list[str], says: str) -> None:
     message, _ = refused(2, "rm", *options)
@@ -532,9 +543,7 @@ def test_rm_leaves_what_another_process_builds(store: Path, monkeypatch: pytest.
     )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     message, hint = refused(1, "rm", "--all", "--yes")
-    assert (
-        f"Another process is building {head[:8]}; {len(NAMES) - 1} engines, graphs, locks" in message and hint
-    )
+    assert f"Another process is building {head[:8]}; {len(NAMES) - 1} engines, 1 set of" in message and hint
     holder.communicate("")
     assert [entry.key for entry in entries()] == [head]
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("trt_wan", "build", "runtime", "preprocess", "engines", "benchmarks")
 SUBCOMMANDS = "|".join(cli.commands)
 COMMAND = re.compile(
-    rf"\b(trt-wan (?:{SUBCOMMANDS})\b|(?:pip|pipx|apt|apt-get|conda) install\b|python -m \w"
+    rf"\b((?:cat \S+ \| )?trt-wan (?:{SUBCOMMANDS})\b|(?:pip|pipx|apt|apt-get|conda) install\b|python -m \w"
     r"|(?:ffmpeg|mkdir|rm|mv|cp|chmod) [-\w/'.\0])"
 )
 MAKES_COMMANDS = {"install_command", "shell_command", "shlex.join"}

@@ -3,6 +3,8 @@
 import math
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from dataclasses import replace
@@ -21,6 +23,7 @@ from trt_wan.engines.sam2.contracts import POSITION, required_tensors
 from trt_wan.errors import WeightsError
 from trt_wan.preprocess.sam2.weights import identify, load_sam2, position_table, random_sam2_weights
 
+ROOT = Path(__file__).parents[1]
 Values = NDArray[np.float32]
 TINY = SAM2_MODELS["sam2.1_tiny"]
 COUNTS = {  # tensors and parameters (preprocess_spec.md B1.1; the others from transformers' models)
@@ -145,3 +148,60 @@ def test_position_table(model: str) -> None:
     got = position_table(background, window, size)
     np.testing.assert_allclose(got, want[0].permute(1, 2, 0).numpy(), atol=2e-6)
     assert POSITION not in required_tensors(config)
+
+
+def pickled(path: Path, data: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", data)
+    return path
+
+
+BOMBS: dict[str, tuple[bytes, int, str]] = {
+    "a zip bomb": (bytes(1 << 28), zipfile.ZIP_DEFLATED, "data.pkl is compressed"),
+    "a large pickle": (bytes(17 << 20), zipfile.ZIP_STORED, "has 17825792 bytes, more than 16777216"),
+    # bytearray8 and binbytes8 of 2^33 bytes, and the number 2^28 for an object.
+    "a length that is not there": (b"\x80\x05\x96" + (1 << 33).to_bytes(8, "little"), 0, "8589934592"),
+    "bytes that are not there": (b"\x80\x05\x8e" + (1 << 33).to_bytes(8, "little"), 0, "8589934592"),
+    "a large number": (b"\x80\x02}r" + (1 << 28).to_bytes(4, "little") + b".", 0, "268435456 objects"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_bomb_is_refused_before_it_takes_memory(tmp_path: Path, bomb: str) -> None:
+    data, compression, says = BOMBS[bomb]
+    file = pickled(tmp_path / "bomb.pt", data, compression)
+    program = (
+        "import sys, resource\nfrom pathlib import Path\n"
+        "from trt_wan.errors import WeightsError\nfrom trt_wan.preprocess.sam2.weights import load_sam2\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n    load_sam2(Path(sys.argv[1]))\nexcept WeightsError as error:\n    print(error.message)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, file], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    message, megabytes = run.stdout.splitlines()
+    assert message.startswith(f"{file} is no SAM2 checkpoint, or damaged: ") and says in message
+    assert int(megabytes) < 64, f"{megabytes} MB"
+
+
+@pytest.mark.parametrize("fault", ["compressed", "missing", "changed"])
+def test_a_storage_that_cannot_be_read(weights: dict[str, Values], tmp_path: Path, fault: str) -> None:
+    whole, bad = tmp_path / "whole.pt", tmp_path / "bad.pt"
+    torch.save({"model": {n: torch.from_numpy(v) for n, v in weights.items()}}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(bad, "w") as target:
+        for entry in source.namelist():
+            if entry.endswith("data/0") and fault != "changed":
+                if fault == "missing":
+                    continue
+                target.writestr(entry, source.read(entry), zipfile.ZIP_DEFLATED)
+            else:
+                target.writestr(entry, source.read(entry))
+    if fault == "changed":
+        content = bytearray(bad.read_bytes())
+        at = content.index(weights[next(iter(weights))].tobytes()[:64])
+        content[at] ^= 1
+        bad.write_bytes(content)
+    loaded = load_sam2(bad)
+    with pytest.raises(WeightsError, match="bad.pt is damaged: .*data/0"):
+        loaded[next(iter(weights))]

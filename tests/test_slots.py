@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from on_gpu import require_gpu
 
+from trt_wan.runtime.device import finite
 from trt_wan.runtime.device.kernels import compile_source
 from trt_wan.runtime.device.slots import NAMES, SOURCE, runs
 from trt_wan.runtime.executors import Executor
@@ -36,6 +38,20 @@ def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
 
 def array(slots: int, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
     return RNG.standard_normal((3, slots, 5, 7)).astype(dtype)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf, "largest"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
+def test_one_number_that_is_not_finite_is_found(executor: Executor, dtype: Any, value: Any) -> None:
+    numbers = array(9, dtype)
+    assert executor.is_finite(executor.place(numbers)) and executor.is_finite(numbers)
+    largest = ml_dtypes.finfo(dtype).max
+    numbers[2, 8, 4, 6] = largest if value == "largest" else value
+    assert executor.is_finite(executor.place(numbers)) == (value == "largest")
+
+
+def test_integers_are_finite(executor: Executor) -> None:
+    assert executor.is_finite(executor.place(np.full(5, -1, np.int64)))
 
 
 @pytest.mark.parametrize("slots", [[0], [1, 2, 3], [3, 2, 2, 0, 1, 4], [4, 4, 4]])
@@ -84,6 +100,7 @@ def test_runs() -> None:
 
 
 def test_kernels_compile(nvrtc: None) -> None:
-    for capability in ((8, 0), (9, 0), (12, 0)):
-        code = bytes(compile_source(SOURCE, capability).code)
-        assert all(name.encode() in code for name in NAMES)
+    for source, names in ((SOURCE, NAMES), (finite.SOURCE, finite.NAMES)):
+        for capability in ((8, 0), (9, 0), (12, 0)):
+            code = bytes(compile_source(source, capability).code)
+            assert all(name.encode() in code for name in names)

@@ -69,14 +69,14 @@ def write_reference(path: Path, size: tuple[int, int] = (PLAN.width, PLAN.height
     cv2.imwrite(str(path), picture)
 
 
-def prepare(folder: Path, sound: Path) -> Path:
+def prepare(folder: Path, sound: Path, frames: int = FRAMES) -> Path:
     """All five prepared files in `folder`; the pose clip has sound."""
     folder.mkdir(parents=True, exist_ok=True)
     write_reference(folder / "src_ref.png")
-    write_clip(folder / "src_pose.mp4", sound=sound)
-    write_clip(folder / "src_face.mp4", size=(512, 512))
-    write_clip(folder / "src_bg.mp4", colour=(30, 90, 160))
-    write_clip(folder / "src_mask.mp4", colour=(255, 255, 255))
+    write_clip(folder / "src_pose.mp4", frames=frames, sound=sound)
+    write_clip(folder / "src_face.mp4", size=(512, 512), frames=frames)
+    write_clip(folder / "src_bg.mp4", frames=frames, colour=(30, 90, 160))
+    write_clip(folder / "src_mask.mp4", frames=frames, colour=(255, 255, 255))
     return folder
 
 

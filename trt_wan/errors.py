@@ -7,6 +7,7 @@
     ├── GraphError           a graph or engine is missing, stale or damaged: rebuild it
     ├── MemoryShort          the job does not fit in this machine's memory
     ├── GpuFault             the GPU or its driver failed while it computed
+    ├── NotFinite            a network made a NaN or an infinity
     ├── EnvironmentBroken    packages that are missing or break each other
     ├── OutputError          the result cannot be written (folder, rights, full disk)
     └── Stopped              the user asked to stop (Ctrl-C); exit code 130
@@ -83,6 +84,10 @@ class MemoryShort(TrtWanError):
 
 class GpuFault(TrtWanError):
     code = "gpu_fault"
+
+
+class NotFinite(TrtWanError):
+    code = "not_finite"
 
 
 class EnvironmentBroken(TrtWanError):

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.benchmarks.measure.forwarding import ForwardingExecutor
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.processes import answering, say
 from trt_wan.engines.contract import Network
 from trt_wan.errors import Stopped
 from trt_wan.runtime.events import Event, Note, StepDone
 from trt_wan.runtime.executors import Array, Executor
+from trt_wan.runtime.executors.forwarding import ForwardingExecutor
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 from trt_wan.runtime.pipeline import to_pixels
 

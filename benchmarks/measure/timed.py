@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from trt_wan.benchmarks.measure.forwarding import ForwardingExecutor
 from trt_wan.engines.contract import Network
 from trt_wan.runtime.executors import Array, Executor
+from trt_wan.runtime.executors.forwarding import ForwardingExecutor
 
 SAMPLER = "sampler"  # the arithmetic between two steps, beside the networks' names
 

@@ -150,8 +150,7 @@ def _decode(
     latent: Tensor, caches: Sequence[Tensor] | None, w: Weights, model: ModelConfig, plan: Plan
 ) -> tuple[Tensor, ...]:
     z = latent * _per_channel(LATENT_STD) + _per_channel(LATENT_MEAN)
-    frames, *after = _walk(z, caches, w, vae_layers.decoder(model.vae), plan)
-    return frames.clamp(-1, 1), *after
+    return _walk(z, caches, w, vae_layers.decoder(model.vae), plan)
 
 
 def encode_first(frames: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor, ...]:

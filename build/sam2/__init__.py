@@ -4,6 +4,7 @@ engines/sam2/contracts.py names.
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from trt_wan.engines.sam2.config import Sam2Config, Sam2Plan
 from trt_wan.engines.sam2.contracts import networks
 from trt_wan.engines.sam2.recipes import graph_set
 from trt_wan.engines.store.graphs import GraphExported
+from trt_wan.engines.store.locks import Waiting, in_silence
 
 GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "encoder": encoder.encoder,
@@ -39,11 +41,14 @@ def export_sam2(network: Network, config: Sam2Config, path: Path) -> None:
     export_function(network, graph, path)
 
 
-def build_sam2_graphs(config: Sam2Config, plan: Sam2Plan, exported: GraphExported) -> Path:
-    """The folder of the graphs; calls `exported(name, seconds)` after each one that had to be made."""
-    contracts = networks(config, plan)
+def build_sam2_graphs(
+    config: Sam2Config, plan: Sam2Plan, exported: GraphExported, waiting: Waiting = in_silence
+) -> Path:
+    """The folder of the graphs; calls `exported(name, seconds)` after each one that had to be made, and
+    `waiting` where another process is making them.
+    """
+    return fill(graph_set(config, plan), partial(_write, config, plan), exported, waiting)
 
-    def write(name: str, path: Path) -> None:
-        export_sam2(contracts[name], config, path)
 
-    return fill(graph_set(config, plan), write, exported)
+def _write(config: Sam2Config, plan: Sam2Plan, name: str, path: Path) -> None:
+    export_sam2(networks(config, plan)[name], config, path)

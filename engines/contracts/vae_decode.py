@@ -1,4 +1,4 @@
-"""Normalised latents to frames in [-1, 1] by chunks: one latent frame, then `vae_chunk` (model_spec.md 7)."""
+"""Normalised latents to unclamped frames by chunks: one latent frame, then `vae_chunk` (model_spec.md 7)."""
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor

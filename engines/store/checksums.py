@@ -14,7 +14,7 @@ from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 
-from trt_wan.engines.store.files import keep
+from trt_wan.engines.store.files import keep, read_json
 
 LARGE = 64 << 20  # bytes; hashing fewer takes less than 50 ms
 SETTLED = 2.0  # s; times are that coarse on some disks, so a later change could look the same
@@ -28,7 +28,7 @@ def has_hash(file: BufferedReader, sha256: str, memory: Path) -> bool:
     now, found = time.time_ns(), os.fstat(file.fileno())
     state = [*_state(found), sha256]
     large = found.st_size >= LARGE
-    if large and _remembered(memory) == state:
+    if large and read_json(memory) == state:
         return True
     if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
         return False
@@ -36,13 +36,6 @@ def has_hash(file: BufferedReader, sha256: str, memory: Path) -> bool:
     if large and now - max(found.st_mtime_ns, found.st_ctime_ns) > SETTLED * 1e9:
         keep(memory, json.dumps(state))
     return True
-
-
-def _remembered(memory: Path) -> object:
-    try:
-        return json.loads(memory.read_text())
-    except (OSError, ValueError):  # missing or damaged: the plan is hashed again
-        return None
 
 
 CHUNK = 8 << 20  # bytes read between two looks at `should_stop`
@@ -55,7 +48,7 @@ def file_state(path: Path) -> list[int]:
 
 def known_hash(path: Path, memory: Path) -> str | None:
     """Returns the sha256 of `path` if `memory` has it for the file's present state. Raises OSError."""
-    match _remembered(memory):
+    match read_json(memory):
         case [*state, str(sha256)] if state == file_state(path):
             return sha256
     return None

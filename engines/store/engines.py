@@ -18,9 +18,10 @@ from io import BufferedReader
 
 from trt_wan.engines.store import checksums
 from trt_wan.engines.store.engine_id import EngineId, Recipe
-from trt_wan.engines.store.entries import entries, limit_bytes, trim
+from trt_wan.engines.store.entries import entries, trim
+from trt_wan.engines.store.environment import limit_bytes
 from trt_wan.engines.store.files import replace_atomically
-from trt_wan.engines.store.locks import held
+from trt_wan.engines.store.locks import Waiting, held, in_silence
 from trt_wan.engines.store.manifest import Manifest, erase, lock_of, path_of, read_manifest, write_manifest
 from trt_wan.errors import GraphError
 
@@ -53,16 +54,20 @@ def find(engine: EngineId) -> Manifest | None:
 
 
 def ensure(
-    engine: EngineId, build: Callable[[], bytes], spare: Collection[str] = ()
+    engine: EngineId,
+    build: Callable[[], bytes],
+    spare: Collection[str] = (),
+    waiting: Waiting = in_silence,
 ) -> tuple[Manifest, bool]:
     """The manifest, and whether the engine had to be built, because it was missing or damaged.
 
-    A new engine may push others out of the store, but none of the keys `spare`.
+    A new engine may push others out of the store, but none of the keys `spare`. Where another process is
+    building it, `waiting` is called once.
     """
     manifest = find(engine)
     if manifest is None:
         limit_bytes()  # a limit that is no size is refused before anything is built
-        with held(lock_of(engine.key)):
+        with held(lock_of(engine.key), waiting=waiting):
             manifest = find(engine)  # another process may have built it meanwhile
             if manifest is None:
                 erase(engine.key)
@@ -75,7 +80,7 @@ def ensure(
     return manifest, False
 
 
-def obtain(recipe: Recipe, spare: Collection[str] = ()) -> Obtained:
+def obtain(recipe: Recipe, spare: Collection[str] = (), waiting: Waiting = in_silence) -> Obtained:
     """The checked plan of a recipe's engine, which is built if it is missing or damaged.
 
     An engine that cannot be stored, on a full disk or in a read-only folder, is used all the same.
@@ -97,7 +102,7 @@ def obtain(recipe: Recipe, spare: Collection[str] = ()) -> Obtained:
             if attempt == 2:
                 raise
         try:
-            built = ensure(engine, build, spare)[1]
+            built = ensure(engine, build, spare, waiting)[1]
         except OSError:
             start = time.perf_counter()
             plan = compiled[-1] if compiled else build()

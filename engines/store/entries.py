@@ -3,19 +3,15 @@
 When engines and their kernels outgrow TRT_WAN_ENGINES_GB, the longest unused ones go.
 """
 
-import os
-import re
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
+from trt_wan.engines.store.environment import limit_bytes
+from trt_wan.engines.store.folders import forget_leftovers
 from trt_wan.engines.store.kernels import forget_kernels, forget_orphans, kernel_bytes
 from trt_wan.engines.store.locks import forget_locks, held
-from trt_wan.engines.store.manifest import Manifest, erase, folder, lock_of, path_of, read_manifest
-from trt_wan.errors import UsageError
-
-DEFAULT_LIMIT_GB = 4.0
-_FILE = re.compile(r"([0-9a-f]{32})\.(plan|json|checked)(\.\d+\.partial)?")
+from trt_wan.engines.store.manifest import FILE, Manifest, erase, folder, lock_of, path_of, read_manifest
 
 
 @dataclass(frozen=True)
@@ -28,23 +24,12 @@ class Entry:
     used: float  # seconds since the epoch
 
 
-def limit_bytes() -> float:
-    text = os.environ.get("TRT_WAN_ENGINES_GB", str(DEFAULT_LIMIT_GB))
-    try:
-        gigabytes = float(text)
-    except ValueError:
-        gigabytes = -1
-    if not 0 <= gigabytes < float("inf"):
-        raise UsageError(f"TRT_WAN_ENGINES_GB is {text!r}, which is no size.", "Set it to GB, such as 4.")
-    return gigabytes * 1e9
-
-
 def entries() -> list[Entry]:
     """Every engine in the store, the last used first."""
     sizes: dict[str, int] = {}
     used: dict[str, float] = {}
     for path in folder().glob("*"):
-        if match := _FILE.fullmatch(path.name):
+        if match := FILE.fullmatch(path.name):
             key = match[1]
             try:
                 status = path.stat()
@@ -92,7 +77,8 @@ def trim(spare: Collection[str]) -> list[Entry]:
 
 
 def _tidy(there: Collection[Entry]) -> None:
-    """Removes kernels of engines that are gone, and locks of engines that were never built."""
+    """Removes kernels of engines that are gone, locks of engines that were never built, and leftovers."""
+    forget_leftovers(folder())
     forget_orphans({entry.manifest.sha256 for entry in there if entry.manifest})
     forget_locks(folder() / "locks", {entry.key for entry in there})
 

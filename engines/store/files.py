@@ -1,10 +1,14 @@
 """Files that are there completely or not at all: written under a temporary name, then renamed."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import get_native_id
+from typing import Any
+
+PARTIAL = ".partial"  # a file or folder that is being made, or that a killed process left
 
 
 def replace_atomically(path: Path, data: bytes | str, *, sync: bool = False) -> None:
@@ -14,7 +18,7 @@ def replace_atomically(path: Path, data: bytes | str, *, sync: bool = False) -> 
     two. Makes the folder. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{get_native_id()}.partial")
+    temporary = path.with_name(f"{path.name}.{get_native_id()}{PARTIAL}")
     try:
         with named(path), temporary.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -50,3 +54,17 @@ def keep(path: Path, data: bytes | str) -> bool:
     except OSError:
         return False
     return True
+
+
+def read_json(path: Path) -> Any:
+    """The values of a JSON file in the store. None for one that is missing, damaged or nested too deeply."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def forget_partials(folder: Path) -> None:
+    """Removes the files in `folder` that killed processes left. Call under the lock of all its writers."""
+    for path in folder.glob(f"*{PARTIAL}"):
+        path.unlink(missing_ok=True)

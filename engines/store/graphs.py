@@ -4,24 +4,24 @@
         <network>.onnx …  manifest.json
 
 The hash covers the model, the plan and the version of the contracts (GRAPHS_VERSION), so that graphs that
-compute something else get another folder and a change of comments does not. The folder gets its name when
-everything in it is complete.
+compute something else get another folder and a change of comments does not. The manifest has the hash of
+every finished graph, and is written after each one: an export that was stopped or killed goes on with the
+next graph, and a graph that is cut, edited or half written is exported again.
 """
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import GRAPHS_VERSION, networks
 from trt_wan.engines.shape import Plan
-from trt_wan.engines.store.files import replace_atomically
+from trt_wan.engines.store.files import forget_partials, read_json, replace_atomically
 from trt_wan.engines.store.home import home
-from trt_wan.engines.store.locks import held
+from trt_wan.engines.store.locks import Waiting, held, in_silence
 from trt_wan.errors import GraphError
 
 MANIFEST = "manifest.json"
@@ -38,45 +38,69 @@ class GraphSet:
     title: str
     command: tuple[str, ...]  # the arguments of trt-wan that export them
 
+    def missing(self) -> tuple[str, ...]:
+        """The graphs that are not there byte for byte as they were exported. They hold no weights: 2 MB."""
+        manifest = read_manifest(self.folder)
+        return tuple(name for name in self.names if not is_whole(self.folder, name, manifest))
+
     def complete(self) -> bool:
-        """Whether every graph is there, byte for byte as it was exported. They hold no weights: 2 MB."""
-        try:
-            exported = json.loads((self.folder / MANIFEST).read_text())["sha256"]
-            return bool(exported == {name: _sha256(self.folder / f"{name}.onnx") for name in self.names})
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        return not self.missing()
 
     def require(self) -> Path:
-        """The folder of complete graphs. Raises GraphError with the command that exports them."""
-        if self.complete():
+        """The folder of complete graphs. Raises GraphError with the command that exports the missing ones."""
+        missing = self.missing()
+        if not missing:
             return self.folder
-        state = "damaged" if self.folder.exists() else "not built"
+        if len(missing) == len(self.names):
+            state = "not built"
+        else:
+            state = f"not complete: {len(missing)} of {len(self.names)} are missing or damaged"
         raise GraphError(f"The graphs of {self.title}, are {state} ({self.folder}).", command=self.command)
 
     @contextmanager
-    def filling(self) -> Iterator[Path | None]:
-        """A temporary folder to export into, which becomes the set's folder if the block raises nothing.
+    def filling(self, waiting: Waiting = in_silence) -> Iterator[tuple[str, ...]]:
+        """The missing graphs: export each into the folder, then call `finished` with its name.
 
-        Yields None if the graphs are already there. One process at a time exports a given set; the others
-        wait and then find it.
+        One process at a time exports a given set; the others call `waiting`, wait, and then find it.
         """
-        final = self.folder
-        with held(final.with_name(f"{final.name}.lock")):
-            if self.complete():
-                yield None
-                return
-            temporary = final.with_name(f"{final.name}.partial")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            try:
-                yield temporary
-                exported = {path.stem: _sha256(path) for path in sorted(temporary.glob("*.onnx"))}
-                manifest = json.dumps({"graphs": self.title, "sha256": exported}, indent=1)
-                replace_atomically(temporary / MANIFEST, manifest)
-                shutil.rmtree(final, ignore_errors=True)
-                temporary.rename(final)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        with held(lock_of(self.folder), waiting=waiting):
+            if not self.folder.is_dir():
+                self.folder.unlink(missing_ok=True)  # a file in its place
+                self.folder.mkdir()
+            forget_partials(self.folder)
+            yield self.missing()
+
+    def finished(self, name: str) -> None:
+        """Records the exported graph of a network, which counts from now on."""
+        known = read_manifest(self.folder).sha256
+        exported = {name: sha256 for name, sha256 in known.items() if name in self.names}
+        exported[name] = _sha256(self.folder / f"{name}.onnx")
+        manifest = {"graphs": self.title, "command": self.command, "names": self.names, "sha256": exported}
+        replace_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+@dataclass(frozen=True)
+class GraphManifest:
+    """The manifest of a folder of graphs: the names of all graphs, and the hashes of the finished ones."""
+
+    title: str = ""
+    names: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    sha256: Mapping[str, object] = field(default_factory=dict)
+
+
+def read_manifest(folder: Path) -> GraphManifest:
+    """The manifest of a folder; one that is missing or damaged knows nothing."""
+    match read_json(folder / MANIFEST):
+        case {"graphs": str(title), "sha256": dict(sha256), "names": list(names), "command": list(command)}:
+            return GraphManifest(title, tuple(map(str, names)), tuple(map(str, command)), sha256)
+        case {"graphs": str(title), "sha256": dict(sha256)}:  # by releases that kept complete sets alone
+            return GraphManifest(title, tuple(sha256), (), sha256)
+    return GraphManifest()
+
+
+def lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
 
 
 def named_folder(name: str, *origin: object) -> Path:
@@ -103,6 +127,14 @@ def graphs_folder(model: ModelConfig, plan: Plan) -> Path:
 def require_graphs(model: ModelConfig, plan: Plan) -> Path:
     """The folder of complete graphs. Raises GraphError with the command that exports them."""
     return graph_set(model, plan).require()
+
+
+def is_whole(folder: Path, name: str, manifest: GraphManifest) -> bool:
+    """Whether a graph is finished, and the file has the bytes that were exported."""
+    try:
+        return manifest.sha256.get(name) == _sha256(folder / f"{name}.onnx")
+    except OSError:
+        return False
 
 
 def _sha256(file: Path) -> str:

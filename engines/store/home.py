@@ -7,7 +7,7 @@ from pathlib import Path
 def home() -> Path:
     """`TRT_WAN_HOME`, or the user's cache folder."""
     if chosen := os.environ.get("TRT_WAN_HOME"):
-        return Path(chosen)
+        return Path(chosen).expanduser()
     from platformdirs import user_cache_path
 
     return user_cache_path("trt-wan")

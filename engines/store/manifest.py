@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trt_wan.engines.store.engine_id import FORMAT, Kind
-from trt_wan.engines.store.files import replace_atomically
+from trt_wan.engines.store.files import read_json, replace_atomically
 from trt_wan.engines.store.home import home
 
 
@@ -35,6 +36,9 @@ class Manifest:
     format: int = FORMAT
 
 
+FILE = re.compile(r"([0-9a-f]{32})\.(plan|json|checked)")
+
+
 def folder() -> Path:
     return home() / "engines"
 
@@ -50,11 +54,11 @@ def lock_of(key: str) -> Path:
 def read_manifest(key: str) -> Manifest | None:
     """None for a manifest that is missing, edited, or of another format."""
     try:
-        values = json.loads(path_of(key, "json").read_text(encoding="utf-8"))
+        values = read_json(path_of(key, "json"))
         checksum = values.pop("checksum")
         if checksum == _checksum(values) and values["format"] == FORMAT:
             return Manifest(**values | {"rebuild": tuple(values["rebuild"])})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         pass
     return None
 

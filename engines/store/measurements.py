@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trt_wan.engines.store.files import replace_atomically
+from trt_wan.engines.store.files import read_json, replace_atomically
 from trt_wan.engines.store.home import home
 from trt_wan.engines.store.locks import held
 
@@ -89,9 +89,9 @@ def _folder() -> Path:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         return {"sources": list(values["sources"]), "figures": [Figure(**f) for f in values["figures"]]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trt_wan.engines.store.files import keep
+from trt_wan.engines.store.files import keep, read_json
 from trt_wan.engines.store.home import home
 from trt_wan.errors import WeightsError
 
@@ -49,10 +49,10 @@ class OnnxFile:
         name = hashlib.sha256(str(self.path).encode()).hexdigest()[:32]
         kept = home() / "onnx" / f"{name}.json"
         try:
-            known = json.loads(kept.read_text())
+            known = read_json(kept)
             if known["files"] == files:
                 return str(known["sha256"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             pass  # missing or damaged: computed again
         digest = hashlib.sha256()
         for path in (self.path, *self.weight_files):

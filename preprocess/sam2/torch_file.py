@@ -1,12 +1,14 @@
 """Reads the tensors of a `.pt` file without torch.
 
 A `.pt` is a zip of a pickle and raw storages. The unpickler accepts tensors and dictionaries only: the file
-can name no other function, so it cannot run code.
+can name no other function, so it cannot run code. Nothing is compressed in it, as torch writes it, so that no
+entry takes more memory than it takes on the disk.
 """
 
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ STORAGES: dict[str, np.dtype[Any]] = {
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
     "DoubleStorage": np.dtype(np.float64),
 }
+MAX_PICKLE = 16 << 20  # bytes; the largest model's takes 0.2 MB
+PUTS = ("PUT", "BINPUT", "LONG_BINPUT")  # they give an object a number
 USE = "Use an official file (sam2.1_hiera_base_plus.pt, sam2_hiera_large.pt, ...) or its safetensors."
 
 
@@ -40,8 +44,11 @@ class StoredTensor:
     stride: tuple[int, ...]
 
     def read(self) -> NDArray[Any]:
-        with zipfile.ZipFile(self.path) as archive:
-            raw = np.frombuffer(archive.read(self.entry), self.dtype)[self.offset :]
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                raw = np.frombuffer(_entry(archive, self.entry), self.dtype)[self.offset :]
+        except Exception as error:  # a damaged archive can raise any exception
+            raise WeightsError(f"{self.path} is damaged: {error}.", "Download it again.") from error
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         if math.prod(self.shape) and (last >= len(raw) or min(self.stride, default=0) < 0):
             raise WeightsError(f"{self.path} is damaged: {self.entry} is too short.", "Download it again.")
@@ -86,6 +93,29 @@ def _without_gradient(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
+def _entry(archive: zipfile.ZipFile, name: str, most: int | None = None) -> bytes:
+    """The bytes of an entry that is not compressed, and has `most` bytes at most."""
+    entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed, which torch does not do")
+    if most is not None and entry.file_size > most:
+        raise ValueError(f"{name} has {entry.file_size} bytes, more than {most}")
+    return archive.read(entry)
+
+
+def _require_modest(pickled: bytes) -> None:
+    """Raises ValueError for a pickle that would take more memory than its size: by a length that it does not
+    have, or by the number of an object, which decides the length of the unpickler's table.
+    """
+    for operation, argument, _ in pickletools.genops(pickled):  # checks the lengths
+        if operation.name in PUTS and int(argument or 0) > len(pickled):
+            raise ValueError(f"its pickle has {argument} objects in {len(pickled)} bytes")
+
+
+def _reason(error: Exception) -> str:
+    return "it is no zip archive" if isinstance(error, zipfile.BadZipFile) else str(error) or repr(error)
+
+
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of an official file, which are under "model"."""
     try:
@@ -93,14 +123,16 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
             entry = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
             if entry is None:
                 raise pickle.UnpicklingError("it has no data.pkl")
-            loaded = _Unpickler(path, entry.removesuffix("data.pkl"), archive.read(entry)).load()
+            data = _entry(archive, entry, MAX_PICKLE)
+            _require_modest(data)
+            loaded = _Unpickler(path, entry.removesuffix("data.pkl"), data).load()
     except OSError as error:
         raise WeightsError(
             f"{path} cannot be read ({error.strerror}).", "Check the path and its rights."
         ) from error
     except Exception as error:  # a damaged pickle can raise any exception
-        reason = "it is no zip archive" if isinstance(error, zipfile.BadZipFile) else str(error)
-        raise WeightsError(f"{path} is no SAM2 checkpoint, or damaged: {reason}.", USE) from error
+        message = f"{path} is no SAM2 checkpoint, or damaged: {_reason(error)}."
+        raise WeightsError(message, USE) from error
     tensors = loaded.get("model", loaded) if isinstance(loaded, dict) else None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, StoredTensor) for name, tensor in tensors.items()

@@ -41,6 +41,10 @@ class Executor(Protocol):
         """
         ...
 
+    def is_finite(self, array: Array) -> bool:
+        """Whether an array holds neither a NaN nor an infinity. Waits for it."""
+        ...
+
     def wait(self) -> None:
         """Returns when everything asked for so far is computed."""
         ...

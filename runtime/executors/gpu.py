@@ -12,6 +12,7 @@ import numpy as np
 
 from trt_wan.engines.contract import Network
 from trt_wan.runtime.device import slots as on_slots
+from trt_wan.runtime.device.finite import is_finite
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu
 from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.segments.segment import Segment
@@ -55,6 +56,11 @@ class GpuExecutor:
 
     def blend(self, slots: int, parts: Sequence[BlendPart]) -> Array:
         return cast(Array, on_slots.blend(self.gpu, slots, parts))
+
+    def is_finite(self, array: Array) -> bool:
+        if isinstance(array, DeviceArray):
+            return is_finite(self.gpu, array)
+        return bool(np.isfinite(array).all())
 
     def wait(self) -> None:
         self.gpu.sync()

@@ -70,6 +70,9 @@ class OnnxRuntimeExecutor:
                 total[:, slot] += np.multiply(array[:, k], weight, dtype=np.float32)
         return total
 
+    def is_finite(self, array: Array) -> bool:
+        return bool(np.isfinite(array).all())
+
     def wait(self) -> None:
         pass  # ONNX Runtime returns when it is done
 

@@ -13,7 +13,7 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
-from trt_wan.runtime.executors import Array, Executor
+from trt_wan.runtime.executors import Array, Executor, Observe
 
 
 class Model:
@@ -65,3 +65,12 @@ class Model:
             yield
         finally:
             self._before_each = before
+
+    @contextmanager
+    def executed_by(self, wrap: Observe) -> Iterator[None]:
+        """Runs networks by `wrap(executor)` inside the block."""
+        before, self.executor = self.executor, wrap(self.executor)
+        try:
+            yield
+        finally:
+            self.executor = before

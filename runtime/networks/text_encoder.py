@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from trt_wan.engines.checkpoint import FINAL_TEXT_NORM, TOKEN_EMBEDDING
 from trt_wan.engines.config import TextConfig
-from trt_wan.errors import WeightsError
+from trt_wan.errors import NotFinite, WeightsError
 from trt_wan.runtime.executors import Array
+from trt_wan.runtime.finite import DAMAGED
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.tokenizer import Tokenizer
 
@@ -43,7 +44,7 @@ def encode_texts(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]) -> 
     for n in range(text.layers):
         for k, bias in enumerate(biases):
             (hidden[k],) = model.run("text_encoder_layer", hidden[k], bias, buckets, n=n)
-    norm = np.asarray(model.weights["text_encoder"][FINAL_TEXT_NORM], np.float32)
+    norm = _finite(model.weights["text_encoder"][FINAL_TEXT_NORM], FINAL_TEXT_NORM)
     return [_features(h, count, norm, text) for h, count in zip(hidden, counts, strict=True)]
 
 
@@ -85,8 +86,16 @@ def _embedded(model: Model, ids: list[int]) -> Array:
         else weights[TOKEN_EMBEDDING][ids]
     )
     hidden = np.zeros((model.config.text.length, model.config.text.dim), np.float32)
-    hidden[: len(ids)] = np.asarray(rows, np.float32)
+    hidden[: len(ids)] = _finite(rows, TOKEN_EMBEDDING)
     return hidden
+
+
+def _finite(weight: Array, name: str) -> NDArray[np.float32]:
+    """A weight that the host itself uses. Raises NotFinite."""
+    values = np.asarray(weight, np.float32)
+    if not np.isfinite(values).all():
+        raise NotFinite(f"The text_encoder's tensor {name} holds a NaN or an infinity.", DAMAGED)
+    return values
 
 
 def _attention_bias(count: int, length: int) -> NDArray[np.float32]:

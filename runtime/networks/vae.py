@@ -1,7 +1,7 @@
 """Frames to latents and back, chunk by chunk, the caches of one chunk fed to the next (model_spec.md 7.2).
 
 Frames are float32 [3, F, H, W] in [-1, 1], latents float32 [latent channels, T, H/8, W/8], normalised, with
-F = 4(T-1) + 1.
+F = 4(T-1) + 1. Decoded frames are not clamped: a clamp would turn a NaN into a black pixel.
 """
 
 from collections.abc import Iterator

@@ -31,6 +31,7 @@ from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, StageStarted, silent
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.onnxruntime import require_memory
+from trt_wan.runtime.finite import Broken, explained, is_finite
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.text_encoder import encode_texts
@@ -173,7 +174,7 @@ class OpenModel:
         progress: Progress = silent,
         should_stop: ShouldStop = lambda: False,
     ) -> Iterator[Array]:
-        """`stream` in pieces and before rounding: float32 [3, n, H, W] in [-1, 1]."""
+        """`stream` in pieces, before clamping to [-1, 1] and rounding: float32 [3, n, H, W]."""
         if self._closed:
             raise UsageError("This model is closed.", "Open it again with open_model().")
         if self._running:
@@ -212,6 +213,10 @@ class OpenModel:
         if new:
             progress(StageStarted("text"))
         made = encode_texts(model, self._weights.tokenizer, new) if new else []
+        if not all(map(is_finite, made)):
+            raise explained(
+                model, Broken("the prompt", lambda model: encode_texts(model, self._weights.tokenizer, new))
+            )
         for prompt, features in zip(new, made, strict=True):
             self._features[prompt] = features
             self._cache.store(prompt, features)

@@ -24,7 +24,7 @@ from trt_wan.engines.store.kernels import KernelCache
 from trt_wan.errors import GraphError, MemoryShort, with_commands
 from trt_wan.runtime.device.driver import driver_version
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.events import Note, Progress, silent
+from trt_wan.runtime.events import Note, Progress, reports_waiting, silent
 
 PROCESSES = 8  # at most; each takes half a GB of GPU memory while it works
 
@@ -61,7 +61,8 @@ def finish_engines(gpu: Gpu, recipes: Iterable[Recipe], progress: Progress = sil
 
 
 def _obtained(recipe: Recipe, spare: Iterable[Recipe], progress: Progress) -> Obtained:
-    engine = obtain(recipe, {other.engine.key for other in spare})
+    keys = {other.engine.key for other in spare}
+    engine = obtain(recipe, keys, reports_waiting(progress))
     if engine.built:
         progress(Note(f"built {recipe.engine.title} in {engine.manifest.build_seconds:.1f} s"))
     return engine

@@ -1,8 +1,8 @@
 """Checkpoint files to canonical float32 tensors: names, scales and types as people have them, checked before
 use.
 
-Everything wrong with a file is found from the header alone and told at once. Values are converted to float32
-when asked for, one tensor at a time.
+Everything wrong with a file is found from the header and the scales alone and told at once. Values are
+converted to float32 when asked for, one tensor at a time.
 
 Scaled FP8 (model_spec.md 5.2): an FP8 tensor is multiplied by `<layer>.scale_weight` (also called
 `weight_scale`), one number for the tensor or one per output channel; a tensor of another type is used as it
@@ -115,7 +115,9 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
             return "is FP8 and has no scale"
         scale, per_channel = self.file[stored], (shape[:1], (*shape[:1], 1))
         if scale.dtype in FLOAT_TYPES and scale.shape in ((), (1,), (1, 1), *per_channel):
-            return None
+            values = self.file.read(stored).astype(np.float32)
+            wrong = values[~((values > 0) & np.isfinite(values))]
+            return f"has a scale of {wrong[0]:g} ({stored})" if wrong.size else None
         return (
             f"has a scale of the type {scale.dtype} and the shape {list(scale.shape)}"
             f"{self._quantisation(name)}, which is not supported"
@@ -124,7 +126,7 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
     def _quantisation(self, name: str) -> str:
         """The format of a tensor in the file's own words, for a message (model_spec.md 5.2, comfy_quant)."""
         described = self.names.get(name.removesuffix("weight") + "comfy_quant")
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
             if described is not None:
                 layer = json.loads(self.file.read(described).tobytes())
             else:
@@ -158,7 +160,7 @@ def load_weights(
     """The model and the checked checkpoint of every part: `chosen`, or found in or below `folders`.
 
     Several files may hold a part, since a folder of models has other CLIPs and other T5s: the one that fits
-    is taken. Reads headers only. Raises WeightsError.
+    is taken. Reads headers and scales only. Raises WeightsError.
     """
     files = {part: [path] for part, path in chosen.items()}
     files |= find_files(folders, [part for part in PARTS if part not in chosen])

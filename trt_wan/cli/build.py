@@ -14,7 +14,7 @@ import click
 from trt_wan.cli.command import command, note
 from trt_wan.cli.report import Report, Result, readable_bytes, table
 from trt_wan.cli.sizes import size as size_option
-from trt_wan.errors import GraphError, UsageError, with_commands
+from trt_wan.errors import GraphError, UsageError, shell_command, with_commands
 from trt_wan.install import install_command
 
 if TYPE_CHECKING:
@@ -170,9 +170,15 @@ def _graphs(report: Report, model: str, plan: "Plan", dry_run: bool) -> tuple[Re
     from trt_wan.engines.config import MODELS
     from trt_wan.engines.store.graphs import graph_set
 
+    if plan.precision != "fp32":
+        again = shell_command((*plan.build_command(model), "--target", "sm89"))
+        text = (
+            f"Graphs in {plan.precision} are for GPUs; the CPU runs fp32. Engines made of them, for example:"
+        )
+        note(report, with_commands(text, again), "graphs_for_gpus", precision=plan.precision)
     graphs = graph_set(MODELS[model], plan)
     if dry_run:
-        missing = [] if graphs.complete() else list(graphs.names)
+        missing = list(graphs.missing())
         text = f"{len(missing)} graphs would be exported" if missing else "the graphs are there"
         return f"{text}: {graphs.folder}", {"missing_graphs": missing, "engines": []}
     start = time.perf_counter()

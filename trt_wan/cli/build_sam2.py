@@ -15,7 +15,7 @@ from trt_wan.cli.command import note
 from trt_wan.cli.report import Report, Result, table
 from trt_wan.errors import EnvironmentBroken, UsageError, with_commands
 from trt_wan.install import install_command
-from trt_wan.runtime.events import EngineReady, EngineStep
+from trt_wan.runtime.events import EngineReady, EngineStep, reports_waiting
 
 if TYPE_CHECKING:
     from trt_wan.engines.flavour import Flavour
@@ -100,11 +100,11 @@ def _graphs(report: Report, config: "Sam2Config", plan: "Sam2Plan", dry_run: boo
     """The graphs that had to be exported, or would be; torch is imported only for that."""
     from trt_wan.engines.sam2.recipes import graph_set
 
-    graphs = graph_set(config, plan)
-    if graphs.complete():
+    missing = graph_set(config, plan).missing()
+    if not missing:
         return []
     if dry_run:
-        return [f"{name}, {plan.precision}" for name in graphs.names]
+        return [f"{name}, {plan.precision}" for name in missing]
     made: list[str] = []
 
     def exported(name: str, seconds: float) -> None:
@@ -114,7 +114,7 @@ def _graphs(report: Report, config: "Sam2Config", plan: "Sam2Plan", dry_run: boo
     try:
         from trt_wan.build.sam2 import build_sam2_graphs
 
-        build_sam2_graphs(config, plan, exported)
+        build_sam2_graphs(config, plan, exported, reports_waiting(report.progress))
     except ImportError as error:  # torch imports onnxscript only when it exports
         raise UsageError(
             f"Exporting graphs needs packages that are not here ({error}).",
@@ -150,7 +150,8 @@ def _engines(report: Report, config: "Sam2Config", goal: Sam2Goal, dry_run: bool
         def step(phase: str, step: int, steps: int, name: str = name, number: int = number) -> None:
             report.progress(EngineStep(goal.target, name, number, len(made), phase, step, steps))
 
-        manifest, built = ensure(recipe.engine, partial(recipe.compile, step), keys)
+        waiting = reports_waiting(report.progress)
+        manifest, built = ensure(recipe.engine, partial(recipe.compile, step), keys, waiting)
         state, seconds, size = "built" if built else "there", manifest.build_seconds, manifest.bytes
         report.progress(EngineReady(goal.target, name, number, len(made), state, seconds, size))
         found.append({**row, "state": state, "seconds": seconds, "bytes": size})

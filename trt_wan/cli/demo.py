@@ -23,7 +23,7 @@ DEMO_STEPS = 4
 def demo(*, report: Report, output: Path) -> Any:
     """Make tiny random weights and graphs in the cache and run the whole pipeline on the sample."""
     from trt_wan.engines.store.home import home
-    from trt_wan.runtime.video.writer import check_target
+    from trt_wan.runtime.video.target import check_target
     from trt_wan.runtime.weights.tiny import write_tiny_weights
 
     overwrite = output == DEMO_OUTPUT

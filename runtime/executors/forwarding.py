@@ -28,6 +28,9 @@ class ForwardingExecutor:
     def blend(self, slots: int, parts: Sequence[BlendPart]) -> Array:
         return self.executor.blend(slots, parts)
 
+    def is_finite(self, array: Array) -> bool:
+        return self.executor.is_finite(array)
+
     def wait(self) -> None:
         self.executor.wait()
 

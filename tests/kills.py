@@ -1,0 +1,311 @@
+"""Kills `run`, `preprocess` and `build` at random moments, and checks that nothing is lost or wrong.
+
+    python tests/kills.py --moments 1000 --workers 16 --out kills.json
+
+By hand; test_kills.py runs a few moments of each. A moment starts the command in a folder of its own, sends
+SIGKILL, SIGTERM, SIGINT or SIGHUP after a random part of its time, checks what is on the disk, starts the
+same command again and compares its result with that of a command that was left alone. The networks are tiny;
+people are made up. One part of the `run` moments fills a small tmpfs in place of a signal, where this process
+may mount one.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import numpy as np
+from tiny_job import TRT_WAN, prepare, write_sound
+
+WINDOW, FRAMES = 13, 40  # four windows
+BUILD = [*TRT_WAN, "build", "--model", "tiny", "--size", "64x48", "--window", str(WINDOW), "--json"]
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PATIENCE = 60.0  # seconds that a signalled command may take to end
+STOPPED = 130
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the moments start from, and what they must end with."""
+
+    folder: Path
+    seconds: dict[str, float]  # of each command, left alone
+
+    def command(self, kind: str, here: Path) -> list[str]:
+        if kind == "build":
+            return BUILD
+        if kind == "preprocess":
+            return [sys.executable, __file__, "--child", str(self.folder), str(here / "prepared")]
+        clips, weights = self.folder / "clips", self.folder / "weights"
+        job = ["--window", str(WINDOW), "--steps", "1", "--executor", "onnxruntime", "--json"]
+        return [*TRT_WAN, "run", "--inputs", str(clips), "--weights", str(weights), *job] + [
+            "-o",
+            str(here / "out.mp4"),
+        ]
+
+    def home(self, kind: str) -> Path | None:
+        """The cache that a moment gets a copy of."""
+        return None if kind == "build" else self.folder / "home"
+
+
+@dataclass
+class Moment:
+    kind: str
+    signal: int
+    part: float  # of the command's time
+    returned: int | None = None
+    windows: int = 0  # finished ones that the command reported
+    kept: int = 0  # frames in partial files that play
+    faults: list[str] = field(default_factory=list)
+
+    def check(self, right: bool, fault: str) -> None:
+        if not right:
+            self.faults.append(fault)
+
+
+def make_base(folder: Path, kinds: Sequence[str]) -> Base:
+    from made_clips import write_clip as write_driving
+    from made_clips import write_reference
+
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(folder / "clips", write_sound(folder / "tone.m4a", 2), FRAMES)
+    write_reference(folder / "character.png", (128, 96))
+    write_driving(folder / "dance.mp4", 60, codec="libx264", sound=True)
+    home = folder / "home"
+    environment = os.environ | {"TRT_WAN_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    base, seconds = Base(folder, {}), {}
+    subprocess.run([*TRT_WAN, "weights", "tiny", str(folder / "weights")], check=True, capture_output=True)
+    for kind in dict.fromkeys(("build", *kinds)):
+        start = time.perf_counter()
+        command = base.command(kind, folder)
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        seconds[kind] = time.perf_counter() - start
+    return Base(folder, seconds)
+
+
+def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
+    here.mkdir(parents=True)
+    home = here / "home"
+    if (start := base.home(moment.kind)) is not None:
+        shutil.copytree(start, home)
+    environment = os.environ | {"TRT_WAN_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    command = base.command(moment.kind, here)
+    with (here / "stdout").open("wb") as out, (here / "stderr").open("wb") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, restore_signals=True)
+        time.sleep(moment.part * base.seconds[moment.kind])
+        process.send_signal(moment.signal)
+        try:
+            moment.returned = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            moment.faults.append(f"did not end in {PATIENCE:.0f} s")
+    finished = moment.returned == 0
+    young = moment.part < 0.1  # Python itself was starting: no handler can be there yet
+    ends = {0, STOPPED} | ({-moment.signal} if moment.signal == signal.SIGKILL or young else set())
+    moment.check(moment.returned in ends, f"returned {moment.returned}")
+    moment.check("Traceback" not in (here / "stderr").read_text(errors="replace"), "traceback")
+    CHECKS[moment.kind](base, moment, here, finished)
+    kept = {path: _hash(path) for path in here.glob("out.partial*")}
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    there = again.returncode == 1 and finished and "exists already" in again.stdout
+    moment.check(
+        again.returncode == 0 or there, f"the next start returned {again.returncode}: {again.stdout[-600:]}"
+    )
+    CHECKS[moment.kind](base, Moment(moment.kind, 0, 1, faults=moment.faults), here, True)
+    for path, digest in kept.items():
+        moment.check(path.exists() and _hash(path) == digest, f"{path.name} was changed by the next start")
+    for path in sorted(home.rglob("*")):
+        moment.check(not _is_leftover(path), f"left over: {path.relative_to(here)}")
+    if not moment.faults:
+        shutil.rmtree(here)
+    return moment
+
+
+def check_run(base: Base, moment: Moment, here: Path, finished: bool) -> None:
+    output, whole = here / "out.mp4", base.folder / "out.mp4"
+    moment.check(output.exists() == finished, f"finished: {finished}, final file: {output.exists()}")
+    if output.exists():
+        moment.check(_hash(output) == _hash(whole), "the final file is another one")
+    if moment.signal == 0:
+        return
+    lines = (here / "stdout").read_text().splitlines()
+    events = [json.loads(line) for line in lines if line.endswith("}")]
+    done = [event["frames"] for event in events if event.get("event") == "WindowDone"]
+    moment.windows = len(done)
+    partials = [path for path in here.glob("*partial*") if path.suffix == ".mp4"]
+    pictures = [_played(path) for path in partials]
+    moment.kept = max(map(len, pictures), default=0)
+    if not finished:
+        moment.check(moment.kept >= sum(done), f"{moment.kept} of {sum(done)} finished frames kept")
+    reference = _played(whole)
+    for path, shown in zip(partials, pictures, strict=True):
+        far = [float(np.abs(a - b).mean()) for a, b in zip(shown, reference, strict=False)]
+        moment.check(max(far, default=0) < 6, f"{path.name} shows something else ({max(far, default=0):.1f})")
+
+
+def check_preprocess(base: Base, moment: Moment, here: Path, finished: bool) -> None:
+    made, whole = here / "prepared", base.folder / "prepared"
+    moment.check(made.exists() == finished, f"finished: {finished}, folder: {made.exists()}")
+    if made.exists():
+        got, want = ({p.name: _hash(p) for p in folder.iterdir()} for folder in (made, whole))
+        moment.check(got == want, f"other files: {sorted(got.items() ^ want.items())}")
+    others = {p.name for p in here.iterdir()} - {"prepared", "home", "stdout", "stderr"}
+    moment.check(moment.signal == signal.SIGKILL or not others, f"litter: {sorted(others)}")
+
+
+def check_build(base: Base, moment: Moment, here: Path, finished: bool) -> None:
+    """A graph under its final name is right, also after SIGKILL; a later start loads no other."""
+    whole = {p.relative_to(base.folder / "home"): _hash(p) for p in (base.folder / "home").rglob("*.onnx")}
+    found = {
+        p.relative_to(here / "home"): p for p in (here / "home").rglob("*.onnx") if p.parent.suffix == ""
+    }
+    for name, path in found.items():
+        moment.check(name in whole and _hash(path) == whole[name], f"wrong graph {name}")
+    if finished:
+        moment.check(set(found) == set(whole), f"{len(found)} of {len(whole)} graphs")
+    moment.windows = len(found)
+
+
+CHECKS: dict[str, Callable[[Base, Moment, Path, bool], None]] = {
+    "run": check_run,
+    "preprocess": check_preprocess,
+    "build": check_build,
+}
+
+
+def fill_a_disk(base: Base, here: Path, room: int) -> Moment:
+    """`run` into a tmpfs of `room` bytes: one sentence, exit code 1, finished windows play if they fit."""
+    moment = Moment("full disk", 0, room)
+    here.mkdir(parents=True)
+    with _mounted(here, room) as small:
+        environment = os.environ | {"TRT_WAN_HOME": str(base.folder / "home"), "OMP_NUM_THREADS": "1"}
+        command = base.command("run", small)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        moment.returned = result.returncode
+        done = sum(json.loads(s).get("frames", 0) for s in result.stdout.splitlines() if '"WindowDone"' in s)
+        moment.windows = done
+        told = json.loads(result.stdout.splitlines()[-1])
+        if result.returncode == 0:
+            moment.check(
+                _hash(small / "out.mp4") == _hash(base.folder / "out.mp4"), "the file is another one"
+            )
+            return moment
+        moment.check(result.returncode == 1, f"returned {result.returncode}")
+        moment.check("The disk is full" in told["error"]["message"], str(told))
+        moment.check(not (small / "out.mp4").exists(), "a final file")
+        partials = list(small.glob("*partial*.mp4"))
+        moment.kept = max((len(_played(path)) for path in partials), default=0)
+        named = all(str(path) in told["error"]["hint"] for path in partials)
+        moment.check(named, f"{partials} not named in {told['error']['hint']}")
+    return moment
+
+
+@contextmanager
+def _mounted(here: Path, room: int) -> Iterator[Path]:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(here)], check=True)
+    try:
+        yield here
+    finally:
+        subprocess.run(["umount", str(here)], check=True)
+
+
+def _is_leftover(path: Path) -> bool:
+    return path.suffix == ".partial" or path.name.startswith((".making-", ".temporary"))
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _played(path: Path) -> list[np.ndarray]:  # type: ignore[type-arg]
+    """The frames that a player shows, as float32."""
+    pictures = []
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                pictures.append(frame.to_ndarray(format="gray").astype(np.float32))
+    except av.FFmpegError:
+        pass
+    return pictures
+
+
+def preprocess_child(base: Path, output: Path) -> None:
+    """The real command with made-up people instead of networks."""
+    from made_clips import FakePeople, FakeSegmenter
+
+    import trt_wan.preprocess.stages as stages
+    from trt_wan.cli.main import main
+
+    stages.open_stages = lambda *_, **__: stages.Stages(FakePeople(), FakeSegmenter())  # type: ignore[assignment]
+    job = ["-o", str(output), "--size", "64x48", "--mode", "replace", "--json"]
+    sys.argv = ["trt-wan", "preprocess", str(base / "character.png"), str(base / "dance.mp4"), *job]
+    main()
+
+
+def moments(count: int, kinds: Sequence[str], seed: int) -> list[Moment]:
+    draw = random.Random(seed)
+    return [Moment(kinds[i % len(kinds)], SIGNALS[i // len(kinds) % 4], draw.random()) for i in range(count)]
+
+
+def run_all(base: Base, todo: Sequence[Moment], folder: Path, workers: int) -> list[Moment]:
+    with ProcessPoolExecutor(workers) as pool:
+        futures = [pool.submit(run_moment, base, moment, folder / f"{i}") for i, moment in enumerate(todo)]
+        return [future.result() for future in futures]
+
+
+def report(done: Sequence[Moment]) -> dict[str, object]:
+    bad = [moment for moment in done if moment.faults]
+    return {
+        "moments": dict(Counter(moment.kind for moment in done)),
+        "returned": {kind: dict(Counter(str(m.returned) for m in done if m.kind == kind)) for kind in CHECKS},
+        "stopped with finished windows": sum(
+            m.windows > 0 and m.returned != 0 for m in done if m.kind == "run"
+        ),
+        "faulty": len(bad),
+        "faults": dict(Counter(f"{m.kind}: {fault[:200]}" for m in bad for fault in m.faults)),
+        "first": [vars(moment) for moment in bad[:20]],
+    }
+
+
+def main() -> None:
+    if "--child" in sys.argv:
+        preprocess_child(*map(Path, sys.argv[2:4]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--moments", type=int, default=1000)
+    parser.add_argument("--disks", type=int, default=20, help="sizes of a full tmpfs to try")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--kinds", default="run,run,preprocess,build")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("kills"))
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    kinds = given.kinds.split(",")
+    base = make_base(given.folder / "base", kinds)
+    print(f"left alone: {base.seconds}", file=sys.stderr, flush=True)
+    done = run_all(base, moments(given.moments, kinds, given.seed), given.folder / "moments", given.workers)
+    size = (base.folder / "out.mp4").stat().st_size
+    for i in range(given.disks):
+        done.append(fill_a_disk(base, given.folder / f"disk{i}", 4096 + i * 2 * size // max(given.disks, 1)))
+    text = json.dumps(report(done), indent=1, default=str)
+    print(text)
+    if given.out is not None:
+        given.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
