@@ -12,8 +12,11 @@ from trt_wan.preprocess.clips.sizes import Size, fit, output_size, resize_by_are
 from trt_wan.preprocess.job import PreprocessJob
 from trt_wan.preprocess.observe import Observe, unobserved
 from trt_wan.preprocess.people.person import Box, PersonFrame
+from trt_wan.runtime.events import Progress, silent
 from trt_wan.runtime.letterbox import letterbox
-from trt_wan.runtime.video.reader import Clip, Picture
+from trt_wan.runtime.video.reader import Picture
+from trt_wan.runtime.video.stills import RATE as PICTURES_RATE
+from trt_wan.runtime.video.stills import AnyClip, open_clip
 
 RATES = {"official": Fraction(30), "kijai": Fraction(16)}  # frames per second; the default is the clip's rate
 
@@ -30,7 +33,7 @@ class Footage:
     observe: Observe = unobserved
 
     def __iter__(self) -> Iterator[Picture]:
-        with Clip(self.path) as clip:
+        with open_clip(self.path) as clip:
             last, picture = -1, None
             for index in self.indices:
                 if picture is None or index != last:
@@ -69,17 +72,25 @@ class Sizes:
         return PersonFrame(box, keypoints)
 
 
-def plan_footage(job: PreprocessJob, reference: Picture, observe: Observe) -> tuple[Footage, Sizes]:
-    """Raises InputError or UsageError for a clip or a size that cannot be used."""
-    with Clip(job.clip) as clip:
-        rate = job.rate or (RATES[job.compat] if job.compat else clip.rate)
+def plan_footage(
+    job: PreprocessJob, reference: Picture, observe: Observe, progress: Progress = silent
+) -> tuple[Footage, Sizes]:
+    """Reports the clip's notes. Raises InputError or UsageError for a clip or a size that cannot be used.
+
+    Numbered pictures have no rate: they are taken as they come, at the rate of the clips to make.
+    """
+    wanted = job.rate or (RATES[job.compat] if job.compat else None)
+    with open_clip(job.clip, rate=wanted or PICTURES_RATE) as clip:
+        for note in clip.notes:
+            progress(note)
+        rate = wanted or clip.rate
         rule: SamplingRule = "kijai" if job.compat == "kijai" else "official"
         indices = frame_indices(clip.frames, clip.rate, rate, rule)
         footage = Footage(job.clip, indices, rate, clip.has_sound, observe=observe)
         return footage, plan_sizes(job, reference, clip)
 
 
-def plan_sizes(job: PreprocessJob, reference: Picture, clip: Clip) -> Sizes:
+def plan_sizes(job: PreprocessJob, reference: Picture, clip: AnyClip) -> Sizes:
     """In mode replace the video has the clip's shape, and frames are scaled to the video's size. In mode
     animate it has the reference's shape, and frames keep their size. The wrapper scales frames in both modes.
 

@@ -11,6 +11,7 @@ from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.pictures.masks import Compat, MaskShape
 from trt_wan.preprocess.retarget.rules import RetargetRule
 from trt_wan.runtime.job import Mode
+from trt_wan.runtime.video.transparency import colour
 
 SIZE = (832, 480)
 
@@ -36,6 +37,7 @@ class PreprocessJob:
     head: bool = True
     face: bool = True
     face_padding: int = 0  # pixels
+    behind: str = "white"  # the colour behind a transparent reference: a name or #rrggbb
     keypoints: Path | None = None  # edited by hand: these replace the search for people
     overwrite: bool = False
 
@@ -50,6 +52,7 @@ class PreprocessJob:
                 "Edited pictures are read for retargeting only.",
                 "Add --retarget safe or --retarget official.",
             )
+        colour(self.behind)
         if self.rate is not None and self.rate <= 0:
             raise UsageError(f"A rate of {self.rate} makes no video.", "Give a rate such as 16 or 30.")
         if self.face_padding < 0:

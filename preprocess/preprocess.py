@@ -33,7 +33,9 @@ from trt_wan.preprocess.retarget.rules import retarget
 from trt_wan.preprocess.stages import Stages
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.letterbox import letterbox
-from trt_wan.runtime.video.reader import Picture, read_picture
+from trt_wan.runtime.video.pictures import read_picture, read_transparent, write_picture
+from trt_wan.runtime.video.reader import Picture
+from trt_wan.runtime.video.transparency import colour, transparency_note
 
 MAX_GAP = Fraction(1, 2)  # s: longer gaps of a joint or a person are not filled
 FIND = "find person"
@@ -42,8 +44,12 @@ FIND = "find person"
 def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) -> Path:
     """Makes the folder `job.output` and returns it. After a TrtWanError nothing is left of it."""
     # 1. Plan: every refusal that needs no network.
-    reference = read_picture(job.reference)
-    footage, sizes = plan_footage(job, reference, stages.observe)
+    picture = read_transparent(job.reference)
+    reference = picture.over(colour(job.behind))
+    if picture.opacity is not None:
+        option = "--reference-background"
+        progress(transparency_note(job.reference, picture.opacity, job.behind, option))
+    footage, sizes = plan_footage(job, reference, stages.observe, progress)
 
     with ArtifactFolder(job.output, job.overwrite) as folder:
         # 2. Find the people. Clips are drawn from the rounded numbers in keypoints.json, so that a job with
@@ -65,7 +71,11 @@ def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) 
         # 4. Draw and write all clips, frame by frame.
         drawing = Drawing(job, sizes, people, skeletons, poses, stages.observe)
         write_clips(drawing, replace(footage, fitted=sizes.fitted), folder.making, stages, progress)
-        (folder.making / artifacts.REFERENCE).write_bytes(job.reference.read_bytes())
+        if picture.opacity is None:
+            (folder.making / artifacts.REFERENCE).write_bytes(job.reference.read_bytes())
+        else:
+            write_picture(folder.making / artifacts.REFERENCE, reference)
+            write_picture(folder.making / artifacts.REFERENCE_MASK, picture.opacity)
         return folder.publish()
 
 

@@ -76,7 +76,8 @@ class WindowClips:
     pose: Array | None  # [3, F, H, W]
     face: Array | None  # [F, 3, 512, 512]
     background: Array | None = None  # [3, F, H, W]
-    person: Array | None = None  # [F, H, W] in 0...1
+    person: Array | None = None  # [F, H, W], 0 or 1
+    soft: int = 0  # pixels of the mask clip that are neither black nor white
 
 
 @dataclass(frozen=True)

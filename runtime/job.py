@@ -9,6 +9,7 @@ from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.schedulers import SAMPLERS, schedule
+from trt_wan.runtime.video.transparency import colour
 from trt_wan.runtime.windows import Windows
 
 Mode = Literal["animate", "replace"]
@@ -23,15 +24,22 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 
 
+BACKGROUNDS, MASKS = ("src_bg.mp4", "src_bg.png"), ("src_mask.mp4", "src_mask.png")
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """The prepared clips. All have the same number of frames and the size of the video; faces are 512x512."""
+    """The prepared clips. All have the same number of frames and the size of the video; faces are 512x512.
+    Background and mask may be one picture, which stands for all frames.
+    """
 
     reference: Path
     pose: Path | None
     face: Path | None
     background: Path | None = None
     mask: Path | None = None
+    trim_to_shortest: bool = False  # cut longer clips at their ends
+    behind: str = "white"  # the colour behind a transparent reference: a name or #rrggbb
 
     def __post_init__(self) -> None:
         if self.pose is None and self.face is None:
@@ -39,14 +47,18 @@ class Inputs:
                 "There is neither a pose clip nor a face clip, so nothing drives the character.",
                 "Give at least one of src_pose.mp4 and src_face.mp4.",
             )
+        colour(self.behind)
 
     @staticmethod
-    def from_folder(folder: Path, mode: Mode) -> "Inputs":
-        """The official preprocessing's file names; every clip is optional by the rules of `mode`."""
+    def from_folder(
+        folder: Path, mode: Mode, *, trim_to_shortest: bool = False, behind: str = "white"
+    ) -> "Inputs":
+        """The official preprocessing's file names; every clip is optional by the rules of `mode`. Background
+        and mask may be .png in place of .mp4.
+        """
 
-        def clip(name: str) -> Path | None:
-            path = folder / name
-            return path if path.exists() else None
+        def clip(*names: str) -> Path | None:
+            return next((folder / name for name in names if (folder / name).exists()), None)
 
         if not (folder / "src_ref.png").exists():
             raise UsageError(
@@ -54,7 +66,7 @@ class Inputs:
                 "Name the folder of the prepared clips with --inputs DIR: src_ref.png, src_pose.mp4, "
                 "src_face.mp4, and for --mode replace src_bg.mp4 and src_mask.mp4.",
             )
-        background, mask = clip("src_bg.mp4"), clip("src_mask.mp4")
+        background, mask = clip(*BACKGROUNDS), clip(*MASKS)
         if mode == "replace" and (background is None or mask is None):
             missing = (
                 "src_mask.mp4" if background else "src_bg.mp4" if mask else "src_bg.mp4 and src_mask.mp4"
@@ -65,12 +77,20 @@ class Inputs:
             )
         if mode == "animate":
             background = mask = None
-        return Inputs(folder / "src_ref.png", clip("src_pose.mp4"), clip("src_face.mp4"), background, mask)
+        return Inputs(
+            folder / "src_ref.png",
+            clip("src_pose.mp4"),
+            clip("src_face.mp4"),
+            background,
+            mask,
+            trim_to_shortest,
+            behind,
+        )
 
 
 def unused_clips(folder: Path, mode: Mode) -> list[str]:
     """The prepared clips in `folder` that `mode` leaves aside."""
-    names = ("src_bg.mp4", "src_mask.mp4") if mode == "animate" else ()
+    names = (*BACKGROUNDS, *MASKS) if mode == "animate" else ()
     return [name for name in names if (folder / name).exists()]
 
 

@@ -10,7 +10,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.runtime.video.reader import Clip, Picture
+from trt_wan.runtime.video.clips import frames_of, people_of
+from trt_wan.runtime.video.reader import Picture
+from trt_wan.runtime.video.stills import open_clip
 
 Mask = NDArray[np.bool_]
 SOFT_EDGE = 16  # pixels outside the mask over which the painted picture blends into the original
@@ -33,7 +35,7 @@ def paste_back(painted: Picture, original: Picture, mask: Mask, soft_edge: int =
 
 def pasted_back(painted: Iterable[Picture], background: Path, mask: Path) -> Iterator[Picture]:
     """`paste_back` for a whole video. `background` and `mask` are its prepared clips."""
-    with Clip(background) as original, Clip(mask) as masks:
+    with open_clip(background, one=True) as original, open_clip(mask, one=True) as masks:
         for k, picture in enumerate(painted):
-            here = masks.window([k])[0, ..., 0] > 127
-            yield paste_back(picture, original.window([k])[0], here)
+            here = people_of(frames_of(masks, [k]))[0]
+            yield paste_back(picture, frames_of(original, [k])[0], here)

@@ -27,7 +27,15 @@ from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.preparation import Prepared, prepare
 from trt_wan.runtime.schedulers import SAMPLERS
 from trt_wan.runtime.schedulers import schedule as make_schedule
-from trt_wan.runtime.video.clips import FACE_SIZE, Clips, open_clips
+from trt_wan.runtime.video.clips import (
+    FACE_SIZE,
+    PERSON,
+    Clips,
+    frames_of,
+    open_clips,
+    people_of,
+    soft_pixels,
+)
 from trt_wan.runtime.windows import Windows
 
 ShouldStop = Callable[[], bool]
@@ -96,6 +104,8 @@ def _stream(
         f"face crops are {FACE_SIZE}, {config.name} takes {config.motion.size}"
     )
     latent_size = plan.latent_height, plan.latent_width
+    for note in clips.notes:
+        progress(note)
     if job.mode == "replace" and clips.face is None:
         progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
     clock = _StepClock(model, job, windows.total, progress, should_stop)
@@ -110,6 +120,7 @@ def _stream(
     generator = CpuGenerator(job.seed)
     strengths = Strengths(job.pose_strength, job.face_strength)
     carried: Array | None = None
+    soft_before = False
 
     for j in range(windows.total):
         here = {"window": j + 1, "windows": windows.total}
@@ -118,6 +129,9 @@ def _stream(
         progress(StageStarted("condition", **here))
         with model.checked(clock.stop_before_next):
             signals = window_clips(clips, windows.indices(j), grey_face=job.mode == "replace")
+            if signals.soft and not soft_before:
+                progress(_soft_mask(clips, signals.soft, j))
+            soft_before = soft_before or signals.soft > 0
             window = condition_window(model, prepared.reference, signals, carried, strengths)
 
         # 4. Denoise.
@@ -191,14 +205,27 @@ def window_clips(clips: Clips, indices: list[int], grey_face: bool) -> WindowCli
     """The frames `indices` of every clip. `grey_face` stands in for a face clip that is not given."""
     pose = None if clips.pose is None else to_signal(clips.pose.window(indices))
     face = background = person = None
+    soft = 0
     if clips.face is not None:
         face = to_signal(clips.face.window(indices)).transpose(1, 0, 2, 3)
     elif grey_face:
         face = np.broadcast_to(np.float32(0), (len(indices), 3, FACE_SIZE, FACE_SIZE))
     if clips.background is not None and clips.mask is not None:
-        background = to_signal(clips.background.window(indices))
-        person = clips.mask.window(indices)[..., 0].astype(np.float32) / 255
-    return WindowClips(pose, face, background, person)
+        background = to_signal(frames_of(clips.background, indices))
+        masks = frames_of(clips.mask, indices)
+        person, soft = people_of(masks).astype(np.float32), soft_pixels(masks)
+    return WindowClips(pose, face, background, person, soft)
+
+
+def _soft_mask(clips: Clips, soft: int, window: int) -> Note:
+    assert clips.mask is not None, "soft pixels are those of a mask"
+    name = clips.mask.path.name
+    return Note(
+        f"{name} is not black and white: {soft} pixels of window {window + 1} lie between. "
+        f"Levels of {PERSON} and more count as the person, all others as the background.",
+        "soft_mask",
+        {"file": str(clips.mask.path), "pixels": soft, "window": window + 1, "threshold": PERSON},
+    )
 
 
 def to_pixels(frames: Array) -> Pixels:

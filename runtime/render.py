@@ -1,22 +1,26 @@
 """A job to a video file: frames encoded as they come, with the driving clip's rate and sound.
 
 Frames are rounded, pasted back and encoded in another thread, in order, while the next ones are
-decoded: after the last decoding only the last frames are left to write.
+decoded: after the last decoding only the last frames are left to write. A window counts as finished when its
+frames are on the disk.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Protocol
 
 from trt_wan.errors import InputError, TrtWanError
 from trt_wan.runtime.conditioning import Pixels
-from trt_wan.runtime.events import Progress, StageStarted, silent
+from trt_wan.runtime.events import Event, Progress, StageStarted, WindowDone, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.paste_back import pasted_back
 from trt_wan.runtime.pipeline import ShouldStop, to_pixels
 from trt_wan.runtime.video.clips import Clips, open_clips
+from trt_wan.runtime.video.target import check_target, claimed
 from trt_wan.runtime.video.writer import VideoWriter
 from trt_wan.runtime.video.writer_thread import Beside
 
@@ -59,57 +63,99 @@ def render(
     copied; without it, the pose or face clip's own is. With `paste_back` (mode replace) the pixels around the
     mask are those of the background clip.
 
-    When the job fails or is stopped, the finished windows are kept beside `output` in a file that plays, and
-    the error says where: a TrtWanError in its hint, any other in a note.
+    When the job fails or is stopped, the finished frames are kept beside `output` in a file that plays, and
+    the error says where: a TrtWanError in its hint, any other in a note. A file that was kept before stays.
+    Raises OutputError if another process is writing `output`.
     """
-    if clips is None:
-        with open_clips(job.inputs, job.window) as clips:
-            return render(
-                job,
-                model,
-                output,
-                clips=clips,
-                sound=sound,
-                overwrite=overwrite,
-                paste_back=paste_back,
-                progress=progress,
-                should_stop=should_stop,
-            )
-    writer = VideoWriter(
-        output, clips.width, clips.height, clips.rate, sound or _own_sound(clips), overwrite=overwrite
-    )
-    try:
-        if sound is not None and not writer.has_sound:
-            raise InputError(f"{sound} has no sound.", "Leave out --audio, or name a file with sound.")
+    check_target(output, overwrite)
+    with ExitStack() as held:
+        held.enter_context(claimed(output, progress))
+        clips = clips or held.enter_context(open_clips(job.inputs, job.window))
+        writer = VideoWriter(
+            output, clips.width, clips.height, clips.rate, sound or _own_sound(clips), overwrite=overwrite
+        )
+        try:
+            if sound is not None and not writer.has_sound:
+                raise InputError(f"{sound} has no sound.", "Leave out --audio, or name a file with sound.")
+            seconds = _write(job, model, clips, writer, paste_back, progress, should_stop)
+        except BaseException as error:
+            if partial := writer.abandon(keep=True):
+                where = f"The {writer.kept} finished frames are in {partial}."
+                if isinstance(error, TrtWanError):
+                    error.add_hint(where)
+                else:
+                    error.add_note(where)
+            raise
+    return Rendered(output, writer.frames, clips.width, clips.height, float(clips.rate), seconds)
 
-        def write(pieces: Iterator[Array]) -> None:
-            frames: Iterable[Pixels] = (frame for piece in pieces for frame in to_pixels(piece))
-            if paste_back:
-                background, mask = job.inputs.background, job.inputs.mask
-                assert background is not None and mask is not None, "not the mode replace"
-                frames = pasted_back(frames, background, mask)
-            for frame in frames:
-                writer.write(frame)
 
-        with Beside(write, ROOM) as beside:
+def _write(
+    job: Job,
+    model: Streaming,
+    clips: Clips,
+    writer: VideoWriter,
+    paste_back: bool,
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> float:
+    """Writes and finishes the video. Returns the seconds that the writing thread was busy."""
+    windows = _Windows(writer, progress)
 
-            def stop() -> bool:
-                beside.check()  # a disk that is full ends the job at the next step, not with the next window
-                return should_stop()
+    def write(items: Iterator[Array | WindowDone]) -> None:
+        frames: Iterable[Pixels] = windows.frames(items)
+        if paste_back:
+            background, mask = job.inputs.background, job.inputs.mask
+            assert background is not None and mask is not None, "not the mode replace"
+            frames = pasted_back(frames, background, mask)
+        for frame in frames:
+            writer.write(frame)
 
-            for piece in model.pieces(job, clips=clips, progress=progress, should_stop=stop):
-                beside.put(piece)
-            progress(StageStarted("write"))
-        writer.finish()
-    except BaseException as error:
-        if partial := writer.abandon(keep=True):
-            where = f"The {writer.frames} finished frames are in {partial}."
-            if isinstance(error, TrtWanError):
-                error.add_hint(where)
+    with Beside(write, ROOM) as beside:
+
+        def told(event: Event) -> None:
+            windows.tell()
+            if isinstance(event, WindowDone):
+                beside.put(event)
             else:
-                error.add_note(where)
-        raise
-    return Rendered(output, writer.frames, clips.width, clips.height, float(clips.rate), beside.busy_seconds)
+                progress(event)
+
+        def stop() -> bool:
+            beside.check()  # a disk that is full ends the job at the next step, not with the next window
+            windows.tell()
+            return should_stop()
+
+        for piece in model.pieces(job, clips=clips, progress=told, should_stop=stop):
+            beside.put(piece)
+        progress(StageStarted("write"))
+    windows.tell()
+    writer.finish()
+    if windows.last is not None:
+        progress(windows.last)
+    return beside.busy_seconds
+
+
+class _Windows:
+    """Tells of a finished window when its frames are on the disk, in the caller's thread."""
+
+    def __init__(self, writer: VideoWriter, progress: Progress) -> None:
+        self._writer, self._progress = writer, progress
+        self._settled: SimpleQueue[WindowDone] = SimpleQueue()
+        self.last: WindowDone | None = None  # no `settle` for it: the file is finished next
+
+    def frames(self, items: Iterator[Array | WindowDone]) -> Iterator[Pixels]:
+        """Ask for a frame after the one before is written. Belongs to the writing thread."""
+        for item in items:
+            if not isinstance(item, WindowDone):
+                yield from to_pixels(item)
+            elif item.window < item.windows:
+                self._writer.settle()
+                self._settled.put(item)
+            else:
+                self.last = item
+
+    def tell(self) -> None:
+        while not self._settled.empty():
+            self._progress(self._settled.get())
 
 
 def _own_sound(clips: Clips) -> Path | None:

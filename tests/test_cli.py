@@ -7,10 +7,12 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner, Result
+from lengths import measured
 from safetensors.numpy import save_file
 from tiny_job import (
     BUILD,
@@ -65,7 +68,7 @@ LISTING = """
 import atexit, pathlib, sys
 file = pathlib.Path(sys.argv.pop(1))
 atexit.register(lambda: file.write_text(" ".join(sys.modules)))
-from trt_wan.cli.main import main
+from trt_wan.__main__ import main
 main()
 """
 
@@ -80,7 +83,7 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())
-from trt_wan.cli.main import main
+from trt_wan.__main__ import main
 main()
 """
 
@@ -98,7 +101,7 @@ def stuck(*arguments):
     return velocity(*arguments)
 
 denoise.velocity = stuck
-from trt_wan.cli.main import main
+from trt_wan.__main__ import main
 main()
 """
 
@@ -290,11 +293,14 @@ def read_until(process: "subprocess.Popen[str]", text: str) -> None:
     pytest.fail(f"{text!r} never came:\n{''.join(seen)}")
 
 
-def test_ctrl_c_keeps_the_finished_windows(place: Workplace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_keeps_the_finished_windows(place: Workplace, tmp_path: Path, stop: signal.Signals) -> None:
     output = tmp_path / "out.mp4"
     process = start([*TRT_WAN, *run_arguments(place, output, "--steps", "100")])
     read_until(process, "window 2/2  denoise 1/100")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
+    if stop == signal.SIGHUP:
+        process.send_signal(stop)  # a terminal and its shell send it both
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and out == ""
     stopped = re.search(r"Error: Stopped in window 2 of 2, after step (\d+) of 100\.", err)
@@ -306,6 +312,67 @@ def test_ctrl_c_keeps_the_finished_windows(place: Workplace, tmp_path: Path) -> 
     assert len(read_frames(partial)) == FIRST_WINDOW
     with Clip(partial) as clip:
         assert clip.rate == RATE and clip.has_sound
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_a_killed_run_leaves_its_finished_windows(place: Workplace, tmp_path: Path, suffix: str) -> None:
+    """All of them, once they are told. The next run says so, and leaves them alone."""
+    output = tmp_path / f"out{suffix}"
+    process = start([*TRT_WAN, *run_arguments(place, output, "--steps", "100")])
+    read_until(process, "window 1/2  13 frames finished")
+    process.kill()
+    process.communicate()
+    partial = tmp_path / f"out.partial{suffix}"
+    assert {path.name for path in tmp_path.iterdir()} == {partial.name, f".out{suffix}.lock"}
+    before = partial.read_bytes()
+    found = measured(partial)
+    assert set(found.frames.values()) == {FIRST_WINDOW} and found.start == 0 and found.sound_end
+    result = invoke(*run_arguments(place, output, "--segment", "vae=none", "-y"))  # fails before a frame
+    assert result.exit_code != 0
+    result = invoke(*run_arguments(place, output, "-y"))
+    assert result.exit_code == 0 and f"left alone: {partial}." in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {partial.name, output.name}
+    assert partial.read_bytes() == before
+
+
+def test_a_second_run_with_the_same_output_is_refused_at_once(place: Workplace, tmp_path: Path) -> None:
+    """Before it prepares anything, also by another name of the output."""
+    output = tmp_path / "out.mp4"
+    (tmp_path / "link.mp4").symlink_to("out.mp4")
+    process = start([*TRT_WAN, *run_arguments(place, output, "--steps", "100")])
+    read_until(process, "window 1/2  denoising")
+    for name in ("out.mp4", "link.mp4"):
+        result = invoke(*run_arguments(place, tmp_path / name, "--json"))
+        assert lines(result.stdout)[0]["error"]["code"] == "output_unwritable", "no event comes before"
+        message, _ = refused(result, 1, "output_unwritable")
+        assert message == f"Another run is writing {tmp_path / name}."
+    clip = str(place.pose_only / "src_pose.mp4")
+    reference = str(place.pose_only / "src_ref.png")
+    weights = ["--weights", str(place.weights)]
+    result = invoke("run", reference, clip, *weights, "-o", str(output), "--json")
+    assert refused(result, 1, "output_unwritable")[0] == f"Another run is writing {output}."
+    assert not (tmp_path / "out.inputs").exists()
+    process.kill()
+    process.communicate()
+
+
+def test_an_output_that_is_an_input_is_refused(place: Workplace, clips: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.mp4").symlink_to(clips / "src_face.mp4")
+    os.link(next(place.weights.glob("wan2.1_vae*")), tmp_path / "weights.mp4")
+    tone = write_sound(tmp_path / "tone.mp4", 1)
+    before = {path: path.read_bytes() for path in (*clips.iterdir(), tone)}
+    for name in (clips / "src_pose.mp4", tmp_path / "link.mp4", tmp_path / "weights.mp4", tone):
+        arguments = run_arguments(place, name, "-y", "--json", "--audio", str(tone), clips=clips)
+        message, _ = refused(invoke(*arguments), 2, "usage")
+        assert message.startswith(f"{name} is an input of this job")
+    reference, clip = clips / "src_ref.png", clips / "src_pose.mp4"
+    result = invoke("run", str(reference), str(clip), "-o", str(clip), "-y", "--json")
+    assert "is an input of this job" in refused(result, 2, "usage")[0]
+    inputs = shutil.copytree(clips, tmp_path / "out.inputs")
+    arguments = ["run", str(reference), str(inputs / "src_pose.mp4"), "-o", str(tmp_path / "out.mp4")]
+    message, _ = refused(invoke(*arguments, "--weights", str(place.weights), "-y", "--json"), 2, "usage")
+    assert message.startswith(f"{inputs / 'src_pose.mp4'} is an input of this job")
+    assert all(path.read_bytes() == data for path, data in before.items())
 
 
 def test_ctrl_c_in_the_first_window_leaves_nothing(place: Workplace, tmp_path: Path) -> None:
@@ -332,6 +399,78 @@ def test_a_second_ctrl_c_ends_at_once(place: Workplace, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial.mp4"
     assert "Error: Stopped at once." in err and f"The {FIRST_WINDOW} finished frames are in {partial}." in err
     assert len(read_frames(partial)) == FIRST_WINDOW
+
+
+# `trt-wan …` that writes its last frames slowly: python -c SLOWLY …
+SLOWLY = """
+import time
+from trt_wan.runtime.video.writer import VideoWriter
+
+finish = VideoWriter.finish
+VideoWriter.finish = lambda self: (time.sleep(3), finish(self))[1]
+from trt_wan.__main__ import main
+main()
+"""
+
+
+def test_ctrl_c_while_the_last_frames_are_written_lets_them(place: Workplace, tmp_path: Path) -> None:
+    process = start([sys.executable, "-c", SLOWLY, *run_arguments(place, tmp_path / "out.mp4")])
+    read_until(process, "writing the last frames")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, f"{tmp_path / 'out.mp4'}\n")
+    assert "Finishing the video: its last frames are being written; press Ctrl-C again" in err
+    assert "The video was finished before it could be stopped." in err
+    assert len(read_frames(tmp_path / "out.mp4")) == FRAMES
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_line_ends_quietly(stop: signal.Signals) -> None:
+    """While the program is being imported."""
+    slow = "import sys; sys.path.insert(0, sys.argv.pop(1)); from trt_wan.__main__ import main; main()"
+    for arguments, said in ((["list"], ("", "Error: Stopped at once.\n")), (["list", "--json"], None)):
+        with tempfile.TemporaryDirectory() as folder:  # a click that never comes
+            Path(folder, "click.py").write_text("print('here', flush=True)\nwhile True: pass\n")
+            process = start([sys.executable, "-c", slow, folder, *arguments])
+            assert process.stdout is not None and process.stdout.readline() == "here\n"
+            process.send_signal(stop)
+            out, err = process.communicate(timeout=10)
+        assert process.returncode == 130
+        if said is None:
+            assert lines(out)[-1]["error"]["code"] == "interrupted"
+        else:
+            assert (out, err) == said
+
+
+def test_ignored_signals_stay_ignored(place: Workplace, tmp_path: Path) -> None:
+    """nohup trt-wan … goes on when its terminal closes."""
+    arguments = run_arguments(place, tmp_path / "out.mp4")
+    process = start(["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *TRT_WAN, *arguments])
+    read_until(process, "window 1/2  denoising")
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and len(read_frames(tmp_path / "out.mp4")) == FRAMES
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
+@pytest.mark.parametrize("to", [">/dev/full", ">&-", "| true"])
+def test_a_video_whose_path_cannot_be_printed_is_written(place: Workplace, tmp_path: Path, to: str) -> None:
+    output = tmp_path / "out.mp4"
+    command = f"set -o pipefail; {shlex.join([*TRT_WAN, *run_arguments(place, output, '-q')])} {to}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.stderr.startswith(f"Error: {output} is written, but its path could not be printed.\n")
+    assert len(read_frames(output)) == FRAMES
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
+def test_json_that_cannot_be_printed_ends_the_job_before_it_computes(
+    place: Workplace, tmp_path: Path
+) -> None:
+    command = f"{shlex.join([*TRT_WAN, *run_arguments(place, tmp_path / 'out.mp4', '--json')])} >/dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1 and list(tmp_path.iterdir()) == []
+    assert done.stderr.startswith("Error: Standard output cannot be written (No space left on device).\n")
 
 
 def test_ctrl_c_ends_a_build_which_can_be_started_again(
@@ -564,7 +703,7 @@ def test_an_output_that_exists_is_kept_without_y(place: Workplace, tmp_path: Pat
     output.write_bytes(b"precious")
     arguments = run_arguments(place, output, "--steps", "1", "--json")
     message, hint = refused(invoke(*arguments), 1, "output_unwritable")
-    assert f"{output} exists already." == message and "overwritten" in hint
+    assert f"{output} exists already." == message and hint == "Choose another name, or add -y to replace it."
     assert output.read_bytes() == b"precious"
     assert invoke(*arguments, "-y").exit_code == 0
     assert len(read_frames(output)) == FRAMES
@@ -574,14 +713,14 @@ def test_an_output_that_cannot_be_written(
     place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rights of a folder do not stop root, who runs the tests in many containers."""
-    write = Path.write_bytes
+    opened = Path.open
 
-    def denied(path: Path, data: bytes) -> int:
+    def denied(path: Path, mode: str = "r", **options: Any) -> Any:
         if path.parent == tmp_path:
             raise PermissionError(13, "Permission denied", str(path))
-        return write(path, data)
+        return opened(path, mode, **options)
 
-    monkeypatch.setattr(Path, "write_bytes", denied)
+    monkeypatch.setattr(Path, "open", denied)
     result = invoke(*run_arguments(place, tmp_path / "o.mp4", "--json"))
     message, hint = refused(result, 1, "output_unwritable")
     assert message == f"The folder {tmp_path} cannot be written to." and "that you can write to" in hint

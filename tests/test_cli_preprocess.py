@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from made_clips import FakePeople, FakeSegmenter, write_clip, write_reference
+from made_clips import FakePeople, FakeSegmenter, textured, write_clip, write_reference
 
 import trt_wan.preprocess.stages
 from trt_wan.cli.main import cli
@@ -135,6 +137,67 @@ def test_options_reach_the_job(folder: Path, fakes: list[Networks], monkeypatch:
         invoke(*PREPARE, "--point", "3,4.5", "--retarget", "official", "--compat", "official").exit_code == 0
     )
     assert (jobs[1].choice.point, jobs[1].retarget, jobs[1].compat) == ((3, 4.5), "official", "official")
+
+
+def notes(result: Result) -> dict[str, dict[str, Any]]:
+    """The data of a --json command's notes by code; each code is there once."""
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    said = [event for event in events if event.get("event") == "Note" and event["code"]]
+    assert len({note["code"] for note in said}) == len(said), said
+    return {note["code"]: note["data"] for note in said}
+
+
+def cut_out(path: Path) -> None:
+    """A character on a transparent ground, with a colour hidden under it."""
+    drawing = np.full((96, 128, 4), (10, 200, 90, 0), np.uint8)
+    drawing[20:60, 40:80] = (60, 70, 80, 255)
+    cv2.imwrite(str(path), drawing)
+
+
+def test_a_cut_out_reference(folder: Path, fakes: list[Networks]) -> None:
+    cut_out(folder / "character.png")
+    result = invoke(*PREPARE, "--reference-background", "#102030", "--json")
+    assert notes(result)["transparent"]["background"] == "#102030"
+    made = cv2.cvtColor(cv2.imread("out/src_ref.png", cv2.IMREAD_UNCHANGED), cv2.COLOR_BGR2RGB)
+    assert (made[0, 0] == (16, 32, 48)).all() and (made[30, 50] == (80, 70, 60)).all()
+    outline = cv2.imread("out/src_ref_mask.png", cv2.IMREAD_UNCHANGED)
+    assert outline.shape == (96, 128) and outline.sum() == 255 * 40 * 40 and outline[30, 50] == 255
+    write_reference(folder / "character.png", (128, 96))
+    again = invoke(*PREPARE, "-y", "--json")
+    assert again.exit_code == 0 and "transparent" not in notes(again)
+    assert not (folder / "out" / "src_ref_mask.png").exists()
+    assert (folder / "out" / "src_ref.png").read_bytes() == (folder / "character.png").read_bytes()
+    refused(invoke(*PREPARE, "-y", "--reference-background", "hwite", "--json"), 2, "usage")
+
+
+@pytest.mark.parametrize("given", ["dance", "dance/frame_%03d.png"])
+@pytest.mark.parametrize(("options", "rate"), [((), 30), (("--rate", "8"), 8), (("--compat", "kijai"), 16)])
+def test_numbered_pictures_as_a_clip(
+    folder: Path, fakes: list[Networks], given: str, options: tuple[str, ...], rate: int
+) -> None:
+    """Every picture is used once, at the rate that is asked for."""
+    (folder / "dance").mkdir()
+    for k in range(7):
+        cv2.imwrite(f"dance/frame_{k:03d}.png", textured((320, 180), k))
+    arguments = ("preprocess", "character.png", given, "-o", "out", "--size", "64x48")
+    result = invoke(*arguments, *options, "--json")
+    assert result.exit_code == 0, result.output
+    assert notes(result)["pictures"]["rate"] == rate
+    with Clip(folder / "out" / "src_pose.mp4") as pose:
+        assert (pose.frames, pose.rate, pose.has_sound) == (7, rate, False)
+
+
+def test_a_clip_from_stdin(folder: Path, fakes: list[Networks]) -> None:
+    assert invoke(*PREPARE).exit_code == 0
+    piped = [name if name != "dance.mp4" else "-" for name in PREPARE]
+    piped[piped.index("out")] = "piped"
+    result = CliRunner().invoke(cli, piped, input=(folder / "dance.mp4").read_bytes())
+    assert result.exit_code == 0, result.output
+    for name in ("src_pose.mp4", "keypoints.json"):
+        assert (folder / "piped" / name).read_bytes() == (folder / "out" / name).read_bytes()
+    both = ["-" if name in ("dance.mp4", "character.png") else name for name in PREPARE]
+    message, _ = refused(invoke(*both, "-y", "--json"), 2, "usage")
+    assert "one can be" in message
 
 
 @dataclass(frozen=True)
@@ -273,6 +336,23 @@ def test_run_prepares_on_its_own_and_again_with_inputs(place: Path, fakes: list[
     assert again.exit_code == 0 and (place / "out.mp4").read_bytes() == first and len(fakes) == 1
 
 
+def test_run_says_each_note_once(place: Path, fakes: list[Networks]) -> None:
+    """What is unusual about the given files while they are prepared, and about prepared ones in the job."""
+    cut_out(place / "character.png")
+    result = invoke(*RUN_CLIP, "--reference-background", "black", "--json")
+    assert result.exit_code == 0, result.output
+    assert set(notes(result)) == {"transparent", "untagged_colour"}
+    mask = np.full((48, 64, 3), 90, np.uint8)
+    mask[:24] = 255
+    cv2.imwrite("out.inputs/src_mask.png", mask)
+    cv2.imwrite("out.inputs/src_bg.png", mask)
+    result = invoke(*RUN[:-1], "--inputs", "out.inputs", "-y", "--mode", "replace", "--paste-back", "--json")
+    assert result.exit_code == 0, result.output
+    said = notes(result)
+    assert set(said) == {"repeated", "soft_mask"}
+    assert (said["soft_mask"]["pixels"], said["soft_mask"]["threshold"]) == (13 * 24 * 64, 128)
+
+
 def test_run_in_replace_mode(place: Path, fakes: list[Networks]) -> None:
     write_clip(place / "dance.mp4", 15, (128, 96), codec="libx264")
     assert invoke(*RUN_CLIP, "--mode", "replace", "--segmenter", "box").exit_code == 0
@@ -335,26 +415,70 @@ class Slow(FakePeople):
             yield person
 
 stages.open_stages = lambda *a, **o: stages.Stages(Slow(), FakeSegmenter())
-from trt_wan.cli.main import main
+from trt_wan.__main__ import main
 main()
 """
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT])
-def test_ctrl_c_leaves_nothing(folder: Path, stop: signal.Signals) -> None:
+def started() -> "subprocess.Popen[str]":
+    """A slow preparation that has begun."""
     code = SLOW.format(tests=ROOT / "tests")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", code, *PREPARE], stderr=subprocess.PIPE, text=True, env=environment
     )
     assert process.stderr is not None
-    for line in process.stderr:
-        if "frame 3 of 15" in line:
-            break
+    assert any("frame 3 of 15" in line for line in process.stderr)
+    return process
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing(folder: Path, stop: signal.Signals) -> None:
+    process = started()
+    assert process.stderr is not None
     process.send_signal(stop)
     told = process.stderr.read()
     assert process.wait(timeout=20) == 130 and "Stopped at once." in told and "Traceback" not in told
     assert {path.name for path in folder.iterdir()} == {"character.png", "dance.mp4"}
+
+
+def test_a_second_preparation_of_a_folder_is_refused_and_a_killed_ones_rest_goes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*arguments: object, **options: object) -> Stages:
+        return Stages(FakePeople(), FakeSegmenter())
+
+    monkeypatch.setattr(trt_wan.preprocess.stages, "open_stages", opened)
+    process = started()
+    (folder / "link").symlink_to("out")
+    for name in ("out", "link"):
+        message, _ = refused(invoke(*PREPARE, "-o", name, "--json"), 1, "output_unwritable")
+        assert message == f"Another run is writing {name}."
+    process.kill()
+    process.communicate()
+    assert [path.name[:8] for path in (folder / "out").iterdir()] == [".making-"]
+    assert invoke(*PREPARE).exit_code == 0
+    assert {path.name for path in folder.iterdir()} == {"character.png", "dance.mp4", "link", "out"}
+    assert not [path for path in (folder / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_whose_clips_are_inputs_is_refused(folder: Path) -> None:
+    out = folder / "out"
+    out.mkdir()
+    (out / "src_pose.mp4").symlink_to(folder / "dance.mp4")
+    shutil.copy(folder / "character.png", out / "src_ref.png")
+    (out / "keypoints.json").write_text("{}")
+    for reference, clip, options in (
+        ("character.png", "dance.mp4", ()),
+        ("out/src_ref.png", "out/../dance.mp4", ()),
+        ("character.png", "out/src_pose.mp4", ("--keypoints", "out/keypoints.json")),
+    ):
+        result = invoke("preprocess", reference, clip, "-o", "out", "-y", "--json", *options)
+        assert "is an input of this job" in refused(result, 2, "usage")[0]
+    (out / "src_pose.mp4").unlink()
+    arguments = (*PREPARE, "-y", "--keypoints", "out/keypoints.json", "--json")
+    assert "out/keypoints.json is an input" in refused(invoke(*arguments), 2, "usage")[0]
+    assert (out / "keypoints.json").read_text() == "{}"
 
 
 def test_the_choices_are_those_of_the_types() -> None:

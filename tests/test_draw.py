@@ -13,7 +13,8 @@ from made_person import GOLDEN, HEIGHT, PERSON, WIDTH, person, skeleton, wild_po
 
 from trt_wan.preprocess.people.skeleton import HEAD, LIMBS, Skeleton, from_keypoints, nobody
 from trt_wan.preprocess.pictures.draw import draw_skeleton
-from trt_wan.runtime.video.reader import Picture, read_picture
+from trt_wan.runtime.video.pictures import read_picture
+from trt_wan.runtime.video.reader import Picture
 
 # Releases of OpenCV may fill the outline of an ellipse or a circle differently; 4.14 (golden) and 5.0 do not
 # differ in one pixel. Of the drawing's 8030 pixels 1 % may differ: a stick one pixel wider is over 20 %, one

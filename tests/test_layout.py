@@ -277,7 +277,7 @@ def test_the_wheel_has_nothing_beside_trt_wan(wheel: zipfile.ZipFile) -> None:
     top = {name.partition("/")[0] for name in wheel.namelist()}
     assert {"trt_wan"} == {name for name in top if not name.endswith(".dist-info")}
     entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert b"trt-wan = trt_wan.cli.main:main" in wheel.read(entry_points)
+    assert b"trt-wan = trt_wan.__main__:main" in wheel.read(entry_points)
 
 
 def test_the_sdist_makes_the_same_wheel(checkout: Path, tmp_path: Path) -> None:

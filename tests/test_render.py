@@ -8,18 +8,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import cv2
 import numpy as np
 import pytest
+from filelock import FileLock
 from tiny_job import FRAMES, PLAN, prepare, read_frames, write_sound
 
 from trt_wan.errors import OutputError, Stopped
 from trt_wan.runtime import render as module
-from trt_wan.runtime.events import Event, StageStarted
+from trt_wan.runtime.events import Event, Progress, StageStarted, WindowDone
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.paste_back import SOFT_EDGE
-from trt_wan.runtime.pipeline import to_pixels
+from trt_wan.runtime.pipeline import ShouldStop, to_pixels
 from trt_wan.runtime.render import render
 from trt_wan.runtime.video.reader import Clip, Picture
 from trt_wan.runtime.video.writer import VideoWriter
@@ -149,6 +151,49 @@ def test_a_writer_that_fails_ends_the_job_at_the_next_step(
     assert caught.value.message == "The disk is full."
     assert caught.value.hint == f"Free some space.\nThe 3 finished frames are in {partial}."
     assert greys(partial) == [0, 1, 2] and list(tmp_path.iterdir()) == [partial]
+
+
+@pytest.mark.parametrize("paste_back", [False, True])
+def test_a_window_is_finished_when_its_frames_are_on_the_disk(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path, paste_back: bool
+) -> None:
+    """The writer is slow here. The event comes in the caller's thread, between later ones."""
+    there, first = [], sum(PIECES[:4])
+
+    def make(progress: Progress, should_stop: ShouldStop, **options: Any) -> Iterator[Array]:
+        yield from pieces()[:4]
+        progress(WindowDone(1, 2, first))
+        for _ in range(10):
+            time.sleep(0.05)
+            assert not should_stop()
+        yield from pieces()[4:]
+        progress(WindowDone(2, 2, FRAMES - first))
+
+    def tell(event: Event) -> None:
+        if isinstance(event, WindowDone):
+            partial, finished = tmp_path / "out.partial.mp4", tmp_path / "out.mp4"
+            file = finished if finished.exists() else partial
+            there.append((event.window, file.name, len(read_by_pyav(file)), threading.current_thread().name))
+
+    model = Decoding(make)
+    on_write(monkeypatch, lambda frame: time.sleep(0.005))
+    mode = "replace" if paste_back else "animate"
+    render(job(clips, mode), model, tmp_path / "out.mp4", paste_back=paste_back, progress=tell)
+    main = threading.main_thread().name
+    assert there == [(1, "out.partial.mp4", first, main), (2, "out.mp4", FRAMES, main)]
+
+
+def read_by_pyav(path: Path) -> list[Any]:
+    with av.open(str(path)) as container:
+        return list(container.decode(video=0))
+
+
+def test_an_output_that_another_process_writes_is_refused(clips: Path, tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / ".out.mp4.lock")
+    model = Decoding(lambda **options: iter(pieces()))
+    with lock, pytest.raises(OutputError, match="Another run is writing"):
+        render(job(clips), model, tmp_path / "out.mp4")
+    assert render(job(clips), model, tmp_path / "out.mp4").frames == FRAMES
 
 
 @pytest.mark.parametrize("last", [2, len(PIECES)])

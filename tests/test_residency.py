@@ -93,6 +93,8 @@ class Counting:
 
 
 class BlankClip:
+    frames = 2  # a clip of one frame would stand still
+
     def __init__(self, height: int, width: int) -> None:
         self.size = height, width
 

@@ -1,9 +1,9 @@
 """Wan2.2-Animate on TensorRT: one picture of a character and a driving video in, a finished video out."""
 
-from pathlib import Path
+import os
 
 __version__ = "0.1.0"
 
-_here = Path(__file__).parent
-if not (_here / "runtime").is_dir():  # a checkout: the subpackages are the folders beside this one
-    __path__.append(str(_here.parent))
+_here = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(_here, "runtime")):  # a checkout: the subpackages lie beside this folder
+    __path__.append(os.path.dirname(_here))

@@ -1,5 +1,24 @@
-"""`python -m trt_wan` is the `trt-wan` command."""
+"""`python -m trt_wan` is the `trt-wan` command. Signals are handled before anything else is imported."""
 
-from trt_wan.cli.main import main
+import os
+import sys
 
-main()
+from trt_wan.cli import stopping
+
+
+def main() -> None:
+    stopping.end_at_once()
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file would get its number, and be written to as stdout or stderr
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # print would write to stdout
+    from trt_wan.cli.main import cli
+
+    cli()
+
+
+if __name__ == "__main__":
+    main()

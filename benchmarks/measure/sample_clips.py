@@ -9,7 +9,8 @@ import numpy as np
 
 import trt_wan
 from trt_wan.runtime.video.clips import FACE_SIZE
-from trt_wan.runtime.video.reader import Clip, Picture, read_picture
+from trt_wan.runtime.video.pictures import read_picture
+from trt_wan.runtime.video.reader import Clip, Picture
 from trt_wan.runtime.video.writer import VideoWriter
 
 RATE = Fraction(30)

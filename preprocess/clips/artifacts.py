@@ -13,20 +13,31 @@ from types import TracebackType
 from typing import Self
 
 from trt_wan.errors import OutputError
+from trt_wan.runtime.video.target import missing_parents
 
 REFERENCE = "src_ref.png"
+REFERENCE_MASK = "src_ref_mask.png"  # the opacity of a transparent reference
 POSE = "src_pose.mp4"
 FACE = "src_face.mp4"
 BACKGROUND = "src_bg.mp4"
 MASK = "src_mask.mp4"
 PREVIEW = "preview.mp4"
 KEYPOINTS = "keypoints.json"
-ALL = (POSE, FACE, BACKGROUND, MASK, PREVIEW, KEYPOINTS, REFERENCE)
+ALL = (POSE, FACE, BACKGROUND, MASK, PREVIEW, KEYPOINTS, REFERENCE_MASK, REFERENCE)
 
 # x264. Masks of 16-pixel blocks survive it exactly. At 18 the hole's edge in the background rings.
 CRF = 10
 PREVIEW_CRF = 20
 PRESET = "veryfast"  # these files are read once or twice: half the time of "medium", a little larger
+
+
+MAKING = ".making-"  # how the name of the hidden folder begins
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes the hidden folders of killed processes. Call while no other process makes clips in `path`."""
+    for making in path.glob(f"{MAKING}*"):
+        shutil.rmtree(making, ignore_errors=True)
 
 
 class ArtifactFolder:
@@ -43,10 +54,10 @@ class ArtifactFolder:
                 f"Choose another folder, allow them to be overwritten, or use them: --inputs {path}.",
             )
         self.path = path
-        self._made = _missing_parents(path)
+        self._made = missing_parents(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.making = Path(tempfile.mkdtemp(prefix=".making-", dir=path))
+            self.making = Path(tempfile.mkdtemp(prefix=MAKING, dir=path))
         except OSError as error:
             self._remove_made()
             raise OutputError(
@@ -77,8 +88,3 @@ class ArtifactFolder:
         for folder in self._made:
             with suppress(OSError):  # another program has put a file in it
                 folder.rmdir()
-
-
-def _missing_parents(path: Path) -> list[Path]:
-    """The folders that have to be made, innermost first."""
-    return [folder for folder in (path, *path.parents) if not folder.exists()]

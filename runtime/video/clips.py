@@ -1,33 +1,44 @@
 """The prepared clips of a job, opened together: same length, right sizes, one canvas."""
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from trt_wan.errors import InputError
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.errors import InputError, with_commands
 from trt_wan.runtime.conditioning import Pixels
+from trt_wan.runtime.events import Note
 from trt_wan.runtime.job import Inputs
-from trt_wan.runtime.video.reader import Clip, read_picture
+from trt_wan.runtime.video.pictures import read_transparent
+from trt_wan.runtime.video.stills import AnyClip, open_clip
+from trt_wan.runtime.video.transparency import colour, transparency_note
 
 FACE_SIZE = 512  # pixels, both sides of every Wan-Animate face clip
+PERSON = 128  # levels of a mask from here on are the person
+MASK_NOISE = 6  # levels that compression adds to black and takes from white
 
 
 @dataclass(frozen=True)
 class Clips:
     """Open clips, None for those not given. Frames and rate are the driving clip's. A context manager."""
 
-    reference: Pixels  # [h, w, 3], as in the file
-    pose: Clip | None
-    face: Clip | None
-    background: Clip | None
-    mask: Clip | None
+    reference: Pixels  # [h, w, 3], of the size in the file
+    pose: AnyClip | None
+    face: AnyClip | None
+    background: AnyClip | None
+    mask: AnyClip | None
     width: int
     height: int
     frames: int
     rate: Fraction
+    notes: Sequence[Note] = ()  # what is unusual about the files
 
     def close(self) -> None:
         for clip in (self.pose, self.face, self.background, self.mask):
@@ -47,50 +58,128 @@ def open_clips(inputs: Inputs, window: int) -> Clips:
     """Opens every clip, to be read in windows of `window` frames. Raises InputError, with every file closed,
     if they do not fit together.
     """
-    reference = read_picture(inputs.reference)
+    picture = read_transparent(inputs.reference)
+    reference = picture.over(colour(inputs.behind))
+    notes = []
+    if picture.opacity is not None:
+        option = "--reference-background"
+        notes.append(transparency_note(inputs.reference, picture.opacity, inputs.behind, option))
     paths = {"pose": inputs.pose, "face": inputs.face, "background": inputs.background, "mask": inputs.mask}
     with ExitStack() as files:
-        clips = {
-            name: files.enter_context(Clip(path, history=window)) if path else None
-            for name, path in paths.items()
-        }
+        clips: dict[str, AnyClip | None] = dict.fromkeys(paths)
+        for name, path in paths.items():
+            if path is not None:
+                clip = open_clip(path, window, one=name in ("background", "mask"))
+                files.callback(clip.close)
+                clips[name] = clip
         made = _fitted(inputs, reference, clips)
         files.pop_all()
-    return made
+    return replace(made, notes=_once([*notes, *made.notes]))
 
 
-def _fitted(inputs: Inputs, reference: Pixels, clips: Mapping[str, Clip | None]) -> Clips:
+def frames_of(clip: AnyClip, indices: Sequence[int]) -> Pixels:
+    """The clip's frames `indices`, [n, H, W, 3]. The frame of a clip of one stands for all."""
+    return clip.window([0] * len(indices) if clip.frames == 1 else indices)
+
+
+def people_of(masks: Pixels) -> NDArray[np.bool_]:
+    """True on the person: frames of a mask clip [n, H, W, 3] by the threshold PERSON."""
+    return masks[..., 0] >= PERSON
+
+
+def soft_pixels(masks: Pixels) -> int:
+    """How many pixels are neither black nor white, compression noise aside."""
+    return int(((masks[..., 0] > MASK_NOISE) & (masks[..., 0] < 255 - MASK_NOISE)).sum())
+
+
+def _fitted(inputs: Inputs, reference: Pixels, clips: Mapping[str, AnyClip | None]) -> Clips:
     opened = [clip for clip in clips.values() if clip is not None]
-    if len({clip.frames for clip in opened}) > 1:
-        lengths = ", ".join(f"{clip.path.name} has {clip.frames}" for clip in opened)
-        raise InputError(
-            f"The clips have different numbers of frames: {lengths}.",
-            "Cut them to the same length; frame k of each must belong to frame k of the driving clip.",
-        )
+    driving = opened[0]  # the pose clip, else the face clip
+    one = [clip for clip in (clips["background"], clips["mask"]) if clip is not None and clip.frames == 1]
+    moving = [clip for clip in opened if clip not in one or driving.frames == 1]
+    frames = min(clip.frames for clip in moving)
+    notes = [note for name, clip in clips.items() if clip for note in clip.notes if _matters(name, note)]
+    if len({clip.frames for clip in moving}) > 1:
+        lengths = ", ".join(f"{clip.path.name} has {clip.frames}" for clip in moving)
+        if not inputs.trim_to_shortest:
+            raise InputError(
+                f"The clips have different numbers of frames: {lengths}.",
+                "Cut them to the same length; frame k of each must belong to frame k of the driving clip. "
+                "--trim-to-shortest cuts the longer ones at their ends.",
+            )
+        data = {"frames": frames, "lengths": {str(clip.path): clip.frames for clip in moving}}
+        notes.append(Note(f"The clips are cut to {frames} frames: {lengths}.", "trimmed", data))
+    if frames > 1:
+        notes += [
+            Note(
+                f"{clip.path.name} is one picture; it stands for all {frames} frames.",
+                "repeated",
+                {"file": str(clip.path), "frames": frames},
+            )
+            for clip in one
+        ]
     canvas = next((clips[name] for name in ("pose", "background", "mask") if clips[name] is not None), None)
     size = (canvas.width, canvas.height) if canvas else (reference.shape[1], reference.shape[0])
-    _require_multiple_of_16(canvas.path.name if canvas else inputs.reference.name, *size)
+    if canvas:
+        _require_multiple_of_16(canvas.path, _shown(canvas), *size)
+    else:
+        _require_multiple_of_16(inputs.reference, f"{size[0]}x{size[1]}", *size)
     for name, clip in clips.items():
         if clip is not None:
             _require_size(clip, *((FACE_SIZE, FACE_SIZE) if name == "face" else size))
     return Clips(
-        reference, **clips, width=size[0], height=size[1], frames=opened[0].frames, rate=opened[0].rate
+        reference, **clips, width=size[0], height=size[1], frames=frames, rate=driving.rate, notes=notes
     )
 
 
-def _require_multiple_of_16(name: str, width: int, height: int) -> None:
+def _matters(name: str, note: Note) -> bool:
+    """The colours of a mask do not, as grey is grey in all of them; the video has the driving clip's rate."""
+    return not (name == "mask" and note.code == "untagged_colour")
+
+
+def _once(notes: Sequence[Note]) -> list[Note]:
+    """Notes of one kind as one, which names the other files."""
+    kinds: dict[str, list[Note]] = {}
+    for note in notes:
+        kinds.setdefault(note.code, []).append(note)
+    return [_joined(same) for same in kinds.values()]
+
+
+def _joined(same: Sequence[Note]) -> Note:
+    first, *more = same
+    if not more:
+        return first
+    files = [str(note.data["file"]) for note in same]
+    names = ", ".join(Path(file).name for file in files[1:])
+    return Note(f"{first.text} The same kind: {names}.", first.code, {**first.data, "files": files})
+
+
+def _shown(clip: AnyClip) -> str:
+    """The clip's size, and where its pixels are not square, that in the file."""
+    tagged = next((note.data for note in clip.notes if note.code == "pixel_aspect"), None)
+    coded = f" ({tagged['coded']}, with pixels of {tagged['pixels']})" if tagged else ""
+    return f"{clip.width}x{clip.height}{coded}"
+
+
+def _require_multiple_of_16(path: Path, shown: str, width: int, height: int) -> None:
     if width % 16 or height % 16:
         w, h = (max(16, (side + 8) // 16 * 16) for side in (width, height))
         raise InputError(
-            f"{name} is {width}x{height}; both sides must be multiples of 16.",
-            f"Scale or crop it and the clips that go with it, to {w}x{h} for example "
-            f"(ffmpeg -i {name} -vf scale={w}:{h} …).",
+            f"{path.name} is {shown}; both sides must be multiples of 16.",
+            with_commands("Scale or crop it and the clips that go with it, for example:", _scale(path, w, h)),
         )
 
 
-def _require_size(clip: Clip, width: int, height: int) -> None:
+def _require_size(clip: AnyClip, width: int, height: int) -> None:
     if (clip.width, clip.height) != (width, height):
         raise InputError(
-            f"{clip.path.name} is {clip.width}x{clip.height} where {width}x{height} is needed.",
-            f"Scale it: ffmpeg -i {clip.path.name} -vf scale={width}:{height} …",
+            f"{clip.path.name} is {_shown(clip)} where {width}x{height} is needed.",
+            with_commands("Scale it:", _scale(clip.path, width, height)),
         )
+
+
+def _scale(path: Path, width: int, height: int) -> str:
+    """ffmpeg's scale keeps the shape of the picture by pixels that are not square, unless it is told to."""
+    scaled = path.with_name(f"{path.stem}.{width}x{height}{path.suffix}")
+    source, made = (shlex.quote(str(file)) for file in (path, scaled))
+    return f"ffmpeg -i {source} -vf scale={width}:{height},setsar=1 {made}"

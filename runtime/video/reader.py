@@ -1,39 +1,48 @@
-"""Reads clips and pictures. Knows no people, no model's sizes and no resampling in time.
+"""Reads video files. Knows no people, no model's sizes and no resampling in time.
 
-A frame is uint8 RGB [H, W, 3], turned upright, at the file's own size. Pixels count as square. Colours follow
-the file's tags. An untagged clip is read as BT.601 limited range, as all readers built on swscale do.
+A frame is uint8 RGB [H, W, 3], turned upright, of square pixels, at the file's own size: pixels that are not
+square are resampled, so that no line or column is lost. Colours follow the file's tags, and HDR and wide
+gamuts become BT.709. An untagged clip is read as BT.601 limited range, as all readers built on swscale do.
+Interlaced frames are deinterlaced. Transparent pixels show white.
 
-Containers are often wrong about their length and rate, so both are measured in one pass over the packets when
-a clip is opened, without decoding. Frames are then decoded in order, on request.
+Every departure from a plain clip is in `notes`. Frames are decoded in order, on request.
 """
 
-import os
-import shlex
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import av
-import cv2
 import numpy as np
-from av.container import InputContainer
-from av.stream import Disposition
+from av.filter import Graph
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
-from av.video.stream import VideoStream
+from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
-from trt_wan.errors import InputError
+from trt_wan.errors import InputError, with_commands
+from trt_wan.runtime.events import Note
+from trt_wan.runtime.video.container import measure, open_container, refuse_size, remake, video_stream
+from trt_wan.runtime.video.transparency import COLOURS, over, transparency_note
 
 Picture = NDArray[np.uint8]
 
-# Seconds of sound against picture over the whole clip (ITU-R BT.1359 accepts -185 to +90 ms).
-MAX_DRIFT = Fraction(1, 10)
-# Seconds that a container may promise beyond its last packet: headers are rounded up.
-MAX_SHORTFALL = Fraction(1)
+# Frames with pixels that are further from square than this are damaged, not meant.
+MAX_PIXEL_ASPECT = 8
+REFERENCE_WHITE = 203  # cd/m² of HDR that become the white of BT.709 (ITU-R BT.2408)
+HDR: dict[int, str] = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
+WIDE: dict[int, str] = {
+    ColorPrimaries.BT2020: "BT.2020",
+    ColorPrimaries.SMPTE431: "P3",
+    ColorPrimaries.SMPTE432: "P3",
+}
+BEHIND = "white"  # of transparent pixels
+# By angle in degrees, in the form of `_turn`.
+QUARTER_TURNS = {0: (False, 1, 1), 90: (True, -1, 1), 180: (False, -1, -1), 270: (True, 1, -1)}
+UNTAGGED = 2  # ffmpeg's number for a colour matrix that is not known
 
 
 class Clip:
@@ -49,28 +58,45 @@ class Clip:
     frames: int
     rate: Fraction  # frames per second, the mean if frames are unevenly spaced
     has_sound: bool
+    notes: list[Note]
 
     def __init__(self, path: Path, history: int = 1) -> None:
         assert history >= 1, f"history is {history}"
         self.path = path
-        with _open(path) as container:
-            self.frames, self.rate = _measure(container, path)
-        self._container = _open(path)
-        stream = _video_stream(self._container, path)
-        stream.thread_type = "AUTO"
-        self.has_sound = bool(self._container.streams.audio)
-        self._coming = self._container.decode(stream)
-        self._kept: deque[VideoFrame] = deque(maxlen=history)
-        self._decoded = 0
-        self._scaler = VideoReformatter()
+        self.frames, self.rate, self.notes = measure(path)
+        self._container = open_container(path)
         try:
+            stream = video_stream(self._container, path)
+            stream.thread_type = "AUTO"
+            self.has_sound = bool(self._container.streams.audio)
+            self._coming = self._container.decode(stream)
+            self._kept: deque[VideoFrame] = deque(maxlen=history)
+            self._decoded = 0
+            self._scaler = VideoReformatter()
             self._decode_next()
-            self._coded_size = (self._kept[0].width, self._kept[0].height)
-            self._turn = _turn(self._kept[0], path)
+            first = self._kept[0]
+            self._coded_size = (first.width, first.height)
+            self._square_size, aspect = _square(stream.sample_aspect_ratio, self._coded_size, path)
+            self._turn = _turn(first, path)
+            self._as_rgb: dict[str, Any] = {"format": "rgba" if _has_opacity(first) else "rgb24"}
+            self._as_rgb |= _to_bt709(first)
+            if self._square_size != self._coded_size:
+                width, height = self._square_size
+                self._as_rgb |= {"width": width, "height": height, "interpolation": Interpolation.LANCZOS}
+            if first.interlaced_frame:
+                self._coming = _deinterlaced(chain([first], self._coming))
+                self._kept.clear()
+                self._decoded = 0
+                self._decode_next()
         except InputError:
-            self.close()
+            self._container.close()
             raise
-        self.width, self.height = self._coded_size[::-1] if self._turn[0] else self._coded_size
+        width, height = self._square_size
+        self.width, self.height = (height, width) if self._turn[0] else (width, height)
+        self.notes += _notes(path, first, aspect, (self.width, self.height))
+        if _has_opacity(first):
+            opacity = first.to_ndarray(format="rgba")[..., 3]
+            self.notes += [transparency_note(path, opacity, BEHIND)] if opacity.min() < 255 else []
 
     def window(self, indices: Sequence[int]) -> Picture:
         """Frames [n, H, W, 3] by number, in any order and with repeats, as far back as `history` reaches."""
@@ -104,12 +130,16 @@ class Clip:
             first = "x".join(map(str, self._coded_size))
             raise InputError(
                 f"{self.path} changes its size at frame {index}: {first} to {frame.width}x{frame.height}.",
-                f"Make one size of it: {_remake(self.path)}",
+                with_commands("Make one size of it:", remake(self.path)),
             )
         transpose, rows, columns = self._turn
-        picture = np.asarray(self._scaler.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
+        picture = self._rgb(frame)
         picture = picture.transpose(1, 0, 2) if transpose else picture
         return picture[::rows, ::columns]
+
+    def _rgb(self, frame: VideoFrame) -> Picture:
+        picture = np.asarray(self._scaler.reformat(frame, **self._as_rgb).to_ndarray(), np.uint8)
+        return picture if picture.shape[2] == 3 else over(picture[..., :3], picture[..., 3], COLOURS[BEHIND])
 
     def _decode_next(self) -> None:
         try:
@@ -117,104 +147,15 @@ class Clip:
         except StopIteration:
             raise InputError(
                 f"{self.path} is damaged: of its {self.frames} frames only {self._decoded} can be decoded.",
-                f"Keep what can be read: {_remake(self.path)}",
+                with_commands("Keep what can be read:", remake(self.path)),
             ) from None
         except av.FFmpegError as error:
             raise InputError(
                 f"{self.path} is damaged: it cannot be decoded after frame {self._decoded} of {self.frames} "
                 f"({error.strerror}).",
-                f"Keep what can be read: {_remake(self.path)}",
+                with_commands("Keep what can be read:", remake(self.path)),
             ) from error
         self._decoded += 1
-
-
-def read_picture(path: Path) -> Picture:
-    """uint8 RGB [H, W, 3]: turned as its EXIF says, transparency dropped, grey as three equal channels."""
-    _refuse_missing(path)
-    fixed = shlex.quote(str(path.with_suffix(".fixed.png")))
-    unreadable = InputError(
-        f"{path} cannot be read as a picture.",
-        f"Convert it to PNG: ffmpeg -i {shlex.quote(str(path))} -frames:v 1 {fixed}",
-    )
-    try:
-        # Unlike numpy, cv2.imread cannot open a path outside the code page on Windows.
-        picture = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
-    except (cv2.error, OSError) as error:
-        raise unreadable from error
-    if picture is None:
-        raise unreadable
-    return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
-
-
-def _open(path: Path) -> InputContainer:
-    _refuse_missing(path)
-    try:
-        # An absolute path, because ffmpeg takes `a:b.mp4` for a protocol called `a`.
-        container = av.open(str(path.absolute()), metadata_errors="ignore")
-    except (av.FFmpegError, OSError) as error:
-        raise InputError(
-            f"{path} cannot be read as a video ({error.strerror}).",
-            f"If a player can show it, convert it: {_remake(path)}",
-        ) from error
-    if container.format.name == "image2" or container.format.name.endswith("_pipe"):
-        container.close()
-        raise InputError(f"{path} is a picture, not a video.", "Give a video file here, for example an .mp4.")
-    return container
-
-
-def _refuse_missing(path: Path) -> None:
-    if not os.path.exists(path):  # unlike Path.exists, not an OSError for a name that is too long
-        raise InputError(f"There is no file {path}.", "Check the path.")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, not a file.", "Give the file itself.")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty (0 bytes).", "Copy or download it again.")
-
-
-def _video_stream(container: InputContainer, path: Path) -> VideoStream:
-    """The first video stream that is not the cover picture of a song."""
-    for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:
-            return stream
-    raise InputError(f"{path} has no video in it.", "Give a file with moving pictures.")
-
-
-def _measure(container: InputContainer, path: Path) -> tuple[int, Fraction]:
-    """Number and rate of the frames that are shown (an edit list hides some), from the packets alone."""
-    video = _video_stream(container, path)
-    count, end = 0, Fraction(0)
-    times: list[int] = []  # frame times in units of the stream's time base
-    try:
-        for packet in container.demux():
-            if packet.is_corrupt:
-                raise _cut_short(path)
-            if packet.pts is not None:
-                end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
-            if packet.stream_index == video.index and packet.size and not packet.is_discard:
-                count += 1
-                times += [] if packet.pts is None else [packet.pts]
-    except av.FFmpegError as error:
-        raise _cut_short(path) from error
-    if count == 0:
-        raise InputError(f"{path} has no frames in it.", "Give a longer video.")
-    if container.duration is not None:
-        promised = Fraction((container.start_time or 0) + container.duration, av.time_base)
-        if promised - end > MAX_SHORTFALL:
-            raise _cut_short(path)
-    span = (max(times) - min(times)) * video.time_base if times and video.time_base else Fraction(0)
-    return count, _rate(video, count, span, path)
-
-
-def _rate(video: VideoStream, count: int, span: Fraction, path: Path) -> Fraction:
-    """The declared rate if it fits the timestamps (often rounded to ms), else the measured rate."""
-    declared = video.average_rate or video.guessed_rate
-    if declared and (not span or abs((count - 1) / declared - span) <= MAX_DRIFT):
-        return Fraction(declared)
-    if not span:
-        raise InputError(
-            f"{path} does not say how many frames it has per second.", f"Say it: {_remake(path, '-r 30 ')}"
-        )
-    return ((count - 1) / span).limit_denominator(1001)
 
 
 def _turn(frame: VideoFrame, path: Path) -> tuple[bool, int, int]:
@@ -223,7 +164,11 @@ def _turn(frame: VideoFrame, path: Path) -> tuple[bool, int, int]:
     The display matrix is int32 [3, 3]: ((a, b), (c, d)) top left turns (x, y) into (a·x + c·y, b·x + d·y).
     PyAV's `rotation` is one angle and cannot tell a mirrored picture from a turned one.
     """
-    side_data: Any = frame.side_data  # PyAV's stubs have motion vectors only
+    side_data: Any  # PyAV's stubs have motion vectors only
+    try:
+        side_data = frame.side_data
+    except ValueError:  # PyAV 18.1 knows not all kinds of ffmpeg's, such as EXIF: it has the angle still
+        return QUARTER_TURNS[frame.rotation % 360] if frame.rotation % 90 == 0 else (False, 1, 1)
     matrix = side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False, 1, 1
@@ -234,18 +179,107 @@ def _turn(frame: VideoFrame, path: Path) -> tuple[bool, int, int]:
         return True, 1 if b > 0 else -1, 1 if c > 0 else -1
     raise InputError(
         f"{path} is tagged as rotated by {abs(frame.rotation)} degrees, which is not a quarter turn.",
-        f"Turn the pictures themselves: {_remake(path)}",
+        with_commands("Turn the pictures themselves:", remake(path)),
     )
 
 
-def _cut_short(path: Path) -> InputError:
-    return InputError(
-        f"{path} is damaged or cut short: it ends before the length that it promises.",
-        f"Copy or download it again, or keep what can be read: {_remake(path)}",
-    )
+def _square(aspect: Fraction | None, size: tuple[int, int], path: Path) -> tuple[tuple[int, int], Fraction]:
+    """The size with square pixels, and the width of the file's pixels over their height."""
+    if not aspect or aspect == 1:
+        return size, Fraction(1)
+    if not Fraction(1, MAX_PIXEL_ASPECT) <= aspect <= MAX_PIXEL_ASPECT:
+        raise InputError(
+            f"{path} is tagged with pixels of {aspect.numerator}:{aspect.denominator}, which no clip has.",
+            with_commands("Make them square:", remake(path, filters="setsar=1")),
+        )
+    width, height = size
+    size = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
+    refuse_size(path, *size)
+    return size, aspect
 
 
-def _remake(path: Path, options: str = "") -> str:
-    """The ffmpeg command that decodes all readable frames and writes them as a plain clip."""
-    fixed = path.with_name(f"{path.stem}.fixed.mp4")
-    return f"ffmpeg {options}-i {shlex.quote(str(path))} -c:v libx264 -crf 16 {shlex.quote(str(fixed))}"
+def _to_bt709(frame: VideoFrame) -> dict[str, int]:
+    """How to convert the frame's colours; nothing for BT.709 and the like.
+
+    swscale takes light up to reference white to the levels with which a BT.1886 display shows it, and clips
+    brighter light.
+    """
+    if frame.color_trc in HDR:
+        return {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709}
+    if frame.color_primaries in WIDE:
+        return {"dst_color_trc": frame.color_trc, "dst_color_primaries": ColorPrimaries.BT709}
+    return {}
+
+
+def _deinterlaced(frames: Iterator[VideoFrame]) -> Iterator[VideoFrame]:
+    """As many frames, each from its first field; progressive ones as they are."""
+    graph: Graph | None = None
+    size = (0, 0)
+    for frame in chain(frames, (None,)):
+        if graph is None:
+            assert frame is not None, "there is a first frame"
+            graph, size = Graph(), (frame.width, frame.height)
+            graph.link_nodes(
+                graph.add_buffer(
+                    width=size[0],
+                    height=size[1],
+                    format=frame.format,
+                    time_base=frame.time_base or Fraction(1, 25),
+                ),
+                graph.add("bwdif", "mode=send_frame:deint=interlaced"),
+                graph.add("buffersink"),
+            ).configure()
+        if frame is not None and (frame.width, frame.height) != size:
+            yield frame  # the caller refuses it
+            return
+        graph.vpush(frame)
+        try:
+            while True:
+                yield graph.vpull()
+        except (BlockingIOError, EOFError):
+            pass
+
+
+def _has_opacity(frame: VideoFrame) -> bool:
+    return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+
+
+def _notes(path: Path, frame: VideoFrame, aspect: Fraction, size: tuple[int, int]) -> list[Note]:
+    """Of a clip's first frame; `size` is that with square pixels."""
+    notes, file = [], {"file": str(path)}
+
+    def say(text: str, code: str, **data: object) -> None:
+        notes.append(Note(f"{path.name} {text}", code, {**file, **data}))
+
+    if aspect != 1:
+        pixels, coded = f"{aspect.numerator}:{aspect.denominator}", f"{frame.width}x{frame.height}"
+        say(
+            f"has pixels of {pixels}; it is shown as {size[0]}x{size[1]} of square ones, not as {coded}.",
+            "pixel_aspect",
+            pixels=pixels,
+            coded=coded,
+            shown=f"{size[0]}x{size[1]}",
+        )
+    if frame.interlaced_frame:
+        say("is interlaced; every frame is deinterlaced (bwdif).", "interlaced")
+    primaries = WIDE.get(frame.color_primaries, "BT.709")
+    if transfer := HDR.get(frame.color_trc):
+        say(
+            f"is HDR ({transfer}, {primaries}); it is converted to BT.709 with {REFERENCE_WHITE} cd/m² as "
+            "white, and brighter light is white too.",
+            "hdr",
+            transfer=transfer,
+            primaries=primaries,
+            reference_white=REFERENCE_WHITE,
+        )
+    elif frame.color_primaries in WIDE:
+        say(
+            f"has the colours of {primaries}; they are converted to BT.709.",
+            "wide_gamut",
+            primaries=primaries,
+        )
+    shape = frame.format
+    needs_matrix = len(shape.components) > 2 and not shape.is_rgb and not shape.name.startswith("yuvj")
+    if frame.colorspace == UNTAGGED and needs_matrix:
+        say("has no colour tags; it is read as BT.601 of limited range.", "untagged_colour", read_as="BT.601")
+    return notes

@@ -1,4 +1,4 @@
-"""The sound of the finished video: another file's packets, copied if players accept them, else made AAC."""
+"""The sound of the finished video: another file's packets, copied if players accept them, else encoded."""
 
 import shlex
 from collections.abc import Iterator
@@ -9,56 +9,56 @@ from typing import Any, Self
 
 import av
 from av.audio.stream import AudioStream
-from av.container import InputContainer, OutputContainer
+from av.bitstream import BitStreamFilterContext
+from av.codec.context import Flags
+from av.container import InputContainer
 from av.packet import Packet
 
-from trt_wan.errors import InputError
+from trt_wan.errors import InputError, with_commands
+from trt_wan.runtime.video.kinds import Kind
 
 SOUND_BIT_RATE = 192_000  # for sound that must be encoded again
-# Sound that common players accept in each container. All other sound is encoded again as AAC.
-COPIED_SOUND = {
-    ".mp4": frozenset({"aac", "ac3", "alac", "eac3", "mp3", "opus"}),
-    ".mov": frozenset({"aac", "ac3", "alac", "eac3", "mp3"}),
-    ".mkv": frozenset({"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus", "vorbis"}),
+SOUND_RATES = {
+    "aac": frozenset({8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000}),
+    "libopus": frozenset({8000, 12000, 16000, 24000, 48000}),
 }
-AAC_RATES = frozenset({8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000})
 
 
 class Sound:
-    """Packets for the output's sound stream, in order of time, up to the time of the pictures."""
+    """Packets for the output's sound stream, in order of time, up to the time of the pictures.
+
+    `stream` is a template for streams, and `first` the first packet. `before` has the packets that start
+    before the first picture.
+    """
+
+    stream: AudioStream
+    first: "Packet[AudioStream] | None"
+    before: "list[Packet[AudioStream]]"
 
     @classmethod
-    def of(cls, path: Path, output: OutputContainer, copied: frozenset[str]) -> Self | None:
+    def of(cls, path: Path, kind: Kind) -> Self | None:
         """None where the file has no sound."""
         with _readable(path):
             source = av.open(str(path.absolute()), metadata_errors="ignore")
-            if source.streams.audio:
-                return cls(path, source, output, copied)
+            if source.streams.audio and (sound := cls(path, source, kind)).first is not None:
+                return sound
             source.close()
             return None
 
-    def __init__(
-        self, path: Path, source: InputContainer, output: OutputContainer, copied: frozenset[str]
-    ) -> None:
+    def __init__(self, path: Path, source: InputContainer, kind: Kind) -> None:
         self.path, self._source = path, source
         self._input = source.streams.audio[0]
         self._zero = _start(source)
-        codec = self._input.codec_context.codec.canonical_name
-        if codec in copied:
-            self._output: AudioStream = output.add_stream_from_template(self._input)
-            packets = self._copied()
-        else:
-            rate = self._input.rate if self._input.rate in AAC_RATES else 48_000
-            self._output = output.add_stream("aac", rate=rate, bit_rate=SOUND_BIT_RATE)
-            self._output.codec_context.layout = "mono" if self._input.channels == 1 else "stereo"
-            packets = self._encoded()
-        self._packets = packets
-        self._next = self._advance()
+        copied = self._input.codec_context.codec.canonical_name in kind.copied
+        self.stream = self._input if copied else _encoder(kind.sound, self._input)
+        self._packets = self._copied() if copied else self._encoded()
+        self.first = self._next = self._advance()
+        self.before = self.until(Fraction(0))
 
     def until(self, end: Fraction) -> "list[Packet[AudioStream]]":
         """The next packets, those that start before `end`, in seconds."""
         packets = []
-        while self._next is not None and _seconds(self._next) < end:
+        while self._next is not None and seconds(self._next) < end:
             packets.append(self._next)
             self._next = self._advance()
         return packets
@@ -72,9 +72,8 @@ class Sound:
 
     def _copied(self) -> "Iterator[Packet[AudioStream]]":
         rate, size = self._input.codec_context.sample_rate, self._input.codec_context.frame_size
-        for packet in self._source.demux(self._input):
-            if packet.pts is None:
-                continue
+        for packet in self._demuxed():
+            assert packet.pts is not None
             shift = round(self._zero / packet.time_base)
             pts, duration = packet.pts - shift, packet.duration or 0
             whole = round(Fraction(size, rate) / packet.time_base) if rate else 0
@@ -85,8 +84,22 @@ class Sound:
             packet.duration = duration
             # One packet before the start is kept: a codec with overlapping packets needs it for the next one.
             if pts + 2 * duration > 0:
-                packet.stream = self._output
                 yield packet
+
+    def _demuxed(self) -> "Iterator[Packet[AudioStream]]":
+        codec = self._input.codec_context
+        # AAC of a transport stream has headers of its own, which the muxer for fragments does not remove.
+        wrapped = codec.codec.canonical_name == "aac" and not codec.extradata
+        unwrap = BitStreamFilterContext("aac_adtstoasc", self._input) if wrapped else None
+        for packet in self._source.demux(self._input):
+            if packet.pts is None:
+                continue
+            time_base = packet.time_base
+            for made in [packet] if unwrap is None else unwrap.filter(packet):
+                made.time_base = time_base
+                if made.has_sidedata("new_extradata"):
+                    self.stream = _with_extradata(self._input, bytes(made.get_sidedata("new_extradata")))
+                yield made
 
     def _encoded(self) -> "Iterator[Packet[AudioStream]]":
         for frame in self._source.decode(self._input):
@@ -94,11 +107,30 @@ class Sound:
                 continue
             frame.pts -= round(self._zero / frame.time_base)
             if frame.pts * frame.time_base + Fraction(frame.samples, frame.sample_rate) > 0:
-                yield from self._output.encode(frame)
-        yield from self._output.encode(None)
+                yield from self.stream.encode(frame)
+        yield from self.stream.encode(None)
 
 
-def _seconds(packet: "Packet[Any]") -> Fraction:
+def _encoder(name: str, source: AudioStream) -> AudioStream:
+    nowhere = av.open("-", "w", format="null")
+    rate = source.rate if source.rate in SOUND_RATES[name] else 48_000
+    stream = nowhere.add_stream(name, rate=rate, bit_rate=SOUND_BIT_RATE)
+    assert isinstance(stream, AudioStream), f"{name} encodes no sound"
+    stream.codec_context.layout = "mono" if source.channels == 1 else "stereo"
+    stream.codec_context.flags |= Flags.global_header  # see Encoding.open
+    nowhere.start_encoding()
+    return stream
+
+
+def _with_extradata(stream: AudioStream, extradata: bytes) -> AudioStream:
+    nowhere = av.open("-", "w", format="null")
+    made = nowhere.add_stream_from_template(stream)
+    made.codec_context.extradata = extradata
+    nowhere.start_encoding()
+    return made
+
+
+def seconds(packet: "Packet[Any]") -> Fraction:
     assert packet.pts is not None
     return packet.pts * packet.time_base
 
@@ -119,6 +151,8 @@ def _readable(path: Path) -> Iterator[None]:
         fixed = path.with_name(f"{path.stem}.fixed.mp4")
         raise InputError(
             f"The sound of {path} cannot be read ({error.strerror}).",
-            "Encode it again: "
-            f"ffmpeg -i {shlex.quote(str(path))} -c:v copy -c:a aac {shlex.quote(str(fixed))}",
+            with_commands(
+                "Encode it again:",
+                f"ffmpeg -i {shlex.quote(str(path))} -c:v copy -c:a aac {shlex.quote(str(fixed))}",
+            ),
         ) from error

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trt_wan.cli.report import Report, Result, TextReport, report_for
+from trt_wan.cli.report import Report, Result, StdoutLost, TextReport, report_for
+from trt_wan.cli.stopping import interrupts
 from trt_wan.engines.store.environment import check_environment
 from trt_wan.errors import MemoryShort, OutputError, Stopped, TrtWanError, UsageError
 from trt_wan.runtime.events import Note
@@ -25,14 +26,15 @@ def command(function: Callable[..., tuple[Result, dict[str, Any]]]) -> Callable[
     def wrapped(as_json: bool, quiet: bool, **options: Any) -> None:
         report = report_for(as_json, quiet)
         try:
-            for name in check_environment():
-                note(report, f"trt-wan reads no variable {name}.", "unknown_variable", name=name)
-            report.done(*function(report=report, **options))
+            with interrupts():
+                for name in check_environment():
+                    note(report, f"trt-wan reads no variable {name}.", "unknown_variable", name=name)
+                report.done(*function(report=report, **options))
         except BrokenPipeError:
             raise  # the reader of stdout is gone: click ends quietly
         except (Exception, KeyboardInterrupt) as error:
             told = _told(error)
-            report.failed(told)
+            (TextReport(quiet) if isinstance(error, StdoutLost) else report).failed(told)
             if type(told) is TrtWanError:
                 raise
             sys.exit(told.exit_code)

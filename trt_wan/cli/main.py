@@ -1,7 +1,7 @@
 """The command line: parse, build the dataclasses, call one function, print. Nothing heavy is imported to show
 help.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C, SIGTERM or SIGHUP.
 """
 
 import click
@@ -25,7 +25,3 @@ def cli() -> None:
 
 for subcommand in (run, build, bench, preprocess, list_engines, show_engine, remove_engines, weights, demo):
     cli.add_command(subcommand)
-
-
-def main() -> None:
-    cli()

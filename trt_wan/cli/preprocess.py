@@ -4,17 +4,21 @@ Its options are those of `run REF CLIP` too, which prepares the clips on its own
 """
 
 import re
+import shutil
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from trt_wan.cli.command import command
 from trt_wan.cli.report import Report
-from trt_wan.errors import UsageError
+from trt_wan.errors import UsageError, with_commands
 
 if TYPE_CHECKING:
     from trt_wan.preprocess.job import PreprocessJob
@@ -22,6 +26,10 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 NETWORK = click.Path(path_type=Path)  # a file or a folder, checked when it is opened
 FILE = click.Path(path_type=Path, dir_okay=False)
+# `-` is stdin. A clip may be a folder of pictures, or a pattern that no file has as its name.
+PICTURE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
+CLIP = click.Path(path_type=Path, allow_dash=True)
+STDIN = Path("-")
 
 
 def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
@@ -110,6 +118,15 @@ PREPARING = (
 )  # fmt: skip
 
 
+reference_background = click.option(
+    "--reference-background",
+    default="white",
+    show_default=True,
+    metavar="COLOUR",
+    help="Put behind a transparent reference: a name such as grey, or #rrggbb.",
+)
+
+
 def preparing_options(function: Function) -> Function:
     for option in reversed(PREPARING):
         function = option(function)
@@ -117,8 +134,8 @@ def preparing_options(function: Function) -> Function:
 
 
 @click.command(short_help="Prepare the clips of a job.")
-@click.argument("reference", type=FILE)
-@click.argument("clip", type=FILE)
+@click.argument("reference", type=PICTURE)
+@click.argument("clip", type=CLIP)
 @click.option(
     "-o",
     "--output",
@@ -127,6 +144,7 @@ def preparing_options(function: Function) -> Function:
     help="The folder to make.",
 )
 @click.option("--mode", type=click.Choice(["animate", "replace"]), default="animate", show_default=True)
+@reference_background
 @preparing_options
 @click.option(
     "--executor",
@@ -144,6 +162,9 @@ def preprocess(*, report: Report, reference: Path, clip: Path, output: Path, **o
     trt-wan preprocess character.png dance.mp4 -o prepared/
     trt-wan preprocess character.png dance.mp4 -o prepared/ --mode replace --sam2 sam2.1_hiera_base_plus.pt
 
+    CLIP is a video, a GIF or another animation, a folder of numbered pictures or their pattern
+    (frames/%04d.png), or - for a video from stdin.
+
     The folder contains src_ref.png, src_pose.mp4, src_face.mp4, for replace src_bg.mp4 and src_mask.mp4, a
     preview.mp4 for checking, and keypoints.json, which can be edited and used with --keypoints.
     """
@@ -151,8 +172,11 @@ def preprocess(*, report: Report, reference: Path, clip: Path, output: Path, **o
 
 
 PREPARING_NAMES = {str(parameter.name) for parameter in preprocess.params} - {
-    *("reference", "clip", "output", "mode", "executor", "overwrite", "as_json", "quiet")
+    *("reference", "clip", "output", "mode", "executor", "overwrite", "as_json", "quiet"),
+    "reference_background",
 }
+
+PREPARING_FILES = ("edited_reference", "edited_driving", "detector", "pose", "sam2", "keypoints")
 
 OF_A_MASK = ("sam2", "segmenter", "grow", "block", "fill")
 NOT_GIVEN = (None, False, "auto")
@@ -161,10 +185,13 @@ NOT_GIVEN = (None, False, "auto")
 def prepare(
     report: Report, reference: Path, clip: Path, output: Path, *, executor: Any, **options: Any
 ) -> tuple[Path, dict[str, Any]]:
-    """Makes the folder `output`; `options` are those of PREPARING, mode and overwrite."""
-    from trt_wan.preprocess.clips.artifacts import ALL
+    """Makes the folder `output`, and keeps it for this process until the command ends. `options` are those of
+    PREPARING, mode, overwrite, reference_background.
+    """
+    from trt_wan.preprocess.clips.artifacts import ALL, remove_leftovers
     from trt_wan.preprocess.preprocess import preprocess as make
     from trt_wan.preprocess.stages import Networks, open_stages
+    from trt_wan.runtime.video.target import claimed, refuse_inputs
 
     start = time.perf_counter()
     if options["mode"] == "animate" and (
@@ -174,15 +201,39 @@ def prepare(
             f"In the mode animate there is no mask, so --{useless[0]} would do nothing.",
             f"Leave out --{useless[0]}, or use --mode replace.",
         )
+    files = [reference, clip, *(options[name] for name in PREPARING_FILES)]
+    for name in ALL:
+        refuse_inputs(output / name, files)
+    click.get_current_context().with_resource(claimed(output))
+    remove_leftovers(output)
     names = ("detector", "pose", "sam2", "segmenter")
     networks = Networks(**{name: options.pop(name) for name in names}, executor=executor)
-    job = _job(reference, clip, output, **options)
-    stages = open_stages(
-        networks, job.mode, job.compat, needs_people=job.needs_people, progress=report.progress
-    )
-    folder = make(job, stages, report.progress)
+    with _from_stdin(reference, clip) as (reference, clip):
+        job = _job(reference, clip, output, **options)
+        stages = open_stages(
+            networks, job.mode, job.compat, needs_people=job.needs_people, progress=report.progress
+        )
+        folder = make(job, stages, report.progress)
     made = [str(folder / name) for name in ALL if (folder / name).exists()]
     return folder, {"files": made, "seconds": round(time.perf_counter() - start, 2)}
+
+
+@contextmanager
+def _from_stdin(*files: Path) -> Iterator[tuple[Path, ...]]:
+    """The files, with a copy of stdin in place of `-`: it is read more than once. The copy is removed."""
+    if STDIN not in files:
+        yield files
+        return
+    if files.count(STDIN) > 1 or sys.stdin.isatty():
+        raise UsageError(
+            "- stands for a file that is piped in, and one can be.",
+            with_commands("For example:", "cat dance.mp4 | trt-wan preprocess character.png - -o prepared/"),
+        )
+    with TemporaryDirectory(prefix="trt-wan-") as folder:
+        copy = Path(folder) / "stdin"
+        with copy.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+        yield tuple(copy if path == STDIN else path for path in files)
 
 
 def _job(
@@ -198,6 +249,7 @@ def _job(
     block: int | None,
     fill: bool,
     compat: Any,
+    reference_background: str,
     **options: Any,
 ) -> "PreprocessJob":
     from trt_wan.preprocess.job import PreprocessJob
@@ -217,5 +269,6 @@ def _job(
         choice=PersonChoice(number=person, point=point, box=Box(*box) if box else None),
         retarget=None if retarget == "off" else retarget,  # type: ignore[arg-type]  # click has checked it
         mask=MaskShape(grow, block, fill, compat),
+        behind=reference_background,
         **options,
     )

@@ -6,12 +6,14 @@ everything else.
 
 import dataclasses
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from trt_wan.errors import TrtWanError
+from trt_wan.errors import OutputError, TrtWanError
 from trt_wan.runtime.events import (
     CandidateReady,
     CandidateStep,
@@ -44,6 +46,10 @@ STAGES = {
 Result = Path | str | None  # a str is a table for people; --json has its rows in the data
 
 
+class StdoutLost(OutputError):
+    """stdout is closed or full. stderr gets this error, also with --json."""
+
+
 class Report(Protocol):
     def progress(self, event: Event) -> None: ...
 
@@ -58,7 +64,8 @@ class JsonReport:
 
     def done(self, result: Result, data: dict[str, Any]) -> None:
         path = str(result) if isinstance(result, Path) else None
-        self._line({"schema": SCHEMA, "ok": True, "data": {"result": path, **data}})
+        with _written(result):
+            self._line({"schema": SCHEMA, "ok": True, "data": {"result": path, **data}})
 
     def failed(self, error: TrtWanError) -> None:
         described: dict[str, Any] = {"code": error.code, "message": error.message, "hint": error.hint}
@@ -68,7 +75,7 @@ class JsonReport:
 
     @staticmethod
     def _line(value: dict[str, Any]) -> None:
-        print(json.dumps(value, ensure_ascii=False), flush=True)
+        _print(json.dumps(value, ensure_ascii=False))
 
 
 class TextReport:
@@ -79,6 +86,10 @@ class TextReport:
         self._status: Any = None
 
     def progress(self, event: Event) -> None:
+        with suppress(OSError):  # stderr is gone, with its terminal
+            self._progress(event)
+
+    def _progress(self, event: Event) -> None:
         if self.quiet or (isinstance(event, EngineReady) and event.state == "there"):
             return
         if isinstance(event, Note | GraphExported | EngineReady | CandidateReady):
@@ -91,13 +102,15 @@ class TextReport:
     def done(self, result: Result, data: dict[str, Any]) -> None:
         self._stop()
         if result:
-            print(result, flush=True)
+            with _written(result):
+                _print(str(result))
 
     def failed(self, error: TrtWanError) -> None:
-        self._stop()
-        print(f"Error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(error.hint, file=sys.stderr)
+        with suppress(OSError):
+            self._stop()
+            print(f"Error: {error.message}", file=sys.stderr)
+            if error.hint:
+                print(error.hint, file=sys.stderr)
 
     def _say(self, text: str) -> None:
         self._stop()
@@ -144,6 +157,33 @@ def describe(event: Event) -> str:
         return f"{where}{step}  ETA {minutes}:{seconds:02d}"
     assert isinstance(event, WindowDone)
     return f"{where}{event.frames} frames finished"
+
+
+def _print(text: str) -> None:
+    """To stdout, at once. Raises StdoutLost, or BrokenPipeError where a reader has gone."""
+    if sys.stdout is None:
+        raise StdoutLost("Standard output is closed.", "Give the command a place to write its result to.")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # Python writes the rest there when it ends
+        raise StdoutLost(
+            f"Standard output cannot be written ({error.strerror}).", "Send it to another place."
+        ) from error
+
+
+@contextmanager
+def _written(result: Result) -> Iterator[None]:
+    """A command that has done its work says so, even if nothing reads stdout."""
+    try:
+        yield
+    except (StdoutLost, BrokenPipeError) as error:
+        if not isinstance(result, Path):
+            raise
+        why = error.message if isinstance(error, StdoutLost) else "Standard output has no reader."
+        raise StdoutLost(f"{result} is written, but its path could not be printed.", why) from error
 
 
 def report_for(as_json: bool, quiet: bool) -> Report:

@@ -2,10 +2,8 @@
 
 import os
 import shlex
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +11,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.command import command, note
-from trt_wan.cli.preprocess import PREPARING_NAMES, prepare, preparing_options
+from trt_wan.cli.preprocess import (
+    CLIP,
+    PREPARING_FILES,
+    PREPARING_NAMES,
+    STDIN,
+    prepare,
+    preparing_options,
+    reference_background,
+)
 from trt_wan.cli.report import Report
+from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+PICTURE = click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True)
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
 SETTINGS = ("executor", "precision", "tier", "flavour", "vram", "segments", "text_cache")
 
@@ -58,6 +66,8 @@ class RunOptions:
     overlap: int | None = None
     pose_strength: float | None = None
     face_strength: float | None = None
+    trim_to_shortest: bool = False
+    reference_background: str = "white"
 
     def weight_files(self) -> "WeightFiles":
         from trt_wan.runtime.settings import WeightFiles
@@ -65,11 +75,24 @@ class RunOptions:
         files: Any = {part: file for part in PARTS if (file := getattr(self, part)) is not None}
         return WeightFiles(self.weights, files, self.tokenizer, self.random_weights)
 
+    def files(self) -> list[Path]:
+        """Files and folders that are only read."""
+        named = [getattr(self, name) for name in (*PARTS, "tokenizer")]
+        return [*self.weights, *(path for path in named if path is not None)]
+
     def settings(self) -> "Settings":
         """A command runs one job, so no weights are kept for another."""
         from trt_wan.runtime.settings import Settings
 
         return Settings(**self._given(SETTINGS), keep_encoders=False)
+
+    def inputs(self, folder: Path) -> "Inputs":
+        from trt_wan.runtime.job import Inputs
+
+        mode: Any = self.mode or "animate"  # click has checked it
+        return Inputs.from_folder(
+            folder, mode, trim_to_shortest=self.trim_to_shortest, behind=self.reference_background
+        )
 
     def job(self, inputs: "Inputs") -> "Job":
         from trt_wan.runtime.job import Job
@@ -88,9 +111,15 @@ def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
     return {network.strip(): candidate.strip() for network, _, candidate in pairs}
 
 
+def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and value != STDIN and "%" not in value.name and not os.path.exists(value):
+        raise click.BadParameter(f"File {str(value)!r} does not exist.")
+    return value
+
+
 @click.command(short_help="Make a video.")
-@click.argument("reference", type=FILE, required=False)
-@click.argument("clip", type=FILE, required=False)
+@click.argument("reference", type=PICTURE, required=False)
+@click.argument("clip", type=CLIP, required=False, callback=_there)
 @click.option(
     "--inputs",
     type=FOLDER,
@@ -135,6 +164,12 @@ def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
 )
 @click.option("--pose-strength", type=float, default=1.0, show_default=True)
 @click.option("--face-strength", type=float, default=1.0, show_default=True)
+@reference_background
+@click.option(
+    "--trim-to-shortest",
+    is_flag=True,
+    help="Cut longer clips of --inputs to the length of the shortest.",
+)
 @click.option(
     "--audio", type=FILE, help="File whose sound is copied. Default: the sound of src_pose.mp4, if any."
 )
@@ -210,6 +245,7 @@ def run(
     options are the last ones below.
     """
     from trt_wan.runtime.job import unused_clips
+    from trt_wan.runtime.video.target import refuse_inputs
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
     options = RunOptions(**given)
@@ -218,6 +254,8 @@ def run(
             "In the mode animate there is nothing to paste back.",
             "Leave out --paste-back, or use --mode replace.",
         )
+    files = [reference, clip, audio, *options.files(), *(preparing[name] for name in PREPARING_FILES)]
+    refuse_inputs(output, [*files, *(inputs.glob("src_*") if inputs else ())])
     written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
     if inputs is not None:
         _refuse_preparing(reference)
@@ -242,18 +280,21 @@ def render_prepared(
     paste_back: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
     """Makes the video of the prepared clips in `folder`. The files are checked before the model is opened."""
-    from trt_wan.runtime.job import Inputs
     from trt_wan.runtime.opening.model import open_model
     from trt_wan.runtime.render import render
     from trt_wan.runtime.video.clips import open_clips
-    from trt_wan.runtime.video.writer import check_target
+    from trt_wan.runtime.video.target import check_target, claimed
 
     start = time.perf_counter()
-    job = options.job(Inputs.from_folder(folder, options.mode or "animate"))  # type: ignore[arg-type]
+    job = options.job(options.inputs(folder))
     files, settings = options.weight_files(), options.settings()
     check_target(output, overwrite)
-    with open_clips(job.inputs, job.window) as clips, open_model(files, settings, report.progress) as model:
-        with _stop_at_a_safe_point() as should_stop:
+    with (
+        claimed(output, report.progress),
+        open_clips(job.inputs, job.window) as clips,
+        open_model(files, settings, report.progress) as model,
+    ):
+        with stop_at_a_safe_point() as stop:
             result = render(
                 job,
                 model,
@@ -262,9 +303,11 @@ def render_prepared(
                 sound=audio,
                 overwrite=overwrite,
                 paste_back=paste_back,
-                progress=report.progress,
-                should_stop=should_stop,
+                progress=stop.watching(report.progress),
+                should_stop=stop.asked,
             )
+            if stop.asked():
+                note(report, "The video was finished before it could be stopped.", code="not_stopped")
     data = {"frames": result.frames, "width": result.width, "height": result.height, "fps": result.rate}
     return result.path, {**data, "seconds": round(time.perf_counter() - start, 2)}
 
@@ -281,7 +324,7 @@ def _prepare_beside(
     """The folder of clips made from `reference` and `clip`. The job's own settings are checked before."""
     from trt_wan.preprocess.clips import artifacts
     from trt_wan.runtime.job import Inputs
-    from trt_wan.runtime.video.writer import check_target
+    from trt_wan.runtime.video.target import check_target, claimed
 
     if reference is None or clip is None:
         raise UsageError(
@@ -294,7 +337,13 @@ def _prepare_beside(
     options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
     options.weight_files(), options.settings()
     check_target(output, overwrite)
-    shared = {"mode": options.mode, "executor": options.executor, "overwrite": overwrite}
+    click.get_current_context().with_resource(claimed(output, report.progress))
+    shared = {
+        "mode": options.mode,
+        "executor": options.executor,
+        "overwrite": overwrite,
+        "reference_background": options.reference_background,
+    }
     made, _ = prepare(report, reference, clip, folder, **shared, **preparing)
     return made
 
@@ -313,22 +362,3 @@ def _refuse_preparing(reference: Path | None) -> None:
             f"--inputs names clips that are prepared already, so {given} would do nothing.",
             f"Leave out {given}, or --inputs.",
         )
-
-
-@contextmanager
-def _stop_at_a_safe_point() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C ends the job at the next safe point (a step or a network), the second at once."""
-    pressed = False
-
-    def on_interrupt(number: int, frame: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-        os.write(2, b"\nStopping as soon as nothing is lost; press Ctrl-C again to stop at once.\n")
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

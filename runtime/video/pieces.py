@@ -1,0 +1,129 @@
+"""Pieces of a video file: fragments of mp4 and mov, clusters of Matroska. A header and pieces, one after
+another, are a file that plays.
+
+ffmpeg makes them in memory: PyAV has no call that makes a muxer write what it holds back. Times are absolute.
+Decoding times may not be negative in an mp4, so there pictures are moved by MOST_DELAY frames, which the edit
+list in the header takes back.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import av
+from av.container import OutputContainer
+from av.packet import Packet
+from av.stream import Stream
+
+Packets = Sequence["Packet[Any]"]
+
+MOST_DELAY = 2  # frames that x264's decoding order runs ahead of the display, at most
+
+_FRAGMENTS = "+delay_moov+default_base_moof+frag_custom"
+_HEADER = {"movflags": _FRAGMENTS}
+_PIECE = {"movflags": f"{_FRAGMENTS}+frag_discont", "use_editlist": "0", "avoid_negative_ts": "disabled"}
+# Without `bitexact` a Matroska file gets a random number.
+MATROSKA = {"fflags": "+bitexact"}
+_CLUSTERS = {**MATROSKA, "avoid_negative_ts": "disabled"}
+
+_CLUSTER, _CODEC_DELAY = b"\x1f\x43\xb6\x75", b"\x56\xaa"
+# Elements that are entered: Segment, Tracks, TrackEntry.
+_MASTERS = (b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b", b"\xae")
+
+
+def is_mp4(muxer: str) -> bool:
+    return muxer in ("mp4", "mov")
+
+
+def header(muxer: str, first: Mapping[Stream, "Packet[Any]"]) -> bytes:
+    """`first` has the first packet of every stream: some codecs' headers are made from it."""
+    times = {packet: (packet.pts, packet.dts, packet.time_base) for packet in first.values()}
+    for number, packet in enumerate(first.values()):
+        set_times(packet, 0, -MOST_DELAY if number == 0 else 0, packet.time_base)
+    made = _muxed(muxer, {s: [p] for s, p in first.items()}, _HEADER if is_mp4(muxer) else _CLUSTERS)
+    for packet, (pts, dts, time_base) in times.items():
+        set_times(packet, pts, dts, time_base)
+    ends = (start for name, start, _ in _parts(muxer, made) if name in (b"moof", _CLUSTER))
+    return made[: next(ends)]
+
+
+def piece(muxer: str, streams: Mapping[Stream, Packets], rate: Fraction, order: int, number: int) -> bytes:
+    """Piece `number`, from 1. The first stream has the pictures. Their pts are their numbers in display
+    order. The first of them is number `order` in decoding order.
+    """
+    video = next(iter(streams))
+    shift = MOST_DELAY if is_mp4(muxer) else 0
+    for k, picture in enumerate(streams[video], start=order):
+        assert picture.pts is not None
+        set_times(picture, picture.pts + shift, k - MOST_DELAY + shift, 1 / rate)
+        picture.duration = 1
+    options = {**_PIECE, "fragment_index": str(number)} if is_mp4(muxer) else _CLUSTERS
+    made = _muxed(muxer, streams, options)
+    return b"".join(made[start:end] for name, start, end in _parts(muxer, made) if name in _PLAYING)
+
+
+def codec_delay(muxer: str, header: bytes) -> Fraction:
+    """Seconds of sound that a Matroska header hides. The muxer counts times of sound from their start."""
+    for name, start, end in _parts(muxer, header):
+        if name == _CODEC_DELAY:  # an id of 2 bytes, a length of 1, nanoseconds
+            return Fraction(int.from_bytes(header[start + 3 : end]), 10**9)
+    return Fraction(0)
+
+
+def hiding(muxer: str, data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Positions in `data`, and the bytes to write there: players then skip its pieces."""
+    for name, start, end in _parts(muxer, data):
+        if name in (b"moof", b"mdat"):
+            yield start + 4, b"free"
+        elif name == _CLUSTER:
+            yield start, b"\xec\x01" + (end - start - 9).to_bytes(7, "big")  # a void with a length of 8 bytes
+
+
+def has_no_piece(data: bytes) -> bool:
+    """Whether a file is empty, zeros, or a header alone."""
+    is_header = data[4:8] == b"ftyp" or data.startswith(b"\x1a\x45\xdf\xa3")
+    return not any(data) or (is_header and not any(name in data for name in _PLAYING))
+
+
+def set_times(packet: "Packet[Any]", pts: int | None, dts: int | None, time_base: Fraction) -> None:
+    packet.time_base, packet.pts, packet.dts = time_base, pts, dts
+
+
+def mux(output: OutputContainer, stream: Stream, packets: Iterable["Packet[Any]"]) -> None:
+    for packet in packets:
+        packet.stream = stream
+        output.mux_one(packet)
+
+
+_PLAYING = (b"moof", b"mdat", _CLUSTER)
+
+
+class _Collected(list[bytes]):
+    """A file that cannot be sought in: ffmpeg then writes no index and leaves lengths open."""
+
+    write = list.append
+
+
+def _muxed(muxer: str, streams: Mapping[Stream, Packets], options: dict[str, str]) -> bytes:
+    made = _Collected()
+    with av.open(made, "w", format=muxer, options=options) as output:
+        outputs = [output.add_stream_from_template(stream, opaque=True) for stream in streams]
+        for stream, packets in zip(outputs, streams.values(), strict=True):
+            mux(output, stream, packets)
+    return b"".join(made)
+
+
+def _parts(muxer: str, data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and end of each part of a file. Matroska's masters count as their heads alone."""
+    position = 0
+    while position < len(data):
+        if is_mp4(muxer):  # ISO/IEC 14496-12, 4.2: a length of 4 bytes, then a name of 4 letters
+            head = data[position : position + 8]
+            name, end = head[4:], position + int.from_bytes(head[:4])
+        else:  # RFC 8794, 4: leading zeros of the first byte tell how many bytes follow it
+            id_end = position + 9 - data[position].bit_length()
+            name, width = data[position:id_end], 9 - data[id_end].bit_length()
+            length = int.from_bytes(data[id_end : id_end + width]) & ((1 << 7 * width) - 1)
+            end = id_end + width + (0 if name in _MASTERS else length)
+        yield name, position, end
+        position = end
