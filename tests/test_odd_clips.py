@@ -220,7 +220,7 @@ def everything_of(path: Path) -> tuple[Picture, AnyClip]:
         return clip.window(range(clip.frames)), clip
 
 
-@pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(25), Fraction(60000, 1001)])
+@pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(60000, 1001), Fraction(240)])
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".avi"])
 def test_even_frames_are_even_also_in_whole_milliseconds(tmp_path: Path, rate: Fraction, suffix: str) -> None:
     path = make_clip(tmp_path / f"c{suffix}", numbered(30), rate=rate, colorspace=1)
@@ -305,7 +305,7 @@ def test_a_damaged_animation_is_refused(tmp_path: Path) -> None:
 def numbered_pictures(folder: Path, name: str, numbers: Sequence[int]) -> list[Picture]:
     folder.mkdir(exist_ok=True)
     pictures = [disc(k) for k in range(len(numbers))]
-    for number, picture in zip(numbers, pictures, strict=True):
+    for number, picture in sorted(zip(numbers, pictures, strict=True), key=lambda pair: pair[0] * 7 % 5):
         cv2.imwrite(str(folder / name.format(number)), picture[..., ::-1])
     return pictures
 
