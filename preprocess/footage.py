@@ -23,13 +23,15 @@ RATES = {"official": Fraction(30), "kijai": Fraction(16)}  # frames per second; 
 
 @dataclass(frozen=True)
 class Footage:
-    """The used frames, in order. Each iteration decodes the clip anew and holds one frame in memory."""
+    """The used frames, in order, at the clip's own size. A frame that is shown twice is the same object.
+
+    Each iteration decodes the clip anew and holds one frame in memory.
+    """
 
     path: Path
     indices: Sequence[int]
     rate: Fraction  # frames per second of the clips to make
     has_sound: bool
-    fitted: Callable[[Picture], Picture] = lambda picture: picture
     observe: Observe = unobserved
 
     def __iter__(self) -> Iterator[Picture]:
@@ -40,8 +42,6 @@ class Footage:
                     last = index
                     with self.observe("decode"):
                         picture = clip.window([index])[0]
-                    with self.observe("scale frames"):
-                        picture = self.fitted(picture)
                 yield picture
 
 
@@ -61,11 +61,15 @@ class Sizes:
     scale: tuple[float, float] = (1, 1)  # across, down
     offset: tuple[float, float] = (0, 0)  # pixels of the frame
 
+    def placed_box(self, box: Box) -> Box:
+        """From the clip's pixels to the frame's."""
+        (sx, sy), (dx, dy) = self.scale, self.offset
+        return Box(box.x0 * sx + dx, box.y0 * sy + dy, box.x1 * sx + dx, box.y1 * sy + dy, box.score)
+
     def placed(self, person: PersonFrame) -> PersonFrame:
         """From the clip's pixels to the frame's."""
-        (sx, sy), (dx, dy), box, keypoints = self.scale, self.offset, person.box, person.keypoints
-        if box is not None:
-            box = Box(box.x0 * sx + dx, box.y0 * sy + dy, box.x1 * sx + dx, box.y1 * sy + dy, box.score)
+        (sx, sy), (dx, dy), keypoints = self.scale, self.offset, person.keypoints
+        box = None if person.box is None else self.placed_box(person.box)
         if keypoints is not None:
             moved = keypoints * np.asarray((sx, sy, 1), np.float32) + np.asarray((dx, dy, 0), np.float32)
             keypoints = np.where(keypoints[:, 2:] > 0, moved, np.float32(0))
@@ -86,6 +90,7 @@ def plan_footage(
         rate = wanted or clip.rate
         rule: SamplingRule = "kijai" if job.compat == "kijai" else "official"
         indices = frame_indices(clip.frames, clip.rate, rate, rule)
+        job.choice.require_inside(clip.width, clip.height)
         footage = Footage(job.clip, indices, rate, clip.has_sound, observe=observe)
         return footage, plan_sizes(job, reference, clip)
 

@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+from trt_wan.engines.shape import require_possible_size
 from trt_wan.errors import UsageError
 from trt_wan.preprocess.clips.sizes import Fit, Size
 from trt_wan.preprocess.people.choice import PersonChoice
@@ -14,6 +15,8 @@ from trt_wan.runtime.job import Mode
 from trt_wan.runtime.video.transparency import colour
 
 SIZE = (832, 480)
+MOST_RATE = 1000  # frames per second
+MOST_PADDING = 1024  # pixels
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class PreprocessJob:
     hands: bool = True
     head: bool = True
     face: bool = True
-    face_padding: int = 0  # pixels
+    face_padding: int = 0  # pixels of the clip; with `compat`, of the scaled frame
     behind: str = "white"  # the colour behind a transparent reference: a name or #rrggbb
     keypoints: Path | None = None  # edited by hand: these replace the search for people
     overwrite: bool = False
@@ -53,11 +56,36 @@ class PreprocessJob:
                 "Add --retarget safe or --retarget official.",
             )
         colour(self.behind)
-        if self.rate is not None and self.rate <= 0:
-            raise UsageError(f"A rate of {self.rate} makes no video.", "Give a rate such as 16 or 30.")
-        if self.face_padding < 0:
+        require_possible_size(*self.size)
+        if self.rate is not None and not 0 < self.rate <= MOST_RATE:
             raise UsageError(
-                f"A face padding of {self.face_padding} pixels is not possible.", "Use 0 or more."
+                f"A rate of {self.rate} makes no video.",
+                f"Give a rate such as 16 or 30, and at most {MOST_RATE} frames per second.",
+            )
+        if not 0 <= self.face_padding <= MOST_PADDING:
+            raise UsageError(
+                f"A face padding of {self.face_padding} pixels is not possible.",
+                f"Use --face-padding 0 to --face-padding {MOST_PADDING}.",
+            )
+        self._refuse_what_does_nothing()
+
+    def _refuse_what_does_nothing(self) -> None:
+        mask = {"grow": self.mask.grow, "block": self.mask.block, "fill": self.mask.fill or None}
+        given = [name for name, value in mask.items() if value is not None]
+        if self.mode == "animate" and given:
+            raise UsageError(
+                f"In the mode animate there is no mask, so --{given[0]} would do nothing.",
+                f"Leave out --{given[0]}, or use --mode replace.",
+            )
+        if self.face_padding and not self.face:
+            raise UsageError(
+                "No face clip is made, so --face-padding would do nothing.",
+                "Leave out --face-padding or --no-face.",
+            )
+        if self.keypoints is not None and (choice := self.choice.option):
+            raise UsageError(
+                f"The person is in {self.keypoints}, so {choice} would do nothing.",
+                f"Leave out {choice} or --keypoints.",
             )
 
     @property

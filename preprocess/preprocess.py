@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trt_wan.errors import InputError
 from trt_wan.preprocess.clips import artifacts
-from trt_wan.preprocess.clips.artifacts import ArtifactFolder
+from trt_wan.preprocess.clips.artifacts import ArtifactFolder, require_new
 from trt_wan.preprocess.clips.keypoints import (
     FoundPeople,
     read_keypoints,
@@ -28,6 +28,7 @@ from trt_wan.preprocess.job import PreprocessJob
 from trt_wan.preprocess.observe import observed, unobserved
 from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.fill import fill_gaps
+from trt_wan.preprocess.people.notes import about_frames, is_seen
 from trt_wan.preprocess.people.person import PersonFrame
 from trt_wan.preprocess.people.skeleton import Skeleton, from_keypoints
 from trt_wan.preprocess.retarget.rules import retarget
@@ -43,8 +44,13 @@ FIND = "find person"
 
 
 def video_size(job: PreprocessJob) -> Size:
-    """Width and height of the video. Raises InputError or UsageError for files that cannot be used."""
-    return plan_footage(job, read_picture(job.reference), unobserved)[1].canvas
+    """Width and height of the video. Raises every error of `preprocess` that needs no network."""
+    require_new(job.output, job.overwrite)
+    footage, sizes = plan_footage(job, read_picture(job.reference), unobserved)
+    if job.keypoints is not None:
+        found = read_keypoints(job.keypoints, len(footage.indices))
+        require_fit(job.keypoints, found, len(footage.indices), sizes.clip)
+    return sizes.canvas
 
 
 def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) -> Path:
@@ -62,12 +68,14 @@ def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) 
         # --keypoints makes the same clips.
         found = rounded(_people_of(job, footage, sizes, reference, stages, progress))
         write_keypoints(folder.making / artifacts.KEYPOINTS, found)
-        if all(person.keypoints is None for person in found.frames):
+        if not any(is_seen(person, sizes.clip) for person in found.frames):
             raise InputError(
                 f"No person was found in any of the {len(footage.indices)} frames of {job.clip}.",
                 "Use a clip in which the person can be seen, or with --detector and --pose say where: "
                 "--box x0,y0,x1,y1.",
             )
+        for note in about_frames(found.frames, sizes.clip):
+            progress(note)
 
         # 3. Skeletons of the driving person, and the poses to draw.
         people = [sizes.placed(person) for person in found.frames]
@@ -75,8 +83,8 @@ def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) 
         poses = _retargeted(job, skeletons, found, stages)
 
         # 4. Draw and write all clips, frame by frame.
-        drawing = Drawing(job, sizes, people, skeletons, poses, stages.observe)
-        write_clips(drawing, replace(footage, fitted=sizes.fitted), folder.making, stages, progress)
+        drawing = Drawing(job, sizes, found.frames, people, skeletons, poses, stages.observe)
+        write_clips(drawing, footage, folder.making, stages, progress)
         if picture.opacity is None:
             (folder.making / artifacts.REFERENCE).write_bytes(job.reference.read_bytes())
         else:
@@ -97,7 +105,7 @@ def _people_of(
     if job.keypoints is None:
         found = _find_people(job, footage, sizes, stages, progress)
     else:
-        found = read_keypoints(job.keypoints)
+        found = read_keypoints(job.keypoints, len(footage.indices))
         require_fit(job.keypoints, found, len(footage.indices), sizes.clip)
     if job.retarget is not None and (found.reference is None or found.reference_size != sizes.canvas):
         canvas = letterbox(reference, *sizes.canvas)

@@ -19,15 +19,18 @@ from trt_wan.preprocess.clips.streams import split
 from trt_wan.preprocess.observe import Observe, unobserved
 from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.mediapipe import MediapipePeople
-from trt_wan.preprocess.people.person import PersonFrame, box_of_joints
+from trt_wan.preprocess.people.notes import jumps, person_changed
+from trt_wan.preprocess.people.person import Box, PersonFrame, box_of_joints
 from trt_wan.preprocess.pictures.masks import Compat, Mask
-from trt_wan.runtime.events import Progress, silent
+from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.job import Mode
 from trt_wan.runtime.video.reader import Picture
 
 Executor = Literal["auto", "onnxruntime", "tensorrt"]
 SegmenterName = Literal["auto", "sam2", "mediapipe", "box"]
 
+ONE_PERSON = "MediaPipe finds one person and does not say whether there are more."
+SEVERAL = "Where several are in view, give --detector and --pose."
 SURE = 0.3  # least score of a joint, for people without a box
 
 
@@ -66,6 +69,26 @@ class Networks:
     segmenter: SegmenterName = "auto"
     executor: Executor = "auto"
 
+    def require_used(self, mode: Mode, needs_people: bool) -> None:
+        """Raises UsageError for a file that a job of that kind leaves aside."""
+        if mode == "animate" and (self.sam2 is not None or self.segmenter != "auto"):
+            option = "--segmenter" if self.sam2 is None else "--sam2"
+            raise UsageError(
+                f"In the mode animate there is no mask, so {option} would do nothing.",
+                f"Leave out {option}, or use --mode replace.",
+            )
+        if self.sam2 is not None and self.segmenter in ("mediapipe", "box"):
+            raise UsageError(
+                f"Masks are made by --segmenter {self.segmenter}, so --sam2 would do nothing.",
+                "Leave out one of them.",
+            )
+        if not needs_people and (self.detector is not None or self.pose is not None):
+            option = "--pose" if self.detector is None else "--detector"
+            raise UsageError(
+                f"The people are in the file of --keypoints, so {option} would do nothing.",
+                f"Leave out {option} or --keypoints.",
+            )
+
 
 class MediapipeSource:
     """The fallback for both stages: MediaPipe finds one person, and that person's outline.
@@ -85,9 +108,14 @@ class MediapipeSource:
                 "MediaPipe follows the one person that it finds and cannot choose among several.",
                 "Leave out --person, --point and --box, or give --detector and --pose.",
             )
+        progress(Note(f"{ONE_PERSON} {SEVERAL}", "one_person"))
+        boxes: list[Box | None] = []
         with MediapipePeople() as people:
             for person, _ in people.frames(frames):
+                boxes.append(person.box)
                 yield person
+        if changed := person_changed([], [], jumps(boxes), SEVERAL):
+            progress(changed)
 
     def outlines(self, frames: Iterable[Picture], people: Sequence[PersonFrame]) -> Iterator[Mask]:
         """Outlines of the person that MediaPipe finds. `people` are ignored."""
@@ -125,7 +153,10 @@ def open_stages(
     progress: Progress = silent,
     observe: Observe = unobserved,
 ) -> Stages:
-    """Opens the files in `networks`, else the fallback. Raises UsageError if there is neither."""
+    """Opens the files in `networks`, else the fallback. Raises UsageError if there is neither, and for files
+    that would not be used.
+    """
+    networks.require_used(mode, needs_people)
     return Stages(
         _open_people(networks, compat, progress, observe) if needs_people else None,
         _open_segmenter(networks, compat, progress) if mode == "replace" else None,

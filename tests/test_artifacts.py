@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -196,6 +197,12 @@ def set_in(*keys: Any, to: Any) -> Callable[[dict[str, Any]], object]:
         (set_in("frames", 2, "keypoints", 5, to=[1, "2", 1]), "keypoint 5 of frame 2 is not 3 numbers"),
         (set_in("frames", 0, "box", to=[1, 2, 3, 4]), "the box of frame 0 is not 5 numbers"),
         (set_in("reference", "keypoints", to=3), "the reference does not have 133 keypoints"),
+        (set_in("reference_size", to=[10**30, 5]), "what size its frames have"),
+        (set_in("frames", 0, "box", to=[9, 2, 3, 4, 1]), "the box of frame 0 ends before it begins"),
+        (set_in("frames", 0, "box", to=[1, 2, 1e400, 4, 1]), "the box of frame 0 is not 5 numbers"),
+        (set_in("frames", 0, to={"box": None}), "frame 0 is neither null nor"),
+        (set_in("frames", 0, to={"box": None, "keypoint": None}), "frame 0 is neither null nor"),
+        (set_in("frames", 2, "keypoints", 5, to=[1, True, 1]), "keypoint 5 of frame 2 is not 3 numbers"),
     ],
 )
 def test_keypoints_edited_into_something_impossible(
@@ -215,13 +222,23 @@ def test_keypoints_edited_into_something_impossible(
     ("content", "says"),
     [
         (b"{,}", "is not JSON: .* in line 1"),
-        (b"\xff\xfe\x00", "cannot be read"),
+        (b'{"a":\n"\xff\xfe"}', "line 2 is not UTF-8"),
         (b"[]", "does not say that it is"),
+        (b"\xef\xbb\xbf[]", "does not say that it is"),
+        (b'{"frames":\n' + b"[" * 5000 + b"]" * 5000 + b"}", "line 2 has more than 32 brackets inside"),
+        (b'{"frames":\n' + b'{"a":' * 99_999, "line 2 has more than 32 brackets inside"),
+        (b'["' + b'\\"' * 400_000, "is not JSON: Unterminated string .* in line 1"),
+        (b'{"a": "[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[\\""}', "does not say that it is"),
+        (b'{"size":\n\n[' + b"9" * 10_000 + b", 2]}", "line 3 has a number of more than 64 digits"),
+        (b"[" + b"[]," * 400_000 + b"[]]", "has more than 1080576 bytes"),
     ],
+    ids=str,
 )
 def test_what_is_no_keypoints_file(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "k.json").write_bytes(content)
+    start = time.perf_counter()
     with pytest.raises(InputError, match=says):
-        read_keypoints(tmp_path / "k.json")
+        read_keypoints(tmp_path / "k.json", frames=1)
+    assert time.perf_counter() - start < 5
     with pytest.raises(InputError, match="cannot be read"):
         read_keypoints(tmp_path / "nowhere.json")

@@ -711,6 +711,9 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         GOOD | {"data_offsets": [8, 16]},
         GOOD | {"data_offsets": [1, 9]},
         {"dtype": "F4", "shape": [2], "data_offsets": [0, -8]},
+        GOOD | {"shape": [10**400]},
+        GOOD | {"shape": [1] * 40 + [2]},
+        {"dtype": "F4", "shape": [2], "data_offsets": [0, 10**400]},
     ],
     ids=str,
 )
@@ -754,6 +757,25 @@ def test_an_index_that_is_none(tmp_path: Path, content: str) -> None:
     path = tmp_path / "x.safetensors.index.json"
     path.write_text(content)
     assert str(path) in failure(lambda: open_all(path)).message
+
+
+def test_an_index_of_impossible_or_many_names(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors.index.json"
+    for name in ("x" * 5000, "a\0b", "."):
+        path.write_text(json.dumps({"weight_map": {"x": name}}))
+        assert str(path) in failure(lambda: open_all(path)).message
+    path.write_text(json.dumps({"weight_map": {f"x{k}": f"{k:03}.safetensors" for k in range(500)}}))
+    message = failure(lambda: open_all(path)).message
+    assert "000.safetensors, 001.safetensors" in message and message.endswith("and 495 more.")
+
+
+def test_a_product_of_long_numbers_is_not_computed(tmp_path: Path) -> None:
+    """It would take minutes: a header of 4 MB."""
+    shape = [10**4000] * 1000
+    path = write_raw(tmp_path / "x.safetensors", {"x": GOOD | {"shape": shape}}, bytes(8))
+    start = time.perf_counter()
+    assert "x has no proper type" in failure(lambda: open_all(path)).message
+    assert time.perf_counter() - start < 5
 
 
 def test_an_index_whose_shard_is_missing(folder: Path) -> None:

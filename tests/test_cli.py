@@ -50,7 +50,7 @@ from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contract import Network
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.files import named
-from trt_wan.engines.store.graphs import graphs_folder
+from trt_wan.engines.store.graphs import graph_set, graphs_folder
 from trt_wan.errors import EnvironmentBroken, MemoryShort, UsageError
 from trt_wan.install import install_command
 from trt_wan.runtime.executors import Array
@@ -489,7 +489,9 @@ def test_ctrl_c_ends_a_build_which_can_be_started_again(
     assert (
         (process.returncode, out) == (130, "") and "Error: Stopped at once." in err and "Traceback" not in err
     )
-    assert [path.suffix for path in (tmp_path / "graphs").iterdir()] == [".lock"]
+    assert "Finished graphs stay: the same command goes on from there." in err
+    left = graph_set(TINY, PLAN).missing()
+    assert 0 < len(left) < len(graph_set(TINY, PLAN).names) and "text_encoder_layer" not in left
 
 
 def test_ctrl_c_is_the_callers_own_again_after_a_run(
@@ -928,16 +930,16 @@ def test_the_hint_for_damaged_graphs_mends_them(
     graph.write_bytes(content)
     arguments = run_arguments(place, tmp_path / "o.mp4", "--json", "--no-build")
     message, hint = refused(invoke(*arguments), 1, "graph_unusable")
-    assert f"are damaged ({graph.parent})" in message and hint == f"Run:\n{BUILD}"
+    count = len(list(good.glob("*.onnx")))
+    assert f"are not complete: 1 of {count} are missing or damaged ({graph.parent})" in message
+    assert hint == f"Run:\n{BUILD}"
 
     def copy(network: Network, model: object, plan: object, path: Path) -> None:
-        shutil.copyfile(good / path.name, path)
+        shutil.copyfile(good / f"{network.name}.onnx", path)
 
     monkeypatch.setattr("trt_wan.build.graphs.export", copy)
     built = invoke(*hint.removeprefix("Run:\ntrt-wan ").split(), "--json")
-    assert built.exit_code == 0 and lines(built.stdout)[-1]["data"]["graphs"] == len(
-        list(good.glob("*.onnx"))
-    )
+    assert built.exit_code == 0 and lines(built.stdout)[-1]["data"]["graphs"] == 1, "that one alone"
     assert invoke(*arguments).exit_code == 0
     assert len(read_frames(tmp_path / "o.mp4")) == FRAMES
 
@@ -953,7 +955,7 @@ def test_a_second_build_does_nothing_quickly(tmp_path: Path) -> None:
     assert done.returncode == 0 and envelope["ok"] and done.stderr == ""
     assert {event["event"] for event in notes} <= {"Note"}
     assert envelope["data"]["result"] == str(graphs_folder(TINY, PLAN))
-    assert envelope["data"]["graphs"] == envelope["data"]["seconds"] == 0
+    assert envelope["data"]["graphs"] == 0 and envelope["data"]["seconds"] < 0.1
     assert seconds < 1.5 and not set(listing.read_text().split()) & HEAVY
 
 

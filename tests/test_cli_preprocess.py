@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from made_clips import FakePeople, FakeSegmenter, textured, write_clip, write_reference
+from made_clips import SIZE, FakePeople, FakeSegmenter, textured, write_clip, write_reference
 
 import trt_wan.cli.missing
 import trt_wan.preprocess.stages
@@ -30,8 +30,9 @@ from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.graphs import graphs_folder
 from trt_wan.errors import GraphError
 from trt_wan.install import install_command
+from trt_wan.preprocess.clips.keypoints import FoundPeople, write_keypoints
 from trt_wan.preprocess.clips.sizes import Fit
-from trt_wan.preprocess.people.person import PersonFrame
+from trt_wan.preprocess.people.person import NOBODY, PersonFrame
 from trt_wan.preprocess.pictures.masks import Compat, Mask
 from trt_wan.preprocess.retarget.rules import RetargetRule
 from trt_wan.preprocess.stages import (
@@ -73,7 +74,10 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[Networks]:
     """No networks; what was asked for is kept."""
     asked: list[Networks] = []
 
-    def opened(networks: Networks, *arguments: Any, **options: Any) -> Stages:
+    def opened(
+        networks: Networks, mode: Mode, compat: object, *, needs_people: bool, **options: object
+    ) -> Stages:
+        networks.require_used(mode, needs_people)
         asked.append(networks)
         return Stages(FakePeople(), FakeSegmenter())
 
@@ -221,7 +225,7 @@ REFUSALS = {
     "size": Refusal(2, "usage", "'0x48' is not a size such as 832x480.", "--help", ("--size", "0x48")),
     "size too small": Refusal(1, "input_unusable", "too thin", "Crop", ("--size", "5x5")),
     "rate": Refusal(2, "usage", "'fast' is not a rate", "--help", ("--rate", "fast")),
-    "rate 0": Refusal(2, "usage", "'0' is not between 0 and 1000", "--help", ("--rate", "0")),
+    "rate 0": Refusal(2, "usage", "A rate of 0 makes no video", "16 or 30", ("--rate", "0")),
     "rate 1/0": Refusal(2, "usage", "'1/0' is not a rate", "--help", ("--rate", "1/0")),
     "point": Refusal(2, "usage", "'3' is not 2 pixel numbers", "--help", ("--point", "3")),
     "box": Refusal(2, "usage", "'1,2,3,nan' is not 4 pixel numbers", "--help", ("--box", "1,2,3,nan")),
@@ -250,12 +254,79 @@ REFUSALS = {
     "keypoints": Refusal(
         1, "input_unusable", "nowhere.json cannot be read", "keypoints.json", ("--keypoints", "nowhere.json")
     ),
+    "rate of a thousand million": Refusal(
+        2, "usage", "A rate of 999999999 makes no", "16", ("--rate", "9" * 9)
+    ),
+    "rate with an exponent": Refusal(2, "usage", "is not a rate", "--help", ("--rate", "1e99999999")),
+    "rate nan": Refusal(2, "usage", "'nan' is not a rate", "--help", ("--rate", "nan")),
+    "rate -5": Refusal(2, "usage", "A rate of -5 makes no video", "16 or 30", ("--rate", "-5")),
+    "size of a wall": Refusal(
+        2, "usage", "A video of 20000x20000 is too large", "832x480", ("--size", "20000x20000")
+    ),
+    "size of a line": Refusal(2, "usage", "8200x16 is too large", "832x480", ("--size", "8200x16")),
+    "size of 5000 digits": Refusal(2, "usage", "is not a size", "--help", ("--size", "9" * 5000 + "x1")),
+    "grow -5": Refusal(
+        2, "usage", "cannot grow by -5 pixels", "--grow 0 to", ("--mode", "replace", "--grow", "-5")
+    ),
+    "grow 100000": Refusal(
+        2, "usage", "grow by 100000", "--grow 512", ("--mode", "replace", "--grow", "100000")
+    ),
+    "grow in animate": Refusal(2, "usage", "there is no mask, so --grow", "--mode replace", ("--grow", "0")),
+    "block -16": Refusal(
+        2, "usage", "A block of -16 pixels", "--block 16", ("--mode", "replace", "--block", "-16")
+    ),
+    "block 16000": Refusal(
+        2, "usage", "A block of 16000 pixels", "--block 512", ("--mode", "replace", "--block", "16000")
+    ),
+    "face padding -1": Refusal(2, "usage", "padding of -1", "--face-padding 0", ("--face-padding", "-1")),
+    "face padding 100000": Refusal(
+        2, "usage", "padding of 100000", "--face-padding 1024", ("--face-padding", "100000")
+    ),
+    "padding of no face": Refusal(
+        2, "usage", "so --face-padding would do nothing", "--no-face", ("--face-padding", "9", "--no-face")
+    ),
+    "point outside": Refusal(
+        2,
+        "usage",
+        "--point is outside of the clip's picture",
+        "pixels",
+        ("--point", "320,5"),
+    ),
+    "point nan": Refusal(2, "usage", "is not 2 pixel numbers", "--help", ("--point", "nan,5")),
+    "box outside": Refusal(2, "usage", "--box is outside", "pixels of the clip", ("--box", "5,200,9,300")),
+    "box from right to left": Refusal(
+        2, "usage", "The box 50,10,20,90 is empty", "x0 < x1", ("--box", "50,10,20,90")
+    ),
+    "person with keypoints": Refusal(
+        2, "usage", "so --person would do nothing", "--keypoints", ("--person", "1", "--keypoints", "k.json")
+    ),
+    "detector with keypoints": Refusal(
+        2,
+        "usage",
+        "so --detector would do nothing",
+        "--keypoints",
+        ("--detector", "x.onnx", "--keypoints", "nobody.json"),
+    ),
+    "sam2 beside the box": Refusal(
+        2,
+        "usage",
+        "so --sam2 would do nothing",
+        "Leave out one",
+        ("--mode", "replace", "--sam2", "x.pt", "--segmenter", "box"),
+    ),
+    "segmenter in animate": Refusal(
+        2, "usage", "so --segmenter would do nothing", "--mode replace", ("--segmenter", "box")
+    ),
+    "executor of nothing": Refusal(
+        2, "usage", "so --executor would do nothing", "--detector", ("--executor", "tensorrt")
+    ),
     "unknown option": Refusal(2, "usage", "No such option", "--help", ("--sizes", "3")),
 }
 
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_preprocess_refuses(folder: Path, fakes: list[Networks], name: str) -> None:
+    write_keypoints(folder / "nobody.json", FoundPeople([NOBODY] * 15, SIZE, None, (64, 48)))
     case, before = REFUSALS[name], set(folder.iterdir())
     message, hint = refused(invoke(*PREPARE, "--json", *case.options), case.exit_code, case.code)
     assert case.says in message and case.fix in hint, (message, hint)
@@ -301,6 +372,7 @@ def test_a_wrong_onnx_file(folder: Path) -> None:
 
 
 def test_nothing_to_make_masks_with(folder: Path, no_mediapipe: None) -> None:
+    write_keypoints(folder / "k.json", FoundPeople([NOBODY] * 15, SIZE, None, (64, 48)))
     people = ("--keypoints", "k.json", "--mode", "replace")
     message, hint = clean(folder, *people, exit_code=2, code="usage")
     assert "nothing to make masks with" in message and "--segmenter box" in hint

@@ -16,6 +16,10 @@ def frames(count: int) -> list[Picture]:
     return [np.full((HEIGHT, WIDTH, 3), 40 + 10 * i, np.uint8) for i in range(count)]
 
 
+def crops(cropper: FaceCropper, frames: list[Picture], skeletons: list[Skeleton]) -> list[Picture]:
+    return list(cropper.crops(cropper.cuts(frames, skeletons)))
+
+
 def centres(skeletons: list[Skeleton], cropper: FaceCropper) -> list[float]:
     boxes = cropper.boxes(skeletons)
     return [(box[0] + box[2]) / 2 for box in boxes if box is not None]
@@ -100,14 +104,14 @@ def test_smoothing_leaves_gaps_alone() -> None:
 def test_crops_show_the_box() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     for compat in (None, "official"):
-        (crop,) = FaceCropper(compat=compat).crops([picture], [skeleton(PERSON)])  # type: ignore[arg-type]
+        (crop,) = crops(FaceCropper(compat=compat), [picture], [skeleton(PERSON)])  # type: ignore[arg-type]
         expected = cv2.resize(picture[83:208, 602:702], (512, 512))
         np.testing.assert_array_equal(crop, expected)
     large = cv2.GaussianBlur(picture, (0, 0), 3)
     near = skeleton(person(8.0, -4800, -800))
     (box,) = FaceCropper().boxes([near])
     assert box is not None
-    (crop,) = FaceCropper().crops([large], [near])
+    (crop,) = crops(FaceCropper(), [large], [near])
     x0, y0, x1, y1 = box
     np.testing.assert_array_equal(
         crop, cv2.resize(large[y0:y1, x0:x1], (512, 512), interpolation=cv2.INTER_AREA)
@@ -117,18 +121,18 @@ def test_crops_show_the_box() -> None:
 def test_black_until_there_is_a_face_then_held_then_faded_then_back() -> None:
     here = skeleton(PERSON)
     people = [AWAY, AWAY, here, *[AWAY] * 7, here]
-    crops = list(FaceCropper(hold=2, fade=3).crops(frames(11), people))
-    assert all(crop.shape == (512, 512, 3) and crop.dtype == np.uint8 for crop in crops)
-    levels = [int(crop.max()) for crop in crops]
+    faded = crops(FaceCropper(hold=2, fade=3), frames(11), people)
+    assert all(crop.shape == (512, 512, 3) and crop.dtype == np.uint8 for crop in faded)
+    levels = [int(crop.max()) for crop in faded]
     face = 40 + 10 * 2
     assert levels == [0, 0, face, face, face, 45, 30, 15, 0, 0, 40 + 10 * 10]
-    official = [int(c.max()) for c in FaceCropper(compat="official").crops(frames(11), people)]
+    official = [int(c.max()) for c in crops(FaceCropper(compat="official"), frames(11), people)]
     assert official == [0, 0, face, *[0] * 7, 140]
 
 
 def test_never_a_face() -> None:
-    crops = list(FaceCropper().crops(frames(3), [AWAY] * 3))
-    assert len(crops) == 3 and not any(crop.any() for crop in crops)
+    black = crops(FaceCropper(), frames(3), [AWAY] * 3)
+    assert len(black) == 3 and not any(crop.any() for crop in black)
     assert FaceCropper().boxes([]) == []
 
 
@@ -145,4 +149,4 @@ def test_any_points_on_any_picture(compat: Compat) -> None:
             cropper = FaceCropper(padding=padding, compat=compat)
             for box in cropper.boxes(people):
                 assert box is None or (0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1])
-            assert all(crop.shape == (512, 512, 3) for crop in cropper.crops(pictures, people))
+            assert all(crop.shape == (512, 512, 3) for crop in crops(cropper, pictures, people))

@@ -1,5 +1,6 @@
 """Measurements on disk: one file per GPU, TensorRT and graph, apart from the engines."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,26 @@ def test_a_damaged_file_holds_no_figures_and_is_replaced(text: str) -> None:
     assert read_figures(HERE) == {} and figures_beside("one") == []
     record_figures(HERE, ["one"], {"cudnn": FIGURE})
     assert read_figures(HERE) == {"cudnn": FIGURE}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ms", "25"), ("ms", {}), ("error", 10**400), ("tolerance", [1]), ("candidate", {}), ("network", 25.0)],
+)
+def test_figures_of_other_types_do_not_count(name: str, value: object) -> None:
+    record_figures(HERE, ["one"], {"cudnn": FIGURE})
+    values = json.loads(HERE.file.read_text())
+    values["figures"][0][name] = value
+    values["sources"] = [{}, "\ud800", "one"]
+    HERE.file.write_text(json.dumps(values))
+    assert read_figures(HERE) == {} and figures_beside("one") == []
+
+
+def test_sources_of_other_types_are_dropped_or_kept() -> None:
+    record_figures(HERE, ["one"], {"cudnn": FIGURE})
+    HERE.file.write_text(json.dumps(json.loads(HERE.file.read_text()) | {"sources": [{}, "\ud800", "one"]}))
+    record_figures(HERE, ["two"], {"cudnn": FIGURE})
+    assert json.loads(HERE.file.read_text())["sources"] == ["one", "two", "\ud800"]
 
 
 def test_a_title() -> None:

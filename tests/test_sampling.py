@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from made_person import GOLDEN
 
-from trt_wan.errors import UsageError
+from trt_wan.errors import InputError, UsageError
 from trt_wan.preprocess.clips.sampling import SamplingRule, frame_indices
 
 RATES = (Fraction(12), Fraction(16), Fraction(24000, 1001), Fraction(25), Fraction(30000, 1001), Fraction(60))
@@ -58,3 +58,10 @@ def test_any_clip_gives_ascending_frames_that_exist_at_the_right_speed(
 def test_a_rate_that_is_none_is_refused(rate: float) -> None:
     with pytest.raises(UsageError):
         frame_indices(10, 25, rate)
+
+
+def test_hours_of_frames_are_refused_before_they_are_listed() -> None:
+    assert len(frame_indices(200_000, 25, None)) == 200_000
+    for frames, rate in ((200_001, None), (40_000, 1000), (10**12, Fraction(1000))):
+        with pytest.raises(InputError, match="at most 200000 are prepared at once"):
+            frame_indices(frames, 25, rate)

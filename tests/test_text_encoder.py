@@ -3,6 +3,9 @@
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -30,6 +33,7 @@ from trt_wan.runtime.networks.tokenizer import Tokenizer, clean, load_sentencepi
 from trt_wan.runtime.weights.random import random_tensor
 from trt_wan.runtime.weights.tiny_tokenizer import write_tiny_tokenizer
 
+ROOT = Path(__file__).parents[1]
 LENGTH = TINY.text.length
 CHINESE = "视频中的人在做动作"
 PROMPTS = {
@@ -240,6 +244,9 @@ def test_unreadable_tokenizers_name_the_fix(tmp_path, folder, spiece):
     broken = tmp_path / "broken"
     broken.write_bytes(spiece[: len(spiece) // 2])
     (tmp_path / "list.json").write_text("[]")
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["pre_tokenizer"] = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "x" * 9000}
+    (tmp_path / "long.json").write_text(json.dumps(tree))
     endless = tokenizers.Tokenizer(tokenizers.models.Unigram([("a", 0.0)]))
     endless.save(str(tmp_path / "endless.json"))
     for load, source in (
@@ -248,6 +255,7 @@ def test_unreadable_tokenizers_name_the_fix(tmp_path, folder, spiece):
         (load_tokenizer_json, folder / "spiece.model"),
         (load_tokenizer_json, tmp_path / "list.json"),
         (load_tokenizer_json, tmp_path / "endless.json"),
+        (load_tokenizer_json, tmp_path / "long.json"),
         (load_sentencepiece, tmp_path / "missing"),
         (load_sentencepiece, tmp_path),
         (load_sentencepiece, broken),
@@ -256,7 +264,41 @@ def test_unreadable_tokenizers_name_the_fix(tmp_path, folder, spiece):
     ):
         with pytest.raises(WeightsError, match="tokenizer") as error:
             load(source, LENGTH)
+        assert len(error.value.message) < 400
         assert "google/umt5-xxl" in error.value.hint
+
+
+def test_a_piece_that_would_overflow_the_stack_is_refused(tmp_path, tiny_tokenizer):
+    """In a process of its own, because the package ends the process that frees such a piece."""
+    tree = json.loads(tiny_tokenizer.read_text())
+    tree["model"]["vocab"][20][0] = "x" * 200_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    code = (
+        "from trt_wan.runtime.networks.tokenizer import load_tokenizer_json\n"
+        "import pathlib, sys\n"
+        "load_tokenizer_json(pathlib.Path(sys.argv[1]), 512)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "tokenizer.json")]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert ended.returncode == 1 and "a piece of more than 10000 bytes" in ended.stderr, ended
+
+
+def test_a_long_table_of_characters_is_no_piece(tmp_path, folder):
+    """umT5's table has 300,000 characters. Spaces and line ends around its colon do not matter."""
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    text = json.dumps(tree | {"normalizer": None}, indent=1)
+    place = text.index('"model"')
+    table = '"precompiled_charsmap" : \n "' + "A" * 300_000 + '",'
+    path = tmp_path / "tokenizer.json"
+    path.write_text(text[:place] + table + text[place:])
+    with pytest.raises(WeightsError, match="cannot be read") as caught:  # it is no field of the top level
+        load_tokenizer_json(path, LENGTH)
+    assert "piece" not in caught.value.message
+    path.write_text(path.read_text().replace("precompiled_charsmap", "vocab"))
+    with pytest.raises(WeightsError, match="a piece of more than 10000 bytes"):
+        load_tokenizer_json(path, LENGTH)
 
 
 def test_tiny_tokenizer_spells_any_text_and_is_deterministic(tiny_tokenizer, tmp_path):

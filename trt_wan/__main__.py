@@ -4,7 +4,11 @@ import io
 import os
 import sys
 
-from trt_wan.cli import stopping
+try:
+    from trt_wan.cli import stopping
+except KeyboardInterrupt:
+    os.write(2, b"Error: Stopped at once.\n")
+    os._exit(130)
 
 
 def main() -> None:

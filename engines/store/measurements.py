@@ -16,6 +16,7 @@ from trt_wan.engines.store.home import home
 from trt_wan.engines.store.locks import held
 
 FORMAT = 1
+NUMBERS = ("ms", "error", "tolerance")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Figure:
     version: str  # TensorRT's flavour and version
     chosen: str = ""  # the tiers that take it: "exact", "fast", "exact, fast"
     problem: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises TypeError: values may come from an edited file."""
+        for name, value in asdict(self).items():
+            if not (_is_number(value) if name in NUMBERS else isinstance(value, str)):
+                raise TypeError(f"{name} is {value!r}")
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,12 @@ def record_figures(place: Place, sources: Collection[str], figures: dict[str, Fi
         known = _read(place.file) or {"sources": [], "figures": []}
         merged = {figure.candidate: figure for figure in known["figures"]} | figures
         values = asdict(place) | {
-            "sources": sorted({*known["sources"], *sources}),
+            "sources": sorted(
+                {*(source for source in known["sources"] if isinstance(source, str)), *sources}
+            ),
             "figures": [asdict(figure) for figure in merged.values()],
         }
-        replace_atomically(place.file, json.dumps(values, indent=1, ensure_ascii=False), sync=True)
+        replace_atomically(place.file, json.dumps(values, indent=1), sync=True)
 
 
 def figures_beside(source: str) -> list[Figure]:
@@ -93,6 +102,10 @@ def _read(file: Path) -> dict[str, Any] | None:
         return {"sources": list(values["sources"]), "figures": [Figure(**f) for f in values["figures"]]}
     except (KeyError, TypeError):
         return None
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, float) or (type(value) is int and abs(value) < 1 << 53)
 
 
 def title(figure: Figure) -> str:

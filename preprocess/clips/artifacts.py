@@ -48,13 +48,7 @@ class ArtifactFolder:
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
-        there = [name for name in ALL if (path / name).exists()]
-        if there and not overwrite:
-            raise OutputError(
-                f"{path} has {', '.join(there)} already.",
-                "Choose another folder, add -y to replace them, or give them to run with "
-                f"--inputs {shlex.quote(str(path))}",
-            )
+        require_new(path, overwrite)
         self.path = path
         self._made = missing_parents(path)
         try:
@@ -90,3 +84,14 @@ class ArtifactFolder:
         for folder in self._made:
             with suppress(OSError):  # another program has put a file in it
                 folder.rmdir()
+
+
+def require_new(path: Path, overwrite: bool) -> None:
+    """Raises OutputError if the folder has prepared clips that may not be overwritten."""
+    there = [name for name in ALL if (path / name).exists()]
+    if there and not overwrite:
+        raise OutputError(
+            f"{path} has {', '.join(there)} already.",
+            "Choose another folder, add -y to replace them, or give them to run with "
+            f"--inputs {shlex.quote(str(path))}",
+        )

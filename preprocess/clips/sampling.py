@@ -11,10 +11,12 @@ from typing import Literal
 
 import numpy as np
 
-from trt_wan.errors import UsageError
+from trt_wan.errors import InputError, UsageError
 
 Rate = Fraction | float
 SamplingRule = Literal["official", "kijai"]
+
+MOST_FRAMES = 200_000  # two hours at 25 frames per second. The numbers of a frame's person take 10 KB
 
 
 def frame_indices(
@@ -23,17 +25,30 @@ def frame_indices(
     rate: Rate | None,
     rule: SamplingRule = "official",
 ) -> list[int]:
-    """Numbers of the frames to show at `rate` per second, at least one. None keeps every frame."""
+    """Numbers of the frames to show at `rate` per second, at least one. None keeps every frame.
+
+    Raises InputError for more than MOST_FRAMES of them.
+    """
     assert frames > 0 and source_rate > 0, f"{frames} frames at {source_rate}"
     if rate is None or rate == source_rate:
+        _require_few(frames)
         return list(range(frames))
     if not 0 < float(rate) < math.inf:
         raise UsageError(
             f"A rate of {rate} frames per second makes no video.", "Give a rate such as 16 or 30."
         )
+    _require_few(frames / float(source_rate) * float(rate))
     if rule == "kijai":
         return _first_not_before(frames, float(source_rate), float(rate))
     return _nearest(frames, float(source_rate), float(rate))
+
+
+def _require_few(frames: float) -> None:
+    if frames > MOST_FRAMES:
+        raise InputError(
+            f"The clip gives {frames:.0f} frames, and at most {MOST_FRAMES} are prepared at once.",
+            "Cut it into parts, or give a lower --rate.",
+        )
 
 
 def _nearest(frames: int, source_rate: float, rate: float) -> list[int]:

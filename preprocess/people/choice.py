@@ -1,5 +1,6 @@
 """The user's choice of the person to follow, among the people in a frame."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,10 @@ from trt_wan.preprocess.people.person import Box, iou
 
 @dataclass(frozen=True)
 class PersonChoice:
-    """The person to follow, as seen in the first frame with people. At most one is set. None: the largest."""
+    """The person to follow, as seen in the first frame with people. At most one is set. None: the largest.
+
+    Places are in pixels of the clip. Raises UsageError on construction.
+    """
 
     number: int | None = None  # from 1, from left to right
     point: tuple[float, float] | None = None
@@ -19,8 +23,41 @@ class PersonChoice:
         given = [name for name in ("number", "point", "box") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(f"The person is chosen twice, by {' and '.join(given)}.", "Use one of them.")
+        if self.number is not None and self.number < 1:
+            raise UsageError(
+                f"There is no person {self.number}: people are numbered from 1, from left to right.",
+                "Use --person 1.",
+            )
+        if self.point is not None and not all(map(math.isfinite, self.point)):
+            raise UsageError("The point of --point is not two numbers.", "Use --point x,y, in pixels.")
+        if (box := self.box) is not None and not (
+            all(map(math.isfinite, (box.x0, box.y0, box.x1, box.y1))) and box.x0 < box.x1 and box.y0 < box.y1
+        ):
+            raise UsageError(
+                f"The box {box.x0:g},{box.y0:g},{box.x1:g},{box.y1:g} is empty.",
+                "Give the corners top left and bottom right: --box x0,y0,x1,y1, with x0 < x1 and y0 < y1.",
+            )
+
+    @property
+    def option(self) -> str:
+        """The option that makes this choice. Empty for the largest person."""
+        given = {"--person": self.number, "--point": self.point, "--box": self.box}
+        return next((option for option, value in given.items() if value is not None), "")
+
+    def require_inside(self, width: int, height: int) -> None:
+        """Raises UsageError for a place outside of a clip of this size."""
+        box = self.box
+        if self.point is not None:
+            x, y = self.point
+            box = Box(x, y, x, y)
+        if box is not None and (box.x1 < 0 or box.y1 < 0 or box.x0 >= width or box.y0 >= height):
+            raise UsageError(
+                f"The place of {self.option} is outside of the clip's picture, which is {width}x{height}.",
+                "Give it in pixels of the clip, from its top left corner.",
+            )
 
 
+MOST_LISTED = 8  # people in a sentence
 LARGEST = PersonChoice()
 
 
@@ -62,8 +99,11 @@ def chosen(choice: PersonChoice, people: Sequence[Person], boxes: Sequence[Box],
 
 
 def listed(people: Sequence[Person]) -> str:
-    """1 at 40,60 (120x300), …"""
-    places = (
-        f"{p.number} at {p.box.x0:.0f},{p.box.y0:.0f} ({p.box.width:.0f}x{p.box.height:.0f})" for p in people
-    )
+    """1 at 40,60 (120x300), …, and 3 more"""
+    places = [
+        f"{p.number} at {p.box.x0:.0f},{p.box.y0:.0f} ({p.box.width:.0f}x{p.box.height:.0f})"
+        for p in people[:MOST_LISTED]
+    ]
+    if len(people) > MOST_LISTED:
+        places.append(f"and {len(people) - MOST_LISTED} more")
     return ", ".join(places) or "nobody"

@@ -52,6 +52,13 @@ class FaceCropper:
     fade: int = 6
     compat: Compat = None
 
+    @property
+    def without(self) -> str:
+        """The content of a crop without a face, in words."""
+        if self.compat is not None:
+            return "the face clip is black"
+        return f"the face clip shows the last face for {self.hold} frames and then fades to black"
+
     def boxes(self, skeletons: Sequence[Skeleton]) -> list[PixelBox | None]:
         """The boxes of all frames of a clip. Smoothing looks ahead, so all are made at once."""
         if not skeletons:
@@ -64,26 +71,37 @@ class FaceCropper:
             for box, skeleton in zip(boxes, skeletons, strict=True)
         ]
 
-    def crops(self, frames: Iterable[Picture], skeletons: Sequence[Skeleton]) -> Iterator[Picture]:
-        """uint8 RGB [512, 512, 3] for each frame, as the frames come. Black until there is a face."""
-        last, away = np.zeros((SIDE, SIDE, 3), np.uint8), 0
+    def cuts(self, frames: Iterable[Picture], skeletons: Sequence[Skeleton]) -> Iterator[Picture | None]:
+        """What `crops` needs of each frame, as the frames come: the pixels of the face, never more than those
+        of a crop. None without a face.
+        """
         for frame, skeleton, box in zip(frames, skeletons, self.boxes(skeletons), strict=True):
             assert frame.shape[:2] == (skeleton.height, skeleton.width), f"{frame.shape} {skeleton.width}"
             if box is None:
+                yield None
+                continue
+            x0, y0, x1, y1 = box
+            face = frame[y0:y1, x0:x1]
+            yield self._square(face) if face.size > SIDE * SIDE * 3 else face.copy()
+
+    def crops(self, cuts: Iterable[Picture | None]) -> Iterator[Picture]:
+        """uint8 RGB [512, 512, 3] for each frame. Black until there is a face."""
+        last, away = np.zeros((SIDE, SIDE, 3), np.uint8), 0
+        for face in cuts:
+            if face is None:
                 away += 1
                 yield self._faded(last, away)
             else:
-                last, away = self._crop(frame, box), 0
+                last, away = self._square(face), 0
                 yield last
 
-    def _crop(self, frame: Picture, box: PixelBox) -> Picture:
-        x0, y0, x1, y1 = box
+    def _square(self, face: Picture) -> Picture:
+        if face.shape[:2] == (SIDE, SIDE):
+            return face
         # The official code is always linear, which skips pixels of a face larger than the crop.
-        shrinks = self.compat is None and min(x1 - x0, y1 - y0) > SIDE
+        shrinks = self.compat is None and min(face.shape[:2]) > SIDE
         interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        return np.asarray(
-            cv2.resize(frame[y0:y1, x0:x1], (SIDE, SIDE), interpolation=interpolation), np.uint8
-        )
+        return np.asarray(cv2.resize(face, (SIDE, SIDE), interpolation=interpolation), np.uint8)
 
     def _faded(self, last: Picture, away: int) -> Picture:
         """The last face, faded for a face that has been missing for `away` frames."""

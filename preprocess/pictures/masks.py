@@ -23,14 +23,18 @@ Compat = Literal["official", "kijai"]
 GRID = 16  # pixels: a patch of the transformer, two latent cells
 FRAMES_PER_LATENT = 4  # except the first frame of a clip, which is one latent
 GROW, BLOCK = 10, 32  # pixels, as in the wrapper's example workflow
+MOST = 512  # pixels, of either: more hides the whole picture
 OFFICIAL_KERNEL, OFFICIAL_ITERATIONS = 7, 3
 
 
 @dataclass(frozen=True)
 class MaskShape:
-    """How an outline becomes the mask: filled, grown by `grow` pixels, in blocks of `block` pixels."""
+    """How an outline becomes the mask: filled, grown by `grow` pixels, in blocks of `block` pixels.
 
-    grow: int | None = None  # negative: shrunk. None: the rule's default
+    Raises UsageError on construction.
+    """
+
+    grow: int | None = None  # None: the rule's default
     block: int | None = None
     fill: bool = False  # closes enclosed holes, such as between an arm on a hip and the body
     compat: Compat | None = None
@@ -43,11 +47,22 @@ class MaskShape:
                     "Leave out --grow and --block, or --compat official.",
                 )
             return
+        if self.grow is not None and not 0 <= self.grow <= MOST:
+            raise UsageError(
+                f"A mask cannot grow by {self.grow} pixels: a smaller mask shows the person's edge, "
+                "a much larger one hides all.",
+                f"Use --grow 0 to --grow {MOST}.",
+            )
         block = BLOCK if self.block is None else self.block
-        if self.compat == "kijai" and not 8 <= block <= 512:
+        if self.compat == "kijai" and not 8 <= block <= MOST:
             raise UsageError(
                 f"A block of {block} pixels is not possible with the wrapper's rule.",
-                "Use --block 8 to --block 512.",
+                f"Use --block 8 to --block {MOST}.",
+            )
+        if self.compat is None and block > MOST:
+            raise UsageError(
+                f"A block of {block} pixels hides the whole picture.",
+                f"Use --block {GRID} to --block {MOST}.",
             )
         if self.compat is None and (block < GRID or block % GRID):
             below = max(GRID, block // GRID * GRID)

@@ -34,11 +34,11 @@ def draw_preview(
     frame: Picture,
     skeleton: Skeleton,
     person: Box | None,
-    face: tuple[int, int, int, int] | None,
+    face: Box | None,
     mask: Mask | None,
     label: str,
 ) -> Picture:
-    """`face` is x0, y0, x1, y1. All places, and the mask, are in the frame's pixels."""
+    """All places, and the mask, are in the frame's pixels."""
     height, width = frame.shape[:2]
     size = preview_size((width, height))
     across, down = size[0] / width, size[1] / height
@@ -48,14 +48,12 @@ def draw_preview(
     drawn = draw_skeleton(_scaled(skeleton, across, down, size), *size)
     cv2.copyTo(drawn, functools.reduce(cv2.max, cv2.split(drawn)), picture)
     if face is not None:
-        x0, y0, x1, y1 = face
-        left, top, _, _ = _rectangle(picture, (x0 * across, y0 * down, x1 * across, y1 * down), FACE_COLOUR)
+        left, top, _, _ = _rectangle(picture, _sides(face, across, down), FACE_COLOUR)
         _text(picture, (left, max(top - 4, 12)), "face", FACE_COLOUR)
     if person is None:
         _text(picture, (4, size[1] - 6), f"{label}: not here", FRAME_COLOUR)
     else:
-        sides = (person.x0 * across, person.y0 * down, person.x1 * across, person.y1 * down)
-        left, _, _, bottom = _rectangle(picture, sides, FRAME_COLOUR)
+        left, _, _, bottom = _rectangle(picture, _sides(person, across, down), FRAME_COLOUR)
         _text(picture, (left + 3, bottom - 5), f"{label}  {person.score:.2f}", FRAME_COLOUR)
     return picture
 
@@ -80,6 +78,10 @@ def _scaled(skeleton: Skeleton, across: float, down: float, size: Size) -> Skele
         width=size[0],
         height=size[1],
     )
+
+
+def _sides(box: Box, across: float, down: float) -> tuple[float, float, float, float]:
+    return box.x0 * across, box.y0 * down, box.x1 * across, box.y1 * down
 
 
 def _rectangle(

@@ -29,6 +29,7 @@ STORAGES: dict[str, np.dtype[Any]] = {
 }
 MAX_PICKLE = 16 << 20  # bytes; the largest model's takes 0.2 MB
 PUTS = ("PUT", "BINPUT", "LONG_BINPUT")  # they give an object a number
+LARGEST, MOST_DIMENSIONS = 1 << 53, 32  # elements of a tensor
 USE = "Use an official file (sam2.1_hiera_base_plus.pt, sam2_hiera_large.pt, ...) or its safetensors."
 
 
@@ -50,7 +51,7 @@ class StoredTensor:
         except Exception as error:  # a damaged archive can raise any exception
             raise WeightsError(f"{self.path} is damaged: {error}.", "Download it again.") from error
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        if math.prod(self.shape) and (last >= len(raw) or min(self.stride, default=0) < 0):
+        if math.prod(self.shape) and last >= len(raw):
             raise WeightsError(f"{self.path} is damaged: {self.entry} is too short.", "Download it again.")
         strides = tuple(step * self.dtype.itemsize for step in self.stride)
         return np.lib.stride_tricks.as_strided(raw, self.shape, strides, writeable=False)
@@ -82,8 +83,10 @@ class _Unpickler(pickle.Unpickler):
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
         match storage, offset, shape, stride:
-            case (str(entry), np.dtype() as dtype), int(), tuple(), tuple() if all(
-                isinstance(number, int) for number in (*shape, *stride)
+            case (str(entry), np.dtype() as dtype), int(), tuple(), tuple() if len(shape) == len(
+                stride
+            ) <= MOST_DIMENSIONS and all(
+                isinstance(number, int) and 0 <= number < LARGEST for number in (offset, *shape, *stride)
             ):
                 return StoredTensor(self.path, entry, dtype, offset, shape, stride)
         raise pickle.UnpicklingError("it has a tensor of an unknown kind")

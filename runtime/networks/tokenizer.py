@@ -10,9 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from trt_wan.errors import WeightsError
 
 END = "</s>"
+LONGEST_PIECE = 10_000  # bytes; umT5's longest has 48
 _HINT = "Download it again: it is `tokenizer.json` or `spiece.model` of google/umt5-xxl."
 
 
@@ -43,6 +46,7 @@ def load_tokenizer_json(path: Path, length: int) -> Tokenizer:
     """Reads a Hugging Face tokenizer. Raises WeightsError."""
     import tokenizers
 
+    _refuse_long_pieces(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises plain Exception for every fault, a missing file included
@@ -55,6 +59,19 @@ def load_tokenizer_json(path: Path, length: int) -> Tokenizer:
     return Tokenizer(
         lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids), end, length, path
     )
+
+
+def _refuse_long_pieces(path: Path) -> None:
+    """The package frees pieces recursively: one of 200,000 characters overflows the stack (0.23.3)."""
+    try:
+        content = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise _unreadable(str(path), str(error.strerror)) from error
+    quotes = np.flatnonzero(content == ord('"'))
+    for k in np.flatnonzero(np.diff(quotes, prepend=0, append=len(content)) > LONGEST_PIECE):
+        end = quotes[k - 1] if k else 0
+        if not content[max(end - 40, 0) : end].tobytes().rstrip(b' "\n:').endswith(b"precompiled_charsmap"):
+            raise _unreadable(str(path), f"it has a piece of more than {LONGEST_PIECE} bytes")
 
 
 def load_sentencepiece(model: Path | bytes, length: int) -> Tokenizer:
@@ -81,7 +98,7 @@ def byte_tokenizer(vocabulary: int, length: int) -> Tokenizer:
 
 
 def _unreadable(name: str, reason: str) -> WeightsError:
-    return WeightsError(f"The tokenizer {name} cannot be read ({reason}).", _HINT)
+    return WeightsError(f"The tokenizer {name} cannot be read ({reason[:200]}).", _HINT)
 
 
 def _endless(name: str) -> WeightsError:

@@ -83,6 +83,11 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
     """The first video stream that is not the cover picture of a song."""
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
+            if stream.codec_context is None:  # PyAV's types do not say so
+                raise InputError(
+                    f"{path} has a video that cannot be decoded: its codec is unknown.",
+                    with_commands("If ffmpeg knows it, convert the file:", remake(path)),
+                )
             refuse_size(path, stream.codec_context.width, stream.codec_context.height)
             stream.codec_context.options = READING
             return stream

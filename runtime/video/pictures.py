@@ -21,6 +21,7 @@ from trt_wan.runtime.video.transparency import Colour, over
 
 WHITE: Colour = (255, 255, 255)
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+CHUNK_FRAME = 12  # bytes of a PNG's chunk beside its content: length, name, checksum
 HEADER_ONLY = {**READING, "skip_frame": "all"}
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -55,6 +56,8 @@ def read_transparent(path: Path) -> Transparent:
         # Unlike numpy, cv2.imread cannot open a path outside the code page on Windows.
         data = np.fromfile(path, np.uint8)
         _refuse_header(path, data, unreadable.hint)
+        if _is_cut_short(data):
+            raise unreadable
         picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
         opacity = _opacity(path, data)
     except (cv2.error, OSError) as error:
@@ -89,6 +92,17 @@ def _refuse_header(path: Path, data: NDArray[np.uint8], hint: str) -> None:
             f"{MAX_PIXELS} pixels.",
             hint,
         )
+
+
+def _is_cut_short(data: NDArray[np.uint8]) -> bool:
+    """Whether it is a PNG with a chunk that ends after the file. OpenCV takes gigabytes for such a chunk."""
+    content = data.data
+    at = len(PNG)
+    if bytes(content[:at]) != PNG:
+        return False
+    while at < len(content) and bytes(content[at + 4 : at + 8]) != b"IEND":
+        at += CHUNK_FRAME + int.from_bytes(content[at : at + 4])
+    return at >= len(content)
 
 
 def _opacity(path: Path, data: NDArray[np.uint8]) -> Picture | None:

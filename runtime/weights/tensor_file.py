@@ -9,6 +9,7 @@ All faults are WeightsErrors that name the file.
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ from trt_wan.runtime.executors import Array
 
 INDEX = ".safetensors.index.json"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
+LARGEST = 1 << 53  # bytes or elements. Products of longer numbers take minutes
+MOST_DIMENSIONS = 32
+LONGEST_NAME = 200  # characters of a shard's file name
+MOST_NAMED = 5  # shards in a message
 METADATA = "__metadata__"
 
 DTYPES: dict[str, np.dtype[np.generic]] = {
@@ -103,7 +108,9 @@ def read_index(index: Path) -> dict[str, Path]:
     except (ValueError, RecursionError):
         described = None
     match described:
-        case {"weight_map": dict(shards)} if all(isinstance(name, str) for name in shards.values()):
+        case {"weight_map": dict(shards)} if all(
+            isinstance(name, str) and len(name) < LONGEST_NAME for name in shards.values()
+        ):
             return {tensor: index.parent / name for tensor, name in shards.items()}
     raise WeightsError(f"{index} is not the index of a sharded checkpoint.", "Download it again.")
 
@@ -113,10 +120,11 @@ def _files(path: Path) -> list[Path]:
     if not path.name.endswith(INDEX):
         return [path]
     shards = sorted(set(read_index(path).values()))
-    missing = [shard.name for shard in shards if not shard.exists()]
+    missing = [shard.name for shard in shards if not os.path.isfile(shard)]  # no OSError for a bad name
     if missing:
+        more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
         raise WeightsError(
-            f"{path} lists shards that are not beside it: {', '.join(missing)}.",
+            f"{path} lists shards that are not beside it: {', '.join(missing[:MOST_NAMED])}{more}.",
             "Download or copy these files too.",
         )
     return shards
@@ -153,9 +161,9 @@ def _entries(file: Path, header: Mapping[str, object], data_start: int) -> dict[
     entries = {}
     for name, described in header.items():
         match described:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if all(
-                isinstance(size, int) and size >= 0 for size in shape
-            ):
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if (
+                len(shape) <= MOST_DIMENSIONS and 0 <= start <= stop < LARGEST
+            ) and all(isinstance(size, int) and 0 <= size < LARGEST for size in shape):
                 entry = Entry(file, dtype, tuple(shape), data_start + start, data_start + stop)
             case _:
                 raise _damaged(file, f"{name} has no proper type, shape and place")

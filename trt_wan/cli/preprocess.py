@@ -3,6 +3,7 @@
 Its options are those of `run REF CLIP` too, which prepares the clips on its own.
 """
 
+import re
 import shutil
 import sys
 import time
@@ -39,13 +40,10 @@ STDIN = Path("-")
 def _rate(ctx: click.Context, param: click.Parameter, value: str | None) -> Fraction | None:
     if value is None:
         return None
-    try:
-        rate = Fraction(value)
-    except (ValueError, ZeroDivisionError):
-        raise click.BadParameter(f"{value!r} is not a rate such as 16, 29.97 or 30000/1001.") from None
-    if not 0 < rate <= 1000:
-        raise click.BadParameter(f"{value!r} is not between 0 and 1000 frames per second.")
-    return rate.limit_denominator(1001)
+    # No exponents: Fraction("1e99999999") computes for hours.
+    if not re.fullmatch(r"[+-]?\d{1,9}(\.\d{1,9}|/0*[1-9]\d{0,8})?", value):
+        raise click.BadParameter(f"{value!r} is not a rate such as 16, 29.97 or 30000/1001.")
+    return Fraction(value).limit_denominator(1001)
 
 
 def _numbers(count: int, example: str) -> Callable[..., tuple[float, ...] | None]:
@@ -100,7 +98,7 @@ PREPARING = (
         show_default=True,
         help="The maker of the mask. box: the person's whole box.",
     ),
-    click.option("--grow", type=int, help="Pixels that the mask grows. Default: 10."),
+    click.option("--grow", type=int, help="Pixels that the mask grows, 0 to 512. Default: 10."),
     click.option("--block", type=int, help="Pixels of the mask's blocks, a multiple of 16. Default: 32."),
     click.option("--fill", is_flag=True, help="Fill holes in the mask."),
     click.option(
@@ -111,7 +109,7 @@ PREPARING = (
     click.option("--hands/--no-hands", default=True, help="Draw the hands."),
     click.option("--head/--no-head", default=True, help="Draw the head."),
     click.option("--face/--no-face", default=True, help="Make the face clip."),
-    click.option("--face-padding", type=int, default=0, help="Pixels around the face."),
+    click.option("--face-padding", type=int, default=0, help="Pixels of the clip around the face."),
     click.option("--keypoints", type=FILE, help="An edited keypoints.json, instead of a search for people."),
 )  # fmt: skip
 
@@ -166,6 +164,12 @@ def preprocess(*, report: Report, reference: Path, clip: Path, output: Path, **o
     The folder contains src_ref.png, src_pose.mp4, src_face.mp4, for replace src_bg.mp4 and src_mask.mp4, a
     preview.mp4 for checking, and keypoints.json, which can be edited and used with --keypoints.
     """
+    files = ("detector", "pose", "sam2")
+    if options["executor"] != "auto" and not any(options[name] for name in files):
+        raise UsageError(
+            "No network is given, and MediaPipe has a runtime of its own, so --executor would do nothing.",
+            "Leave out --executor, or give --detector and --pose, or --sam2.",
+        )
     return prepare(report, reference, clip, output, **options)
 
 
@@ -175,9 +179,6 @@ PREPARING_NAMES = {str(parameter.name) for parameter in preprocess.params} - {
 }
 
 PREPARING_FILES = ("edited_reference", "edited_driving", "detector", "pose", "sam2", "keypoints")
-
-OF_A_MASK = ("sam2", "segmenter", "grow", "block", "fill")
-NOT_GIVEN = (None, False, "auto")
 
 
 def prepare(
@@ -203,13 +204,6 @@ def prepare(
     from trt_wan.runtime.video.target import claimed, refuse_inputs
 
     start = time.perf_counter()
-    if options["mode"] == "animate" and (
-        useless := [name for name in OF_A_MASK if options[name] not in NOT_GIVEN]
-    ):
-        raise UsageError(
-            f"In the mode animate there is no mask, so --{useless[0]} would do nothing.",
-            f"Leave out --{useless[0]}, or use --mode replace.",
-        )
     files = [reference, clip, *(options[name] for name in PREPARING_FILES)]
     for name in ALL:
         refuse_inputs(output / name, files)
