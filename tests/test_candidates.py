@@ -333,6 +333,26 @@ def test_a_run_takes_what_was_measured_and_says_why(
         segments_of(recipes, Settings(tier="fast"), replace(PLAN, precision="bf16"))
 
 
+def test_engines_made_ahead_are_those_of_a_job(
+    recipes: dict[Engine, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the candidates of the settings, and no others."""
+    made: list[list[Recipe]] = []
+    monkeypatch.setattr(open_model, "missing", lambda candidate, capability: None)
+    monkeypatch.setattr(open_model, "recipes_here", lambda config, plan, machine: recipes)
+    monkeypatch.setattr(open_model, "finish_engines", lambda gpu, wanted, progress: made.append([*wanted]))
+    measure(recipes, *MEASURED.values())
+    gpu: Any = SimpleNamespace(name=H200.gpu.name, driver=13, capability=(9, 0))
+    for settings in (Settings(), Settings(segments={"attention": "tensorrt"})):
+        open_model.build_engines(TINY, PLAN, gpu, RTX, settings, lambda event: None)
+        chosen, _ = segments_of(recipes, settings)
+        assert made.pop() == [recipes[row.engine] for row in chosen.values() if row.engine is not None]
+    with pytest.raises(UsageError, match="fast needs FP8"):
+        open_model.build_engines(
+            TINY, replace(PLAN, precision="bf16"), gpu, RTX, Settings(tier="fast"), lambda event: None
+        )
+
+
 def test_only_what_is_chosen_is_opened_and_the_engines_together(
     recipes: dict[Engine, Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:

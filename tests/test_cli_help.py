@@ -129,7 +129,7 @@ def test_a_gpu_without_a_driver_is_seen(
 # --- Shells ----------------------------------------------------------------------------------------------
 
 # The program `trt-wan` of an installation: its name decides the variable that a shell sets.
-PROGRAM = "import sys; sys.argv[0] = 'trt-wan'; from trt_wan.cli.main import main; main()"
+PROGRAM = "import sys; sys.argv[0] = 'trt-wan'; from trt_wan.__main__ import main; main()"
 
 
 def complete(**variables: str) -> str:

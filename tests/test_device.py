@@ -315,5 +315,11 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         raise RuntimeError("libcuda.so.1 not found\nand more")
 
     monkeypatch.setattr(cuda.core, "Device", no_driver)
-    with pytest.raises(EnvironmentBroken, match=r"\(libcuda.so.1 not found\)"):
+    monkeypatch.setattr(gpu_module, "has_nvidia_gpu", lambda: True)
+    with pytest.raises(EnvironmentBroken, match=r"\(libcuda.so.1 not found\)") as caught:
         gpu_module.Gpu()
+    assert caught.value.hint.startswith("Install an NVIDIA driver")
+    monkeypatch.setattr(gpu_module, "has_nvidia_gpu", lambda: False)
+    with pytest.raises(EnvironmentBroken, match="^No NVIDIA GPU is here.$") as caught:
+        gpu_module.Gpu()
+    assert caught.value.hint.endswith("CUDA says: libcuda.so.1 not found")

@@ -15,7 +15,7 @@ FOLDERS = ("trt_wan", "build", "runtime", "preprocess", "engines", "benchmarks")
 SUBCOMMANDS = "|".join(cli.commands)
 COMMAND = re.compile(
     rf"\b((?:cat \S+ \| )?trt-wan (?:{SUBCOMMANDS})\b|(?:pip|pipx|apt|apt-get|conda) install\b|python -m \w"
-    r"|(?:ffmpeg|mkdir|rm|mv|cp|chmod) [-\w/'.\0])"
+    r"|ffmpeg -|(?:mkdir|rm|mv|cp|chmod) [-\w/'.\0])"
 )
 MAKES_COMMANDS = {"install_command", "shell_command", "shlex.join"}
 TABLES = {"engines/store/folders.py"}  # no hints: a column that names commands

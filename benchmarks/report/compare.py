@@ -18,6 +18,8 @@ from trt_wan.errors import InputError, UsageError
 RESAMPLES = 2000
 SAME = ("model", "width", "height", "window")  # keys of the shape
 
+LARGEST = 64 << 20  # bytes of a result; usual ones have some 100 KB
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -105,10 +107,12 @@ def compare(first: Path, second: Path) -> Comparison:
 def load(path: Path) -> list[Mapping[str, Any]]:
     """The runs in a bench.json: one, or several of --repeat."""
     try:
+        if not path.is_file() or path.stat().st_size > LARGEST:
+            raise ValueError
         document = json.loads(path.read_text().splitlines()[-1])
         runs = document["runs"] if document["schema"] == REPEAT_SCHEMA else [document]
         known = all(run["schema"] == SCHEMA for run in runs)
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError):
         known = False
     if not known:
         raise InputError(

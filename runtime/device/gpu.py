@@ -17,6 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 from trt_wan.errors import EnvironmentBroken, MemoryShort, TrtWanError
 from trt_wan.runtime.device.arena import Arena, Span
 from trt_wan.runtime.device.checked import cuda, cuda_core
+from trt_wan.runtime.device.driver import has_nvidia_gpu
 from trt_wan.runtime.device.kernels import MAX_TERMS, NAMES, SOURCE, THREADS, Module
 from trt_wan.runtime.device.pinned import PageLocked, Pinned, Ring
 
@@ -71,10 +72,7 @@ class Gpu:
             self.device = Device(ordinal)
             self.device.set_current()
         except Exception as error:  # without a driver cuda.core raises the loader's error, of any class
-            raise EnvironmentBroken(
-                f"No CUDA device can be used ({str(error).splitlines()[0]}).",
-                "Install an NVIDIA driver, or run on the CPU with --executor onnxruntime.",
-            ) from error
+            raise _unusable(error) from error
         self.ordinal = ordinal
         self.stream = self.device.create_stream()
         self.copies = self.device.create_stream()
@@ -266,3 +264,14 @@ def copy(target: int, source: int, size: int, stream: Any) -> None:
 
     kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
     cuda(runtime.cudaMemcpyAsync(target, source, size, kind, int(stream.handle)))
+
+
+def _unusable(error: Exception) -> EnvironmentBroken:
+    """CUDA's own sentence is for machines that have a GPU. Elsewhere it would be told with every job."""
+    said = (str(error) or type(error).__name__).splitlines()[0]
+    cpu = "run on the CPU with --executor onnxruntime."
+    if has_nvidia_gpu():
+        return EnvironmentBroken(
+            f"No CUDA device can be used ({said}).", f"Install an NVIDIA driver, or {cpu}"
+        )
+    return EnvironmentBroken("No NVIDIA GPU is here.", f"R{cpu[1:]} CUDA says: {said}")

@@ -267,11 +267,10 @@ def open_gpu(settings: Settings, progress: Progress) -> tuple[Gpu, Flavour] | No
     except EnvironmentBroken as error:
         if settings.executor == "tensorrt":
             raise
-        there = has_nvidia_gpu()
-        why = error.message.rstrip(".") if there else "no NVIDIA GPU is here"
+        why = error.message.rstrip(".")
         _refuse_settings_of_a_gpu(settings, why)
         text = f"executor = onnxruntime on the CPU ({why})"
-        progress(Note(f"{text}\n{error.hint}", "gpu_unused") if there else Note(text))
+        progress(Note(f"{text}\n{error.hint}", "gpu_unused") if has_nvidia_gpu() else Note(text))
         return None
     progress(Note(f"executor = {flavour.name} {flavour.version} on {gpu.name} ({flavour.reason})"))
     return gpu, flavour

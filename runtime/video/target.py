@@ -70,6 +70,8 @@ def claimed(output: Path, progress: Progress = silent) -> Iterator[None]:
     may be nested. The operating system releases the lock of a process that is killed.
     """
     place = output.resolve()
+    if not place.name:
+        raise OutputError(f"{output} cannot be replaced.", "Name a folder or a file in it.")
     if place in _ours:
         yield
         return

@@ -2,6 +2,7 @@
 stdout is one JSON document with everything.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,14 +15,17 @@ from trt_wan.cli.command import Group, command, note
 from trt_wan.cli.report import Report
 from trt_wan.cli.sizes import Size, size_of
 from trt_wan.cli.sizes import size as size_option
+from trt_wan.errors import shown
 
 if TYPE_CHECKING:
     from trt_wan.benchmarks.peers.shape import Shape
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
+THERE = click.Path(path_type=Path, file_okay=False, exists=True)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 ON_A_GPU: tuple[Size, int] = (832, 480), 77
 ON_A_CPU: tuple[Size, int] = (64, 48), 13
+COUNT = click.IntRange(1, 1000)  # noise levels of the model, and enough for any repetition
 PEER_NAMES = ("diffusers_eager", "diffusers_compiled", "diffusers_fp8", "lightx2v")
 
 
@@ -31,10 +35,10 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in (value or "").split(",") if part)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of numbers such as 5,77,161.") from None
+    parts = [part.strip() for part in (value or "").split(",") if part]
+    if not all(re.fullmatch("[1-9][0-9]{0,3}", part) for part in parts):
+        raise click.BadParameter(f"{shown(value)!r} is not a list of numbers such as 5,77,161.")
+    return tuple(map(int, parts))
 
 
 def _peers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -56,7 +60,7 @@ _SHAPE = (
     click.option("--model", type=click.Choice(["14b", "tiny"]), help="Default: 14b on a GPU, else tiny."),
     click.option("--size", callback=size_option, metavar="WxH", help="Default: 832x480, or 64x48 for tiny."),
     click.option("--window", type=int, help="Frames per window, 4k+1. Default: 77, or 13 for tiny."),
-    click.option("--weights", type=FOLDER, help="Folder with the checkpoints. Default: random weights."),
+    click.option("--weights", type=THERE, help="Folder with the checkpoints. Default: random weights."),
 )
 _SETTINGS = (
     click.option("--executor", type=click.Choice(["auto", "onnxruntime", "tensorrt"])),
@@ -91,20 +95,16 @@ def _options(*rows: Decorator) -> Decorator:
 
 @click.command("measure", hidden=True)
 @_options(*_SHAPE, *_SETTINGS)
-@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Timed steps per round.")
+@click.option("--steps", type=COUNT, default=20, show_default=True, help="Timed steps per round.")
 @click.option(
     "--rounds",
-    type=click.IntRange(1),
+    type=COUNT,
     default=1,
     show_default=True,
     help="Rounds in which we and the peers take turns.",
 )
-@click.option(
-    "--job-steps", type=click.IntRange(1), default=4, show_default=True, help="Steps of a whole job."
-)
-@click.option(
-    "--jobs", type=click.IntRange(1), help="Whole jobs from a warm start. Default: 3, or 5 with --repeat."
-)
+@click.option("--job-steps", type=COUNT, default=4, show_default=True, help="Steps of a whole job.")
+@click.option("--jobs", type=COUNT, help="Whole jobs from a warm start. Default: 3, or 5 with --repeat.")
 @click.option(
     "--peers",
     default="none",
@@ -112,12 +112,10 @@ def _options(*rows: Decorator) -> Decorator:
     callback=_peers,
     help=f"all, none, or of {', '.join(PEER_NAMES)}.",
 )
-@click.option("--peer-steps", type=click.IntRange(1), help="Timed steps of a peer. Default: as many as ours.")
-@click.option("--lightx2v", type=FOLDER, help="A checkout of LightX2V, for the peer of that name.")
+@click.option("--peer-steps", type=COUNT, help="Timed steps of a peer. Default: as many as ours.")
+@click.option("--lightx2v", type=THERE, help="A checkout of LightX2V, for the peer of that name.")
 @click.option("--cold/--no-cold", default=True, show_default=True, help="Measure a cold start as well.")
-@click.option(
-    "--repeat", type=click.IntRange(1), default=1, show_default=True, help="Runs in a row: the spread."
-)
+@click.option("--repeat", type=COUNT, default=1, show_default=True, help="Runs in a row: the spread.")
 @_OUT
 @command
 def measure(
@@ -188,7 +186,7 @@ def compare_results(*, report: Report, first: Path, second: Path) -> Any:
 @click.option("--sizes", callback=_sizes, metavar="WxH,…", help="Default: 480p, 720p, square, portrait.")
 @click.option("--windows", callback=_numbers, metavar="N,…", help="Default: 5 to 161 frames.")
 @click.option("--job-steps", callback=_numbers, metavar="N,…", help="Of the axis steps. Default: 4,10,20.")
-@click.option("--steps", type=click.IntRange(1), default=6, show_default=True, help="Timed at each point.")
+@click.option("--steps", type=COUNT, default=6, show_default=True, help="Timed at each point.")
 @_OUT
 @command
 def sweep_shapes(
@@ -227,7 +225,7 @@ def sweep_shapes(
 
 @click.command("quality", short_help="Measure what a precision or tier costs in quality.")
 @_options(*_SHAPE, *_SETTINGS)
-@click.option("--steps", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--steps", type=COUNT, default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @_OUT
 @command
@@ -288,5 +286,9 @@ def _lightx2v(checkout: Path | None, weights: Path | None) -> tuple[str, ...]:
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that were given. All others keep their defaults."""
-    return {name: value for name, value in settings.items() if value not in (None, {})}
+    """The settings that were given, checked at once. All others keep their defaults."""
+    from trt_wan.runtime.settings import Settings
+
+    given = {name: value for name, value in settings.items() if value not in (None, {})}
+    assert Settings(**given), "UsageError for values that are not possible"
+    return given

@@ -32,14 +32,14 @@ SIZE, FRAMES = (832, 480), 77
 )
 @click.option(
     "--frames",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 100_000),
     help=f"Length of the sample, played back and forth. Default: {FRAMES}.",
 )
 @click.option("--executor", type=click.Choice(["auto", "onnxruntime", "tensorrt"]), default="auto")
 @click.option("--mode", type=click.Choice(["animate", "replace", "both"]), default="both", show_default=True)
 @click.option(
     "--repeat",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1000),
     default=5,
     show_default=True,
     help="Timed runs of each, after a warm-up.",

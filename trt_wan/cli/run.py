@@ -358,12 +358,12 @@ def _prepare_beside(
             "There is nothing to make a video from.",
             "Give a picture and a driving video, or prepared clips with --inputs DIR.",
         )
+    check_target(output, overwrite)
     folder = output.with_name(f"{output.stem}.inputs")
     face = folder / artifacts.FACE if preparing["face"] else None
     hole = (folder / artifacts.BACKGROUND, folder / artifacts.MASK) if options.mode == "replace" else ()
     job = options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
     files, settings = options.weight_files(), options.settings()
-    check_target(output, overwrite)
     click.get_current_context().with_resource(claimed(output, report.progress))
     basis = open_basis(files, settings, report.progress)
 
