@@ -21,7 +21,8 @@ from trt_wan.engines.store.engines import ensure, find
 from trt_wan.engines.store.entries import entries, trim
 from trt_wan.engines.store.graphs import graph_set
 from trt_wan.engines.store.manifest import Manifest
-from trt_wan.errors import GraphError, UsageError
+from trt_wan.errors import GraphError, UsageError, with_commands
+from trt_wan.install import install_command
 from trt_wan.runtime.events import EngineReady, EngineStep, GraphExported, Progress, reports_waiting
 
 State = Literal["there", "built", "missing", "impossible"]
@@ -120,7 +121,7 @@ def export_graphs(model: ModelConfig, plan: Plan, progress: Progress) -> int:
     except ImportError as error:  # torch imports onnxscript only when it exports
         raise UsageError(
             f"Exporting graphs needs packages that are not here ({error}).",
-            "Run: pip install 'trt-wan[build]'",
+            with_commands("Run:", install_command("build")),
         ) from error
     return len(made)
 

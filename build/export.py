@@ -24,6 +24,7 @@ from trt_wan.build.models.ops import OPSET
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor
 from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.files import named
 
 _DTYPES = {
     "float32": torch.float32,
@@ -71,7 +72,8 @@ def export_function(network: Network, function: GraphFunction, path: Path) -> No
     _assert_kept(proto, network)
     _forget_origin(proto)
     checker.check_model(proto, full_check=True)
-    path.write_bytes(proto.SerializeToString())
+    with named(path):
+        path.write_bytes(proto.SerializeToString())
 
 
 def exported_program(network: Network, model: ModelConfig, plan: Plan) -> ExportedProgram:

@@ -15,7 +15,8 @@ from trt_wan.build.realistic import Float, Host, dequantised
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
-from trt_wan.errors import UsageError
+from trt_wan.errors import UsageError, with_commands
+from trt_wan.install import install_command
 
 SMALL = Plan(64, 64, 9, "fp32")
 SAMPLE = SMALL.tokens  # 64
@@ -72,7 +73,7 @@ def _session(name: str, model: ModelConfig, path: Path) -> Any:
     except ImportError as error:  # torch imports onnxscript only when it exports
         raise UsageError(
             f"Measuring needs packages that export its reference and are not here ({error}).",
-            "Run: pip install 'trt-wan[build]', or leave measuring out with --no-measure.",
+            with_commands("Leave measuring out with --no-measure, or run:", install_command("build")),
         ) from error
     options = ort.SessionOptions()
     options.log_severity_level = 3

@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import Any, Literal
 
 from trt_wan.engines.gpu import DATA_CENTRE, HOPPER, Capability
-from trt_wan.errors import EnvironmentBroken, UsageError
+from trt_wan.errors import EnvironmentBroken, UsageError, with_commands
+from trt_wan.install import install_command
 
 FlavourName = Literal["tensorrt", "tensorrt_rtx"]
 Progress = Callable[[str, int, int], None]  # TensorRT's name of the phase, steps done, steps in all
@@ -61,9 +62,11 @@ def choose_flavour(forced: str | None, capability: Capability | None) -> Flavour
             if name == "tensorrt_rtx" and capability == HOPPER:
                 reason += "; compute capability 9.0 is not on its list, but it runs there"
             return Flavour(name, module.__version__, module, reason)
-    hopper = "pip install 'tensorrt-rtx>=1.6,<1.7'"
-    command = hopper if capability == HOPPER else f"pip install 'trt-wan[{FLAVOURS[order[0]].extra}]'"
-    raise EnvironmentBroken(f"No TensorRT can be used here: {'; '.join(problems)}.", f"Run: {command}")
+    hopper = capability == HOPPER  # the extra rtx would take a release that refuses it
+    command = "pip install 'tensorrt-rtx>=1.6,<1.7'" if hopper else install_command(FLAVOURS[order[0]].extra)
+    raise EnvironmentBroken(
+        f"No TensorRT can be used here: {'; '.join(problems)}.", with_commands("Run:", command)
+    )
 
 
 def _load(name: FlavourName, capability: Capability | None, problems: list[str]) -> Any:

@@ -7,17 +7,19 @@ tokens per slot P = (H/16)(W/16), tokens L = T1·P.
 from dataclasses import dataclass
 
 from trt_wan.engines.precision import Precision
-from trt_wan.errors import UsageError
+from trt_wan.errors import UsageError, shown
 
 MOST_SIDE, MOST_PIXELS = 8192, 4096 * 2304  # of a video; a larger one fits into no machine's memory
+MOST_FRAMES = 4089  # of a window: the official model's rotary table has 1024 positions, one a slot
+MOST_TOKENS = 1_000_000  # 6.6 times those of 161 frames at 1280x720
 
 
 def require_possible_size(width: int, height: int) -> None:
     """Raises UsageError for a video that is too large, before memory is allocated for it."""
     if max(width, height) > MOST_SIDE or width * height > MOST_PIXELS:
         raise UsageError(
-            f"A video of {width}x{height} is too large: a side has at most {MOST_SIDE} pixels, a picture at "
-            f"most {MOST_PIXELS}.",
+            f"A video of {shown(width)}x{shown(height)} is too large: a side has at most {MOST_SIDE} pixels, "
+            f"a picture at most {MOST_PIXELS}.",
             "Give a size such as 832x480 or 1280x720.",
         )
 
@@ -33,17 +35,29 @@ class Plan:
     face_batch: int = 8  # face crops per call of the motion encoder; the last call is filled up
 
     def __post_init__(self) -> None:
+        require_possible_size(self.width, self.height)
         for name, value in (("width", self.width), ("height", self.height)):
             if value < 16 or value % 16:
                 low = max(16, value // 16 * 16)
                 raise UsageError(
                     f"The {name} is {value}, which is not a multiple of 16.", f"Use {low} or {low + 16}."
                 )
+        if self.frames > MOST_FRAMES:
+            raise UsageError(
+                f"A window of {shown(self.frames)} frames is not possible: {MOST_FRAMES} is the most.",
+                "Use --window 77, the official one.",
+            )
         if self.frames < 5 or self.frames % 4 != 1:
             near = max(5, (self.frames - 1) // 4 * 4 + 1)
             raise UsageError(
-                f"A window of {self.frames} frames is not possible: it must be 4k+1 and at least 5.",
+                f"A window of {shown(self.frames)} frames is not possible: it must be 4k+1 and at least 5.",
                 f"Use --window {near} or --window {near + 4}.",
+            )
+        if self.tokens > MOST_TOKENS:
+            raise UsageError(
+                f"{self.frames} frames at {self.width}x{self.height} are {self.tokens} tokens; "
+                f"{MOST_TOKENS} is the limit.",
+                "Use a smaller size or --window, such as 832x480 and 77.",
             )
         if self.vae_chunk < 1 or (self.latent_frames - 1) % self.vae_chunk:
             raise UsageError(

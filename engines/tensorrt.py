@@ -19,7 +19,7 @@ from trt_wan.engines.flavour import Flavour, Progress
 from trt_wan.engines.fp8 import E4M3_MAX
 from trt_wan.engines.gpu import FP8_ATTENTION_RANGE, TARGETS, Target
 from trt_wan.engines.store import timings
-from trt_wan.errors import GraphError, UsageError
+from trt_wan.errors import GraphError, UsageError, with_commands
 
 
 def compile_onnx(flavour: Flavour, graph: bytes, target: Target, progress: Progress) -> bytes:
@@ -35,7 +35,10 @@ def _onnx(flavour: Flavour, graph: bytes, target: Target, monitor: Any) -> bytes
         nodes = [f"{e.node_name()} ({e.node_operator()}): {e.desc()}, in {e.func()}" for e in errors]
         raise GraphError(
             f"{flavour.name} {flavour.version} cannot read the graph: {'; '.join(nodes) or 'it is empty'}.",
-            "Export it again with `trt-wan build`; if that does not help, report it.",
+            with_commands(
+                "Remove the graphs, and build them again; if that does not help, report it:",
+                "trt-wan rm graphs --yes",
+            ),
         )
     return build_plan(flavour, builder, network, log, target, monitor)
 
@@ -67,7 +70,8 @@ def _attention(
     builder, network, log = start_network(flavour, target)
     if not hasattr(network, "add_attention"):
         raise GraphError(
-            f"{flavour.name} {flavour.version} has no attention layer.", "Run: pip install 'tensorrt>=10.14'"
+            f"{flavour.name} {flavour.version} has no attention layer.",
+            with_commands("Run:", "pip install 'tensorrt>=10.14'"),
         )
     numbers: list[np.ndarray[Any, Any]] = []  # TensorRT points at them until the plan is built
 

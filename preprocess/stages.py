@@ -13,7 +13,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from trt_wan.errors import UsageError
+from trt_wan.errors import UsageError, with_commands
+from trt_wan.install import install_command
 from trt_wan.preprocess.clips.streams import split
 from trt_wan.preprocess.observe import Observe, unobserved
 from trt_wan.preprocess.people.choice import PersonChoice
@@ -28,7 +29,6 @@ from trt_wan.runtime.video.reader import Picture
 Executor = Literal["auto", "onnxruntime", "tensorrt"]
 SegmenterName = Literal["auto", "sam2", "mediapipe", "box"]
 
-INSTALL = "pip install 'trt-wan[mediapipe]'"
 ONE_PERSON = "MediaPipe finds one person and does not say whether there are more."
 SEVERAL = "Where several are in view, give --detector and --pose."
 SURE = 0.3  # least score of a joint, for people without a box
@@ -171,7 +171,7 @@ def _open_people(
         if not _has_mediapipe():
             raise UsageError(
                 "There is nothing to find people with: no --detector and --pose, and no MediaPipe.",
-                f"Give the two ONNX files, or: {INSTALL}",
+                with_commands("Give the two ONNX files, or install MediaPipe:", install_command("mediapipe")),
             )
         return MediapipeSource()
     if networks.detector is None or networks.pose is None:
@@ -204,7 +204,10 @@ def _open_segmenter(networks: Networks, compat: Compat | None, progress: Progres
     if not _has_mediapipe():
         raise UsageError(
             "There is nothing to make masks with: no --sam2, and no MediaPipe.",
-            f"Give --sam2 FILE, take the person's box with --segmenter box, or: {INSTALL}",
+            with_commands(
+                "Give --sam2 FILE, take the person's box with --segmenter box, or install MediaPipe:",
+                install_command("mediapipe"),
+            ),
         )
     return MediapipeSource()
 

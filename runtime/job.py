@@ -1,18 +1,20 @@
 """One job, built once and passed whole: its clips, its prompt, and how it is denoised."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError
+from trt_wan.runtime.fields import check_fields
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.schedulers import SAMPLERS, schedule
 from trt_wan.runtime.video.transparency import colour
 from trt_wan.runtime.windows import Windows
 
 Mode = Literal["animate", "replace"]
+
+MOST_GUIDANCE, MOST_STRENGTH = 100, 10  # far beyond any picture; more overflows
 
 # Wan2.2-Animate was trained with it ("the person in the video is making movements"); others work, less well.
 DEFAULT_PROMPT = "视频中的人在做动作"
@@ -42,6 +44,7 @@ class Inputs:
     behind: str = "white"  # the colour behind a transparent reference: a name or #rrggbb
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.pose is None and self.face is None:
             raise UsageError(
                 "There is neither a pose clip nor a face clip, so nothing drives the character.",
@@ -114,6 +117,7 @@ class Job:
     face_strength: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if (self.mode == "replace") != (self.inputs.background is not None and self.inputs.mask is not None):
             raise UsageError(
                 "Background and mask belong to the mode replace and come together.",
@@ -123,18 +127,19 @@ class Job:
             raise UsageError(
                 f"There is no sampler called {self.sampler!r}.", f"Use one of {', '.join(SAMPLERS)}."
             )
-        if not 1 <= self.guidance < math.inf:
+        if not 1 <= self.guidance <= MOST_GUIDANCE:
             raise UsageError(
-                f"A guidance of {self.guidance} is not possible.", "Use --guidance 1 (off) or more."
+                f"A guidance of {self.guidance} is not possible.",
+                f"Use --guidance 1 (off) to {MOST_GUIDANCE}.",
             )
         for name, value in (("pose", self.pose_strength), ("face", self.face_strength)):
-            if not 0 <= value < math.inf:
+            if not 0 <= value <= MOST_STRENGTH:
                 raise UsageError(
                     f"A {name} strength of {value} is not possible.",
-                    f"Use --{name}-strength 0 (off) to 1, or more to exaggerate.",
+                    f"Use --{name}-strength 0 (off) to 1, or up to {MOST_STRENGTH} to exaggerate.",
                 )
         # Each of these raises UsageError for its own settings.
-        Plan(frames=self.window)
+        Plan(16, 16, self.window)
         Windows(1, self.window, self.overlap)
         schedule(self.grid, self.steps, self.shift)
         CpuGenerator(self.seed)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.errors import UsageError
+from trt_wan.errors import UsageError, shown
 
 F32 = NDArray[np.float32]
 U32 = NDArray[np.uint32]
@@ -37,7 +37,7 @@ class CpuGenerator:
         """UsageError unless -2^63 <= seed < 2^64. As in torch, a negative seed is its two's complement."""
         if not -(2**63) <= seed < 2**64:
             raise UsageError(
-                f"The seed {seed} does not fit in 64 bits.",
+                f"The seed {shown(seed)} does not fit in 64 bits.",
                 f"Use --seed {seed % 2**64}, or any number from 0 to {2**64 - 1}.",
             )
         self._engine = np.random.RandomState(seed & 0xFFFFFFFF)

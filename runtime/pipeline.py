@@ -48,8 +48,10 @@ class Opened(Protocol):
         """The model at the size of a job, with memory for its windows and steps."""
         ...
 
-    def texts(self, model: Model, job: Job) -> list[Array]:
-        """Features [512, dim] of the prompt, and with guidance of the negative prompt."""
+    def texts(self, model: Model, job: Job, progress: Progress) -> list[Array]:
+        """Features [512, dim] of the prompt, and with guidance of the negative prompt. Reports the stage
+        "text" if one of them must be encoded.
+        """
         ...
 
 
@@ -112,8 +114,7 @@ def _stream(
 
     # 2. Prepare: text, image, time, rotary tables and the reference slot are the same for all windows.
     with model.checked(clock.stop_before_next):
-        progress(StageStarted("text"))
-        texts = opened.texts(model, job)
+        texts = opened.texts(model, job, progress)
         model.release("text_encoder_layer")
         progress(StageStarted("image"))
         prepared = prepare(model, texts, clips.reference, list(schedule.timesteps))

@@ -12,7 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
 
-from trt_wan.errors import InputError, TrtWanError
+from trt_wan.errors import TrtWanError
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.events import Event, Progress, StageStarted, WindowDone, silent
 from trt_wan.runtime.executors import Array
@@ -20,6 +20,7 @@ from trt_wan.runtime.job import Job
 from trt_wan.runtime.paste_back import pasted_back
 from trt_wan.runtime.pipeline import ShouldStop, to_pixels
 from trt_wan.runtime.video.clips import Clips, open_clips
+from trt_wan.runtime.video.sound import without_sound
 from trt_wan.runtime.video.target import check_target, claimed
 from trt_wan.runtime.video.writer import VideoWriter
 from trt_wan.runtime.video.writer_thread import Beside
@@ -76,7 +77,7 @@ def render(
         )
         try:
             if sound is not None and not writer.has_sound:
-                raise InputError(f"{sound} has no sound.", "Leave out --audio, or name a file with sound.")
+                raise without_sound(sound)
             seconds = _write(job, model, clips, writer, paste_back, progress, should_stop)
         except BaseException as error:
             if partial := writer.abandon(keep=True):

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.errors import UsageError
+from trt_wan.errors import UsageError, shown
 
 F64 = NDArray[np.float64]
 
@@ -104,7 +104,7 @@ def _check(grid: str, steps: int, shift: float) -> None:
         raise UsageError(f"There is no grid called {grid!r}.", f"Use one of {', '.join(GRIDS)}.")
     if not 1 <= steps <= MODEL_TIMES:
         raise UsageError(
-            f"{steps} steps are not possible: the model knows {MODEL_TIMES} noise levels.",
+            f"{shown(steps)} steps are not possible: the model knows {MODEL_TIMES} noise levels.",
             f"Use --steps from 1 to {MODEL_TIMES}: 20 without, 4 to 6 with a distill LoRA.",
         )
     if not (math.isfinite(shift) and shift > 0):

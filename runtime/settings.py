@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from trt_wan.engines.choice.candidates import Tier, require_known
+from trt_wan.engines.config import MODELS
 from trt_wan.engines.contract import Part
 from trt_wan.engines.precision import Precision
 from trt_wan.errors import UsageError
+from trt_wan.runtime.fields import check_fields
 
 ExecutorName = Literal["auto", "onnxruntime", "tensorrt"]
 
@@ -28,8 +30,16 @@ class WeightFiles:
     random: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.folders and not self.files and self.random is None:
             raise UsageError("There are no weights.", "Name their folder with --weights DIR.")
+        if self.random is not None and (self.folders or self.files or self.tokenizer):
+            raise UsageError(
+                f"The random weights of {self.random} and the files exclude each other.",
+                "Leave out --random-weights, or everything that names files of weights.",
+            )
+        if self.random not in (None, *MODELS):
+            raise UsageError(f"There is no model {self.random!r}.", f"Use one of: {', '.join(MODELS)}.")
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class Settings:
     keep_encoders: bool = True  # whether networks that run once a job keep their weights for the next job
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.vram is not None and not 0 < self.vram < math.inf:
             raise UsageError(f"{self.vram} GB of GPU memory is not possible.", "Use --vram 12, for example.")
         for network, candidate in self.segments.items():

@@ -9,7 +9,7 @@ single frame is repeated (there: an index error). `Plan` checks that C suits the
 
 from dataclasses import dataclass
 
-from trt_wan.errors import UsageError
+from trt_wan.errors import UsageError, shown
 
 OVERLAPS = (1, 5)  # carried frames the model was trained for
 
@@ -28,7 +28,8 @@ class Windows:
             )
         if self.overlap not in OVERLAPS:
             raise UsageError(
-                f"An overlap of {self.overlap} frames is not possible: the model continues from 1 or 5.",
+                f"An overlap of {shown(self.overlap)} frames is not possible: "
+                "the model continues from 1 or 5.",
                 "Use --overlap 1 or --overlap 5.",
             )
         if self.overlap >= self.window:

@@ -1,6 +1,7 @@
 """Lengths and sync of written videos, as other programs read them: a table, made by hand.
 
     python tests/lengths.py table lengths.txt       # every rate and length, PyAV, ffmpeg, OpenCV
+    python tests/lengths.py runs lengths.txt        # by `trt-wan run` with the tiny model
     python tests/lengths.py browser out.mp4 9 25    # duration and frames in a headless Chromium
 
 `measured` and `faults` are what test_video.py uses for a few of them. Pictures are flat greys that tell their
@@ -25,8 +26,11 @@ import av
 import cv2
 import imageio_ffmpeg
 import numpy as np
+from tiny_job import BUILD, PLAN, TRT_WAN, as_argv, write_clip, write_reference
 
+from trt_wan.runtime.video.reader import Clip
 from trt_wan.runtime.video.writer import VideoWriter
+from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 WIDTH, HEIGHT = 96, 64
 CLICKS, FIRST_CLICK = 0.1, 0.01  # seconds
@@ -144,12 +148,12 @@ def _error(loud: list[float]) -> float | None:
     return max(errors, default=None)
 
 
-def faults(found: Measured, count: int, rate: Fraction, exact: bool = True) -> list[str]:
-    """What is wrong; `exact` is False for Matroska, which counts milliseconds."""
+def faults(found: Measured, count: int, rate: Fraction, exact: bool = True, greys: bool = True) -> list[str]:
+    """`exact` is False for Matroska, which counts milliseconds; `greys`: pictures are those of `write`."""
     length, slack = float(count / rate), 2e-6 if exact else MS
     wrong = [] if found.start == 0 else [f"the picture starts at {found.start}"]
     wrong += [f"{n} frames in {name}" for name, n in found.frames.items() if n != count]
-    wrong += [] if found.in_order else ["wrong pictures"]
+    wrong += [] if found.in_order or not greys else ["wrong pictures"]
     if abs(found.duration - length) > slack:
         wrong.append(f"duration {found.duration} for {length}")
     if exact or count > 2:
@@ -181,11 +185,25 @@ def jobs(folder: Path) -> Iterator[tuple[int, Fraction, Path | None, str, int]]:
         yield count, rate, source, ".mp4", overlap
 
 
+TITLE = (
+    "frames     rate  sound     file   overlap  start  duration-n/fps us  PyAV ffmpeg OpenCV"
+    "  sound start ms  end ms  clicks: by time ms  in a row ms"
+)
+
+
+def row(case: tuple[int, Fraction, Path | None, str, int], found: Measured, wrong: list[str]) -> str:
+    count, rate, source, suffix, overlap = case
+    times = (found.sound_start, found.sound_end, found.by_time, found.back_to_back)
+    in_ms = [f"{'-' if t is None else f'{t * 1000:.1f}':>10}" for t in times]
+    numbers = [f"{found.frames[program]:6}" for program in ("PyAV", "ffmpeg", "OpenCV")]
+    off = (found.duration - float(count / rate)) * 1e6
+    start = f"{count:6} {float(rate):8.3f}  {source.name if source else '-':9} {suffix:7} {overlap}"
+    return " ".join((start, f"{found.start:10.3f} {off:10.1f}    ", *numbers, *in_ms, "; ".join(wrong)))
+
+
 def table() -> Iterator[str]:
-    yield (
-        "frames     rate  sound     file   overlap  start  duration-n/fps us  PyAV ffmpeg OpenCV"
-        "  sound start ms  end ms  clicks: by time ms  in a row ms"
-    )
+    """By the writer alone, with windows of 13 or 77 frames."""
+    yield TITLE
     made = bad = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -194,15 +212,56 @@ def table() -> Iterator[str]:
             found = measured(write(folder / f"out{suffix}", count, rate, source, ends))
             wrong = faults(found, count, rate, suffix in (".mp4", ".mov"))
             made, bad = made + 1, bad + bool(wrong)
-            times = (found.sound_start, found.sound_end, found.by_time, found.back_to_back)
-            in_ms = [f"{'-' if t is None else f'{t * 1000:.1f}':>10}" for t in times]
-            numbers = [f"{found.frames[program]:6}" for program in ("PyAV", "ffmpeg", "OpenCV")]
-            off = (found.duration - float(count / rate)) * 1e6
-            start = f"{count:6} {float(rate):8.3f}  {source.name if source else '-':9} {suffix:7} {overlap}"
-            yield " ".join(
-                (start, f"{found.start:10.3f} {off:10.1f}    ", *numbers, *in_ms, "; ".join(wrong))
-            )
+            yield row((count, rate, source, suffix, overlap), found, wrong)
     yield f"{made} files, {bad} with a fault"
+
+
+def runs() -> Iterator[str]:
+    """By `trt-wan run` with the tiny model, windows of 13 frames; the last source has a variable rate."""
+    yield TITLE
+    made = bad = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tiny_weights(folder / "weights", seed=0)
+        subprocess.run(as_argv(BUILD), check=True, capture_output=True)
+        sound, late = make_sound(folder / "aac.mp4", 4), make_sound(folder / "late.mp4", 4, start=0.5)
+        cases = [
+            (n, Fraction(25), sound, x, o) for n in (1, 2, 13, 40) for o in (1, 5) for x in (".mp4", ".webm")
+        ]
+        cases += [(20, Fraction(30000, 1001), late, x, o) for o in (1, 5) for x in (".mp4", ".mkv")]
+        cases += [(20, Fraction(0), None, x, o) for o in (1, 5) for x in (".mp4", ".mkv")]
+        for count, rate, source, suffix, overlap in cases:
+            write_reference(folder / "src_ref.png")
+            if rate:
+                write_clip(folder / "src_pose.mp4", frames=count, rate=rate, sound=source)
+            else:
+                write_unevenly(folder / "src_pose.mp4", count)
+            with Clip(folder / "src_pose.mp4") as clip:
+                rate = clip.rate
+            output = folder / f"out{suffix}"
+            options = ["--inputs", folder, "--weights", folder / "weights", "-o", output, "-y", "-q"]
+            options += ["--window", PLAN.frames, "--overlap", overlap, "--steps", 1]
+            subprocess.run([*TRT_WAN, "run", *map(str, options)], check=True, capture_output=True)
+            found = measured(output)
+            wrong = faults(found, count, rate, suffix in (".mp4", ".mov"), greys=False)
+            made, bad = made + 1, bad + bool(wrong)
+            yield row((count, rate, source, suffix, overlap), found, wrong)
+    yield f"{made} files, {bad} with a fault"
+
+
+def write_unevenly(path: Path, count: int) -> None:
+    """Pictures 20 to 80 ms apart."""
+    gaps = np.random.default_rng(0).integers(20, 80, count)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=25)
+        video.width, video.height, video.pix_fmt = PLAN.width, PLAN.height, "yuv420p"
+        video.codec_context.time_base = Fraction(1, 1000)
+        for pts in np.cumsum(gaps) - gaps[0]:
+            black = np.zeros((PLAN.height, PLAN.width, 3), np.uint8)
+            picture = av.VideoFrame.from_ndarray(black, format="rgb24").reformat(format="yuv420p")
+            picture.pts, picture.time_base = int(pts), Fraction(1, 1000)
+            container.mux(video.encode(picture))
+        container.mux(video.encode(None))
 
 
 PAGE = """<video id=v muted></video><script>
@@ -279,7 +338,7 @@ def main(command: str, path: Path, *numbers: str) -> None:
         print(f"{path.name}: {len(seen.get('times', ()))} frames, {float(count / rate)} s wanted; {seen}")
     else:
         with path.open("w") as file:
-            for line in table():
+            for line in {"table": table, "runs": runs}[command]():
                 print(line, file=file, flush=True)
         print(line)
 

@@ -66,10 +66,10 @@ def test_a_gpu_that_does_not_fit_is_named(
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
-def test_packages_that_are_missing_are_named_with_the_command(nothing_installed: None, name: str) -> None:
+def test_packages_that_are_missing_are_named_with_their_extra(nothing_installed: None, name: str) -> None:
     sentence = missing(name, (9, 0)) or ""
     assert all(package in sentence for package in PROVIDERS[name].packages)
-    assert sentence.endswith("pip install 'trt-wan[hopper]'.")
+    assert sentence.endswith("not installed here (the extra hopper).")
 
 
 def test_the_command_installs_what_the_providers_need() -> None:

@@ -228,7 +228,7 @@ def test_different_jobs_are_not_compared(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text('{"schema": "something else"}')
     with pytest.raises(UsageError, match="a.json has the window 77, b.json 81"):
         compare(tmp_path / "a.json", tmp_path / "b.json")
-    with pytest.raises(InputError, match="not a result of trt-wan bench"):
+    with pytest.raises(InputError, match="not a result of a benchmark"):
         compare(tmp_path / "a.json", tmp_path / "c.json")
 
 

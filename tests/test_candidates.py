@@ -203,9 +203,9 @@ def test_a_build_that_was_stopped_while_measuring_decides_nothing() -> None:
     """The only candidate measured is the slow bf16 one: --tier fast takes its default, and says why."""
     some = {"cudnn": MEASURED["cudnn"]}
     assert chosen("fast", some).text == (
-        "attention = tensorrt fp8 (default for compute capability 9.0; measuring was not finished: "
-        "run trt-wan build)"
+        "attention = tensorrt fp8 (default for compute capability 9.0; measuring was not finished)"
     )
+    assert chosen("fast", some).unmeasured
     rest = {name: "It is gone." for name in ("tensorrt", "tensorrt sm89", "tensorrt fp8", "cudnn fp8")}
     assert chosen("fast", some, missing=rest).text.startswith("attention = cudnn (38.5 ms;")
     unbuilt = replace(MEASURED["tensorrt"], state="missing", ms=None, error=None, problem="68 GB.")
@@ -226,8 +226,9 @@ def test_a_measured_candidate_is_taken_where_every_default_is_wrong() -> None:
 def test_without_figures_the_default_says_so() -> None:
     assert chosen(figures={}, missing={"cudnn": "cudnn is not installed."}).text == (
         "attention = tensorrt sm89 (default for compute capability 9.0; cudnn: cudnn is not installed; "
-        "not measured: run trt-wan build)"
+        "not measured)"
     )
+    assert chosen(figures={}).unmeasured and not chosen().unmeasured
     assert chosen(figures={}, missing=NO_LIBRARIES).candidate.name == "tensorrt sm89"
     assert chosen("fast", {}).candidate.name == "tensorrt fp8"
     assert chosen(figures={}, network="attn_in").candidate.name == "native"
@@ -252,7 +253,7 @@ def test_nothing_accurate_enough_is_an_error_with_the_way_out() -> None:
     wrong = {"tensorrt": figure("tensorrt", 30.0, 9.2e-2, "attn_out")}
     with pytest.raises(GraphError, match="attn_out is within 4.0e-02 of fp32 .*9.2e-02") as caught:
         chosen(figures=wrong, network="attn_out", machine=ADA)
-    assert "build --measure" in caught.value.hint and "--segment attn_out='tensorrt'" in caught.value.hint
+    assert "build --measure" in caught.value.hint and "--segment attn_out=tensorrt" in caught.value.hint
 
 
 def test_what_is_asked_for() -> None:
@@ -318,7 +319,10 @@ def test_a_run_takes_what_was_measured_and_says_why(
     monkeypatch.setattr(open_model, "missing", lambda candidate, capability: None)
     measure(recipes, *MEASURED.values())
     found, notes = segments_of(recipes, Settings())
-    assert list(found) == list(networks(TINY, PLAN)) and len(notes) == len(SEGMENTS)
+    assert list(found) == list(networks(TINY, PLAN)) and len(notes) == len(SEGMENTS) + 1
+    told, command = notes[-1].splitlines()
+    assert told == "4 parts run by default, not by measurement. Measure them once:", "all but attention"
+    assert command == "trt-wan build --model tiny --size 64x48 --window 5 --precision fp8"
     assert found["attention"].name == "cudnn" and found["head"].engine == Engine("head")
     assert any(note.startswith("attention = cudnn (38.5 ms;") for note in notes)
     asked = Settings(tier="fast", segments={"attention": "cudnn fp8", "attn_out": "native"})

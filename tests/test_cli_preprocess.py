@@ -1,5 +1,6 @@
 """`trt-wan preprocess` and `run REF CLIP` as users run them, with made-up people instead of networks."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -20,9 +21,15 @@ import pytest
 from click.testing import CliRunner, Result
 from made_clips import SIZE, FakePeople, FakeSegmenter, textured, write_clip, write_reference
 
+import trt_wan.cli.missing
 import trt_wan.preprocess.stages
 from trt_wan.cli.main import cli
 from trt_wan.cli.preprocess import preprocess as preprocess_command
+from trt_wan.engines.config import TINY
+from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.graphs import graphs_folder
+from trt_wan.errors import GraphError
+from trt_wan.install import install_command
 from trt_wan.preprocess.clips.keypoints import FoundPeople, write_keypoints
 from trt_wan.preprocess.clips.sizes import Fit
 from trt_wan.preprocess.people.person import NOBODY, PersonFrame
@@ -37,6 +44,7 @@ from trt_wan.preprocess.stages import (
     open_stages,
 )
 from trt_wan.runtime.job import Mode
+from trt_wan.runtime.opening.model import OpenModel
 from trt_wan.runtime.video.reader import Clip, Picture
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
@@ -344,7 +352,7 @@ def no_mediapipe(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_to_find_people_with(folder: Path, no_mediapipe: None) -> None:
     message, hint = clean(folder, exit_code=2, code="usage")
     assert message.startswith("There is nothing to find people with")
-    assert hint == "Give the two ONNX files, or: pip install 'trt-wan[mediapipe]'"
+    assert hint == f"Give the two ONNX files, or install MediaPipe:\n{install_command('mediapipe')}"
 
 
 @pytest.mark.parametrize("option", ["--detector", "--pose"])
@@ -435,10 +443,67 @@ def test_run_in_replace_mode(place: Path, fakes: list[Networks]) -> None:
 def test_a_run_that_fails_later_says_where_the_clips_are(
     place: Path, fakes: list[Networks], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRT_WAN_HOME", str(place / "elsewhere"))
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise GraphError("The graph is damaged.", command=("build",))
+
+    monkeypatch.setattr(OpenModel, "pieces", fail)
     _, hint = refused(invoke(*RUN_CLIP, "--json"), 1, "graph_unusable")
-    assert "trt-wan build" in hint and hint.endswith("can be used again: --inputs out.inputs")
+    assert hint == "Run:\ntrt-wan build\nThe prepared clips can be used again: --inputs out.inputs"
     assert (place / "out.inputs" / "src_pose.mp4").exists() and not (place / "out.mp4").exists()
+
+
+def test_run_makes_the_graphs_before_it_prepares(
+    place: Path, fakes: list[Networks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exporting is replaced by copying the graphs of that size."""
+    good = graphs_folder(TINY, Plan(64, 48, 13))
+    monkeypatch.setenv("TRT_WAN_HOME", str(place / "home"))
+
+    def copy(network: Any, model: object, plan: object, path: Path) -> None:
+        shutil.copyfile(good / path.name, path)
+
+    monkeypatch.setattr("trt_wan.build.graphs.export", copy)
+    result = invoke(*RUN_CLIP, "--json")
+    assert result.exit_code == 0, result.output
+    *events, _ = (json.loads(line) for line in result.stdout.splitlines())
+    kinds = [event["event"] for event in events]
+    notes = [event["text"] for event in events if event["event"] == "Note"]
+    assert kinds.count("GraphExported") == len(list(good.glob("*.onnx")))
+    assert any("model tiny for 64x48, 13 frames per window, fp32, are exported first" in n for n in notes)
+    last_graph = max(k for k, kind in enumerate(kinds) if kind == "GraphExported")
+    assert last_graph < kinds.index("StageProgress"), "the graphs come before the clip is read"
+    again = invoke(*RUN_CLIP, "--json", "-y")
+    assert again.exit_code == 0 and "GraphExported" not in again.stdout
+
+
+SQUARE = "The graphs of the model tiny for 48x48, 13 frames per window, fp32, are not built"
+BUILD_SQUARE = "trt-wan build --model tiny --size 48x48 --window 13 --precision fp32"
+
+
+def test_run_says_at_once_which_graphs_are_missing(place: Path, fakes: list[Networks]) -> None:
+    """The size is that of the picture's shape, not the one that is asked for."""
+    write_reference(place / "character.png", (100, 100))
+    before = set(place.iterdir())
+    message, hint = refused(invoke(*RUN_CLIP, "--no-build", "--json"), 1, "graph_unusable")
+    assert message.startswith(SQUARE) and hint == f"Run:\n{BUILD_SQUARE}"
+    assert not fakes and set(place.iterdir()) == before
+
+
+@pytest.mark.parametrize("package", ["torch", "onnxscript"])
+def test_without_torch_run_says_at_once_how_to_get_the_graphs(
+    place: Path, fakes: list[Networks], monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        trt_wan.cli.missing, "find_spec", lambda name: None if name == package else find_spec(name)
+    )
+    write_reference(place / "character.png", (100, 100))
+    before = set(place.iterdir())
+    message, hint = refused(invoke(*RUN_CLIP, "--json"), 1, "graph_unusable")
+    assert message.startswith(SQUARE)
+    assert message.endswith(f"The packages that export them are not installed: {package}.")
+    assert hint.splitlines()[1:] == [install_command("build"), BUILD_SQUARE]
+    assert not fakes and set(place.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -454,6 +519,20 @@ def test_a_run_that_fails_later_says_where_the_clips_are(
         ((*RUN_CLIP, "-o", "out.gif"), 2, "usage", "ends in .gif"),
         ((*RUN_CLIP, "-o", "nowhere/out.mp4"), 1, "output_unwritable", "There is no folder nowhere"),
         (("run", *RUN_CLIP[3:]), 2, "usage", "There are no weights."),
+        ((*RUN_CLIP, "--weights", "nowhere"), 1, "weights_unusable", "weights folder nowhere"),
+        ((*RUN_CLIP, "--vae", "dance.mp4"), 1, "weights_unusable", "dance.mp4"),
+        ((*RUN_CLIP, "--tokenizer", "dance.mp4"), 1, "weights_unusable", "The tokenizer dance.mp4"),
+        ((*RUN_CLIP, "--random-weights", "tiny"), 2, "usage", "and the files exclude each other"),
+        ((*RUN_CLIP, "--audio", "character.png"), 1, "input_unusable", "character.png has no sound."),
+        ((*RUN_CLIP, "--size", "8192x8192"), 2, "usage", "is too large: a side has at most"),
+        ((*RUN_CLIP, "--size", "832x480", "--window", "1025"), 1, "memory_short", "needs about"),
+        ((*RUN_CLIP, "--tier", "fast"), 2, "usage", "and --tier is for a GPU."),
+        ((*RUN_CLIP, "--vram", "12"), 2, "usage", "and --vram is for a GPU."),
+        ((*RUN_CLIP, "--flavour", "tensorrt"), 2, "usage", "and --flavour is for a GPU."),
+        ((*RUN_CLIP, "--segment", "ffn=native"), 2, "usage", "and --segment is for a GPU."),
+        ((*RUN_CLIP, "--vram", "nan"), 2, "usage", "nan GB of GPU memory"),
+        ((*RUN_CLIP, "--vram", "0"), 2, "usage", "0.0 GB of GPU memory"),
+        ((*RUN_CLIP, "--precision", "fp8"), 2, "usage", "runs fp32, not fp8"),
     ],
 )
 def test_run_refuses_before_it_prepares(

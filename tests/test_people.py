@@ -16,6 +16,7 @@ import pytest
 from made_clips import package_file
 
 from trt_wan.errors import EnvironmentBroken, UsageError
+from trt_wan.install import install_command
 from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.mediapipe import FACE_POINTS, MediapipePeople, keypoints_of
 from trt_wan.preprocess.people.person import (
@@ -96,7 +97,7 @@ def test_without_mediapipe_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "mediapipe", None)
     with pytest.raises(EnvironmentBroken, match="MediaPipe cannot be used here") as error:
         MediapipePeople()
-    assert error.value.hint.startswith("Run: pip install 'trt-wan[mediapipe]'")
+    assert error.value.hint.endswith(f"Run:\n{install_command('mediapipe')}")
     monkeypatch.setitem(sys.modules, "mediapipe", SimpleNamespace(__version__="1.2.2"))
     with pytest.raises(EnvironmentBroken, match="MediaPipe 1.2.2 no longer contains models"):
         MediapipePeople()

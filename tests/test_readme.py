@@ -9,10 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from made_clips import FakePeople, FakeSegmenter, write_clip, write_reference
 
+import trt_wan.preprocess.stages
 from trt_wan.cli.demo import DEMO_SAMPLE
 from trt_wan.cli.main import cli
+from trt_wan.preprocess.stages import Stages
 from trt_wan.runtime.video.reader import Clip
+from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,11 +38,12 @@ def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     lines = [line.split("#")[0] for block in blocks("sh") for line in block.splitlines()]
     commands = [shlex.split(line) for line in lines if line.startswith("trt-wan ")]
-    assert len(commands) >= 3
+    commands = [words for words in commands if words[1:] != ["--version"]]  # would end the test
+    assert len(commands) >= 20
     for _, name, *arguments in commands:
         for argument in arguments:  # what is named has to be there
             if argument.endswith("/"):
-                Path(argument).mkdir(exist_ok=True)
+                Path(argument).mkdir(parents=True, exist_ok=True)
             elif Path(argument).suffix in (".png", ".mp4", ".onnx", ".safetensors", ".json"):
                 Path(argument).touch()
         cli.commands[name].make_context(name, arguments)
@@ -75,3 +81,58 @@ def test_python_example(place: Path) -> None:
         check=True,
     )
     assert run.stdout.splitlines() == ["(192, 320, 3)"] * 21
+
+
+def first_page() -> list[list[str]]:
+    """The arguments of the commands of "Make a video", in order."""
+    page = README.partition("## Make a video")[2].partition("\n## ")[0]
+    found = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in found if line.startswith("trt-wan ")]
+
+
+@pytest.fixture
+def people(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up people, in place of MediaPipe, which is not there for every Python."""
+    stages = Stages(FakePeople(), FakeSegmenter())
+    monkeypatch.setattr(trt_wan.preprocess.stages, "open_stages", lambda *_, **options: stages)
+
+
+def run_lines(lines: list[list[str]]) -> None:
+    for arguments in lines:
+        result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code == 0, (arguments, result.output)
+
+
+def test_the_first_page_line_by_line_on_the_cpu(
+    place: Path, people: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the checkout, as it stands. The demo has made the graphs."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("TRT_WAN_HOME", str(place / "home"))
+    (place / "trt_wan").symlink_to(ROOT / "trt_wan")
+    lines = first_page()[:3]
+    assert [(words[0], words[-1]) for words in lines] == [("weights", "tiny/"), ("run", "4"), ("run", "13")]
+    run_lines(lines)
+    with Clip(DEMO_SAMPLE / "driving.mp4") as driving:
+        for name in ("first.mp4", "second.mp4"):
+            with Clip(place / name) as made:
+                assert (made.width, made.height, made.frames) == (320, 192, driving.frames)
+
+
+def test_the_first_page_with_files_of_ones_own(
+    tmp_path: Path, tiny_home: Path, people: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines for a GPU, with the tiny model, small and short."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRT_WAN_HOME", str(tiny_home))
+    write_tiny_weights(tmp_path / "models", seed=5)
+    write_reference(tmp_path / "character.png", (64, 48))
+    write_clip(tmp_path / "dance.mp4", 15, (64, 48), codec="libx264")
+    lines = first_page()[3:]
+    assert lines[0] == ["--version"] and len(lines) == 4
+    run_lines([lines[0]])
+    small = ["--window", "13", "--steps", "1"]
+    run_lines(
+        [[*words, *small, *([] if "--inputs" in words else ["--size", "64x48"])] for words in lines[1:]]
+    )
+    assert {"out.mp4", "again.mp4", "swapped.mp4", "out.inputs"} <= {path.name for path in tmp_path.iterdir()}

@@ -113,7 +113,7 @@ def counted(plan: Plan, guidance: float, steps: int, windows: int) -> int:
         def begin(self, job: Job, *_: Any) -> Model:
             return model
 
-        def texts(self, model: Model, job: Job) -> list[Array]:
+        def texts(self, model: Model, job: Job, progress: Any) -> list[Array]:
             return encode_texts(model, tokenizer, job.prompts)
 
     clip, face = BlankClip(plan.height, plan.width), BlankClip(512, 512)

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from trt_wan.engines.sam2.config import SAM2_MODELS
 from trt_wan.engines.sam2.contracts import POSITION, required_tensors
-from trt_wan.errors import WeightsError
+from trt_wan.errors import NotFinite, WeightsError
 from trt_wan.preprocess.sam2.weights import identify, load_sam2, position_table, random_sam2_weights
 
 ROOT = Path(__file__).parents[1]
@@ -205,3 +205,16 @@ def test_a_storage_that_cannot_be_read(weights: dict[str, Values], tmp_path: Pat
     loaded = load_sam2(bad)
     with pytest.raises(WeightsError, match="bad.pt is damaged: .*data/0"):
         loaded[next(iter(weights))]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_tensor_that_is_not_finite_is_named(
+    weights: dict[str, Values], tmp_path: Path, value: float
+) -> None:
+    name = "image_encoder.neck.convs.0.conv.bias"
+    spoiled = weights[name].copy()
+    spoiled[0] = value
+    save_file({**weights, name: spoiled}, tmp_path / "bad.safetensors")
+    loaded = load_sam2(tmp_path / "bad.safetensors")
+    with pytest.raises(NotFinite, match=f"tensor {name} holds"):
+        loaded[name]

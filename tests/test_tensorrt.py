@@ -22,6 +22,7 @@ from trt_wan.engines.gpu import Capability
 from trt_wan.engines.store.home import home
 from trt_wan.engines.tensorrt import compile_attention, compile_onnx
 from trt_wan.errors import EnvironmentBroken, GraphError, UsageError
+from trt_wan.install import install_command
 
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 
@@ -72,12 +73,12 @@ def test_flavour(
 @pytest.mark.parametrize(
     ("packages", "capability", "forced", "message", "hint"),
     [
-        ((), None, None, "tensorrt_rtx is not installed; tensorrt builds only", "pip install 'trt-wan[rtx]'"),
-        ((FULL,), None, None, "tensorrt builds only for a GPU of this machine", "pip install 'trt-wan[rtx]'"),
+        ((), None, None, "tensorrt_rtx is not installed; tensorrt builds only", install_command("rtx")),
+        ((FULL,), None, None, "tensorrt builds only for a GPU of this machine", install_command("rtx")),
         ((RTX_17,), HOPPER, None, "1.7.1.116 refuses compute capability 9.0", "'tensorrt-rtx>=1.6,<1.7'"),
         ((RTX_17,), HOPPER, "tensorrt_rtx", "refuses compute capability 9.0", "'tensorrt-rtx>=1.6,<1.7'"),
-        ((RTX_17,), ADA, "tensorrt", "tensorrt is not installed", "pip install 'trt-wan[tensorrt]'"),
-        ((OLD_FULL,), ADA, None, "tensorrt 10.9.0.34 is older than 10.13", "pip install 'trt-wan[rtx]'"),
+        ((RTX_17,), ADA, "tensorrt", "tensorrt is not installed", install_command("tensorrt")),
+        ((OLD_FULL,), ADA, None, "tensorrt 10.9.0.34 is older than 10.13", install_command("rtx")),
     ],
 )
 def test_no_flavour(

@@ -1,9 +1,14 @@
 """`python -m trt_wan` is the `trt-wan` command. Signals are handled before anything else is imported."""
 
+import io
 import os
 import sys
 
-from trt_wan.cli import stopping
+try:
+    from trt_wan.cli import stopping
+except KeyboardInterrupt:
+    os.write(2, b"Error: Stopped at once.\n")
+    os._exit(130)
 
 
 def main() -> None:
@@ -15,6 +20,8 @@ def main() -> None:
             os.open(os.devnull, os.O_RDWR)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # print would write to stdout
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path is written byte for byte, also one that is no text
+        sys.stdout.reconfigure(errors="surrogateescape")
     from trt_wan.cli.main import cli
 
     cli()

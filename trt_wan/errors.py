@@ -18,6 +18,8 @@ A user's mistake is one of these; an `assert` is a mistake of ours.
 import shlex
 from collections.abc import Iterable
 
+MOST_SHOWN = 40  # characters of a value in a message
+
 
 def shell_command(command: Iterable[str]) -> str:
     """The command of trt-wan with these arguments, to be typed."""
@@ -27,6 +29,15 @@ def shell_command(command: Iterable[str]) -> str:
 def with_commands(sentence: str, *commands: str) -> str:
     """A hint: a sentence, then each shell command on a line with nothing else, to be pasted."""
     return "\n".join((sentence, *commands))
+
+
+def shown(value: object) -> str:
+    """A value of the user's in a message: as it is, or its beginning where it is long."""
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
 
 
 class TrtWanError(Exception):

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from trt_wan.benchmarks.measure.sample_clips import write_clips
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.times import JobTimes
 from trt_wan.engines.store.home import home
-from trt_wan.errors import GraphError, TrtWanError
+from trt_wan.errors import GraphError, TrtWanError, shell_command
 from trt_wan.runtime.events import Note, Progress
 
 OURS_MODULE = "trt_wan.benchmarks.measure.measured_process"
@@ -67,7 +66,7 @@ def with_graphs(act: Callable[[], T], progress: Progress) -> T:
         if not error.command:
             raise
         command = error.command
-        progress(Note(f"trt-wan {shlex.join(command)}"))
+        progress(Note(shell_command(command)))
     run = [sys.executable, "-m", "trt_wan", *command]
     built = subprocess.run(run, capture_output=True, text=True)
     if built.returncode:

@@ -212,7 +212,7 @@ def _envelope(ran: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
     if not last.get("ok"):
         if "error" in last:
             raise refusal(last["error"])
-        raise TrtWanError(f"trt-wan preprocess ended with {ran.returncode}.", ran.stderr.strip()[-300:])
+        raise TrtWanError(f"The preparation ended with {ran.returncode}.", ran.stderr.strip()[-300:])
     data: dict[str, Any] = last["data"]
     return data
 

@@ -112,7 +112,7 @@ def load(path: Path) -> list[Mapping[str, Any]]:
         known = False
     if not known:
         raise InputError(
-            f"{path} is not a result of trt-wan bench.", "Name the bench.json that --out DIR writes."
+            f"{path} is not a result of a benchmark.", "Name the bench.json that --out DIR writes."
         )
     return list(runs)
 

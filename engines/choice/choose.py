@@ -3,6 +3,7 @@
 The figures are those of this GPU and TensorRT (engines/store/measurements.py). Every choice has its reason.
 """
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from trt_wan.engines.choice.candidates import Candidate, Machine, Tier, candidat
 from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.store.measurements import Figure, Place, title
-from trt_wan.errors import GraphError, UsageError
+from trt_wan.errors import GraphError, UsageError, with_commands
 
 NOISE = 1.03  # times within 3 % of each other are equal: they change places from one build to the next
 
@@ -21,6 +22,7 @@ Missing = Callable[[Candidate], str | None]  # a sentence that says why a candid
 class Choice:
     candidate: Candidate
     reason: str
+    unmeasured: bool = False  # whether `trt-wan build` would measure and might choose another
 
     @property
     def text(self) -> str:
@@ -89,9 +91,7 @@ def choose(
     state = "measuring was not finished" if here and not finished else "not measured"
     order = (*default_order(network, tier, machine.capability), *(figure.candidate for figure in ranked))
     order = tuple(dict.fromkeys(name for name in order if name in usable))
-    return _default(
-        network, precision, tier, machine, rows, order, absent, here, f"{state}: run trt-wan build"
-    )
+    return _default(network, precision, tier, machine, rows, order, absent, here, state)
 
 
 def _asked(
@@ -149,12 +149,16 @@ def _default(
             ground = f"default for compute capability {major}.{minor}"
             if figure is not None and figure.state == "failed":
                 state = f"measuring it failed: {figure.problem}"
-            return Choice(rows[name], "; ".join([ground, *passed, _clause(state)]))
+            failed = figure is not None and figure.state == "failed"
+            reason = "; ".join([ground, *passed, _clause(state)])
+            return Choice(rows[name], reason, unmeasured=not failed)
     raise GraphError(
         f"No candidate for {network} is within {tolerance(network, precision, tier):.1e} of fp32 "
         f"({'; '.join(passed)}).",
-        "Measure again with trt-wan build --measure, or take one all the same: --segment "
-        f"{network}='{order[0]}'.",
+        with_commands(
+            f"Take one all the same with --segment {network}={shlex.quote(order[0])}, or measure again:",
+            "trt-wan build --measure",
+        ),
     )
 
 

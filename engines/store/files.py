@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import get_native_id
 from typing import Any
@@ -18,7 +20,7 @@ def replace_atomically(path: Path, data: bytes | str, *, sync: bool = False) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{get_native_id()}{PARTIAL}")
     try:
-        with temporary.open("wb") as file:
+        with named(path), temporary.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             if sync:
                 file.flush()
@@ -33,6 +35,16 @@ def replace_atomically(path: Path, data: bytes | str, *, sync: bool = False) -> 
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Gives an OSError of the block the file's name, which Python leaves out where a write fails."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(error.filename or path)
+        raise
 
 
 def keep(path: Path, data: bytes | str) -> bool:

@@ -5,6 +5,7 @@ A folder without src_ref.png does not count as prepared clips.
 """
 
 import os
+import shlex
 import shutil
 import tempfile
 from contextlib import suppress
@@ -91,5 +92,6 @@ def require_new(path: Path, overwrite: bool) -> None:
     if there and not overwrite:
         raise OutputError(
             f"{path} has {', '.join(there)} already.",
-            f"Choose another folder, allow them to be overwritten, or use them: --inputs {path}.",
+            "Choose another folder, add -y to replace them, or give them to run with "
+            f"--inputs {shlex.quote(str(path))}",
         )

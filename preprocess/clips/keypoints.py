@@ -199,5 +199,5 @@ def _size(path: Path, value: object) -> Size:
 
 def _impossible(path: Path, why: str) -> InputError:
     return InputError(
-        f"{path} cannot be used: {why}.", "Correct it, or make it again with trt-wan preprocess."
+        f"{path} cannot be used: {why}.", "Correct it, or prepare the clip again without --keypoints."
     )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.engines.flavour import Flavour, choose_flavour
-from trt_wan.errors import EnvironmentBroken, WeightsError
+from trt_wan.errors import EnvironmentBroken, WeightsError, with_commands
 from trt_wan.preprocess.onnx.file import FLOAT, HALF, OnnxFile, read_onnx
 from trt_wan.runtime.events import Progress, silent
 
@@ -108,7 +108,9 @@ class SessionRunner:
         except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for a bad file
             raise WeightsError(
                 f"ONNX Runtime cannot load {file.path} ({str(error).splitlines()[0]}).",
-                "Download the file again; if that does not help: pip install -U onnxruntime-gpu",
+                with_commands(
+                    "Download the file again; if that does not help:", "pip install -U onnxruntime-gpu"
+                ),
             ) from error
         self.provider = self._session.get_providers()[0].removesuffix("ExecutionProvider")
         self._input = file.inputs[0].name

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.errors import EnvironmentBroken
+from trt_wan.errors import EnvironmentBroken, with_commands
+from trt_wan.install import install_command
 from trt_wan.preprocess.people.person import (
     FACE,
     JOINTS,
@@ -31,7 +32,6 @@ from trt_wan.runtime.video.reader import Picture
 
 Mask = NDArray[np.bool_]
 
-INSTALL = "Run: pip install 'trt-wan[mediapipe]' (Python up to 3.12)"
 SURE = 0.5  # least value of the mask, and least score of a joint inside the box
 
 # MediaPipe's body joint for each of the joints 0-22. Its one toe point stands for both toes.
@@ -132,8 +132,14 @@ def _mediapipe() -> ModuleType:
     try:
         import mediapipe
     except ImportError as error:
-        raise EnvironmentBroken(f"MediaPipe cannot be used here ({error}).", INSTALL) from error
+        raise EnvironmentBroken(f"MediaPipe cannot be used here ({error}).", _install()) from error
     if not hasattr(mediapipe, "solutions"):
-        raise EnvironmentBroken(f"MediaPipe {mediapipe.__version__} no longer contains models.", INSTALL)
+        raise EnvironmentBroken(f"MediaPipe {mediapipe.__version__} no longer contains models.", _install())
     module: ModuleType = mediapipe
     return module
+
+
+def _install() -> str:
+    return with_commands(
+        "Its last release with models needs Python 3.12 or older. Run:", install_command("mediapipe")
+    )

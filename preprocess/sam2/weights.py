@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Config
 from trt_wan.engines.sam2.contracts import POS_EMBED, POS_EMBED_WINDOW, POSITION, required_tensors
-from trt_wan.errors import WeightsError
+from trt_wan.errors import NotFinite, WeightsError
 from trt_wan.preprocess.sam2.resample import bicubic_matrix
 from trt_wan.preprocess.sam2.torch_file import USE, read_torch_file
+from trt_wan.runtime.finite import DAMAGED
 from trt_wan.runtime.weights.stored import Stored
 from trt_wan.runtime.weights.tensor_file import TensorFile
 
@@ -33,7 +34,10 @@ class Sam2Weights(Mapping[str, Values]):
     def __getitem__(self, name: str) -> Values:
         if name == POSITION:
             return position_table(self[POS_EMBED], self[POS_EMBED_WINDOW], self.config.mask_size)
-        return self._stored[name]().astype(np.float32)
+        values = self._stored[name]().astype(np.float32)
+        if not np.isfinite(values).all():
+            raise NotFinite(f"SAM2's tensor {name} holds a NaN or an infinity.", DAMAGED)
+        return values
 
     def stored(self, name: str) -> Stored:
         """The tensor for the GPU."""

@@ -12,7 +12,7 @@ from trt_wan.engines.checkpoint import PARTS, required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.shape import Plan
-from trt_wan.errors import EnvironmentBroken, GraphError, MemoryShort
+from trt_wan.errors import EnvironmentBroken, GraphError, MemoryShort, with_commands
 from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.schedulers import combine_fp32
 
@@ -94,7 +94,9 @@ class OnnxRuntimeExecutor:
             except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for a bad file
                 raise GraphError(
                     f"The graph {path} cannot be loaded ({str(error).splitlines()[0]}).",
-                    "It is as it was exported, so update ONNX Runtime: pip install -U onnxruntime-gpu",
+                    with_commands(
+                        "It is as it was exported, so update ONNX Runtime:", "pip install -U onnxruntime-gpu"
+                    ),
                 ) from error
         return self._sessions[name]
 
@@ -109,7 +111,9 @@ class OnnxRuntimeExecutor:
         if len(found) == 2:
             raise EnvironmentBroken(
                 f"{found[0]} and {found[1]} are both installed and overwrite each other's files.",
-                "Run: pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
+                with_commands(
+                    "Run:", "pip uninstall -y onnxruntime onnxruntime-gpu", "pip install onnxruntime-gpu"
+                ),
             )
 
 
@@ -125,5 +129,8 @@ def require_memory(model: ModelConfig, plan: Plan) -> None:
         raise MemoryShort(
             f"The model {model.name} at {plan.width}x{plan.height}, {plan.frames} frames per window, needs "
             f"about {(weights + logits) / 1e9:.0f} GB in fp32 on the CPU; {memory / 1e9:.0f} GB are here.",
-            "Use a smaller size or window, or the tiny model (trt-wan weights tiny DIR) to try the pipeline.",
+            with_commands(
+                "Use a smaller size or window. To try the pipeline, make weights of the tiny model:",
+                "trt-wan weights tiny models/",
+            ),
         )

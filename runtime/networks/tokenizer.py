@@ -30,6 +30,10 @@ class Tokenizer:
         """Returns 1 to `length` ids. A prompt that is too long loses its tail, never its `</s>`."""
         return [*self.pieces(clean(prompt))[: self.length - 1], self.end]
 
+    def count(self, prompt: str) -> int:
+        """Ids of the whole prompt, `</s>` included; `encode` returns at most `length` of them."""
+        return len(self.pieces(clean(prompt))) + 1
+
 
 def clean(prompt: str) -> str:
     """Broken Unicode repaired, HTML entities resolved (twice: "&amp;lt;"), white space collapsed."""

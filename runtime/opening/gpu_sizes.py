@@ -9,19 +9,20 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
-from trt_wan.engines.choice.candidates import Candidate, Engine, Machine, candidates, tiers
+from trt_wan.engines.choice.candidates import Candidate, Engine, Machine, Tier, candidates, tiers
 from trt_wan.engines.choice.choose import choose, place_of
 from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
+from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.engine_id import Recipe
 from trt_wan.engines.store.measurements import read_figures
-from trt_wan.errors import GpuFault, UsageError
+from trt_wan.errors import GpuFault, UsageError, shell_command, with_commands
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.events import Note, Progress
+from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.networks.model import Model
@@ -35,6 +36,7 @@ from trt_wan.runtime.opening.residency import (
     plan_residency,
 )
 from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
+from trt_wan.runtime.segments.tensorrt import finish_engines
 from trt_wan.runtime.settings import Settings
 from trt_wan.runtime.weights.on_device import DeviceWeights
 from trt_wan.runtime.weights.pack import Pack
@@ -152,6 +154,22 @@ class GpuSizes:
         return int(self._scratch[0].handle)
 
 
+def build_engines(
+    config: ModelConfig, plan: Plan, gpu: Gpu, flavour: Flavour, settings: Settings, progress: Progress
+) -> None:
+    """Builds the engines that `GpuSizes` would choose at that shape, and finishes their kernels."""
+    machine = machine_of(gpu, flavour)
+    recipes = recipes_here(config, plan, machine)
+    chosen = choose_segments(config, plan, machine, recipes, settings, silent).values()
+    finish_engines(gpu, [recipes[row.engine] for row in chosen if row.engine is not None], progress)
+
+
+def require_tier(tier: Tier, precision: Precision) -> None:
+    """Raises UsageError for a tier that the precision has not."""
+    if tier not in tiers(precision):
+        raise UsageError(f"The tier {tier} needs FP8; the precision is {precision}.", "Use --tier exact.")
+
+
 def choose_segments(
     config: ModelConfig,
     plan: Plan,
@@ -161,11 +179,8 @@ def choose_segments(
     progress: Progress,
 ) -> dict[str, Candidate]:
     """The candidate for every network; reports the choice and its reason where there are several."""
-    if settings.tier not in tiers(plan.precision):
-        raise UsageError(
-            f"The tier {settings.tier} needs FP8; the precision is {plan.precision}.", "Use --tier exact."
-        )
-    chosen = {}
+    require_tier(settings.tier, plan.precision)
+    chosen, unmeasured = {}, 0
     for network in networks(config, plan):
         rows = candidates(network, plan.precision, machine)
         graph = recipes[Engine(network)].engine.source
@@ -181,4 +196,9 @@ def choose_segments(
         if len(rows) > 1:
             progress(Note(choice.text))
         chosen[network] = choice.candidate
+        unmeasured += choice.unmeasured and len(rows) > 1
+    if unmeasured:
+        text = f"{unmeasured} parts run by default, not by measurement. Measure them once:"
+        command = plan.build_command(config.name)
+        progress(Note(with_commands(text, shell_command(command)), "unmeasured", {"parts": unmeasured}))
     return chosen

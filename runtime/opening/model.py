@@ -24,18 +24,20 @@ from trt_wan.engines.contracts import GRAPHS_VERSION
 from trt_wan.engines.flavour import Flavour, choose_flavour
 from trt_wan.engines.precision import Precision, best_precision, require_fp8
 from trt_wan.engines.shape import Plan
-from trt_wan.errors import EnvironmentBroken, UsageError
+from trt_wan.errors import EnvironmentBroken, UsageError, shown
 from trt_wan.runtime.conditioning import Pixels
+from trt_wan.runtime.device.driver import has_nvidia_gpu
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.events import Note, Progress, silent
+from trt_wan.runtime.events import Note, Progress, StageStarted, silent
 from trt_wan.runtime.executors import Array, Observe
+from trt_wan.runtime.executors.onnxruntime import require_memory
 from trt_wan.runtime.finite import Broken, explained, is_finite
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.text_encoder import encode_texts
 from trt_wan.runtime.networks.tokenizer import Tokenizer, byte_tokenizer
 from trt_wan.runtime.opening.cpu_sizes import CpuSizes
-from trt_wan.runtime.opening.gpu_sizes import GpuSizes
+from trt_wan.runtime.opening.gpu_sizes import GpuSizes, build_engines, require_tier
 from trt_wan.runtime.pipeline import ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.text_cache import TextCache
@@ -46,6 +48,7 @@ from trt_wan.runtime.weights.random import RandomWeights
 from trt_wan.runtime.weights.sources import FileSource, RandomSource, WeightSource
 
 RANDOM_SEED = 0
+MOST_EXPANSION = 18  # tokens of a character: U+FDFA becomes 18 letters
 HostWeights = Mapping[Part, Mapping[str, Array]]
 TEXT_ENCODER = "text_encoder_layer"
 
@@ -89,17 +92,50 @@ def open_model(
     observe: Observe | None = None,
 ) -> "OpenModel":
     """Opens the files and the GPU. Raises TrtWanError. `observe` wraps the executor of every size."""
+    return open_basis(weights, settings, progress).open(observe)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """All that is decided before a size is known: weights, GPU and precision, checked against each other."""
+
+    weights: OpenWeights
+    place: tuple[Gpu, Flavour] | None  # None: the CPU
+    precision: Precision
+    settings: Settings
+
+    def open(self, observe: Observe | None = None) -> "OpenModel":
+        """Call when nothing else takes GPU memory: the model counts the free bytes."""
+        opened = self.weights
+        sizes: Sizes
+        if self.place is None:
+            sizes = CpuSizes(opened.config, opened.host, observe)
+        else:
+            sizes = GpuSizes(*self.place, opened.config, opened.host, opened.source, self.settings, observe)
+        return OpenModel(opened, self.precision, sizes, self.settings)
+
+    def require_possible(self, plan: Plan) -> None:
+        """Raises MemoryShort if no job of that shape fits in this machine's memory."""
+        if self.place is None:
+            require_memory(self.weights.config, plan)
+
+    def make_engines(self, plan: Plan, progress: Progress) -> None:
+        """Builds the missing engines of that shape and finishes their kernels, ahead of the first job, which
+        does the same. Its graphs must exist.
+        """
+        if self.place is not None:
+            gpu, flavour = self.place
+            build_engines(self.weights.config, plan, gpu, flavour, self.settings, progress)
+
+
+def open_basis(weights: WeightFiles, settings: Settings, progress: Progress) -> Basis:
+    """Reads headers, tokenizer and GPU; computes nothing. Raises TrtWanError."""
     opened = open_weights(weights, progress)
     place = open_gpu(settings, progress)
     precision = choose_precision(settings, place[0] if place else None)
-    sizes: Sizes
-    if place is None:
-        if settings.segments:
-            raise UsageError("ONNX Runtime on the CPU has no candidates.", "Leave --segment out.")
-        sizes = CpuSizes(opened.config, opened.host, observe)
-    else:
-        sizes = GpuSizes(*place, opened.config, opened.host, opened.source, settings, observe)
-    return OpenModel(opened, precision, sizes, settings)
+    if place is not None:
+        require_tier(settings.tier, precision)
+    return Basis(opened, place, precision, settings)
 
 
 class OpenModel:
@@ -157,11 +193,25 @@ class OpenModel:
         plan = Plan(width, height, job.window, self.precision)
         found = {prompt: self._cache.find(prompt) for prompt in job.prompts}
         self._features = {prompt: features for prompt, features in found.items() if features is not None}
+        for prompt in found:
+            self._report_cut(prompt, progress)
         known = len(self._features) == len(found)
         return self._sizes.begin(plan, job.guided, job.steps, [TEXT_ENCODER] if known else [], progress)
 
-    def texts(self, model: Model, job: Job) -> list[Array]:
+    def _report_cut(self, prompt: str, progress: Progress) -> None:
+        tokenizer = self._weights.tokenizer
+        if len(prompt) * MOST_EXPANSION < tokenizer.length:
+            return  # a known prompt need not import the packages for text
+        tokens = tokenizer.count(prompt)
+        if tokens > tokenizer.length:
+            text = f"The prompt has {tokens} tokens, and the model reads the first {tokenizer.length}."
+            data = {"tokens": tokens, "read": tokenizer.length, "prompt": prompt}
+            progress(Note(f"{text} It begins: {shown(prompt)}", "prompt_cut", data))
+
+    def texts(self, model: Model, job: Job, progress: Progress) -> list[Array]:
         new = [prompt for prompt in dict.fromkeys(job.prompts) if prompt not in self._features]
+        if new:
+            progress(StageStarted("text"))
         made = encode_texts(model, self._weights.tokenizer, new) if new else []
         if not all(map(is_finite, made)):
             raise explained(
@@ -209,6 +259,7 @@ def open_weights(weights: WeightFiles, progress: Progress) -> OpenWeights:
 def open_gpu(settings: Settings, progress: Progress) -> tuple[Gpu, Flavour] | None:
     """The GPU and its TensorRT, or None if jobs run on the CPU; reports which and why."""
     if settings.executor == "onnxruntime":
+        _refuse_settings_of_a_gpu(settings, "it was asked for")
         return None
     try:
         gpu = Gpu()
@@ -216,10 +267,28 @@ def open_gpu(settings: Settings, progress: Progress) -> tuple[Gpu, Flavour] | No
     except EnvironmentBroken as error:
         if settings.executor == "tensorrt":
             raise
-        progress(Note(f"executor = onnxruntime on the CPU ({error.message})"))
+        there = has_nvidia_gpu()
+        why = error.message.rstrip(".") if there else "no NVIDIA GPU is here"
+        _refuse_settings_of_a_gpu(settings, why)
+        text = f"executor = onnxruntime on the CPU ({why})"
+        progress(Note(f"{text}\n{error.hint}", "gpu_unused") if there else Note(text))
         return None
     progress(Note(f"executor = {flavour.name} {flavour.version} on {gpu.name} ({flavour.reason})"))
     return gpu, flavour
+
+
+def _refuse_settings_of_a_gpu(settings: Settings, why: str) -> None:
+    """`why` the CPU computes. Raises UsageError for a setting that would do nothing there."""
+    given = {
+        "vram": settings.vram is not None,
+        "tier": settings.tier != Settings.tier,
+        "flavour": settings.flavour is not None,
+        "segment": bool(settings.segments),
+    }
+    for name in (name for name, is_given in given.items() if is_given):
+        raise UsageError(
+            f"ONNX Runtime runs on the CPU ({why}), and --{name} is for a GPU.", f"Leave --{name} out."
+        )
 
 
 def choose_precision(settings: Settings, gpu: Gpu | None) -> Precision:

@@ -21,7 +21,7 @@ from trt_wan.engines.store.engine_id import Recipe
 from trt_wan.engines.store.engines import Obtained, obtain
 from trt_wan.engines.store.files import keep
 from trt_wan.engines.store.kernels import KernelCache
-from trt_wan.errors import GraphError, MemoryShort
+from trt_wan.errors import GraphError, MemoryShort, with_commands
 from trt_wan.runtime.device.driver import driver_version
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, reports_waiting, silent
@@ -104,7 +104,9 @@ class EngineSegment:
         if self._engine is None:
             raise GraphError(
                 f"TensorRT refuses the engine of {name}.",
-                "Run trt-wan list for its key, then trt-wan rm KEY: the next run builds it again.",
+                with_commands(
+                    "Remove it by its key, and the next run builds it again. Find the key:", "trt-wan list"
+                ),
             )
         config = self._engine.create_runtime_config()
         if config is None:

@@ -35,7 +35,7 @@ def is_mp4(muxer: str) -> bool:
     return muxer in ("mp4", "mov")
 
 
-def header(muxer: str, first: Mapping[Stream, "Packet[Any]"]) -> bytes:
+def header(muxer: str, first: Mapping[Stream, "Packet[Any]"]) -> memoryview:
     """`first` has the first packet of every stream: some codecs' headers are made from it."""
     times = {packet: (packet.pts, packet.dts, packet.time_base) for packet in first.values()}
     for number, packet in enumerate(first.values()):
@@ -47,7 +47,9 @@ def header(muxer: str, first: Mapping[Stream, "Packet[Any]"]) -> bytes:
     return made[: next(ends)]
 
 
-def piece(muxer: str, streams: Mapping[Stream, Packets], rate: Fraction, order: int, number: int) -> bytes:
+def piece(
+    muxer: str, streams: Mapping[Stream, Packets], rate: Fraction, order: int, number: int
+) -> memoryview:
     """Piece `number`, from 1. The first stream has the pictures. Their pts are their numbers in display
     order. The first of them is number `order` in decoding order.
     """
@@ -59,10 +61,11 @@ def piece(muxer: str, streams: Mapping[Stream, Packets], rate: Fraction, order: 
         picture.duration = 1
     options = {**_PIECE, "fragment_index": str(number)} if is_mp4(muxer) else _CLUSTERS
     made = _muxed(muxer, streams, options)
-    return b"".join(made[start:end] for name, start, end in _parts(muxer, made) if name in _PLAYING)
+    places = [(start, end) for name, start, end in _parts(muxer, made) if name in _PLAYING]
+    return made[places[0][0] : places[-1][1]]
 
 
-def codec_delay(muxer: str, header: bytes) -> Fraction:
+def codec_delay(muxer: str, header: memoryview) -> Fraction:
     """Seconds of sound that a Matroska header hides. The muxer counts times of sound from their start."""
     for name, start, end in _parts(muxer, header):
         if name == _CODEC_DELAY:  # an id of 2 bytes, a length of 1, nanoseconds
@@ -70,7 +73,7 @@ def codec_delay(muxer: str, header: bytes) -> Fraction:
     return Fraction(0)
 
 
-def hiding(muxer: str, data: bytes) -> Iterator[tuple[int, bytes]]:
+def hiding(muxer: str, data: memoryview) -> Iterator[tuple[int, bytes]]:
     """Positions in `data`, and the bytes to write there: players then skip its pieces."""
     for name, start, end in _parts(muxer, data):
         if name in (b"moof", b"mdat"):
@@ -98,31 +101,31 @@ def mux(output: OutputContainer, stream: Stream, packets: Iterable["Packet[Any]"
 _PLAYING = (b"moof", b"mdat", _CLUSTER)
 
 
-class _Collected(list[bytes]):
+class _Collected(bytearray):
     """A file that cannot be sought in: ffmpeg then writes no index and leaves lengths open."""
 
-    write = list.append
+    write = bytearray.extend
 
 
-def _muxed(muxer: str, streams: Mapping[Stream, Packets], options: dict[str, str]) -> bytes:
+def _muxed(muxer: str, streams: Mapping[Stream, Packets], options: dict[str, str]) -> memoryview:
     made = _Collected()
     with av.open(made, "w", format=muxer, options=options) as output:
         outputs = [output.add_stream_from_template(stream, opaque=True) for stream in streams]
         for stream, packets in zip(outputs, streams.values(), strict=True):
             mux(output, stream, packets)
-    return b"".join(made)
+    return memoryview(made)
 
 
-def _parts(muxer: str, data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def _parts(muxer: str, data: memoryview) -> Iterator[tuple[bytes, int, int]]:
     """Name, start and end of each part of a file. Matroska's masters count as their heads alone."""
     position = 0
     while position < len(data):
         if is_mp4(muxer):  # ISO/IEC 14496-12, 4.2: a length of 4 bytes, then a name of 4 letters
-            head = data[position : position + 8]
-            name, end = head[4:], position + int.from_bytes(head[:4])
+            name = bytes(data[position + 4 : position + 8])
+            end = position + int.from_bytes(data[position : position + 4])
         else:  # RFC 8794, 4: leading zeros of the first byte tell how many bytes follow it
             id_end = position + 9 - data[position].bit_length()
-            name, width = data[position:id_end], 9 - data[id_end].bit_length()
+            name, width = bytes(data[position:id_end]), 9 - data[id_end].bit_length()
             length = int.from_bytes(data[id_end : id_end + width]) & ((1 << 7 * width) - 1)
             end = id_end + width + (0 if name in _MASTERS else length)
         yield name, position, end

@@ -24,6 +24,17 @@ SOUND_RATES = {
 }
 
 
+def require_sound(path: Path) -> None:
+    """Raises InputError for a file without sound."""
+    with _readable(path), av.open(str(path.absolute()), metadata_errors="ignore") as source:
+        if not source.streams.audio:
+            raise without_sound(path)
+
+
+def without_sound(path: Path) -> InputError:
+    return InputError(f"{path} has no sound.", "Leave out --audio, or name a file with sound.")
+
+
 class Sound:
     """Packets for the output's sound stream, in order of time, up to the time of the pictures.
 

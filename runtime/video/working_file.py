@@ -56,7 +56,7 @@ class WorkingFile:
         self._end = 0
         self._file = path.open("xb", buffering=0)
         try:
-            self._write(bytes(PROBE))
+            self._write(memoryview(bytes(PROBE)))
             self._cut(0)
         except BaseException:
             self.delete()
@@ -155,7 +155,7 @@ class WorkingFile:
             self._codec_delay = codec_delay(self._muxer, made)
             self._early = [p for p in self._sound.before if seconds(p) >= -self._codec_delay]
 
-    def _piece(self, pictures: Packets, sound: Packets) -> bytes:
+    def _piece(self, pictures: Packets, sound: Packets) -> memoryview:
         streams: dict[Stream, Packets] = {self._video: pictures}
         if self._sound is not None and sound:
             streams[self._sound.stream] = sound
@@ -169,8 +169,8 @@ class WorkingFile:
         self._file.seek(self._end)
         self._hide_tail, self.shown = [], shown
 
-    def _write(self, data: bytes) -> None:
-        left = memoryview(data)
+    def _write(self, data: memoryview) -> None:
+        left = data
         try:
             while left:
                 left = left[self._file.write(left) :]

@@ -30,6 +30,7 @@ FLOAT_TYPES = ("F32", "F16", "BF16", *FP8_TYPES)
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 SCALED_MARKER = "scaled_fp8"
 PATCH_EMBEDDING = "patch_embedding.weight"
+MOST_NAMED = 3  # files in a message
 
 
 class Checkpoint(Mapping[str, NDArray[np.float32]]):
@@ -187,7 +188,9 @@ def _open_one(part: Part, paths: Sequence[Path], model: Callable[[Checkpoint], M
         with suppress(WeightsError):
             fitting.append(opened(path))
     if len(fitting) != 1:
-        names = ", ".join(str(checkpoint.path) for checkpoint in fitting) or ", ".join(map(str, paths))
+        several = [str(checkpoint.path) for checkpoint in fitting] or list(map(str, paths))
+        more = f" and {len(several) - MOST_NAMED} more" if len(several) > MOST_NAMED else ""
+        names = f"{', '.join(several[:MOST_NAMED])}{more}"
         raise WeightsError(
             f"Several files hold the {spoken(part)}{'' if fitting else ', and none fits'}: {names}.",
             f"Choose with {option(part)} FILE.",

@@ -13,6 +13,7 @@ from trt_wan.runtime.weights.checkpoint import Checkpoint
 
 EMBEDDED = "spiece_model"  # U8 bytes of a SentencePiece model, in ComfyUI's umT5 files
 NAMES = ("tokenizer.json", "spiece.model")
+LARGEST = 256 << 20  # bytes; umT5's files have 17 and 5 MB
 
 
 def find_tokenizer(
@@ -27,8 +28,19 @@ def find_tokenizer(
             f"{text_encoder.path} holds no tokenizer and none is beside it.",
             "Put tokenizer.json or spiece.model of google/umt5-xxl there, or name it with --tokenizer FILE.",
         )
+    _require_plausible(path)
     load = load_tokenizer_json if path.suffix == ".json" else load_sentencepiece
     return load(path, length)
+
+
+def _require_plausible(path: Path) -> None:
+    """Raises WeightsError for a file that is none or far too large, before it is read into memory."""
+    if path.is_file() and path.stat().st_size <= LARGEST:
+        return
+    why = f"larger than {LARGEST >> 20} MB" if path.is_file() else "not a file"
+    raise WeightsError(
+        f"The tokenizer {path} is {why}.", "It is `tokenizer.json` or `spiece.model` of google/umt5-xxl."
+    )
 
 
 def _search(beside: Path, folders: Sequence[Path]) -> Path | None:

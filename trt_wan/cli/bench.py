@@ -12,26 +12,22 @@ from trt_wan.cli.bench_preprocess import bench_preprocess
 from trt_wan.cli.bench_report import finished, show_tables
 from trt_wan.cli.command import Group, command, note
 from trt_wan.cli.report import Report
+from trt_wan.cli.sizes import Size, size_of
+from trt_wan.cli.sizes import size as size_option
 
 if TYPE_CHECKING:
     from trt_wan.benchmarks.peers.shape import Shape
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
-ON_A_GPU = ("14b", "832x480", 77)
-ON_A_CPU = ("tiny", "64x48", 13)
+ON_A_GPU: tuple[Size, int] = (832, 480), 77
+ON_A_CPU: tuple[Size, int] = (64, 48), 13
 PEER_NAMES = ("diffusers_eager", "diffusers_compiled", "diffusers_fp8", "lightx2v")
 
 
-def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    width, _, height = (value or "1x1").partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise click.BadParameter(f"{value!r} is not a size such as 832x480.")
-    return value
-
-
 def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return tuple(size for part in (value or "").split(",") if part and (size := _size(ctx, param, part)))
+    sizes = (size_of(part) for part in (value or "").split(",") if part)
+    return tuple(f"{width}x{height}" for width, height in sizes)
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -58,7 +54,7 @@ def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
 
 _SHAPE = (
     click.option("--model", type=click.Choice(["14b", "tiny"]), help="Default: 14b on a GPU, else tiny."),
-    click.option("--size", callback=_size, metavar="WxH", help="Default: 832x480, or 64x48 for tiny."),
+    click.option("--size", callback=size_option, metavar="WxH", help="Default: 832x480, or 64x48 for tiny."),
     click.option("--window", type=int, help="Frames per window, 4k+1. Default: 77, or 13 for tiny."),
     click.option("--weights", type=FOLDER, help="Folder with the checkpoints. Default: random weights."),
 )
@@ -128,7 +124,7 @@ def measure(
     *,
     report: Report,
     model: str | None,
-    size: str | None,
+    size: Size | None,
     window: int | None,
     weights: Path | None,
     steps: int,
@@ -199,7 +195,7 @@ def sweep_shapes(
     *,
     report: Report,
     model: str | None,
-    size: str | None,
+    size: Size | None,
     window: int | None,
     weights: Path | None,
     axes: str,
@@ -239,7 +235,7 @@ def quality_of(
     *,
     report: Report,
     model: str | None,
-    size: str | None,
+    size: Size | None,
     window: int | None,
     weights: Path | None,
     steps: int,
@@ -273,16 +269,15 @@ for subcommand in (compare_results, sweep_shapes, quality_of, bench_preprocess):
     bench.add_command(subcommand)
 
 
-def _shape(model: str | None, size: str | None, window: int | None) -> "Shape":
+def _shape(model: str | None, size: Size | None, window: int | None) -> "Shape":
     """The given shape, or the default for this machine."""
     from trt_wan.benchmarks.machine.card import read_gpu
     from trt_wan.benchmarks.peers.shape import Shape
 
     if model is None:
         model = "14b" if read_gpu() else "tiny"
-    _, default_size, default_window = ON_A_GPU if model == "14b" else ON_A_CPU
-    width, height = (int(side) for side in (size or default_size).split("x"))
-    shape = Shape(model, width, height, window or default_window)
+    default_size, default_window = ON_A_GPU if model == "14b" else ON_A_CPU
+    shape = Shape(model, *(size or default_size), default_window if window is None else window)
     assert shape.plan  # UsageError at once if there is no such shape
     return shape
 

@@ -1,6 +1,5 @@
 """`trt-wan bench preprocess`: how fast clips are prepared, by network, by part and as a whole."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +8,11 @@ import click
 from trt_wan.cli.bench_report import finished
 from trt_wan.cli.command import command
 from trt_wan.cli.report import Report
+from trt_wan.cli.sizes import size as size_option
 from trt_wan.errors import UsageError
 
 NETWORK = click.Path(path_type=Path, exists=True)
 SIZE, FRAMES = (832, 480), 77
-
-
-def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", value)
-    if match is None:
-        raise click.BadParameter(f"{value!r} is not a size such as 832x480.")
-    width, height = int(match[1]), int(match[2])
-    if width % 16 or height % 16:
-        raise click.BadParameter(f"{value!r} has a side that is no multiple of 16.")
-    return width, height
 
 
 @click.command("preprocess", short_help="Measure how fast clips are prepared.")
@@ -34,7 +24,7 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, 
 )
 @click.option(
     "--size",
-    callback=_size,
+    callback=size_option,
     default="x".join(map(str, SIZE)),
     show_default=True,
     metavar="WxH",
@@ -67,7 +57,9 @@ def bench_preprocess(*, report: Report, frames: int | None, out: Path | None, **
     trt-wan bench preprocess --detector yolov10m.onnx --pose vitpose-h/ --sam2 sam2.1_hiera_base_plus.pt
     """
     from trt_wan.benchmarks.preprocess.bench import Options, run_bench
+    from trt_wan.engines.shape import Plan
 
+    assert Plan(*options["size"]), "UsageError for a size that is not possible"
     if options["clip"] is not None and frames is not None:
         raise UsageError(
             "--frames is the length of the sample, and --clip names another clip.",

@@ -4,7 +4,6 @@ On this machine's GPU it also measures the candidates. Without a GPU and without
 graphs only, which ONNX Runtime runs on the CPU.
 """
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,9 @@ import click
 
 from trt_wan.cli.command import command, note
 from trt_wan.cli.report import Report, Result, readable_bytes, table
+from trt_wan.cli.sizes import size as size_option
 from trt_wan.errors import GraphError, UsageError, shell_command, with_commands
+from trt_wan.install import install_command
 
 if TYPE_CHECKING:
     from trt_wan.build.check import Checked
@@ -28,14 +29,6 @@ if TYPE_CHECKING:
 Data = dict[str, Any]
 
 SIZE, WINDOW = (832, 480), 77
-
-
-def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    if match := re.fullmatch(r"(\d+)[x×](\d+)", value):
-        return int(match[1]), int(match[2])
-    raise click.BadParameter(f"{value!r} is not a size such as 832x480.")
 
 
 def _targets(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -54,7 +47,7 @@ def _targets(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 @click.option("--model", type=click.Choice(["14b", "tiny"]), default="14b", show_default=True)
 @click.option(
     "--size",
-    callback=_size,
+    callback=size_option,
     metavar="WxH",
     show_default="832x480; with --check 128x128",
     help="Width x height of the video.",
@@ -287,7 +280,8 @@ def _check(
         from trt_wan.build.check_engines import check_engines
     except ImportError as error:
         raise UsageError(
-            f"--check needs packages that are not here ({error}).", "Run: pip install 'trt-wan[build]'"
+            f"--check needs packages that are not here ({error}).",
+            with_commands("Run:", install_command("build")),
         ) from error
     plan = Plan(*(size or CHECK_SIZE), frames=CHECK_WINDOW if window is None else window)
     goals = goals_here(plan, precision, flavour, report.progress)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from trt_wan.cli.command import note
 from trt_wan.cli.report import Report, Result, table
-from trt_wan.errors import EnvironmentBroken, UsageError
+from trt_wan.errors import EnvironmentBroken, UsageError, with_commands
+from trt_wan.install import install_command
 from trt_wan.runtime.events import EngineReady, EngineStep, reports_waiting
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _graphs(report: Report, config: "Sam2Config", plan: "Sam2Plan", dry_run: boo
     except ImportError as error:  # torch imports onnxscript only when it exports
         raise UsageError(
             f"Exporting graphs needs packages that are not here ({error}).",
-            "Run: pip install 'trt-wan[build]'",
+            with_commands("Run:", install_command("build")),
         ) from error
     return made
 

@@ -1,8 +1,10 @@
 """Shared by all commands: the report, and the way from an exception to output and an exit code."""
 
+import errno
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +12,7 @@ import click
 from trt_wan.cli.report import Report, Result, StdoutLost, TextReport, report_for
 from trt_wan.cli.stopping import interrupts
 from trt_wan.engines.store.environment import check_environment
-from trt_wan.errors import MemoryShort, OutputError, Stopped, TrtWanError, UsageError
+from trt_wan.errors import MemoryShort, OutputError, Stopped, TrtWanError, UsageError, with_commands
 from trt_wan.runtime.events import Note
 
 if TYPE_CHECKING:
@@ -52,12 +54,27 @@ def _told(error: BaseException) -> TrtWanError:
     if isinstance(error, MemoryError):
         return MemoryShort(f"The memory is full ({error}).", f"Use a smaller size or window. {notes}".strip())
     if isinstance(error, OSError):
-        message = f"{error.filename or 'A file'}: {error.strerror or error}."
-        return OutputError(message, f"Check the disk and its rights. {notes}".strip())
+        return _told_by_system(error, notes)
     message = f"{type(error).__name__}: {error}"
     return TrtWanError(
         message, f"This is a mistake in trt-wan: please report it, with the lines below. {notes}"
     )
+
+
+def _told_by_system(error: OSError, notes: str) -> OutputError:
+    """A file that cannot be written, with the way out: another disk, or another folder for the cache."""
+    from trt_wan.engines.store.home import home
+
+    file = error.filename or "A file"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    hint = "Free some space" if full else "Check the disk and its rights"
+    if error.filename and Path(file).absolute().is_relative_to(home().absolute()):
+        elsewhere = 'export TRT_WAN_HOME="$PWD/trt-wan-cache"'
+        hint = with_commands(f"{hint}, or keep trt-wan's own files in another folder:", elsewhere)
+    else:
+        hint = f"{hint}."
+    reason = "the disk is full" if full else error.strerror or str(error)
+    return OutputError(f"{file}: {reason}.", "\n".join(filter(None, (hint, notes))))
 
 
 class Group(click.Group):
@@ -71,7 +88,9 @@ class Group(click.Group):
             if not as_json:
                 raise
             where = error.ctx.command_path if error.ctx else ctx.command_path
-            report_for(as_json, quiet=True).failed(UsageError(error.format_message(), f"Run: {where} --help"))
+            report_for(as_json, quiet=True).failed(
+                UsageError(error.format_message(), with_commands("Run:", f"{where} --help"))
+            )
             ctx.exit(UsageError.exit_code)
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import click
 
-from trt_wan.cli.build import build_for
 from trt_wan.cli.command import command, note
 from trt_wan.cli.report import Report
 from trt_wan.cli.run import RunOptions, render_prepared
@@ -24,15 +23,14 @@ DEMO_STEPS = 4
 def demo(*, report: Report, output: Path) -> Any:
     """Make tiny random weights and graphs in the cache and run the whole pipeline on the sample."""
     from trt_wan.engines.store.home import home
-    from trt_wan.runtime.video.reader import Clip
+    from trt_wan.runtime.video.target import check_target
     from trt_wan.runtime.weights.tiny import write_tiny_weights
 
+    overwrite = output == DEMO_OUTPUT
+    check_target(output, overwrite)
     note(report, "The demo's weights are random, so its picture is noise; it shows that everything runs.")
     folder = home() / "weights" / "tiny"
     write_tiny_weights(folder, seed=0)
-    with Clip(DEMO_SAMPLE / "src_pose.mp4", history=1) as pose:
-        size = pose.width, pose.height
-    build_for(report, "tiny", size, DEMO_WINDOW, measure=False)
     options = RunOptions(weights=(folder,), window=DEMO_WINDOW, steps=DEMO_STEPS)
     driving = DEMO_SAMPLE / "driving.mp4"
-    return render_prepared(report, DEMO_SAMPLE, output, options, driving, overwrite=output == DEMO_OUTPUT)
+    return render_prepared(report, DEMO_SAMPLE, output, options, driving, overwrite)

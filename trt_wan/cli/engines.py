@@ -121,7 +121,10 @@ def remove_engines(*, report: Report, names: tuple[str, ...], everything: bool, 
     if bool(names) == everything:
         raise UsageError(
             "Which engines or folders?",
-            "Name their keys, folders such as kernels, or everything with --all; trt-wan list shows them.",
+            with_commands(
+                "Name their keys, folders such as kernels, or everything with --all. List them:",
+                "trt-wan list",
+            ),
         )
     there, others = entries(), folders()
     if everything:
@@ -188,7 +191,8 @@ def _named_by(
     for name in names:
         if name in STAY:
             raise UsageError(
-                f"trt-wan rm leaves {STAY[name]}.", with_commands("See them:", f"trt-wan show {name}")
+                f"{STAY[name][:1].upper()}{STAY[name][1:]} are not removed.",
+                with_commands("See them:", f"trt-wan show {name}"),
             )
         folders = _folders_named(name, others)
         if folders is None:

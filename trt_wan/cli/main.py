@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C, SIGTERM or S
 
 import click
 
-from trt_wan import __version__
 from trt_wan.cli.bench import bench
 from trt_wan.cli.build import build
 from trt_wan.cli.command import Group
@@ -14,11 +13,19 @@ from trt_wan.cli.demo import demo
 from trt_wan.cli.engines import list_engines, remove_engines, show_engine
 from trt_wan.cli.preprocess import preprocess
 from trt_wan.cli.run import run
+from trt_wan.cli.version import show_version
 from trt_wan.cli.weights import weights
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show_version,
+    help="Show the versions of trt-wan, its packages, the driver and the GPU.",
+)
 def cli() -> None:
     """Wan2.2-Animate: one picture of a character and a driving video in, a finished video out."""
 

@@ -17,25 +17,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from trt_wan.cli.command import command
+from trt_wan.cli.missing import require_exporters
 from trt_wan.cli.report import Report
-from trt_wan.errors import UsageError, with_commands
+from trt_wan.cli.sections import SectionedCommand
+from trt_wan.cli.sizes import size
+from trt_wan.errors import GraphError, UsageError, with_commands
 
 if TYPE_CHECKING:
     from trt_wan.preprocess.job import PreprocessJob
+    from trt_wan.preprocess.stages import Networks, Stages
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Planned = Callable[[int, int], Callable[[], None]]
 NETWORK = click.Path(path_type=Path)  # a file or a folder, checked when it is opened
 FILE = click.Path(path_type=Path, dir_okay=False)
 # `-` is stdin. A clip may be a folder of pictures, or a pattern that no file has as its name.
 PICTURE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 CLIP = click.Path(path_type=Path, allow_dash=True)
 STDIN = Path("-")
-
-
-def _size(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
-    if match := re.fullmatch(r"([1-9]\d{0,5})[x×]([1-9]\d{0,5})", value):
-        return int(match[1]), int(match[2])
-    raise click.BadParameter(f"{value!r} is not a size such as 832x480.")
 
 
 def _rate(ctx: click.Context, param: click.Parameter, value: str | None) -> Fraction | None:
@@ -63,7 +62,7 @@ def _numbers(count: int, example: str) -> Callable[..., tuple[float, ...] | None
 
 
 PREPARING = (
-    click.option("--size", callback=_size, default="832x480", show_default=True, help="Size of the video."),
+    click.option("--size", callback=size, default="832x480", show_default=True, help="Size of the video."),
     click.option(
         "--fit",
         type=click.Choice(["area", "crop", "pad", "stretch"]),
@@ -130,7 +129,7 @@ def preparing_options(function: Function) -> Function:
     return function
 
 
-@click.command(short_help="Prepare the clips of a job.")
+@click.command(cls=SectionedCommand, short_help="Prepare the clips of a job.")
 @click.argument("reference", type=PICTURE)
 @click.argument("clip", type=CLIP)
 @click.option(
@@ -183,15 +182,25 @@ PREPARING_FILES = ("edited_reference", "edited_driving", "detector", "pose", "sa
 
 
 def prepare(
-    report: Report, reference: Path, clip: Path, output: Path, *, executor: Any, **options: Any
+    report: Report,
+    reference: Path,
+    clip: Path,
+    output: Path,
+    *,
+    executor: Any,
+    planned: Planned = lambda width, height: lambda: None,
+    **options: Any,
 ) -> tuple[Path, dict[str, Any]]:
     """Makes the folder `output`, and keeps it for this process until the command ends. `options` are those of
     PREPARING, mode, overwrite, reference_background.
+
+    `planned` is called with the video's size after all checks that need no network. The function that it
+    returns is called when all networks are open, before the clip is read.
     """
     from trt_wan.preprocess.clips.artifacts import ALL, remove_leftovers
     from trt_wan.preprocess.preprocess import preprocess as make
     from trt_wan.preprocess.preprocess import video_size
-    from trt_wan.preprocess.stages import Networks, open_stages
+    from trt_wan.preprocess.stages import Networks
     from trt_wan.runtime.video.target import claimed, refuse_inputs
 
     start = time.perf_counter()
@@ -204,10 +213,9 @@ def prepare(
     networks = Networks(**{name: options.pop(name) for name in names}, executor=executor)
     with _from_stdin(reference, clip) as (reference, clip):
         job = _job(reference, clip, output, **options)
-        video_size(job)
-        stages = open_stages(
-            networks, job.mode, job.compat, needs_people=job.needs_people, progress=report.progress
-        )
+        begin = planned(*video_size(job))
+        stages = _open_stages(report, networks, job)
+        begin()
         folder = make(job, stages, report.progress)
     made = [str(folder / name) for name in ALL if (folder / name).exists()]
     return folder, {"files": made, "seconds": round(time.perf_counter() - start, 2)}
@@ -229,6 +237,26 @@ def _from_stdin(*files: Path) -> Iterator[tuple[Path, ...]]:
         with copy.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
         yield tuple(copy if path == STDIN else path for path in files)
+
+
+def _open_stages(report: Report, networks: "Networks", job: "PreprocessJob") -> "Stages":
+    """Opens the networks. SAM2's graphs are exported if they are missing."""
+    from trt_wan.cli.build_sam2 import build_sam2_for
+    from trt_wan.preprocess import stages
+
+    def opened() -> "Stages":
+        return stages.open_stages(
+            networks, job.mode, job.compat, needs_people=job.needs_people, progress=report.progress
+        )
+
+    try:
+        return opened()
+    except GraphError as error:
+        if networks.sam2 is None or not error.command:
+            raise
+        require_exporters(error)
+    build_sam2_for(report, str(networks.sam2), (), None, dry_run=False)
+    return opened()
 
 
 def _job(

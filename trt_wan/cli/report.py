@@ -75,7 +75,10 @@ class JsonReport:
 
     @staticmethod
     def _line(value: dict[str, Any]) -> None:
-        _print(json.dumps(value, ensure_ascii=False))
+        line = json.dumps(value, ensure_ascii=False)
+        if not line.isprintable():  # bytes of a path that are no text: JSON has an escape for them
+            line = json.dumps(value)
+        _print(line)
 
 
 class TextReport:

@@ -3,7 +3,7 @@
 import os
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.command import command, note
+from trt_wan.cli.missing import require_graphs
 from trt_wan.cli.preprocess import (
     CLIP,
     PREPARING_FILES,
@@ -21,11 +22,13 @@ from trt_wan.cli.preprocess import (
     reference_background,
 )
 from trt_wan.cli.report import Report
+from trt_wan.cli.sections import SectionedCommand
 from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError
 
 if TYPE_CHECKING:
     from trt_wan.runtime.job import Inputs, Job
+    from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.settings import Settings, WeightFiles
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -68,6 +71,7 @@ class RunOptions:
     face_strength: float | None = None
     trim_to_shortest: bool = False
     reference_background: str = "white"
+    build: bool = True  # whether missing graphs are exported
 
     def weight_files(self) -> "WeightFiles":
         from trt_wan.runtime.settings import WeightFiles
@@ -117,7 +121,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     return value
 
 
-@click.command(short_help="Make a video.")
+@click.command(cls=SectionedCommand, short_help="Make a video.")
 @click.argument("reference", type=PICTURE, required=False)
 @click.argument("clip", type=CLIP, required=False, callback=_there)
 @click.option(
@@ -162,8 +166,12 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option(
     "--overlap", type=int, default=1, show_default=True, help="Frames carried to the next window: 1 or 5."
 )
-@click.option("--pose-strength", type=float, default=1.0, show_default=True)
-@click.option("--face-strength", type=float, default=1.0, show_default=True)
+@click.option(
+    "--pose-strength", type=float, default=1.0, show_default=True, help="0 leaves the pose clip aside."
+)
+@click.option(
+    "--face-strength", type=float, default=1.0, show_default=True, help="0 leaves the face clip aside."
+)
 @reference_background
 @click.option(
     "--trim-to-shortest",
@@ -174,9 +182,9 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     "--audio", type=FILE, help="File whose sound is copied. Default: the sound of src_pose.mp4, if any."
 )
 @click.option("--transformer", type=FILE, help="Checkpoint to use instead of the one in --weights.")
-@click.option("--vae", type=FILE)
-@click.option("--text-encoder", type=FILE)
-@click.option("--image-encoder", type=FILE)
+@click.option("--vae", type=FILE, help="The same for the VAE.")
+@click.option("--text-encoder", type=FILE, help="The same for umT5.")
+@click.option("--image-encoder", type=FILE, help="The same for CLIP.")
 @click.option("--tokenizer", type=FILE, help="tokenizer.json or spiece.model of umT5.")
 @click.option(
     "--executor",
@@ -220,6 +228,12 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option(
     "--paste-back", is_flag=True, help="Put the clip's own pixels back around the mask (mode replace)."
 )
+@click.option(
+    "--build/--no-build",
+    default=True,
+    show_default=True,
+    help="Export graphs of this size that are missing, with torch. --no-build: stop at once.",
+)
 @click.option("-y", "--overwrite", is_flag=True, help="Replace the output if it exists.")
 @preparing_options
 @command
@@ -241,10 +255,11 @@ def run(
     trt-wan run character.png dance.mp4 --weights models/ -o out.mp4
     trt-wan run --inputs prepared/ --weights models/ -o out.mp4 --mode replace --steps 6
 
-    The clips are prepared into the folder out.inputs beside the output, as `trt-wan preprocess` does; its
-    options are the last ones below.
+    The clips are prepared into the folder out.inputs beside the output, as `trt-wan preprocess` does, with
+    the same options. Graphs of this size that are missing are exported first.
     """
     from trt_wan.runtime.job import unused_clips
+    from trt_wan.runtime.video.sound import require_sound
     from trt_wan.runtime.video.target import refuse_inputs
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
@@ -254,17 +269,23 @@ def run(
             "In the mode animate there is nothing to paste back.",
             "Leave out --paste-back, or use --mode replace.",
         )
+    if options.negative_prompt is not None and not (options.guidance or 1) > 1:
+        raise UsageError(
+            "Without guidance --negative-prompt would do nothing.", "Add --guidance 5, or leave it out."
+        )
     files = [reference, clip, audio, *options.files(), *(preparing[name] for name in PREPARING_FILES)]
     refuse_inputs(output, [*files, *(inputs.glob("src_*") if inputs else ())])
     written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
+    if audio is not None:
+        require_sound(audio)
     if inputs is not None:
         _refuse_preparing(reference)
         if unused := unused_clips(inputs, options.mode):  # type: ignore[arg-type]  # click has checked it
             note(report, f"Not used in the mode {options.mode}: {', '.join(unused)}.")
         return render_prepared(report, inputs, output, options, **written)
-    inputs = _prepare_beside(report, reference, clip, output, overwrite, preparing, options)
+    inputs, basis = _prepare_beside(report, reference, clip, output, overwrite, preparing, options)
     try:
-        return render_prepared(report, inputs, output, options, **written)
+        return render_prepared(report, inputs, output, options, **written, basis=basis)
     except TrtWanError as error:
         error.add_hint(f"The prepared clips can be used again: --inputs {shlex.quote(str(inputs))}")
         raise
@@ -278,9 +299,13 @@ def render_prepared(
     audio: Path | None = None,
     overwrite: bool = False,
     paste_back: bool = False,
+    basis: "Basis | None" = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Makes the video of the prepared clips in `folder`. The files are checked before the model is opened."""
-    from trt_wan.runtime.opening.model import open_model
+    """Makes the video of the prepared clips in `folder`, and before it the graphs that are missing.
+
+    All files are checked before that. `basis` is the options', if it is open already.
+    """
+    from trt_wan.runtime.opening.model import open_basis
     from trt_wan.runtime.render import render
     from trt_wan.runtime.video.clips import open_clips
     from trt_wan.runtime.video.target import check_target, claimed
@@ -289,12 +314,10 @@ def render_prepared(
     job = options.job(options.inputs(folder))
     files, settings = options.weight_files(), options.settings()
     check_target(output, overwrite)
-    with (
-        claimed(output, report.progress),
-        open_clips(job.inputs, job.window) as clips,
-        open_model(files, settings, report.progress) as model,
-    ):
-        with stop_at_a_safe_point() as stop:
+    with claimed(output, report.progress), open_clips(job.inputs, job.window) as clips:
+        basis = basis or open_basis(files, settings, report.progress)
+        require_graphs(report, basis, clips.width, clips.height, job.window, options.build)()
+        with basis.open() as model, stop_at_a_safe_point() as stop:
             result = render(
                 job,
                 model,
@@ -320,10 +343,14 @@ def _prepare_beside(
     overwrite: bool,
     preparing: dict[str, Any],
     options: RunOptions,
-) -> Path:
-    """The folder of clips made from `reference` and `clip`. The job's own settings are checked before."""
+) -> "tuple[Path, Basis]":
+    """The folder of clips made from `reference` and `clip`. Before that, everything that can be refused is
+    checked, and the graphs and engines that are missing are made.
+    """
+    from trt_wan.engines.shape import Plan
     from trt_wan.preprocess.clips import artifacts
     from trt_wan.runtime.job import Inputs
+    from trt_wan.runtime.opening.model import open_basis
     from trt_wan.runtime.video.target import check_target, claimed
 
     if reference is None or clip is None:
@@ -334,18 +361,29 @@ def _prepare_beside(
     folder = output.with_name(f"{output.stem}.inputs")
     face = folder / artifacts.FACE if preparing["face"] else None
     hole = (folder / artifacts.BACKGROUND, folder / artifacts.MASK) if options.mode == "replace" else ()
-    options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
-    options.weight_files(), options.settings()
+    job = options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
+    files, settings = options.weight_files(), options.settings()
     check_target(output, overwrite)
     click.get_current_context().with_resource(claimed(output, report.progress))
+    basis = open_basis(files, settings, report.progress)
+
+    def planned(width: int, height: int) -> Callable[[], None]:
+        export = require_graphs(report, basis, width, height, job.window, options.build)
+
+        def make() -> None:
+            export()
+            basis.make_engines(Plan(width, height, job.window, basis.precision), report.progress)
+
+        return make
+
     shared = {
         "mode": options.mode,
         "executor": options.executor,
         "overwrite": overwrite,
         "reference_background": options.reference_background,
     }
-    made, _ = prepare(report, reference, clip, folder, **shared, **preparing)
-    return made
+    made, _ = prepare(report, reference, clip, folder, **shared, planned=planned, **preparing)
+    return made, basis
 
 
 def _refuse_preparing(reference: Path | None) -> None:

@@ -114,9 +114,8 @@ def _gpu(name: str | None, driver: int | None) -> str:
 
 def in_words(m: "Manifest", row: Row) -> str:
     again = shell_command(m.rebuild) if m.rebuild else "the next use builds it"
-    state = (
-        "whole" if row["state"] == "whole" else f"damaged; run: {shell_command(m.rebuild or removal(m.key))}"
-    )
+    if row["state"] == "damaged" and not m.rebuild:
+        again = shell_command(removal(m.key))
     lines = [
         ("key", m.key),
         ("kind", m.kind),
@@ -129,7 +128,7 @@ def in_words(m: "Manifest", row: Row) -> str:
         ("last used", str(row["used"])),
         ("plan", f"{readable_bytes(m.bytes)}, sha256 {m.sha256}"),
         ("graph", f"sha256 {m.source}"),
-        ("state", state),
+        ("state", str(row["state"])),
         ("rebuild", again),
     ]
     width = max(len(name) for name, _ in lines)

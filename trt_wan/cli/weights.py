@@ -16,7 +16,7 @@ def weights() -> None:
 
 @weights.command(short_help="Write a complete set of tiny random weights.")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 @command
 def tiny(*, report: Report, folder: Path, seed: int) -> Any:
     """Write a complete set of tiny random weights to FOLDER, in the formats of the real files."""

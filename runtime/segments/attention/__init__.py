@@ -10,12 +10,12 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import cast
 
-from trt_wan.errors import EnvironmentBroken, UsageError
+from trt_wan.errors import EnvironmentBroken, UsageError, with_commands
+from trt_wan.install import install_command
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.segments.segment import Segment
 
 Capability = tuple[int, int]
-INSTALL = "pip install 'trt-wan[hopper]'"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ PROVIDERS = {
 
 
 def missing(name: str, capability: Capability) -> str | None:
-    """Why provider `name` cannot be used on such a GPU, with the fix, in one sentence. None if it can.
+    """Why provider `name` cannot be used on such a GPU, in one sentence. None if it can.
 
     Looks for installed packages without importing them. Raises UsageError for an unknown provider.
     """
@@ -53,7 +53,7 @@ def missing(name: str, capability: Capability) -> str | None:
         )
     absent = [package for package in provider.packages if not _installed(package)]
     if absent:
-        return f"{name} needs {' and '.join(absent)}, not installed here: {INSTALL}."
+        return f"{name} needs {' and '.join(absent)}, not installed here (the extra hopper)."
     return None
 
 
@@ -67,11 +67,13 @@ def open_attention(name: str, gpu: Gpu, heads: int, tokens: int, head_dim: int) 
         raise UsageError(f"{name} cannot do heads of {head_dim} channels.", "Choose another attention.")
     problem = missing(name, gpu.capability)
     if problem is not None:
-        raise EnvironmentBroken(problem)
+        raise EnvironmentBroken(problem, with_commands("Run:", install_command("hopper")))
     try:
         module = import_module(f"{__name__}.{provider.module}")
     except ImportError as error:  # packages that do not fit each other
-        raise EnvironmentBroken(f"{name} does not load ({error}).", f"Run: {INSTALL}") from error
+        raise EnvironmentBroken(
+            f"{name} does not load ({error}).", with_commands("Run:", install_command("hopper"))
+        ) from error
     return cast(Segment, getattr(module, provider.segment)(gpu, heads, tokens, head_dim))
 
 

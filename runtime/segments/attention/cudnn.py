@@ -15,7 +15,7 @@ import numpy as np
 
 from trt_wan.engines.fp8 import E4M3_MAX
 from trt_wan.engines.gpu import FP8_ATTENTION_RANGE
-from trt_wan.errors import EnvironmentBroken
+from trt_wan.errors import EnvironmentBroken, with_commands
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.segments.attention.fp8_kernels import Fp8Kernels
@@ -122,7 +122,7 @@ class AttentionGraph:
             self._handle = cudnn.create_handle()
         except RuntimeError as error:
             raise EnvironmentBroken(
-                f"cuDNN does not start ({error}).", "Run: pip install -U nvidia-cudnn-cu13"
+                f"cuDNN does not start ({error}).", with_commands("Run:", "pip install -U nvidia-cudnn-cu13")
             ) from error
         weakref.finalize(self, cudnn.destroy_handle, self._handle).atexit = False
         cudnn.set_stream(self._handle, gpu.handle)

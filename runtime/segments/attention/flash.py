@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from flash_attn.cute.interface import _flash_attn_fwd  # the public function has no `out`
 
-from trt_wan.errors import EnvironmentBroken
+from trt_wan.errors import EnvironmentBroken, with_commands
 from trt_wan.runtime.device.gpu import Gpu
 
 WARM_UP_TOKENS = 1024
@@ -23,7 +23,7 @@ class Flash4:
         if not torch.cuda.is_available():
             raise EnvironmentBroken(
                 f"flash4 needs a PyTorch with CUDA, and {torch.__version__} has none.",
-                "Run: pip install torch, from PyTorch's index for CUDA 13",
+                with_commands("Run:", "pip install --index-url https://download.pytorch.org/whl/cu130 torch"),
             )
         self._shape = heads, tokens, head_dim
         self._device = torch.device("cuda", gpu.device.device_id)

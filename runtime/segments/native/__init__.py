@@ -10,7 +10,7 @@ FP8_CAPABILITY = (8, 9)
 
 
 def missing(capability: tuple[int, int]) -> str | None:
-    """Why it cannot be used here, with the fix, in a sentence. None if it can."""
+    """Why it cannot be used here, in a sentence. None if it can."""
     from trt_wan.runtime.segments.native.gemm import missing as missing_library
 
     if capability < FP8_CAPABILITY:

@@ -9,7 +9,8 @@ import weakref
 from ctypes import byref, c_float, c_int, c_size_t, c_uint64, c_void_p
 from typing import Any
 
-from trt_wan.errors import EnvironmentBroken, GraphError
+from trt_wan.errors import EnvironmentBroken, GraphError, with_commands
+from trt_wan.install import install_command
 from trt_wan.runtime.device.gpu import Gpu
 
 WORKSPACE_BYTES = 32 << 20  # recommended by cuBLAS for Hopper
@@ -111,7 +112,7 @@ def missing() -> str | None:
     try:
         _open()
     except EnvironmentBroken as error:
-        return f"{error.message} {error.hint}"
+        return error.message
     return None
 
 
@@ -122,5 +123,7 @@ def _open() -> ctypes.CDLL:
         path = load_nvidia_dynamic_lib("cublasLt").abs_path
         library = ctypes.CDLL(path)
     except Exception as error:  # cuda.pathfinder has its own exceptions
-        raise EnvironmentBroken("cuBLASLt is not installed.", "Run: pip install 'trt-wan[hopper]'") from error
+        raise EnvironmentBroken(
+            "cuBLASLt is not installed (the extra hopper).", with_commands("Run:", install_command("hopper"))
+        ) from error
     return library

@@ -1,0 +1,71 @@
+"""Graphs and engines that a job needs and that are not there: made on the spot, or refused with the commands.
+
+Exporting needs torch, which a machine that only runs videos need not have.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from trt_wan.cli.command import note
+from trt_wan.cli.report import Report
+from trt_wan.errors import GraphError, shell_command, with_commands
+from trt_wan.install import install_command
+
+if TYPE_CHECKING:
+    from trt_wan.runtime.opening.model import Basis
+
+EXPORTERS = ("torch", "onnx", "onnxscript")
+
+
+def require_graphs(
+    report: Report, basis: "Basis", width: int, height: int, window: int, build: bool
+) -> Callable[[], None]:
+    """Checks that jobs of that size can run here, and returns the function that exports missing graphs.
+
+    Raises UsageError, MemoryShort, and GraphError for graphs that are missing and cannot be exported, or must
+    not be (`build` False).
+    """
+    from trt_wan.engines.shape import Plan
+    from trt_wan.engines.store.graphs import graph_set
+
+    plan, config = Plan(width, height, window, basis.precision), basis.weights.config
+    basis.require_possible(plan)
+    graphs = graph_set(config, plan)
+    try:
+        graphs.require()
+        return lambda: None
+    except GraphError as error:
+        if not build:
+            raise
+        require_exporters(error)
+
+    def export() -> None:
+        from trt_wan.build.compile import export_graphs
+
+        note(report, f"The graphs of {graphs.title}, are exported first, once.", "exporting_graphs")
+        export_graphs(config, plan, report.progress)
+
+    return export
+
+
+def require_exporters(missing: GraphError) -> None:
+    """Raises GraphError if the packages that would mend `missing` are not installed."""
+    if lacking := [name for name in EXPORTERS if not _is_installed(name)]:
+        raise GraphError(
+            f"{missing.message} The packages that export them are not installed: {', '.join(lacking)}.",
+            with_commands(
+                "Install them, and start again. Or run the second command on another machine, and copy the "
+                "folder from there:",
+                install_command("build"),
+                shell_command(missing.command),
+            ),
+            missing.command,
+        ) from missing
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False

@@ -1,0 +1,45 @@
+"""`--help` in sections, for commands with many options."""
+
+import click
+
+# By section the names of parameters, in the order of --help. An option in none of them comes last.
+SECTIONS = {
+    "Video": (
+        *("inputs", "output", "overwrite", "mode", "size", "fit", "rate", "window", "overlap", "audio"),
+        *("reference_background", "trim_to_shortest", "paste_back"),
+    ),
+    "Sampling": (
+        *("prompt", "negative_prompt", "steps", "guidance", "seed", "sampler", "grid", "shift"),
+        *("pose_strength", "face_strength"),
+    ),
+    "People": (
+        *("person", "point", "box", "keypoints", "detector", "pose", "hands", "head", "face", "face_padding"),
+        *("retarget", "edited_reference", "edited_driving", "compat"),
+    ),
+    "Masks (mode replace)": ("segmenter", "sam2", "grow", "block", "fill"),
+    "Weights": (
+        *("weights", "transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "random_weights"),
+        "text_cache",
+    ),
+    "Machine": ("executor", "precision", "tier", "vram", "flavour", "segments", "build"),
+}
+OTHERS = "Other"
+
+
+def section_of(name: str | None) -> str:
+    return next((section for section, names in SECTIONS.items() if name in names), OTHERS)
+
+
+class SectionedCommand(click.Command):
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows: dict[str, list[tuple[str, str]]] = {section: [] for section in (*SECTIONS, OTHERS)}
+        order = [name for names in SECTIONS.values() for name in names]
+        known = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        known.sort(key=lambda param: order.index(param.name) if param.name in order else len(order))
+        for param in known:
+            if (record := param.get_help_record(ctx)) is not None:
+                rows[section_of(param.name)].append(record)
+        for section, records in rows.items():
+            if records:
+                with formatter.section(section):
+                    formatter.write_dl(records)
