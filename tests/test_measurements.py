@@ -45,7 +45,7 @@ def test_an_engine_knows_the_figures_of_its_rivals() -> None:
     assert sorted(f.gpu for f in figures_beside("two")) == ["H200", "L40S"] and figures_beside("three") == []
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"sources": [], "figures": [{"ms": 1}]}'])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"sources": [], "figures": [{"ms": 1}]}', "[" * 100_000])
 def test_a_damaged_file_holds_no_figures_and_is_replaced(text: str) -> None:
     record_figures(HERE, ["one"], {"cudnn": FIGURE})
     HERE.file.write_text(text)

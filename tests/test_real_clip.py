@@ -230,7 +230,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "nobody in it": (lambda folder: write_clip(folder / "c.mkv", 5), "No person was found in any of the 5"),
     "one pixel": (
         lambda folder: write_clip(folder / "c.mkv", 5, (1, 1)),
-        "No person was found in any of the 5",
+        "is 1x1; at least 16 pixels a side",
     ),
     "damaged packet": (damaged, "is damaged: it cannot be decoded after frame"),
 }
