@@ -33,15 +33,18 @@ from trt_wan.errors import GraphError
 ROOT = Path(__file__).parents[1]
 NAMES = list(networks(TINY, PLAN))
 
-# `trt-wan build` with an exporter that needs no torch and takes 8 ms per graph, four writes each.
+# `trt-wan build` with an exporter that needs no torch. It waits for a line on stdin half way through the
+# graph that its argument names.
 SLOW_BUILD = """
-import sys, time, types
+import sys, types
 
 def export(network, model, plan, path):
     with path.open("wb", buffering=0) as file:
-        for _ in range(4):
-            file.write(network.name.encode() * 100)
-            time.sleep(0.002)
+        file.write(network.name.encode() * 100)
+        if sys.argv[1:] == [network.name]:
+            print("half", flush=True)
+            sys.stdin.readline()
+        file.write(network.name.encode() * 100)
 
 sys.modules["trt_wan.build.export"] = types.SimpleNamespace(export=export)
 import trt_wan.build.graphs
@@ -72,27 +75,24 @@ def build(model: ModelConfig = TINY, plan: Plan = PLAN) -> tuple[str, ...]:
     return missing
 
 
-def slow_build() -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW_BUILD],
+def slow_build(half: str = "") -> "subprocess.Popen[str]":
+    """A build; with `half` one that has come half way through that graph, and waits there."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_BUILD, *filter(None, [half])],
         cwd=ROOT,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=stoppable,
     )
+    assert process.stdout is not None and (not half or process.stdout.readline() == "half\n")
+    return process
 
 
 def stoppable() -> None:
     """Ctrl-C reaches the process also where the tests run with SIGINT ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} never came"
-        time.sleep(0.001)
 
 
 def test_a_build_is_complete_and_is_not_made_twice(home: Path) -> None:
@@ -196,20 +196,16 @@ def test_a_failed_build_keeps_its_error_and_its_finished_graphs(home: Path) -> N
 def test_a_stopped_build_goes_on_where_it_was(home: Path, how: signal.Signals) -> None:
     """Stopped while the first, some middle and the last graphs are being written."""
     folder = graphs_folder(TINY, PLAN)
-    made = 0
     for place in (0, 6, 13, len(NAMES) - 1):
-        process = slow_build()
-        wait_for(folder / f"{NAMES[place]}.onnx.partial")
+        process = slow_build(half=NAMES[place])
         process.send_signal(how)
-        process.communicate()
-        left = graph_set(TINY, PLAN).missing()
-        made = len(NAMES) - len(left)
-        assert left == tuple(NAMES[made:]) and made >= place, "the graphs before are kept, in order"
+        process.wait(20)
+        assert graph_set(TINY, PLAN).missing() == tuple(NAMES[place:]), "the graphs before are kept"
         with pytest.raises(GraphError):
             require_graphs(TINY, PLAN)
     (folder / f"{NAMES[0]}.onnx.123.partial").touch()
     out, err = slow_build().communicate(timeout=20)
-    assert out == f"{len(NAMES) - made}\n", err
+    assert out == "1\n", err
     assert graph_set(TINY, PLAN).complete()
     assert {path.suffix for path in (home / "graphs").iterdir()} <= {folder.suffix, ".lock"}
     assert {path.name for path in folder.iterdir()} == {MANIFEST, *(f"{name}.onnx" for name in NAMES)}
@@ -253,11 +249,10 @@ def test_without_its_helpers_a_build_does_everything_itself(
 
 
 def test_two_builds_at_once_wait_for_each_other(home: Path) -> None:
-    folder = graphs_folder(TINY, PLAN)
-    first = slow_build()
-    wait_for(folder / f"{NAMES[0]}.onnx.partial")
-    second = slow_build()
-    made = [process.communicate(timeout=20) for process in (first, second)]
+    first, second = slow_build(half=NAMES[3]), slow_build()
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.wait(0.5)
+    made = [process.communicate(line, timeout=20) for process, line in ((first, "\n"), (second, ""))]
     assert [int(out) for out, _ in made] == [len(NAMES), 0], made
     assert graph_set(TINY, PLAN).complete()
 
