@@ -135,6 +135,7 @@ class VideoWriter:
     def abandon(self, keep: bool) -> Path | None:
         """Stops. With `keep`, returns the partial file if there are pictures in it that play."""
         if self._file is None:
+            self._release()
             return None
         if keep and self.frames:
             with suppress(Exception):  # the disk may be full, and the working file plays as it is
