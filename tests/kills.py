@@ -21,9 +21,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import Value
+from typing import Any
 from pathlib import Path
 
 import av
@@ -228,7 +230,9 @@ def fill_a_disk(base: Base, here: Path, room: int) -> Moment:
 
 @contextmanager
 def _mounted(here: Path, room: int) -> Iterator[Path]:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(here)], check=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(here)])
+    if mounted.returncode:
+        raise PermissionError("a tmpfs cannot be mounted here")
     try:
         yield here
     finally:
@@ -260,10 +264,29 @@ def moments(count: int, kinds: Sequence[str], seed: int) -> list[Moment]:
     return [Moment(kinds[i % len(kinds)], SIGNALS[i // len(kinds) % 4], draw.random()) for i in range(count)]
 
 
-def run_all(base: Base, todo: Sequence[Moment], folder: Path, workers: int) -> list[Moment]:
-    with ProcessPoolExecutor(workers) as pool:
+def run_all(
+    base: Base, todo: Sequence[Moment], folder: Path, workers: int, seconds: float = 86_400
+) -> list[Moment]:
+    """The moments that end within `seconds`; each worker has its own cores, as a machine would be loaded."""
+    end = time.monotonic() + seconds
+    done = []
+    with ProcessPoolExecutor(workers, initializer=_on_own_cores, initargs=(Value("i", 0), workers)) as pool:
         futures = [pool.submit(run_moment, base, moment, folder / f"{i}") for i, moment in enumerate(todo)]
-        return [future.result() for future in futures]
+        try:
+            for future in as_completed(futures, timeout=max(end - time.monotonic(), 0)):
+                done.append(future.result())
+        except TimeoutError:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return done
+
+
+def _on_own_cores(number: Any, workers: int) -> None:
+    """Two cores or more of this machine for every worker and its commands."""
+    with number.get_lock():
+        place, number.value = number.value, number.value + 1
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(2, len(cores) // workers)
+    os.sched_setaffinity(0, {cores[(place * share + k) % len(cores)] for k in range(share)})
 
 
 def report(done: Sequence[Moment]) -> dict[str, object]:
@@ -285,7 +308,8 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=1000)
     parser.add_argument("--disks", type=int, default=20, help="sizes of a full tmpfs to try")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--kinds", default="run,run,preprocess,build")
+    parser.add_argument("--kinds", default="run,run,run,preprocess,preprocess,build")
+    parser.add_argument("--seconds", type=float, default=86_400, help="stop starting moments after that time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("kills"))
     parser.add_argument("--out", type=Path)
@@ -293,7 +317,8 @@ def main() -> None:
     kinds = given.kinds.split(",")
     base = make_base(given.folder / "base", kinds)
     print(f"left alone: {base.seconds}", file=sys.stderr, flush=True)
-    done = run_all(base, moments(given.moments, kinds, given.seed), given.folder / "moments", given.workers)
+    todo = moments(given.moments, kinds, given.seed)
+    done = run_all(base, todo, given.folder / "moments", given.workers, given.seconds)
     for i in range(given.disks if "run" in kinds else 0):
         size = (base.folder / "out.mp4").stat().st_size
         done.append(fill_a_disk(base, given.folder / f"disk{i}", 4096 + i * 2 * size // max(given.disks, 1)))

@@ -1,0 +1,49 @@
+"""A few moments of tests/kills.py, which takes a thousand by hand."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from kills import SIGNALS, Base, Moment, fill_a_disk, make_base, report, run_moment
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_home: Path) -> Base:
+    """The graphs are there: `tiny_home` is of the same size and window."""
+    folder = tmp_path_factory.mktemp("kills") / "base"
+    shutil.copytree(tiny_home, folder / "home")
+    return make_base(folder, ("run", "preprocess"))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("kind", "part"), [("run", 0.4), ("run", 0.75), ("preprocess", 0.8)])
+def test_a_killed_command_loses_nothing(
+    base: Base, tmp_path: Path, kind: str, part: float, number: int
+) -> None:
+    moment = run_moment(base, Moment(kind, number, part), tmp_path / "moment")
+    assert not moment.faults, moment
+
+
+def test_a_build_goes_on_where_it_was_killed(base: Base, tmp_path: Path) -> None:
+    moment = run_moment(base, Moment("build", SIGNALS[0], 0.6), tmp_path / "moment")
+    assert not moment.faults, moment
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6, 1.2])
+def test_a_full_disk_keeps_what_fits(base: Base, tmp_path: Path, share: float) -> None:
+    if not shutil.which("mount") or os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs takes root")
+    size = (base.folder / "out.mp4").stat().st_size
+    try:
+        moment = fill_a_disk(base, tmp_path / "disk", 70_000 + int(share * size))
+    except PermissionError:
+        pytest.skip("this machine mounts nothing")
+    assert not moment.faults, moment
+    assert share > 0.1 or moment.returned == 1, "the disk was not full"
+
+
+def test_faults_are_counted() -> None:
+    """A run that lost a finished window would show in the report."""
+    lost = Moment("run", 9, 0.5, windows=1, faults=["0 of 13 finished frames kept"])
+    assert report([lost, Moment("run", 15, 0.5)])["faulty"] == 1
