@@ -1,6 +1,7 @@
 """Exports the graphs of a model and plan into the store, unless they are there."""
 
 import gc
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +55,9 @@ def _export(graphs: GraphSet, missing: list[str], write: Write, exported: GraphE
                 name = missing.pop(0)
             except IndexError:
                 return
-            start, path = time.perf_counter(), graphs.folder / f"{name}.onnx{PARTIAL}"
+            # A helper of a killed build may still be writing a part of its own.
+            path = graphs.folder / f"{name}.onnx.{os.getpid()}{PARTIAL}"
+            start = time.perf_counter()
             try:
                 write(name, path)
             except OSError:
