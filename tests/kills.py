@@ -34,7 +34,8 @@ from tiny_job import TRT_WAN, prepare, write_sound
 
 WINDOW, FRAMES = 13, 40  # four windows
 BUILD = [*TRT_WAN, "build", "--model", "tiny", "--size", "64x48", "--window", str(WINDOW), "--json"]
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+KILL = signal.SIGKILL
+SIGNALS = (KILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PATIENCE = 60.0  # seconds that a signalled command may take to end
 STOPPED = 130
 
