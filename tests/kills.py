@@ -25,8 +25,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import Value
-from typing import Any
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
