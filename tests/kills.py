@@ -279,7 +279,8 @@ def run_all(
             for future in as_completed(futures, timeout=max(end - time.monotonic(), 0)):
                 done.append(future.result())
         except TimeoutError:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in futures:
+                future.cancel()  # those under way end
     return done
 
 
