@@ -1,7 +1,7 @@
 """Finds the network, and the weight, behind a NaN or an infinity.
 
-A run checks the latent after every step and every piece of decoded frames, which costs about a thousandth of
-its time. When one is not finite, the step is computed again by a `Watching` executor, which checks every
+A run checks the latent after every step, and every piece of decoded frames (four at 832x480 take 2 ms of the
+host). When one is not finite, the step is computed again by a `Watching` executor, which checks every
 network's inputs and outputs and raises NotFinite with the first one's name.
 """
 

@@ -45,7 +45,35 @@ QUARTER_TURNS = {0: (False, 1, 1), 90: (True, -1, 1), 180: (False, -1, -1), 270:
 UNTAGGED = 2  # ffmpeg's number for a colour matrix that is not known
 
 
-class Clip:
+class Frames:
+    """Frames of one size, by number, in a context manager. `Clip` and `Stills` (stills.py) find them."""
+
+    width: int
+    height: int
+
+    def window(self, indices: Sequence[int]) -> Picture:
+        """Frames [n, H, W, 3] by number, in any order and with repeats. A Clip goes back by its `history`."""
+        pictures = np.empty((len(indices), self.height, self.width, 3), np.uint8)
+        for picture, index in zip(pictures, indices, strict=True):
+            picture[:] = self._picture(index)
+        return pictures
+
+    def close(self) -> None:
+        """Closes the files, if any are open."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _picture(self, index: int) -> Picture:
+        raise NotImplementedError
+
+
+class Clip(Frames):
     """An open video file. Frames come in forward order, and the last `history` of them can be read again.
 
     Kept frames stay in the decoder's own format: 1.5 bytes per pixel for a usual clip, half of RGB.
@@ -98,24 +126,9 @@ class Clip:
             opacity = first.to_ndarray(format="rgba")[..., 3]
             self.notes += [transparency_note(path, opacity, BEHIND)] if opacity.min() < 255 else []
 
-    def window(self, indices: Sequence[int]) -> Picture:
-        """Frames [n, H, W, 3] by number, in any order and with repeats, as far back as `history` reaches."""
-        pictures = np.empty((len(indices), self.height, self.width, 3), np.uint8)
-        for picture, index in zip(pictures, indices, strict=True):
-            picture[:] = self._picture(index)
-        return pictures
-
     def close(self) -> None:
         self._container.close()
         self._kept.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _picture(self, index: int) -> Picture:
         assert 0 <= index < self.frames, f"frame {index} of {self.frames}"

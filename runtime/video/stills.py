@@ -9,8 +9,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,7 +19,7 @@ from trt_wan.errors import InputError, with_commands
 from trt_wan.runtime.events import Note
 from trt_wan.runtime.video.container import MAX_PIXELS, refuse_missing, refuse_size, uneven
 from trt_wan.runtime.video.pictures import WHITE, read_transparent
-from trt_wan.runtime.video.reader import Clip, Picture
+from trt_wan.runtime.video.reader import Clip, Frames, Picture
 from trt_wan.runtime.video.transparency import over, transparency_note
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
@@ -29,7 +28,7 @@ PATTERN = re.compile(r"(?P<before>[^%]*)%(?:0(?P<digits>[1-9]))?d(?P<after>[^%]*
 NUMBERED = re.compile(r"(?P<before>.*?)(?P<number>\d+)(?P<after>\D*)")  # the last number in the name
 
 
-class Stills:
+class Stills(Frames):
     """An open clip of `frames` pictures, all of one size. `read(k)` is picture k."""
 
     has_sound = False
@@ -41,24 +40,6 @@ class Stills:
         self._read = read
         self._last = (0, read(0))
         self.height, self.width = self._last[1].shape[:2]
-
-    def window(self, indices: Sequence[int]) -> Picture:
-        """Frames [n, H, W, 3] by number, in any order and with repeats."""
-        pictures = np.empty((len(indices), self.height, self.width, 3), np.uint8)
-        for picture, index in zip(pictures, indices, strict=True):
-            picture[:] = self._picture(index)
-        return pictures
-
-    def close(self) -> None:
-        """There is nothing to close."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _picture(self, index: int) -> Picture:
         if index != self._last[0]:
