@@ -56,7 +56,15 @@ def test_a_damaged_file_holds_no_figures_and_is_replaced(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("ms", "25"), ("ms", {}), ("error", 10**400), ("tolerance", [1]), ("candidate", {}), ("network", 25.0)],
+    [
+        ("ms", "25"),
+        ("ms", {}),
+        ("error", 10**400),
+        ("tolerance", [1]),
+        ("tolerance", None),
+        ("candidate", {}),
+        ("network", 25.0),
+    ],
 )
 def test_figures_of_other_types_do_not_count(name: str, value: object) -> None:
     record_figures(HERE, ["one"], {"cudnn": FIGURE})

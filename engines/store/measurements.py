@@ -45,6 +45,8 @@ class Figure:
         for name, value in asdict(self).items():
             if not (_is_number(value) if name in NUMBERS else isinstance(value, str)):
                 raise TypeError(f"{name} is {value!r}")
+        if self.tolerance is None:
+            raise TypeError("tolerance is None")
 
 
 @dataclass(frozen=True)
