@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Thread
 from typing import BinaryIO
 
@@ -81,8 +82,16 @@ def helpers(count: int, write: Write, work: Callable[[Write], None]) -> Iterator
 
 def _serve(asked: BinaryIO, answers: BinaryIO) -> None:
     write: Write = pickle.load(asked)
-    for line in asked:
-        name, path = json.loads(line)
+    lines: SimpleQueue[bytes] = SimpleQueue()
+
+    def receive() -> None:
+        for line in asked:
+            lines.put(line)
+        os._exit(0)  # also in the middle of a graph: no file may appear when a killed build starts again
+
+    Thread(target=receive, daemon=True).start()
+    while True:
+        name, path = json.loads(lines.get())
         write(name, Path(path))
         answers.write(json.dumps(name).encode() + b"\n")
         answers.flush()

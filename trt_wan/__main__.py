@@ -24,7 +24,10 @@ def main() -> None:
         sys.stdout.reconfigure(errors="surrogateescape")
     from trt_wan.cli.main import cli
 
-    cli()
+    try:
+        cli()
+    finally:
+        stopping.ignore()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.report import Report, Result, StdoutLost, TextReport, report_for
-from trt_wan.cli.stopping import interrupts
+from trt_wan.cli.stopping import ignored, interrupts
 from trt_wan.engines.store.environment import check_environment
 from trt_wan.errors import MemoryShort, OutputError, Stopped, TrtWanError, UsageError, with_commands
 from trt_wan.runtime.events import Note
@@ -31,7 +31,9 @@ def command(function: Callable[..., tuple[Result, dict[str, Any]]]) -> Callable[
             with interrupts():
                 for name in check_environment():
                     note(report, f"trt-wan reads no variable {name}.", "unknown_variable", name=name)
-                report.done(*function(report=report, **options))
+                result = function(report=report, **options)
+            with ignored():
+                report.done(*result)
         except BrokenPipeError:
             raise  # the reader of stdout is gone: click ends quietly
         except (Exception, KeyboardInterrupt) as error:

@@ -4,6 +4,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -314,10 +315,15 @@ def render_prepared(
     job = options.job(options.inputs(folder))
     files, settings = options.weight_files(), options.settings()
     check_target(output, overwrite)
-    with claimed(output, report.progress), open_clips(job.inputs, job.window) as clips:
+    with (
+        claimed(output, report.progress),
+        open_clips(job.inputs, job.window) as clips,
+        ExitStack() as until_the_model_is_closed,
+    ):
         basis = basis or open_basis(files, settings, report.progress)
         require_graphs(report, basis, clips.width, clips.height, job.window, options.build)()
-        with basis.open() as model, stop_at_a_safe_point() as stop:
+        with basis.open() as model:
+            stop = until_the_model_is_closed.enter_context(stop_at_a_safe_point())
             result = render(
                 job,
                 model,
@@ -329,8 +335,8 @@ def render_prepared(
                 progress=stop.watching(report.progress),
                 should_stop=stop.asked,
             )
-            if stop.asked():
-                note(report, "The video was finished before it could be stopped.", code="not_stopped")
+        if stop.asked():
+            note(report, "The video was finished before it could be stopped.", code="not_stopped")
     data = {"frames": result.frames, "width": result.width, "height": result.height, "fps": result.rate}
     return result.path, {**data, "seconds": round(time.perf_counter() - start, 2)}
 

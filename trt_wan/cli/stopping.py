@@ -37,8 +37,21 @@ def interrupts() -> Iterator[None]:
         _after_the_first(number)
         raise KeyboardInterrupt
 
-    with _handled_by(interrupt):
+    with _handled_by(interrupt), _raised_again(interrupt):
         yield
+
+
+@contextmanager
+def ignored() -> Iterator[None]:
+    """In this block signals do nothing: the result is there, and is told in a moment."""
+    with _handled_by(signal.SIG_IGN):
+        yield
+
+
+def ignore() -> None:
+    """For the end of the program, whose outcome is told."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Stop:
@@ -81,7 +94,27 @@ def stop_at_a_safe_point() -> Iterator[Stop]:
 
 
 @contextmanager
-def _handled_by(handler: Handler) -> Iterator[None]:
+def _raised_again(interrupt: Handler) -> Iterator[None]:
+    """Raises an interrupt again that came while a destructor ran: Python prints and drops it there."""
+    before = sys.unraisablehook
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            return before(dropped)
+        signal.signal(signal.SIGINT, interrupt)
+        timer = threading.Timer(0.01, signal.raise_signal, [signal.SIGINT])  # when the destructor has ended
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+@contextmanager
+def _handled_by(handler: Handler | signal.Handlers) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # a program that uses the commands
         yield
         return

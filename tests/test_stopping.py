@@ -1,0 +1,58 @@
+"""Signals: the first is never lost, and a helper of a build ends with it."""
+
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trt_wan.cli.stopping import ignored, interrupts
+
+
+class Interrupted:
+    """Its destructor runs while a signal comes."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_in_a_destructor_still_stops(capfd: pytest.CaptureFixture[str]) -> None:
+    """Python prints such an exception with a traceback, and goes on."""
+    with pytest.raises(KeyboardInterrupt), interrupts():
+        held = Interrupted()
+        del held
+        time.sleep(5)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_signal_changes_nothing_when_the_result_is_told() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with ignored():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def stay(name: str, path: Path) -> None:
+    """Stands for an export."""
+    path.write_text(name)
+    time.sleep(60)
+
+
+def test_a_helper_ends_with_its_build_in_the_middle_of_a_graph(tmp_path: Path) -> None:
+    """One that went on would write into the folder while the next build goes on there."""
+    started = tmp_path / "started"
+    here = str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {here!r}); from trt_wan.build import beside; beside.main()"
+    helper = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    assert helper.stdin is not None
+    helper.stdin.write(pickle.dumps(stay) + f'["a graph", "{started}"]\n'.encode())
+    helper.stdin.flush()
+    end = time.monotonic() + 30
+    while not started.exists():
+        assert time.monotonic() < end and helper.poll() is None
+        time.sleep(0.01)
+    helper.stdin.close()
+    assert helper.wait(5) == 0
