@@ -100,7 +100,8 @@ def _raised_again(interrupt: Handler) -> Iterator[None]:
 
     def hook(dropped: "sys.UnraisableHookArgs") -> None:
         if dropped.exc_type is not KeyboardInterrupt:
-            return before(dropped)
+            before(dropped)
+            return
         signal.signal(signal.SIGINT, interrupt)
         timer = threading.Timer(0.01, signal.raise_signal, [signal.SIGINT])  # when the destructor has ended
         timer.daemon = True
