@@ -123,7 +123,8 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
     young = moment.part < 0.1  # Python itself was starting: no handler can be there yet
     ends = {0, STOPPED} | ({-moment.signal} if moment.signal == signal.SIGKILL or young else set())
     moment.check(moment.returned in ends, f"returned {moment.returned}")
-    moment.check("Traceback" not in (here / "stderr").read_text(errors="replace"), "traceback")
+    told = (here / "stderr").read_text(errors="replace")
+    moment.check("Traceback" not in told, f"traceback: {told[-600:]}")
     CHECKS[moment.kind](base, moment, here, finished)
     kept = {path: _hash(path) for path in here.glob("out.partial*") if _played(path)}
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
