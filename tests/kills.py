@@ -2,11 +2,11 @@
 
     python tests/kills.py --moments 1000 --workers 16 --out kills.json
 
-By hand (PATIENCE=600 on a busy machine); test_kills.py runs a few moments of each. A moment starts the command in a folder of its own, sends
-SIGKILL, SIGTERM, SIGINT or SIGHUP after a random part of its time, checks what is on the disk, starts the
-same command again and compares its result with that of a command that was left alone. The networks are tiny;
-people are made up. One part of the `run` moments fills a small tmpfs in place of a signal, where this process
-may mount one.
+By hand (PATIENCE=600 on a busy machine); test_kills.py runs a few moments of each. A moment starts the
+command in a folder of its own, sends SIGKILL, SIGTERM, SIGINT or SIGHUP after a random part of its time,
+checks what is on the disk, starts the same command again and compares its result with that of a command
+that was left alone. The networks are tiny; people are made up. One part of the `run` moments fills a small
+tmpfs in place of a signal, where this process may mount one.
 """
 
 import argparse
