@@ -3,7 +3,7 @@
 GGUF types that the gguf package cannot write get random bits and scales that give the deviation asked for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,13 +96,11 @@ def write_gguf(
     path: Path,
     tensors: Mapping[str, Made],
     original_shapes: Mapping[str, Shape] | None = None,
-    architecture: str = "wan",
-    **numbers: int,
+    more: Callable[[GGUFWriter], None] = lambda writer: None,
 ) -> None:
-    """`original_shapes` go into the metadata; `numbers` too, with dots for double underscores."""
-    writer = GGUFWriter(path, architecture)
-    for key, number in numbers.items():
-        writer.add_uint32(key.replace("__", "."), number)
+    """`original_shapes` go into the metadata, and what `more` adds."""
+    writer = GGUFWriter(path, "wan")
+    more(writer)
     for name, shape in (original_shapes or {}).items():
         writer.add_array(f"comfy.gguf.orig_shape.{name}", shape)
     for name, made in tensors.items():
