@@ -250,4 +250,5 @@ def _kinds() -> dict[int, tuple[str, int, int]]:
 
 
 def _shown(name: str) -> str:
-    return name if len(name) <= 100 else name[:100] + "…"
+    text = "".join(c if c.isprintable() else "?" for c in name[:100])
+    return text if len(name) <= 100 else text + "…"
