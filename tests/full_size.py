@@ -2,9 +2,9 @@
 
     python tests/full_size.py FOLDER [--transformer fp8|bf16|int8] [--model 14b|tiny] [--seed N]
 
-Layouts are those of model_spec.md 5 and files_and_loras.md 7: Kijai's scaled-FP8 transformer (18.4 GB), Comfy's
-in bf16 (34.5 GB) or in int8 ConvRot (18.4 GB; rotated random numbers are random numbers),
-Comfy's scaled-FP8 umT5 (6.7 GB), CLIP in fp16, the VAE in bf16, and a tokenizer.json of umT5's vocabulary.
+Layouts are those of model_spec.md 5 and files_and_loras.md 7: Kijai's scaled-FP8 transformer (18.4 GB),
+Comfy's in bf16 (34.5 GB) or in int8 ConvRot (18.4 GB; rotated random numbers are random numbers), Comfy's
+scaled-FP8 umT5 (6.7 GB), CLIP in fp16, the VAE in bf16, and a tokenizer.json of umT5's vocabulary.
 Random numbers are made once; every tensor is a stretch of them from a place of its own. Needs no torch.
 """
 
