@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from late_gpu import LateGpu, at
-from quantised_weights import QuantisedTensors, quantised_file
+from quantised_weights import FORMS, with_quantised_block
 from safetensors.numpy import save_file
 from weight_oracle import E4M3, contents
 
@@ -32,7 +32,7 @@ from trt_wan.runtime.weights.on_device import AHEAD, LEAVING, DeviceWeights
 from trt_wan.runtime.weights.pack import Pack, nbytes
 from trt_wan.runtime.weights.random import RandomWeights, random_moments
 from trt_wan.runtime.weights.sources import FileSource, Piece, Place, RandomSource
-from trt_wan.runtime.weights.stored import BLOCKS, Tensors
+from trt_wan.runtime.weights.stored import Tensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 E5M2 = np.dtype(ml_dtypes.float8_e5m2)
@@ -85,14 +85,8 @@ def quantised(tiny: Parts, tmp_path_factory: pytest.TempPathFactory) -> Callable
     """The same with the matrices of block 0 in a form that is decoded."""
 
     def made(kind: str) -> Parts:
-        base = tiny["transformer"]
-        rows = np.linspace(0.1, 3, 64, dtype=np.float32)[:, None]  # channels of different sizes
-        names = [
-            n for n in base if n.startswith("blocks.0.") and n.endswith("weight") and len(base.shape(n)) == 2
-        ]
-        matrices = {name: base[name] * np.resize(rows, (base.shape(name)[0], 1)) for name in names}
-        stored, _ = quantised_file(tmp_path_factory.mktemp("quantised") / "file", kind, matrices)
-        return {**tiny, "transformer": cast(Any, QuantisedTensors(base, stored))}
+        path = tmp_path_factory.mktemp("quantised") / "file"
+        return {**tiny, "transformer": cast(Any, with_quantised_block(tiny["transformer"], path, kind))}
 
     return made
 
@@ -195,7 +189,7 @@ def test_a_transformer_of_any_type_is_converted(
     run.end()
 
 
-@pytest.mark.parametrize("kind", ["int8", "int8 rows", "int8 convrot", *BLOCKS])
+@pytest.mark.parametrize("kind", FORMS)
 def test_a_quantised_transformer_is_decoded(quantised: Callable[[str], Parts], kind: str) -> None:
     """In pieces of 16 MB, and of 2 KB for FP8."""
     parts = quantised(kind)
