@@ -14,13 +14,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from late_gpu import LateGpu, at
-from quantised_weights import FORMS, with_quantised_block
+from quantised_weights import FORMS, QuantisedTensors, with_quantised_block
 from safetensors.numpy import save_file
 from weight_oracle import E4M3, contents
 
 from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.config import TINY
-from trt_wan.engines.contract import Part
+from trt_wan.engines.contract import Network, Part, Tensor, scale_name
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
@@ -31,8 +31,8 @@ from trt_wan.runtime.weights.checkpoint import Checkpoint, load_weights
 from trt_wan.runtime.weights.on_device import AHEAD, LEAVING, DeviceWeights
 from trt_wan.runtime.weights.pack import Pack, nbytes
 from trt_wan.runtime.weights.random import RandomWeights, random_moments
-from trt_wan.runtime.weights.sources import FileSource, Piece, Place, RandomSource
-from trt_wan.runtime.weights.stored import Tensors
+from trt_wan.runtime.weights.sources import FLOAT32_BYTES, Batch, FileSource, Piece, Place, RandomSource
+from trt_wan.runtime.weights.stored import Stored, Tensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 E5M2 = np.dtype(ml_dtypes.float8_e5m2)
@@ -199,6 +199,26 @@ def test_a_quantised_transformer_is_decoded(quantised: Callable[[str], Parts], k
         for pack in blocks(cast(Precision, precision))[:2]:
             run.use(pack)
         run.end()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_a_piece_that_is_decoded_fits_into_the_memory_for_it(dtype: str) -> None:
+    """A piece of Q2_K has 3 bits a number: 16 MB of it are 200 MB of float32."""
+    rows, inner = 8192, 2048
+    stored = Stored(
+        np.broadcast_to(np.uint8(0), (rows, inner // 256 * 84)), blocks="Q2_K", dims=(rows, inner)
+    )
+    weight = Tensor("w.weight", (rows, inner), dtype)
+    scales = (Tensor(scale_name(weight.name), (rows,)),) if dtype == "float8_e4m3fn" else ()
+    network = Network("w", "transformer", (), (weight, *scales), (), "blocks.{n}.", 1)
+    tensors = QuantisedTensors(cast(Any, None), {"blocks.0.w.weight": stored})
+    numbers = 0
+    for batch in FileSource({"transformer": tensors}).pieces(Pack.of(network, 0)):
+        for piece in cast(Batch, batch).pieces:
+            assert 4 * piece.count * piece.inner <= FLOAT32_BYTES and piece.first * piece.inner == numbers
+            assert piece.inner == (inner if scales else 256)
+            numbers += piece.count * piece.inner
+    assert numbers == rows * inner
 
 
 def test_quantised_rows_have_at_most_half_a_step_of_error(of_kind: Callable[[str], Parts]) -> None:
