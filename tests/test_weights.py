@@ -228,9 +228,9 @@ def test_quantised_rows_have_at_most_half_a_step_of_error(of_kind: Callable[[str
         if pack.network.part != "transformer":
             continue
         made = contents(pack, tensors)
-        for scale_name, tensor in pack.scaled.items():
+        for scale_key, tensor in pack.scaled.items():
             weight = tensors[pack.network.weight_key(tensor.name, pack.n)]
-            scale = np.frombuffer(made[scale_name], np.float32)
+            scale = np.frombuffer(made[scale_key], np.float32)
             np.testing.assert_allclose(scale, np.maximum(np.abs(weight).max(1) / 448, 1e-12), rtol=1e-6)
             got = np.frombuffer(made[tensor.name], E4M3).astype(np.float32).reshape(weight.shape)
             bound = np.maximum(np.abs(weight) / 16, scale[:, None] * 2.0**-10) * 1.0001
