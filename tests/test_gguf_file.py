@@ -17,7 +17,7 @@ from quantised_weights import Made, as_gguf, wan_type, write_gguf, write_gguf_he
 from trt_wan.engines.checkpoint import required_tensors
 from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.errors import WeightsError
-from trt_wan.runtime.weights import gguf_file
+from trt_wan.runtime.weights import gguf_header
 from trt_wan.runtime.weights.gguf_file import GgufFile
 from trt_wan.runtime.weights.stored import BLOCKS
 
@@ -140,6 +140,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "big-endian": (b"GGUF" + struct.pack(">I", 3) + bytes(60), "its numbers are big-endian"),
     "many tensors": (header(counts=(1 << 60, 0)), "promises 1152921504606846976 values and ends early"),
     "many pairs": (header(counts=(0, (1 << 64) - 1)), "promises 18446744073709551615 values"),
+    "tensors": (header(counts=(200_000, 0)) + bytes(5_000_000), "its header has 200000 entries"),
     "long key": (header(pairs=(struct.pack("<Q", 1 << 40),)), "promises 1099511627776 values"),
     "long name": (header(tensor("x" * 5000, (1,))), "a name has 5000 bytes"),
     "long text": (header(pairs=(pair("k", 8, struct.pack("<Q", 1 << 40)),)), "promises 1099511627776 values"),
@@ -193,13 +194,18 @@ def test_missing_shortened_and_wordy_files(tmp_path: Path, monkeypatch: pytest.M
         file.read("u")
     words = pair("w", 9, struct.pack("<IQ", 8, 1000) + text("") * 1000)
     GgufFile(written(tmp_path, header(pairs=(words,))))
-    monkeypatch.setattr(gguf_file, "MOST_WORDS", 1999)
+    monkeypatch.setattr(gguf_header, "MOST_WORDS", 1999)
     with pytest.raises(WeightsError, match="more than 1999 words"):
         GgufFile(written(tmp_path, header(pairs=(words, words))))
 
 
+def test_a_long_text_is_skipped(tmp_path: Path) -> None:
+    pairs = pair("long", 8, text("x" * 70_000)), pair("short", 8, text("x" * 60_000))
+    assert set(GgufFile(written(tmp_path, header(pairs=pairs))).metadata) == {"short"}
+
+
 def test_the_most_words_take_a_moment(tmp_path: Path) -> None:
-    count = gguf_file.MOST_WORDS // 4
+    count = gguf_header.MOST_WORDS // 4
     path = written(tmp_path, header(pairs=(pair("w", 9, struct.pack("<IQ", 8, count) + bytes(8 * count)),)))
     start = time.process_time()
     GgufFile(path)
