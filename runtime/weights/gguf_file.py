@@ -28,7 +28,7 @@ from trt_wan.runtime.weights.tensor_file import DTYPES, LARGEST, Entry
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MOST_ENTRIES = 100_000  # tensors, and pairs of metadata
+MOST_ENTRIES = 20_000  # tensors, and pairs of metadata
 MOST_DIMENSIONS = 8
 LARGEST_ALIGNMENT = 1 << 20
 ALIGNMENT = 32  # bytes, where `general.alignment` is missing

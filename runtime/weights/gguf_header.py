@@ -8,7 +8,7 @@ import struct
 from typing import Any, BinaryIO
 
 MAX_HEADER = 64 << 20  # bytes; the words of a tokenizer take 10 MB
-MOST_WORDS = 1_000_000  # in lists of the metadata: they are skipped one by one
+MOST_WORDS = 600_000  # in lists of the metadata: they are skipped one by one
 LONGEST_NAME = 4096  # bytes of a key or of a tensor's name
 LONGEST_TEXT = 1 << 16  # bytes of a string that is kept of the metadata
 LONGEST_LIST = 16  # numbers that are kept of the metadata
@@ -87,7 +87,7 @@ class Header:
         return None
 
     def _text(self, length: int) -> str:
-        return self.take(length).decode("utf-8", "backslashreplace")
+        return self.take(length).decode("utf-8", "replace")
 
     def _move(self, size: int) -> None:
         if size > self.end - self.position:
