@@ -55,7 +55,7 @@ def random_tensors(kind: str) -> dict[str, Made]:
     rng, shapes = np.random.default_rng(1), required_tensors(TINY, "transformer")
     chosen = {n: s for n, s in shapes.items() if ".1." not in n and ".2." not in n and ".3." not in n}
     return {
-        name: as_gguf(rng.standard_normal(shape, np.float32), wan_type(name, shape, kind), rng)
+        name: as_gguf(rng.standard_normal(shape, np.float32), wan_type(name, shape, kind))
         for name, shape in chosen.items()
     }
 
@@ -88,8 +88,8 @@ def test_a_file_for_wan(kind: str, tmp_path: Path) -> None:
 def test_a_tensor_that_was_flattened_has_the_shape_of_the_metadata(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     values = rng.standard_normal((256, 36, 1, 2, 2), np.float32)
-    flat = as_gguf(values.reshape(256, 144), "F16", rng)
-    rows = as_gguf(values.reshape(-1, 256), "Q8_0", rng)
+    flat = as_gguf(values.reshape(256, 144), "F16")
+    rows = as_gguf(values.reshape(-1, 256), "Q8_0")
     original = {"p.weight": values.shape, "q.weight": (64, 576)}
     write_gguf(tmp_path / "m.gguf", {"p.weight": flat, "q.weight": rows}, original)
     file = GgufFile(tmp_path / "m.gguf")
