@@ -147,9 +147,8 @@ def diffusers_shards(folder: Path) -> Path:
     import torch
 
     with torch.device("meta"):
-        empty = {
-            name: torch.empty(shape) for name, shape in required_tensors(ANIMATE_14B, "transformer").items()
-        }
+        wanted = required_tensors(ANIMATE_14B, "transformer")
+        empty = {name: torch.empty(shape) for name, shape in wanted.items()}
         shapes = {name: tuple(values.shape) for name, values in diffusers(empty).items()}
     return shards(folder, shapes, "F32", 7)
 
@@ -194,17 +193,14 @@ class Header:
     about: int = 0  # published with few digits, or another header
 
 
+OFFICIAL, FP8 = "safetensors, official names", "scaled F8_E4M3"
 HEADERS = {
-    "Comfy bf16": Header(comfy_bf16, "safetensors, official names", "BF16", 0, 34_549_787_368),
-    "official shards": Header(
-        official_shards, "safetensors, official names", "BF16", 0, about=34_549_787_368
-    ),
+    "Comfy bf16": Header(comfy_bf16, OFFICIAL, "BF16", 0, 34_549_787_368),
+    "official shards": Header(official_shards, OFFICIAL, "BF16", 0, about=34_549_787_368),
     "diffusers shards": Header(diffusers_shards, "safetensors, diffusers", "F32", 0),
-    "KJ v1": Header(
-        kj(("blocks.",), "scale_weight"), *(OFFICIAL, "scaled F8_E4M3", 480), about=18_401_760_586
-    ),
-    "KJ v2": Header(kj(V2, "scale_weight"), *(OFFICIAL, "scaled F8_E4M3", 513), about=17_316_943_016),
-    "int8 ConvRot": Header(int8_convrot, "safetensors, official names", "int8 ConvRot", 480, 18_413_068_672),
+    "KJ v1": Header(kj(("blocks.",), "scale_weight"), OFFICIAL, FP8, 480, about=18_401_760_586),
+    "KJ v2": Header(kj(V2, "scale_weight"), OFFICIAL, FP8, 513, about=17_316_943_016),
+    "int8 ConvRot": Header(int8_convrot, OFFICIAL, "int8 ConvRot", 480, 18_413_068_672),
     "GGUF Q4_K": Header(gguf, "gguf, official names", "Q4_K", 510),
 }
 
