@@ -27,6 +27,7 @@ from trt_wan.runtime.weights.tiny import blur_kernels
 PUBLISHED = {  # bytes, model_spec.md 5.2 and 5.4
     "wan2.2_animate_14B_bf16.safetensors": (34_549_787_368, 0),
     "Wan2_2-Animate-14B_fp8_e4m3fn_scaled_KJ.safetensors": (18_401_760_586, 4_000),
+    "wan2.2_animate_14B_int8_convrot.safetensors": (18_413_068_672, 0),
     "umt5_xxl_fp8_e4m3fn_scaled.safetensors": (6_735_906_897 - 4_548_313, 4_000),  # without its SentencePiece
     "Wan2_1_VAE_bf16.safetensors": (253_806_278, 0),
 }
@@ -34,7 +35,7 @@ PUBLISHED = {  # bytes, model_spec.md 5.2 and 5.4
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_files_have_the_published_sizes(name: str) -> None:
-    files = layouts(ANIMATE_14B, "fp8") | layouts(ANIMATE_14B, "bf16")
+    files = {k: v for kind in ("fp8", "bf16", "int8") for k, v in layouts(ANIMATE_14B, kind).items()}
     size, tolerance = PUBLISHED[name]
     assert abs(files[name].size - size) <= tolerance
 

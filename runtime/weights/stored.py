@@ -23,8 +23,6 @@ FP8_TYPES = ("F8_E4M3", "F8_E5M2")
 FP8_VALUES = {
     DTYPES[name]: np.arange(256, dtype=np.uint8).view(DTYPES[name]).astype(np.float32) for name in FP8_TYPES
 }
-
-
 # GGUF types whose numbers lie in blocks: numbers and bytes per block.
 BLOCKS = {
     "Q8_0": (32, 34),
@@ -57,9 +55,7 @@ class Stored:
     """
 
     values: NDArray[Any]
-    scales: NDArray[np.float32] | None = (
-        None  # [rows]; the rows of an FP8 or int8 tensor are multiplied by them
-    )
+    scales: NDArray[np.float32] | None = None  # [rows]; the rows of FP8 and int8 are multiplied by them
     file: Path | None = None  # the bytes are here, from `start`; None for an array in memory
     start: int = 0
     rotation: int = 0  # one of ROTATIONS; 0: the input columns are not rotated (files_and_loras.md 7)
@@ -165,17 +161,16 @@ class Tensors(Protocol):
 
 
 def rotated(values: NDArray[np.float32], group: int) -> NDArray[np.float32]:
-    """Each run of `group` columns times the matrix H of files_and_loras.md 7, which is its own inverse.
+    """Each run of `group` columns times H of files_and_loras.md 7, which is its own inverse."""
+    return (values.reshape(-1, group) @ _hadamard(group)).reshape(values.shape)
 
-    H is a Kronecker product of 4x4 matrices J/2 - P, J of ones and P the reversal: one pass per factor.
-    """
-    width = 1
-    while width < group:
-        x = values.reshape(-1, 4, width)
-        half = ((x[:, 0] + x[:, 1]) + (x[:, 2] + x[:, 3])) * np.float32(0.5)
-        values = (half[:, None] - x[:, ::-1]).reshape(values.shape)
-        width *= 4
-    return values
+
+@cache
+def _hadamard(group: int) -> NDArray[np.float32]:
+    if group == 1:
+        return np.ones((1, 1), np.float32)
+    factor = np.ones((4, 4), np.float32) - 2 * np.eye(4, dtype=np.float32)[::-1]
+    return np.kron(_hadamard(group // 4), factor / 2)
 
 
 @cache
