@@ -285,7 +285,7 @@ def test_fp8_without_a_scale_in_a_scaled_file_is_an_error(files: dict[Part, Path
     )
     message = failure(lambda: Checkpoint(path).require(required_tensors(TINY, "transformer"))).message
     assert str(path) in message
-    assert "2 of 227 tensors are FP8 without a scale, such as blocks.*." in message
+    assert "2 of 227 tensors are FP8 without a scale, such as blocks." in message
 
 
 def test_the_marker_alone_demands_scales(tmp_path: Path) -> None:
