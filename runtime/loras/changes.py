@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
 Rows = NDArray[np.float32]
 Stored = NDArray[Any]
 
@@ -38,10 +40,10 @@ class LowRank:
 
     @cached_property
     def _down(self) -> Rows:
-        return self.down.astype(np.float32)
+        return widened(self.down)
 
     def rows(self, base: Rows, first: int) -> Rows:
-        up = self.up[first : first + len(base)].astype(np.float32)
+        up = widened(self.up[first : first + len(base)])
         return (up @ self._down) * np.float32(self.scale)
 
 
@@ -53,7 +55,7 @@ class Whole:
     scale: float = 1.0
 
     def rows(self, base: Rows, first: int) -> Rows:
-        return self.values[first : first + len(base)].astype(np.float32) * np.float32(self.scale)
+        return widened(self.values[first : first + len(base)]) * np.float32(self.scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +125,7 @@ class Replaced:
     values: Stored
 
     def rows(self, base: Rows, first: int) -> Rows:
-        return self.values[first : first + len(base)].astype(np.float32) - base
+        return widened(self.values[first : first + len(base)]) - base
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +167,13 @@ class Decomposed:
 
 def needs_base(change: Change) -> bool:
     return isinstance(change, Decomposed | Replaced)
+
+
+def widened(values: Stored) -> Rows:
+    """float32. bfloat16 goes by its bits: its own conversion is slower and keeps other threads waiting."""
+    if values.dtype == BF16:
+        return (values.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.astype(np.float32)
 
 
 def matrix(values: Stored) -> Stored:
