@@ -3,7 +3,7 @@
 GGUF types that the gguf package cannot write get random bits and scales that give the deviation asked for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from trt_wan.runtime.weights.stored import BLOCKS, Stored, Tensors, rotated
 from trt_wan.runtime.weights.tensor_file import TensorFile
 
 QUANTISED = ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1")  # the package quantises to them
+FORMS = ("int8", "int8 rows", "int8 convrot", *BLOCKS)  # of `quantised_file`
 # Where the halves lie in a block: the scale, and the minimum with what makes the mean 0.
 SCALES = {
     "Q8_0": (0, None, 0.0),
@@ -71,6 +72,21 @@ def random_blocks(kind: str, shape: tuple[int, int], rng: np.random.Generator, d
     return scaled(deviation / decoded(scaled(1.0), kind).std())
 
 
+def extreme_blocks(kind: str, rng: np.random.Generator) -> Any:
+    """uint8 [rows, bytes]: blocks with one bit set, with all but one; scales of any size, 0, Inf and NaN."""
+    count, size = BLOCKS[kind]
+    ones = np.concatenate([np.zeros((1, size), np.uint8), np.eye(size, dtype=np.uint8)])
+    blocks = np.concatenate([ones << bit for bit in range(8)])
+    blocks = np.concatenate([blocks, ~blocks, rng.integers(0, 256, (512, size), np.uint8)])
+    halves = np.array([0, -0.0, 1, -1, 6e-8, 6e-5, 65504, -65504, np.inf, np.nan, 0.1], np.float16)
+    for at in SCALES[kind][:2]:
+        if at is not None:
+            chosen = rng.integers(0, len(halves), len(blocks))
+            chosen[: 8 * (size + 1)] = 2  # so that the bits show
+            blocks[:, at : at + 2] = halves[chosen][:, None].view(np.uint8)
+    return blocks
+
+
 def decoded(blocks: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
     return gguf.dequantize(blocks, GGMLQuantizationType[kind])
 
@@ -96,13 +112,11 @@ def write_gguf(
     path: Path,
     tensors: Mapping[str, Made],
     original_shapes: Mapping[str, Shape] | None = None,
-    architecture: str = "wan",
-    **numbers: int,
+    more: Callable[[GGUFWriter], None] = lambda writer: None,
 ) -> None:
-    """`original_shapes` go into the metadata; `numbers` too, with dots for double underscores."""
-    writer = GGUFWriter(path, architecture)
-    for key, number in numbers.items():
-        writer.add_uint32(key.replace("__", "."), number)
+    """`original_shapes` go into the metadata, and what `more` adds."""
+    writer = GGUFWriter(path, "wan")
+    more(writer)
     for name, shape in (original_shapes or {}).items():
         writer.add_array(f"comfy.gguf.orig_shape.{name}", shape)
     for name, made in tensors.items():
@@ -145,6 +159,16 @@ class QuantisedTensors:
 
     def rows(self, name: str, indices: Sequence[int]) -> NDArray[np.float32]:
         return self.stored(name).rows(indices)
+
+
+def with_quantised_block(base: Any, path: Path, kind: str) -> QuantisedTensors:
+    """A transformer whose matrices of block 0, with channels of different sizes, lie in a file of `kind`."""
+    sizes = np.linspace(0.1, 3, 64, dtype=np.float32)[:, None]
+    names = [
+        n for n in base if n.startswith("blocks.0.") and n.endswith("weight") and len(base.shape(n)) == 2
+    ]
+    matrices = {name: base[name] * np.resize(sizes, (base.shape(name)[0], 1)) for name in names}
+    return QuantisedTensors(base, quantised_file(path, kind, matrices)[0])
 
 
 def quantised_file(

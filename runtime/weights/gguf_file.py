@@ -29,7 +29,7 @@ from trt_wan.runtime.weights.tensor_file import DTYPES, LARGEST, Entry
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_HEADER = 64 << 20  # bytes; the words of a tokenizer take 10 MB
-MOST_VALUES = 2_000_000  # strings in lists: they are skipped one by one
+MOST_WORDS = 1_000_000  # in lists of the metadata: they are skipped one by one
 LONGEST_NAME = 4096  # bytes of a key or of a tensor's name
 LONGEST_LIST = 16  # numbers that are kept of the metadata
 MOST_DIMENSIONS = 8
@@ -167,7 +167,7 @@ class _Header:
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.end = file, min(size, MAX_HEADER)
-        self.position, self._values = 0, 0
+        self.position, self._words = 0, 0
 
     def take(self, size: int) -> bytes:
         self._move(size)
@@ -219,9 +219,9 @@ class _Header:
         return None
 
     def _some(self, count: int) -> int:
-        self._values += count
-        if self._values > MOST_VALUES:
-            raise _Fault(f"its metadata has more than {MOST_VALUES} words")
+        self._words += count
+        if self._words > MOST_WORDS:
+            raise _Fault(f"its metadata has more than {MOST_WORDS} words")
         return count
 
     def _text(self, length: int) -> str:
@@ -250,4 +250,5 @@ def _kinds() -> dict[int, tuple[str, int, int]]:
 
 
 def _shown(name: str) -> str:
-    return name if len(name) <= 100 else name[:100] + "…"
+    text = "".join(c if c.isprintable() else "?" for c in name[:100])
+    return text if len(name) <= 100 else text + "…"
