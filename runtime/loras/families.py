@@ -26,8 +26,10 @@ from trt_wan.runtime.loras.changes import (
     matrix,
 )
 from trt_wan.runtime.loras.names import Layer
+from trt_wan.runtime.weights.gguf_file import GgufFile
 from trt_wan.runtime.weights.stored import FP8_TYPES
 from trt_wan.runtime.weights.tensor_file import Entry, TensorFile
+from trt_wan.runtime.weights.torch_file import TorchFile
 
 TYPES = ("F64", "F32", "F16", "BF16", *FP8_TYPES)
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -35,9 +37,10 @@ LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"
 DORA = ("dora_scale", "magnitude")
 
 Shape = tuple[int, ...]
+Opened = TensorFile | GgufFile | TorchFile
 
 
-def unusable(file: TensorFile, fault: str) -> WeightsError:
+def unusable(file: Opened, fault: str) -> WeightsError:
     return WeightsError(
         f"The LoRA {file.path} cannot be merged: {fault}.",
         "Download or convert it again, or leave it out.",
@@ -48,7 +51,7 @@ def unusable(file: TensorFile, fault: str) -> WeightsError:
 class Group:
     """The keys of one layer by role. `shapes` are those of the model's tensors."""
 
-    file: TensorFile
+    file: Opened
     layer: Layer
     keys: Mapping[str, str]
     shapes: Mapping[str, Shape]
