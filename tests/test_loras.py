@@ -1,6 +1,7 @@
 """LoRA files of every family merged into every kind of base, against the plain formula in float64."""
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from full_size_loras import lora_layouts
 from lora_files import BF16, FAMILIES, OF_BASE, Array, of_base
 from safetensors.numpy import save_file
 
-from trt_wan.engines.config import TINY
+from trt_wan.engines.config import MODELS, TINY
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.events import Event, Note, silent
 from trt_wan.runtime.job import Lora
+from trt_wan.runtime.loras.describe import describe_lora
 from trt_wan.runtime.loras.loras import Loras, Merging
 from trt_wan.runtime.weights.random import random_weights
 from trt_wan.runtime.weights.stored import Stored, Tensors
@@ -95,7 +98,7 @@ def test_a_pickle_is_read_without_running_it(base: InMemory, tmp_path: Path) -> 
 
 
 def shaped(keys: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    return {key: np.zeros(shape, np.float16) for key, shape in keys.items()}
+    return {key: np.zeros(shape, np.float16) for key, shape in keys.items()}  # an alpha is 0 too
 
 
 Q = "diffusion_model.blocks.0.self_attn.q"
@@ -154,6 +157,7 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         {f"{Q}.lokr_w1": (4, 4), f"{Q}.lokr_w2_a": (90_000, 1), f"{Q}.lokr_w2_b": (1, 90_000)},
         "is [90000, 1]",
     ),
+    "a down of one number": (PAIR | {f"{Q}.lora_down.weight": (), f"{Q}.alpha": ()}, "is a single number"),
     "two families": (PAIR | {f"{Q}.lokr_w1": (4, 4)}, "of another family beside it"),
 }
 
@@ -215,3 +219,58 @@ def test_a_file_that_changed_is_read_again(base: InMemory, tmp_path: Path) -> No
     np.testing.assert_allclose(
         second.tensors[name] - base[name], 4 * (first.tensors[name] - base[name]), rtol=1e-3
     )
+
+
+# ---- descriptions ----
+
+
+def test_a_description_of_a_full_size_file(tmp_path: Path) -> None:
+    """lightx2v's own, rank 64. Sizes and counts are those published (files_and_loras.md 6.1)."""
+    layout, relight = lora_layouts(MODELS["14b"]).values()
+    assert layout.size == 739_472_104 and len(layout.tensors) == 1749 and relight.size == 1_436_672_440
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(layout.header())
+    os.truncate(path, layout.size)
+    began = time.perf_counter()
+    found = describe_lora(path)
+    assert time.perf_counter() - began < 1
+    assert (found.model, found.family) == ("14b", "low rank and whole deltas")
+    assert (found.bytes, found.tensors) == (layout.size, 1749)
+    assert (
+        found.ranks == {64: 487}
+        and not found.alphas
+        and found.types == {"BF16": 1749}
+        and not found.unmatched
+    )
+    assert found.parts == {
+        **{
+            "self-attention": 160,
+            "attention to the text": 160,
+            "attention to the image": 80,
+            "feed-forward": 80,
+        },
+        **{"biases": 489, "norms": 284, "patch embedding": 1, "head": 1, "embeddings": 7},
+    }
+    assert sum(found.parts.values()) == 487 + 775
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "ranks", "alphas"),
+    [
+        ("loha", "LoHa", {4: 48}, {2.0: 48}),
+        ("lokr", "LoKr", {3: 24}, {2.0: 24, 1e10: 24}),
+        ("lightning", "low rank", {64: 40}, {8.0: 40}),
+        ("peft", "low rank", {8: 48, 4: 7}, {}),
+    ],
+)
+def test_descriptions(tmp_path: Path, family: str, name: str, ranks: Any, alphas: Any) -> None:
+    found = describe_lora(FAMILIES[family]().save(tmp_path / "lora.safetensors"))
+    assert (found.model, found.family, found.ranks) == ("tiny", name, ranks)
+    assert found.alphas == {float(np.float32(alpha)): count for alpha, count in alphas.items()}
+
+
+def test_a_description_names_what_is_no_lora_of_this_model(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file(shaped(REFUSED["Flux"][0]), path)
+    with pytest.raises(WeightsError, match="a LoRA of Flux"):
+        describe_lora(path)

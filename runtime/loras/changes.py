@@ -86,18 +86,34 @@ class Hadamard:
 
 
 @dataclass(frozen=True, eq=False)
-class Kronecker:
-    """LoKr: scale * kron(left, right); row a*c + b of the product belongs to rows a of left and b of right
-    [c, d].
-    """
+class Factor:
+    """A side of a LoKr: `first` [rows, inner], or first @ second."""
 
-    left: Rows
-    right: Rows
+    first: Stored
+    second: Stored | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        last = self.first if self.second is None else self.second
+        return len(self.first), last.shape[1]
+
+    @cached_property
+    def values(self) -> Rows:
+        first = widened(self.first)
+        return first if self.second is None else first @ widened(self.second)
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """LoKr: scale * kron(left, right). Row a*c + b is of row a of left and row b of right, which has c."""
+
+    left: Factor
+    right: Factor
     scale: float
 
     def rows(self, base: Rows, first: int) -> Rows:
-        a, b = np.divmod(np.arange(first, first + len(base)), len(self.right))
-        product = self.left[a][:, :, None] * self.right[b][:, None, :]
+        a, b = np.divmod(np.arange(first, first + len(base)), self.right.shape[0])
+        product = self.left.values[a][:, :, None] * self.right.values[b][:, None, :]
         return product.reshape(len(base), -1) * np.float32(self.scale)
 
 
