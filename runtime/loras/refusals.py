@@ -46,7 +46,7 @@ def refuse_unsupported(path: Path, keys: Iterable[str]) -> None:
     for key in keys:
         for pattern, what in _UNSUPPORTED:
             if re.search(pattern, key):
-                raise WeightsError(f"{path} is {what} (it holds {key}).", "Leave it out.")
+                raise WeightsError(f"{path} is {what} (it holds {key[-90:]}).", "Leave it out.")
 
 
 def unknown(path: Path, entries: Mapping[str, Entry]) -> WeightsError:
@@ -84,7 +84,7 @@ def refuse_control(path: Path, entries: Mapping[str, Entry], config: ModelConfig
         channels = entry.shape[1]
         if found[1] in ("down", "diff") and channels == 2 * c.latent_channels:
             raise WeightsError(
-                f"{path} is a control LoRA: its {key} takes {channels} channels, this model "
+                f"{path} is a control LoRA: its {key[-90:]} takes {channels} channels, this model "
                 f"{c.latent_channels + c.condition_channels}.",
                 "Leave it out.",
             )
