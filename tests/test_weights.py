@@ -202,6 +202,21 @@ def test_a_quantised_transformer_is_decoded(quantised: Callable[[str], Parts], k
         run.end()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("kind", [BF16, E4M3])
+def test_rotated_weights_are_never_copied_as_they_are(tiny: Parts, kind: Any, precision: Precision) -> None:
+    """Not even into an engine that takes their type."""
+    base, changed = tiny["transformer"], dict[str, Stored]()
+    for name in [n for n in base if n.startswith("blocks.0.") and n.endswith("weight") and base[n].ndim == 2]:
+        scales = np.full(len(base[name]), 0.5, np.float32) if kind == E4M3 else None
+        changed[name] = Stored(base[name].astype(kind), scales, rotation=16)
+    parts = {**tiny, "transformer": cast(Any, QuantisedTensors(base, changed))}
+    run = job(LateGpu(), parts)
+    for pack in blocks(precision)[:2]:
+        run.use(pack)
+    run.end()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_a_piece_that_is_decoded_fits_into_the_memory_for_it(dtype: str) -> None:
     """A piece of Q2_K has 3 bits a number: 16 MB of it are 200 MB of float32."""
