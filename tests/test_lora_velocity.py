@@ -1,42 +1,56 @@
 """The velocity of one transformer call with a LoRA, on every kind of base, against the fp32 merge."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MakeModel
 from lora_files import FAMILIES, Array
 from test_lora_merging import bases, merging_of, rms, weights  # noqa: F401  (fixtures)
-from test_transformer import random_inputs, run_ours
+from test_transformer import random_inputs
+from tiny_job import PLAN
 
-from trt_wan.engines.checkpoint import ORTHONORMAL
-from trt_wan.engines.shape import Plan
+from trt_wan.engines.config import TINY
+from trt_wan.engines.store.graphs import require_graphs
+from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
 from trt_wan.runtime.job import Lora
+from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.transformer import (
+    WindowCondition,
+    encode_context,
+    encode_time,
+    rope_tables,
+)
+from trt_wan.runtime.networks.transformer import velocity as velocity_of
 
-PLAN = Plan(64, 96, 5)  # whose graphs test_transformer.py makes too
 KINDS = ("bf16", "fp8", "int8", "int8 convrot", "Q8_0", "Q4_0")
 
 
 @pytest.fixture(scope="module")
-def velocity(make_model: MakeModel) -> Callable[[Any], Array]:
-    """Of a forward pass with these weights, without faces."""
-    inputs = random_inputs(PLAN, seed=5)
-    inputs["face"] = inputs["face"][:1].repeat(len(inputs["face"]), axis=0)
+def velocity(tiny_home: Path) -> Callable[[Any], Array]:
+    """Of a forward pass with these weights, without a face."""
+    inputs, one = random_inputs(PLAN, seed=5), np.ones(1, np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRT_WAN_HOME", str(tiny_home))
+        graphs = require_graphs(TINY, PLAN)
 
-    def run(tensors: Any) -> Array:
-        names = [name for name in tensors if name != ORTHONORMAL]
-        return run_ours(make_model, {name: tensors[name] for name in names}, PLAN, inputs, 500)
+    def run(tensors: Mapping[str, Array]) -> Array:
+        executor = OnnxRuntimeExecutor(graphs, BoundWeights({"transformer": tensors}))
+        model = Model(TINY, PLAN, executor, {})
+        context = encode_context(model, inputs["text"], inputs["image"])
+        window = WindowCondition(inputs["condition"], inputs["pose"], one, None, one)
+        time, rope = encode_time(model, 500), rope_tables(TINY, PLAN)
+        return velocity_of(model, inputs["latent"], time, context, window, rope)
 
     return run
 
 
 def test_the_velocity_is_as_far_from_the_fp32_merge_as_the_base_is(
     velocity: Any,
-    bases: Any,
-    weights: dict[str, Array],
-    tmp_path: Path,  # noqa: F811
+    bases: Any,  # noqa: F811
+    weights: dict[str, Array],  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     made = FAMILIES["lightx2v_own"]()
     path = made.save(tmp_path / "lora.safetensors")
