@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -365,6 +366,43 @@ def test_a_description_of_a_file_of_several_parts(tiny: Path, tmp_path: Path) ->
     found = describe(tmp_path / "all.safetensors")
     assert (found.part, found.others, found.problem) == ("vae", ("image_encoder",), "")
     assert found.layout == "safetensors, official names, prefix vae." and found.types == {"F32": 194}
+
+
+# ---- pickles ----
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def vae_pth(path: Path, more: object = None, **options: Any) -> Path:
+    weights = random_weights(TINY, "vae", SEED)
+    tensors: dict[str, Any] = {name: torch.from_numpy(values) for name, values in weights.items()}
+    torch.save(tensors | ({"more": more} if more is not None else {}), path, **options)
+    return path
+
+
+def test_a_pickle_runs_nothing_and_a_damaged_one_is_refused(folder: Path, tmp_path: Path) -> None:
+    next(folder.glob("*vae*")).unlink()
+    good = vae_pth(folder / "Wan2.1_VAE.pth")
+    assert taken(folder)["vae"].data["file"] == str(good)
+    vae_pth(folder / "Wan2.1_VAE.pth", Evil(tmp_path / "was_here"))
+    error = failure(lambda: load_weights([folder], {}))
+    assert "it asks for posix.mkdir" in error.message and not (tmp_path / "was_here").exists()
+    vae_pth(good, _use_new_zipfile_serialization=False)
+    error = failure(lambda: load_weights([folder], {"vae": good}))
+    assert "torch's format of before version 1.6" in error.message
+    content = vae_pth(good).read_bytes()
+    good.write_bytes(content[:-3000])
+    assert str(good) in failure(lambda: load_weights([folder], {"vae": good})).message
+    with zipfile.ZipFile(vae_pth(tmp_path / "whole.pth")) as whole, zipfile.ZipFile(good, "w") as packed:
+        for entry in whole.namelist():
+            packed.writestr(entry, whole.read(entry), zipfile.ZIP_DEFLATED if "data/7" in entry else None)
+    assert "is compressed, which torch does not do" in failure(lambda: load_weights([folder], {})).message
 
 
 # ---- speed ----
