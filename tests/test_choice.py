@@ -7,14 +7,31 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from made_layouts import BF16, F16, F32, V2, Maker, described, fp8, gguf_file, int8, prefixed, shards
+from made_layouts import (
+    BF16,
+    F16,
+    F32,
+    V2,
+    Maker,
+    described,
+    diffusers_file,
+    fp8,
+    gguf_file,
+    int8,
+    official_umt5,
+    open_clip,
+    pickled,
+    prefixed,
+    shards,
+)
 from test_checkpoints import PROMPT, failure, rewrite, write_sparse
 
 from trt_wan.engines.checkpoint import PARTS, required_tensors
@@ -33,6 +50,15 @@ from trt_wan.runtime.weights.recognition import twins
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 SEED = 1
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads of torch wait for each other on a busy machine, 5 s for a small file."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +228,50 @@ def test_the_hint_fits_the_part(part: Part, hint: str, folder: Path) -> None:
     rewrite(path, path, lambda tensors: {n: v for n, v in tensors.items() if n != lost})
     error = failure(lambda: load_weights([folder], {}))
     assert f"is missing, such as {lost}" in error.message and hint in error.hint
+
+
+# ---- whole repositories ----
+
+
+def official_repository(folder: Path) -> None:
+    shards(4, True)(folder, random_weights(TINY, "transformer", SEED))
+    pickled(name="Wan2.1_VAE.pth")(folder, random_weights(TINY, "vae", SEED))
+    umt5 = pickled(name="models_t5_umt5-xxl-enc-bf16.pth", change=official_umt5)
+    umt5(folder, random_weights(TINY, "text_encoder", SEED))
+    open_clip("visual.", pickle=True)(folder, random_weights(TINY, "image_encoder", SEED))
+    torch.save(
+        {"state_dict": {"blocks.0.self_attn.q.lora_A.weight": torch.zeros(99, 999)}}, folder / "l.ckpt"
+    )
+
+
+def diffusers_repository(folder: Path) -> None:
+    for part, name in (("transformer", "transformer"), ("vae", "vae")):
+        (folder / name).mkdir()
+        diffusers_file()(folder / name, random_weights(TINY, part, SEED))  # type: ignore[arg-type]
+        kind = "WanAnimateTransformer3DModel" if name == "transformer" else "AutoencoderKLWan"
+        (folder / name / "config.json").write_text(json.dumps({"_class_name": kind}))
+    shards(5, True)(folder / "text_encoder", random_weights(TINY, "text_encoder", SEED))
+    (folder / "image_encoder").mkdir()
+    prefixed("", F16)(folder / "image_encoder", random_weights(TINY, "image_encoder", SEED))
+
+
+@pytest.mark.parametrize(
+    ("repository", "tokenizer"),
+    [(official_repository, "google/umt5-xxl"), (diffusers_repository, "tokenizer")],
+)
+def test_a_whole_repository_is_used_in_place(
+    repository: Callable[[Path], None], tokenizer: str, tiny: Path, tmp_path: Path
+) -> None:
+    repository(tmp_path)
+    (tmp_path / tokenizer).mkdir(parents=True)
+    shutil.copy(tiny / "tokenizer.json", tmp_path / tokenizer)
+    model, weights = load_weights([tmp_path], {})
+    assert model is TINY
+    for part, checkpoint in weights.items():
+        for name, want in random_weights(TINY, part, SEED).items():
+            error = np.abs(checkpoint[name] - want).max() / np.abs(want).max()
+            assert error < 4e-3, f"{part} {name}: {error}"
+    find_tokenizer(None, [tmp_path], weights["text_encoder"], 512).encode(PROMPT)
 
 
 # ---- the VAE of Qwen-Image ----
