@@ -4,7 +4,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError
 
 if TYPE_CHECKING:
-    from trt_wan.runtime.job import Inputs, Job
+    from trt_wan.runtime.job import Inputs, Job, Lora
     from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.settings import Settings, WeightFiles
 
@@ -71,6 +71,7 @@ class RunOptions:
     overlap: int | None = None
     pose_strength: float | None = None
     face_strength: float | None = None
+    loras: "tuple[Lora, ...]" = ()
     trim_to_shortest: bool = False
     reference_background: str = "white"
     build: bool = True  # whether missing graphs are exported
@@ -84,7 +85,8 @@ class RunOptions:
     def files(self) -> list[Path]:
         """Files and folders that are only read."""
         named = [getattr(self, name) for name in (*PARTS, "tokenizer")]
-        return [*self.weights, *(path for path in named if path is not None)]
+        loras = [lora.file for lora in self.loras]
+        return [*self.weights, *loras, *(path for path in named if path is not None)]
 
     def settings(self) -> "Settings":
         """A command runs one job, so no weights are kept for another."""
@@ -115,6 +117,30 @@ def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
             raise click.BadParameter(f"{value!r} is not NETWORK=CANDIDATE, such as attention=cudnn.")
     pairs = (value.partition("=") for value in values)
     return {network.strip(): candidate.strip() for network, _, candidate in pairs}
+
+
+def _loras(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> "tuple[Lora, ...]":
+    """FILE or FILE:STRENGTH each. Colons inside FILE, as in C:\\x.safetensors, belong to it."""
+    if not values:
+        return ()
+    from trt_wan.runtime.job import Lora
+
+    try:
+        return tuple(Lora(*_file_and_strength(value)) for value in values)
+    except UsageError as error:
+        raise click.BadParameter(error.message) from error
+
+
+def _file_and_strength(value: str) -> tuple[Path, float]:
+    file, strength = value, 1.0
+    if not os.path.isfile(value):
+        before, colon, last = value.rpartition(":")
+        if colon and before:
+            with suppress(ValueError):
+                file, strength = before, float(last)
+    if not os.path.isfile(file):
+        raise click.BadParameter(f"File {file!r} does not exist. Write FILE or FILE:STRENGTH.")
+    return Path(file), strength
 
 
 def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -187,6 +213,14 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option("--vae", type=FILE_OR_FOLDER, help="The same for the VAE.")
 @click.option("--text-encoder", type=FILE_OR_FOLDER, help="The same for umT5.")
 @click.option("--image-encoder", type=FILE_OR_FOLDER, help="The same for CLIP.")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    callback=_loras,
+    metavar="FILE[:STRENGTH]",
+    help="LoRA to merge into the transformer, at strength 1 if none is given; may be repeated.",
+)
 @click.option("--tokenizer", type=FILE, help="tokenizer.json or spiece.model of umT5.")
 @click.option(
     "--executor",
@@ -322,6 +356,7 @@ def render_prepared(
         ExitStack() as until_the_model_is_closed,
     ):
         basis = basis or open_basis(files, settings, report.progress)
+        basis.require_loras(job.loras)
         require_graphs(report, basis, clips.width, clips.height, job.window, options.build)()
         with basis.open() as model:
             stop = until_the_model_is_closed.enter_context(stop_at_a_safe_point())
@@ -373,6 +408,7 @@ def _prepare_beside(
     files, settings = options.weight_files(), options.settings()
     click.get_current_context().with_resource(claimed(output, report.progress))
     basis = open_basis(files, settings, report.progress)
+    basis.require_loras(job.loras)
 
     def planned(width: int, height: int) -> Callable[[], None]:
         export = require_graphs(report, basis, width, height, job.window, options.build)
