@@ -85,7 +85,7 @@ def _ask(file: PublishedFile, endpoint: str | None) -> Remote:
         return hf_hub_url(file.repository, file.path, revision=revision, endpoint=endpoint)
 
     try:
-        found = get_hf_file_metadata(address(file.revision), endpoint=endpoint)
+        found = get_hf_file_metadata(address(file.revision))
     except Exception as error:
         raise _told(error, file) from error
     if not found.etag or found.size is None or not found.commit_hash:
