@@ -71,7 +71,7 @@ def _name(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(repr, inner))}"
     if origin is tuple:
-        return f"a list of {_name(inner[0]).removeprefix('a ')}s"
+        return f"a list of {_name(inner[0]).removeprefix('a ').removeprefix('of the class ')}s"
     if origin is Mapping:
         return "a dict"
     names = {Path: "a path", int: "a whole number", float: "a number", str: "a string", bool: "True or False"}

@@ -1,11 +1,12 @@
 """One job, built once and passed whole: its clips, its prompt, and how it is denoised."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from trt_wan.engines.shape import Plan
-from trt_wan.errors import UsageError
+from trt_wan.errors import UsageError, shown
 from trt_wan.runtime.fields import check_fields
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.schedulers import SAMPLERS, schedule
@@ -15,6 +16,7 @@ from trt_wan.runtime.windows import Windows
 Mode = Literal["animate", "replace"]
 
 MOST_GUIDANCE, MOST_STRENGTH = 100, 10  # far beyond any picture; more overflows
+MOST_LORA_STRENGTH = 100
 
 # Wan2.2-Animate was trained with it ("the person in the video is making movements"); others work, less well.
 DEFAULT_PROMPT = "视频中的人在做动作"
@@ -98,6 +100,24 @@ def unused_clips(folder: Path, mode: Mode) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """A LoRA file and the factor of all that it adds to the weights, the same in every step: weights are
+    merged before the first. A negative factor subtracts; 0 leaves the stored bits as they are.
+    """
+
+    file: Path
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not (math.isfinite(self.strength) and abs(self.strength) <= MOST_LORA_STRENGTH):
+            raise UsageError(
+                f"A LoRA strength of {shown(self.strength)} is not possible.",
+                f"Use -{MOST_LORA_STRENGTH} to {MOST_LORA_STRENGTH}, mostly 1: --lora FILE:1",
+            )
+
+
+@dataclass(frozen=True)
 class Job:
     """Raises UsageError for settings that are invalid for every clip."""
 
@@ -115,6 +135,7 @@ class Job:
     seed: int = 0
     pose_strength: float = 1.0
     face_strength: float = 1.0
+    loras: tuple[Lora, ...] = ()  # merged into the transformer; their order does not matter
 
     def __post_init__(self) -> None:
         check_fields(self)

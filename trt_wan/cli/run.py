@@ -4,7 +4,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError
 
 if TYPE_CHECKING:
-    from trt_wan.runtime.job import Inputs, Job
+    from trt_wan.runtime.job import Inputs, Job, Lora
     from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.settings import Settings, WeightFiles
 
@@ -70,6 +70,7 @@ class RunOptions:
     overlap: int | None = None
     pose_strength: float | None = None
     face_strength: float | None = None
+    loras: "tuple[Lora, ...]" = ()
     trim_to_shortest: bool = False
     reference_background: str = "white"
     build: bool = True  # whether missing graphs are exported
@@ -83,7 +84,8 @@ class RunOptions:
     def files(self) -> list[Path]:
         """Files and folders that are only read."""
         named = [getattr(self, name) for name in (*PARTS, "tokenizer")]
-        return [*self.weights, *(path for path in named if path is not None)]
+        loras = [lora.file for lora in self.loras]
+        return [*self.weights, *loras, *(path for path in named if path is not None)]
 
     def settings(self) -> "Settings":
         """A command runs one job, so no weights are kept for another."""
@@ -114,6 +116,30 @@ def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
             raise click.BadParameter(f"{value!r} is not NETWORK=CANDIDATE, such as attention=cudnn.")
     pairs = (value.partition("=") for value in values)
     return {network.strip(): candidate.strip() for network, _, candidate in pairs}
+
+
+def _loras(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> "tuple[Lora, ...]":
+    """FILE or FILE:STRENGTH each. Colons inside FILE, as in C:\\x.safetensors, belong to it."""
+    if not values:
+        return ()
+    from trt_wan.runtime.job import Lora
+
+    try:
+        return tuple(Lora(*_file_and_strength(value)) for value in values)
+    except UsageError as error:
+        raise click.BadParameter(error.message) from error
+
+
+def _file_and_strength(value: str) -> tuple[Path, float]:
+    file, strength = value, 1.0
+    if not os.path.isfile(value):
+        before, colon, last = value.rpartition(":")
+        if colon and before:
+            with suppress(ValueError):
+                file, strength = before, float(last)
+    if not os.path.isfile(file):
+        raise click.BadParameter(f"File {file!r} does not exist. Write FILE or FILE:STRENGTH.")
+    return Path(file), strength
 
 
 def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -186,6 +212,14 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option("--vae", type=FILE, help="The same for the VAE.")
 @click.option("--text-encoder", type=FILE, help="The same for umT5.")
 @click.option("--image-encoder", type=FILE, help="The same for CLIP.")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    callback=_loras,
+    metavar="FILE[:STRENGTH]",
+    help="LoRA to merge into the transformer, at strength 1 if none is given; may be repeated.",
+)
 @click.option("--tokenizer", type=FILE, help="tokenizer.json or spiece.model of umT5.")
 @click.option(
     "--executor",

@@ -19,7 +19,7 @@ SECTIONS = {
     "Masks (mode replace)": ("segmenter", "sam2", "grow", "block", "fill"),
     "Weights": (
         *("weights", "transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "random_weights"),
-        "text_cache",
+        *("loras", "text_cache"),
     ),
     "Machine": ("executor", "precision", "tier", "vram", "flavour", "segments", "build"),
 }
