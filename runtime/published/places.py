@@ -5,7 +5,6 @@ A file under its final name is complete and has been checked. Until then its byt
 """
 
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Protocol
 from trt_wan.engines.store.files import replace_atomically
 from trt_wan.errors import UsageError
 from trt_wan.runtime.published.files import PublishedFile
+from trt_wan.runtime.published.walk import files_below
 
 INCOMPLETE = ".incomplete"
 # The relight LoRA is found under diffusion_models too, where the official page puts it.
@@ -59,8 +59,8 @@ class ComfyFolder:
     models: Path
 
     def find(self, file: PublishedFile) -> Path | None:
-        places = (file.folder, *ALSO.get(file.folder, ()))
-        found = (path for place in places for path in _named(self.models / place, file.name))
+        folders = [self.models / name for name in (file.folder, *ALSO.get(file.folder, ()))]
+        found = (path for path in files_below(folders) if path.name == file.name)
         return next((path for path in found if _fits(path, file)), None)
 
     def require_free(self, file: PublishedFile) -> None:
@@ -143,20 +143,6 @@ def comfy_folder(folder: Path) -> ComfyFolder:
             f"There is no folder {folder}.", "Give --into a ComfyUI, its models/, or a folder for the models."
         )
     return ComfyFolder(folder / "models" if (folder / "models").is_dir() else folder)
-
-
-def _named(folder: Path, name: str) -> Iterator[Path]:
-    """The files of that name in or below a folder, through links to other disks."""
-    seen = set()
-    for parent, inner, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            inner.clear()
-            continue
-        seen.add(real)
-        inner.sort()
-        if name in names:
-            yield Path(parent, name)
 
 
 def _fits(path: Path, file: PublishedFile) -> bool:
