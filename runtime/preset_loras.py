@@ -40,7 +40,7 @@ def find_loras(
     wanted = preset.loras_of(mode)
     kinds = {kind_of(lora.file) for lora in given}
     missing = [lora for lora in wanted if lora.kind not in kinds]
-    found = _by_kind(files_below(folders)) if missing else {}
+    found = loras_by_kind(files_below(folders)) if missing else {}
     return (*(_chosen(lora, found.get(lora.kind, []), preset) for lora in missing), *given)
 
 
@@ -66,7 +66,7 @@ def _kind(names: Iterable[str]) -> LoraKind | None:
     return "distill" if layers >= LINEARS | DISTILLED and "diff_b" in roles else None
 
 
-def _by_kind(paths: Iterable[Path]) -> dict[LoraKind, list[Path]]:
+def loras_by_kind(paths: Iterable[Path]) -> dict[LoraKind, list[Path]]:
     found: dict[LoraKind, list[Path]] = {}
     seen = set()
     for path in paths:

@@ -10,6 +10,7 @@ from trt_wan.cli.bench import bench
 from trt_wan.cli.build import build
 from trt_wan.cli.command import Group
 from trt_wan.cli.demo import demo
+from trt_wan.cli.doctor import doctor
 from trt_wan.cli.engines import list_engines, remove_engines, show_engine
 from trt_wan.cli.preprocess import preprocess
 from trt_wan.cli.pull import pull
@@ -31,6 +32,18 @@ def cli() -> None:
     """Wan2.2-Animate: one picture of a character and a driving video in, a finished video out."""
 
 
-SUBCOMMANDS = (run, pull, build, bench, preprocess, list_engines, show_engine, remove_engines, weights, demo)
+SUBCOMMANDS = (
+    run,
+    doctor,
+    pull,
+    build,
+    bench,
+    preprocess,
+    list_engines,
+    show_engine,
+    remove_engines,
+    weights,
+    demo,
+)
 for subcommand in SUBCOMMANDS:
     cli.add_command(subcommand)

@@ -1,0 +1,1 @@
+"""What `trt-wan doctor` looks at: one function per topic, each returns checks. Nothing is compiled."""
