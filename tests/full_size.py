@@ -1,9 +1,10 @@
 """Writes complete checkpoints with random values of sane magnitude in the layouts that people have.
 
-    python tests/full_size.py FOLDER [--transformer fp8|bf16] [--model 14b|tiny] [--seed N]
+    python tests/full_size.py FOLDER [--transformer fp8|bf16|int8] [--model 14b|tiny] [--seed N]
 
-Layouts are those of model_spec.md 5: Kijai's scaled-FP8 transformer (18.4 GB) or Comfy's in bf16 (34.5 GB),
-Comfy's scaled-FP8 umT5 (6.7 GB), CLIP in fp16, the VAE in bf16, and a tokenizer.json of umT5's vocabulary.
+Layouts are those of model_spec.md 5 and files_and_loras.md 7: Kijai's scaled-FP8 transformer (18.4 GB),
+Comfy's in bf16 (34.5 GB) or in int8 ConvRot (18.4 GB; rotated random numbers are random numbers), Comfy's
+scaled-FP8 umT5 (6.7 GB), CLIP in fp16, the VAE in bf16, and a tokenizer.json of umT5's vocabulary.
 Random numbers are made once; every tensor is a stretch of them from a place of its own. Needs no torch.
 """
 
@@ -16,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from trt_wan.runtime.weights.tiny_tokenizer import write_tiny_tokenizer
 POOL = (1 << 24) + 3  # values; odd, so that rows of a table that repeat the pool differ
 LARGEST = 5.0  # standard deviations that an FP8 scale leaves room for
 MARKER = "scaled_fp8"
+CONVROT = b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 256}'
 TOKENIZER_BYTES = 32 << 20  # more than enough for 256,384 pieces
 
 Kind = tuple[str, float, float]  # type, mean, standard deviation
@@ -61,14 +63,15 @@ class Stored:
 @dataclass(frozen=True)
 class Layout:
     tensors: Mapping[str, Stored]
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] | None = None
 
     def ordered(self) -> list[tuple[str, Stored]]:
         """As safetensors orders them: wide types first, then by name."""
-        return sorted(self.tensors.items(), key=lambda item: (-DTYPES[item[1].dtype].itemsize, item[0]))
+        order = {name: (-DTYPES[t.dtype].itemsize, t.dtype, name) for name, t in self.tensors.items()}
+        return sorted(self.tensors.items(), key=lambda item: order[item[0]])
 
     def header(self) -> bytes:
-        described: dict[str, object] = {"__metadata__": self.metadata} if self.metadata else {}
+        described: dict[str, object] = {} if self.metadata is None else {"__metadata__": self.metadata}
         start = 0
         for name, tensor in self.ordered():
             stop = start + tensor.nbytes
@@ -126,6 +129,8 @@ class Pool:
         values = np.float32(mean) + np.float32(deviation) * self._normal[start:stop]
         if dtype.startswith("F8"):  # beyond the largest number is NaN
             np.clip(values, -E4M3_MAX, E4M3_MAX, out=values)
+        if dtype == "I8":
+            np.clip(np.rint(values), -127, 127, out=values)
         return values.astype(DTYPES[dtype])
 
 
@@ -133,11 +138,14 @@ def layouts(model: ModelConfig, transformer: str) -> dict[str, Layout]:
     """The files by name."""
     blur = {name: _given("BF16", values) for name, values in blur_kernels(model.motion).items()}
     shapes = required_tensors(model, "transformer")
+    linears = {n for n, s in shapes.items() if n.startswith("blocks.") and _is_matrix(n, s)}
     if transformer == "fp8":
-        linears = {n for n, s in shapes.items() if n.startswith("blocks.") and _is_matrix(n, s)}
         marker = {MARKER: Stored("F8_E4M3", (2,), values=np.zeros(2, DTYPES["F8_E4M3"]))}
         name = "Wan2_2-Animate-14B_fp8_e4m3fn_scaled_KJ.safetensors"
         files = {name: Layout({**_random("BF16", shapes, linears), **blur, **marker})}
+    elif transformer == "int8":
+        name = "wan2.2_animate_14B_int8_convrot.safetensors"
+        files = {name: Layout({**_convrot(shapes, linears), **blur}, {})}
     else:
         files = {"wan2.2_animate_14B_bf16.safetensors": Layout({**_random("BF16", shapes), **blur})}
     text = required_tensors(model, "text_encoder")
@@ -199,6 +207,17 @@ def _random(
     return tensors
 
 
+def _convrot(shapes: Mapping[str, tuple[int, ...]], linears: set[str]) -> dict[str, Stored]:
+    """Those in `linears` are I8 and have a scale for each row beside them, and the name of the format."""
+    tensors = _random("BF16", {name: shape for name, shape in shapes.items() if name not in linears})
+    for name in linears:
+        scale = np.full((shapes[name][0], 1), random_moments(name, shapes[name])[1] * LARGEST / 127)
+        tensors[name] = Stored("I8", shapes[name], 0.0, 127 / LARGEST)
+        tensors[name.removesuffix("weight") + "weight_scale"] = _given("F32", scale)
+        tensors[name.removesuffix("weight") + "comfy_quant"] = _given("U8", np.frombuffer(CONVROT, np.uint8))
+    return tensors
+
+
 def _given(dtype: str, values: Array) -> Stored:
     return Stored(dtype, values.shape, values=values.astype(DTYPES[dtype]))
 
@@ -210,7 +229,7 @@ def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--transformer", choices=("fp8", "bf16"), default="fp8")
+    parser.add_argument("--transformer", choices=("fp8", "bf16", "int8"), default="fp8")
     parser.add_argument("--model", choices=sorted(MODELS), default="14b")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()

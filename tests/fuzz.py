@@ -513,6 +513,71 @@ def safetensors(rng: Random, folder: Path) -> None:
         checkpoint.raw(name) if file[name].dtype in DTYPES else None
 
 
+@cache
+def some_gguf() -> tuple[bytes, int]:
+    """A file with metadata of every kind, and the length of its header."""
+    import numpy as np
+    from gguf import GGUFWriter
+    from quantised_weights import Made, as_gguf, write_gguf
+
+    from trt_wan.runtime.weights.gguf_file import GgufFile
+
+    rng = np.random.default_rng(0)
+    values = {
+        "a.weight": (4, 256),
+        "b.weight": (2, 512),
+        "c.weight": (3, 4, 1, 2, 2),
+        "d": (1, 5),
+        "e": (32, 8),
+    }
+    kinds = ("Q4_K", "Q8_0", "F32", "F16", "BF16")
+    tensors: dict[str, Made] = {
+        name: as_gguf(rng.standard_normal(shape, np.float32), kind, rng)
+        for kind, (name, shape) in zip(kinds, values.items(), strict=True)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.gguf"
+
+        def more(writer: GGUFWriter) -> None:
+            writer.add_array("words", ["a", "bc", ""])
+            writer.add_array("numbers", [1.5] * 40)
+            writer.add_custom_alignment(64)
+            writer.add_bool("yes", True)
+            writer.add_float64("half", 0.5)
+
+        write_gguf(path, tensors, {"e": (16, 16)}, more=more)
+        return path.read_bytes(), min(entry.start for entry in GgufFile(path).values())
+
+
+def gguf(rng: Random, folder: Path) -> None:
+    """The header of a GGUF file; then every tensor that it lists is decoded."""
+    from trt_wan.runtime.weights.gguf_file import GgufFile
+    from trt_wan.runtime.weights.stored import BLOCKS, Stored
+    from trt_wan.runtime.weights.tensor_file import DTYPES
+
+    content, length = some_gguf()
+    if rng.random() < 0.5:  # one number becomes another, and all else stays in its place
+        head, size = bytearray(content[:length]), rng.choice((1, 4, 8))
+        at = rng.randrange(length - size)
+        number = rng.choice((0, 1, 2, 9, 2**31, 2**40, 2**60, 2**63, 2**64 - 1, rng.randrange(2**64)))
+        head[at : at + size] = number.to_bytes(8, "little")[:size]
+        content = bytes(head) + content[length:]
+    elif rng.random() < 0.9:
+        content = damaged(rng, content[:length]) + content[length:]
+    else:
+        content = damaged(rng, content)
+    path = folder / "m.gguf"
+    path.write_bytes(content)
+    file = GgufFile(path)
+    for name, entry in file.items():
+        if entry.dtype in DTYPES or entry.dtype in BLOCKS:
+            blocks = entry.dtype if entry.dtype in BLOCKS else ""
+            values = Stored(
+                file.read(name), None, path, entry.start, blocks=blocks, dims=entry.shape
+            ).float32()
+            assert values.shape == entry.shape
+
+
 def tokenizer(rng: Random, folder: Path) -> None:
     """tokenizer.json: read, and used for a prompt."""
     from trt_wan.runtime.networks.tokenizer import load_sentencepiece, load_tokenizer_json
@@ -589,8 +654,8 @@ def torch_file(rng: Random, folder: Path) -> None:
 KINDS: dict[str, Kind] = {
     function.__name__: function
     for function in (
-        *(keypoints, png, mp4, prepared, engines, graphs, measurements, text_cache, safetensors, tokenizer),
-        *(onnx, torch_file),
+        *(keypoints, png, mp4, prepared, engines, graphs, measurements, text_cache, safetensors, gguf),
+        *(tokenizer, onnx, torch_file),
     )
 }
 

@@ -14,9 +14,10 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from weight_oracle import converted, quantised
+from weight_oracle import converted, plain, quantised, rotated
 
 from trt_wan.runtime.device.gpu import DeviceArray
+from trt_wan.runtime.weights.stored import BLOCKS
 
 
 def at(address: int, size: int, kind: Any = np.uint8) -> NDArray[Any]:
@@ -96,30 +97,44 @@ class LateConverter:
     """The arithmetic of convert.cu by numpy."""
 
     def convert(
-        self, stream: Any, types: Any, addresses: tuple[int, int, int], rows: int, inner: int
+        self, stream: Any, encodings: Any, addresses: tuple[int, int, int], rows: int, inner: int
     ) -> None:
         stored, scales, target = addresses
 
         def work() -> None:
-            values = at(stored, rows * inner * types[0].itemsize, types[0]).reshape(rows, inner)
-            factors = at(scales, 4 * rows, np.float32) if scales else None
-            result = converted(values, factors, types[1])
+            values, factors = self._numbers(encodings[0], stored, scales, rows, inner)
+            result = converted(values, factors, np.dtype(encodings[1]))
             at(target, result.nbytes)[:] = np.ascontiguousarray(result).reshape(-1).view(np.uint8)
 
         stream.enqueue(work)
 
     def quantise(
-        self, stream: Any, dtype: Any, addresses: tuple[int, int, int, int], rows: int, inner: int
+        self, stream: Any, encoding: str, addresses: tuple[int, int, int, int], rows: int, inner: int
     ) -> None:
         stored, scales, target, out_scales = addresses
 
         def work() -> None:
-            values = at(stored, rows * inner * dtype.itemsize, dtype).reshape(rows, inner)
-            made, factors = quantised(values, at(scales, 4 * rows, np.float32) if scales else None)
+            made, factors = quantised(*self._numbers(encoding, stored, scales, rows, inner))
             at(target, rows * inner)[:] = made.reshape(-1).view(np.uint8)
             at(out_scales, 4 * rows, np.float32)[:] = factors
 
         stream.enqueue(work)
+
+    def rotate(self, stream: Any, values: int, numbers: int, group: int) -> None:
+        def work() -> None:
+            there = at(values, 4 * numbers, np.float32)
+            there[:] = rotated(there, group)
+
+        stream.enqueue(work)
+
+    @staticmethod
+    def _numbers(encoding: str, stored: int, scales: int, rows: int, inner: int) -> Any:
+        factors = at(scales, 4 * rows, np.float32) if scales else None
+        if encoding in BLOCKS:
+            count, size = BLOCKS[encoding]
+            return plain(at(stored, rows * inner // count * size).reshape(rows, -1), encoding), factors
+        dtype = np.dtype(encoding)
+        return at(stored, rows * inner * dtype.itemsize, dtype).reshape(rows, inner), factors
 
 
 class LateGpu:

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from late_gpu import LateGpu, at
+from quantised_weights import QuantisedTensors, quantised_file
 from safetensors.numpy import save_file
 from weight_oracle import E4M3, contents
 
@@ -31,7 +32,7 @@ from trt_wan.runtime.weights.on_device import AHEAD, LEAVING, DeviceWeights
 from trt_wan.runtime.weights.pack import Pack, nbytes
 from trt_wan.runtime.weights.random import RandomWeights, random_moments
 from trt_wan.runtime.weights.sources import FileSource, Piece, Place, RandomSource
-from trt_wan.runtime.weights.stored import Tensors
+from trt_wan.runtime.weights.stored import BLOCKS, Tensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 E5M2 = np.dtype(ml_dtypes.float8_e5m2)
@@ -75,6 +76,23 @@ def of_kind(tiny: Parts, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
         path = tmp_path_factory.mktemp(kind) / "transformer.safetensors"
         save_file(tensors, path)
         return {**tiny, "transformer": Checkpoint(path)}
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def quantised(tiny: Parts, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Parts]:
+    """The same with the matrices of block 0 in a form that is decoded."""
+
+    def made(kind: str) -> Parts:
+        base = tiny["transformer"]
+        rows = np.linspace(0.1, 3, 64, dtype=np.float32)[:, None]  # channels of different sizes
+        names = [
+            n for n in base if n.startswith("blocks.0.") and n.endswith("weight") and len(base.shape(n)) == 2
+        ]
+        matrices = {name: base[name] * np.resize(rows, (base.shape(name)[0], 1)) for name in names}
+        stored, _ = quantised_file(tmp_path_factory.mktemp("quantised") / "file", kind, matrices)
+        return {**tiny, "transformer": cast(Any, QuantisedTensors(base, stored))}
 
     return made
 
@@ -175,6 +193,18 @@ def test_a_transformer_of_any_type_is_converted(
     for pack in blocks(precision):
         run.use(pack)
     run.end()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8 rows", "int8 convrot", *BLOCKS])
+def test_a_quantised_transformer_is_decoded(quantised: Callable[[str], Parts], kind: str) -> None:
+    """In pieces of 16 MB, and of 2 KB for FP8."""
+    parts = quantised(kind)
+    for precision, piece in (("bf16", 16 << 20), ("fp8", 2048)):
+        gpu = LateGpu(0, 0.2)
+        run = Job(gpu, DeviceWeights(cast(Any, gpu), FileSource(parts, piece)), parts)
+        for pack in blocks(cast(Precision, precision))[:2]:
+            run.use(pack)
+        run.end()
 
 
 def test_quantised_rows_have_at_most_half_a_step_of_error(of_kind: Callable[[str], Parts]) -> None:

@@ -131,7 +131,7 @@ def test_a_conversion_has_numpys_bits(gpu: Gpu, source: str, target: str, shape:
             out = device.put(
                 np.full(shape, 0xA5A5A5A5 & (256 ** types[1].itemsize - 1), f"u{types[1].itemsize}")
             )
-            converter.convert(gpu.stream, types, (*given, out), *shape)
+            converter.convert(gpu.stream, (source, target), (*given, out), *shape)
             same_bits(
                 device.get(out, shape, types[1]), converted(values, scales, types[1]), f"{source} {target}"
             )
@@ -145,7 +145,7 @@ def test_numbers_that_are_not_finite_stay_so(gpu: Gpu, source: str, target: str)
     values = np.array([[np.inf, -np.inf, np.nan, 1.0]], np.float32).astype(types[0])
     with OnDevice(gpu) as device:
         given, out = device.put(values), device.put(np.zeros((1, 4), types[1]))
-        converter.convert(gpu.stream, types, (given, 0, out), 1, 4)
+        converter.convert(gpu.stream, (source, target), (given, 0, out), 1, 4)
         got = device.get(out, (1, 4), types[1]).astype(np.float32)
     np.testing.assert_array_equal(got, values.astype(np.float32))
 
@@ -174,7 +174,7 @@ def test_quantising_has_numpys_bits(gpu: Gpu, source: str, shape: tuple[int, int
                 given = device.put(values), device.put(scales) if scales is not None else 0
                 out = device.put(np.full(shape, 0xA5, np.uint8))
                 out_scales = device.put(np.full(shape[0], np.nan, np.float32))
-                converter.quantise(gpu.stream, dtype, (*given, out, out_scales), *shape)
+                converter.quantise(gpu.stream, source, (*given, out, out_scales), *shape)
                 same_bits(device.get(out_scales, shape[:1], np.float32), want_scales, f"{source} scales")
                 same_bits(device.get(out, shape, E4M3), want, source)
 

@@ -1,7 +1,11 @@
-"""Weights in their contracts' types by numpy, in one go: the slow, simple version of convert.cu."""
+"""Weights in their contracts' types by numpy, in one go: the slow, simple version of convert.cu.
+
+GGUF blocks are decoded by the gguf package.
+"""
 
 from typing import Any
 
+import gguf
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
@@ -33,14 +37,38 @@ def quantised(
     return (weight / scale[:, None]).astype(E4M3), scale
 
 
+def plain(values: NDArray[Any], blocks: str) -> NDArray[Any]:
+    """The numbers of GGUF blocks [rows, bytes]; other values as they are."""
+    if not blocks:
+        return values
+    with np.errstate(invalid="ignore", over="ignore"):
+        return gguf.dequantize(values, gguf.GGMLQuantizationType[blocks])
+
+
+def rotated(values: NDArray[np.float32], group: int) -> NDArray[np.float32]:
+    """Number i of each four at a distance of 1, 4, 16 … becomes half their sum less number 3 - i."""
+    result = values.reshape(-1, group).copy()
+    for width in (1, 4, 16, 64, 256):
+        for i in range(group) if width < group else ():
+            if i // width % 4 == 0:
+                four = [result[:, i + k * width].copy() for k in range(4)]
+                half = ((four[0] + four[1]) + (four[2] + four[3])) / 2
+                for k in range(4):
+                    result[:, i + k * width] = half - four[3 - k]
+    return result.reshape(values.shape)
+
+
 def as_contract(stored: Stored, tensor: Tensor) -> dict[str, NDArray[Any]]:
     """The tensor, and the scale if it is FP8, by name."""
+    numbers, scales = plain(stored.values, stored.blocks).reshape(stored.shape), stored.scales
+    if stored.rotation:
+        numbers, scales = rotated(converted(numbers, scales, np.float32), stored.rotation), None
     if np.dtype(tensor.dtype) != E4M3:
-        return {tensor.name: converted(stored.values, stored.scales, np.dtype(tensor.dtype))}
+        return {tensor.name: converted(numbers, scales, np.dtype(tensor.dtype))}
     if stored.dtype == E4M3:
         scale = np.ones(tensor.shape[0], np.float32) if stored.scales is None else stored.scales
         return {tensor.name: stored.values, scale_name(tensor.name): scale}
-    values, scale = quantised(stored.values, stored.scales)
+    values, scale = quantised(numbers, scales)
     return {tensor.name: values, scale_name(tensor.name): scale}
 
 

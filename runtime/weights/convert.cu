@@ -1,7 +1,10 @@
 // Weights in the types of their file to the types of the engines. numbers.cuh stands in front.
 //
-// A weight is [rows, inner], row after row. `scales` are those of scaled FP8, one per row, or null. A scaled value
-// is rounded to float32 first, as numpy does.
+// A weight is [rows, inner], row after row. `scales` are those of scaled FP8 and int8, one per row, or null. A scaled
+// value is rounded to float32 first, as numpy does.
+
+struct int8 { signed char value; };
+__device__ float widen(int8 x) { return x.value; }
 
 template <class In>
 __device__ float scaled(const In* in, i64 i, float scale) { return __fmul_rn(load(in + i), scale); }
@@ -50,6 +53,28 @@ __device__ void quantise(const In* in, const float* scales, e4m3* out, float* ou
     }
 }
 
+// n float32 numbers in place: each run of `group` times the matrix H, as `rotated` of stored.py does, bit for bit.
+// A block of 256 threads takes 1024 numbers, which are whole groups.
+extern "C" __global__ void rotate(float* values, i64 n, i64 group) {
+    __shared__ float x[1024];
+    for (i64 first = blockIdx.x * (i64)1024; first < n; first += gridDim.x * (i64)1024) {
+        for (i64 i = threadIdx.x; i < 1024 && first + i < n; i += 256) x[i] = values[first + i];
+        __syncthreads();
+        for (int width = 1; width < group; width *= 4) {
+            float* y = x + threadIdx.x / width * 4 * width + threadIdx.x % width;
+            const float a = y[0], b = y[width], c = y[2 * width], d = y[3 * width];
+            const float half = __fmul_rn(__fadd_rn(__fadd_rn(a, b), __fadd_rn(c, d)), 0.5f);
+            y[0] = half - d;
+            y[width] = half - c;
+            y[2 * width] = half - b;
+            y[3 * width] = half - a;
+            __syncthreads();
+        }
+        for (i64 i = threadIdx.x; i < 1024 && first + i < n; i += 256) values[first + i] = x[i];
+        __syncthreads();  // `x` is written again for the next 1024
+    }
+}
+
 #define CONVERT(in_name, In, out_name, Out) \
     extern "C" __global__ void convert_##in_name##_to_##out_name( \
         const In* in, const float* scales, Out* out, i64 rows, i64 inner) { \
@@ -70,3 +95,4 @@ FROM(float16, fp16)
 FROM(bfloat16, bf16)
 FROM(float8_e4m3fn, e4m3)
 FROM(float8_e5m2, e5m2)
+FROM(int8, int8)

@@ -1,6 +1,7 @@
 """The kernels that turn weights as their file stores them into the types of the engines (convert.cu).
 
-Addresses are of the device. `scales` is 0 where the stored numbers are the weights themselves.
+Addresses are of the device. `scales` is 0 where the stored numbers are the weights themselves. Encodings are
+those of `Stored.encoding`.
 """
 
 from typing import Any
@@ -9,14 +10,17 @@ import numpy as np
 
 from trt_wan.runtime.device.gpu import MOST_BLOCKS, Gpu
 from trt_wan.runtime.device.kernels import THREADS, Module, read_source
+from trt_wan.runtime.weights.stored import BLOCKS, ROTATIONS
 
-SOURCES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+SOURCES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
 TARGETS = ("float32", "bfloat16", "float16")
 NAMES = (
     *(f"convert_{source}_to_{target}" for source in SOURCES for target in TARGETS),
     *(f"quantise_{source}" for source in SOURCES),
+    *(f"convert_{blocks}_to_float32" for blocks in BLOCKS),
+    "rotate",
 )
-SOURCE = read_source(__package__, "convert.cu")
+SOURCE = read_source(__package__, "gguf_blocks.cuh", "convert.cu")
 
 
 class Converter:
@@ -26,26 +30,32 @@ class Converter:
     def convert(
         self,
         stream: Any,
-        types: tuple[np.dtype[Any], np.dtype[Any]],
+        encodings: tuple[str, str],
         addresses: tuple[int, int, int],
         rows: int,
         inner: int,
     ) -> None:
-        """[rows, inner] numbers from the first type to the second. `addresses` are the numbers, their scales,
-        and the result.
+        """[rows, inner] numbers from the first encoding to the second: SOURCES to TARGETS, or BLOCKS to
+        float32. `addresses` are the numbers, their scales, and the result.
         """
         stored, scales, target = addresses
-        name = f"convert_{types[0].name}_to_{types[1].name}"
+        name = "convert_{}_to_{}".format(*encodings)
         blocks = rows if scales else -(-rows * inner // THREADS)
         self._launch(stream, name, blocks, stored, scales, target, np.int64(rows), np.int64(inner))
 
     def quantise(
-        self, stream: Any, dtype: np.dtype[Any], addresses: tuple[int, int, int, int], rows: int, inner: int
+        self, stream: Any, encoding: str, addresses: tuple[int, int, int, int], rows: int, inner: int
     ) -> None:
-        """[rows, inner] numbers to E4M3 with a scale per row. `addresses` are those of the stored
+        """[rows, inner] numbers of SOURCES to E4M3 with a scale per row. `addresses` are those of the stored
         numbers, their scales, the result, and its scales.
         """
-        self._launch(stream, f"quantise_{dtype.name}", rows, *addresses, np.int64(rows), np.int64(inner))
+        self._launch(stream, f"quantise_{encoding}", rows, *addresses, np.int64(rows), np.int64(inner))
+
+    def rotate(self, stream: Any, values: int, numbers: int, group: int) -> None:
+        """Float32 numbers in place, as `rotated` of stored.py does; `numbers` is a multiple of `group`."""
+        assert group in ROTATIONS
+        blocks = -(-numbers // max(ROTATIONS))
+        self._launch(stream, "rotate", blocks, values, np.int64(numbers), np.int64(group))
 
     def _launch(self, stream: Any, name: str, blocks: int, *arguments: Any) -> None:
         self._module.launch(stream, name, max(1, min(blocks, MOST_BLOCKS)), THREADS, *arguments)

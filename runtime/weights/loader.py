@@ -1,6 +1,6 @@
 """Reads packs ahead of converting them: reader threads fill pinned memory, one thread enqueues in order.
 
-    file --readers--> ring of pinned slots --loads--> staging --convert.cu--> pack on the device
+    file --readers--> ring of pinned slots --loads--> staging --convert.cu--> (float32 -->) pack on the device
 
 The loader's thread takes one job after the other and ends when there are none; a new request starts it again.
 A failure is kept in its job and raised to the caller that waits for the pack.
@@ -17,7 +17,7 @@ from typing import Any
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu
 from trt_wan.runtime.device.pinned import PageLocked
 from trt_wan.runtime.weights.pack import Pack
-from trt_wan.runtime.weights.sources import SLOT_BYTES, Piece, Place
+from trt_wan.runtime.weights.sources import FLOAT32_BYTES, SLOT_BYTES, Piece, Place
 
 SLOTS = 8  # pinned memory takes a second per GB to get
 READERS = min(SLOTS, os.cpu_count() or 1)
@@ -64,6 +64,7 @@ class Loader:
         self._turn = 0
         self._readers: ThreadPoolExecutor | None = None
         self._staging: Any = None
+        self._float32: Any = None
 
     def start(self) -> threading.Thread:
         thread = threading.Thread(target=self._run, name="weights", daemon=True)
@@ -76,9 +77,10 @@ class Loader:
             self._readers.shutdown()
         for slot in self._slots:
             slot.close()
-        if self._staging is not None:
-            self._staging.close(self.gpu.loads)
-        self._slots, self._staging, self._readers = [], None, None
+        for buffer in (self._staging, self._float32):
+            if buffer is not None:
+                buffer.close(self.gpu.loads)
+        self._slots, self._staging, self._float32, self._readers = [], None, None, None
 
     def _run(self) -> None:
         self.gpu.device.set_current()
@@ -142,6 +144,11 @@ class Loader:
         self._turn = (self._turn + 1) % SLOTS
         return slot
 
+    def _float32_address(self) -> int:
+        if self._float32 is None:
+            self._float32 = self.gpu.allocate(FLOAT32_BYTES, self.gpu.loads)
+        return int(self._float32.handle)
+
     def _enqueue(self, job: Held, piece: Piece | None, slot: Any, reading: "Future[None] | None") -> None:
         try:
             if reading is not None:
@@ -149,7 +156,7 @@ class Loader:
             if piece is not None and job.error is None:
                 staging = int(self._staging.handle) if self._staging is not None else 0
                 address = slot.address if slot is not None else 0
-                piece.enqueue(Place(self.gpu, address, staging, job.address))
+                piece.enqueue(Place(self.gpu, address, staging, job.address, self._float32_address))
                 self.loaded_bytes += piece.size
                 if slot is not None:
                     slot.used_by(self.gpu.loads)

@@ -2,11 +2,13 @@
 
 A source cuts a pack into pieces. A piece is read into pinned memory by one thread and enqueued by another:
 copied straight into the pack where the engine takes the stored type, else copied to a staging buffer on the
-device and converted from there. A scaled-FP8 checkpoint reaches the GEMM bit for bit.
+device and converted from there, GGUF blocks and rotated columns through float32. A scaled-FP8 checkpoint
+reaches the GEMM bit for bit.
 """
 
+import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,12 +22,13 @@ from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.weights.convert import Converter
 from trt_wan.runtime.weights.pack import Pack
 from trt_wan.runtime.weights.random import random_moments
-from trt_wan.runtime.weights.stored import Stored, Tensors
+from trt_wan.runtime.weights.stored import BLOCKS, Stored, Tensors
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 PIECE_BYTES = 16 << 20
 PIECE_ROWS = 1 << 16  # at most, where rows have scales
 SLOT_BYTES = PIECE_BYTES + 4 * PIECE_ROWS  # a piece and the scales of its rows
+FLOAT32_BYTES = 32 << 20  # a piece in float32: it stays in the GPU's cache
 RANDOM_E4M3_DEVIATION = 100.0  # 448 is 4.5 deviations away
 
 
@@ -37,6 +40,7 @@ class Place:
     slot: int  # pinned memory
     staging: int  # on the device
     pack: int  # on the device
+    float32: Callable[[], int]  # FLOAT32_BYTES on the device, allocated at the first call
 
 
 class Piece(Protocol):
@@ -72,7 +76,7 @@ class StoredPiece:
 
     @property
     def _raw(self) -> int:
-        return self.count * self.inner * self.stored.dtype.itemsize
+        return self.stored.nbytes(self.count * self.inner)
 
     @property
     def _scales_start(self) -> int:
@@ -83,28 +87,58 @@ class StoredPiece:
         return self._raw if self.stored.scales is None else self._scales_start + 4 * self.count
 
     def read(self, slot: NDArray[np.uint8]) -> None:
-        self.stored.read(self.first * self.inner * self.stored.dtype.itemsize, slot[: self._raw])
+        self.stored.read(self.stored.nbytes(self.first * self.inner), slot[: self._raw])
         if self.stored.scales is not None:
             scales = slot[self._scales_start : self.size].view(np.float32)
             scales[:] = self.stored.scales[self.first : self.first + self.count]
 
     def enqueue(self, place: Place) -> None:
-        gpu, stream = place.gpu, place.gpu.loads
-        target = place.pack + self.offset + self.first * self.inner * self.dtype.itemsize
-        if self.stored.dtype == self.dtype:
-            gpu.copy(target, place.slot, self.size, stream)
-            return
-        gpu.copy(place.staging, place.slot, self.size, stream)
-        scales = 0 if self.stored.scales is None else place.staging + self._scales_start
-        converter: Converter = gpu.once("weights", lambda: Converter(gpu))
+        assert self.stored.delta is None
+        if self.stored.encoding == self.dtype.name:
+            place.gpu.copy(self._target(place), place.slot, self.size, place.gpu.loads)
+        elif _through_float32(self.stored):
+            self.decode(place, place.float32())
+            self.encode(place, place.float32())
+        else:
+            self._encode(place, self.stored.encoding, *self._staged(place))
+
+    def decode(self, place: Place, target: int) -> None:
+        """Enqueues the piece as float32 [count, inner] to `target` on the device, without the delta."""
+        converter, stream = _converter(place.gpu), place.gpu.loads
+        encodings = self.stored.encoding, "float32"
+        converter.convert(stream, encodings, (*self._staged(place), target), self.count, self.inner)
+        if self.stored.rotation:
+            converter.rotate(stream, target, self.count * self.inner, self.stored.rotation)
+
+    def encode(self, place: Place, values: int) -> None:
+        """Enqueues float32 [count, inner] from `values` on the device into the pack."""
+        self._encode(place, "float32", values, 0)
+
+    def _encode(self, place: Place, encoding: str, values: int, scales: int) -> None:
+        converter, stream, target = _converter(place.gpu), place.gpu.loads, self._target(place)
         if self.scales_at is None:
-            types, addresses = (self.stored.dtype, self.dtype), (place.staging, scales, target)
-            converter.convert(stream, types, addresses, self.count, self.inner)
+            encodings = encoding, self.dtype.name
+            converter.convert(stream, encodings, (values, scales, target), self.count, self.inner)
         else:
             results = target, place.pack + self.scales_at + 4 * self.first
-            converter.quantise(
-                stream, self.stored.dtype, (place.staging, scales, *results), self.count, self.inner
-            )
+            converter.quantise(stream, encoding, (values, scales, *results), self.count, self.inner)
+
+    def _staged(self, place: Place) -> tuple[int, int]:
+        """Enqueues the copy to the device. Returns the addresses of the numbers and of their scales."""
+        place.gpu.copy(place.staging, place.slot, self.size, place.gpu.loads)
+        return place.staging, 0 if self.stored.scales is None else place.staging + self._scales_start
+
+    def _target(self, place: Place) -> int:
+        return place.pack + self.offset + self.first * self.inner * self.dtype.itemsize
+
+
+def _through_float32(stored: Stored) -> bool:
+    return bool(stored.blocks or stored.rotation or stored.delta is not None)
+
+
+def _converter(gpu: Gpu) -> Converter:
+    converter: Converter = gpu.once("weights", lambda: Converter(gpu))
+    return converter
 
 
 @dataclass(frozen=True)
@@ -160,7 +194,7 @@ class FileSource:
                 yield from self._cut(stored, dtype, offset, None)
                 continue
             scales_at = pack.offsets[scale_name(tensor.name)]
-            if stored.dtype != E4M3:
+            if stored.dtype != E4M3 or stored.delta is not None:
                 yield from self._cut(stored, dtype, offset, scales_at)
                 continue
             scales = np.ones(tensor.shape[0], np.float32) if stored.scales is None else stored.scales
@@ -171,11 +205,13 @@ class FileSource:
     def _cut(
         self, stored: Stored, dtype: np.dtype[Any], offset: int, scales_at: int | None
     ) -> Iterator[StoredPiece]:
-        """Pieces of whole rows. Where rows do not matter every number is a row."""
-        by_row = stored.scales is not None or scales_at is not None
-        inner = stored.row if by_row else 1
-        rows = stored.values.size // inner
-        step = self._piece_bytes // (inner * stored.dtype.itemsize)
+        """Pieces of whole rows. Where rows do not matter every number is a row, or every block of numbers."""
+        by_row = stored.scales is not None or scales_at is not None or stored.rotation or stored.delta
+        inner = stored.row if by_row else BLOCKS.get(stored.blocks, (1,))[0]
+        rows = math.prod(stored.shape) // inner
+        step = self._piece_bytes // stored.nbytes(inner)
+        if _through_float32(stored):
+            step = min(step, FLOAT32_BYTES // (4 * inner))
         assert step, f"a row of {inner} numbers does not fit into a piece"
         step = min(step, PIECE_ROWS) if by_row else step
         for first in range(0, rows, step):

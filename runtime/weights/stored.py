@@ -1,8 +1,8 @@
 """One tensor as it lies in its file, and the interface through which every executor reads weights.
 
-ONNX Runtime asks for float32, the GPU for the bytes as they are stored. A weight is decoded in this order: the
-stored numbers, or those in GGUF blocks; times the scales of their rows; rotated; plus a delta (a LoRA). On the
-CPU numpy does it, one chunk of rows at a time.
+ONNX Runtime asks for float32, the GPU for the bytes as they are stored. A weight is decoded in this order:
+the stored numbers, or those in GGUF blocks; times the scales of their rows; rotated; plus a delta (a LoRA).
+On the CPU numpy does it, one chunk of rows at a time.
 """
 
 import math

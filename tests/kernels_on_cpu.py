@@ -1,0 +1,124 @@
+"""CUDA sources run on the CPU: g++ compiles the very text that NVRTC gets, behind a few words of CUDA.
+
+PTX instructions become functions of their name; a thread of the GPU is a thread of the CPU if the kernel has
+barriers, else a turn of a loop. Skips where g++ is missing.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from trt_wan.runtime.device.kernels import read_source
+
+WORDS = r"""
+#include <barrier>
+#include <cmath>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __align__(n) alignas(n)
+#define __CUDA_ARCH__ 900
+
+struct Index { unsigned x; };
+thread_local Index threadIdx, blockIdx;
+Index blockDim, gridDim;
+std::barrier<>* all_threads;
+void __syncthreads() { all_threads->arrive_and_wait(); }
+
+template <class To, class From> To as(From x) { To y; memcpy(&y, &x, sizeof y); return y; }
+float __int_as_float(int x) { return as<float>(x); }
+float __uint_as_float(unsigned x) { return as<float>(x); }
+unsigned __float_as_uint(float x) { return as<unsigned>(x); }
+float __fmul_rn(float x, float y) { return x * y; }
+float __fadd_rn(float x, float y) { return x + y; }
+
+unsigned to_bf16(float x) {
+    const unsigned bits = as<unsigned>(x);
+    return std::isnan(x) ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+unsigned to_e4m3(float x) {  // the nearest of all, of two the even one
+    if (std::isnan(x)) return 0x7F;
+    auto value = [](int i) { return i < 8 ? i * 0x1p-9 : std::ldexp(1 + i % 8 / 8.0, i / 8 - 7); };
+    int best = 0;
+    for (int i = 1; i < 0x7F; i++) {
+        const double far = std::fabs(value(i) - std::fabs(x)), least = std::fabs(value(best) - std::fabs(x));
+        if (far < least || (far == least && i % 2 == 0)) best = i;
+    }
+    return best | (std::signbit(x) ? 0x80 : 0);
+}
+template <class X> void cvt_f32_f16(float& to, X x) { to = as<_Float16>((unsigned short)x); }
+template <class X> void cvt_rn_f16_f32(X& to, float x) { to = as<unsigned short>((_Float16)x); }
+template <class X> void cvt_rn_bf16x2_f32(X& to, float upper, float lower) {
+    to = to_bf16(upper) << 16 | to_bf16(lower);
+}
+template <class X> void cvt_rn_f16x2_f32(X& to, float upper, float lower) {
+    to = as<unsigned short>((_Float16)upper) << 16 | as<unsigned short>((_Float16)lower);
+}
+template <class X> void cvt_rn_satfinite_e4m3x2_f32(X& to, float upper, float lower) {
+    to = to_e4m3(upper) << 8 | to_e4m3(lower);
+}
+"""
+LAUNCH = r"""
+typedef void Kernel(i64, i64, i64, i64, i64, i64);
+extern "C" void launch(Kernel* kernel, unsigned grid, unsigned threads, bool barriers, const i64* a) {
+    gridDim.x = grid;
+    blockDim.x = threads;
+    std::barrier<> barrier(barriers ? threads : 1);
+    all_threads = &barrier;
+    auto blocks = [&](unsigned thread) {
+        threadIdx.x = thread;
+        for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) {
+            kernel(a[0], a[1], a[2], a[3], a[4], a[5]);
+            if (barriers) __syncthreads();
+        }
+    };
+    std::vector<std::thread> running;
+    for (unsigned thread = 0; thread < threads; thread++)
+        if (barriers) running.emplace_back(blocks, thread);
+        else blocks(thread);
+    for (auto& thread : running) thread.join();
+}
+"""
+PTX = re.compile(r'asm\("([\w.]+) [^"]*" : "=\w"\(([^)]*)\) : (.*)\);')
+
+
+class CpuKernels:
+    """The kernels of a source that numbers.cuh stands in front of. Their arguments are addresses and 64-bit
+    integers, up to six.
+    """
+
+    def __init__(self, source: str, folder: Path) -> None:
+        compiler = shutil.which("g++")
+        if compiler is None:
+            pytest.skip("g++ is missing")
+        text = read_source("trt_wan.runtime.device", "numbers.cuh") + source
+
+        def function(match: re.Match[str]) -> str:
+            operands = re.sub(r'"\w"\(([^)]*)\)', r"\1", match[3])
+            return f"{match[1].replace('.', '_')}({match[2]}, {operands});"
+
+        text = PTX.sub(function, text)
+        assert "asm(" not in text
+        (folder / "kernels.cpp").write_text(WORDS + text + LAUNCH)
+        library = folder / "kernels.so"
+        options = ["-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
+        subprocess.run([compiler, *options, str(folder / "kernels.cpp"), "-o", str(library)], check=True)
+        self._library = ctypes.CDLL(str(library))
+
+    def launch(self, name: str, grid: int, threads: int, barriers: bool, *arguments: Any) -> None:
+        """Arrays are passed by address."""
+        values = [a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in arguments]
+        packed: NDArray[np.int64] = np.array(values + [0] * (6 - len(values)), np.int64)
+        kernel = ctypes.cast(getattr(self._library, name), ctypes.c_void_p)
+        self._library.launch(kernel, grid, threads, barriers, packed.ctypes.data_as(ctypes.c_void_p))
