@@ -488,7 +488,7 @@ def some_weights() -> Path:
 def safetensors(rng: Random, folder: Path) -> None:
     """The header of a checkpoint, or an index of shards; then every tensor that it lists is read."""
     from trt_wan.runtime.weights.checkpoint import Checkpoint
-    from trt_wan.runtime.weights.tensor_file import DTYPES, TensorFile, stored_names
+    from trt_wan.runtime.weights.tensor_file import DTYPES, TensorFile, header_text
 
     if rng.random() < 0.2:
         shutil.copy(some_weights() / "clip_vision_tiny.safetensors", folder / "a.safetensors")
@@ -503,7 +503,7 @@ def safetensors(rng: Random, folder: Path) -> None:
         announced = len(header) if rng.random() < 0.8 else rng.choice((0, 7, 2**31, 2**63, len(content)))
         path = folder / "m.safetensors"
         path.write_bytes(announced.to_bytes(8, "little") + header + data)
-    stored_names(path)
+    header_text(path)
     file = TensorFile(path)
     for name, entry in file.items():
         if entry.dtype in DTYPES:
@@ -636,7 +636,7 @@ def torch_file(rng: Random, folder: Path) -> None:
     """SAM2's .pt: the pickle inside, or the bytes of the zip."""
     import zipfile
 
-    from trt_wan.preprocess.sam2.torch_file import read_torch_file
+    from trt_wan.runtime.weights.torch_file import read_torch_file
 
     path = folder / "sam2.pt"
     content = some_torch_file()

@@ -29,7 +29,7 @@ from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.preparation import Prepared
 from trt_wan.runtime.schedulers import SAMPLERS, schedule
-from trt_wan.runtime.weights.checkpoint import load_weights
+from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.on_device import DeviceWeights
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 

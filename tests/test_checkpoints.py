@@ -27,8 +27,9 @@ from trt_wan.engines.contract import Part
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.tokenizer import load_sentencepiece, load_tokenizer_json
-from trt_wan.runtime.weights.checkpoint import Checkpoint, load_weights, orthonormal
+from trt_wan.runtime.weights.checkpoint import Checkpoint, orthonormal
 from trt_wan.runtime.weights.find_tokenizer import find_tokenizer
+from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.random import random_weights
 from trt_wan.runtime.weights.tensor_file import TensorFile
 from trt_wan.runtime.weights.tiny import write_tiny_weights
@@ -283,8 +284,8 @@ def test_fp8_without_a_scale_in_a_scaled_file_is_an_error(files: dict[Part, Path
         lambda tensors: {k: v for k, v in tensors.items() if k not in {f"{n}.scale_weight" for n in lost}},
     )
     message = failure(lambda: Checkpoint(path).require(required_tensors(TINY, "transformer"))).message
-    assert str(path) in message and all(f"{name}.weight is FP8 and has no scale" in message for name in lost)
-    assert message.count("no scale") == 2
+    assert str(path) in message
+    assert "2 of 227 tensors are FP8 without a scale, such as blocks.*." in message
 
 
 def test_the_marker_alone_demands_scales(tmp_path: Path) -> None:
@@ -294,7 +295,7 @@ def test_the_marker_alone_demands_scales(tmp_path: Path) -> None:
     message = failure(
         lambda: Checkpoint(tmp_path / "x.safetensors").require({f"{LAYER}.weight": (2, 2)})
     ).message
-    assert "is FP8 and has no scale" in message
+    assert "1 of 1 tensors is FP8 without a scale, such as" in message
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -527,11 +528,12 @@ def test_a_missing_part_is_named_with_its_option(folder: Path, files: dict[Part,
 def test_two_files_for_a_part_are_named_with_the_option(
     folder: Path, files: dict[Part, Path], part: Part
 ) -> None:
+    """Two models of the same type and layout compete."""
     one, two = folder / files[part].name, folder / "below" / "second.safetensors"
-    two.parent.mkdir()
-    shutil.copy(one, two)
+    name = next(name for name in required_tensors(TINY, part) if Checkpoint(one).entry(name).dtype != "F8_E4M3")
+    rewrite(one, two, lambda tensors: tensors | {name: tensors[name] + 1})
     error = failure(lambda: load_weights([folder], {}))
-    assert str(one) in error.message and str(two) in error.message
+    assert str(one) in error.message and str(two) in error.message and error.message.count(" GB)") == 2
     assert f"--{part.replace('_', '-')} FILE" in error.hint
     assert load_weights([folder], {part: two})[1][part].path == two
 
@@ -551,7 +553,9 @@ def test_of_several_files_the_one_that_fits_is_taken(folder: Path, files: dict[P
 
     rewrite(clip, clip, lambda tensors: {k: v for k, v in tensors.items() if "pre_layrnorm" not in k})
     error = failure(lambda: load_weights([folder], {}))
-    assert "none fits" in error.message and clip.name in error.message and "clip_vision_g" in error.message
+    assert "None of 2 files fits" in error.message and f"{clip.name} 2 of" in error.message
+    assert "clip_vision_g.safetensors 1 of" in error.message and "([1664] instead of [80])" in error.message
+    assert "--image-encoder FILE" in error.hint
 
 
 def test_the_t5_of_other_models_is_no_candidate(folder: Path) -> None:
@@ -591,8 +595,8 @@ def test_a_broken_file_matters_only_when_a_part_is_missing(folder: Path, files: 
     assert load_weights([folder], {})[0] is TINY
     (folder / files["vae"].name).unlink()
     message = failure(lambda: load_weights([folder], {})).message
-    for name in (*broken, "dangling.safetensors"):
-        assert str(folder / "other" / name) in message
+    found = [name for name in (*broken, "dangling.safetensors") if str(folder / "other" / name) in message]
+    assert len(found) == 3 and "1 more" in message
 
 
 def test_two_hundred_loras_do_not_slow_the_search(folder: Path) -> None:
@@ -622,7 +626,7 @@ def open_all(path: Path) -> None:
 
 
 def test_all_wrong_tensors_are_named_at_once(files: dict[Part, Path], tmp_path: Path) -> None:
-    missing = ["blocks.1.modulation", "head.head.bias", DIRECTION]
+    missing = ["blocks.1.modulation", "head.head.bias", "pose_patch_embedding.bias"]
     changed = {"patch_embedding.bias": torch.zeros(3), "blocks.0.ffn.0.weight": torch.zeros(4, 5)}
     path = rewrite(
         files["transformer"],
@@ -630,10 +634,9 @@ def test_all_wrong_tensors_are_named_at_once(files: dict[Part, Path], tmp_path: 
         lambda tensors: {k: v for k, v in tensors.items() if k not in missing} | changed,
     )
     message = failure(lambda: open_all(path)).message
-    assert str(path) in message and f"5 of {len(required_tensors(TINY, 'transformer'))} tensors" in message
-    assert all(f"{name} is missing" in message for name in missing)
-    assert "patch_embedding.bias is [3] instead of [256]" in message
-    assert "blocks.0.ffn.0.weight is [4, 5] instead of [512, 256]" in message
+    assert str(path) in message and len(message) < 400
+    assert f"3 of {len(required_tensors(TINY, 'transformer'))} tensors are missing, such as " in message
+    assert "2 have another shape, such as" in message and " instead of [" in message
 
 
 @pytest.mark.parametrize("where", ["empty", "5 bytes", "header", "data", "last byte"])
@@ -666,24 +669,23 @@ def torch_pickle() -> bytes:
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "says"),
     [
-        torch_pickle(),
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 34549787368\n",
-        b"<!DOCTYPE html><html><body>Access to this model is restricted</body></html>",
-        bytes(4096),
-        (6).to_bytes(8, "little") + b'["no"]',
-        (10**5).to_bytes(8, "little") + b'{"a":' + b"[" * (10**5 - 5),
-        (4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc",
+        (torch_pickle(), "227 of 227 tensors are missing"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 34549787368\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html><body>Access to this model is restricted</body></html>", "a web page"),
+        (bytes(4096), "not a safetensors file"),
+        ((6).to_bytes(8, "little") + b'["no"]', "not a safetensors file"),
+        ((10**5).to_bytes(8, "little") + b'{"a":' + b"[" * (10**5 - 5), "not a safetensors file"),
+        ((4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc", "not a safetensors file"),
     ],
     ids=["pickle", "lfs pointer", "web page", "zeros", "array", "deep", "no text"],
 )
-def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "model.pth"
     path.write_bytes(content)
     error = failure(lambda: open_all(path))
-    assert str(path) in error.message and "not a safetensors file" in error.message
-    assert "converted" in error.hint
+    assert str(path) in error.message and says in error.message
 
 
 GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -787,72 +789,13 @@ def test_an_index_whose_shard_is_missing(folder: Path) -> None:
     assert str(index) in message and lost.name in message and "00001-of" not in message
 
 
-# ---- formats we do not read ----
-
-
-@pytest.mark.parametrize("described", ["tensor", "metadata", "nowhere"])
-def test_int8_is_named_with_its_format(tmp_path: Path, described: str) -> None:
-    tensors = {f"{LAYER}.weight": torch.zeros(8, 8, dtype=torch.int8), f"{LAYER}.weight_scale": torch.ones(8)}
-    layer = {"format": "int8_tensorwise", "convrot": True}
-    if described == "tensor":
-        text = bytearray(json.dumps(layer).encode())
-        tensors[f"{LAYER}.comfy_quant"] = torch.frombuffer(text, dtype=torch.uint8)
-    metadata = {"_quantization_metadata": json.dumps({"layers": {LAYER: layer}})}
-    path = tmp_path / "x.safetensors"
-    safetensors.torch.save_file(tensors, path, metadata if described == "metadata" else None)
-    message = failure(lambda: Checkpoint(path).require({f"{LAYER}.weight": (8, 8)})).message
-    assert f"{LAYER}.weight has the type I8" in message
-    assert ("int8_tensorwise" in message) == (described != "nowhere")
-
-
-@pytest.mark.parametrize("described", [b"no json", b"[]", b'{"format": 4'])
-def test_a_broken_description_hides_no_error(tmp_path: Path, described: bytes) -> None:
-    tensors = {
-        f"{LAYER}.weight": torch.zeros(8, 8, dtype=torch.int8),
-        f"{LAYER}.comfy_quant": torch.frombuffer(bytearray(described), dtype=torch.uint8),
-    }
-    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
-    call = lambda: Checkpoint(tmp_path / "x.safetensors").require({f"{LAYER}.weight": (8, 8)})  # noqa: E731
-    assert "has the type I8, which" in failure(call).message
-
-
-def test_nvfp4_is_named_by_its_type_and_not_by_its_halved_shape(tmp_path: Path) -> None:
-    text = bytearray(b'{"format": "nvfp4"}')
-    tensors = {
-        f"{LAYER}.weight": torch.zeros(64, 32, dtype=torch.uint8),
-        f"{LAYER}.weight_scale": torch.zeros(64, 4, dtype=torch.float8_e4m3fn),
-        f"{LAYER}.weight_scale_2": torch.ones(()),
-        f"{LAYER}.comfy_quant": torch.frombuffer(text, dtype=torch.uint8),
-    }
-    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
-    message = failure(
-        lambda: Checkpoint(tmp_path / "x.safetensors").require({f"{LAYER}.weight": (64, 64)})
-    ).message
-    assert f"{LAYER}.weight has the type U8 (nvfp4)" in message
-
-
-@pytest.mark.parametrize(
-    "scale",
-    [torch.ones(64, 2), torch.ones(32), torch.ones(64, 2, dtype=torch.uint8)],
-    ids=["columns", "short", "mxfp8"],
-)
-def test_scales_of_blocks_are_refused(tmp_path: Path, scale: torch.Tensor) -> None:
-    """mxfp8 and block-scaled FP8: the weight's type is one we read, its meaning is not."""
-    tensors = {
-        f"{LAYER}.weight": torch.zeros(64, 64, dtype=torch.float8_e4m3fn),
-        f"{LAYER}.weight_scale": scale,
-    }
-    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
-    message = failure(
-        lambda: Checkpoint(tmp_path / "x.safetensors").require({f"{LAYER}.weight": (64, 64)})
-    ).message
-    assert f"{LAYER}.weight has a scale" in message and str(list(scale.shape)) in message
+# ---- formats we do not read: tests/test_layouts.py has those that people have ----
 
 
 def test_types_of_the_future_are_named(tmp_path: Path) -> None:
     described = {"dtype": "F6_E3M2", "shape": [4], "data_offsets": [0, 3]}
     path = write_raw(tmp_path / "x.safetensors", {"x": described}, bytes(3))
-    assert "x has the type F6_E3M2" in failure(lambda: Checkpoint(path).require({"x": (4,)})).message
+    assert "1 of 1 tensors has the type F6_E3M2" in failure(lambda: Checkpoint(path).require({"x": (4,)})).message
 
 
 @pytest.mark.parametrize(("dim", "told"), [(1536, "[1536, 36, 1, 2, 2]"), (None, "missing")])
@@ -860,7 +803,7 @@ def test_a_transformer_of_unknown_width(folder: Path, dim: int | None, told: str
     shapes = {} if dim is None else {"patch_embedding.weight": (dim, 36, 1, 2, 2)}
     path = write_sparse(folder / "wan_1.3b.safetensors", shapes | {"x": (1,)})
     error = failure(lambda: load_weights([folder], {"transformer": path}))
-    assert str(path) in error.message and told in error.message and "5120" in error.hint
+    assert str(path) in error.message and told in error.message
 
 
 # ---- little is read ----

@@ -9,8 +9,8 @@ from full_size import CONVROT, LARGEST, layouts, write_full_size
 
 from trt_wan.engines.checkpoint import PARTS, required_tensors
 from trt_wan.engines.config import ANIMATE_14B, TINY
-from trt_wan.runtime.weights.checkpoint import load_weights
 from trt_wan.runtime.weights.find_tokenizer import find_tokenizer
+from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.random import random_moments
 from trt_wan.runtime.weights.tensor_file import TensorFile
 

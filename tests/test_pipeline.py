@@ -37,7 +37,7 @@ from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.video.reader import Clip
 from trt_wan.runtime.video.writer import VideoWriter
-from trt_wan.runtime.weights.checkpoint import load_weights
+from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 TOLERANCE = 1e-4

@@ -27,7 +27,8 @@ from trt_wan.engines.shape import Plan
 from trt_wan.errors import MemoryShort, WeightsError
 from trt_wan.runtime.opening.residency import BLOCK
 from trt_wan.runtime.weights import convert
-from trt_wan.runtime.weights.checkpoint import Checkpoint, load_weights
+from trt_wan.runtime.weights.checkpoint import Checkpoint
+from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.on_device import AHEAD, LEAVING, DeviceWeights
 from trt_wan.runtime.weights.pack import Pack, nbytes
 from trt_wan.runtime.weights.random import RandomWeights, random_moments
@@ -60,7 +61,7 @@ def of_kind(tiny: Parts, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
             if "scale" in name:
                 continue
             values = tiny["transformer"][name]
-            if tiny["transformer"].file[tiny["transformer"].names[name]].dtype == "F8_E4M3":
+            if tiny["transformer"].entry(name).dtype == "F8_E4M3":
                 values = values * np.linspace(0.1, 3, len(values), dtype=np.float32)[:, None]
                 if kind == "e5m2":
                     tensors[f"{name.removesuffix('weight')}scale_weight"] = np.array(0.37, np.float32)

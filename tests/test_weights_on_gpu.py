@@ -26,8 +26,9 @@ from trt_wan.engines.shape import Plan
 from trt_wan.errors import MemoryShort
 from trt_wan.runtime.device.gpu import STAGING_BYTES, STAGING_SLOTS, Gpu
 from trt_wan.runtime.opening.residency import BLOCK
-from trt_wan.runtime.weights.checkpoint import Checkpoint, load_weights
+from trt_wan.runtime.weights.checkpoint import Checkpoint
 from trt_wan.runtime.weights.convert import SOURCES, TARGETS, Converter
+from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.on_device import DeviceWeights
 from trt_wan.runtime.weights.pack import Pack
 from trt_wan.runtime.weights.random import RandomWeights

@@ -14,14 +14,15 @@ from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Config
 from trt_wan.engines.sam2.contracts import POS_EMBED, POS_EMBED_WINDOW, POSITION, required_tensors
 from trt_wan.errors import NotFinite, WeightsError
 from trt_wan.preprocess.sam2.resample import bicubic_matrix
-from trt_wan.preprocess.sam2.torch_file import USE, read_torch_file
 from trt_wan.runtime.finite import DAMAGED
 from trt_wan.runtime.weights.stored import Stored
 from trt_wan.runtime.weights.tensor_file import TensorFile
+from trt_wan.runtime.weights.torch_file import read_torch_file
 
 Values = NDArray[np.float32]
 
 FLOATS = ("F32", "F16", "BF16", "F64")
+USE = "Use an official file (sam2.1_hiera_base_plus.pt, sam2_hiera_large.pt, ...) or its safetensors."
 NAMED = 6  # tensors named in a message: a foreign file has hundreds
 
 
@@ -56,7 +57,7 @@ class Sam2Weights(Mapping[str, Values]):
 def load_sam2(path: Path) -> Sam2Weights:
     """The checked weights of a file, with the model's config. Raises WeightsError."""
     if path.suffix.lower() in (".pt", ".pth"):
-        tensors = read_torch_file(path)
+        tensors = read_torch_file(path, "SAM2 checkpoint", USE)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         stored: dict[str, Callable[[], NDArray[Any]]] = {n: t.read for n, t in tensors.items()}
     else:

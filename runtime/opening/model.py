@@ -42,8 +42,8 @@ from trt_wan.runtime.pipeline import ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.text_cache import TextCache
 from trt_wan.runtime.video.clips import Clips
-from trt_wan.runtime.weights.checkpoint import load_weights
 from trt_wan.runtime.weights.find_tokenizer import find_tokenizer
+from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.random import RandomWeights
 from trt_wan.runtime.weights.sources import FileSource, RandomSource, WeightSource
 
@@ -130,9 +130,9 @@ class Basis:
 
 def open_basis(weights: WeightFiles, settings: Settings, progress: Progress) -> Basis:
     """Reads headers, tokenizer and GPU; computes nothing. Raises TrtWanError."""
-    opened = open_weights(weights, progress)
     place = open_gpu(settings, progress)
     precision = choose_precision(settings, place[0] if place else None)
+    opened = open_weights(weights, precision, progress)
     if place is not None:
         require_tier(settings.tier, precision)
     return Basis(opened, place, precision, settings)
@@ -240,15 +240,17 @@ class OpenModel:
         self.close()
 
 
-def open_weights(weights: WeightFiles, progress: Progress) -> OpenWeights:
-    """The checkpoints and the tokenizer, checked from their headers. Raises WeightsError."""
+def open_weights(weights: WeightFiles, precision: Precision, progress: Progress) -> OpenWeights:
+    """The checkpoints and the tokenizer, checked from their headers. Of several files for a part the one that
+    suits `precision` is taken. Raises WeightsError.
+    """
     if weights.random is not None:
         config = MODELS[weights.random]
         host = {part: RandomWeights(config, part, RANDOM_SEED) for part in PARTS}
         tokenizer = byte_tokenizer(config.text.vocabulary, config.text.length)
         progress(Note("The weights are random, so the picture is noise."))
         return OpenWeights(config, host, RandomSource(RANDOM_SEED), tokenizer)
-    config, checkpoints = load_weights(weights.folders, weights.files)
+    config, checkpoints = load_weights(weights.folders, weights.files, progress, precision)
     text_encoder = checkpoints["text_encoder"]
     tokenizer = find_tokenizer(weights.tokenizer, weights.folders, text_encoder, config.text.length)
     files = {entry.file for entry in text_encoder.file.entries.values()}

@@ -1,69 +1,95 @@
 """Checkpoint files to canonical float32 tensors: names, scales and types as people have them, checked before
 use.
 
-Everything wrong with a file is found from the header and the scales alone and told at once. Values are
-converted to float32 when asked for, one tensor at a time.
-
-Scaled FP8 (model_spec.md 5.2): an FP8 tensor is multiplied by `<layer>.scale_weight` (also called
-`weight_scale`), one number for the tensor or one per output channel; a tensor of another type is used as it
-is. A file that has scales must have one for every FP8 tensor; a file without any holds plain FP8 values.
+Everything wrong with a file is found from the header and the scales alone and told in one sentence. Values
+are converted to float32 when asked for, one tensor at a time.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL, PARTS, required_tensors
-from trt_wan.engines.config import MODELS, ModelConfig
+from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL
 from trt_wan.engines.contract import Part
 from trt_wan.errors import WeightsError
-from trt_wan.runtime.weights.find_files import find_files, option, spoken
-from trt_wan.runtime.weights.names import canonical
-from trt_wan.runtime.weights.stored import FP8_TYPES, Stored
-from trt_wan.runtime.weights.tensor_file import TensorFile
+from trt_wan.runtime.weights.open_file import open_file
+from trt_wan.runtime.weights.recognition.kinds import other_model
+from trt_wan.runtime.weights.recognition.layouts import (
+    LAYOUTS,
+    Layout,
+    Place,
+    find_layout,
+    places,
+    same_but_ones,
+)
+from trt_wan.runtime.weights.recognition.quantised import Fault, Quantised
+from trt_wan.runtime.weights.stored import BLOCKS, Stored
+from trt_wan.runtime.weights.tensor_file import Entry
 
-FLOAT_TYPES = ("F32", "F16", "BF16", *FP8_TYPES)
-SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
-SCALED_MARKER = "scaled_fp8"
-PATCH_EMBEDDING = "patch_embedding.weight"
-MOST_NAMED = 3  # files in a message
+MISSING, SHAPE = "are missing", "have another shape"
+MOST_KINDS = 3  # of faults in a message
+# What a part is called in a sentence, and a file that it can be.
+SPOKEN: dict[Part, tuple[str, str]] = {
+    "transformer": (
+        "the transformer of Wan2.2-Animate",
+        "Use wan2.2_animate_14B in bf16, scaled FP8, int8 or GGUF, or the official or diffusers files.",
+    ),
+    "vae": (
+        "the VAE of Wan2.1",
+        "Use wan_2.1_vae.safetensors, Wan2_1_VAE_bf16.safetensors or Wan2.1_VAE.pth.",
+    ),
+    "text_encoder": (
+        "the text encoder umT5-xxl",
+        "Use umt5_xxl_fp8_e4m3fn_scaled.safetensors, umt5-xxl-enc-bf16.safetensors or the official .pth.",
+    ),
+    "image_encoder": (
+        "the image encoder CLIP ViT-H/14",
+        "Use clip_vision_h.safetensors or the official open-clip .pth.",
+    ),
+}
 
 
 class Checkpoint(Mapping[str, NDArray[np.float32]]):
-    """The `Tensors` of one file. Values are read when a tensor is asked for."""
+    """The `Tensors` of one part in a file. Values are read when a tensor is asked for.
 
-    def __init__(self, path: Path) -> None:
-        self.file = TensorFile(path)
-        self.names = {canonical(name): name for name in self.file}
-        self.scaled = any(name == SCALED_MARKER or name.endswith(SCALE_SUFFIXES) for name in self.names)
+    After `require` tensors have the shapes that the model needs. Layouts leave out dimensions of 1.
+    """
 
-    @property
-    def path(self) -> Path:
-        return self.file.path
+    def __init__(self, path: Path, part: Part | None = None) -> None:
+        """`part` is the one to look for in a file that holds several; None: any."""
+        self.path, self.file = path, open_file(path)
+        found = find_layout(self.file.entries, part)
+        self.layout: Layout | None = found[0] if found else None
+        self.prefix = found[1] if found else ""
+        self.places = places(self.file.entries, self.layout or LAYOUTS[0], self.prefix)
+        self.quantised = Quantised(self.file, {n for place in self.places.values() for n in place.stored})
+        self._shapes: Mapping[str, tuple[int, ...]] = {}
 
     def stored(self, name: str) -> Stored:
         """The tensor as it lies in the file; the motion encoder's ORTHONORMAL is computed."""
         if name == ORTHONORMAL:
             return Stored(orthonormal(self[DIRECTION]))
-        entry = self.file[self.names[name]]
-        scales = self._scales(name) if entry.dtype in FP8_TYPES else None
-        return Stored(self.file.read(self.names[name]), scales, entry.file, entry.start)
+        place = self.places[name]
+        shape = self._shapes.get(name, self.shape(name))
+        pieces = [self._stored(stored) for stored in place.stored]
+        if len(pieces) > 1:
+            return _shaped(_joined(pieces), shape)
+        return _shaped(_cut(pieces[0], place) if place.pieces > 1 else pieces[0], shape)
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         return self.stored(name).float32()
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self.names or (name == ORTHONORMAL and DIRECTION in self.names)
+        return name in self.places or (name == ORTHONORMAL and DIRECTION in self.places)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.places)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.places)
 
     def rows(self, name: str, indices: Sequence[int]) -> NDArray[np.float32]:
         """Some rows of a table; the other rows are not read."""
@@ -71,128 +97,128 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
 
     def raw(self, name: str) -> NDArray[np.generic]:
         """The stored values of a tensor that is not a weight, such as an embedded tokenizer."""
-        return self.file.read(self.names[name])
+        return self.file.read(self.places[name].stored[0])
+
+    def entry(self, name: str) -> Entry:
+        """The header's entry of a tensor, or of its first piece."""
+        return self.file.entries[self.places[name].stored[0]]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.file[self.names[name]].shape
+        """As stored."""
+        place = self.places[name]
+        first, *inner = self.entry(name).shape or (1,)
+        if len(place.stored) > 1:
+            return (sum(self.file.entries[stored].shape[0] for stored in place.stored), *inner)
+        return (first // place.pieces, *inner) if place.pieces > 1 else self.entry(name).shape
 
-    def require(self, tensors: Mapping[str, tuple[int, ...]]) -> None:
-        """WeightsError that names every tensor that is missing, has another shape, or cannot be read."""
-        faults = [f"{name} {fault}" for name, shape in tensors.items() if (fault := self._fault(name, shape))]
-        if faults:
-            raise WeightsError(
-                f"{self.path} does not fit: {len(faults)} of {len(tensors)} tensors are wrong: "
-                f"{'; '.join(faults)}.",
-                "Use the checkpoint of Wan2.2-Animate-14B in bf16, fp16 or scaled FP8.",
-            )
+    def require(self, tensors: Mapping[str, tuple[int, ...]], part: Part | None = None) -> None:
+        """Raises WeightsError that says how many of `tensors` are missing, have another shape, or cannot be
+        read, with an example each. A file of another model is named as that.
+        """
+        part = part or (self.layout.part if self.layout else "transformer")
+        faults = {name: fault for name, shape in tensors.items() if (fault := self.fault(name, shape))}
+        if not faults:
+            self._shapes = tensors
+            return
+        spoken, hint = SPOKEN[part]
+        if foreign := self.quantised.foreign():
+            raise WeightsError(f"{self.path} is quantised for {foreign}, which is not supported.", hint)
+        if (self.layout is None or self.layout.part != part) and (what := self.what()):
+            raise WeightsError(f"{self.path} is {what}, not {spoken}.", hint)
+        raise WeightsError(f"{self.path} does not fit as {spoken}: {summarised(faults, len(tensors))}.", hint)
 
-    def _scales(self, name: str) -> NDArray[np.float32] | None:
-        """The scale of every row of an FP8 tensor; None in a file without scales."""
-        scale = self._scale_of(name)
-        if scale is None:
-            return None
-        values = self.file.read(scale).astype(np.float32).reshape(-1)
-        return np.broadcast_to(values, self.shape(name)[:1])
+    def what(self) -> str:
+        """The model that the file holds, for a sentence; nothing if it is not known."""
+        if self.layout is not None:
+            return SPOKEN[self.layout.part][0]
+        return other_model({name: entry.shape for name, entry in self.file.entries.items()})
 
-    def _scale_of(self, name: str) -> str | None:
-        """The stored name of an FP8 tensor's scale."""
-        layer = name.removesuffix(".weight")
-        return next((self.names[s] for suffix in SCALE_SUFFIXES if (s := layer + suffix) in self.names), None)
+    def fault(self, name: str, shape: tuple[int, ...]) -> Fault | None:
+        """What is wrong with a tensor that should have `shape`."""
+        if name not in self.places:
+            return Fault(MISSING)
+        for stored in self.places[name].stored:
+            if fault := self.quantised.fault(stored):
+                return fault
+        found = self.shape(name)
+        if not same_but_ones(found, shape):
+            return Fault(SHAPE, f"{list(found)} instead of {list(shape)}")
+        return None
 
-    def _fault(self, name: str, shape: tuple[int, ...]) -> str | None:
-        if name not in self.names:
-            return "is missing"
-        entry = self.file[self.names[name]]
-        if entry.dtype not in FLOAT_TYPES:
-            return f"has the type {entry.dtype}{self._quantisation(name)}, which is not supported"
-        if entry.shape != shape:
-            return f"is {list(entry.shape)} instead of {list(shape)}"
-        return self._scale_fault(name, shape) if entry.dtype in FP8_TYPES and self.scaled else None
-
-    def _scale_fault(self, name: str, shape: tuple[int, ...]) -> str | None:
-        stored = self._scale_of(name)
-        if stored is None:
-            return "is FP8 and has no scale"
-        scale, per_channel = self.file[stored], (shape[:1], (*shape[:1], 1))
-        if scale.dtype in FLOAT_TYPES and scale.shape in ((), (1,), (1, 1), *per_channel):
-            values = self.file.read(stored).astype(np.float32)
-            wrong = values[~((values > 0) & np.isfinite(values))]
-            return f"has a scale of {wrong[0]:g} ({stored})" if wrong.size else None
-        return (
-            f"has a scale of the type {scale.dtype} and the shape {list(scale.shape)}"
-            f"{self._quantisation(name)}, which is not supported"
+    def _stored(self, name: str) -> Stored:
+        """A stored tensor with all that its siblings do to it."""
+        entry, values = self.file.entries[name], self.file.read(name)
+        blocks = entry.dtype if entry.dtype in BLOCKS else ""
+        file: Path | None = entry.file
+        if not values.flags.c_contiguous:  # a transposed tensor of a .pth
+            values, file = np.ascontiguousarray(values), None
+        if entry.dtype == "F64":
+            values, file = values.astype(np.float32), None
+        stored = Stored(
+            values,
+            self.quantised.scales(name),
+            file,
+            entry.start,
+            self.quantised.rotation(name),
+            blocks,
+            entry.shape,
         )
+        columns = self.quantised.columns(name)
+        return stored if columns is None else Stored(stored.float32() * columns)
 
-    def _quantisation(self, name: str) -> str:
-        """The format of a tensor in the file's own words, for a message (model_spec.md 5.2, comfy_quant)."""
-        described = self.names.get(name.removesuffix("weight") + "comfy_quant")
-        with suppress(ValueError, KeyError, TypeError, RecursionError):
-            if described is not None:
-                layer = json.loads(self.file.read(described).tobytes())
-            else:
-                layers = json.loads(str(self.file.metadata["_quantization_metadata"]))["layers"]
-                layer = layers[self.names[name].removesuffix(".weight")]
-            return f" ({layer['format']})"
-        return ""
+
+def _joined(pieces: Sequence[Stored]) -> Stored:
+    """Tensors of the same columns, one below the other, in memory."""
+    first = pieces[0]
+    if any((p.encoding, p.rotation) != (first.encoding, first.rotation) for p in pieces):
+        return Stored(np.concatenate([piece.float32() for piece in pieces]))
+    scales = None
+    if any(piece.scales is not None for piece in pieces):
+        ones = [np.ones(p.shape[0], np.float32) if p.scales is None else p.scales for p in pieces]
+        scales = np.concatenate(ones)
+    values = np.concatenate([piece.values for piece in pieces])
+    shape = (sum(piece.shape[0] for piece in pieces), *first.shape[1:])
+    return Stored(values, scales, None, 0, first.rotation, first.blocks, shape)
+
+
+def _cut(whole: Stored, place: Place) -> Stored:
+    """One of equal parts along rows; its bytes follow each other in the file."""
+    rows = whole.shape[0] // place.pieces
+    part = slice(place.piece * rows, (place.piece + 1) * rows)
+    values = whole.values[part]
+    scales = None if whole.scales is None else whole.scales[part]
+    start = whole.start + place.piece * values.nbytes
+    return Stored(values, scales, whole.file, start, whole.rotation, whole.blocks, (rows, *whole.shape[1:]))
+
+
+def _shaped(stored: Stored, shape: tuple[int, ...]) -> Stored:
+    """The same with the dimensions of 1 that the model has."""
+    if stored.shape == shape:
+        return stored
+    if stored.scales is not None and stored.shape[:1] != shape[:1]:  # scales are those of the first dimension
+        return Stored(stored.float32().reshape(shape))
+    values = stored.values.reshape(shape[0], -1) if stored.blocks else stored.values.reshape(shape)
+    return Stored(values, stored.scales, stored.file, stored.start, stored.rotation, stored.blocks, shape)
+
+
+def summarised(faults: Mapping[str, Fault], total: int) -> str:
+    """A sentence about faults by tensor: how many of each kind, most first, and an example by pattern."""
+    kinds: dict[str, list[str]] = {}
+    for name, fault in faults.items():
+        kinds.setdefault(fault.kind, []).append(name)
+    told: list[str] = []
+    for kind, names in sorted(kinds.items(), key=lambda item: -len(item[1]))[:MOST_KINDS]:
+        of = f" of {total} tensors" if not told else ""
+        verb, _, rest = kind.partition(" ")
+        verb = {"are": "is", "have": "has"}[verb] if len(names) == 1 else verb
+        detail = faults[names[0]].detail
+        example = names[0] if len(names) == 1 else re.sub(r"\d+", "*", names[0], count=1)
+        told.append(f"{len(names)}{of} {verb} {rest}, such as {example}{detail and f' ({detail})'}")
+    if len(kinds) > MOST_KINDS:
+        told.append(f"{len(kinds) - MOST_KINDS} other faults")
+    return "; ".join(told)
 
 
 def orthonormal(direction: NDArray[np.float32]) -> NDArray[np.float32]:
     """Q of the Householder QR with LAPACK's signs: others silently break expressions (model_spec.md 1.6)."""
     return np.linalg.qr(direction + np.float32(1e-8))[0].astype(np.float32)
-
-
-def identify(transformer: Checkpoint) -> ModelConfig:
-    """The model whose width the transformer has."""
-    dims = {model.transformer.dim: model for model in MODELS.values()}
-    shape = transformer.shape(PATCH_EMBEDDING) if PATCH_EMBEDDING in transformer else ()
-    if not shape or shape[0] not in dims:
-        raise WeightsError(
-            f"{transformer.path} is not a Wan2.2-Animate transformer: its {PATCH_EMBEDDING} is "
-            f"{list(shape) if shape else 'missing'}.",
-            f"Its first dimension must be one of {sorted(dims)}.",
-        )
-    return dims[shape[0]]
-
-
-def load_weights(
-    folders: Sequence[Path], chosen: Mapping[Part, Path]
-) -> tuple[ModelConfig, dict[Part, Checkpoint]]:
-    """The model and the checked checkpoint of every part: `chosen`, or found in or below `folders`.
-
-    Several files may hold a part, since a folder of models has other CLIPs and other T5s: the one that fits
-    is taken. Reads headers and scales only. Raises WeightsError.
-    """
-    files = {part: [path] for part, path in chosen.items()}
-    files |= find_files(folders, [part for part in PARTS if part not in chosen])
-    transformer = _open_one("transformer", files["transformer"], identify)
-    model = identify(transformer)
-    weights: dict[Part, Checkpoint] = {"transformer": transformer}
-    for part in PARTS:
-        if part not in weights:
-            weights[part] = _open_one(part, files[part], lambda _: model)
-    return model, weights
-
-
-def _open_one(part: Part, paths: Sequence[Path], model: Callable[[Checkpoint], ModelConfig]) -> Checkpoint:
-    """The only one of `paths`, or the only one of them that fits."""
-
-    def opened(path: Path) -> Checkpoint:
-        checkpoint = Checkpoint(path)
-        checkpoint.require(required_tensors(model(checkpoint), part))
-        return checkpoint
-
-    if len(paths) == 1:
-        return opened(paths[0])
-    fitting = []
-    for path in paths:
-        with suppress(WeightsError):
-            fitting.append(opened(path))
-    if len(fitting) != 1:
-        several = [str(checkpoint.path) for checkpoint in fitting] or list(map(str, paths))
-        more = f" and {len(several) - MOST_NAMED} more" if len(several) > MOST_NAMED else ""
-        names = f"{', '.join(several[:MOST_NAMED])}{more}"
-        raise WeightsError(
-            f"Several files hold the {spoken(part)}{'' if fitting else ', and none fits'}: {names}.",
-            f"Choose with {option(part)} FILE.",
-        )
-    return fitting[0]

@@ -1,48 +1,75 @@
 """Finds the checkpoint files in folders by the tensors they list; their names do not matter.
 
-Only headers are read. A broken file that no part needs is not mentioned: a folder of models holds thousands
-of unrelated files.
+Only headers are read, and only searched for the layouts' signatures. A broken file that no part needs is not
+mentioned: a folder of models holds thousands of unrelated files.
 """
 
 import os
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from trt_wan.engines.contract import Part
 from trt_wan.errors import WeightsError
-from trt_wan.runtime.weights.names import SIGNATURES
-from trt_wan.runtime.weights.tensor_file import INDEX, read_index, stored_names
+from trt_wan.runtime.weights.open_file import names_text, open_file
+from trt_wan.runtime.weights.recognition.kinds import WAN, other_model
+from trt_wan.runtime.weights.recognition.layouts import candidates
+from trt_wan.runtime.weights.tensor_file import INDEX, SUFFIXES, read_index, shards_of
+
+TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+SMALLEST = 1 << 16  # bytes of a torch file; smaller ones belong to Python packages
+READERS = 8  # a network's disk answers many requests at a time
+MOST_NAMED = 3  # files in a message
+SKIPPED = ("__pycache__", ".git")
+Identity = tuple[int, int]  # device and number of a file
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A file, index or set of shards: its parts, or whether it is another Wan model or broken."""
+
+    path: Path
+    parts: set[Part]
+    other: bool = False
+    broken: str = ""
 
 
 def find_files(folders: Sequence[Path], parts: Collection[Part]) -> dict[Part, list[Path]]:
-    """For each of `parts` the files (or indexes) in or below `folders` that hold it, at least one.
+    """For each of `parts` the files (indexes, first shards) in or below `folders` that hold it, at least one.
 
-    Raises WeightsError that names every part that was not found, and the files that could not be read.
+    Raises WeightsError that names every part that was not found, and files that look like it or are broken.
     """
-    found: dict[Part, list[Path]] = {part: [] for part in parts}
     unknown = [str(folder) for folder in folders if not folder.is_dir()]
     if parts and unknown:
         raise WeightsError(f"There is no weights folder {', '.join(unknown)}.", "Name it with --weights DIR.")
-    broken = []
-    for path in _checkpoints_below(folders) if parts else ():
-        try:
-            names = stored_names(path)
-        except WeightsError as error:
-            broken.append(error.message.rstrip("."))
-            continue
-        for part in parts:
-            if not names.isdisjoint(SIGNATURES[part]):
-                found[part].append(path)
+    with ThreadPoolExecutor(READERS) as readers:
+        seen = list(readers.map(_look, _groups(folders) if parts else ()))
+    found = {part: [file.path for file in seen if part in file.parts] for part in parts}
     missing = [part for part, paths in found.items() if not paths]
     if missing:
-        places = " or ".join(map(str, folders))
-        raise WeightsError(
-            f"No safetensors file in {places} holds the {' or the '.join(map(spoken, missing))}"
-            + "".join(f"; {fault}" for fault in broken)
-            + ".",
-            f"Put it there, or name it with {', '.join(f'{option(part)} FILE' for part in missing)}.",
-        )
+        raise _not_found(folders, missing, seen)
     return found
+
+
+def _not_found(folders: Sequence[Path], missing: Sequence[Part], seen: Sequence[_Seen]) -> WeightsError:
+    options = ", ".join(f"{option(part)} FILE" for part in missing)
+    names = " or the ".join(map(spoken, missing))
+    if not folders:
+        return WeightsError(
+            f"No file is named for the {names}.", f"Name it with {options}, or a folder with --weights DIR."
+        )
+    others = [f"{file.path.name} is {what}" for file in seen if file.other and (what := _other(file.path))]
+    broken = [file.broken for file in seen if file.broken]
+    told = (others if "transformer" in missing else []) + broken
+    more = f"; {len(told) - MOST_NAMED} more are other models or broken" if len(told) > MOST_NAMED else ""
+    places = " or ".join(map(str, folders[:MOST_NAMED]))
+    return WeightsError(
+        f"No file in {places} holds the {names}"
+        + "".join(f"; {fault}" for fault in told[:MOST_NAMED])
+        + f"{more}.",
+        f"Put it there, or name it with {options}.",
+    )
 
 
 def spoken(part: Part) -> str:
@@ -53,37 +80,88 @@ def option(part: Part) -> str:
     return "--" + part.replace("_", "-")
 
 
-def _checkpoints_below(folders: Sequence[Path]) -> Iterator[Path]:
-    """Indexes, then the files that are no index's shards, each real file once."""
-    indexes, singles = [], []
+def _look(group: Sequence[Path]) -> _Seen:
+    """What the files of a group list; the first of them stands for it."""
+    path = group[0]
+    try:
+        if path.name.endswith(INDEX):
+            read_index(path)
+        text = b"\n".join(map(names_text, group))
+    except WeightsError as error:
+        return _Seen(path, set(), broken=error.message.rstrip("."))
+    parts = candidates(text)
+    return _Seen(path, parts, not parts and any(f'{name}"'.encode() in text for name in WAN))
+
+
+def _other(path: Path) -> str:
+    try:
+        return other_model({name: entry.shape for name, entry in open_file(path).entries.items()})
+    except WeightsError:
+        return ""
+
+
+def _groups(folders: Sequence[Path]) -> Iterator[Sequence[Path]]:
+    """Indexes, then sets of shards without one, then single files, each real file once."""
+    indexes: list[Path] = []
+    sets: list[Path] = []
+    singles: list[Path] = []
     for path in _walk(folders):
+        name = path.name.lower()
         if path.name.endswith(INDEX):
             indexes.append(path)
-        elif path.suffix == ".safetensors":
+        elif name.endswith(SUFFIXES):
+            (sets if shards_of(path) else singles).append(path)
+        elif name.endswith(".gguf") or (name.endswith(TORCH_SUFFIXES) and _size(path) >= SMALLEST):
             singles.append(path)
-    seen = set()
+    seen: set[Identity | Path] = set()
     for index in indexes:
-        yield index
+        if _new(index, seen):
+            yield (index,)
         try:
-            seen |= {shard.resolve() for shard in read_index(index).values()}
+            seen |= {_identity(shard) for shard in read_index(index).values()}
         except WeightsError:
             pass  # the caller raises it when it opens the index
+    for path in sets:
+        group = [shard for shard in shards_of(path) if shard.is_file()]
+        if _new(path, seen):
+            seen |= set(map(_identity, group))
+            yield group
     for path in singles:
-        real = path.resolve()
-        if real not in seen:
-            seen.add(real)
-            yield path
+        if _new(path, seen):
+            yield (path,)
+
+
+def _new(path: Path, seen: "set[Identity | Path]") -> bool:
+    """Whether a file is not in `seen`, to which it is added: links and hard links are one file."""
+    identity = _identity(path)
+    if identity in seen:
+        return False
+    seen.add(identity)
+    return True
+
+
+def _identity(path: Path) -> Identity | Path:
+    try:
+        status = path.stat()
+    except OSError:
+        return path
+    return status.st_dev, status.st_ino
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _walk(folders: Sequence[Path]) -> Iterator[Path]:
     """All files below, through links to other folders (models live on another disk), each folder once."""
-    seen = set()
+    seen: set[Identity | Path] = set()
     for folder in folders:
         for parent, inner, names in os.walk(folder, followlinks=True):
-            real = Path(parent).resolve()
-            if real in seen:
+            if not _new(Path(parent), seen):
                 inner.clear()
                 continue
-            seen.add(real)
-            inner.sort()
+            inner[:] = sorted(name for name in inner if name not in SKIPPED)
             yield from (Path(parent, name) for name in sorted(names))

@@ -10,8 +10,10 @@ from pathlib import Path
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.networks.tokenizer import Tokenizer, load_sentencepiece, load_tokenizer_json
 from trt_wan.runtime.weights.checkpoint import Checkpoint
+from trt_wan.runtime.weights.recognition.layouts import EMBEDDED
 
-EMBEDDED = "spiece_model"  # U8 bytes of a SentencePiece model, in ComfyUI's umT5 files
+WRAPPER = "custom_nodes/ComfyUI-WanVideoWrapper/configs/T5_tokenizer"  # in ComfyUI's folder, beside models/
+LEVELS = 5  # folders above the encoder in which ComfyUI's folder is looked for
 NAMES = ("tokenizer.json", "spiece.model")
 LARGEST = 256 << 20  # bytes; umT5's files have 17 and 5 MB
 
@@ -52,5 +54,8 @@ def _search(beside: Path, folders: Sequence[Path]) -> Path | None:
     ]
     for folder in folders:
         places += [folder, folder / "tokenizer", folder / "google/umt5-xxl"]
+    for start in (beside, *folders):
+        start = start.absolute()
+        places += [above / WRAPPER for above in (start, *list(start.parents)[:LEVELS])]
     candidates = (place / name for place in places for name in NAMES)
     return next((path for path in candidates if path.is_file()), None)

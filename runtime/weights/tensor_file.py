@@ -2,7 +2,8 @@
 
 Written here and not taken from the safetensors package because uploads must read straight from the map, and
 because a header can then be checked (truncated, foreign, overlapping) before a single page of weights is
-touched. The index of a sharded checkpoint (`*.safetensors.index.json`) opens as if it were one file.
+touched. The index of a sharded checkpoint (`*.safetensors.index.json`) opens as if it were one file, and so
+does each shard (`…-00001-of-00004.safetensors`), with or without an index.
 
 All faults are WeightsErrors that name the file.
 """
@@ -10,6 +11,7 @@ All faults are WeightsErrors that name the file.
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,9 @@ MOST_DIMENSIONS = 32
 LONGEST_NAME = 200  # characters of a shard's file name
 MOST_NAMED = 5  # shards in a message
 METADATA = "__metadata__"
+SUFFIXES = (".safetensors", ".sft")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|sft)", re.IGNORECASE)
+MOST_SHARDS = 1000
 
 DTYPES: dict[str, np.dtype[np.generic]] = {
     "F64": np.dtype(np.float64),
@@ -92,19 +97,17 @@ class TensorFile(Mapping[str, Entry]):
         return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
-def stored_names(path: Path) -> set[str]:
-    """The tensors that a file or an index claims to hold: a hundredth of the work of opening it."""
+def header_text(path: Path) -> bytes:
+    """The JSON that names the tensors of a file or an index, unparsed. Raises WeightsError."""
     if path.name.endswith(INDEX):
-        return set(read_index(path))
-    return set(_header(path)[0]) - {METADATA}
+        return _read(path)
+    return _header_text(path)[0]
 
 
 def read_index(index: Path) -> dict[str, Path]:
     """The shard of every tensor."""
     try:
-        described = json.loads(index.read_bytes())
-    except OSError as error:
-        raise _unreadable(index, error) from error
+        described = json.loads(_read(index))
     except (ValueError, RecursionError):
         described = None
     match described:
@@ -115,40 +118,69 @@ def read_index(index: Path) -> dict[str, Path]:
     raise WeightsError(f"{index} is not the index of a sharded checkpoint.", "Download it again.")
 
 
+def shards_of(path: Path) -> list[Path]:
+    """All shards of the set that a file belongs to by its name; none for a whole file."""
+    match = SHARD.fullmatch(path.name)
+    if match is None or not 1 < int(match[3]) <= MOST_SHARDS:
+        return []
+    stem, count, suffix = match[1], match[3], match[4]
+    return [path.with_name(f"{stem}-{k:05}-of-{count}.{suffix}") for k in range(1, int(count) + 1)]
+
+
 def _files(path: Path) -> list[Path]:
-    """The file itself, or the shards of an index."""
-    if not path.name.endswith(INDEX):
-        return [path]
-    shards = sorted(set(read_index(path).values()))
+    """The file itself, or the shards of its set or of an index."""
+    if path.name.endswith(INDEX):
+        shards = sorted(set(read_index(path).values()))
+        says = "lists shards that are not beside it"
+    else:
+        shards = shards_of(path)
+        says = f"is one of {len(shards)} shards, and some are not beside it"
     missing = [shard.name for shard in shards if not os.path.isfile(shard)]  # no OSError for a bad name
     if missing:
         more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
         raise WeightsError(
-            f"{path} lists shards that are not beside it: {', '.join(missing[:MOST_NAMED])}{more}.",
+            f"{path} {says}: {', '.join(missing[:MOST_NAMED])}{more}.",
             "Download or copy these files too.",
         )
-    return shards
+    return shards or [path]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _header_text(file: Path) -> tuple[bytes, int]:
+    """The JSON header as text, and the size of the file."""
+    try:
+        with file.open("rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            length = int.from_bytes(f.read(8), "little")
+            if length > min(size - 8, MAX_HEADER):
+                raise _foreign(file)
+            return f.read(length), size
+    except OSError as error:
+        raise _unreadable(file, error) from error
 
 
 def _header(file: Path) -> tuple[dict[str, object], int, int]:
     """The JSON header, the byte where the data starts, the size of the file."""
+    text, size = _header_text(file)
     try:
-        size = file.stat().st_size
-        with file.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if length > min(size - 8, MAX_HEADER):
-                raise ValueError("header longer than the file")
-            header = json.loads(f.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("header is not an object")
-    except OSError as error:
-        raise _unreadable(file, error) from error
+        header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise WeightsError(
-            f"{file} is not a safetensors file, or it is truncated.",
-            "Download or copy the file again; .pth and .ckpt files must be converted to safetensors first.",
-        ) from error
-    return header, 8 + length, size
+        raise _foreign(file) from error
+    if not isinstance(header, dict):
+        raise _foreign(file)
+    return header, 8 + len(text), size
+
+
+def _foreign(file: Path) -> WeightsError:
+    return WeightsError(
+        f"{file} is not a safetensors file, or it is truncated.", "Download or copy it again."
+    )
 
 
 def _metadata(file: Path, described: object) -> dict[str, object]:
