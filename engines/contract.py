@@ -42,6 +42,10 @@ class Network:
         assert 0 <= n < self.repeats, f"{self.name} has {self.repeats} sets of weights, asked for {n}"
         return self.scope.format(n=n) + name
 
+    def keys(self, n: int) -> set[str]:
+        """The names in the checkpoint of all weights of the `n`-th set."""
+        return {self.weight_key(weight.name, n) for weight in self.weights}
+
 
 def linear(name: str, out: int, inner: int) -> tuple[Tensor, Tensor]:
     """Weight [out, in] and bias [out] of a linear layer."""

@@ -15,19 +15,32 @@ from trt_wan.engines.shape import Plan
 from trt_wan.errors import EnvironmentBroken, GraphError, MemoryShort, with_commands
 from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.schedulers import combine_fp32
+from trt_wan.runtime.weights.stored import Tensors
 
 
 class BoundWeights:
     """float32 weights by network and set, read on first use and kept. Several executors may share them."""
 
     def __init__(self, weights: Mapping[Part, Mapping[str, Array]]) -> None:
-        self._weights = weights
+        self._weights: dict[Part, Mapping[str, Array] | Tensors] = dict(weights)
         self._bound: dict[tuple[str, int], dict[str, Array]] = {}
+        self._networks: dict[str, Network] = {}
+
+    def change(self, part: Part, tensors: Tensors, changed: Collection[str]) -> None:
+        """Reads `part` from `tensors` from now on, and forgets the sets that have a tensor in `changed`."""
+        self._weights[part] = tensors
+        for name, n in list(self._bound):
+            network = self._networks[name]
+            if network.part == part and any(
+                network.weight_key(w.name, n) in changed for w in network.weights
+            ):
+                del self._bound[name, n]
 
     def bind(self, network: Network, n: int) -> dict[str, Array]:
         key = (network.name, n)
         if key not in self._bound:
             stored = self._weights[network.part]
+            self._networks[network.name] = network
             self._bound[key] = {w.name: stored[network.weight_key(w.name, n)] for w in network.weights}
         return self._bound[key]
 

@@ -11,6 +11,7 @@ from trt_wan.runtime.events import Progress
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor, require_memory
 from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.weights.stored import Tensors
 
 
 class CpuSizes:
@@ -34,6 +35,9 @@ class CpuSizes:
             observed = self._observe(executor) if self._observe else executor
             self._models[plan] = Model(self._config, plan, observed, self._weights)
         return self._models[plan]
+
+    def change(self, transformer: Tensors, changed: Collection[str]) -> None:
+        self._bound.change("transformer", transformer, changed)
 
     def resume(self) -> None:
         pass

@@ -25,6 +25,7 @@ from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.gpu import GpuExecutor
+from trt_wan.runtime.loras.merging import MergingSource
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.opening.residency import (
@@ -41,6 +42,7 @@ from trt_wan.runtime.settings import Settings
 from trt_wan.runtime.weights.on_device import DeviceWeights
 from trt_wan.runtime.weights.pack import Pack
 from trt_wan.runtime.weights.sources import WeightSource
+from trt_wan.runtime.weights.stored import Tensors
 
 MOST_SIZES = 4  # whose segments are kept
 
@@ -104,6 +106,17 @@ class GpuSizes:
         room = self._budget - residency.arena - residency.scratch - residency.slots
         self.weights.prefetch([*others, *blocks], room)
         return self._models[plan]
+
+    def change(self, transformer: Tensors, changed: Collection[str]) -> None:
+        table = networks(self._config, Plan()).values()  # weights do not depend on the plan
+        keys = {
+            (network.name, n)
+            for network in table
+            if network.part == "transformer"
+            for n in range(network.repeats)
+            if not network.keys(n).isdisjoint(changed)
+        }
+        self.weights.change(MergingSource({**self._host, "transformer": transformer}), keys)
 
     def resume(self) -> None:
         self._gpu.device.set_current()

@@ -11,11 +11,11 @@ engines are built on the spot.
 """
 
 import gc
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.config import MODELS, ModelConfig
@@ -32,7 +32,9 @@ from trt_wan.runtime.events import Note, Progress, StageStarted, silent
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.onnxruntime import require_memory
 from trt_wan.runtime.finite import Broken, explained, is_finite
-from trt_wan.runtime.job import Job
+from trt_wan.runtime.job import Job, Lora
+from trt_wan.runtime.loras.lora_file import open_lora
+from trt_wan.runtime.loras.loras import Loras
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.text_encoder import encode_texts
 from trt_wan.runtime.networks.tokenizer import Tokenizer, byte_tokenizer
@@ -46,6 +48,7 @@ from trt_wan.runtime.weights.find_tokenizer import find_tokenizer
 from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.random import RandomWeights
 from trt_wan.runtime.weights.sources import FileSource, RandomSource, WeightSource
+from trt_wan.runtime.weights.stored import Tensors
 
 RANDOM_SEED = 0
 MOST_EXPANSION = 18  # tokens of a character: U+FDFA becomes 18 letters
@@ -63,6 +66,12 @@ class Sizes(Protocol):
 
     def begin(self, plan: Plan, guided: bool, steps: int, skip: Collection[str], progress: Progress) -> Model:
         """The model at a size, with memory for a job. The job does not run the networks `skip`."""
+        ...
+
+    def change(self, transformer: Tensors, changed: Collection[str]) -> None:
+        """Takes the transformer's weights from `transformer`, which differs in the tensors `changed`. Call
+        between jobs, before `begin`.
+        """
         ...
 
     def resume(self) -> None:
@@ -83,6 +92,17 @@ class OpenWeights:
     source: WeightSource
     tokenizer: Tokenizer
     text_files: tuple[Path, ...] = ()  # the files of text encoder and tokenizer; none for random weights
+
+    @property
+    def transformer(self) -> Tensors:
+        tensors: Any = self.host["transformer"]
+        return cast(Tensors, tensors)
+
+    def require_no_loras_of_noise(self, loras: Sequence[Lora]) -> None:
+        if loras and isinstance(self.source, RandomSource):
+            raise UsageError(
+                "Random weights take no LoRA.", "Name files with --weights DIR, or leave --lora out."
+            )
 
 
 def open_model(
@@ -113,6 +133,12 @@ class Basis:
         else:
             sizes = GpuSizes(*self.place, opened.config, opened.host, opened.source, self.settings, observe)
         return OpenModel(opened, self.precision, sizes, self.settings)
+
+    def require_loras(self, loras: Sequence[Lora]) -> None:
+        """Raises WeightsError, from their headers, for LoRAs that this model cannot take."""
+        self.weights.require_no_loras_of_noise(loras)
+        for lora in loras:
+            open_lora(lora.file, self.weights.config)
 
     def require_possible(self, plan: Plan) -> None:
         """Raises MemoryShort if no job of that shape fits in this machine's memory."""
@@ -149,6 +175,7 @@ class OpenModel:
         cached = settings.text_cache and bool(weights.text_files)
         self._cache = TextCache(cached, weights.text_files, numbers, (text.length, text.dim))
         self._features: dict[str, Array] = {}  # by prompt of the job, as far as they are known
+        self._loras = Loras(weights.config, weights.transformer)
 
     def stream(
         self,
@@ -196,7 +223,18 @@ class OpenModel:
         for prompt in found:
             self._report_cut(prompt, progress)
         known = len(self._features) == len(found)
+        self._merge(job.loras, progress)
         return self._sizes.begin(plan, job.guided, job.steps, [TEXT_ENCODER] if known else [], progress)
+
+    def _merge(self, loras: Sequence[Lora], progress: Progress) -> None:
+        """Everything that a job computes from the transformer's weights it computes anew, so that the weights
+        are all that a change concerns.
+        """
+        self._weights.require_no_loras_of_noise(loras)
+        merging = self._loras.merging(loras, progress)
+        if merging.changed:
+            self._sizes.change(merging.tensors, merging.changed)
+            self._loras.done(merging)
 
     def _report_cut(self, prompt: str, progress: Progress) -> None:
         tokenizer = self._weights.tokenizer

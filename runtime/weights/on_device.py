@@ -79,6 +79,22 @@ class DeviceWeights:
         if streamed:
             self._streaming = Streaming(self.gpu, list(streamed), self._finished)
 
+    def change(self, source: WeightSource, keys: Collection[Key]) -> None:
+        """Takes weights from `source` from now on; it differs from the source before in the packs `keys`,
+        which are made anew when they are next used or prefetched. Call between jobs.
+
+        Streamed packs keep their page-locked memory.
+        """
+        self._idle()
+        self.source = source
+        self._forget([key for key in self._resident if key in keys])
+        if self._streaming is not None:
+            self._streaming.forget()
+        for key in [key for key in self._made if key in keys]:
+            del self._made[key]
+            if key not in self._streamed:  # it was going to be resident, by a copy out of this memory
+                _unlock(self._memory.pop(key))
+
     def prefetch(self, packs: Sequence[Pack], room: int | None = None) -> None:
         """Loads packs ahead of `bind`, in the order in which the coming job first uses them.
 

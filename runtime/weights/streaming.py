@@ -57,6 +57,13 @@ class Streaming:
                 return
             self._load(target, free.pop(), held)
 
+    def forget(self) -> None:
+        """Call when packs are going to be made anew. Waits for the copies under way out of their memory."""
+        with cuda_core():
+            self.gpu.copies.sync()
+        for slot in self._slots:
+            slot.position = None
+
     def close(self) -> None:
         """Waits for the copies under way: the page-locked memory that they read may be freed next."""
         with cuda_core():

@@ -1,0 +1,1 @@
+"""LoRA files, from their names to merged weights."""

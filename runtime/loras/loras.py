@@ -1,0 +1,88 @@
+"""The LoRAs of an open model: files that stay open, and which tensors a job's LoRAs change against the
+last's.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL
+from trt_wan.engines.config import ModelConfig
+from trt_wan.runtime.events import Note, Progress
+from trt_wan.runtime.job import Lora
+from trt_wan.runtime.loras.changes import Rows, matrix
+from trt_wan.runtime.loras.lora_file import LoraFile, open_lora
+from trt_wan.runtime.loras.merged import Merge, MergedTensors
+from trt_wan.runtime.weights.stored import Tensors
+
+FileId = tuple[Path, int, int]  # the file, its time of change in ns, its bytes
+Merged = Mapping[str, tuple[tuple[FileId, float], ...]]  # by tensor: files and strengths, sorted
+
+
+@dataclass(frozen=True)
+class Merging:
+    """The weights of a job. `changed` are the tensors that differ from those of the job before."""
+
+    tensors: MergedTensors
+    changed: frozenset[str]
+    merged: Merged = field(repr=False)
+
+
+class Loras:
+    def __init__(self, config: ModelConfig, base: Tensors) -> None:
+        self._config, self._base = config, base
+        self._open: dict[FileId, LoraFile] = {}
+        self._merged: Merged = {}
+
+    def merging(self, loras: Collection[Lora], progress: Progress) -> Merging:
+        """Opens files that are new or changed on the disk, and reads them whole once, to find numbers that
+        are not finite. Raises WeightsError. Call `done` when the weights have been taken over.
+        """
+        opened: dict[FileId, LoraFile] = {}
+        deltas: dict[str, list[tuple[FileId, float]]] = {}
+        changes = {}
+        for lora in loras:
+            key = _file_id(lora.file)
+            if key not in opened:
+                opened[key] = self._opened(key, lora.file)
+                changes[key] = opened[key].changes()
+                progress(_note(opened[key], len(changes[key])))
+            for name in changes[key] if lora.strength else ():
+                deltas.setdefault(name, []).append((key, lora.strength))
+        self._open = opened
+        merged = {name: tuple(sorted(parts)) for name, parts in deltas.items()}
+        tensors = {
+            name: Merge(tuple((strength, change) for key, strength in parts for change in changes[key][name]))
+            for name, parts in merged.items()
+        }
+        changed = {n for n in {*merged, *self._merged} if merged.get(n) != self._merged.get(n)}
+        if DIRECTION in changed:
+            changed.add(ORTHONORMAL)
+        return Merging(MergedTensors(self._base, tensors), frozenset(changed), merged)
+
+    def done(self, merging: Merging) -> None:
+        self._merged = merging.merged
+
+    def _opened(self, key: FileId, path: Path) -> LoraFile:
+        if key not in self._open:
+            made = open_lora(path, self._config, self._whole)
+            made.require_finite()
+            return made
+        return self._open[key]
+
+    def _whole(self, name: str) -> Rows:
+        return matrix(self._base[name])
+
+
+def _file_id(path: Path) -> FileId:
+    try:
+        found = path.stat()
+    except OSError:
+        return path.absolute(), 0, 0  # opening it says what is wrong
+    return path.resolve(), found.st_mtime_ns, found.st_size
+
+
+def _note(lora: LoraFile, tensors: int) -> Note:
+    text = f"LoRA {lora.path.name}: changes {tensors} tensors."
+    data = {"file": str(lora.path), "tensors": tensors, "unmatched": dict(lora.unmatched)}
+    return Note(f"{text} {lora.left_aside}".rstrip(), "lora", data)

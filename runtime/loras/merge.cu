@@ -1,0 +1,58 @@
+// Changes of LoRAs added to float32 weights [rows, inner]. numbers.cuh stands in front.
+
+constexpr int TILE = 64;  // rows and columns of a block of 256 threads, 4x4 numbers each
+constexpr int DEPTH = 16;  // ranks at a time
+
+// values += scale * up @ down; up [rows, rank], down [rank, inner]. Each sum runs over the ranks in their order, in
+// float32.
+template <class In>
+__device__ void add_product(const In* up, const In* down, float scale, float* values, i64 rows, i64 inner, i64 rank) {
+    __shared__ float ups[DEPTH][TILE];
+    __shared__ float downs[DEPTH][TILE];
+    const int x = threadIdx.x % 16 * 4, y = threadIdx.x / 16 * 4;
+    const i64 across = (inner + TILE - 1) / TILE, tiles = across * ((rows + TILE - 1) / TILE);
+    for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const i64 row = tile / across * TILE, column = tile % across * TILE;
+        float sums[4][4] = {};
+        for (i64 first = 0; first < rank; first += DEPTH) {
+            for (int i = threadIdx.x; i < DEPTH * TILE; i += blockDim.x) {
+                const int depth = i % DEPTH, across_up = i / DEPTH;  // neighbours in memory to neighbours in threads
+                const bool inside = first + depth < rank && row + across_up < rows;
+                ups[depth][across_up] = inside ? load(up + (row + across_up) * rank + first + depth) : 0.0f;
+                const int below = i / TILE, at = i % TILE;
+                const bool within = first + below < rank && column + at < inner;
+                downs[below][at] = within ? load(down + (first + below) * inner + column + at) : 0.0f;
+            }
+            __syncthreads();
+            for (int depth = 0; depth < DEPTH; depth++)
+                for (int i = 0; i < 4; i++)
+                    for (int j = 0; j < 4; j++)
+                        sums[i][j] = fmaf(ups[depth][y + i], downs[depth][x + j], sums[i][j]);
+            __syncthreads();
+        }
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < 4; j++)
+                if (row + y + i < rows && column + x + j < inner) {
+                    float* value = values + (row + y + i) * inner + column + x + j;
+                    *value = fmaf(scale, sums[i][j], *value);
+                }
+    }
+}
+
+template <class In>
+__device__ void add(const In* change, float scale, float* values, i64 n) {
+    EACH(i, n) values[i] = fmaf(scale, load(change + i), values[i]);
+}
+
+#define CHANGES(name, In) \
+    extern "C" __global__ void add_product_##name( \
+        const In* up, const In* down, float scale, float* values, i64 rows, i64 inner, i64 rank) { \
+        add_product(up, down, scale, values, rows, inner, rank); \
+    } \
+    extern "C" __global__ void add_##name(const In* change, float scale, float* values, i64 n) { \
+        add(change, scale, values, n); \
+    }
+
+CHANGES(float32, float)
+CHANGES(float16, fp16)
+CHANGES(bfloat16, bf16)
