@@ -16,8 +16,9 @@ from trt_wan.runtime.job import Lora
 from trt_wan.runtime.loras.names import find_layer, split
 from trt_wan.runtime.presets import LoraKind, Preset, PresetLora
 from trt_wan.runtime.published.files import FILES
-from trt_wan.runtime.published.walk import files_below
-from trt_wan.runtime.weights.tensor_file import stored_names
+from trt_wan.runtime.weights.find_files import files_below
+from trt_wan.runtime.weights.open_file import names_text, open_file
+from trt_wan.runtime.weights.tensor_file import SUFFIXES
 
 LINEARS = {
     *(f"self_attn.{name}" for name in "qkvo"),
@@ -47,7 +48,9 @@ def find_loras(
 def kind_of(path: Path) -> LoraKind | None:
     """What a LoRA is by its layers; None for every other file."""
     with suppress(WeightsError):
-        return _kind(stored_names(path))
+        text = names_text(path)
+        if any(sign in text for sign in (b"cross_attn", b"attn2")) and b"lora" in text:
+            return _kind(open_file(path).entries)
     return None
 
 
@@ -70,7 +73,7 @@ def loras_by_kind(paths: Iterable[Path]) -> dict[LoraKind, list[Path]]:
     found: dict[LoraKind, list[Path]] = {}
     seen = set()
     for path in paths:
-        if path.suffix.lower() != ".safetensors" or (real := path.resolve()) in seen:
+        if not path.name.lower().endswith(SUFFIXES) or (real := path.resolve()) in seen:
             continue
         seen.add(real)
         if (kind := kind_of(path)) is not None:

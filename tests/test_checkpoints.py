@@ -530,7 +530,9 @@ def test_two_files_for_a_part_are_named_with_the_option(
 ) -> None:
     """Two models of the same type and layout compete."""
     one, two = folder / files[part].name, folder / "below" / "second.safetensors"
-    name = next(name for name in required_tensors(TINY, part) if Checkpoint(one).entry(name).dtype != "F8_E4M3")
+    name = next(
+        name for name in required_tensors(TINY, part) if Checkpoint(one).entry(name).dtype != "F8_E4M3"
+    )
     rewrite(one, two, lambda tensors: tensors | {name: tensors[name] + 1})
     error = failure(lambda: load_weights([folder], {}))
     assert str(one) in error.message and str(two) in error.message and error.message.count(" GB)") == 2
@@ -672,7 +674,10 @@ def torch_pickle() -> bytes:
     ("content", "says"),
     [
         (torch_pickle(), "227 of 227 tensors are missing"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 34549787368\n", "a pointer of Git LFS"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 34549787368\n",
+            "a pointer of Git LFS",
+        ),
         (b"<!DOCTYPE html><html><body>Access to this model is restricted</body></html>", "a web page"),
         (bytes(4096), "not a safetensors file"),
         ((6).to_bytes(8, "little") + b'["no"]', "not a safetensors file"),
@@ -795,7 +800,10 @@ def test_an_index_whose_shard_is_missing(folder: Path) -> None:
 def test_types_of_the_future_are_named(tmp_path: Path) -> None:
     described = {"dtype": "F6_E3M2", "shape": [4], "data_offsets": [0, 3]}
     path = write_raw(tmp_path / "x.safetensors", {"x": described}, bytes(3))
-    assert "1 of 1 tensors has the type F6_E3M2" in failure(lambda: Checkpoint(path).require({"x": (4,)})).message
+    assert (
+        "1 of 1 tensors has the type F6_E3M2"
+        in failure(lambda: Checkpoint(path).require({"x": (4,)})).message
+    )
 
 
 @pytest.mark.parametrize(("dim", "told"), [(1536, "[1536, 36, 1, 2, 2]"), (None, "missing")])

@@ -13,7 +13,7 @@ from typing import Protocol
 from trt_wan.engines.store.files import replace_atomically
 from trt_wan.errors import UsageError
 from trt_wan.runtime.published.files import PublishedFile
-from trt_wan.runtime.published.walk import files_below
+from trt_wan.runtime.weights.find_files import files_below
 
 INCOMPLETE = ".incomplete"
 # The relight LoRA is found under diffusion_models too, where the official page puts it.

@@ -105,7 +105,7 @@ def _groups(folders: Sequence[Path]) -> Iterator[Sequence[Path]]:
     indexes: list[Path] = []
     sets: list[Path] = []
     singles: list[Path] = []
-    for path in _walk(folders):
+    for path in files_below(folders):
         name = path.name.lower()
         if path.name.endswith(INDEX):
             indexes.append(path)
@@ -155,7 +155,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _walk(folders: Sequence[Path]) -> Iterator[Path]:
+def files_below(folders: Sequence[Path]) -> Iterator[Path]:
     """All files below, through links to other folders (models live on another disk), each folder once."""
     seen: set[Identity | Path] = set()
     for folder in folders:

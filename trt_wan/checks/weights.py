@@ -15,9 +15,8 @@ from trt_wan.runtime.opening.model import open_weights
 from trt_wan.runtime.preset_loras import loras_by_kind
 from trt_wan.runtime.presets import LoraKind
 from trt_wan.runtime.published.files import FILES
-from trt_wan.runtime.published.walk import files_below
 from trt_wan.runtime.settings import WeightFiles
-from trt_wan.runtime.weights.find_files import find_files, spoken
+from trt_wan.runtime.weights.find_files import files_below, find_files, spoken
 from trt_wan.runtime.weights_folders import searched_folders
 
 PULL = shell_command(("pull",))
@@ -51,7 +50,7 @@ def _parts(folders: Sequence[Path], precision: Precision) -> tuple[list[Check], 
             notes.append(event)
 
     try:
-        opened = open_weights(WeightFiles(tuple(folders)), keep)
+        opened = open_weights(WeightFiles(tuple(folders)), precision, keep)
     except TrtWanError as error:
         return [*_missing(folders), of_error("weights", error)], None
     chosen = [

@@ -7,6 +7,7 @@ import click
 
 from trt_wan.cli.command import Group, command
 from trt_wan.cli.report import Report
+from trt_wan.errors import UsageError
 
 
 @click.group(cls=Group)
@@ -27,3 +28,40 @@ def tiny(*, report: Report, folder: Path, seed: int) -> Any:
         "files": [str(path) for path in paths],
         "bytes": sum(path.stat().st_size for path in paths),
     }
+
+
+@weights.command(short_help="Write a checkpoint again in the layout that loads fastest.")
+@click.argument("file", type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="The safetensors file to write.",
+)
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(["fp8", "bf16"]),
+    help="fp8: E4M3 with a scale per output row, for GPUs with FP8. Default: fp8 for the transformer, else "
+    "bf16.",
+)
+@click.option("-y", "--overwrite", is_flag=True, help="Replace the output if it exists.")
+@command
+def convert(*, report: Report, file: Path, output: Path, kind: Any, overwrite: bool) -> Any:
+    """Write the checkpoint FILE, of any layout, under the official names with the types of the engines.
+
+    \b
+    trt-wan weights convert animate-Q8_0.gguf -o animate_fp8.safetensors
+
+    The engines get the same bits from the new file as from the old one, sooner. FILE may be the index or the
+    folder of a sharded checkpoint.
+    """
+    from trt_wan.runtime.video.target import refuse_inputs
+    from trt_wan.runtime.weights.rewrite import rewrite
+
+    refuse_inputs(output, [file])
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} exists.", "Name another file, or add -y to replace it.")
+    made = rewrite(file, output, kind, report.progress)
+    return output, made
