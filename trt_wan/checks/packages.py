@@ -2,10 +2,9 @@
 
 import os
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 
 from trt_wan.checks.check import Check, of_error, ok
-from trt_wan.cli.missing import EXPORTERS
+from trt_wan.cli.missing import lacking_exporters
 from trt_wan.cli.version import versions
 from trt_wan.errors import EnvironmentBroken
 from trt_wan.install import install_command
@@ -68,8 +67,7 @@ def _library(name: str, has_gpu: bool) -> Check:
 
 def _torch() -> Check:
     """Exporting needs it. It is not imported."""
-    lacking = [name for name in EXPORTERS if find_spec(name) is None]
-    if lacking:
+    if lacking := lacking_exporters():
         text = f"{', '.join(lacking)} not installed: graphs of new sizes cannot be exported here."
         return Check("export", "warning", text, "To export here:", (install_command("build"),))
     return ok("export", f"torch {version('torch')}: graphs of new sizes are exported when they are needed")

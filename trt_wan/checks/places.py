@@ -7,12 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from trt_wan.checks.check import Check, ok
+from trt_wan.cli.missing import lacking_exporters
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.graphs import graph_set
 from trt_wan.engines.store.home import home
 from trt_wan.errors import GraphError, MemoryShort, shell_command
+from trt_wan.install import install_command
 
 LITTLE = 5e9  # bytes; graphs, engines and a video of one size take about 1 GB
 
@@ -60,5 +62,12 @@ def graphs_check(config: ModelConfig, precision: Precision) -> Check:
         graphs.require()
     except GraphError as error:
         text = f"Those of {plan.width}x{plan.height} are not there yet; the first run exports them."
-        return Check("graphs", "warning", text, "To have them before:", (shell_command(error.command),))
+        build = shell_command(error.command)
+        if lacking_exporters():
+            text = f"Those of {plan.width}x{plan.height} are not there, and cannot be exported here."
+            commands = install_command("build"), build
+            return Check(
+                "graphs", "fault", text, "Install what exports them, or copy them from there:", commands
+            )
+        return Check("graphs", "warning", text, "To have them before:", (build,))
     return ok("graphs", f"of {plan.width}x{plan.height}, {plan.frames} frames a window")
