@@ -1,6 +1,4 @@
-"""`trt-wan doctor`: every check finds its fault and names the fix; nothing is compiled; exit 1 if a run cannot
-work.
-"""
+"""`trt-wan doctor`: every check finds its fault and names the fix, and nothing is compiled."""
 
 import json
 import os
@@ -26,6 +24,7 @@ from trt_wan.checks.weights import weights_checks
 from trt_wan.cli.doctor import described
 from trt_wan.cli.main import cli
 from trt_wan.engines.config import ANIMATE_14B, TINY
+from trt_wan.engines.store.home import home
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +170,8 @@ def test_graphs_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trt_wan.checks.places.lacking_exporters", lambda: ["torch"])
     check = graphs_check(TINY, "bf16")
     assert check.state == "fault" and any("install" in command for command in check.commands)
+    (home() / "graphs" / "tiny-64x48x5-bf16-0").mkdir(parents=True)
+    assert graphs_check(TINY, "bf16").state == "warning", "jobs of another size can run"
 
 
 def test_the_14b_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

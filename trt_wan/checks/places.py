@@ -6,7 +6,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from trt_wan.checks.check import Check, ok
+from trt_wan.checks.check import Check, State, ok
 from trt_wan.cli.missing import lacking_exporters
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.precision import Precision
@@ -65,9 +65,8 @@ def graphs_check(config: ModelConfig, precision: Precision) -> Check:
         build = shell_command(error.command)
         if lacking_exporters():
             text = f"Those of {plan.width}x{plan.height} are not there, and cannot be exported here."
+            state: State = "warning" if any((home() / "graphs").glob(f"{config.name}-*")) else "fault"
             commands = install_command("build"), build
-            return Check(
-                "graphs", "fault", text, "Install what exports them, or copy them from there:", commands
-            )
+            return Check("graphs", state, text, "Install what exports them, then:", commands)
         return Check("graphs", "warning", text, "To have them before:", (build,))
     return ok("graphs", f"of {plan.width}x{plan.height}, {plan.frames} frames a window")
