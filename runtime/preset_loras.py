@@ -45,6 +45,11 @@ def find_loras(
     return (*(_chosen(lora, found.get(lora.kind, []), preset) for lora in missing), *given)
 
 
+def is_lora(path: Path) -> bool:
+    """Whether the file has keys of a LoRA. Raises WeightsError for one that cannot be opened."""
+    return path.is_file() and any(map(split, open_file(path).entries))
+
+
 def kind_of(path: Path) -> LoraKind | None:
     """What a LoRA is by its layers; None for every other file."""
     with suppress(WeightsError):

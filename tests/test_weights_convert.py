@@ -13,6 +13,7 @@ from quantised_weights import as_gguf, as_int8, wan_type, write_gguf
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from weight_oracle import contents
+from weight_oracle import quantised as plainly_quantised
 
 from trt_wan.cli.main import cli
 from trt_wan.engines.checkpoint import PARTS, required_tensors
@@ -25,6 +26,7 @@ from trt_wan.errors import OutputError, UsageError, WeightsError
 from trt_wan.runtime.weights.checkpoint import Checkpoint
 from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.pack import Pack
+from trt_wan.runtime.weights.quantise import quantised
 from trt_wan.runtime.weights.rewrite import rewrite
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
@@ -152,6 +154,21 @@ def test_a_transformer_of_any_layout(tmp_path: Path, numbers: Numbers, layout: s
     rewrite(source, tmp_path / "bf16.safetensors", "bf16")
     assert_same(source, tmp_path / "bf16.safetensors", "transformer", "bf16")
     assert set(types_of(tmp_path / "bf16.safetensors").values()) <= {"BF16", "F16", "F32"}
+
+
+def test_rows_are_quantised_as_by_the_plain_version() -> None:
+    """Bit for bit, near every boundary between two codes, over all sizes of rows."""
+    codes = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
+    codes = np.sort(codes[np.isfinite(codes)])
+    middles = (codes[1:] + codes[:-1]) / 2
+    near = [np.nextafter(middles, np.float32(side)) for side in (-np.inf, np.inf)]
+    row = np.concatenate([codes, middles, *near, [448.0]]).astype(np.float32)
+    rng = np.random.default_rng(0)
+    some = rng.standard_normal((40, len(row))) * np.exp(rng.normal(0, 8, (40, 1)))
+    zero = np.zeros_like(row)
+    weight = np.stack([row, row * 3, row / 7, zero, *some]).astype(np.float32)
+    for made, plain in zip(quantised(weight), plainly_quantised(weight, None), strict=True):
+        assert made.tobytes() == plain.tobytes()
 
 
 def test_a_second_conversion_changes_nothing(tmp_path: Path, numbers: Numbers) -> None:

@@ -26,12 +26,13 @@ from trt_wan.engines.checkpoint import ORTHONORMAL, required_tensors
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.fp8 import E4M3, quantise_rows
+from trt_wan.engines.fp8 import E4M3
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.files import PARTIAL, named
 from trt_wan.errors import OutputError, UsageError, WeightsError
 from trt_wan.runtime.events import FileProgress, Progress, silent
 from trt_wan.runtime.weights.checkpoint import Checkpoint
+from trt_wan.runtime.weights.quantise import quantised
 from trt_wan.runtime.weights.recognition.layouts import EMBEDDED
 from trt_wan.runtime.weights.stored import Stored
 from trt_wan.runtime.weights.tensor_file import DTYPES
@@ -76,7 +77,6 @@ def rewrite(
             f"{source} is the {part.replace('_', ' ')}, whose engines take no FP8.", "Use --type bf16."
         )
     tensors = list(_tensors(checkpoint, part, model, kind))
-    tensors.sort(key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))  # every tensor is aligned
     size = sum(tensor.bytes for tensor in tensors)
     _require_space(output, size)
     temporary = output.with_name(f"{output.name}.{get_native_id()}{PARTIAL}")
@@ -115,19 +115,24 @@ def _identify(checkpoint: Checkpoint) -> tuple[Part, ModelConfig]:
 
 
 def _tensors(checkpoint: Checkpoint, part: Part, model: ModelConfig, kind: Kind) -> Iterator[Written]:
+    """In the order of the new file. Long types come first, so that tensors are aligned; of an FP8 layer the
+    scales come behind the weight, whose size is a multiple of 4.
+    """
     types = _engine_types(model, part, kind)
-    scaled = False
+    others, fp8 = [], []
     for name in required_tensors(model, part):
         wanted = types.get(name, FLOAT32)  # those without an engine are read as float32
         if wanted == E4M3:
-            scaled = True
-            yield from _fp8(checkpoint, name)
+            fp8.append(name)
             continue
         stored = checkpoint.stored(name)
         plain = not stored.blocks and not stored.rotation and stored.scales is None and stored.dtype in PLAIN
         dtype = stored.dtype if plain and wanted == FLOAT32 else wanted
-        yield Written(name, dtype, stored.shape, _as(stored, dtype))
-    if scaled:
+        others.append(Written(name, dtype, stored.shape, _as(stored, dtype)))
+    yield from sorted(others, key=lambda tensor: -tensor.dtype.itemsize)
+    for name in fp8:
+        yield from _fp8(checkpoint, name)
+    if fp8:
         yield Written(MARKER, E4M3, (0,), lambda: np.zeros(0, E4M3))
     if EMBEDDED in checkpoint:
         tokenizer = checkpoint.raw(EMBEDDED)
@@ -145,26 +150,26 @@ def _engine_types(model: ModelConfig, part: Part, kind: Kind) -> dict[str, np.dt
     return types
 
 
-def _fp8(checkpoint: Checkpoint, name: str) -> Iterator[Written]:
-    """The weight and the scales of its rows. The scales come much earlier in the file: the rows are quantised
-    twice, which needs no memory for all of them.
-    """
+def _fp8(checkpoint: Checkpoint, name: str) -> tuple[Written, Written]:
+    """The weight, and the scales of its rows, which are made with it."""
     stored = checkpoint.stored(name)
-    rows, layer = stored.shape[:1], name.removesuffix(".weight")
-    if stored.dtype == E4M3 and not stored.blocks and not stored.rotation:
-        scales = np.ones(rows, np.float32) if stored.scales is None else np.ascontiguousarray(stored.scales)
-        yield Written(layer + SCALE, FLOAT32, rows, lambda: scales)
-        yield Written(name, E4M3, stored.shape, lambda: stored.values.reshape(stored.shape))
-        return
-    yield Written(layer + SCALE, FLOAT32, rows, lambda: _quantised(stored)[1])
-    yield Written(name, E4M3, stored.shape, lambda: _quantised(stored)[0])
+    as_it_is = stored.dtype == E4M3 and not stored.blocks and not stored.rotation
+    scales: list[NDArray[np.float32]] = []
 
+    def weight() -> NDArray[Any]:
+        if as_it_is:
+            one_each = np.ones(stored.shape[0], np.float32)
+            scales.append(one_each if stored.scales is None else np.ascontiguousarray(stored.scales))
+            return stored.values.reshape(stored.shape)
+        values, made = quantised(stored.float32())
+        scales.append(made)
+        return values
 
-def _quantised(stored: Stored) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """As convert.cu does: rounded to bf16 first."""
-    weight = stored.float32().astype(BF16).astype(np.float32)
-    values, scales = quantise_rows(weight.reshape(len(weight), -1))
-    return values.reshape(stored.shape), scales
+    named = name.removesuffix(".weight") + SCALE
+    return (
+        Written(name, E4M3, stored.shape, weight),
+        Written(named, FLOAT32, stored.shape[:1], scales.pop),
+    )
 
 
 def _as(stored: Stored, dtype: np.dtype[Any]) -> Callable[[], NDArray[Any]]:
