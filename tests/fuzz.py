@@ -532,7 +532,7 @@ def some_gguf() -> tuple[bytes, int]:
     }
     kinds = ("Q4_K", "Q8_0", "F32", "F16", "BF16")
     tensors: dict[str, Made] = {
-        name: as_gguf(rng.standard_normal(shape, np.float32), kind, rng)
+        name: as_gguf(rng.standard_normal(shape, np.float32), kind)
         for kind, (name, shape) in zip(kinds, values.items(), strict=True)
     }
     with tempfile.TemporaryDirectory() as folder:

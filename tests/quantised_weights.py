@@ -1,7 +1,4 @@
-"""Weights in the quantised forms that people have, GGUF and int8, with the float32 numbers they stand for.
-
-GGUF types that the gguf package cannot write get random bits and scales that give the deviation asked for.
-"""
+"""Weights in the quantised forms that people have, GGUF and int8, with the float32 numbers they stand for."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import k_quants
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
@@ -18,19 +16,11 @@ from trt_wan.runtime.weights.gguf_file import GgufFile
 from trt_wan.runtime.weights.stored import BLOCKS, Stored, Tensors, rotated
 from trt_wan.runtime.weights.tensor_file import TensorFile
 
-QUANTISED = ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1")  # the package quantises to them
-# Where the halves lie in a block: the scale, and the minimum with what makes the mean 0.
-SCALES = {
-    "Q8_0": (0, None, 0.0),
-    "Q4_0": (0, None, 0.0),
-    "Q4_1": (0, 2, -7.5),
-    "Q5_0": (0, None, 0.0),
-    "Q5_1": (0, 2, -15.5),
-    "Q2_K": (80, 82, 1.5),
-    "Q3_K": (108, None, 0.0),
-    "Q4_K": (0, 2, 7.5),
-    "Q5_K": (0, 2, 15.5),
-    "Q6_K": (208, None, 0.0),
+FORMS = ("int8", "int8 rows", "int8 convrot", *BLOCKS)  # of `quantised_file`
+# Where the halves lie in a block: the scale, and the minimum.
+SCALES: dict[str, tuple[int, ...]] = {
+    **{"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2)},
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
 }
 # Parts of Wan's names that llama-quantize leaves alone (ComfyUI-GGUF, tools/lcpp.patch).
 KEPT = (
@@ -54,33 +44,39 @@ class Made:
     values: NDArray[np.float32]
 
 
-def random_blocks(kind: str, shape: tuple[int, int], rng: np.random.Generator, deviation: float = 1.0) -> Any:
-    """uint8 [rows, bytes per row] of any bits; numbers of a mean near 0."""
+def random_blocks(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> Any:
+    """uint8 [rows, bytes per row] of any bits, with scales of a sane size."""
     count, size = BLOCKS[kind]
     blocks = rng.integers(0, 256, (shape[0] * shape[1] // count, size), np.uint8)
+    for at in SCALES[kind]:
+        blocks[:, at : at + 2] = rng.uniform(-0.02, 0.02, (len(blocks), 1)).astype(np.float16).view(np.uint8)
+    return blocks.reshape(shape[0], -1)
 
-    def scaled(scale: float) -> Any:
-        factors = (scale * rng.uniform(0.5, 1.5, len(blocks))).astype(np.float16)
-        first, second, ratio = SCALES[kind]
-        blocks[:, first : first + 2] = factors[:, None].view(np.uint8)
-        if second is not None:
-            minima = (factors * np.float16(ratio)).astype(np.float16)
-            blocks[:, second : second + 2] = minima[:, None].view(np.uint8)
-        return blocks.reshape(shape[0], -1)
 
-    return scaled(deviation / decoded(scaled(1.0), kind).std())
+def extreme_blocks(kind: str, rng: np.random.Generator) -> Any:
+    """uint8 [rows, bytes]: blocks with one bit set, with all but one; scales of any size, 0, Inf and NaN."""
+    count, size = BLOCKS[kind]
+    ones = np.concatenate([np.zeros((1, size), np.uint8), np.eye(size, dtype=np.uint8)])
+    blocks = np.concatenate([ones << bit for bit in range(8)])
+    blocks = np.concatenate([blocks, ~blocks, rng.integers(0, 256, (512, size), np.uint8)])
+    halves = np.array([0, -0.0, 1, -1, 6e-8, 6e-5, 65504, -65504, np.inf, np.nan, 0.1], np.float16)
+    for at in SCALES[kind]:
+        chosen = rng.integers(0, len(halves), len(blocks))
+        chosen[: 8 * (size + 1)] = 2  # so that the bits show
+        blocks[:, at : at + 2] = halves[chosen][:, None].view(np.uint8)
+    return blocks
 
 
 def decoded(blocks: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
     return gguf.dequantize(blocks, GGMLQuantizationType[kind])
 
 
-def as_gguf(values: NDArray[np.float32], kind: str, rng: np.random.Generator) -> Made:
-    """The values in a GGUF type; of a type that cannot be written from them, others of the same deviation."""
-    if kind not in BLOCKS or kind in QUANTISED:
-        data = gguf.quantize(np.ascontiguousarray(values, np.float32), GGMLQuantizationType[kind])
+def as_gguf(values: NDArray[np.float32], kind: str, rng: object = None) -> Made:
+    """The values in a GGUF type. `rng` is not used; it can go when tests/made_layouts.py passes none."""
+    if kind in k_quants.WRITERS:
+        data = k_quants.quantise(values, kind)
     else:
-        data = random_blocks(kind, (values.shape[0], values.shape[1]), rng, float(values.std()) or 1.0)
+        data = gguf.quantize(np.ascontiguousarray(values, np.float32), GGMLQuantizationType[kind])
     return Made(kind, data, decoded(data, kind).reshape(values.shape))
 
 
@@ -145,15 +141,24 @@ class QuantisedTensors:
         return self.stored(name).rows(indices)
 
 
+def with_quantised_block(base: Any, path: Path, kind: str) -> QuantisedTensors:
+    """A transformer whose matrices of block 0, with channels of different sizes, lie in a file of `kind`."""
+    sizes = np.linspace(0.1, 3, 64, dtype=np.float32)[:, None]
+    names = [
+        n for n in base if n.startswith("blocks.0.") and n.endswith("weight") and len(base.shape(n)) == 2
+    ]
+    matrices = {name: base[name] * np.resize(sizes, (base.shape(name)[0], 1)) for name in names}
+    return QuantisedTensors(base, quantised_file(path, kind, matrices)[0])
+
+
 def quantised_file(
     path: Path, kind: str, matrices: Mapping[str, NDArray[np.float32]]
 ) -> tuple[dict[str, Stored], dict[str, NDArray[np.float32]]]:
     """Matrices written in a type of BLOCKS, or as "int8" (a scale per tensor), "int8 rows" or "int8 convrot".
     Returns them as they are read, and the values that they stand for.
     """
-    rng = np.random.default_rng(0)
     if kind in BLOCKS:
-        made = {name: as_gguf(values, kind, rng) for name, values in matrices.items()}
+        made = {name: as_gguf(values, kind) for name, values in matrices.items()}
         write_gguf(path, made)
         file = GgufFile(path)
         stored = {

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from kernels_on_cpu import CpuKernels
-from quantised_weights import SCALES, random_blocks
+from quantised_weights import extreme_blocks, random_blocks
 from weight_oracle import converted, plain, quantised, rotated
 
 from trt_wan.runtime.weights.convert import SOURCE, SOURCES, TARGETS
@@ -18,21 +18,6 @@ SCALED = ("float8_e4m3fn", "float8_e5m2", "int8")
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> CpuKernels:
     return CpuKernels(SOURCE, tmp_path_factory.mktemp("kernels"))
-
-
-def extreme_blocks(kind: str, rng: np.random.Generator) -> Any:
-    """uint8 [rows, bytes]: blocks with one bit set, with all but one; scales of any size, 0, Inf and NaN."""
-    count, size = BLOCKS[kind]
-    ones = np.concatenate([np.zeros((1, size), np.uint8), np.eye(size, dtype=np.uint8)])
-    blocks = np.concatenate([ones << bit for bit in range(8)])
-    blocks = np.concatenate([blocks, ~blocks, rng.integers(0, 256, (512, size), np.uint8)])
-    halves = np.array([0, -0.0, 1, -1, 6e-8, 6e-5, 65504, -65504, np.inf, np.nan, 0.1], np.float16)
-    for at in SCALES[kind][:2]:
-        if at is not None:
-            chosen = rng.integers(0, len(halves), len(blocks))
-            chosen[: 8 * (size + 1)] = 2  # so that the bits show
-            blocks[:, at : at + 2] = halves[chosen][:, None].view(np.uint8)
-    return blocks
 
 
 def same(got: Any, want: Any, what: str) -> None:

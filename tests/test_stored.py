@@ -8,20 +8,15 @@ import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from quantised_weights import QUANTISED, decoded, quantised_file, random_blocks
+from quantised_weights import FORMS, decoded, quantised_file, random_blocks
 
 from trt_wan.runtime.weights.stored import BLOCKS, CHUNK, ROTATIONS, Stored, rotated
 
-# The largest error over the largest weight, of normal numbers.
+# The largest error over the largest weight, of normal numbers; a tenth more than measured.
 ERRORS = {
-    "int8": 0.004,
-    "int8 rows": 0.004,
-    "int8 convrot": 0.012,  # 16 columns' errors add up
-    "Q8_0": 0.004,
-    "Q5_0": 0.05,
-    "Q5_1": 0.03,
-    "Q4_0": 0.1,
-    "Q4_1": 0.06,
+    **{"int8": 0.0043, "int8 rows": 0.0043, "int8 convrot": 0.0092, "Q8_0": 0.0043},
+    **{"Q5_0": 0.041, "Q5_1": 0.027, "Q4_0": 0.089, "Q4_1": 0.055},
+    **{"Q2_K": 0.27, "Q3_K": 0.27, "Q4_K": 0.056, "Q5_K": 0.027, "Q6_K": 0.034},  # by tests/k_quants.py
 }
 
 
@@ -34,9 +29,9 @@ def test_the_table_of_blocks_is_the_packages() -> None:
     assert sizes == BLOCKS
 
 
-@pytest.mark.parametrize("kind", ["int8", "int8 rows", "int8 convrot", *BLOCKS])
+@pytest.mark.parametrize("kind", FORMS)
 def test_a_file_gives_the_numbers_it_was_made_from(kind: str, tmp_path: Path) -> None:
-    """More rows than are decoded at a time. Types that nothing can write give those of the gguf package."""
+    """More rows than are decoded at a time; GGUF's as the gguf package decodes them."""
     weight = normal((1200, 512)) * np.linspace(0.5, 1, 1200, dtype=np.float32)[:, None]
     assert weight.size > 2 * CHUNK
     stored, values = quantised_file(tmp_path / "f", kind, {"w": weight})
@@ -44,10 +39,9 @@ def test_a_file_gives_the_numbers_it_was_made_from(kind: str, tmp_path: Path) ->
     assert got.dtype == np.float32 and got.shape == stored["w"].shape == weight.shape
     if kind in BLOCKS:
         np.testing.assert_array_equal(got, values["w"])
-    if kind in ERRORS:
-        error = np.abs(got - weight).max() / np.abs(weight).max()
-        assert ERRORS[kind] / 4 < error < ERRORS[kind]
-    np.testing.assert_array_equal(stored["w"].rows([1199, 0, 7]), got[[1199, 0, 7]])
+    error = np.abs(got - weight).max() / np.abs(weight).max()
+    assert 0.8 * ERRORS[kind] < error < ERRORS[kind]
+    np.testing.assert_allclose(stored["w"].rows([1199, 0, 7]), got[[1199, 0, 7]], rtol=0, atol=1e-6)
     raw = np.zeros(stored["w"].nbytes(2 * 512), np.uint8)
     stored["w"].read(stored["w"].nbytes(3 * 512), raw)
     assert raw.tobytes() == stored["w"].values[3:5].tobytes()
@@ -71,8 +65,8 @@ def test_a_rotation_is_a_product_with_h_and_its_own_inverse(group: int) -> None:
 
 
 def test_rotated_weights_give_the_outputs_of_rotated_activations(tmp_path: Path) -> None:
-    """The identity that int8 ConvRot is used by: x H (W H)^T = x W^T. Weights 100 times larger in one column
-    cost 5 % without the rotation and 0.7 % with it.
+    """The identity that int8 ConvRot is used by: x H (W H)^T = x W^T. A column with weights 100 times larger
+    costs less with the rotation.
     """
     weight, x = normal((64, 512)), normal((8, 512), 1)
     stored = quantised_file(tmp_path / "f", "int8 convrot", {"w": weight})[0]["w"]
@@ -104,7 +98,7 @@ def test_a_delta_is_added_last_and_to_its_rows(kind: str, tmp_path: Path) -> Non
     want = plain.float32()
     want[::2] += np.arange(0, 1200, 2, dtype=np.float32)[:, None]
     np.testing.assert_array_equal(changed.float32(), want)
-    np.testing.assert_array_equal(changed.rows([1198, 5, 0]), want[[1198, 5, 0]])
+    np.testing.assert_allclose(changed.rows([1198, 5, 0]), want[[1198, 5, 0]], rtol=1e-6, atol=1e-6)
 
 
 def test_the_scales_of_a_damaged_block_give_numbers_that_are_not_finite() -> None:
@@ -122,7 +116,6 @@ def test_a_shape_that_the_file_has_not(tmp_path: Path) -> None:
     assert stored.shape == (1, 6, 256) and stored.row == 6 * 256
     np.testing.assert_array_equal(stored.float32(), values.astype(np.float32)[None])
     blocks = random_blocks("Q8_0", (4, 96), np.random.default_rng(0))
-    assert "Q8_0" in QUANTISED
     convolution = Stored(blocks, blocks="Q8_0", dims=(4, 32, 3))
     np.testing.assert_array_equal(convolution.float32(), decoded(blocks, "Q8_0").reshape(4, 32, 3))
     np.testing.assert_array_equal(convolution.rows([2]), convolution.float32()[2:3])

@@ -14,13 +14,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from late_gpu import LateGpu, at
-from quantised_weights import QuantisedTensors, quantised_file
+from quantised_weights import FORMS, QuantisedTensors, with_quantised_block
 from safetensors.numpy import save_file
 from weight_oracle import E4M3, contents
 
 from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.config import TINY
-from trt_wan.engines.contract import Part
+from trt_wan.engines.contract import Network, Part, Tensor, scale_name
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
@@ -32,8 +32,8 @@ from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.on_device import AHEAD, LEAVING, DeviceWeights
 from trt_wan.runtime.weights.pack import Pack, nbytes
 from trt_wan.runtime.weights.random import RandomWeights, random_moments
-from trt_wan.runtime.weights.sources import FileSource, Piece, Place, RandomSource
-from trt_wan.runtime.weights.stored import BLOCKS, Tensors
+from trt_wan.runtime.weights.sources import FLOAT32_BYTES, Batch, FileSource, Piece, Place, RandomSource
+from trt_wan.runtime.weights.stored import Stored, Tensors
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 E5M2 = np.dtype(ml_dtypes.float8_e5m2)
@@ -86,14 +86,8 @@ def quantised(tiny: Parts, tmp_path_factory: pytest.TempPathFactory) -> Callable
     """The same with the matrices of block 0 in a form that is decoded."""
 
     def made(kind: str) -> Parts:
-        base = tiny["transformer"]
-        rows = np.linspace(0.1, 3, 64, dtype=np.float32)[:, None]  # channels of different sizes
-        names = [
-            n for n in base if n.startswith("blocks.0.") and n.endswith("weight") and len(base.shape(n)) == 2
-        ]
-        matrices = {name: base[name] * np.resize(rows, (base.shape(name)[0], 1)) for name in names}
-        stored, _ = quantised_file(tmp_path_factory.mktemp("quantised") / "file", kind, matrices)
-        return {**tiny, "transformer": cast(Any, QuantisedTensors(base, stored))}
+        path = tmp_path_factory.mktemp("quantised") / "file"
+        return {**tiny, "transformer": cast(Any, with_quantised_block(tiny["transformer"], path, kind))}
 
     return made
 
@@ -196,7 +190,7 @@ def test_a_transformer_of_any_type_is_converted(
     run.end()
 
 
-@pytest.mark.parametrize("kind", ["int8", "int8 rows", "int8 convrot", *BLOCKS])
+@pytest.mark.parametrize("kind", FORMS)
 def test_a_quantised_transformer_is_decoded(quantised: Callable[[str], Parts], kind: str) -> None:
     """In pieces of 16 MB, and of 2 KB for FP8."""
     parts = quantised(kind)
@@ -208,6 +202,41 @@ def test_a_quantised_transformer_is_decoded(quantised: Callable[[str], Parts], k
         run.end()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("kind", [BF16, E4M3])
+def test_rotated_weights_are_never_copied_as_they_are(tiny: Parts, kind: Any, precision: Precision) -> None:
+    """Not even into an engine that takes their type."""
+    base, changed = tiny["transformer"], dict[str, Stored]()
+    for name in [n for n in base if n.startswith("blocks.0.") and n.endswith("weight") and base[n].ndim == 2]:
+        scales = np.full(len(base[name]), 0.5, np.float32) if kind == E4M3 else None
+        changed[name] = Stored(base[name].astype(kind), scales, rotation=16)
+    parts = {**tiny, "transformer": cast(Any, QuantisedTensors(base, changed))}
+    run = job(LateGpu(), parts)
+    for pack in blocks(precision)[:2]:
+        run.use(pack)
+    run.end()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_a_piece_that_is_decoded_fits_into_the_memory_for_it(dtype: str) -> None:
+    """A piece of Q2_K has 3 bits a number: 16 MB of it are 200 MB of float32."""
+    rows, inner = 8192, 2048
+    stored = Stored(
+        np.broadcast_to(np.uint8(0), (rows, inner // 256 * 84)), blocks="Q2_K", dims=(rows, inner)
+    )
+    weight = Tensor("w.weight", (rows, inner), dtype)
+    scales = (Tensor(scale_name(weight.name), (rows,)),) if dtype == "float8_e4m3fn" else ()
+    network = Network("w", "transformer", (), (weight, *scales), (), "blocks.{n}.", 1)
+    tensors = QuantisedTensors(cast(Any, None), {"blocks.0.w.weight": stored})
+    numbers = 0
+    for batch in FileSource({"transformer": tensors}).pieces(Pack.of(network, 0)):
+        for piece in cast(Batch, batch).pieces:
+            assert 4 * piece.count * piece.inner <= FLOAT32_BYTES and piece.first * piece.inner == numbers
+            assert piece.inner == (inner if scales else 256)
+            numbers += piece.count * piece.inner
+    assert numbers == rows * inner
+
+
 def test_quantised_rows_have_at_most_half_a_step_of_error(of_kind: Callable[[str], Parts]) -> None:
     """Checks the oracle: E4M3 has 3 bits of mantissa down to 2^-6, and steps of 2^-9 below."""
     tensors, seen = of_kind("bf16")["transformer"], 0
@@ -215,9 +244,9 @@ def test_quantised_rows_have_at_most_half_a_step_of_error(of_kind: Callable[[str
         if pack.network.part != "transformer":
             continue
         made = contents(pack, tensors)
-        for scale_name, tensor in pack.scaled.items():
+        for scale_key, tensor in pack.scaled.items():
             weight = tensors[pack.network.weight_key(tensor.name, pack.n)]
-            scale = np.frombuffer(made[scale_name], np.float32)
+            scale = np.frombuffer(made[scale_key], np.float32)
             np.testing.assert_allclose(scale, np.maximum(np.abs(weight).max(1) / 448, 1e-12), rtol=1e-6)
             got = np.frombuffer(made[tensor.name], E4M3).astype(np.float32).reshape(weight.shape)
             bound = np.maximum(np.abs(weight) / 16, scale[:, None] * 2.0**-10) * 1.0001

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from on_gpu import require_gpu
-from weight_oracle import contents, converted, quantised
+from quantised_weights import (
+    FORMS,
+    QuantisedTensors,
+    extreme_blocks,
+    quantised_file,
+    random_blocks,
+    with_quantised_block,
+)
+from weight_oracle import contents, converted, plain, quantised, rotated
 
 from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.config import TINY
@@ -33,11 +42,12 @@ from trt_wan.runtime.weights.on_device import DeviceWeights
 from trt_wan.runtime.weights.pack import Pack
 from trt_wan.runtime.weights.random import RandomWeights
 from trt_wan.runtime.weights.sources import FileSource, RandomSource
+from trt_wan.runtime.weights.stored import BLOCKS, ROTATIONS
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 E5M2 = np.dtype(ml_dtypes.float8_e5m2)
-FP8 = (E4M3, E5M2)
+SCALED = (E4M3, E5M2, np.dtype(np.int8))
 # Rows and their lengths: one number, less than a block of threads, no multiple of it, more rows than blocks.
 SHAPES = [(1, 1), (3, 5), (7, 300), (2, 100_003), (9001, 3), (64, 5120)]
 
@@ -126,7 +136,7 @@ def test_a_conversion_has_numpys_bits(gpu: Gpu, source: str, target: str, shape:
     converter = gpu.once("weights", lambda: Converter(gpu))
     types = np.dtype(source), np.dtype(target)
     values = numbers(shape, types[0], 1)
-    for scales in (None, scales_of(shape[0], 2)) if types[0] in FP8 else (None,):
+    for scales in (None, scales_of(shape[0], 2)) if types[0] in SCALED else (None,):
         with OnDevice(gpu) as device, np.errstate(over="ignore"):
             given = device.put(values), device.put(scales) if scales is not None else 0
             out = device.put(
@@ -138,7 +148,7 @@ def test_a_conversion_has_numpys_bits(gpu: Gpu, source: str, target: str, shape:
             )
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", [source for source in SOURCES if source != "int8"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_numbers_that_are_not_finite_stay_so(gpu: Gpu, source: str, target: str) -> None:
     converter = gpu.once("weights", lambda: Converter(gpu))
@@ -168,8 +178,9 @@ def test_quantising_has_numpys_bits(gpu: Gpu, source: str, shape: tuple[int, int
     cases.append(np.full(shape, 1e-20))  # under the smallest scale
     for case in cases:
         with np.errstate(over="ignore", under="ignore"):
-            values = np.clip(case, -448, 448).astype(np.float32).astype(dtype)
-        for scales in (None, scales_of(shape[0], 5)) if dtype in FP8 else (None,):
+            largest = 127 if dtype == np.int8 else 448
+            values = np.clip(case, -largest, largest).astype(np.float32).astype(dtype)
+        for scales in (None, scales_of(shape[0], 5)) if dtype in SCALED else (None,):
             want, want_scales = quantised(values, scales)
             with OnDevice(gpu) as device:
                 given = device.put(values), device.put(scales) if scales is not None else 0
@@ -178,6 +189,32 @@ def test_quantising_has_numpys_bits(gpu: Gpu, source: str, shape: tuple[int, int
                 converter.quantise(gpu.stream, source, (*given, out, out_scales), *shape)
                 same_bits(device.get(out_scales, shape[:1], np.float32), want_scales, f"{source} scales")
                 same_bits(device.get(out, shape, E4M3), want, source)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_have_the_bits_of_the_gguf_package(gpu: Gpu, kind: str) -> None:
+    converter, rng = gpu.once("weights", lambda: Converter(gpu)), np.random.default_rng(6)
+    for blocks in (random_blocks(kind, (1024, 5120), rng), extreme_blocks(kind, rng)):
+        want = plain(blocks, kind)
+        with OnDevice(gpu) as device:
+            given, out = device.put(blocks), device.put(np.full(want.shape, 7, np.float32))
+            converter.convert(gpu.stream, (kind, "float32"), (given, 0, out), *want.shape)
+            got = device.get(out, want.shape, np.float32)
+        both = np.isnan(got) & np.isnan(want)
+        same_bits(np.where(both, 0, got), np.where(both, 0, want), kind)
+
+
+@pytest.mark.parametrize("group", ROTATIONS)
+def test_rotating_has_numpys_bits(gpu: Gpu, group: int) -> None:
+    converter, rng = gpu.once("weights", lambda: Converter(gpu)), np.random.default_rng(7)
+    for numbers in (group, 1024 + group, 20_000 * 1024):  # few numbers; more than the blocks of a launch
+        values = (rng.standard_normal(numbers) * np.exp2(rng.integers(-9, 9, numbers))).astype(np.float32)
+        with OnDevice(gpu) as device:
+            there = device.put(np.append(values, np.float32(7)))
+            converter.rotate(gpu.stream, there, numbers, group)
+            got = device.get(there, (numbers + 1,), np.float32)
+        same_bits(got[:numbers], rotated(values, group), f"groups of {group}")
+        assert got[numbers] == 7
 
 
 def packs_of(precision: Precision) -> list[Pack]:
@@ -208,6 +245,19 @@ def test_every_network_gets_the_numbers_of_the_file(
     for pack in packs_of(precision):
         assert fetched(weights, pack) == contents(pack, tiny[pack.network.part]), pack.key
     weights.close()
+
+
+@pytest.mark.parametrize("piece", [2048, 16 << 20])
+@pytest.mark.parametrize("kind", FORMS)
+def test_a_quantised_transformer_is_decoded(
+    gpu: Gpu, tiny: Any, tmp_path: Path, kind: str, piece: int
+) -> None:
+    made: Any = with_quantised_block(tiny["transformer"], tmp_path / "file", kind)
+    for precision in ("fp32", "bf16", "fp8"):
+        weights = DeviceWeights(gpu, FileSource({"transformer": made}, piece))
+        for pack in blocks(precision)[:2]:
+            assert fetched(weights, pack) == contents(pack, made), (precision, pack.key)
+        weights.close()
 
 
 def test_generated_checkpoints_are_quantised(gpu: Gpu) -> None:
@@ -375,21 +425,34 @@ def test_an_illegal_access_is_no_lack_of_memory(gpu: Gpu, tmp_path: Path) -> Non
     assert "IllegalAddress" in lines[0] or "ILLEGAL_ADDRESS" in lines[0]
 
 
-@pytest.mark.parametrize("dtype", ["fp8", "bf16"])
-def test_the_speed_of_loading(gpu: Gpu, tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize("kind", ["fp8", "bf16", "int8 convrot", "Q8_0", "Q5_0", "Q4_K", "Q3_K", "Q2_K"])
+def test_the_speed_of_loading(gpu: Gpu, tmp_path: Path, kind: str) -> None:
     """GB/s from a file in the page cache to FP8 packs, resident and streamed, printed."""
     from trt_wan.engines.contract import Network, Tensor, scale_name
 
     rows, inner, count = 8192, 8192, 24
-    stored = np.dtype(ml_dtypes.float8_e4m3fn if dtype == "fp8" else ml_dtypes.bfloat16)
-    path = tmp_path / "speed.safetensors"
-    _write(path, {f"blocks.{n}.w.weight": (stored, (rows, inner)) for n in range(count)})
+    names, path = [f"blocks.{n}.w.weight" for n in range(count)], tmp_path / "speed"
+    tensors: Any
+    if kind in ("fp8", "bf16"):
+        stored = np.dtype(ml_dtypes.float8_e4m3fn if kind == "fp8" else ml_dtypes.bfloat16)
+        _write(path, {name: (stored, (rows, inner)) for name in names})
+        tensors = Checkpoint(path)
+    else:
+        matrix = np.random.default_rng(0).standard_normal((rows, inner), np.float32)
+        one = quantised_file(tmp_path / "one", kind, {names[0]: matrix})[0][names[0]]
+        data = np.zeros(one.nbytes(rows * inner), np.uint8)
+        one.read(0, data)
+        with path.open("wb") as file:
+            for _ in names:
+                file.write(data)
+        many = {name: replace(one, file=path, start=n * len(data)) for n, name in enumerate(names)}
+        tensors = QuantisedTensors(RandomWeights(TINY, "transformer", 0), many)
     weight = Tensor("w.weight", (rows, inner), "float8_e4m3fn")
     scale = Tensor(scale_name(weight.name), (rows,))
     network = Network("w", "transformer", (), (weight, scale), (), "blocks.{n}.", count)
     packs = [Pack.of(network, n) for n in range(count)]
     for streamed in ([], packs):
-        weights = DeviceWeights(gpu, FileSource({"transformer": Checkpoint(path)}))
+        weights = DeviceWeights(gpu, FileSource({"transformer": tensors}))
         start = time.perf_counter()
         weights.plan(streamed)
         weights.prefetch(packs)
@@ -401,7 +464,7 @@ def test_the_speed_of_loading(gpu: Gpu, tmp_path: Path, dtype: str) -> None:
         rate = weights.loaded_bytes / 1e9 / seconds
         where = "streamed" if streamed else "resident"
         alone = weights.loaded_bytes / 1e9 / weights.loading_seconds
-        print(f"{dtype} {where}: {rate:.1f} GB/s, the loader alone {alone:.1f}")
+        print(f"{kind} {where}: {rate:.1f} GB/s, the loader alone {alone:.1f}")
         weights.close()
         assert rate > 1
 

@@ -65,7 +65,7 @@ def as_contract(stored: Stored, tensor: Tensor) -> dict[str, NDArray[Any]]:
         numbers, scales = rotated(converted(numbers, scales, np.float32), stored.rotation), None
     if np.dtype(tensor.dtype) != E4M3:
         return {tensor.name: converted(numbers, scales, np.dtype(tensor.dtype))}
-    if stored.dtype == E4M3:
+    if stored.dtype == E4M3 and not stored.rotation:
         scale = np.ones(tensor.shape[0], np.float32) if stored.scales is None else stored.scales
         return {tensor.name: stored.values, scale_name(tensor.name): scale}
     values, scale = quantised(numbers, scales)

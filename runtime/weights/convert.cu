@@ -53,8 +53,9 @@ __device__ void quantise(const In* in, const float* scales, e4m3* out, float* ou
     }
 }
 
-// n float32 numbers in place: each run of `group` times the matrix H, as `rotated` of stored.py does, bit for bit.
-// A block of 256 threads takes 1024 numbers, which are whole groups.
+// n float32 numbers in place: each run of `group` times H of files_and_loras.md 7, a Kronecker product of 4x4 matrices
+// with halves, negative ones on the anti-diagonal. One pass per factor makes number i of four half their sum less number
+// 3 - i. A block of 256 threads takes 1024 numbers, which are whole groups.
 extern "C" __global__ void rotate(float* values, i64 n, i64 group) {
     __shared__ float x[1024];
     for (i64 first = blockIdx.x * (i64)1024; first < n; first += gridDim.x * (i64)1024) {

@@ -52,7 +52,7 @@ class Converter:
         self._launch(stream, f"quantise_{encoding}", rows, *addresses, np.int64(rows), np.int64(inner))
 
     def rotate(self, stream: Any, values: int, numbers: int, group: int) -> None:
-        """Float32 numbers in place, as `rotated` of stored.py does; `numbers` is a multiple of `group`."""
+        """Rotates float32 numbers in place, as stored.py does; `numbers` is a multiple of `group`."""
         assert group in ROTATIONS
         blocks = -(-numbers // max(ROTATIONS))
         self._launch(stream, "rotate", blocks, values, np.int64(numbers), np.int64(group))

@@ -1,7 +1,7 @@
 """A GGUF file with the interface of a TensorFile: names, types and shapes from the header, values as views.
 
-The header is read here and not by the gguf package, which believes every count in it: here nothing is read or
-allocated that the file is too short for. The package names the types and their blocks.
+The header is not read by the gguf package, which believes every count in it (gguf_header.py). The package
+names the types and their blocks.
 
 GGUF lists dimensions from the innermost one. Some converters flatten a tensor of more dimensions than the
 four of llama.cpp and keep its shape in the metadata `comfy.gguf.orig_shape.<name>`; those for ComfyUI write
@@ -14,30 +14,25 @@ All faults are WeightsErrors that name the file.
 """
 
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.errors import WeightsError
+from trt_wan.runtime.weights.gguf_header import Fault, Header
 from trt_wan.runtime.weights.stored import BLOCKS
 from trt_wan.runtime.weights.tensor_file import DTYPES, LARGEST, Entry
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_HEADER = 64 << 20  # bytes; the words of a tokenizer take 10 MB
-MOST_WORDS = 1_000_000  # in lists of the metadata: they are skipped one by one
-LONGEST_NAME = 4096  # bytes of a key or of a tensor's name
-LONGEST_LIST = 16  # numbers that are kept of the metadata
+MOST_ENTRIES = 20_000  # tensors, and pairs of metadata
 MOST_DIMENSIONS = 8
 LARGEST_ALIGNMENT = 1 << 20
 ALIGNMENT = 32  # bytes, where `general.alignment` is missing
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-STRING, LIST = 8, 9  # types of the metadata; the others are numbers
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
 class GgufFile(Mapping[str, Entry]):
@@ -51,12 +46,12 @@ class GgufFile(Mapping[str, Entry]):
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
-                self._read_header(_Header(file, size), size)
+                self._read_header(Header(file, size), size)
         except OSError as error:
             raise WeightsError(
                 f"{path} cannot be read ({error.strerror}).", "Check the path and its rights."
             ) from error
-        except _Fault as fault:
+        except Fault as fault:
             raise WeightsError(f"{path} is damaged: {fault}.", "Download or copy the file again.") from None
 
     def __getitem__(self, name: str) -> Entry:
@@ -84,15 +79,15 @@ class GgufFile(Mapping[str, Entry]):
             return raw.reshape(entry.shape[0], -1)
         return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
-    def _read_header(self, header: "_Header", size: int) -> None:
+    def _read_header(self, header: "Header", size: int) -> None:
         if header.take(4) != MAGIC:
-            raise _Fault("it does not begin with GGUF")
+            raise Fault("it does not begin with GGUF")
         version = header.number("I")
         if version not in VERSIONS:
             if version.to_bytes(4, "little")[:2] == b"\0\0":
-                raise _Fault("its numbers are big-endian")
-            raise _Fault(f"its version is {version}, not {' or '.join(map(str, VERSIONS))}")
-        tensors, pairs = header.count(24), header.count(13)
+                raise Fault("its numbers are big-endian")
+            raise Fault(f"its version is {version}, not {' or '.join(map(str, VERSIONS))}")
+        tensors, pairs = header.count(24, MOST_ENTRIES), header.count(13, MOST_ENTRIES)
         for _ in range(pairs):
             key = header.name()
             value = header.value(header.number("I"))
@@ -118,12 +113,12 @@ class GgufFile(Mapping[str, Entry]):
             or not 0 < alignment <= LARGEST_ALIGNMENT
             or alignment & (alignment - 1)
         ):
-            raise _Fault("its alignment is no power of two")
+            raise Fault("its alignment is no power of two")
         kinds = _kinds()
         start = position = -(-end // alignment) * alignment
         for name, shape, kind, offset in sorted(found, key=lambda tensor: tensor[3]):
             if name in self.entries:
-                raise _Fault(f"it has two tensors {_shown(name)}")
+                raise Fault(f"it has two tensors {_shown(name)}")
             if kind not in kinds:
                 raise WeightsError(
                     f"{self.path} holds {_shown(name)} in GGUF's type {kind}, which is not known.",
@@ -132,9 +127,9 @@ class GgufFile(Mapping[str, Entry]):
             dtype, count, nbytes = kinds[kind]
             numbers = math.prod(shape)
             if numbers >= LARGEST or numbers % count or (shape and shape[-1] % count):
-                raise _Fault(f"the shape of {_shown(name)} is {list(shape)}")
+                raise Fault(f"the shape of {_shown(name)} is {list(shape)}")
             if start + offset != position:
-                raise _Fault(f"{_shown(name)} does not begin where the tensor before it ends")
+                raise Fault(f"{_shown(name)} does not begin where the tensor before it ends")
             stop = position + numbers // count * nbytes
             self.entries[name] = Entry(
                 self.path, dtype, self._shape(name, shape, count), start + offset, stop
@@ -152,92 +147,17 @@ class GgufFile(Mapping[str, Entry]):
         sizes = original if isinstance(original, list) else stored
         shape = tuple(size for size in sizes if type(size) is int and 0 <= size < LARGEST)
         if len(shape) < len(sizes) or math.prod(shape) != math.prod(stored):
-            raise _Fault(f"the original shape of {_shown(name)} does not fit")
+            raise Fault(f"the original shape of {_shown(name)} does not fit")
         if count > 1 and (len(shape) < 2 or math.prod(shape[1:]) % count or not shape[0]):
-            raise _Fault(f"the rows of {_shown(name)}, {list(shape)}, are no whole blocks")
+            raise Fault(f"the rows of {_shown(name)}, {list(shape)}, are no whole blocks")
         return shape
 
 
-class _Fault(Exception):
-    """What is wrong with a header, in words."""
-
-
-class _Header:
-    """The first bytes of a file; faults before anything is read that the file is too short for."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.end = file, min(size, MAX_HEADER)
-        self.position, self._words = 0, 0
-
-    def take(self, size: int) -> bytes:
-        self._move(size)
-        data = self.file.read(size)
-        if len(data) < size:
-            raise _Fault("its header ends early")
-        return data
-
-    def skip(self, size: int) -> None:
-        self._move(size)
-        self.file.seek(size, 1)
-
-    def number(self, form: str) -> Any:
-        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
-
-    def count(self, size: int) -> int:
-        """How many things follow that have at least `size` bytes."""
-        count = int(self.number("Q"))
-        if count * size > self.end - self.position:
-            raise _Fault(f"its header promises {count} values and ends early")
-        return count
-
-    def name(self) -> str:
-        length = self.count(1)
-        if length > LONGEST_NAME:
-            raise _Fault(f"a name has {length} bytes")
-        return self._text(length)
-
-    def value(self, kind: int, depth: int = 0) -> object:
-        """A number, a string or a short list of numbers; None for what is skipped."""
-        if kind in NUMBERS:
-            return self.number(NUMBERS[kind])
-        if kind == STRING:
-            return self._text(self.count(1))
-        if kind != LIST or depth:
-            raise _Fault("a value of its metadata has no known type")
-        kind = self.number("I")
-        if kind == STRING:
-            for _ in range(self._some(self.count(8))):
-                self.skip(self.count(1))
-            return None
-        if kind not in NUMBERS:
-            raise _Fault("a list of its metadata has no known type")
-        form = NUMBERS[kind]
-        count = self.count(struct.calcsize("<" + form))
-        if count <= LONGEST_LIST:
-            return [self.number(form) for _ in range(count)]
-        self.skip(count * struct.calcsize("<" + form))
-        return None
-
-    def _some(self, count: int) -> int:
-        self._words += count
-        if self._words > MOST_WORDS:
-            raise _Fault(f"its metadata has more than {MOST_WORDS} words")
-        return count
-
-    def _text(self, length: int) -> str:
-        return self.take(length).decode("utf-8", "backslashreplace")
-
-    def _move(self, size: int) -> None:
-        if size > self.end - self.position:
-            raise _Fault("its header ends early")
-        self.position += size
-
-
-def _tensor(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
+def _tensor(header: Header) -> tuple[str, tuple[int, ...], int, int]:
     """Name, shape, type and offset."""
     name, dimensions = header.name(), header.number("I")
     if dimensions > MOST_DIMENSIONS:
-        raise _Fault(f"{_shown(name)} has {dimensions} dimensions")
+        raise Fault(f"{_shown(name)} has {dimensions} dimensions")
     sizes = [header.number("Q") for _ in range(dimensions)]
     return name, tuple(reversed(sizes)), header.number("I"), header.number("Q")
 

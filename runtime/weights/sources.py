@@ -94,11 +94,11 @@ class StoredPiece:
 
     def enqueue(self, place: Place) -> None:
         assert self.stored.delta is None
-        if self.stored.encoding == self.dtype.name:
-            place.gpu.copy(self._target(place), place.slot, self.size, place.gpu.loads)
-        elif _through_float32(self.stored):
+        if _through_float32(self.stored):
             self.decode(place, place.float32())
             self.encode(place, place.float32())
+        elif self.stored.encoding == self.dtype.name:
+            place.gpu.copy(self._target(place), place.slot, self.size, place.gpu.loads)
         else:
             self._encode(place, self.stored.encoding, *self._staged(place))
 
@@ -194,7 +194,7 @@ class FileSource:
                 yield from self._cut(stored, dtype, offset, None)
                 continue
             scales_at = pack.offsets[scale_name(tensor.name)]
-            if stored.dtype != E4M3 or stored.delta is not None:
+            if stored.dtype != E4M3 or _through_float32(stored):
                 yield from self._cut(stored, dtype, offset, scales_at)
                 continue
             scales = np.ones(tensor.shape[0], np.float32) if stored.scales is None else stored.scales

@@ -165,17 +165,16 @@ class Tensors(Protocol):
 
 
 def rotated(values: NDArray[np.float32], group: int) -> NDArray[np.float32]:
-    """Each run of `group` columns times the matrix H of files_and_loras.md 7, which is its own inverse.
+    """Each run of `group` columns times H of files_and_loras.md 7, which is its own inverse."""
+    return (values.reshape(-1, group) @ _hadamard(group)).reshape(values.shape)
 
-    H is a Kronecker product of 4x4 matrices J/2 - P, J of ones and P the reversal: one pass per factor.
-    """
-    width = 1
-    while width < group:
-        x = values.reshape(-1, 4, width)
-        half = ((x[:, 0] + x[:, 1]) + (x[:, 2] + x[:, 3])) * np.float32(0.5)
-        values = (half[:, None] - x[:, ::-1]).reshape(values.shape)
-        width *= 4
-    return values
+
+@cache
+def _hadamard(group: int) -> NDArray[np.float32]:
+    if group == 1:
+        return np.ones((1, 1), np.float32)
+    factor = np.ones((4, 4), np.float32) - 2 * np.eye(4, dtype=np.float32)[::-1]
+    return np.kron(_hadamard(group // 4), factor / 2)
 
 
 @cache
