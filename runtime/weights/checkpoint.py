@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL
 from trt_wan.engines.contract import Part
 from trt_wan.errors import WeightsError
-from trt_wan.runtime.weights.open_file import open_file
+from trt_wan.runtime.weights.open_file import OpenFile, open_file
 from trt_wan.runtime.weights.recognition.kinds import other_model
 from trt_wan.runtime.weights.recognition.layouts import (
     LAYOUTS,
@@ -58,9 +58,9 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
     After `require` tensors have the shapes that the model needs. Layouts leave out dimensions of 1.
     """
 
-    def __init__(self, path: Path, part: Part | None = None) -> None:
-        """`part` is the one to look for in a file that holds several; None: any."""
-        self.path, self.file = path, open_file(path)
+    def __init__(self, path: Path, part: Part | None = None, file: OpenFile | None = None) -> None:
+        """`part` is the one to look for in a file that holds several; None: any. `file` is the open file."""
+        self.path, self.file = path, file or open_file(path)
         found = find_layout(self.file.entries, part)
         self.layout: Layout | None = found[0] if found else None
         self.prefix = found[1] if found else ""
@@ -129,8 +129,9 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
 
     def what(self) -> str:
         """The model that the file holds, for a sentence; nothing if it is not known."""
-        if self.layout is not None:
-            return SPOKEN[self.layout.part][0]
+        found = find_layout(self.file.entries)
+        if found is not None:
+            return SPOKEN[found[0].part][0]
         return other_model({name: entry.shape for name, entry in self.file.entries.items()})
 
     def fault(self, name: str, shape: tuple[int, ...]) -> Fault | None:
@@ -217,6 +218,19 @@ def summarised(faults: Mapping[str, Fault], total: int) -> str:
     if len(kinds) > MOST_KINDS:
         told.append(f"{len(kinds) - MOST_KINDS} other faults")
     return "; ".join(told)
+
+
+def by_pattern(names: Sequence[str]) -> str:
+    """Names in a sentence: how many there are of each pattern, a number standing for all numbers."""
+    patterns: dict[str, list[str]] = {}
+    for name in names:
+        patterns.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    told = [
+        f"{len(alike)} like {pattern}" if len(alike) > 1 else alike[0]
+        for pattern, alike in sorted(patterns.items(), key=lambda item: -len(item[1]))
+    ]
+    more = f" and {len(told) - MOST_KINDS} other kinds" if len(told) > MOST_KINDS else ""
+    return ", ".join(told[:MOST_KINDS]) + more
 
 
 def orthonormal(direction: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -3,10 +3,12 @@
 Of several files that fit, one is taken in this order:
 1. the one that is named;
 2. the one whose numbers change least on the way into the engines of this precision. FP8 engines take scaled
-   FP8 bit for bit, so it comes before bf16, which is twice as long and rounded to the same 8 bits; v1, whose
-   face layers are bf16, comes before v2. bf16 engines take bf16 as it is, and everything shorter after it;
+   FP8 bit for bit, so it comes before bf16, which is twice as long and rounded to the same 8 bits. bf16
+   engines take bf16 as it is, and everything shorter after it. The linear weights count here, which are
+   nearly all;
 3. of two that lose the same, the shorter one: it is read faster;
-4. the newest layout: comfy_quant, `weight_scale`, `scale_weight`.
+4. the newest layout: comfy_quant, `weight_scale`, `scale_weight`;
+5. the one whose other tensors lose less: KJ's v1, whose face layers are bf16, comes before v2.
 Copies, links and snapshots of one model are one file. Two models that are equal in all that compete: the user
 must choose.
 """
@@ -96,7 +98,7 @@ def _choose(
         left = f", {len(faults)} other{'s do' if len(faults) > 1 else ' does'} not fit" if faults else ""
         return fitting[0], f"{'named' if named else 'the only one'}{left}"
     costs = {id(one): _cost(part, one, model(one), precision) for one in fitting}
-    ordered = sorted(fitting, key=lambda one: _order(costs[id(one)]))
+    ordered = sorted(fitting, key=lambda one: costs[id(one)])
     best = costs[id(ordered[0])]
     equal = [one for one in ordered if costs[id(one)] == best]
     different = [equal[0], *(one for one in equal[1:] if not same_values(equal[0], one))]
@@ -125,17 +127,15 @@ def _cost(part: Part, checkpoint: Checkpoint, model: ModelConfig, precision: Pre
     return cost(checkpoint, required_tensors(model, part), engine_types(model, part, precision))
 
 
-def _order(cost: Cost) -> tuple[float, float, int]:
-    return cost.error, cost.bits, cost.age
-
-
 def _reason(best: Cost, next_one: Cost, count: int, precision: Precision) -> str:
     if best.error < next_one.error:
         why = f"it loses least in {precision}"
     elif best.bits < next_one.bits:
-        why = f"the shortest that loses nothing in {precision}"
-    else:
+        why = f"the shortest of those that lose least in {precision}"
+    elif best.age < next_one.age:
         why = "its layout is the newest"
+    else:
+        why = f"its smaller tensors lose least in {precision}"
     return f"{why}, of {count}"
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+FILE_OR_FOLDER = click.Path(path_type=Path, exists=True)
 PICTURE = click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True)
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
 SETTINGS = ("executor", "precision", "tier", "flavour", "vram", "segments", "text_cache")
@@ -226,10 +227,10 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option(
     "--audio", type=FILE, help="File whose sound is copied. Default: the sound of src_pose.mp4, if any."
 )
-@click.option("--transformer", type=FILE, help="Checkpoint to use instead of the one in --weights.")
-@click.option("--vae", type=FILE, help="The same for the VAE.")
-@click.option("--text-encoder", type=FILE, help="The same for umT5.")
-@click.option("--image-encoder", type=FILE, help="The same for CLIP.")
+@click.option("--transformer", type=FILE_OR_FOLDER, help="Checkpoint, or its folder, instead of --weights.")
+@click.option("--vae", type=FILE_OR_FOLDER, help="The same for the VAE.")
+@click.option("--text-encoder", type=FILE_OR_FOLDER, help="The same for umT5.")
+@click.option("--image-encoder", type=FILE_OR_FOLDER, help="The same for CLIP.")
 @click.option(
     "--lora",
     "loras",

@@ -1,7 +1,8 @@
 """How the numbers of a file are stored, as one name, and what that costs.
 
 ERRORS is what a type costs by itself: the largest |difference| from the float32 original, as a share of the
-largest |W|, measured on the tiny model (files_and_loras.md 1; GGUF and int8: tests/test_layouts.py).
+largest |W|, measured on the tiny model (files_and_loras.md 1; GGUF and int8: tests/test_layouts.py; GGUF's K
+types: half a step of their levels).
 """
 
 import math
@@ -16,41 +17,42 @@ from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.weights.checkpoint import Checkpoint
 from trt_wan.runtime.weights.stored import FP8_TYPES
-from trt_wan.runtime.weights.tensor_file import Entry
 
 ERRORS = {
     "F64": 0.0,
     "F32": 0.0,
     "F16": 4.5e-4,
-    "BF16": 3.5e-3,
+    "BF16": 3.6e-3,
     "scaled F8_E4M3": 3.6e-2,
     "F8_E4M3": 5.8e-2,
     "scaled F8_E5M2": 7.1e-2,
     "F8_E5M2": 1.1e-1,
-    "int8 ConvRot": 7e-3,
-    "int8": 8e-3,
+    "int8 ConvRot": 1e-2,
+    "int8": 4e-3,
     "Q8_0": 4e-3,
-    "Q6_K": 2e-2,
-    "Q5_1": 3e-2,
+    "Q6_K": 1.6e-2,
+    "Q5_1": 2.9e-2,
     "Q5_K": 3e-2,
-    "Q5_0": 4e-2,
-    "Q4_1": 6e-2,
+    "Q5_0": 4.4e-2,
+    "Q4_1": 6.1e-2,
     "Q4_K": 6e-2,
-    "Q4_0": 8e-2,
-    "Q3_K": 1.5e-1,
-    "Q2_K": 3e-1,
+    "Q4_0": 9.1e-2,
+    "Q3_K": 1.2e-1,
+    "Q2_K": 2.5e-1,
 }
 ENGINE_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "scaled F8_E4M3"}
 DIGITS = 4  # of a cost; files that differ by less compete
+NEWEST = 2  # Quantised.age of the newest layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Cost:
     """Files are taken in this order, the smallest first. Equal costs compete."""
 
-    error: float  # mean over the numbers, after loading
-    bits: float  # per number: of two that cost the same error the shorter one is read faster
+    error: float  # of the weights in the engines' most common type, after loading: the mean over the numbers
+    bits: float  # per number of them: of two that lose the same the shorter one is read faster
     age: int  # 0: the newest layout
+    rest: float  # the error of all other tensors
 
 
 def encoding_of(checkpoint: Checkpoint, names: Iterable[str]) -> str:
@@ -73,11 +75,6 @@ def type_of(checkpoint: Checkpoint, name: str) -> str:
     )
 
 
-def types_of(entries: Mapping[str, Entry]) -> dict[str, int]:
-    """How many tensors have each type, most first."""
-    return dict(Counter(entry.dtype for entry in entries.values()).most_common())
-
-
 def engine_types(model: ModelConfig, part: Part, precision: Precision) -> dict[str, str]:
     """By canonical name the type that the engines take, as a key of ERRORS."""
     types = {}
@@ -93,15 +90,20 @@ def cost(checkpoint: Checkpoint, names: Iterable[str], engine: Mapping[str, str]
     """What loading the tensors `names` for these engines costs. A type that the engine takes is copied; every
     other type is rounded once more.
     """
-    error = numbers = bits = 0.0
-    ages = [0]
-    for name in names:
-        count, stored = math.prod(checkpoint.shape(name)), type_of(checkpoint, name)
-        wanted = engine.get(name, "F32")
-        error += count * (ERRORS.get(stored, 1.0) + (ERRORS[wanted] if stored != wanted else 0.0))
-        numbers += count
-        for piece in checkpoint.places[name].stored:
+    sizes = {name: math.prod(checkpoint.shape(name)) for name in names}
+    common = Counter[str]()
+    for name, size in sizes.items():
+        common[engine.get(name, "F32")] += size
+    main = common.most_common(1)[0][0]
+    errors, numbers, bits, age = {True: 0.0, False: 0.0}, {True: 0, False: 0}, 0, 0
+    for name, size in sizes.items():
+        stored, wanted = type_of(checkpoint, name), engine.get(name, "F32")
+        is_main = wanted == main
+        errors[is_main] += size * (ERRORS.get(stored, 1.0) + (ERRORS[wanted] if stored != wanted else 0.0))
+        numbers[is_main] += size
+        for piece in checkpoint.places[name].stored if is_main else ():
             entry = checkpoint.file.entries[piece]
             bits += 8 * (entry.stop - entry.start)
-            ages.append(checkpoint.quantised.age(piece))
-    return Cost(round(error / max(1.0, numbers), DIGITS), round(bits / max(1.0, numbers), 2), -max(ages))
+            age = max(age, checkpoint.quantised.age(piece))
+    error, rest = (round(errors[is_main] / max(1, numbers[is_main]), DIGITS) for is_main in (True, False))
+    return Cost(error, round(bits / max(1, numbers[True]), 2), NEWEST - age, rest)

@@ -56,7 +56,7 @@ OTHERS = (
     ),
     ("a VAE of images", ("decoder.up.0.block.0.", "decoder.mid_block.attentions.0.group_norm.")),
     ("SAM2", ("sam_mask_decoder.", "mask_decoder.output_hypernetworks_mlps.")),
-    ("an upscaler", (".RDB1.conv1.", "body.0.rdb1.conv1.", "residual_group.blocks.0.", "upsampler.0.weight")),
+    ("an upscaler", ("RDB1.conv1.", "body.0.rdb1.conv1.", "residual_group.blocks.0.")),
     ("a T5 text encoder", ("encoder.block.0.layer.0.SelfAttention.", "enc.blk.0.attn_q.")),
     ("a CLIP text encoder", ("text_model.encoder.layers.0.", "transformer.resblocks.0.attn.in_proj_weight")),
     ("a language model", ("model.layers.0.self_attn.q_proj.", "model.layers.0.self_attn.qkv_proj.")),

@@ -105,6 +105,10 @@ class Quantised:
         factors = self._sibling(name, (PRE_QUANT,))
         return None if factors is None else self.file.read(factors).astype(np.float32).reshape(-1)
 
+    def is_quantised(self, name: str) -> bool:
+        """Whether a tensor is FP8, int8, in GGUF blocks, or of a type that is no plain number."""
+        return self.file.entries[name].dtype not in (*FLOAT_TYPES, "I64", "I32", "I16", "U8", "BOOL")
+
     def rotation(self, name: str) -> int:
         """Size of the rotated groups of input columns; 0: not rotated."""
         options = self.options(name)

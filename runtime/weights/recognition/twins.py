@@ -46,4 +46,4 @@ def is_qwen_vae(checkpoint: Checkpoint) -> bool:
 
 
 def is_named_qwen(path: Path) -> bool:
-    return any("qwen" in word.lower() for word in (path.name, path.parent.name, path.parent.parent.name))
+    return any("qwen" in word.lower() for word in (path.name, path.parent.name))
