@@ -160,9 +160,15 @@ def layouts(model: ModelConfig, transformer: str) -> dict[str, Layout]:
     }
 
 
-def write_full_size(folder: Path, model: ModelConfig, transformer: str = "fp8", seed: int = 0) -> list[Path]:
+def write_full_size(
+    folder: Path,
+    model: ModelConfig,
+    transformer: str = "fp8",
+    seed: int = 0,
+    more: Mapping[str, Layout] = {},  # noqa: B006  (not changed)
+) -> list[Path]:
     """Returns the files written, the same bytes for the same seed. Raises OSError for a small disk."""
-    files = layouts(model, transformer)
+    files = {**layouts(model, transformer), **more}
     folder.mkdir(parents=True, exist_ok=True)
     needed, free = sum(f.size for f in files.values()) + TOKENIZER_BYTES, shutil.disk_usage(folder).free
     if needed > free:

@@ -578,6 +578,102 @@ def gguf(rng: Random, folder: Path) -> None:
             assert values.shape == entry.shape
 
 
+@cache
+def some_loras() -> tuple[bytes, ...]:
+    """A few layers of a file of each family."""
+    from lora_files import FAMILIES
+    from safetensors.numpy import save
+
+    chosen = ("blocks.0.", "blocks_0_", "head", "patch_embedding", "face_adapter.0", "conv2")
+    files = []
+    for make in FAMILIES.values():
+        tensors = make().tensors
+        files.append(
+            save({key: values for key, values in tensors.items() if any(part in key for part in chosen)})
+        )
+    return tuple(files)
+
+
+@cache
+def lora_base() -> Any:
+    import numpy as np
+
+    from trt_wan.engines.checkpoint import required_tensors
+    from trt_wan.engines.config import TINY
+    from trt_wan.runtime.weights.stored import Stored
+
+    class Ones:
+        shapes = required_tensors(TINY, "transformer")
+
+        def stored(self, name: str) -> Stored:
+            return Stored(np.ones(self.shapes[name], np.float32))
+
+        def __getitem__(self, name: str) -> Any:
+            return self.stored(name).float32()
+
+    return Ones()
+
+
+def lora(rng: Random, folder: Path) -> None:
+    """A LoRA: keys, shapes, types and numbers changed; what is accepted is described and merged."""
+    from trt_wan.engines.config import TINY
+    from trt_wan.runtime.events import silent
+    from trt_wan.runtime.job import Lora
+    from trt_wan.runtime.loras.describe import describe_lora
+    from trt_wan.runtime.loras.loras import Loras
+
+    content = rng.choice(some_loras())
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    dice = rng.random()
+    if dice < 0.3:  # keys exchange their suffixes, types and shapes; the file stays one of safetensors
+        keys = [key for key in header if key != "__metadata__"]
+        for _ in range(rng.choice((1, 2, 5))):
+            key, other = rng.choice(keys), rng.choice(keys)
+            if key not in header:
+                continue
+            match rng.randrange(4):
+                case 0:
+                    cut = len(key) - rng.randrange(1, 20)
+                    header[key[:cut] + other[-rng.randrange(1, 20) :]] = header.pop(key)
+                case 1:
+                    entry = header[key]
+                    shape = entry["shape"] or [1]
+                    entry["shape"] = rng.choice(
+                        (shape[::-1], [*shape, 1], [1, *shape], [int(_product(shape))])
+                    )
+                case 2:
+                    entry = header[key]
+                    same = {2: ("F16", "BF16", "I16"), 4: ("F32", "I32"), 1: ("U8",)}
+                    size = (entry["data_offsets"][1] - entry["data_offsets"][0]) // max(
+                        1, _product(entry["shape"])
+                    )
+                    entry["dtype"] = rng.choice(same.get(size, ("F32",)))
+                case 3 if other in header:
+                    header[key], header[other] = header[other], header[key]
+        head = json.dumps(header).encode("utf-8", "surrogatepass")
+    elif dice < 0.8:
+        head = damaged_json(rng, header)
+    else:
+        head, data = content[8 : 8 + length], damaged(rng, data)
+        data = data[: len(content) - 8 - length].ljust(
+            len(content) - 8 - length, rng.choice((b"\0", b"\xff"))
+        )
+    path = folder / "lora.safetensors"
+    path.write_bytes(len(head).to_bytes(8, "little") + head + data)
+    merged = Loras(TINY, lora_base()).merging([Lora(path, 0.5)], silent)
+    for name in list(merged.changed)[:8]:
+        assert merged.tensors[name].shape == merged.tensors.base.stored(name).shape
+    describe_lora(path)
+
+
+def _product(shape: list[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
 def tokenizer(rng: Random, folder: Path) -> None:
     """tokenizer.json: read, and used for a prompt."""
     from trt_wan.runtime.networks.tokenizer import load_sentencepiece, load_tokenizer_json
@@ -655,7 +751,7 @@ KINDS: dict[str, Kind] = {
     function.__name__: function
     for function in (
         *(keypoints, png, mp4, prepared, engines, graphs, measurements, text_cache, safetensors, gguf),
-        *(tokenizer, onnx, torch_file),
+        *(tokenizer, onnx, torch_file, lora),
     )
 }
 

@@ -70,8 +70,9 @@ template <class X> void cvt_rn_satfinite_e4m3x2_f32(X& to, float upper, float lo
 }
 """
 LAUNCH = r"""
-typedef void Kernel(i64, i64, i64, i64, i64, i64);
-extern "C" void launch(Kernel* kernel, unsigned grid, unsigned threads, bool barriers, const i64* a) {
+typedef void Kernel(i64, i64, i64, i64, i64, i64, float);  // a float has its own register, wherever it stands
+extern "C" void launch(
+    Kernel* kernel, unsigned grid, unsigned threads, bool barriers, const i64* a, float number) {
     gridDim.x = grid;
     blockDim.x = threads;
     std::barrier<> barrier(barriers ? threads : 1);
@@ -79,7 +80,7 @@ extern "C" void launch(Kernel* kernel, unsigned grid, unsigned threads, bool bar
     auto blocks = [&](unsigned thread) {
         threadIdx.x = thread;
         for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) {
-            kernel(a[0], a[1], a[2], a[3], a[4], a[5]);
+            kernel(a[0], a[1], a[2], a[3], a[4], a[5], number);
             if (barriers) __syncthreads();
         }
     };
@@ -95,7 +96,7 @@ PTX = re.compile(r'asm\("([\w.]+) [^"]*" : "=\w"\(([^)]*)\) : (.*)\);')
 
 class CpuKernels:
     """The kernels of a source that numbers.cuh stands in front of. Their arguments are addresses and 64-bit
-    integers, up to six.
+    integers, up to six, and one float, `number`.
     """
 
     def __init__(self, source: str, folder: Path) -> None:
@@ -116,9 +117,13 @@ class CpuKernels:
         subprocess.run([compiler, *options, str(folder / "kernels.cpp"), "-o", str(library)], check=True)
         self._library = ctypes.CDLL(str(library))
 
-    def launch(self, name: str, grid: int, threads: int, barriers: bool, *arguments: Any) -> None:
+    def launch(
+        self, name: str, grid: int, threads: int, barriers: bool, *arguments: Any, number: float = 0.0
+    ) -> None:
         """Arrays are passed by address."""
         values = [a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in arguments]
         packed: NDArray[np.int64] = np.array(values + [0] * (6 - len(values)), np.int64)
         kernel = ctypes.cast(getattr(self._library, name), ctypes.c_void_p)
-        self._library.launch(kernel, grid, threads, barriers, packed.ctypes.data_as(ctypes.c_void_p))
+        self._library.launch(
+            kernel, grid, threads, barriers, packed.ctypes.data_as(ctypes.c_void_p), ctypes.c_float(number)
+        )

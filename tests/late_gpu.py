@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from weight_oracle import converted, plain, quantised, rotated
 
+from trt_wan.engines.fp8 import quantise_rows
 from trt_wan.runtime.device.gpu import DeviceArray
 from trt_wan.runtime.weights.stored import BLOCKS
 
@@ -137,6 +138,38 @@ class LateConverter:
         return at(stored, rows * inner * dtype.itemsize, dtype).reshape(rows, inner), factors
 
 
+class LateMerger:
+    """The arithmetic of merge.cu by numpy."""
+
+    def add_product(self, stream: Any, dtype: Any, addresses: Any, scale: float, sizes: Any) -> None:
+        (up, down, values), (rows, inner, rank) = addresses, sizes
+
+        def work() -> None:
+            first = at(up, rows * rank * dtype.itemsize, dtype).reshape(rows, rank).astype(np.float32)
+            second = at(down, rank * inner * dtype.itemsize, dtype).reshape(rank, inner).astype(np.float32)
+            there = at(values, 4 * rows * inner, np.float32).reshape(rows, inner)
+            there += np.float32(scale) * (first @ second)
+
+        stream.enqueue(work)
+
+    def add(self, stream: Any, dtype: Any, change: int, scale: float, values: int, n: int) -> None:
+        def work() -> None:
+            there = at(values, 4 * n, np.float32)
+            there += np.float32(scale) * at(change, n * dtype.itemsize, dtype).astype(np.float32)
+
+        stream.enqueue(work)
+
+    def quantise_rows(
+        self, stream: Any, values: int, target: int, scales: int, rows: int, inner: int
+    ) -> None:
+        def work() -> None:
+            made, factors = quantise_rows(at(values, 4 * rows * inner, np.float32).reshape(rows, inner))
+            at(target, rows * inner)[:] = made.reshape(-1).view(np.uint8)
+            at(scales, 4 * rows, np.float32)[:] = factors
+
+        stream.enqueue(work)
+
+
 class LateGpu:
     """`restless` is how likely something runs at each call; 0 does everything as late as possible."""
 
@@ -188,9 +221,8 @@ class LateGpu:
 
         stream.enqueue(work)
 
-    def once(self, key: Any, make: Any) -> LateConverter:
-        assert key == "weights"
-        return LateConverter()
+    def once(self, key: Any, make: Any) -> Any:
+        return {"weights": LateConverter, "merge": LateMerger}[key]()
 
     def _break(self, method: str) -> None:
         if method in self.broken:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
 Rows = NDArray[np.float32]
 Stored = NDArray[Any]
 
@@ -38,10 +40,10 @@ class LowRank:
 
     @cached_property
     def _down(self) -> Rows:
-        return self.down.astype(np.float32)
+        return widened(self.down)
 
     def rows(self, base: Rows, first: int) -> Rows:
-        up = self.up[first : first + len(base)].astype(np.float32)
+        up = widened(self.up[first : first + len(base)])
         return (up @ self._down) * np.float32(self.scale)
 
 
@@ -53,7 +55,7 @@ class Whole:
     scale: float = 1.0
 
     def rows(self, base: Rows, first: int) -> Rows:
-        return self.values[first : first + len(base)].astype(np.float32) * np.float32(self.scale)
+        return widened(self.values[first : first + len(base)]) * np.float32(self.scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,18 +86,34 @@ class Hadamard:
 
 
 @dataclass(frozen=True, eq=False)
-class Kronecker:
-    """LoKr: scale * kron(left, right); row a*c + b of the product belongs to rows a of left and b of right
-    [c, d].
-    """
+class Factor:
+    """A side of a LoKr: `first` [rows, inner], or first @ second."""
 
-    left: Rows
-    right: Rows
+    first: Stored
+    second: Stored | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        last = self.first if self.second is None else self.second
+        return len(self.first), last.shape[1]
+
+    @cached_property
+    def values(self) -> Rows:
+        first = widened(self.first)
+        return first if self.second is None else first @ widened(self.second)
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """LoKr: scale * kron(left, right). Row a*c + b is of row a of left and row b of right, which has c."""
+
+    left: Factor
+    right: Factor
     scale: float
 
     def rows(self, base: Rows, first: int) -> Rows:
-        a, b = np.divmod(np.arange(first, first + len(base)), len(self.right))
-        product = self.left[a][:, :, None] * self.right[b][:, None, :]
+        a, b = np.divmod(np.arange(first, first + len(base)), self.right.shape[0])
+        product = self.left.values[a][:, :, None] * self.right.values[b][:, None, :]
         return product.reshape(len(base), -1) * np.float32(self.scale)
 
 
@@ -123,7 +141,7 @@ class Replaced:
     values: Stored
 
     def rows(self, base: Rows, first: int) -> Rows:
-        return self.values[first : first + len(base)].astype(np.float32) - base
+        return widened(self.values[first : first + len(base)]) - base
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +183,13 @@ class Decomposed:
 
 def needs_base(change: Change) -> bool:
     return isinstance(change, Decomposed | Replaced)
+
+
+def widened(values: Stored) -> Rows:
+    """float32. bfloat16 goes by its bits: its own conversion is slower and keeps other threads waiting."""
+    if values.dtype == BF16:
+        return (values.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.astype(np.float32)
 
 
 def matrix(values: Stored) -> Stored:

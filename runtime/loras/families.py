@@ -15,6 +15,7 @@ from trt_wan.runtime.loras.changes import (
     Change,
     Computed,
     Decomposed,
+    Factor,
     Hadamard,
     Kronecker,
     LowRank,
@@ -26,8 +27,10 @@ from trt_wan.runtime.loras.changes import (
     matrix,
 )
 from trt_wan.runtime.loras.names import Layer
+from trt_wan.runtime.weights.gguf_file import GgufFile
 from trt_wan.runtime.weights.stored import FP8_TYPES
 from trt_wan.runtime.weights.tensor_file import Entry, TensorFile
+from trt_wan.runtime.weights.torch_file import TorchFile
 
 TYPES = ("F64", "F32", "F16", "BF16", *FP8_TYPES)
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -35,9 +38,10 @@ LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"
 DORA = ("dora_scale", "magnitude")
 
 Shape = tuple[int, ...]
+Opened = TensorFile | GgufFile | TorchFile
 
 
-def unusable(file: TensorFile, fault: str) -> WeightsError:
+def unusable(file: Opened, fault: str) -> WeightsError:
     return WeightsError(
         f"The LoRA {file.path} cannot be merged: {fault}.",
         "Download or convert it again, or leave it out.",
@@ -48,7 +52,7 @@ def unusable(file: TensorFile, fault: str) -> WeightsError:
 class Group:
     """The keys of one layer by role. `shapes` are those of the model's tensors."""
 
-    file: TensorFile
+    file: Opened
     layer: Layer
     keys: Mapping[str, str]
     shapes: Mapping[str, Shape]
@@ -136,17 +140,17 @@ class Group:
         if "lokr_t2" in self.keys:
             raise self._fault("lokr_t2", "is not supported")
         left, right = self._factor("1"), self._factor("2")
-        if (len(left) * len(right), left.shape[1] * right.shape[1]) != (rows, inner):
-            made = f"makes {[len(left) * len(right), left.shape[1] * right.shape[1]]}"
+        made_rows, made_inner = (a * b for a, b in zip(left.shape, right.shape, strict=True))
+        if (made_rows, made_inner) != (rows, inner):
+            made = f"makes {[made_rows, made_inner]}"
             role = "lokr_w1" if "lokr_w1" in self.keys else "lokr_w1_a"
             raise self._fault(role, f"{made} where {self.weight} is {[rows, inner]}")
         return Kronecker(left, right, self._scale())
 
-    def _factor(self, side: str) -> Rows:
-        """A side of a LoKr, small: float32 [rows, inner]."""
+    def _factor(self, side: str) -> Factor:
         role, up, down = f"lokr_w{side}", f"lokr_w{side}_a", f"lokr_w{side}_b"
         if role in self.keys:
-            return matrix(self._array(role)).astype(np.float32)
+            return Factor(matrix(self._array(role)))
         present = next((r for r in (up, down) if r in self.keys), None)
         if present is None:
             other = next(r for r in LOKR if r in self.keys)
@@ -157,7 +161,7 @@ class Group:
         rows, inner = self._size(up)
         if first.shape[1] != len(second) or len(first) > rows or second.shape[1] > inner:
             raise self._fault(up, f"is {list(first.shape)} and {self.keys[down]} {list(second.shape)}")
-        return first.astype(np.float32) @ second.astype(np.float32)
+        return Factor(first, second)
 
     def _decomposed(self, change: Change, role: str) -> Decomposed:
         rows, inner = self._size(role)
@@ -175,16 +179,24 @@ class Group:
 
     def _scale(self) -> float:
         """alpha / rank; 1 without an alpha, or where a LoKr has no rank."""
+        alpha, rank = self.alpha, self.rank
+        return 1.0 if alpha is None or rank is None else alpha / rank
+
+    @property
+    def alpha(self) -> float | None:
         if "alpha" not in self.keys:
-            return 1.0
+            return None
         if math.prod(self._entry("alpha").shape) != 1:
             raise self._fault("alpha", "is no single number")
         alpha = float(self._array("alpha").astype(np.float32).reshape(-1)[0])
         if not (math.isfinite(alpha) and alpha > 0):
             raise self._fault("alpha", f"is {alpha:g}")
+        return alpha
+
+    @property
+    def rank(self) -> int | None:
         of_rank = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
-        rank = next((self._entry(role).shape[0] for role in of_rank if role in self.keys), None)
-        return alpha / rank if rank else 1.0
+        return next((self._require(role, role).shape[0] for role in of_rank if role in self.keys), None)
 
     # ---- places ----
 

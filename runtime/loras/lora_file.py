@@ -17,7 +17,7 @@ import numpy as np
 from trt_wan.engines.checkpoint import required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.runtime.loras.changes import Change, Rows
-from trt_wan.runtime.loras.families import Group, unusable
+from trt_wan.runtime.loras.families import Group, Opened, unusable
 from trt_wan.runtime.loras.names import Layer, find_layer, pattern_of, split
 from trt_wan.runtime.loras.refusals import (
     refuse_control,
@@ -26,7 +26,8 @@ from trt_wan.runtime.loras.refusals import (
     some_patterns,
     unknown,
 )
-from trt_wan.runtime.weights.tensor_file import DTYPES, TensorFile
+from trt_wan.runtime.weights.open_file import open_file
+from trt_wan.runtime.weights.tensor_file import DTYPES
 
 PATCHES = Layer("patch_embedding")
 CHECKED_AT_ONCE = 1 << 22  # numbers
@@ -42,7 +43,7 @@ def _no_base(name: str) -> Rows:
 
 @dataclass(frozen=True)
 class LoraFile:
-    file: TensorFile
+    file: Opened
     groups: tuple[Group, ...]  # by layer
     unmatched: Counter[str]  # keys that match nothing, by pattern
     skipped: tuple[str, ...]  # keys for inputs that the model has not
@@ -84,7 +85,7 @@ def open_lora(path: Path, config: ModelConfig, whole: Whole = _no_base) -> LoraF
 
     Raises WeightsError.
     """
-    file = TensorFile(path)
+    file = open_file(path)
     refuse_unsupported(path, file)
     refuse_control(path, file, config)
     keys, unmatched = _by_layer(file, config)
@@ -102,7 +103,7 @@ def open_lora(path: Path, config: ModelConfig, whole: Whole = _no_base) -> LoraF
     return lora
 
 
-def _by_layer(file: TensorFile, config: ModelConfig) -> tuple[dict[Layer, dict[str, str]], Counter[str]]:
+def _by_layer(file: Opened, config: ModelConfig) -> tuple[dict[Layer, dict[str, str]], Counter[str]]:
     """Keys by layer and role. Raises WeightsError for two keys of one meaning."""
     keys: dict[Layer, dict[str, str]] = defaultdict(dict)
     unmatched: Counter[str] = Counter()
@@ -116,9 +117,7 @@ def _by_layer(file: TensorFile, config: ModelConfig) -> tuple[dict[Layer, dict[s
     return dict(keys), unmatched
 
 
-def _patches_of_other_inputs(
-    file: TensorFile, keys: Mapping[str, str], config: ModelConfig
-) -> tuple[str, ...]:
+def _patches_of_other_inputs(file: Opened, keys: Mapping[str, str], config: ModelConfig) -> tuple[str, ...]:
     """The keys of a text-to-video patch embedding, which takes the latent's channels and no condition: its
     weight fits nothing here, and its bias belongs to it.
     """
@@ -127,7 +126,7 @@ def _patches_of_other_inputs(
     return tuple(keys.values()) if other else ()
 
 
-def _is_finite(file: TensorFile, key: str) -> bool:
+def _is_finite(file: Opened, key: str) -> bool:
     """By the bits: three times as fast as numpy's isfinite, which has to convert most of the types."""
     entry = file[key]
     values = file.read(key).reshape(-1)

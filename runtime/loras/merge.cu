@@ -56,3 +56,25 @@ __device__ void add(const In* change, float scale, float* values, i64 n) {
 CHANGES(float32, float)
 CHANGES(float16, fp16)
 CHANGES(bfloat16, bf16)
+
+// E4M3 with a scale per row, its largest magnitude over 448. convert.cu rounds to bf16 first, which takes 7 % of a delta
+// of 0.3 % from weights that lie in bf16. One block of 256 threads takes a row.
+extern "C" __global__ void quantise_rows(const float* values, e4m3* out, float* scales, i64 rows, i64 inner) {
+    __shared__ float largest[256];
+    for (i64 row = blockIdx.x; row < rows; row += gridDim.x) {
+        const i64 first = row * inner;
+        float most = 0;
+        for (i64 i = threadIdx.x; i < inner; i += blockDim.x) most = fmaxf(most, fabsf(values[first + i]));
+        largest[threadIdx.x] = most;
+        __syncthreads();
+        for (int half = blockDim.x / 2; half; half /= 2) {
+            if (threadIdx.x < half)
+                largest[threadIdx.x] = fmaxf(largest[threadIdx.x], largest[threadIdx.x + half]);
+            __syncthreads();
+        }
+        const float scale = fmaxf(largest[0] / E4M3_MAX, 1e-12f);
+        if (threadIdx.x == 0) scales[row] = scale;
+        for (i64 i = threadIdx.x; i < inner; i += blockDim.x) store(out + first + i, values[first + i] / scale);
+        __syncthreads();  // `largest` is written again for the next row
+    }
+}

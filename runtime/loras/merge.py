@@ -8,7 +8,7 @@ from trt_wan.runtime.device.gpu import MOST_BLOCKS, Gpu
 from trt_wan.runtime.device.kernels import THREADS, Module, read_source
 
 TYPES = ("float32", "float16", "bfloat16")
-NAMES = tuple(f"{kernel}_{name}" for kernel in ("add_product", "add") for name in TYPES)
+NAMES = (*(f"{kernel}_{name}" for kernel in ("add_product", "add") for name in TYPES), "quantise_rows")
 TILE = 64  # of merge.cu
 SOURCE = read_source(__package__, "merge.cu")
 
@@ -40,3 +40,11 @@ class Merger:
         blocks = max(1, min(-(-n // THREADS), MOST_BLOCKS))
         arguments = change, np.float32(scale), values, np.int64(n)
         self._module.launch(stream, f"add_{dtype.name}", blocks, THREADS, *arguments)
+
+    def quantise_rows(
+        self, stream: Any, values: int, target: int, scales: int, rows: int, inner: int
+    ) -> None:
+        """float32 [rows, inner] to E4M3 with a scale per row (engines/fp8.py)."""
+        sizes = np.int64(rows), np.int64(inner)
+        blocks = min(rows, MOST_BLOCKS)
+        self._module.launch(stream, "quantise_rows", blocks, THREADS, values, target, scales, *sizes)

@@ -1,42 +1,47 @@
 """Weights with LoRAs for the GPU: rows decoded to float32 on the device, changes added there, then encoded.
 
-    base rows --decode--> float32 [count, inner] --merge.cu--> float32 --quantise, one scale per row--> pack
+    base rows --decode--> float32 [count, inner] --merge.cu--> float32, or E4M3 and a scale per row --> pack
 
 The factors of a low-rank change travel with the rows, in the type of their file. LoHa, LoKr, DoRA and
 replaced weights are computed on the host, row by row. So are small tensors as a whole.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_wan.engines.contract import Part
 from trt_wan.runtime.device.arena import ALIGNMENT
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.loras.changes import Change, LowRank, Shifted, Whole, matrix, needs_base
+from trt_wan.runtime.loras.changes import Change, LowRank, Shifted, Whole, matrix, needs_base, widened
 from trt_wan.runtime.loras.merge import TYPES, Merger
 from trt_wan.runtime.loras.merged import Merge
-from trt_wan.runtime.weights.sources import FileSource, Piece, Place, StoredPiece
-from trt_wan.runtime.weights.stored import Stored
+from trt_wan.runtime.weights.sources import PIECE_BYTES, FileSource, Piece, Place, StoredPiece
+from trt_wan.runtime.weights.stored import Stored, Tensors
 
 ON_THE_HOST = 1 << 18  # numbers of a tensor that is merged on the host as a whole: a bias, a norm
 FLOAT32 = np.dtype(np.float32)
 
-Part = tuple[float, Change]  # strength and change
-
 
 class MergingSource(FileSource):
-    """A `FileSource` of tensors that may have a `delta`."""
+    """Tensors that may have a `delta`. Those of up to `small` numbers are merged on the host."""
+
+    def __init__(
+        self, parts: Mapping[Part, Tensors], piece_bytes: int = PIECE_BYTES, small: int = ON_THE_HOST
+    ) -> None:
+        super().__init__(parts, piece_bytes)
+        self._small = small
 
     def _cut(
         self, stored: Stored, dtype: np.dtype[Any], offset: int, scales_at: int | None
     ) -> Iterator[Piece]:
         if stored.delta is None:
             yield from super()._cut(stored, dtype, offset, scales_at)
-        elif math.prod(stored.shape) <= ON_THE_HOST:
+        elif math.prod(stored.shape) <= self._small and scales_at is None:
             yield from super()._cut(Stored(stored.float32()), dtype, offset, scales_at)
         else:
             for piece in super()._cut(stored, dtype, offset, scales_at):
@@ -165,7 +170,7 @@ class OnHost:
     """Changes that a reader computes: rows `first` to `first + count` of the piece."""
 
     piece: StoredPiece
-    parts: Sequence[Part]
+    parts: tuple[tuple[float, Change], ...]
     first: int
     count: int
 
@@ -180,7 +185,7 @@ class OnHost:
             unchanged = replace(self.piece.stored, delta=None)
             base = matrix(unchanged.rows(range(first, first + self.count)))
         values = base.copy()
-        Merge(tuple(self.parts)).add(values, first)
+        Merge(self.parts).add(values, first)
         np.subtract(values, base, out=slot[: self.size].view(np.float32).reshape(values.shape))
 
     def enqueue(self, place: Place) -> None:
@@ -199,7 +204,14 @@ class Encoded:
         pass
 
     def enqueue(self, place: Place) -> None:
-        self.piece.encode(place, place.float32())
+        piece = self.piece
+        if piece.scales_at is None:
+            piece.encode(place, place.float32())
+            return
+        target = place.pack + piece.offset + piece.first * piece.inner
+        scales = place.pack + piece.scales_at + 4 * piece.first
+        rows = piece.count, piece.inner
+        _merger(place.gpu).quantise_rows(place.gpu.loads, place.float32(), target, scales, *rows)
 
 
 def _add(place: Place, dtype: np.dtype[Any], scale: float, into: int, numbers: int) -> None:
@@ -209,8 +221,12 @@ def _add(place: Place, dtype: np.dtype[Any], scale: float, into: int, numbers: i
 
 
 def _write(slot: NDArray[np.uint8], values: NDArray[Any], dtype: np.dtype[Any]) -> None:
-    size = values.size * dtype.itemsize
-    slot[:size].view(dtype).reshape(values.shape)[...] = values
+    target = slot[: values.size * dtype.itemsize]
+    if values.dtype == dtype:  # by the bits: bfloat16's own copy keeps other threads waiting
+        bits = np.dtype(f"u{dtype.itemsize}")
+        target.view(bits).reshape(values.shape)[...] = values.view(bits)
+    else:
+        target.view(dtype).reshape(values.shape)[...] = widened(values)
 
 
 def _merger(gpu: Gpu) -> Merger:

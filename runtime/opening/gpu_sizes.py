@@ -116,7 +116,8 @@ class GpuSizes:
             for n in range(network.repeats)
             if not network.keys(n).isdisjoint(changed)
         }
-        self.weights.change(MergingSource({**self._host, "transformer": transformer}), keys)
+        parts: dict[Part, Any] = {**self._host, "transformer": transformer}
+        self.weights.change(MergingSource(parts), keys)
 
     def resume(self) -> None:
         self._gpu.device.set_current()

@@ -90,7 +90,11 @@ class DeviceWeights:
         self._forget([key for key in self._resident if key in keys])
         if self._streaming is not None:
             self._streaming.forget()
-        for key in [key for key in self._made if key in keys]:
+        stale = [key for key in self._made if key in keys]
+        if stale:
+            with cuda_core():
+                self.gpu.loads.sync()  # their copies into page-locked memory
+        for key in stale:
             del self._made[key]
             if key not in self._streamed:  # it was going to be resident, by a copy out of this memory
                 _unlock(self._memory.pop(key))

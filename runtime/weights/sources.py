@@ -145,7 +145,7 @@ def _converter(gpu: Gpu) -> Converter:
 class Batch:
     """Small pieces that share a slot: a block has forty tensors of some KB."""
 
-    pieces: tuple[StoredPiece, ...]
+    pieces: tuple[Piece, ...]
 
     @property
     def _starts(self) -> list[int]:
@@ -171,7 +171,7 @@ class FileSource:
         self.parts, self._piece_bytes = parts, piece_bytes
 
     def pieces(self, pack: Pack) -> Iterator[Piece]:
-        waiting: list[StoredPiece] = []
+        waiting: list[Piece] = []
         size = 0
         for piece in self._pieces(pack):
             room = -(-piece.size // ALIGNMENT) * ALIGNMENT
@@ -183,7 +183,7 @@ class FileSource:
         if waiting:
             yield Batch(tuple(waiting))
 
-    def _pieces(self, pack: Pack) -> Iterator[StoredPiece]:
+    def _pieces(self, pack: Pack) -> Iterator[Piece]:
         tensors, scaled = self.parts[pack.network.part], pack.scaled
         for tensor in pack.network.weights:
             if tensor.name in scaled:
@@ -204,7 +204,7 @@ class FileSource:
 
     def _cut(
         self, stored: Stored, dtype: np.dtype[Any], offset: int, scales_at: int | None
-    ) -> Iterator[StoredPiece]:
+    ) -> Iterator[Piece]:
         """Pieces of whole rows. Where rows do not matter every number is a row, or every block of numbers."""
         by_row = stored.scales is not None or scales_at is not None or stored.rotation or stored.delta
         inner = stored.row if by_row else BLOCKS.get(stored.blocks, (1,))[0]

@@ -374,6 +374,7 @@ def render_prepared(
         ExitStack() as until_the_model_is_closed,
     ):
         basis = basis or open_basis(files, settings, report.progress)
+        basis.require_loras(job.loras)
         require_graphs(report, basis, clips.width, clips.height, job.window, options.build)()
         with basis.open() as model:
             stop = until_the_model_is_closed.enter_context(stop_at_a_safe_point())
@@ -425,6 +426,7 @@ def _prepare_beside(
     files, settings = options.weight_files(), options.settings()
     click.get_current_context().with_resource(claimed(output, report.progress))
     basis = open_basis(files, settings, report.progress)
+    basis.require_loras(job.loras)
 
     def planned(width: int, height: int) -> Callable[[], None]:
         export = require_graphs(report, basis, width, height, job.window, options.build)
