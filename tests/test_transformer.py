@@ -77,7 +77,7 @@ def random_inputs(plan: Plan, seed: int) -> dict[str, Array]:
 
 @pytest.mark.parametrize(
     ("width", "height", "frames", "t"),
-    [(64, 96, 5, 999), (96, 64, 13, 208), (112, 48, 13, 1), (64, 48, 77, 625)],
+    [(64, 96, 5, 999), (112, 48, 13, 1), (48, 32, 77, 625)],
 )
 def test_velocity_equals_diffusers(
     make_model: MakeModel, weights: dict[str, Array], width: int, height: int, frames: int, t: int

@@ -6,7 +6,6 @@ types are those of `from_pretrained(torch_dtype=bfloat16)`. Inputs are random an
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -24,10 +23,8 @@ from trt_wan.benchmarks.peers.shape import Shape
 SEED = 0
 E4M3_DEVIATION = 100.0  # normal numbers scaled so that a channel's largest is 448
 BF16 = "bf16; norms, modulation and time embedding float32, as from_pretrained leaves them"
-# Users get "inductor". A test sets "eager": a C++ compiler takes minutes.
-BACKEND = os.environ.get("TRT_WAN_BENCH_COMPILE_BACKEND", "inductor")
 COMPILATION = (
-    f"blocks and face adapters by torch.compile(fullgraph=True, dynamic=False), backend {BACKEND}; "
+    "blocks and face adapters by torch.compile(fullgraph=True, dynamic=False), backend inductor; "
     "embeddings, motion encoder and head eager"
 )
 BLUR = (1.0, 3.0, 3.0, 1.0)  # a buffer of the motion encoder's halving convolutions, not a parameter
@@ -66,9 +63,9 @@ def make_model(shape: Shape, device: str) -> Model:
 
 def compile_blocks(model: Model) -> None:
     """Regional compilation, as diffusers documents it, and the face adapters as well."""
-    model.compile_repeated_blocks(backend=BACKEND, fullgraph=True, dynamic=False)
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False)
     for adapter in model.face_adapter:
-        adapter.compile(backend=BACKEND, fullgraph=True, dynamic=False)
+        adapter.compile(fullgraph=True, dynamic=False)
 
 
 def fill(model: torch.nn.Module) -> None:

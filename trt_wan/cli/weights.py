@@ -50,7 +50,8 @@ def show(*, report: Report, file: Path) -> Any:
     from trt_wan.runtime.preset_loras import is_lora
     from trt_wan.runtime.weights.describe import describe
 
-    described = dataclasses.asdict(describe_lora(file) if is_lora(file) else describe(file))
+    found = describe_lora(file) if is_lora(file) else describe(file)
+    described = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     lines = [(name.replace("_", " "), _readable(name, value)) for name, value in described.items()]
     text = table([line for line in lines if line[1]])
     return text, json.loads(json.dumps(described, default=str))
@@ -63,7 +64,7 @@ def _readable(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return ", ".join(f"{count} {key}" for key, count in value.items())
+        return ", ".join(f"{key} ({count:,})" for key, count in value.items())
     if isinstance(value, list | tuple | set | frozenset):
         return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) else str(value) if value is not None else ""
