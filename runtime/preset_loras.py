@@ -69,7 +69,7 @@ def _kind(names: Iterable[str]) -> LoraKind | None:
             return None
         layers.add(re.sub(r"^blocks\.\d+\.", "", layer.name))
         roles.add(found[1])
-    if layers == LINEARS and roles == PRODUCTS:
+    if layers == LINEARS and roles - {"alpha"} == PRODUCTS:
         return "relight"
     return "distill" if layers >= LINEARS | DISTILLED and "diff_b" in roles else None
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import lora_files
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -113,6 +114,27 @@ def write_sparse(path: Path, names: list[str], size: int) -> Path:
 )
 def test_a_lora_is_known_by_its_layers(tmp_path: Path, names: list[str], kind: str | None) -> None:
     assert kind_of(write(tmp_path / "x.safetensors", names)) == kind
+
+
+@pytest.mark.parametrize(
+    ("made", "kind"),
+    [
+        (lora_files.lightx2v_kijai, "distill"),
+        (lora_files.lightx2v_own, "distill"),
+        (lora_files.relight_first, "relight"),
+        (lora_files.relight, "relight"),
+        (lora_files.relight_resized, "relight"),
+        (lora_files.t2v_kijai, None),
+        (lora_files.t2v_own, None),
+        (lora_files.high_noise, None),
+        (lora_files.lightning, None),
+        (lora_files.pusa, None),
+        (lora_files.lokr, None),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_the_layouts_of_published_loras(tmp_path: Path, made: Any, kind: str | None) -> None:
+    assert kind_of(write(tmp_path / "x.safetensors", list(made().tensors))) == kind
 
 
 def test_what_is_no_file_is_no_lora(tmp_path: Path) -> None:

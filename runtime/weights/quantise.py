@@ -6,6 +6,7 @@ of the mantissa that are left decide the rounding to three as all 23 would.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.engines.fp8 import E4M3, E4M3_MAX
+from trt_wan.runtime.weights.stored import Stored
 
 CHUNK = 1 << 18  # numbers at a time: they stay in the cache of a core
 LEAST_SCALE = np.float32(1e-12)
@@ -37,6 +39,30 @@ def quantised(weight: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.flo
     with ThreadPoolExecutor() as threads:
         list(threads.map(quantise, range(0, len(rows), step)))
     return values.view(E4M3).reshape(weight.shape), scales
+
+
+def decoded(stored: Stored) -> NDArray[np.float32]:
+    """The numbers of a weight, float32, added up in the kernel's order where its columns are rotated."""
+    plain = replace(stored, rotation=0).float32()
+    if stored.rotation:
+        rows = plain.reshape(-1, stored.rotation)
+        for first in range(0, len(rows), CHUNK // stored.rotation):
+            part = slice(first, first + CHUNK // stored.rotation)
+            rows[part] = _rotated(rows[part])
+    return plain
+
+
+def _rotated(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows times H of files_and_loras.md 7, one pass for each of its 4x4 factors J/2 - P, J of ones and P the
+    reversal. `stored.rotated` is a product with H, which rounds otherwise.
+    """
+    width = 1
+    while width < rows.shape[1]:
+        x = rows.reshape(-1, 4, width)
+        half = ((x[:, 0] + x[:, 1]) + (x[:, 2] + x[:, 3])) * np.float32(0.5)
+        rows = (half[:, None] - x[:, ::-1]).reshape(rows.shape)
+        width *= 4
+    return rows
 
 
 def _as_bf16(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -32,7 +32,7 @@ from trt_wan.engines.store.files import PARTIAL, named
 from trt_wan.errors import OutputError, UsageError, WeightsError
 from trt_wan.runtime.events import FileProgress, Progress, silent
 from trt_wan.runtime.weights.checkpoint import Checkpoint
-from trt_wan.runtime.weights.quantise import quantised
+from trt_wan.runtime.weights.quantise import decoded, quantised
 from trt_wan.runtime.weights.recognition.layouts import EMBEDDED
 from trt_wan.runtime.weights.stored import Stored
 from trt_wan.runtime.weights.tensor_file import DTYPES
@@ -161,7 +161,7 @@ def _fp8(checkpoint: Checkpoint, name: str) -> tuple[Written, Written]:
             one_each = np.ones(stored.shape[0], np.float32)
             scales.append(one_each if stored.scales is None else np.ascontiguousarray(stored.scales))
             return stored.values.reshape(stored.shape)
-        values, made = quantised(stored.float32())
+        values, made = quantised(decoded(stored))
         scales.append(made)
         return values
 
@@ -175,7 +175,7 @@ def _fp8(checkpoint: Checkpoint, name: str) -> tuple[Written, Written]:
 def _as(stored: Stored, dtype: np.dtype[Any]) -> Callable[[], NDArray[Any]]:
     if stored.dtype == dtype and stored.scales is None and not stored.rotation and not stored.blocks:
         return lambda: stored.values.reshape(stored.shape)
-    return lambda: stored.float32().astype(dtype)
+    return lambda: decoded(stored).astype(dtype)
 
 
 def _require_space(output: Path, size: int) -> None:
