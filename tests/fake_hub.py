@@ -70,6 +70,8 @@ def running(hub: FakeHub) -> Iterator[FakeHub]:
                     "X-Repo-Commit": COMMIT,
                     "X-Linked-Etag": f'"{hub.sha256(name)}"',
                     "X-Linked-Size": str(len(hub.files[name])),
+                    "X-Xet-Hash": "0" * 64,  # offered, as by the Hub, and not needed
+                    "X-Xet-Refresh-Route": f"{hub.endpoint}/xet",
                     "Location": f"{hub.store}/store/{name}",
                     "Content-Length": "0",
                 },

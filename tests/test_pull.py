@@ -52,6 +52,12 @@ def no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+@pytest.fixture
+def no_xet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For huggingface_hub's own download: the server offers xet, and has none. `fetch` does not look at it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+
+
 def published(name: str, content: bytes, folder: str = "loras", **other: Any) -> PublishedFile:
     owner, repository, path = name.split("/", 2)
     digest = hashlib.sha256(content).hexdigest()
@@ -107,7 +113,9 @@ def test_the_folders_of_comfyui(hub: FakeHub, tmp_path: Path) -> None:
     }, "no lock and no part stays"
 
 
-def test_the_layout_of_the_cache_is_that_of_huggingface_hub(hub: FakeHub, tmp_path: Path) -> None:
+def test_the_layout_of_the_cache_is_that_of_huggingface_hub(
+    hub: FakeHub, tmp_path: Path, no_xet: None
+) -> None:
     """Its own functions find the file, by revision and by commit, and its own download fetches nothing."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
@@ -122,7 +130,7 @@ def test_the_layout_of_the_cache_is_that_of_huggingface_hub(hub: FakeHub, tmp_pa
     assert Path(downloaded).read_bytes() == SMALL_BYTES and hub.sent == sent
 
 
-def test_what_huggingface_hub_has_fetched_is_there(hub: FakeHub, tmp_path: Path) -> None:
+def test_what_huggingface_hub_has_fetched_is_there(hub: FakeHub, tmp_path: Path, no_xet: None) -> None:
     from huggingface_hub import hf_hub_download
 
     path = hf_hub_download(LITTLE.repository, LITTLE.path, cache_dir=tmp_path, endpoint=hub.endpoint)
