@@ -488,6 +488,7 @@ def some_weights() -> Path:
 def safetensors(rng: Random, folder: Path) -> None:
     """The header of a checkpoint, or an index of shards; then every tensor that it lists is read."""
     from trt_wan.runtime.weights.checkpoint import Checkpoint
+    from trt_wan.runtime.weights.describe import describe
     from trt_wan.runtime.weights.tensor_file import DTYPES, TensorFile, header_text
 
     if rng.random() < 0.2:
@@ -510,7 +511,8 @@ def safetensors(rng: Random, folder: Path) -> None:
             file.read(name)
     checkpoint = Checkpoint(path)
     for name in checkpoint:
-        checkpoint.raw(name) if file[name].dtype in DTYPES else None
+        checkpoint.raw(name) if checkpoint.entry(name).dtype in DTYPES else None
+    describe(path)
 
 
 @cache
@@ -732,7 +734,9 @@ def torch_file(rng: Random, folder: Path) -> None:
     """SAM2's .pt: the pickle inside, or the bytes of the zip."""
     import zipfile
 
-    from trt_wan.runtime.weights.torch_file import read_torch_file
+    from trt_wan.runtime.weights.describe import describe
+    from trt_wan.runtime.weights.open_file import names_text
+    from trt_wan.runtime.weights.torch_file import TorchFile, read_torch_file
 
     path = folder / "sam2.pt"
     content = some_torch_file()
@@ -743,15 +747,63 @@ def torch_file(rng: Random, folder: Path) -> None:
                 new.writestr(name, damaged(rng, data) if name.endswith("data.pkl") else data)
     else:
         path.write_bytes(damaged(rng, content))
+    names_text(path)
     for tensor in read_torch_file(path).values():
         tensor.read()
+    file = TorchFile(path)
+    for name in file:
+        file.read(name)
+    describe(path)
+
+
+def comfy_quant(rng: Random, folder: Path) -> None:
+    """The descriptions of quantised layers, as tensors or in the header; then the weights are read."""
+    from contextlib import suppress
+
+    import ml_dtypes
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from trt_wan.runtime.weights.checkpoint import Checkpoint
+
+    options = {
+        "format": "int8_tensorwise",
+        "convrot": True,
+        "convrot_groupsize": 64,
+        "params": {"per_row": True},
+    }
+    tensors: dict[str, Any] = {"motion_encoder.dec.direction.weight": np.ones((2, 2), np.float32)}
+    layers: dict[str, Any] = {}
+    for k in range(4):
+        described = damaged_json(rng, copy.deepcopy(options))
+        kind = rng.choice((np.int8, ml_dtypes.float8_e4m3fn, np.uint8, np.float32))
+        tensors[f"x.{k}.weight"] = np.ones((4, 64)).astype(kind)
+        tensors[f"x.{k}.{rng.choice(('weight_scale', 'scale_weight', 'scale'))}"] = np.ones(
+            rng.choice(((), (1,), (4,), (4, 1), (64,), (4, 2, 1))),
+            rng.choice((np.float32, np.float16, np.uint8)),
+        )
+        if rng.random() < 0.3:
+            tensors[f"x.{k}.pre_quant_scale"] = np.ones(rng.choice(((64,), (), (4,))), np.float32)
+        if rng.random() < 0.5:
+            tensors[f"x.{k}.comfy_quant"] = np.frombuffer(described, np.uint8)
+        else:
+            with suppress(ValueError, RecursionError):
+                layers[f"x.{k}"] = json.loads(described)
+    metadata = {"_quantization_metadata": damaged_json(rng, {"layers": layers}).decode("latin-1")}
+    save_file(tensors, folder / "m.safetensors", metadata)
+    checkpoint = Checkpoint(folder / "m.safetensors")
+    for k in range(4):
+        name = f"x.{k}.weight"
+        if checkpoint.fault(name, (4, 64)) is None:
+            assert checkpoint[name].shape == (4, 64)
+    checkpoint.require({f"x.{k}.weight": (4, 64) for k in range(4)})
 
 
 KINDS: dict[str, Kind] = {
     function.__name__: function
     for function in (
         *(keypoints, png, mp4, prepared, engines, graphs, measurements, text_cache, safetensors, gguf),
-        *(tokenizer, onnx, torch_file, lora),
+        *(tokenizer, onnx, torch_file, comfy_quant, lora),
     )
 }
 

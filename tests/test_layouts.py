@@ -47,6 +47,7 @@ from trt_wan.errors import WeightsError
 from trt_wan.runtime.weights.checkpoint import Checkpoint
 from trt_wan.runtime.weights.find_files import find_files
 from trt_wan.runtime.weights.random import random_weights
+from trt_wan.runtime.weights.stored import Stored
 
 T, V, U, C = "transformer", "vae", "text_encoder", "image_encoder"
 
@@ -301,6 +302,13 @@ def drawn(part: Part) -> dict[str, NDArray[np.float32]]:
     return random_weights(SMALL, part, 1)
 
 
+def read(stored: Stored) -> bool:
+    """Whether the bytes at the tensor's place in the file, which a GPU gets, are its values."""
+    into = np.empty(stored.values.nbytes, np.uint8)
+    stored.read(0, into)
+    return into.tobytes() == stored.values.tobytes()
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.part}: {row.name}")
 def test_a_layout_gives_its_numbers_or_is_refused_by_name(row: Row, tmp_path: Path) -> None:
     weights = dict(drawn(row.part))
@@ -320,6 +328,7 @@ def test_a_layout_gives_its_numbers_or_is_refused_by_name(row: Row, tmp_path: Pa
         worst = 0.0
         for name, shape in wanted.items():
             values, want = checkpoint[name], weights[name]
+            assert read(checkpoint.stored(name)), name
             if name.startswith("blocks.") and want.ndim == 2:
                 want = want * np.float32(row.factor)
             assert values.shape == shape and values.dtype == np.float32, name

@@ -54,7 +54,7 @@ def no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_xet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For huggingface_hub's own download: the server offers xet, and has none. `fetch` does not look at it."""
+    """For huggingface_hub's own download: the server offers xet and has none, which `fetch` does not mind."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
 
 

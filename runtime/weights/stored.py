@@ -23,8 +23,6 @@ FP8_TYPES = ("F8_E4M3", "F8_E5M2")
 FP8_VALUES = {
     DTYPES[name]: np.arange(256, dtype=np.uint8).view(DTYPES[name]).astype(np.float32) for name in FP8_TYPES
 }
-
-
 # GGUF types whose numbers lie in blocks: numbers and bytes per block.
 BLOCKS = {
     "Q8_0": (32, 34),
@@ -57,9 +55,7 @@ class Stored:
     """
 
     values: NDArray[Any]
-    scales: NDArray[np.float32] | None = (
-        None  # [rows]; the rows of an FP8 or int8 tensor are multiplied by them
-    )
+    scales: NDArray[np.float32] | None = None  # [rows]; the rows of FP8 and int8 are multiplied by them
     file: Path | None = None  # the bytes are here, from `start`; None for an array in memory
     start: int = 0
     rotation: int = 0  # one of ROTATIONS; 0: the input columns are not rotated (files_and_loras.md 7)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_wan.errors import shown
 from trt_wan.runtime.weights.open_file import OpenFile
 from trt_wan.runtime.weights.stored import BLOCKS, FP8_TYPES, ROTATIONS
 
@@ -35,6 +36,7 @@ OPTIONS = (
     *(ROTATED, "convrot_groupsize", "per_row", "per_channel"),
     *("full_precision_matrix_mult", "orig_dtype", "orig_shape"),
 )
+LONGEST = 1 << 16  # bytes of a layer's description; they have about 70
 BROKEN = "no JSON object"  # stands for the options of a description that cannot be read
 GROUP = 256  # input columns per rotated group where none is given
 
@@ -113,7 +115,8 @@ class Quantised:
         """Size of the rotated groups of input columns; 0: not rotated."""
         options = self.options(name)
         group = options.get("convrot_groupsize", GROUP)
-        return group if options.get(ROTATED) and isinstance(group, int) else 0
+        rotated = options.get(ROTATED) is True and self.file.entries[name].dtype == "I8"
+        return group if rotated and isinstance(group, int) else 0
 
     def options(self, name: str) -> Mapping[str, object]:
         """The description of a tensor's layer; empty where there is none."""
@@ -129,7 +132,7 @@ class Quantised:
             return self._unknown(name) or self._scale_fault(name) or self._column_fault(name)
         if self._sibling(name, (PRE_QUANT,)):
             return Fault(f"have a {PRE_QUANT} and are not quantised")
-        return None
+        return self._unknown(name) if self.options(name) else None
 
     def age(self, name: str) -> int:
         """How new the layout of a quantised tensor is: 0 for KJ's `scale_weight`, 2 for comfy_quant."""
@@ -144,17 +147,15 @@ class Quantised:
         form = options.get("format")
         if BROKEN in options:
             return Fault(f"have a {COMFY} that is {BROKEN}")
-        if form is not None and FORMATS.get(str(form)) != entry.dtype:
-            return Fault(
-                f"have the type {entry.dtype} and the format {str(form)[:40]}, which is not supported"
-            )
+        if form is not None and (not isinstance(form, str) or FORMATS.get(form) != entry.dtype):
+            return Fault(f"have the type {entry.dtype} and the format {shown(form)}, which is not supported")
         unknown = sorted(set(options) - {"format", *OPTIONS})
         if unknown:
-            return Fault(f"have the option {unknown[0][:40]} in {COMFY}, which is not known")
+            return Fault(f"have the option {shown(unknown[0])} in {COMFY}, which is not known")
         others = sorted(set(self._siblings.get(_layer(name), ())) - set(KNOWN))
         if others and _layer(name) != name:
             return Fault(
-                f"are {_spoken(entry.dtype)} with a tensor {others[0][:40]} beside them, which is not known"
+                f"are {_spoken(entry.dtype)} with a tensor {shown(others[0])} beside them, which is not known"
             )
         if options.get(ROTATED, False) is not False:
             group, columns = options.get("convrot_groupsize", GROUP), entry.shape[-1] if entry.shape else 0
@@ -163,7 +164,7 @@ class Quantised:
             if entry.dtype in FP8_TYPES:
                 return Fault(f"are FP8 with {ROTATED}, which is known for int8 only")
             if group not in ROTATIONS or len(entry.shape) != 2 or columns % group:
-                return Fault(f"have rotated groups of {str(group)[:20]} columns, which do not divide them")
+                return Fault(f"have rotated groups of {shown(group)} columns, which do not divide them")
         return None
 
     def _scale_fault(self, name: str) -> Fault | None:
@@ -200,7 +201,7 @@ class Quantised:
     def _format(self, name: str) -> str:
         """The name of a format that is not read, or nothing."""
         if form := self.options(name).get("format"):
-            return str(form)[:40]
+            return shown(form)
         entry, stored = self.file.entries[name], self.scale(name)
         if stored is None:
             return ""
@@ -216,13 +217,16 @@ class Quantised:
         found: dict[str, object] = {}
         with suppress(ValueError, KeyError, TypeError, RecursionError):
             layers = json.loads(str(self.file.metadata["_quantization_metadata"]))["layers"]
-            for layer in self._siblings:
+            for layer in self._siblings if isinstance(layers, dict) else ():
                 plain = layer.removeprefix("model.").removeprefix("diffusion_model.")
                 if (options := layers.get(layer, layers.get(plain))) is not None:
                     found[layer] = options
         for layer, lasts in self._siblings.items():
             if COMFY in lasts:
                 found[layer] = None
+                entry = self.file.entries[f"{layer}.{COMFY}"]
+                if entry.stop - entry.start > LONGEST:
+                    continue
                 with suppress(ValueError, KeyError, RecursionError):
                     found[layer] = json.loads(self.file.read(f"{layer}.{COMFY}").tobytes())
         return {layer: _options(described) for layer, described in found.items()}
