@@ -136,6 +136,7 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "checkpoint": ({"patch_embedding.weight": (4, 4)}, "is no LoRA: it holds patch_embedding.weight"),
     "nothing": ({}, "is no LoRA: it holds nothing"),
     "half a pair": ({f"{Q}.lora_up.weight": (256, 4)}, "has no down beside it"),
+    "a middle alone": ({f"{Q}.lora_mid.weight": (4, 4, 1)}, "has no up beside it"),
     "the other half": ({f"{Q}.lora_down.weight": (4, 256)}, "has no up beside it"),
     "ranks": (
         {f"{Q}.lora_down.weight": (4, 256), f"{Q}.lora_up.weight": (256, 8)},
@@ -157,7 +158,7 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         {f"{Q}.lokr_w1": (4, 4), f"{Q}.lokr_w2_a": (90_000, 1), f"{Q}.lokr_w2_b": (1, 90_000)},
         "is [90000, 1]",
     ),
-    "a down of one number": (PAIR | {f"{Q}.lora_down.weight": (), f"{Q}.alpha": ()}, "is a single number"),
+    "a down of one number": (PAIR | {f"{Q}.lora_down.weight": ()}, "is a single number"),
     "two families": (PAIR | {f"{Q}.lokr_w1": (4, 4)}, "of another family beside it"),
 }
 

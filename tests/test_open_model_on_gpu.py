@@ -124,10 +124,10 @@ def test_jobs_in_a_row_equal_single_runs(folders: Clips, keep: bool) -> None:
             assert np.array_equal(frames(model, task), [*alone, alone[0]][k]), f"job {k}"
 
 
-def test_streaming_changes_no_bit_and_a_stopped_job_leaves_the_stream_usable(folders: Clips) -> None:
-    task = job(folders["first"], steps=3)
+def least_vram(folders: Clips, task: Job) -> float:
+    """The GB with which all blocks stream."""
     with opened(folders) as model:
-        want = frames(model, task)
+        frames(model, task)
         sizes: Any = model._sizes
         plan = replace(PLAN, precision="fp8")
         contracts = networks(TINY, plan)
@@ -137,9 +137,16 @@ def test_streaming_changes_no_bit_and_a_stopped_job_leaves_the_stream_usable(fol
             plan_residency(TINY, contracts, arena, scratch, 0)
         whole = plan_residency(TINY, contracts, arena, scratch, 1 << 40)
     blocks = [Pack.of(contracts[name], n).size for name in BLOCK for n in range(TINY.transformer.layers)]
-    least = whole.total - sum(blocks) + SLOTS * max(blocks) + CONTEXT_BYTES
+    return float((whole.total - sum(blocks) + SLOTS * max(blocks) + CONTEXT_BYTES) / 1e9)
+
+
+def test_streaming_changes_no_bit_and_a_stopped_job_leaves_the_stream_usable(folders: Clips) -> None:
+    task = job(folders["first"], steps=3)
+    with opened(folders) as model:
+        want = frames(model, task)
+    vram = least_vram(folders, task)
     events: list[Event] = []
-    with opened(folders, vram=least / 1e9, keep_encoders=False) as model:
+    with opened(folders, vram=vram, keep_encoders=False) as model:
         assert np.array_equal(frames(model, task, progress=events.append), want)
         stop_after_a_step(model, task)
         assert np.array_equal(frames(model, task), want)

@@ -12,6 +12,8 @@ from trt_wan.errors import WeightsError
 from trt_wan.runtime.loras.families import DORA, LOHA, LOKR
 from trt_wan.runtime.loras.lora_file import LoraFile, open_lora
 from trt_wan.runtime.loras.names import pattern_of
+from trt_wan.runtime.loras.refusals import width_of
+from trt_wan.runtime.weights.open_file import open_file
 
 # Parts of the transformer by the names of their tensors; the first that matches.
 PARTS = (
@@ -49,10 +51,12 @@ class LoraDescription:
 
 def describe_lora(path: Path) -> LoraDescription:
     """Raises WeightsError that names a file which is no LoRA, or one of another model."""
+    file = open_file(path)
+    of_width = [m for m, config in MODELS.items() if width_of(file, config) == config.transformer.dim]
     errors = []
-    for model, config in MODELS.items():
+    for model in dict.fromkeys((*of_width, *MODELS)):
         try:
-            return _described(open_lora(path, config), model)
+            return _described(open_lora(path, MODELS[model]), model)
         except WeightsError as error:
             errors.append(error)
     raise errors[0]

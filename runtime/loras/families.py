@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trt_wan.errors import WeightsError
+from trt_wan.errors import WeightsError, shown
 from trt_wan.runtime.loras.changes import (
     Change,
     Computed,
@@ -35,6 +35,7 @@ from trt_wan.runtime.weights.torch_file import TorchFile
 TYPES = ("F64", "F32", "F16", "BF16", *FP8_TYPES)
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+MOST_LETTERS = 90
 DORA = ("dora_scale", "magnitude")
 
 Shape = tuple[int, ...]
@@ -46,6 +47,11 @@ def unusable(file: Opened, fault: str) -> WeightsError:
         f"The LoRA {file.path} cannot be merged: {fault}.",
         "Download or convert it again, or leave it out.",
     )
+
+
+def shortened(key: str) -> str:
+    """A key of a file in a message; a damaged file may have one of a million letters."""
+    return key if len(key) <= MOST_LETTERS else f"…{key[-MOST_LETTERS:]}"
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class Group:
     def _low_rank(self) -> Change:
         rows, inner = self._size("down" if "down" in self.keys else "up")
         if "mid" in self.keys:
-            return self._with_kernel("mid", "up", "down", rows, inner)
+            return self._with_kernel(rows, inner)
         return self._pair("up", "down", rows, inner, self._scale())
 
     def _pair(self, up: str, down: str, rows: int, inner: int, scale: float) -> LowRank:
@@ -109,14 +115,16 @@ class Group:
         self._require(up, down)
         return LowRank(self._read(up, rows, rank), self._read(down, rank, inner), scale)
 
-    def _with_kernel(self, kernel: str, up: str, down: str, rows: int, inner: int) -> Computed:
+    def _with_kernel(self, rows: int, inner: int) -> Computed:
         """A convolution's pair around a small kernel [rank, rank, ...]: out, in and kernel by their ranks."""
-        self._require(up, kernel)
-        core = self._require(kernel, up).shape
-        channels = inner // max(1, math.prod(core[2:]))
-        first = self._read(up, rows, core[0])
-        last = self._read(down, core[1] if len(core) > 1 else 1, channels)
-        middle = self._read(kernel, core[0], math.prod(core[1:]))
+        core = self._require("mid", "mid").shape
+        for role in ("up", "down"):
+            self._require(role, "mid")
+        if len(core) < 2:
+            raise self._fault("mid", f"is {list(core)}")
+        channels = inner // math.prod(core[2:]) if 0 not in core else 0
+        first, last = self._read("up", rows, core[0]), self._read("down", core[1], channels)
+        middle = self._read("mid", core[0], math.prod(core[1:]))
         scale = self._scale()
 
         def make() -> Rows:
@@ -239,7 +247,7 @@ class Group:
     def _array(self, role: str) -> Stored:
         entry = self._entry(role)
         if entry.dtype not in TYPES:
-            raise self._fault(role, f"has the type {entry.dtype}")
+            raise self._fault(role, f"has the type {shown(entry.dtype)}")
         if 0 in entry.shape:
             raise self._fault(role, "is empty")
         return self.file.read(self.keys[role])
@@ -259,7 +267,7 @@ class Group:
         return values.reshape(rows, inner)
 
     def _fault(self, role: str, fault: str) -> WeightsError:
-        return unusable(self.file, f"{self.keys[role]} {fault}")
+        return unusable(self.file, f"{shortened(self.keys.get(role, role))} {fault}")
 
 
 def _rows_and_inner(shape: Shape) -> tuple[int, int]:

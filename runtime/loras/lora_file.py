@@ -17,7 +17,7 @@ import numpy as np
 from trt_wan.engines.checkpoint import required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.runtime.loras.changes import Change, Rows
-from trt_wan.runtime.loras.families import Group, Opened, unusable
+from trt_wan.runtime.loras.families import Group, Opened, shortened, unusable
 from trt_wan.runtime.loras.names import Layer, find_layer, pattern_of, split
 from trt_wan.runtime.loras.refusals import (
     refuse_control,
@@ -77,7 +77,7 @@ class LoraFile:
         with ThreadPoolExecutor() as threads:
             for key, finite in zip(used, threads.map(partial(_is_finite, self.file), used), strict=True):
                 if not finite:
-                    raise unusable(self.file, f"{key} holds a NaN or an infinity")
+                    raise unusable(self.file, f"{shortened(key)} holds a NaN or an infinity")
 
 
 def open_lora(path: Path, config: ModelConfig, whole: Whole = _no_base) -> LoraFile:
@@ -113,7 +113,7 @@ def _by_layer(file: Opened, config: ModelConfig) -> tuple[dict[Layer, dict[str, 
         if found is None or layer is None:
             unmatched[pattern_of(key)] += 1
         elif (other := keys[layer].setdefault(found[1], key)) != key:
-            raise unusable(file, f"{other} and {key} are both for {layer.name}")
+            raise unusable(file, f"{shortened(other)} and {shortened(key)} are both for {layer.name}")
     return dict(keys), unmatched
 
 

@@ -17,6 +17,7 @@ PREFIXES = (
     *("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "pipe.dit."),
     *("lora_unet__", "lora_unet_", "lycoris_", "model."),
 )
+LONGEST = 300  # letters of a key; a damaged file may have a million
 _ADAPTER = r"(?:\.(?!weight$|bias$)[\w-]+)?"  # PEFT's name of an adapter, mostly `default`
 _UP = r"(?:\.lora_(?:up|B)|[._]lora\.up|\.lora_linear_layer\.up)"
 _DOWN = r"(?:\.lora_(?:down|A)|[._]lora\.down|\.lora_linear_layer\.down)"
@@ -86,6 +87,8 @@ class Layer:
 
 def split(key: str) -> tuple[str, str] | None:
     """The layer as the key spells it, without prefixes, and the role; None for a key that is not a LoRA's."""
+    if len(key) > LONGEST:
+        return None
     for pattern, role in _SUFFIXES:
         if (found := pattern.search(key)) is not None:
             return _without_prefixes(key[: found.start()]), role or found["part"]
@@ -136,4 +139,4 @@ def find_layer(config: ModelConfig, stem: str, role: str) -> Layer | None:
 
 def pattern_of(key: str) -> str:
     """The key with N for every number, to count keys that differ in nothing else."""
-    return re.sub(r"\d+", "N", key)
+    return re.sub(r"\d+", "N", key[:LONGEST])

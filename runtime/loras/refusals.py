@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.errors import WeightsError
-from trt_wan.runtime.loras.names import find_layer, pattern_of, split
+from trt_wan.runtime.loras.names import LONGEST, find_layer, pattern_of, split
 from trt_wan.runtime.weights.tensor_file import Entry
 
 MOST_NAMED = 3  # patterns in a message
@@ -45,8 +45,8 @@ def refuse_unsupported(path: Path, keys: Iterable[str]) -> None:
     """Raises WeightsError for a LoRA that cannot be merged into the weights of any model."""
     for key in keys:
         for pattern, what in _UNSUPPORTED:
-            if re.search(pattern, key):
-                raise WeightsError(f"{path} is {what} (it holds {key}).", "Leave it out.")
+            if re.search(pattern, key[:LONGEST]):
+                raise WeightsError(f"{path} is {what} (it holds {key[-90:]}).", "Leave it out.")
 
 
 def unknown(path: Path, entries: Mapping[str, Entry]) -> WeightsError:
@@ -84,7 +84,7 @@ def refuse_control(path: Path, entries: Mapping[str, Entry], config: ModelConfig
         channels = entry.shape[1]
         if found[1] in ("down", "diff") and channels == 2 * c.latent_channels:
             raise WeightsError(
-                f"{path} is a control LoRA: its {key} takes {channels} channels, this model "
+                f"{path} is a control LoRA: its {key[-90:]} takes {channels} channels, this model "
                 f"{c.latent_channels + c.condition_channels}.",
                 "Leave it out.",
             )

@@ -198,9 +198,11 @@ def _entries(file: Path, header: Mapping[str, object], data_start: int) -> dict[
             ) and all(isinstance(size, int) and 0 <= size < LARGEST for size in shape):
                 entry = Entry(file, dtype, tuple(shape), data_start + start, data_start + stop)
             case _:
-                raise _damaged(file, f"{name} has no proper type, shape and place")
+                raise _damaged(file, f"{name[:LONGEST_NAME]} has no proper type, shape and place")
         if dtype in DTYPES and (want := math.prod(shape) * DTYPES[dtype].itemsize) != stop - start:
-            raise _damaged(file, f"{name} has {stop - start} bytes where its shape needs {want}")
+            raise _damaged(
+                file, f"{name[:LONGEST_NAME]} has {stop - start} bytes where its shape needs {want}"
+            )
         entries[name] = entry
     return entries
 
@@ -210,7 +212,7 @@ def _check_layout(file: Path, entries: Mapping[str, Entry], data_start: int, siz
     position = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if not position == entry.start <= entry.stop:
-            raise _damaged(file, f"{name} does not begin where the tensor before it ends")
+            raise _damaged(file, f"{name[:LONGEST_NAME]} does not begin where the tensor before it ends")
         position = entry.stop
     if position > size:
         raise WeightsError(
