@@ -129,7 +129,9 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
             process.kill()
             process.wait()
             moment.faults.append(f"did not end in {PATIENCE:.0f} s")
-    finished = moment.returned == 0
+    result = {"run": here / "out.mp4", "preprocess": here / "prepared" / "src_ref.png"}.get(moment.kind)
+    killed_late = moment.signal == KILL and result is not None and result.exists()
+    finished = moment.returned == 0 or killed_late
     young = moment.part < 0.1  # Python itself was starting: no handler can be there yet
     ends = {0, STOPPED} | ({-moment.signal} if moment.signal == signal.SIGKILL or young else set())
     moment.check(moment.returned in ends, f"returned {moment.returned}")
