@@ -1,10 +1,10 @@
 """Fetches published files from the Hub, by plain HTTP ranges.
 
-`hf_hub_download` is not used: that of huggingface_hub 2.4 throws away what it has when it is stopped, and it
-checks no hash. Its parts are: the addresses, the metadata, the token, and the request with retries.
+`hf_hub_download` of huggingface_hub 2.4 starts again after a stop and checks no hash. So only its parts are
+used: addresses, metadata, the token, and the request with retries.
 
-Every byte is hashed as it is written. What is fetched is compared with the table (files.py), or where that
-has no hash with the Hub's, before the file gets its name.
+Every byte is hashed as it is written. The hash is compared with the table (files.py), or else with the Hub's,
+before the file gets its name.
 """
 
 import errno
@@ -35,7 +35,7 @@ NETWORK = (
     "httpcore2",
     "requests",
     "urllib3",
-)  # what huggingface_hub stands on
+)  # used by huggingface_hub
 AGAIN = "Run the same command again: it goes on where it stopped."
 
 Free = Callable[[Path], int]  # folder -> free bytes of its disk

@@ -16,7 +16,7 @@ ALL = (FAST4, UNIPC4, QUALITY20)
 
 @dataclass(frozen=True)
 class PublishedFile:
-    part: str  # what it is for
+    part: str  # a Part, a LoRA, or a network of the preprocessing
     repository: str
     path: str  # in the repository
     folder: str  # below ComfyUI's models/

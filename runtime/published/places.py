@@ -137,7 +137,7 @@ def hub_cache() -> HubCache:
 
 
 def comfy_folder(folder: Path) -> ComfyFolder:
-    """Of a ComfyUI, or its models/. Raises UsageError."""
+    """The folders in a ComfyUI, or in its models/. Raises UsageError."""
     if not folder.is_dir():
         raise UsageError(
             f"There is no folder {folder}.", "Give --into a ComfyUI, its models/, or a folder for the models."

@@ -1,1 +1,1 @@
-"""What `trt-wan doctor` looks at: one function per topic, each returns checks. Nothing is compiled."""
+"""The checks of `trt-wan doctor`: one function per topic. Nothing is compiled."""

@@ -10,8 +10,8 @@ State = Literal["ok", "warning", "fault"]
 
 @dataclass(frozen=True)
 class Check:
-    """`text` says what is there and, of a choice, why. A fault is what `trt-wan run` cannot work with. Of
-    faults and warnings `fix` is a sentence and `commands` are the lines to paste.
+    """`text` names the thing found or, for a choice, the reason. With a fault `trt-wan run` cannot work. Faults
+    and warnings have a sentence, `fix`, and lines to paste, `commands`.
     """
 
     topic: str

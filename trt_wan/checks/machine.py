@@ -1,4 +1,4 @@
-"""The GPU, its driver, the flavours of TensorRT, and what a job would run on."""
+"""The GPU, its driver, the flavours of TensorRT, and the choices of executor and precision."""
 
 from dataclasses import dataclass
 from typing import Any

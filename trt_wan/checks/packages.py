@@ -9,7 +9,7 @@ from trt_wan.cli.version import versions
 from trt_wan.errors import EnvironmentBroken
 from trt_wan.install import install_command
 
-# By library the package of pip that has it, and what it is for.
+# By library its package, its use, and the extra that installs it.
 LIBRARIES = {
     "nvrtc": ("nvidia-cuda-nvrtc", "compiles our own kernels", "rtx"),
     "cublasLt": ("nvidia-cublas", "candidates of the extra hopper", "hopper"),
@@ -54,7 +54,7 @@ def _library(name: str, has_gpu: bool) -> Check:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
         where = load_nvidia_dynamic_lib(name).abs_path
-    except Exception:  # of classes that differ between releases
+    except Exception:  # its class differs between releases
         state = "fault" if has_gpu and name in NEEDED_ON_A_GPU else "ok"
         if state == "ok":
             return ok(name, f"not found; {use}")

@@ -45,7 +45,7 @@ def _folder(topic: str, folder: Path, fix: str, command: str) -> Check:
 
 
 def graphs_check(config: ModelConfig, precision: Precision) -> Check:
-    """Of the default size, and on the CPU whether the model fits in memory."""
+    """Graphs of the default size; on the CPU also whether the model fits in memory."""
     plan = Plan(precision=precision)
     graphs = graph_set(config, plan)
     if precision == "fp32":

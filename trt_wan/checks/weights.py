@@ -16,7 +16,7 @@ from trt_wan.runtime.preset_loras import loras_by_kind
 from trt_wan.runtime.presets import LoraKind
 from trt_wan.runtime.published.files import FILES
 from trt_wan.runtime.settings import WeightFiles
-from trt_wan.runtime.weights.find_files import files_below, find_files, spoken
+from trt_wan.runtime.weights.find_files import files_below, missing_parts, spoken
 from trt_wan.runtime.weights_folders import searched_folders
 
 PULL = shell_command(("pull",))
@@ -62,13 +62,10 @@ def _parts(folders: Sequence[Path], precision: Precision) -> tuple[list[Check], 
 
 
 def _missing(folders: Sequence[Path]) -> list[Check]:
-    checks = []
-    for part in PARTS:
-        try:
-            find_files(folders, [part])
-        except WeightsError:
-            checks.append(Check(spoken(part), "fault", "No file holds it.", "Fetch it:", (PULL,)))
-    return checks
+    return [
+        Check(spoken(part), "fault", "No file holds it.", "Fetch it:", (PULL,))
+        for part in missing_parts(folders, PARTS)
+    ]
 
 
 def _loras(files: Sequence[Path]) -> list[Check]:
