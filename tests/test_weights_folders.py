@@ -4,10 +4,17 @@ import os
 from pathlib import Path
 
 import pytest
+from fake_hub import FakeHub, running
 
 from trt_wan.cli.run import RunOptions
+from trt_wan.engines.config import TINY
 from trt_wan.errors import UsageError, WeightsError
-from trt_wan.runtime.published.files import FILES
+from trt_wan.runtime.events import silent
+from trt_wan.runtime.opening.model import open_weights
+from trt_wan.runtime.published.fetch import fetch
+from trt_wan.runtime.published.files import FILES, PublishedFile
+from trt_wan.runtime.published.places import hub_cache
+from trt_wan.runtime.weights.tiny import write_tiny_weights
 from trt_wan.runtime.weights_folders import KINDS, comfy_extra_folders, searched_folders
 
 
@@ -51,6 +58,21 @@ def test_without_any_the_hint_fetches_them() -> None:
     with pytest.raises(UsageError, match="There are no weights") as raised:
         RunOptions().weight_files()
     assert raised.value.hint.splitlines()[-1] == "trt-wan pull"
+
+
+def test_a_run_finds_what_was_pulled(tmp_path: Path, no_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A complete tiny set, from the Hub to open weights."""
+    paths = write_tiny_weights(tmp_path / "made", 0)
+    with running(FakeHub({f"owner/tiny/split/{path.name}": path.read_bytes() for path in paths})) as hub:
+        files = [
+            PublishedFile("part", "owner/tiny", f"split/{path.name}", "", path.stat().st_size, "", ())
+            for path in paths
+        ]
+        fetch(files, hub_cache(), endpoint=hub.endpoint)
+    monkeypatch.setattr("trt_wan.runtime.weights_folders.FILES", files)
+    opened = open_weights(RunOptions().weight_files(), "bf16", silent)
+    assert opened.config is TINY
+    assert all(file.is_relative_to(no_cache) for file in opened.text_files)
 
 
 def make(comfy: Path, text: str, *folders: str) -> list[Path]:

@@ -10,8 +10,8 @@ State = Literal["ok", "warning", "fault"]
 
 @dataclass(frozen=True)
 class Check:
-    """`text` names the thing found or, for a choice, the reason. With a fault `trt-wan run` cannot work. Faults
-    and warnings have a sentence, `fix`, and lines to paste, `commands`.
+    """`text` names the thing found or, for a choice, the reason. With a fault `trt-wan run` cannot work.
+    Faults and warnings have a sentence, `fix`, and lines to paste, `commands`.
     """
 
     topic: str
