@@ -3,9 +3,10 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from test_hints import not_alone
 import trt_wan.checks.machine
 from trt_wan.checks.check import Check
 from trt_wan.checks.machine import FoundGpu, machine_checks, precision_check
-from trt_wan.checks.packages import CODECS, package_checks
+from trt_wan.checks.packages import CODECS, LIBRARIES, package_checks
 from trt_wan.checks.places import graphs_check, place_checks
 from trt_wan.checks.weights import weights_checks
 from trt_wan.cli.doctor import described
@@ -30,6 +31,7 @@ from trt_wan.runtime.weights.tiny import write_tiny_weights
 ROOT = Path(__file__).parents[1]
 ADA = FoundGpu("NVIDIA L4", (8, 9), 24_000_000_000, 22_000_000_000)
 AMPERE = FoundGpu("NVIDIA A10", (8, 6), 24_000_000_000, 22_000_000_000)
+HOPPER = FoundGpu("NVIDIA H200", (9, 0), 140_000_000_000, 139_000_000_000)
 NONE = "no driver"
 
 
@@ -90,7 +92,7 @@ def test_a_gpu_without_any_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_release_that_refuses_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "tensorrt_rtx", "1.7.0")
     pretend(monkeypatch, "tensorrt", None)
-    checks, _ = machine_checks(FoundGpu("NVIDIA H200", (9, 0), 1, 1))
+    checks, _ = machine_checks(HOPPER)
     assert "refuses compute capability 9.0" in by_topic(checks)["tensorrt_rtx"].text
     assert by_topic(checks)["executor"].commands == ("pip install 'tensorrt-rtx>=1.6,<1.7'",)
 
@@ -108,7 +110,7 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch, in_the_machine: bool, state: st
 
 
 def test_packages() -> None:
-    found = by_topic(package_checks(has_gpu=False))
+    found = by_topic(package_checks(None))
     assert found["codecs"].state == "ok" and all(name in found["codecs"].text for name in CODECS)
     assert "CPU" in found["onnxruntime"].text and found["export"].text.startswith("torch ")
 
@@ -120,28 +122,37 @@ def test_the_two_onnxruntimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         about.mkdir(parents=True)
         (about / "METADATA").write_text(f"Name: {name.replace('_', '-')}\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
-    check = by_topic(package_checks(has_gpu=False))["onnxruntime"]
+    check = by_topic(package_checks(None))["onnxruntime"]
     assert check.state == "fault" and "are both installed" in check.text
     assert check.commands == ("pip uninstall -y onnxruntime onnxruntime-gpu", "pip install onnxruntime-gpu")
 
 
-@pytest.mark.parametrize("has_gpu", [True, False])
-def test_nvrtc_is_needed_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has_gpu: bool) -> None:
+@pytest.mark.parametrize(
+    ("gpu", "state"),
+    [(None, ("ok", "ok")), (ADA, ("fault", "ok")), (HOPPER, ("fault", "warning"))],
+    ids=["no GPU", "Ada", "Hopper"],
+)
+def test_libraries_that_are_missing(
+    monkeypatch: pytest.MonkeyPatch, gpu: FoundGpu | None, state: tuple[str, str]
+) -> None:
     from cuda import pathfinder
 
     def missing(name: str) -> Any:
         raise RuntimeError(f"no {name}")
 
+    nowhere = {name: replace(row, packages=("no-such-package",)) for name, row in LIBRARIES.items()}
+    monkeypatch.setattr("trt_wan.checks.packages.LIBRARIES", nowhere)
     monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", missing)
-    assert ("nvrtc" in faults(package_checks(has_gpu))) is has_gpu
-    assert "cudnn" not in faults(package_checks(has_gpu))
+    found = by_topic(package_checks(gpu))
+    assert (found["nvrtc"].state, found["cudnn"].state) == state
+    assert [bool(found[name].commands) for name in ("nvrtc", "cudnn")] == [part != "ok" for part in state]
 
 
 def test_a_pyav_without_h264(monkeypatch: pytest.MonkeyPatch) -> None:
     import av
 
     monkeypatch.setattr(av, "codecs_available", {"aac", "libvpx-vp9"})
-    check = by_topic(package_checks(has_gpu=False))["codecs"]
+    check = by_topic(package_checks(None))["codecs"]
     assert check.state == "fault" and "libx264" in check.text and "aac" not in check.text and check.commands
 
 
@@ -238,12 +249,18 @@ def test_without_weights_a_run_cannot_work() -> None:
     assert envelope["ok"] is False and envelope["error"]["code"] == "environment_broken"
 
 
+def processor_seconds() -> float:
+    """Those of finished children: a busy machine does not make them more."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_it_takes_a_few_seconds_and_imports_no_torch(weights: Path, tmp_path: Path) -> None:
     listing = tmp_path / "modules"
-    start = time.perf_counter()
     command = [sys.executable, "-c", LISTING, str(listing), "doctor", "--weights", str(weights)]
+    before = processor_seconds()
     subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
-    assert time.perf_counter() - start < 8, "two, on a machine that is busy"
+    assert processor_seconds() - before < 4, "one, on a machine that is not busy"
     assert not set(listing.read_text().split()) & {"torch", "onnx", "diffusers", "transformers"}
 
 

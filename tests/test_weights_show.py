@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def test_what_is_no_file_of_ours(tmp_path: Path) -> None:
 
 
 def test_the_14b_takes_a_second(tmp_path: Path) -> None:
-    """A sparse file: no data is read. Twice, since the machine may be busy."""
+    """A sparse file: no data is read."""
     header: dict[str, Any] = {}
     end = 0
     for name, shape in required_tensors(ANIMATE_14B, "transformer").items():
@@ -105,13 +105,10 @@ def test_the_14b_takes_a_second(tmp_path: Path) -> None:
         str(tmp_path / "14b.safetensors"),
         "--json",
     ]
-    seconds = []
-    for _ in range(2):
-        start_time = time.perf_counter()
-        run = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
-        )
-        seconds.append(time.perf_counter() - start_time)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     data = json.loads(run.stdout)["data"]
     assert (data["model"], data["parameters"], data["problem"]) == ("14b", 17_274_816_884, "")
-    assert min(seconds) < 3, "half a second, on a machine that is busy"
+    assert seconds < 1.5, "of a processor: half a second on a machine that is not busy"

@@ -1,34 +1,40 @@
 """Packages and libraries: versions, the two ONNX Runtimes, CUDA's libraries, torch, the codecs of PyAV."""
 
 import os
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from trt_wan.checks.check import Check, of_error, ok
+from trt_wan.checks.check import Check, State, of_error, ok
+from trt_wan.checks.machine import FoundGpu
 from trt_wan.cli.missing import lacking_exporters
 from trt_wan.cli.version import versions
+from trt_wan.engines.gpu import HOPPER
 from trt_wan.errors import EnvironmentBroken
 from trt_wan.install import install_command
 
-# By library its package, its use, and the extra that installs it.
+
+@dataclass(frozen=True)
+class Library:
+    packages: tuple[str, ...]
+    use: str
+    extra: str  # the extra of trt-wan that installs it
+    hopper: bool  # advised on Hopper only; the others are needed on every GPU
+
+
 LIBRARIES = {
-    "nvrtc": ("nvidia-cuda-nvrtc", "compiles our own kernels", "rtx"),
-    "cublasLt": ("nvidia-cublas", "candidates of the extra hopper", "hopper"),
-    "cudnn": ("nvidia-cudnn-cu13", "attention of the extra hopper", "hopper"),
+    "nvrtc": Library(("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"), "our kernels", "rtx", False),
+    "cublasLt": Library(("nvidia-cublas", "nvidia-cublas-cu12"), "products on Hopper", "hopper", True),
+    "cudnn": Library(("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"), "attention on Hopper", "hopper", True),
 }
-NEEDED_ON_A_GPU = ("nvrtc",)
 CODECS = {"libx264": "the video in .mp4", "aac": "its sound"}
 ALSO = {"libvpx-vp9": ".webm", "libopus": "the sound of .webm"}
 
 
-def package_checks(has_gpu: bool) -> list[Check]:
+def package_checks(gpu: FoundGpu | None) -> list[Check]:
     programs = [ok(name, text) for name, text in versions() if name != "GPU" and "not installed" not in text]
-    return [
-        *programs,
-        onnxruntime_check(),
-        *map(lambda name: _library(name, has_gpu), LIBRARIES),
-        _torch(),
-        _codecs(),
-    ]
+    libraries = [_library(name, row, gpu) for name, row in LIBRARIES.items()]
+    return [*programs, onnxruntime_check(), *libraries, _torch(), _codecs()]
 
 
 def onnxruntime_check() -> Check:
@@ -48,21 +54,19 @@ def onnxruntime_check() -> Check:
     return ok("onnxruntime", f"{onnxruntime.__version__}, {', '.join(providers)}")
 
 
-def _library(name: str, has_gpu: bool) -> Check:
-    package, use, extra = LIBRARIES[name]
-    try:
+def _library(name: str, row: Library, gpu: FoundGpu | None) -> Check:
+    for package in row.packages:
+        with suppress(PackageNotFoundError):
+            return ok(name, f"{version(package)} ({package})")
+    with suppress(Exception):  # not found; its class differs between releases
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
-        where = load_nvidia_dynamic_lib(name).abs_path
-    except Exception:  # its class differs between releases
-        state = "fault" if has_gpu and name in NEEDED_ON_A_GPU else "ok"
-        if state == "ok":
-            return ok(name, f"not found; {use}")
-        return Check(name, "fault", f"Not found; it {use}.", "Run:", (install_command(extra),))
-    try:
-        return ok(name, f"{version(package)} ({package})")
-    except PackageNotFoundError:
-        return ok(name, str(where))
+        return ok(name, str(load_nvidia_dynamic_lib(name).abs_path))
+    text = f"not found; for {row.use}"
+    if gpu is None or (row.hopper and gpu.capability != HOPPER):
+        return ok(name, text)
+    state: State = "warning" if row.hopper else "fault"
+    return Check(name, state, text, "Run:", (install_command(row.extra),))
 
 
 def _torch() -> Check:

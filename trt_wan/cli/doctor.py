@@ -40,7 +40,7 @@ def doctor(*, report: Report, weights: tuple[Path, ...]) -> Any:
     gpu = found_gpu()
     machine, flavour = machine_checks(gpu)
     choice, precision = precision_check(gpu, flavour)
-    checks = [*package_checks(not isinstance(gpu, str)), *machine, choice]
+    checks = [*package_checks(None if isinstance(gpu, str) else gpu), *machine, choice]
     weights_found, config = weights_checks(weights, precision)
     checks += [*place_checks(), graphs_check(config or ANIMATE_14B, precision), *weights_found]
     for check in checks:
