@@ -285,7 +285,7 @@ def test_fp8_without_a_scale_in_a_scaled_file_is_an_error(files: dict[Part, Path
     )
     message = failure(lambda: Checkpoint(path).require(required_tensors(TINY, "transformer"))).message
     assert str(path) in message
-    assert "2 of 227 tensors are FP8 without a scale, such as blocks.*." in message
+    assert "2 of 227 tensors are FP8 without a scale, such as blocks." in message
 
 
 def test_the_marker_alone_demands_scales(tmp_path: Path) -> None:
@@ -535,7 +535,9 @@ def test_two_files_for_a_part_are_named_with_the_option(
     )
     rewrite(one, two, lambda tensors: tensors | {name: tensors[name] + 1})
     error = failure(lambda: load_weights([folder], {}))
-    assert str(one) in error.message and str(two) in error.message and error.message.count(" GB)") == 2
+    assert f"Several files in {folder} hold the {part.replace('_', ' ')}: " in error.message
+    assert f"{one.name} (" in error.message and "below/second.safetensors (" in error.message
+    assert error.message.count(" GB)") == 2 and len(error.message) < 400
     assert f"--{part.replace('_', '-')} FILE" in error.hint
     assert load_weights([folder], {part: two})[1][part].path == two
 
@@ -597,8 +599,8 @@ def test_a_broken_file_matters_only_when_a_part_is_missing(folder: Path, files: 
     assert load_weights([folder], {})[0] is TINY
     (folder / files["vae"].name).unlink()
     message = failure(lambda: load_weights([folder], {})).message
-    found = [name for name in (*broken, "dangling.safetensors") if str(folder / "other" / name) in message]
-    assert len(found) == 3 and "1 more" in message
+    found = [name for name in (*broken, "dangling.safetensors") if f"; {name} " in message]
+    assert len(found) == 3 and "1 more" in message and len(message) < 400
 
 
 def test_two_hundred_loras_do_not_slow_the_search(folder: Path) -> None:
@@ -756,7 +758,7 @@ def test_a_file_without_the_right_to_read_it(folder: Path, files: dict[Part, Pat
         pytest.skip("this user may read everything")
     assert "Permission denied" in failure(lambda: Checkpoint(path)).message
     message = failure(lambda: load_weights([folder], {})).message
-    assert "holds the vae" in message and f"{path} cannot be read" in message
+    assert "holds the vae" in message and f"{path.name} cannot be read" in message
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"x": 1}}'])

@@ -6,14 +6,32 @@ import math
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from made_layouts import BF16, F16, F32, V2, Maker, described, fp8, gguf_file, int8, prefixed, shards
+from made_layouts import (
+    BF16,
+    F16,
+    F32,
+    V2,
+    Maker,
+    described,
+    diffusers_file,
+    fp8,
+    gguf_file,
+    int8,
+    official_umt5,
+    open_clip,
+    pickled,
+    prefixed,
+    shards,
+)
 from test_checkpoints import PROMPT, failure, rewrite, write_sparse
 
 from trt_wan.engines.checkpoint import PARTS, required_tensors
@@ -203,6 +221,50 @@ def test_the_hint_fits_the_part(part: Part, hint: str, folder: Path) -> None:
     assert f"is missing, such as {lost}" in error.message and hint in error.hint
 
 
+# ---- whole repositories ----
+
+
+def official_repository(folder: Path) -> None:
+    shards(4, True)(folder, random_weights(TINY, "transformer", SEED))
+    pickled(name="Wan2.1_VAE.pth")(folder, random_weights(TINY, "vae", SEED))
+    umt5 = pickled(name="models_t5_umt5-xxl-enc-bf16.pth", change=official_umt5)
+    umt5(folder, random_weights(TINY, "text_encoder", SEED))
+    open_clip("visual.", pickle=True)(folder, random_weights(TINY, "image_encoder", SEED))
+    torch.save(
+        {"state_dict": {"blocks.0.self_attn.q.lora_A.weight": torch.zeros(99, 999)}}, folder / "l.ckpt"
+    )
+
+
+def diffusers_repository(folder: Path) -> None:
+    for part, name in (("transformer", "transformer"), ("vae", "vae")):
+        (folder / name).mkdir()
+        diffusers_file()(folder / name, random_weights(TINY, part, SEED))  # type: ignore[arg-type]
+        kind = "WanAnimateTransformer3DModel" if name == "transformer" else "AutoencoderKLWan"
+        (folder / name / "config.json").write_text(json.dumps({"_class_name": kind}))
+    shards(5, True)(folder / "text_encoder", random_weights(TINY, "text_encoder", SEED))
+    (folder / "image_encoder").mkdir()
+    prefixed("", F16)(folder / "image_encoder", random_weights(TINY, "image_encoder", SEED))
+
+
+@pytest.mark.parametrize(
+    ("repository", "tokenizer"),
+    [(official_repository, "google/umt5-xxl"), (diffusers_repository, "tokenizer")],
+)
+def test_a_whole_repository_is_used_in_place(
+    repository: Callable[[Path], None], tokenizer: str, tiny: Path, tmp_path: Path
+) -> None:
+    repository(tmp_path)
+    (tmp_path / tokenizer).mkdir(parents=True)
+    shutil.copy(tiny / "tokenizer.json", tmp_path / tokenizer)
+    model, weights = load_weights([tmp_path], {})
+    assert model is TINY
+    for part, checkpoint in weights.items():
+        for name, want in random_weights(TINY, part, SEED).items():
+            error = np.abs(checkpoint[name] - want).max() / np.abs(want).max()
+            assert error < 4e-3, f"{part} {name}: {error}"
+    find_tokenizer(None, [tmp_path], weights["text_encoder"], 512).encode(PROMPT)
+
+
 # ---- the VAE of Qwen-Image ----
 
 
@@ -365,6 +427,43 @@ def test_a_description_of_a_file_of_several_parts(tiny: Path, tmp_path: Path) ->
     found = describe(tmp_path / "all.safetensors")
     assert (found.part, found.others, found.problem) == ("vae", ("image_encoder",), "")
     assert found.layout == "safetensors, official names, prefix vae." and found.types == {"F32": 194}
+
+
+# ---- pickles ----
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def vae_pth(path: Path, more: object = None, **options: Any) -> Path:
+    weights = random_weights(TINY, "vae", SEED)
+    tensors: dict[str, Any] = {name: torch.from_numpy(values) for name, values in weights.items()}
+    torch.save(tensors | ({"more": more} if more is not None else {}), path, **options)
+    return path
+
+
+def test_a_pickle_runs_nothing_and_a_damaged_one_is_refused(folder: Path, tmp_path: Path) -> None:
+    next(folder.glob("*vae*")).unlink()
+    good = vae_pth(folder / "Wan2.1_VAE.pth")
+    assert taken(folder)["vae"].data["file"] == str(good)
+    vae_pth(folder / "Wan2.1_VAE.pth", Evil(tmp_path / "was_here"))
+    error = failure(lambda: load_weights([folder], {}))
+    assert "it asks for posix.mkdir" in error.message and not (tmp_path / "was_here").exists()
+    vae_pth(good, _use_new_zipfile_serialization=False)
+    error = failure(lambda: load_weights([folder], {"vae": good}))
+    assert "torch's format of before version 1.6" in error.message
+    content = vae_pth(good).read_bytes()
+    good.write_bytes(content[:-3000])
+    assert str(good) in failure(lambda: load_weights([folder], {"vae": good})).message
+    with zipfile.ZipFile(vae_pth(tmp_path / "whole.pth")) as whole, zipfile.ZipFile(good, "w") as packed:
+        for entry in whole.namelist():
+            packed.writestr(entry, whole.read(entry), zipfile.ZIP_DEFLATED if "data/7" in entry else None)
+    assert "is compressed, which torch does not do" in failure(lambda: load_weights([folder], {})).message
 
 
 # ---- speed ----

@@ -212,8 +212,8 @@ def summarised(faults: Mapping[str, Fault], total: int) -> str:
         of = f" of {total} tensors" if not told else ""
         verb, _, rest = kind.partition(" ")
         verb = {"are": "is", "have": "has"}[verb] if len(names) == 1 else verb
-        detail = faults[names[0]].detail
-        example = names[0] if len(names) == 1 else re.sub(r"\d+", "*", names[0], count=1)
+        example, alike = _patterns(names)[0]
+        detail = faults[alike[0]].detail
         told.append(f"{len(names)}{of} {verb} {rest}, such as {example}{detail and f' ({detail})'}")
     if len(kinds) > MOST_KINDS:
         told.append(f"{len(kinds) - MOST_KINDS} other faults")
@@ -221,16 +221,20 @@ def summarised(faults: Mapping[str, Fault], total: int) -> str:
 
 
 def by_pattern(names: Sequence[str]) -> str:
-    """Names in a sentence: how many there are of each pattern, a number standing for all numbers."""
-    patterns: dict[str, list[str]] = {}
+    """Names in a sentence: how many there are of each pattern."""
+    patterns = _patterns(names)
+    told = [f"{len(alike)} like {one}" if len(alike) > 1 else one for one, alike in patterns[:MOST_KINDS]]
+    more = f" and {len(patterns) - MOST_KINDS} other kinds" if len(patterns) > MOST_KINDS else ""
+    return ", ".join(told) + more
+
+
+def _patterns(names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Names that differ in their first number, which becomes *, most first. A name that is alone stays."""
+    found: dict[str, list[str]] = {}
     for name in names:
-        patterns.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    told = [
-        f"{len(alike)} like {pattern}" if len(alike) > 1 else alike[0]
-        for pattern, alike in sorted(patterns.items(), key=lambda item: -len(item[1]))
-    ]
-    more = f" and {len(told) - MOST_KINDS} other kinds" if len(told) > MOST_KINDS else ""
-    return ", ".join(told[:MOST_KINDS]) + more
+        found.setdefault(re.sub(r"\d+", "*", name, count=1), []).append(name)
+    told = [(pattern if len(alike) > 1 else alike[0], alike) for pattern, alike in found.items()]
+    return sorted(told, key=lambda one: -len(one[1]))
 
 
 def orthonormal(direction: NDArray[np.float32]) -> NDArray[np.float32]:

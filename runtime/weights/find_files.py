@@ -96,7 +96,7 @@ def _look(group: Sequence[Path]) -> _Seen:
             read_index(path)
         text = b"\n".join(map(names_text, group))
     except WeightsError as error:
-        return _Seen(path, set(), broken=error.message.rstrip("."))
+        return _Seen(path, set(), broken=error.message.rstrip(".").replace(str(path), path.name))
     parts = candidates(text)
     return _Seen(path, parts, not parts and any(f'{name}"'.encode() in text for name in WAN))
 

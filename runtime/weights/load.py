@@ -13,6 +13,7 @@ Copies, links and snapshots of one model are one file. Two models that are equal
 must choose.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -175,12 +176,15 @@ def _short(part: Part, error: WeightsError, path: Path) -> str:
 
 
 def _several(part: Part, files: Sequence[Checkpoint], model: Model) -> WeightsError:
+    """Names the files from the folder that holds them all."""
+    folder = os.path.commonpath([one.path.absolute().parent for one in files])
     told = []
     for one in files[:MOST_NAMED]:
         names = required_tensors(model(one), part)
-        told.append(f"{one.path} ({encoding_of(one, names)}, {bytes_of(one) / 1e9:.2f} GB)")
+        name = one.path.absolute().relative_to(folder)
+        told.append(f"{name} ({encoding_of(one, names)}, {bytes_of(one) / 1e9:.2f} GB)")
     more = f" and {len(files) - MOST_NAMED} more" if len(files) > MOST_NAMED else ""
     return WeightsError(
-        f"Several files hold the {spoken(part)}: {', '.join(told)}{more}.",
+        f"Several files in {folder} hold the {spoken(part)}: {', '.join(told)}{more}.",
         f"Choose with {option(part)} FILE.",
     )
