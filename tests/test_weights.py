@@ -451,6 +451,9 @@ def test_short_host_memory_is_told_before_anything_is_locked(tiny: Parts) -> Non
     run, order = job(gpu, tiny), blocks()
     run.weights.plan(order[6:])
     huge = Pack(order[0].network, 0, {}, 1 << 50)
+    deadline = time.monotonic() + 30  # threads lock the memory
+    while run.weights.pinned_bytes < sum(pack.size for pack in order[6:]) and time.monotonic() < deadline:
+        time.sleep(0.001)
     live = len(gpu.live)
     with pytest.raises(MemoryShort, match=r"1125899\.\d GB of page-locked host memory; \d+\.\d GB are free"):
         run.weights.plan([huge, *order[1:]])
