@@ -117,6 +117,30 @@ class CandidateReady:
     text: str
 
 
+@dataclass(frozen=True)
+class FileProgress:
+    """`done` of a file's `total` bytes are there; reported twice a second while it is fetched or written."""
+
+    name: str
+    number: int  # 1-based
+    files: int
+    done: int
+    total: int
+    rate: float  # bytes per second
+
+
+@dataclass(frozen=True)
+class FileReady:
+    """A file is complete. `state`: there, or fetched."""
+
+    name: str
+    number: int
+    files: int
+    path: str
+    bytes: int
+    state: str
+
+
 Event = (
     StageStarted
     | StageProgress
@@ -128,6 +152,8 @@ Event = (
     | EngineReady
     | CandidateStep
     | CandidateReady
+    | FileProgress
+    | FileReady
 )
 Progress = Callable[[Event], None]
 

@@ -10,7 +10,7 @@ from trt_wan.engines.choice.candidates import Tier, require_known
 from trt_wan.engines.config import MODELS
 from trt_wan.engines.contract import Part
 from trt_wan.engines.precision import Precision
-from trt_wan.errors import UsageError
+from trt_wan.errors import UsageError, shell_command, with_commands
 from trt_wan.runtime.fields import check_fields
 
 ExecutorName = Literal["auto", "onnxruntime", "tensorrt"]
@@ -32,7 +32,12 @@ class WeightFiles:
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.folders and not self.files and self.random is None:
-            raise UsageError("There are no weights.", "Name their folder with --weights DIR.")
+            raise UsageError(
+                "There are no weights.",
+                with_commands(
+                    "Name their folder with --weights DIR, or fetch them:", shell_command(("pull",))
+                ),
+            )
         if self.random is not None and (self.folders or self.files or self.tokenizer):
             raise UsageError(
                 f"The random weights of {self.random} and the files exclude each other.",

@@ -61,6 +61,8 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if "TRT_WAN_HOME" not in os.environ:
             patch.setenv("TRT_WAN_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("TRT_WAN_WEIGHTS", raising=False)
+        patch.setenv("HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))  # no weights that were pulled
         yield
 
 

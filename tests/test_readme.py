@@ -16,6 +16,8 @@ import trt_wan.preprocess.stages
 from trt_wan.cli.demo import DEMO_SAMPLE
 from trt_wan.cli.main import cli
 from trt_wan.preprocess.stages import Stages
+from trt_wan.runtime.presets import PRESETS, Preset
+from trt_wan.runtime.published.files import FILES, spoken_size
 from trt_wan.runtime.video.reader import Clip
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
@@ -47,6 +49,45 @@ def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             elif Path(argument).suffix in (".png", ".mp4", ".onnx", ".safetensors", ".json"):
                 Path(argument).touch()
         cli.commands[name].make_context(name, arguments)
+
+
+def as_table(*rows: tuple[str, ...]) -> str:
+    head, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join((head, "|" + "---|" * len(rows[0]), *others)) + "\n"
+
+
+def test_the_table_of_files() -> None:
+    rows = [
+        (
+            f"`{f.name}`",
+            f.repository,
+            f"`{f.folder}/`",
+            spoken_size(f.size),
+            ", ".join(f.presets),
+            f.licence or "not stated",
+        )
+        for f in FILES
+    ]
+    table = as_table(
+        ("file", "repository", "in ComfyUI's models/", "size", "presets", "licence stated"), *rows
+    )
+    assert table in README, f"README needs this table:\n{table}"
+
+
+def test_the_table_of_presets() -> None:
+    def loras(preset: Preset) -> str:
+        named = [
+            f"{lora.kind} {lora.strength:g}{f' ({lora.mode})' if lora.mode else ''}" for lora in preset.loras
+        ]
+        return ", ".join(named)
+
+    rows = [
+        (f"`{p.name}`", str(r.steps), f"{r.sampler}, {r.grid}", f"{r.shift:g}", f"{r.guidance:g}", loras(p))
+        for p in PRESETS.values()
+        for r in (p.recipe,)
+    ]
+    table = as_table(("preset", "steps", "sampler, grid", "shift", "guidance", "LoRAs"), *rows)
+    assert table in README, f"README needs this table:\n{table}"
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@
     ├── UsageError           the command or its options are wrong; exit code 2
     ├── InputError           a clip or picture cannot be used (unreadable, empty, wrong size, wrong length)
     ├── WeightsError         a checkpoint is missing, is not what it should be, or lacks tensors
+    ├── DownloadError        a published file cannot be fetched, or is not the one it should be
     ├── GraphError           a graph or engine is missing, stale or damaged: rebuild it
     ├── MemoryShort          the job does not fit in this machine's memory
     ├── GpuFault             the GPU or its driver failed while it computed
@@ -72,6 +73,10 @@ class InputError(TrtWanError):
 
 class WeightsError(TrtWanError):
     code = "weights_unusable"
+
+
+class DownloadError(TrtWanError):
+    code = "download_failed"
 
 
 class GraphError(TrtWanError):

@@ -54,7 +54,7 @@ class OnnxRuntimeExecutor:
     """Sessions are opened from `graphs`/<network>.onnx on first use, and kept."""
 
     def __init__(self, graphs: Path, weights: BoundWeights) -> None:
-        self._refuse_two_packages()
+        refuse_two_packages()
         self.graphs, self.weights = graphs, weights
         self._sessions: dict[str, Any] = {}
 
@@ -113,21 +113,21 @@ class OnnxRuntimeExecutor:
                 ) from error
         return self._sessions[name]
 
-    @staticmethod
-    def _refuse_two_packages() -> None:
-        found = []
-        for package in ("onnxruntime", "onnxruntime-gpu"):
-            try:
-                found.append(f"{package} {version(package)}")
-            except PackageNotFoundError:
-                continue
-        if len(found) == 2:
-            raise EnvironmentBroken(
-                f"{found[0]} and {found[1]} are both installed and overwrite each other's files.",
-                with_commands(
-                    "Run:", "pip uninstall -y onnxruntime onnxruntime-gpu", "pip install onnxruntime-gpu"
-                ),
-            )
+
+def refuse_two_packages() -> None:
+    found = []
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    if len(found) == 2:
+        raise EnvironmentBroken(
+            f"{found[0]} and {found[1]} are both installed and overwrite each other's files.",
+            with_commands(
+                "Run:", "pip uninstall -y onnxruntime onnxruntime-gpu", "pip install onnxruntime-gpu"
+            ),
+        )
 
 
 def require_memory(model: ModelConfig, plan: Plan) -> None:

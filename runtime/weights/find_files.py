@@ -43,13 +43,21 @@ def find_files(folders: Sequence[Path], parts: Collection[Part]) -> dict[Part, l
     unknown = [str(folder) for folder in folders if not folder.is_dir()]
     if parts and unknown:
         raise WeightsError(f"There is no weights folder {', '.join(unknown)}.", "Name it with --weights DIR.")
-    with ThreadPoolExecutor(READERS) as readers:
-        seen = list(readers.map(_look, _groups(folders) if parts else ()))
-    found = {part: [file.path for file in seen if part in file.parts] for part in parts}
-    missing = [part for part, paths in found.items() if not paths]
-    if missing:
+    found, seen = _search(folders, parts)
+    if missing := [part for part, paths in found.items() if not paths]:
         raise _not_found(folders, missing, seen)
     return found
+
+
+def missing_parts(folders: Sequence[Path], parts: Collection[Part]) -> list[Part]:
+    """Those of `parts` that no file in or below `folders` holds."""
+    return [part for part, paths in _search(folders, parts)[0].items() if not paths]
+
+
+def _search(folders: Sequence[Path], parts: Collection[Part]) -> tuple[dict[Part, list[Path]], list[_Seen]]:
+    with ThreadPoolExecutor(READERS) as readers:
+        seen = list(readers.map(_look, _groups(folders) if parts else ()))
+    return {part: [file.path for file in seen if part in file.parts] for part in parts}, seen
 
 
 def _not_found(folders: Sequence[Path], missing: Sequence[Part], seen: Sequence[_Seen]) -> WeightsError:
@@ -105,7 +113,7 @@ def _groups(folders: Sequence[Path]) -> Iterator[Sequence[Path]]:
     indexes: list[Path] = []
     sets: list[Path] = []
     singles: list[Path] = []
-    for path in _walk(folders):
+    for path in files_below(folders):
         name = path.name.lower()
         if path.name.endswith(INDEX):
             indexes.append(path)
@@ -155,7 +163,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _walk(folders: Sequence[Path]) -> Iterator[Path]:
+def files_below(folders: Sequence[Path]) -> Iterator[Path]:
     """All files below, through links to other folders (models live on another disk), each folder once."""
     seen: set[Identity | Path] = set()
     for folder in folders:

@@ -10,8 +10,10 @@ from trt_wan.cli.bench import bench
 from trt_wan.cli.build import build
 from trt_wan.cli.command import Group
 from trt_wan.cli.demo import demo
+from trt_wan.cli.doctor import doctor
 from trt_wan.cli.engines import list_engines, remove_engines, show_engine
 from trt_wan.cli.preprocess import preprocess
+from trt_wan.cli.pull import pull
 from trt_wan.cli.run import run
 from trt_wan.cli.version import show_version
 from trt_wan.cli.weights import weights
@@ -30,5 +32,18 @@ def cli() -> None:
     """Wan2.2-Animate: one picture of a character and a driving video in, a finished video out."""
 
 
-for subcommand in (run, build, bench, preprocess, list_engines, show_engine, remove_engines, weights, demo):
+SUBCOMMANDS = (
+    run,
+    doctor,
+    pull,
+    build,
+    bench,
+    preprocess,
+    list_engines,
+    show_engine,
+    remove_engines,
+    weights,
+    demo,
+)
+for subcommand in SUBCOMMANDS:
     cli.add_command(subcommand)

@@ -51,7 +51,7 @@ def require_graphs(
 
 def require_exporters(missing: GraphError) -> None:
     """Raises GraphError if the packages that would mend `missing` are not installed."""
-    if lacking := [name for name in EXPORTERS if not _is_installed(name)]:
+    if lacking := lacking_exporters():
         raise GraphError(
             f"{missing.message} The packages that export them are not installed: {', '.join(lacking)}.",
             with_commands(
@@ -62,6 +62,11 @@ def require_exporters(missing: GraphError) -> None:
             ),
             missing.command,
         ) from missing
+
+
+def lacking_exporters() -> list[str]:
+    """The packages that export graphs and are not installed."""
+    return [name for name in EXPORTERS if not _is_installed(name)]
 
 
 def _is_installed(package: str) -> bool:

@@ -20,6 +20,8 @@ from trt_wan.runtime.events import (
     EngineReady,
     EngineStep,
     Event,
+    FileProgress,
+    FileReady,
     GraphExported,
     Note,
     StageProgress,
@@ -95,11 +97,11 @@ class TextReport:
     def _progress(self, event: Event) -> None:
         if self.quiet or (isinstance(event, EngineReady) and event.state == "there"):
             return
-        if isinstance(event, Note | GraphExported | EngineReady | CandidateReady):
+        if isinstance(event, Note | GraphExported | EngineReady | CandidateReady | FileReady):
             self._say(describe(event))
         elif sys.stderr.isatty():
             self._update(describe(event))
-        elif not isinstance(event, EngineStep | CandidateStep):  # ten a second; its result follows
+        elif not isinstance(event, EngineStep | CandidateStep | FileProgress):  # many; a result follows
             self._say(describe(event))
 
     def done(self, result: Result, data: dict[str, Any]) -> None:
@@ -151,6 +153,12 @@ def describe(event: Event) -> str:
         return f"{candidate}  {'measuring' if isinstance(event, CandidateStep) else event.text}"
     if isinstance(event, StageProgress):
         return f"{STAGES.get(event.stage, event.stage)}, frame {event.done} of {event.total}"
+    if isinstance(event, FileProgress | FileReady):
+        file = f"file {event.number}/{event.files}  {event.name}"
+        if isinstance(event, FileReady):
+            return f"{file}  {event.state}, {readable_bytes(event.bytes)}"
+        done, total = event.done / 1e9, event.total / 1e9
+        return f"{file}  {done:.2f} of {total:.2f} GB, {event.rate / 1e6:.0f} MB/s"
     where = f"window {event.window}/{event.windows}  " if event.window else ""
     if isinstance(event, StageStarted):
         return where + STAGES.get(event.stage, event.stage)

@@ -22,10 +22,12 @@ from trt_wan.cli.preprocess import (
     preparing_options,
     reference_background,
 )
+from trt_wan.cli.preset import with_preset
 from trt_wan.cli.report import Report
 from trt_wan.cli.sections import SectionedCommand
 from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError
+from trt_wan.runtime.presets import PRESETS
 
 if TYPE_CHECKING:
     from trt_wan.runtime.job import Inputs, Job, Lora
@@ -80,7 +82,16 @@ class RunOptions:
         from trt_wan.runtime.settings import WeightFiles
 
         files: Any = {part: file for part in PARTS if (file := getattr(self, part)) is not None}
-        return WeightFiles(self.weights, files, self.tokenizer, self.random_weights)
+        return WeightFiles(self.folders(), files, self.tokenizer, self.random_weights)
+
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that are searched. Those that are not named are left out for random weights, and where
+        every file is named.
+        """
+        from trt_wan.runtime.weights_folders import searched_folders
+
+        needless = self.random_weights is not None or all(getattr(self, part) for part in PARTS)
+        return self.weights if needless else searched_folders(self.weights)
 
     def files(self) -> list[Path]:
         """Files and folders that are only read."""
@@ -172,6 +183,13 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     help="Folder with the checkpoints, which are known by content; may be repeated.",
 )
 @click.option("--mode", type=click.Choice(["animate", "replace"]), default="animate", show_default=True)
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    help="Settings under a name; options that are given win. "
+    + "; ".join(f"{preset.name}: {preset.about}" for preset in PRESETS.values())
+    + ".",
+)
 @click.option("--prompt", help="Default: the one the model was trained with.")
 @click.option("--negative-prompt", help="Read only with a guidance above 1.")
 @click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps per window.")
@@ -299,7 +317,7 @@ def run(
     from trt_wan.runtime.video.target import refuse_inputs
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
-    options = RunOptions(**given)
+    options = RunOptions(**with_preset(report, given.pop("preset"), given))
     if paste_back and options.mode == "animate":
         raise UsageError(
             "In the mode animate there is nothing to paste back.",

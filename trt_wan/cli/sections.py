@@ -9,7 +9,7 @@ SECTIONS = {
         *("reference_background", "trim_to_shortest", "paste_back"),
     ),
     "Sampling": (
-        *("prompt", "negative_prompt", "steps", "guidance", "seed", "sampler", "grid", "shift"),
+        *("preset", "prompt", "negative_prompt", "steps", "guidance", "seed", "sampler", "grid", "shift"),
         *("pose_strength", "face_strength"),
     ),
     "People": (

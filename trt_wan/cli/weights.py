@@ -1,12 +1,16 @@
 """`trt-wan weights`: checkpoints to try the program with."""
 
+import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from trt_wan.cli.command import Group, command
-from trt_wan.cli.report import Report
+from trt_wan.cli.report import Report, readable_bytes, table
+from trt_wan.errors import UsageError
 
 
 @click.group(cls=Group)
@@ -27,3 +31,77 @@ def tiny(*, report: Report, folder: Path, seed: int) -> Any:
         "files": [str(path) for path in paths],
         "bytes": sum(path.stat().st_size for path in paths),
     }
+
+
+@weights.command(short_help="Say what a file is.")
+@click.argument("file", type=click.Path(path_type=Path, exists=True))
+@command
+def show(*, report: Report, file: Path) -> Any:
+    """Say what the checkpoint or LoRA FILE is: part, layout, types, what is missing or unexpected; of a LoRA
+    its ranks, what it changes, and for which model.
+
+    \b
+    trt-wan weights show models/wan2.2_animate_14B_bf16.safetensors
+
+    Only headers are read, and of scaled files the scales. FILE may be the index or the folder of a sharded
+    checkpoint.
+    """
+    from trt_wan.runtime.loras.describe import describe_lora
+    from trt_wan.runtime.preset_loras import is_lora
+    from trt_wan.runtime.weights.describe import describe
+
+    found = describe_lora(file) if is_lora(file) else describe(file)
+    described = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    lines = [(name.replace("_", " "), _readable(name, value)) for name, value in described.items()]
+    text = table([line for line in lines if line[1]])
+    return text, json.loads(json.dumps(described, default=str))
+
+
+def _readable(name: str, value: Any) -> str:
+    """Empty for what is not there."""
+    if name == "bytes":
+        return readable_bytes(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} ({count:,})" for key, count in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value) if value is not None else ""
+
+
+@weights.command(short_help="Write a checkpoint again in the layout that loads fastest.")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="The safetensors file to write.",
+)
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(["fp8", "bf16"]),
+    help="fp8: E4M3 with a scale per output row, for GPUs with FP8. Default: fp8 for the transformer, else "
+    "bf16.",
+)
+@click.option("-y", "--overwrite", is_flag=True, help="Replace the output if it exists.")
+@command
+def convert(*, report: Report, file: Path, output: Path, kind: Any, overwrite: bool) -> Any:
+    """Write the checkpoint FILE, of any layout, under the official names with the types of the engines.
+
+    \b
+    trt-wan weights convert animate-Q8_0.gguf -o animate_fp8.safetensors
+
+    The engines get the same bits from the new file as from the old one, sooner. FILE may be the index of a
+    sharded checkpoint.
+    """
+    from trt_wan.runtime.video.target import refuse_inputs
+    from trt_wan.runtime.weights.rewrite import rewrite
+
+    refuse_inputs(output, [file])
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} exists.", "Name another file, or add -y to replace it.")
+    made = rewrite(file, output, kind, report.progress)
+    return output, made

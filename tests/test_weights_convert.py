@@ -1,0 +1,251 @@
+"""`trt-wan weights convert`: every engine gets the same bytes from a converted file as from its source."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from quantised_weights import as_gguf, as_int8, wan_type, write_gguf
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from weight_oracle import contents
+from weight_oracle import quantised as plainly_quantised
+
+from trt_wan.cli.main import cli
+from trt_wan.engines.checkpoint import PARTS, required_tensors
+from trt_wan.engines.config import TINY
+from trt_wan.engines.contract import Part
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.precision import Precision
+from trt_wan.engines.shape import Plan
+from trt_wan.errors import OutputError, UsageError, WeightsError
+from trt_wan.runtime.weights.checkpoint import Checkpoint
+from trt_wan.runtime.weights.load import load_weights
+from trt_wan.runtime.weights.pack import Pack
+from trt_wan.runtime.weights.quantise import quantised
+from trt_wan.runtime.weights.rewrite import rewrite
+from trt_wan.runtime.weights.tiny import write_tiny_weights
+
+ROOT = Path(__file__).parents[1]
+BF16, E4M3, E5M2 = (np.dtype(t) for t in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2))
+Numbers = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    write_tiny_weights(folder, 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def numbers(folder: Path) -> Numbers:
+    """The transformer in float32, with rows of different sizes, which a scale per tensor does not suit."""
+    transformer = load_weights([folder], {})[1]["transformer"]
+    rng = np.random.default_rng(5)
+    made = {name: transformer[name] for name in required_tensors(TINY, "transformer")}
+    return {
+        name: values * np.exp(rng.normal(0, 1, (len(values), *[1] * (values.ndim - 1)))).astype(np.float32)
+        if values.ndim == 2
+        else values
+        for name, values in made.items()
+    }
+
+
+def is_linear(name: str, values: Any) -> bool:
+    return name.startswith("blocks.") and values.ndim == 2 and name.endswith(".weight")
+
+
+def scaled_fp8(numbers: Numbers, dtype: Any, per_row: bool, largest: float) -> Numbers:
+    made: Numbers = {"scaled_fp8": np.zeros(2, E4M3)}
+    for name, values in numbers.items():
+        if not is_linear(name, values):
+            made[name] = values.astype(BF16)
+            continue
+        most = np.abs(values).max(axis=1, keepdims=True) if per_row else np.abs(values).max()
+        scale = (most / largest).astype(np.float32)
+        made[name] = (values / scale).astype(dtype)
+        made[name.removesuffix("weight") + "scale_weight"] = scale
+    return made
+
+
+def int8(numbers: Numbers, rotation: int) -> Numbers:
+    made: Numbers = {}
+    for name, values in numbers.items():
+        if not is_linear(name, values) or values.shape[1] % 16:
+            made[name] = values.astype(BF16)
+            continue
+        layer = name.removesuffix("weight")
+        made[name], made[f"{layer}weight_scale"] = as_int8(values, rotation)
+        about: Numbers = {"format": "int8_tensorwise"}
+        if rotation:
+            about |= {"convrot": True, "convrot_groupsize": rotation}
+        made[f"{layer}comfy_quant"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    return made
+
+
+def make(path: Path, numbers: Numbers, layout: str) -> Path:
+    if layout == "Q8_0":
+        rng = np.random.default_rng(1)
+        path = path.with_suffix(".gguf")
+        write_gguf(path, {n: as_gguf(v, wan_type(n, v.shape, "Q8_0"), rng) for n, v in numbers.items()})
+        return path
+    tensors = {
+        "fp32": lambda: numbers,
+        "fp16": lambda: {name: values.astype(np.float16) for name, values in numbers.items()},
+        "bf16 with a prefix": lambda: {
+            f"model.diffusion_model.{n}": v.astype(BF16) for n, v in numbers.items()
+        },
+        "plain e4m3": lambda: {n: v.astype(E4M3 if is_linear(n, v) else BF16) for n, v in numbers.items()},
+        "e4m3, scale per tensor": lambda: scaled_fp8(numbers, E4M3, False, 448),
+        "e4m3, scale per row": lambda: scaled_fp8(numbers, E4M3, True, 448),
+        "e5m2, scale per tensor": lambda: scaled_fp8(numbers, E5M2, False, 57344),
+        "int8": lambda: int8(numbers, 0),
+        "int8 convrot": lambda: int8(numbers, 16),
+    }[layout]()
+    save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, path)
+    return path
+
+
+LAYOUTS = (
+    *("fp32", "fp16", "bf16 with a prefix", "plain e4m3", "e4m3, scale per tensor", "e4m3, scale per row"),
+    *("e5m2, scale per tensor", "int8", "int8 convrot", "Q8_0"),
+)
+
+
+def opened(path: Path, part: Part) -> Checkpoint:
+    checkpoint = Checkpoint(path, part)
+    checkpoint.require(required_tensors(TINY, part), part)
+    return checkpoint
+
+
+def packs(part: Part, precision: Precision) -> Iterator[Pack]:
+    for network in networks(TINY, Plan(precision=precision)).values():
+        if network.part == part:
+            yield from (Pack.of(network, n) for n in range(network.repeats))
+
+
+def assert_same(source: Path, made: Path, part: Part, precision: Precision) -> None:
+    """Byte for byte, in every pack of the loader."""
+    before, after = opened(source, part), opened(made, part)
+    for pack in packs(part, precision):
+        assert contents(pack, before) == contents(pack, after), pack.key
+
+
+def types_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "np") as file:  # an independent reader
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_transformer_of_any_layout(tmp_path: Path, numbers: Numbers, layout: str) -> None:
+    source = make(tmp_path / "source.safetensors", numbers, layout)
+    about = rewrite(source, tmp_path / "fp8.safetensors")
+    assert (about["part"], about["model"], about["type"]) == ("transformer", "tiny", "fp8")
+    assert_same(source, tmp_path / "fp8.safetensors", "transformer", "fp8")
+    types = types_of(tmp_path / "fp8.safetensors")
+    linears = [name for name, values in numbers.items() if is_linear(name, values)]
+    assert {types[name] for name in linears} == {"F8_E4M3"}
+    assert {types[name.removesuffix("weight") + "scale_weight"] for name in linears} == {"F32"}
+    rewrite(source, tmp_path / "bf16.safetensors", "bf16")
+    assert_same(source, tmp_path / "bf16.safetensors", "transformer", "bf16")
+    assert set(types_of(tmp_path / "bf16.safetensors").values()) <= {"BF16", "F16", "F32"}
+
+
+def test_rows_are_quantised_as_by_the_plain_version() -> None:
+    """Bit for bit, near every boundary between two codes, over all sizes of rows."""
+    codes = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
+    codes = np.sort(codes[np.isfinite(codes)])
+    middles = (codes[1:] + codes[:-1]) / 2
+    near = [np.nextafter(middles, np.float32(side)) for side in (-np.inf, np.inf)]
+    row = np.concatenate([codes, middles, *near, [448.0]]).astype(np.float32)
+    rng = np.random.default_rng(0)
+    some = rng.standard_normal((40, len(row))) * np.exp(rng.normal(0, 8, (40, 1)))
+    zero = np.zeros_like(row)
+    weight = np.stack([row, row * 3, row / 7, zero, *some]).astype(np.float32)
+    for made, plain in zip(quantised(weight), plainly_quantised(weight, None), strict=True):
+        assert made.tobytes() == plain.tobytes()
+
+
+def test_a_second_conversion_changes_nothing(tmp_path: Path, numbers: Numbers) -> None:
+    source = make(tmp_path / "source.safetensors", numbers, "fp32")
+    rewrite(source, tmp_path / "a.safetensors")
+    rewrite(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part != "transformer"])
+def test_the_other_parts(folder: Path, tmp_path: Path, part: Part) -> None:
+    source = load_weights([folder], {})[1][part].path
+    about = rewrite(source, tmp_path / "made.safetensors")
+    assert (about["part"], about["type"]) == (part, "bf16")
+    assert_same(source, tmp_path / "made.safetensors", part, "bf16")
+    before, after = opened(source, part), opened(tmp_path / "made.safetensors", part)
+    for name in required_tensors(TINY, part):  # also those that no engine takes
+        if name not in {
+            pack.network.weight_key(w.name, pack.n)
+            for pack in packs(part, "bf16")
+            for w in pack.network.weights
+        }:
+            assert np.array_equal(before[name], after[name]), name
+    with pytest.raises(UsageError, match="takes? no FP8"):
+        rewrite(source, tmp_path / "fp8.safetensors", "fp8")
+
+
+def test_the_tokenizer_inside_stays(folder: Path, tmp_path: Path) -> None:
+    source = load_weights([folder], {})[1]["text_encoder"]
+    tensors = {name: source.file.read(name) for name in source.file.entries}
+    piece = np.arange(200, dtype=np.uint8)
+    save_file({**tensors, "spiece_model": piece}, tmp_path / "a.safetensors")
+    rewrite(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert np.array_equal(opened(tmp_path / "b.safetensors", "text_encoder").raw("spiece_model"), piece)
+
+
+# --- The command -----------------------------------------------------------------------------------------
+
+
+def convert(*arguments: Any) -> Any:
+    return CliRunner().invoke(cli, ["weights", "convert", *map(str, arguments), "--json"])
+
+
+def test_nothing_is_overwritten_without_y(tmp_path: Path, numbers: Numbers) -> None:
+    source = make(tmp_path / "source.safetensors", numbers, "fp16")
+    output = tmp_path / "out.safetensors"
+    output.write_bytes(b"mine")
+    refused = convert(source, "-o", output)
+    assert refused.exit_code == 2 and "exists" in refused.stdout and output.read_bytes() == b"mine"
+    done = convert(source, "-o", output, "-y")
+    assert json.loads(done.stdout.splitlines()[-1])["data"]["bytes"] == output.stat().st_size
+    again = convert(output, "-o", output, "-y")
+    assert again.exit_code == 2 and "is an input" in again.stdout
+
+
+def test_an_error_leaves_no_half_file(
+    tmp_path: Path, numbers: Numbers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(tmp_path / "source.safetensors", numbers, "fp16")
+    monkeypatch.setattr(
+        "trt_wan.runtime.weights.rewrite.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "full"))
+    )
+    with pytest.raises(OSError):
+        rewrite(source, tmp_path / "out.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
+    with monkeypatch.context() as patch:
+        usage = type("Usage", (), {"free": 10})
+        patch.setattr("trt_wan.runtime.weights.rewrite.shutil.disk_usage", lambda _: usage)
+        with pytest.raises(OutputError, match="and its disk has 0.00 GB free"):
+            rewrite(source, tmp_path / "out.safetensors")
+
+
+def test_what_is_no_part_is_refused(tmp_path: Path, numbers: Numbers) -> None:
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match="not a part of Wan2.2-Animate"):
+        rewrite(tmp_path / "other.safetensors", tmp_path / "out.safetensors")
+    some = {name: values for name, values in numbers.items() if "blocks.1." not in name}
+    save_file(some, tmp_path / "cut.safetensors")
+    with pytest.raises(WeightsError, match="does not fit"):
+        rewrite(tmp_path / "cut.safetensors", tmp_path / "out.safetensors")

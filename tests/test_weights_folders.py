@@ -1,0 +1,143 @@
+"""The folders searched for weights: named, TRT_WAN_WEIGHTS, what was pulled, extra_model_paths.yaml."""
+
+import os
+from pathlib import Path
+
+import pytest
+from fake_hub import FakeHub, running
+
+from trt_wan.cli.run import RunOptions
+from trt_wan.engines.config import TINY
+from trt_wan.errors import UsageError, WeightsError
+from trt_wan.runtime.events import silent
+from trt_wan.runtime.opening.model import open_weights
+from trt_wan.runtime.published.fetch import fetch
+from trt_wan.runtime.published.files import FILES, PublishedFile
+from trt_wan.runtime.published.places import hub_cache
+from trt_wan.runtime.weights.tiny import write_tiny_weights
+from trt_wan.runtime.weights_folders import KINDS, comfy_extra_folders, searched_folders
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("TRT_WAN_WEIGHTS", raising=False)
+    return tmp_path / "hub"
+
+
+def pulled(cache: Path) -> Path:
+    """A published file in the cache, with a snapshot beside it that has none."""
+    (file,) = [file for file in FILES if file.part == "sam2"]
+    repository = cache / f"models--{file.repository.replace('/', '--')}" / "snapshots"
+    path = repository / ("b" * 40) / file.path
+    path.parent.mkdir(parents=True)
+    path.touch()
+    (repository / ("a" * 40)).mkdir()
+    return path.parent
+
+
+def test_named_folders_win(tmp_path: Path, no_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = pulled(no_cache)
+    assert searched_folders(()) == (snapshot,)
+    a, b = tmp_path / "a", tmp_path / "b"
+    monkeypatch.setenv("TRT_WAN_WEIGHTS", os.pathsep.join((str(a), "", str(b))))
+    assert searched_folders(()) == (a, b)
+    assert searched_folders([tmp_path / "c"]) == (tmp_path / "c",)
+
+
+def test_the_command_line_searches_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRT_WAN_WEIGHTS", str(tmp_path))
+    assert RunOptions().weight_files().folders == (tmp_path,)
+    assert RunOptions(random_weights="tiny").weight_files().folders == ()
+    file = tmp_path / "x.safetensors"
+    every = RunOptions(transformer=file, vae=file, text_encoder=file, image_encoder=file)
+    assert every.weight_files().folders == ()
+
+
+def test_without_any_the_hint_fetches_them() -> None:
+    with pytest.raises(UsageError, match="There are no weights") as raised:
+        RunOptions().weight_files()
+    assert raised.value.hint.splitlines()[-1] == "trt-wan pull"
+
+
+def test_a_run_finds_what_was_pulled(tmp_path: Path, no_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A complete tiny set, from the Hub to open weights."""
+    paths = write_tiny_weights(tmp_path / "made", 0)
+    with running(FakeHub({f"owner/tiny/split/{path.name}": path.read_bytes() for path in paths})) as hub:
+        files = [
+            PublishedFile("part", "owner/tiny", f"split/{path.name}", "", path.stat().st_size, "", ())
+            for path in paths
+        ]
+        fetch(files, hub_cache(), endpoint=hub.endpoint)
+    monkeypatch.setattr("trt_wan.runtime.weights_folders.FILES", files)
+    opened = open_weights(RunOptions().weight_files(), "bf16", silent)
+    assert opened.config is TINY
+    assert all(file.is_relative_to(no_cache) for file in opened.text_files)
+
+
+def make(comfy: Path, text: str, *folders: str) -> list[Path]:
+    comfy.mkdir(exist_ok=True)
+    (comfy / "extra_model_paths.yaml").write_text(text)
+    for folder in folders:
+        (comfy / folder).mkdir(parents=True, exist_ok=True)
+    return comfy_extra_folders(comfy)
+
+
+def test_a_section_with_a_base_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several folders of one kind, a variable, kinds that are not ours, a folder that does not exist."""
+    monkeypatch.setenv("DISK", str(tmp_path / "disk"))
+    text = """
+comfyui:
+    base_path: $DISK/models
+    diffusion_models: |
+        unet
+        big/diffusion
+    loras: loras/
+    embeddings: embeddings
+    vae: missing
+empty:
+"""
+    folders = ("unet", "big/diffusion", "loras", "embeddings")
+    below = [f"../disk/models/{name}" for name in folders]
+    found = make(tmp_path / "ComfyUI", text, *below)
+    assert found == [tmp_path / "disk" / "models" / name for name in ("unet", "big/diffusion", "loras")]
+
+
+def test_sections_without_a_base_path_and_the_default_first(tmp_path: Path) -> None:
+    text = f"""
+one:
+    vae: {tmp_path}/one
+two:
+    is_default: true
+    vae: {tmp_path}/two
+"""
+    found = make(tmp_path / "ComfyUI", text, "../one", "../two")
+    assert found == [tmp_path / "two", tmp_path / "one"]
+
+
+def test_without_sections(tmp_path: Path) -> None:
+    found = make(tmp_path / "ComfyUI", "base_path: ../disk\nvae: v\nclip: c\n", "../disk/v", "../disk/c")
+    assert [path.resolve() for path in found] == [tmp_path / "disk" / "c", tmp_path / "disk" / "v"]
+
+
+def test_it_is_read_beside_the_models_folder_too(tmp_path: Path) -> None:
+    make(tmp_path / "ComfyUI", f"x:\n    vae: {tmp_path}/v\n", "models", "../v")
+    for named in (tmp_path / "ComfyUI", tmp_path / "ComfyUI" / "models"):
+        assert searched_folders([named]) == (named, tmp_path / "v")
+
+
+@pytest.mark.parametrize(
+    "text", ["- a list", "a text", "", "x: 3", "x:\n    vae: [1, 2]\n", "x:\n    vae: 5\n"]
+)
+def test_what_has_no_folders(tmp_path: Path, text: str) -> None:
+    assert make(tmp_path / "ComfyUI", text) == []
+
+
+@pytest.mark.parametrize("text", ["x: [", "x: !!python/object/apply:os.system ['touch ran']", "\0"])
+def test_what_is_no_plain_yaml_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(WeightsError, match="extra_model_paths.yaml cannot be read"):
+        make(tmp_path / "ComfyUI", text)
+
+
+def test_the_folders_of_published_files_are_among_the_kinds() -> None:
+    assert {file.folder for file in FILES} <= set(KINDS)

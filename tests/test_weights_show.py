@@ -1,0 +1,114 @@
+"""`trt-wan weights show`: what a file is, from its header, in a second."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lora_files
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+
+from trt_wan.cli.main import cli
+from trt_wan.engines.checkpoint import required_tensors
+from trt_wan.engines.config import ANIMATE_14B
+from trt_wan.runtime.weights.tiny import write_tiny_weights
+
+ROOT = Path(__file__).parents[1]
+
+
+def shown(file: Path) -> dict[str, Any]:
+    done = CliRunner().invoke(cli, ["weights", "show", str(file), "--json"])
+    assert done.exit_code == 0, done.output
+    data: dict[str, Any] = json.loads(done.stdout)["data"]
+    return data
+
+
+def rows(file: Path) -> dict[str, str]:
+    """The table for people."""
+    done = CliRunner().invoke(cli, ["weights", "show", str(file)])
+    assert done.exit_code == 0, done.output
+    parts = (line.partition("  ") for line in done.stdout.splitlines())
+    return {name: text.strip() for name, _, text in parts}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    write_tiny_weights(folder, 0)
+    return folder
+
+
+def test_a_transformer(weights: Path) -> None:
+    file = weights / "wan2.2_animate_tiny_fp8_e4m3fn_scaled.safetensors"
+    data = shown(file)
+    assert (data["path"], data["part"], data["model"], data["problem"]) == (
+        str(file),
+        "transformer",
+        "tiny",
+        "",
+    )
+    assert data["types"]["F8_E4M3"] and data["encoding"] == "scaled F8_E4M3"
+    table = rows(file)
+    assert table["part"] == "transformer" and table["parameters"].replace(",", "") == str(data["parameters"])
+    assert table["bytes"].endswith(" MB") and "missing" not in table
+
+
+def test_what_is_missing(weights: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    tensors = load_file(weights / "wan2.1_vae_tiny_bf16.safetensors")
+    del tensors[next(iter(tensors))]
+    save_file(tensors, tmp_path / "cut.safetensors")
+    assert shown(tmp_path / "cut.safetensors")["problem"] and "missing" in rows(tmp_path / "cut.safetensors")
+
+
+def test_a_lora(tmp_path: Path) -> None:
+    made = lora_files.lightx2v_kijai(rank=8)
+    save_file({name: np.ascontiguousarray(v) for name, v in made.tensors.items()}, tmp_path / "l.safetensors")
+    data = shown(tmp_path / "l.safetensors")
+    assert data["model"] == "tiny" and set(data["ranks"]) <= {str(rank) for rank in range(1, 9)}
+    assert sum(data["ranks"].values()) > 20 and data["unmatched"] == {}
+    assert rows(tmp_path / "l.safetensors")["ranks"].startswith("8 (")
+
+
+def test_what_is_no_file_of_ours(tmp_path: Path) -> None:
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "x.safetensors")
+    assert "no part of Wan2.2-Animate" in shown(tmp_path / "x.safetensors")["problem"]
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    done = CliRunner().invoke(cli, ["weights", "show", str(tmp_path / "broken.safetensors")])
+    assert done.exit_code == 1 and done.stderr.startswith("Error: ")
+
+
+def test_the_14b_takes_a_second(tmp_path: Path) -> None:
+    """A sparse file: no data is read."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in required_tensors(ANIMATE_14B, "transformer").items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (tmp_path / "14b.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    command = [
+        sys.executable,
+        "-m",
+        "trt_wan",
+        "weights",
+        "show",
+        str(tmp_path / "14b.safetensors"),
+        "--json",
+    ]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    data = json.loads(run.stdout)["data"]
+    assert (data["model"], data["parameters"], data["problem"]) == ("14b", 17_274_816_884, "")
+    assert seconds < 1.5, "of a processor: half a second on a machine that is not busy"

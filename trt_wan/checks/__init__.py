@@ -1,0 +1,1 @@
+"""The checks of `trt-wan doctor`: one function per topic. Nothing is compiled."""

@@ -1,0 +1,95 @@
+"""The weights: where they are searched, which file each part would be and why, LoRAs, the pose networks."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from trt_wan.checks.check import Check, of_error, ok
+from trt_wan.engines.checkpoint import PARTS
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.precision import Precision
+from trt_wan.errors import TrtWanError, WeightsError, shell_command
+from trt_wan.install import install_command
+from trt_wan.runtime.events import Event, Note
+from trt_wan.runtime.opening.model import open_weights
+from trt_wan.runtime.preset_loras import loras_by_kind
+from trt_wan.runtime.presets import LoraKind
+from trt_wan.runtime.published.files import FILES
+from trt_wan.runtime.settings import WeightFiles
+from trt_wan.runtime.weights.find_files import files_below, missing_parts, spoken
+from trt_wan.runtime.weights_folders import searched_folders
+
+PULL = shell_command(("pull",))
+USES: dict[LoraKind, str] = {
+    "distill": "the presets fast4 and unipc4",
+    "relight": "presets in the mode replace",
+}
+
+
+def weights_checks(named: Sequence[Path], precision: Precision) -> tuple[list[Check], ModelConfig | None]:
+    """The checks, and the model if all of its files are there."""
+    try:
+        folders = searched_folders(named)
+    except WeightsError as error:
+        return [of_error("weights", error)], None
+    if not folders:
+        text = "There are none: no --weights, no TRT_WAN_WEIGHTS, nothing that was pulled."
+        return [Check("weights", "fault", text, "Fetch them:", (PULL,)), *_people([])], None
+    searched = ok("weights", f"searched in {', '.join(map(str, folders))}")
+    files = list(files_below(folders))
+    parts, config = _parts(folders, precision)
+    return [searched, *parts, *_loras(files), *_people(files)], config
+
+
+def _parts(folders: Sequence[Path], precision: Precision) -> tuple[list[Check], ModelConfig | None]:
+    """The file of every part as a run would choose it. Where one is missing, which."""
+    notes: list[Note] = []
+
+    def keep(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event)
+
+    try:
+        opened = open_weights(WeightFiles(tuple(folders)), precision, keep)
+    except TrtWanError as error:
+        return [*_missing(folders), of_error("weights", error)], None
+    chosen = [
+        ok(str(note.data["part"]).replace("_", " "), note.text.partition(" = ")[2])
+        for note in notes
+        if note.code == "weights_file"
+    ]
+    return chosen, opened.config
+
+
+def _missing(folders: Sequence[Path]) -> list[Check]:
+    return [
+        Check(spoken(part), "fault", "No file holds it.", "Fetch it:", (PULL,))
+        for part in missing_parts(folders, PARTS)
+    ]
+
+
+def _loras(files: Sequence[Path]) -> list[Check]:
+    found = loras_by_kind(files)
+    return [
+        ok(f"{kind} LoRA", ", ".join(map(str, paths)))
+        if (paths := found.get(kind))
+        else Check(f"{kind} LoRA", "warning", f"Not found; {use} need it.", "Fetch it:", (PULL,))
+        for kind, use in USES.items()
+    ]
+
+
+def _people(files: Sequence[Path]) -> list[Check]:
+    """The networks that find people are named to `run` and `preprocess`; MediaPipe needs no file."""
+    there = {path.name: path for path in files}
+    parts = {"detector": "--detector", "pose": "--pose", "sam2": "--sam2"}
+    options = [
+        f"{parts[file.part]} {there[file.name]}"
+        for file in FILES
+        if file.part in parts and file.name in there and not file.name.endswith(".bin")
+    ]
+    if options:
+        return [ok("people", f"can be named: {', '.join(options)}")]
+    if find_spec("mediapipe") is not None:
+        return [ok("people", "MediaPipe, unless --detector and --pose are given")]
+    text = "Neither MediaPipe nor the published networks are here, so clips need files that are named."
+    return [Check("people", "warning", text, "One of:", (PULL, install_command("mediapipe")))]
