@@ -1,6 +1,6 @@
 """Every layout of files_and_loras.md section 1 gives the numbers it was made from, or is refused by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -295,6 +295,15 @@ ROWS = (
     Row(C, "open-clip safetensors", open_clip("visual."), EH),
     Row(C, "open-clip without visual.", open_clip(""), EH),
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads of torch wait for each other on a busy machine, 5 s for a small file."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @cache

@@ -14,7 +14,7 @@ from trt_wan.runtime.weights.gguf_file import GgufFile
 from trt_wan.runtime.weights.tensor_file import INDEX, Entry, TensorFile, header_text
 from trt_wan.runtime.weights.torch_file import TorchFile, pickled_names
 
-GGUF_NAMES = 4 << 20  # bytes; the names of a Wan model end within 0.3 MB
+GGUF_NAMES = 16 << 20  # bytes; a tokenizer in front of the names takes 10 MB
 FIRST = 16  # bytes
 PICKLE = b"\x80\x02"  # begins every pickle that torch writes
 # How files begin that are no checkpoint, and the answer to it.
