@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -39,6 +40,7 @@ KILL = signal.SIGKILL
 SIGNALS = (KILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PATIENCE = float(os.environ.get("PATIENCE", 60))  # seconds that a signalled command may take to end
 STOPPED = 130
+EXISTS = re.compile("exists already|has src_.* already")
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
     environment = os.environ | {"TRT_WAN_HOME": str(home), "OMP_NUM_THREADS": "1"}
     command = base.command(moment.kind, here)
     with (here / "stdout").open("wb") as out, (here / "stderr").open("wb") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, restore_signals=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=err, env=environment, preexec_fn=_as_a_user_has_it
+        )
         time.sleep(moment.part * base.seconds[moment.kind])
         process.send_signal(moment.signal)
         try:
@@ -140,7 +144,7 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
     CHECKS[moment.kind](base, moment, here, finished)
     kept = {path: _hash(path) for path in here.glob("out.partial*") if _played(path)}
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
-    there = again.returncode == 1 and finished and "exists already" in again.stdout
+    there = again.returncode == 1 and finished and EXISTS.search(again.stdout) is not None
     moment.check(
         again.returncode == 0 or there, f"the next start returned {again.returncode}: {again.stdout[-600:]}"
     )
@@ -152,6 +156,12 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
     if not moment.faults:
         shutil.rmtree(here)
     return moment
+
+
+def _as_a_user_has_it() -> None:
+    """Signals that are ignored where this script runs in the background act on the command."""
+    for number in SIGNALS[1:]:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def check_run(base: Base, moment: Moment, here: Path, finished: bool) -> None:

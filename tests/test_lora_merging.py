@@ -236,8 +236,14 @@ def require_packs(base: Tensors, lora: Path, precision: Precision, piece_bytes: 
         require_close(pack, seen[pack.key], wanted(pack, base, merged))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_on_scaled_fp8(bases: Any, tmp_path: Path, family: str) -> None:
+MECHANISMS = (  # families whose changes take ways of their own; test_loras.py has all names and scales
+    *("lightx2v_own", "high_noise", "relight_resized", "lightning", "diffusers"),
+    *("loha", "lokr", "convolutions", "odd_deltas"),
+)
+
+
+@pytest.mark.parametrize("family", MECHANISMS)
+def test_every_mechanism_on_scaled_fp8(bases: Any, tmp_path: Path, family: str) -> None:
     path = FAMILIES[family]().save(tmp_path / "lora.safetensors")
     require_packs(bases("fp8"), path, "fp8", 8192)
 
@@ -249,10 +255,13 @@ def test_families_that_depend_on_the_base(bases: Any, tmp_path: Path, kind: str)
     require_packs(base, path, "fp8", 8192)
 
 
+BASES = ("fp32", "bf16", "int8", "int8 rows", "int8 convrot", "Q8_0", "Q4_0", "Q5_1")
+
+
 @pytest.mark.parametrize(
-    "kind", ["fp32", "bf16", "int8", "int8 rows", "int8 convrot", "Q8_0", "Q4_0", "Q5_1"]
+    ("kind", "precision"),
+    [*((kind, "fp8") for kind in BASES), ("bf16", "bf16"), ("int8 convrot", "bf16"), ("Q8_0", "bf16")],
 )
-@pytest.mark.parametrize("precision", ["fp8", "bf16"])
 def test_every_base(bases: Any, tmp_path: Path, kind: str, precision: Precision) -> None:
     path = FAMILIES["lightx2v_own"]().save(tmp_path / "lora.safetensors")
     require_packs(bases(kind), path, precision, 1 << 24)
@@ -363,8 +372,7 @@ def changed_keys(merged: Any, packs: list[Pack]) -> set[tuple[str, int]]:
     return {p.key for p in packs if not p.network.keys(p.n).isdisjoint(merged.changed)}
 
 
-@pytest.mark.parametrize("streams", [0, 1, 2])
-@pytest.mark.parametrize("passing", [False, True])
+@pytest.mark.parametrize(("streams", "passing"), [(0, False), (0, True), (1, False), (2, True)])
 def test_only_packs_that_change_are_loaded_again(
     bases: Any, tmp_path: Path, streams: int, passing: bool
 ) -> None:

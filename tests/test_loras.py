@@ -15,12 +15,14 @@ from full_size_loras import lora_layouts
 from lora_files import BF16, FAMILIES, OF_BASE, Array, of_base
 from safetensors.numpy import save_file
 
+from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL
 from trt_wan.engines.config import MODELS, TINY
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.events import Event, Note, silent
 from trt_wan.runtime.job import Lora
 from trt_wan.runtime.loras.describe import describe_lora
 from trt_wan.runtime.loras.loras import Loras, Merging
+from trt_wan.runtime.weights.checkpoint import orthonormal
 from trt_wan.runtime.weights.random import random_weights
 from trt_wan.runtime.weights.stored import Stored, Tensors
 
@@ -92,6 +94,17 @@ def test_a_pickle_is_read_without_running_it(base: InMemory, tmp_path: Path) -> 
     tensors = {key: torch.from_numpy(values) for key, values in made.tensors.items()}
     torch.save({"state_dict": tensors, "epoch": {}}, path)
     require_merged(merged(base, Lora(path)), base, made.deltas, 1.0)
+
+
+def test_the_motion_directions_are_made_orthonormal_after_the_merge(base: InMemory, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    delta = rng.standard_normal(base[DIRECTION].shape).astype(np.float32)
+    path = tmp_path / "lora.safetensors"
+    save_file({f"{DIRECTION.removesuffix('.weight')}.diff": delta}, path)
+    merging = merged(base, Lora(path, 0.5))
+    assert merging.changed == {DIRECTION, ORTHONORMAL}
+    wanted = orthonormal(base[DIRECTION] + np.float32(0.5) * delta)
+    np.testing.assert_allclose(merging.tensors[ORTHONORMAL], wanted, atol=1e-6)
 
 
 # ---- refusals ----

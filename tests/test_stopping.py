@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from trt_wan.cli.command import _told
 from trt_wan.cli.stopping import ignored, interrupts
+from trt_wan.errors import Stopped
 
 
 class Interrupted:
@@ -56,3 +58,10 @@ def test_a_helper_ends_with_its_build_in_the_middle_of_a_graph(tmp_path: Path) -
         time.sleep(0.01)
     helper.stdin.close()
     assert helper.wait(5) == 0
+
+
+def test_an_interrupt_that_python_wraps_is_one() -> None:
+    """`__set_name__` of a class that is being imported, for one, raises a RuntimeError from it."""
+    wrapped = RuntimeError("Error calling __set_name__")
+    wrapped.__cause__ = KeyboardInterrupt()
+    assert isinstance(_told(wrapped), Stopped)

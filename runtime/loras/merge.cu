@@ -1,15 +1,15 @@
 // Changes of LoRAs added to float32 weights [rows, inner]. numbers.cuh stands in front.
 
-constexpr int TILE = 64;  // rows and columns of a block of 256 threads, 4x4 numbers each
+constexpr int TILE = 64;  // rows and columns of a block of 256 threads, 4x4 numbers each at a distance of 16
 constexpr int DEPTH = 16;  // ranks at a time
 
 // values += scale * up @ down; up [rows, rank], down [rank, inner]. Each sum runs over the ranks in their order, in
 // float32.
 template <class In>
 __device__ void add_product(const In* up, const In* down, float scale, float* values, i64 rows, i64 inner, i64 rank) {
-    __shared__ float ups[DEPTH][TILE];
+    __shared__ float ups[DEPTH][TILE + 1];  // so that neighbouring ranks lie in different banks
     __shared__ float downs[DEPTH][TILE];
-    const int x = threadIdx.x % 16 * 4, y = threadIdx.x / 16 * 4;
+    const int x = threadIdx.x % 16, y = threadIdx.x / 16;
     const i64 across = (inner + TILE - 1) / TILE, tiles = across * ((rows + TILE - 1) / TILE);
     for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const i64 row = tile / across * TILE, column = tile % across * TILE;
@@ -27,13 +27,13 @@ __device__ void add_product(const In* up, const In* down, float scale, float* va
             for (int depth = 0; depth < DEPTH; depth++)
                 for (int i = 0; i < 4; i++)
                     for (int j = 0; j < 4; j++)
-                        sums[i][j] = fmaf(ups[depth][y + i], downs[depth][x + j], sums[i][j]);
+                        sums[i][j] = fmaf(ups[depth][y + 16 * i], downs[depth][x + 16 * j], sums[i][j]);
             __syncthreads();
         }
         for (int i = 0; i < 4; i++)
             for (int j = 0; j < 4; j++)
-                if (row + y + i < rows && column + x + j < inner) {
-                    float* value = values + (row + y + i) * inner + column + x + j;
+                if (row + y + 16 * i < rows && column + x + 16 * j < inner) {
+                    float* value = values + (row + y + 16 * i) * inner + column + x + 16 * j;
                     *value = fmaf(scale, sums[i][j], *value);
                 }
     }

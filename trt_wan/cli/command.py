@@ -51,7 +51,7 @@ def _told(error: BaseException) -> TrtWanError:
     notes = " ".join(getattr(error, "__notes__", ()))
     if isinstance(error, TrtWanError):
         return error
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
         return Stopped("Stopped at once.", notes)
     if isinstance(error, MemoryError):
         return MemoryShort(f"The memory is full ({error}).", f"Use a smaller size or window. {notes}".strip())
