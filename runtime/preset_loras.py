@@ -16,7 +16,7 @@ from trt_wan.runtime.job import Lora
 from trt_wan.runtime.loras.names import find_layer, split
 from trt_wan.runtime.presets import LoraKind, Preset, PresetLora
 from trt_wan.runtime.published.files import FILES
-from trt_wan.runtime.weights.find_files import files_below
+from trt_wan.runtime.weights.find_files import TORCH_SUFFIXES, files_below
 from trt_wan.runtime.weights.open_file import names_text, open_file
 from trt_wan.runtime.weights.tensor_file import SUFFIXES
 
@@ -78,7 +78,7 @@ def loras_by_kind(paths: Iterable[Path]) -> dict[LoraKind, list[Path]]:
     found: dict[LoraKind, list[Path]] = {}
     seen = set()
     for path in paths:
-        if not path.name.lower().endswith(SUFFIXES) or (real := path.resolve()) in seen:
+        if not path.name.lower().endswith((*SUFFIXES, *TORCH_SUFFIXES)) or (real := path.resolve()) in seen:
             continue
         seen.add(real)
         if (kind := kind_of(path)) is not None:

@@ -157,6 +157,14 @@ def test_the_loras_of_a_mode_are_found_in_any_folder(tmp_path: Path) -> None:
     assert found(tmp_path, "replace")[1] == "WanAnimate_relight.safetensors"
 
 
+def test_the_official_ckpt_is_found(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.zeros(1, 1) for name in RELIGHT_PEFT}
+    torch.save({"state_dict": tensors}, tmp_path / "relighting_lora.ckpt")
+    write(tmp_path / "lightx2v.safetensors", DISTILL)
+    assert found(tmp_path, "replace") == ["lightx2v.safetensors", "relighting_lora.ckpt"]
+
+
 def test_the_published_file_is_taken_of_several(tmp_path: Path) -> None:
     """Known by its size, whatever its name."""
     write(tmp_path / "lightx2v_a.safetensors", DISTILL)
