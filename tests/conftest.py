@@ -4,6 +4,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -44,6 +45,13 @@ SLOW = (
         "test_transformer.py",
     ),
 )
+
+
+def pytest_configure() -> None:
+    """Signals that are ignored where the tests run in the background act on the commands that they start."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
