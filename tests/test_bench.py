@@ -122,6 +122,7 @@ def test_a_result_compared_with_itself_and_with_another_shape(
     assert refused.returncode == 2 and "cannot be compared" in refused.stderr
 
 
+@pytest.mark.long
 def test_quality_beside_its_noise_floor(tiny_home: Path, tmp_path: Path) -> None:
     """On the CPU we are the reference: no difference at all, and the floor is float32's rounding."""
     quality = last_line(trt_wan(f"quality {SHAPE} --steps 2 --out {tmp_path}", tiny_home))

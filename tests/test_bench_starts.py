@@ -54,6 +54,7 @@ def test_starts_from_files_and_from_generated_weights(tiny_home: Path, tmp_path:
     assert ("start first step s", "bf16 files, resident, new prompt") in names
 
 
+@pytest.mark.long
 def test_five_jobs_on_an_open_model_equal_single_runs(tiny_home: Path, tmp_path: Path) -> None:
     result = run("open_model_jobs", f"--second-size 48x64 --out {tmp_path}", tiny_home)
     jobs = result["jobs"]

@@ -66,6 +66,7 @@ def test_a_graph_does_not_depend_on_the_place_of_our_source(tmp_path: Path) -> N
     assert b".py" not in graph and b"Graph/" not in graph
 
 
+@pytest.mark.long
 def test_14b_exports_without_weights(tmp_path: Path) -> None:
     size = "832x480"
     command = [sys.executable, "-m", "trt_wan", "build", "--model", "14b", "--size", size, "--json"]

@@ -2,11 +2,12 @@
 
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kills import KILL, SIGNALS, Base, Moment, fill_a_disk, make_base, report, run_moment
+from kills import KILL, Base, Moment, fill_a_disk, make_base, report, run_moment
 
 IN_A_BUILD = 6.0  # seconds; on a slow machine torch is still being imported
 
@@ -21,7 +22,14 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_home: Path) -> Base:
 
 @pytest.mark.parametrize(
     ("kind", "part", "number"),
-    [*(("run", 0.75, number) for number in SIGNALS), ("run", 0.5, KILL), ("preprocess", 0.8, KILL)],
+    [
+        ("run", 0.75, KILL),
+        ("run", 0.75, signal.SIGTERM),
+        ("preprocess", 0.8, KILL),
+        pytest.param("run", 0.75, signal.SIGINT, marks=pytest.mark.long),
+        pytest.param("run", 0.75, signal.SIGHUP, marks=pytest.mark.long),
+        pytest.param("run", 0.5, KILL, marks=pytest.mark.long),
+    ],
 )
 def test_a_killed_command_loses_nothing(
     base: Base, tmp_path: Path, kind: str, part: float, number: int
@@ -36,7 +44,7 @@ def test_a_build_goes_on_where_it_was_killed(base: Base, tmp_path: Path) -> None
     assert not moment.faults, moment
 
 
-@pytest.mark.parametrize("share", [0.1, 0.8])
+@pytest.mark.parametrize("share", [0.1, pytest.param(0.8, marks=pytest.mark.long)])
 def test_a_full_disk_keeps_what_fits(base: Base, tmp_path: Path, share: float) -> None:
     if not shutil.which("mount") or os.geteuid() != 0:
         pytest.skip("mounting a small tmpfs takes root")

@@ -201,6 +201,7 @@ def require_alike(
     assert all(memory <= BF16_STEP * size for _, memory in tracked), tracked
 
 
+@pytest.mark.long
 def test_a_clip_with_two_prompted_frames(folder: Path) -> None:
     """The bank is full on the way: 8 memories and 17 pointers, one of them ahead in time."""
     got = compare("sam2.1_tiny", folder, FRAMES, prompts(KEYS), seed=2)

@@ -125,6 +125,7 @@ class InParts:
         return (shares / shares.sum(1, keepdims=True) @ v,)
 
 
+@pytest.mark.long
 def test_trt_wan_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs for both executors and engines, once; listed with the command that builds them again."""
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))

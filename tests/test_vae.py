@@ -172,6 +172,7 @@ def test_the_full_size_has_the_checkpoints_tensors_and_caches() -> None:
     assert [round(n / 1e6, 1) for n in elements] == [560.7, 944.3]  # model_spec.md 7.2
 
 
+@pytest.mark.long
 def test_the_full_size_exports_in_little_memory(tmp_path: Path) -> None:
     plan = Plan(832, 480)
     network = networks(ANIMATE_14B, plan)["vae_decode_next"]  # 4.3 GiB of weights and caches, were they real
