@@ -1,6 +1,7 @@
 """`trt-wan weights convert`: every engine gets the same bytes from a converted file as from its source."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import OutputError, UsageError, WeightsError
 from trt_wan.runtime.weights.checkpoint import Checkpoint
+from trt_wan.runtime.weights.find_files import find_files
 from trt_wan.runtime.weights.load import load_weights
+from trt_wan.runtime.weights.open_file import open_file
 from trt_wan.runtime.weights.pack import Pack
 from trt_wan.runtime.weights.quantise import quantised
 from trt_wan.runtime.weights.rewrite import rewrite
@@ -249,3 +252,40 @@ def test_what_is_no_part_is_refused(tmp_path: Path, numbers: Numbers) -> None:
     save_file(some, tmp_path / "cut.safetensors")
     with pytest.raises(WeightsError, match="does not fit"):
         rewrite(tmp_path / "cut.safetensors", tmp_path / "out.safetensors")
+    some = {name: values for name, values in numbers.items() if name != "blocks.1.cross_attn.k.bias"}
+    save_file(some, tmp_path / "cut.safetensors")
+    with pytest.raises(WeightsError, match="1 of 227 tensors is missing"):  # not judged against the 14B
+        rewrite(tmp_path / "cut.safetensors", tmp_path / "out.safetensors")
+
+
+def test_a_shard_of_the_source_is_not_overwritten(tmp_path: Path, numbers: Numbers) -> None:
+    names = sorted(numbers)
+    shards = [tmp_path / f"model-0000{k + 1}-of-00002.safetensors" for k in range(2)]
+    for k, shard in enumerate(shards):
+        save_file({name: numbers[name] for name in names[k::2]}, shard)
+    before = shards[1].read_bytes()
+    with pytest.raises(UsageError, match="is an input"):
+        rewrite(shards[0], shards[1])
+    assert shards[1].read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["blocks.0.ffn.0.weight", "blocks.0.ffn.0.bias"])
+def test_a_nan_is_not_converted(tmp_path: Path, numbers: Numbers, name: str) -> None:
+    spoilt = numbers[name].copy()
+    spoilt.flat[3] = np.nan
+    save_file(dict(numbers) | {name: spoilt}, tmp_path / "source.safetensors")
+    with pytest.raises(WeightsError, match=f"{name} holds a NaN"):
+        rewrite(tmp_path / "source.safetensors", tmp_path / "out.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    """Opening one waits for its other end, which no signal stopped."""
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    os.mkfifo(tmp_path / "pipe.safetensors.index.json")
+    for path in tmp_path.iterdir():
+        with pytest.raises(WeightsError, match="no plain file"):
+            open_file(path)
+    with pytest.raises(WeightsError, match="No file in"):
+        find_files([tmp_path], ["vae"])

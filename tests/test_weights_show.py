@@ -12,7 +12,7 @@ import lora_files
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from trt_wan.cli.main import cli
 from trt_wan.engines.checkpoint import required_tensors
@@ -112,3 +112,15 @@ def test_the_14b_takes_a_second(tmp_path: Path) -> None:
     data = json.loads(run.stdout)["data"]
     assert (data["model"], data["parameters"], data["problem"]) == ("14b", 17_274_816_884, "")
     assert seconds < 1.5, "of a processor: half a second on a machine that is not busy"
+
+
+def test_names_cannot_drive_the_terminal(weights: Path, tmp_path: Path) -> None:
+    source = next(weights.glob("*vae*.safetensors"))
+    tensors = load_file(source) | {
+        "\x1b[31mred\nline": np.zeros(1, np.float32),
+        "x" * 5000: np.zeros(1, np.float32),
+    }
+    save_file(tensors, tmp_path / "vae.safetensors")
+    result = CliRunner().invoke(cli, ["weights", "show", str(tmp_path / "vae.safetensors")])
+    assert "\x1b[31mred" not in result.stdout and "\\x1b[31mred\\nline" in result.stdout
+    assert len(result.stdout) < 3000

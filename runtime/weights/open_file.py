@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.weights import gguf_file, torch_file
 from trt_wan.runtime.weights.gguf_file import GgufFile
-from trt_wan.runtime.weights.tensor_file import INDEX, Entry, TensorFile, header_text
+from trt_wan.runtime.weights.tensor_file import INDEX, Entry, TensorFile, header_text, require_plain
 from trt_wan.runtime.weights.torch_file import TorchFile, pickled_names
 
 GGUF_NAMES = 16 << 20  # bytes; a tokenizer in front of the names takes 10 MB
@@ -74,6 +74,7 @@ def kind_of(path: Path) -> str:
 
 
 def _begin(path: Path, count: int) -> bytes:
+    require_plain(path)
     try:
         with path.open("rb", buffering=0) as file:
             return file.read(count)

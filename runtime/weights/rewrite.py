@@ -76,6 +76,7 @@ def rewrite(
         raise UsageError(
             f"{source} is the {part.replace('_', ' ')}, whose engines take no FP8.", "Use --type bf16."
         )
+    _refuse_own_files(checkpoint, output)
     tensors = list(_tensors(checkpoint, part, model, kind))
     size = sum(tensor.bytes for tensor in tensors)
     _require_space(output, size)
@@ -95,6 +96,16 @@ def rewrite(
     }
 
 
+def _refuse_own_files(checkpoint: Checkpoint, output: Path) -> None:
+    """Raises UsageError if `output` is a file of the source, such as a shard, also through links."""
+    for file in {entry.file for entry in checkpoint.file.entries.values()}:
+        if output.exists() and output.samefile(file):
+            raise UsageError(
+                f"{output} is an input of this conversion ({file}) and would be overwritten.",
+                "Choose another output.",
+            )
+
+
 def _identify(checkpoint: Checkpoint) -> tuple[Part, ModelConfig]:
     """Raises WeightsError for a file that is no whole part of a model."""
     if checkpoint.layout is None:
@@ -102,16 +113,15 @@ def _identify(checkpoint: Checkpoint) -> tuple[Part, ModelConfig]:
             f"{checkpoint.path} is {checkpoint.what() or 'no checkpoint'}, not a part of Wan2.2-Animate.",
             "Give the transformer, the VAE, umT5 or CLIP.",
         )
-    part, error = checkpoint.layout.part, None
-    for model in MODELS.values():
-        try:
-            checkpoint.require(required_tensors(model, part), part)
-        except WeightsError as fault:
-            error = error or fault
-        else:
-            return part, model
-    assert error is not None
-    raise error
+    part = checkpoint.layout.part
+    needed = {model.name: required_tensors(model, part) for model in MODELS.values()}
+
+    def faults(model: ModelConfig) -> int:
+        return sum(checkpoint.fault(name, shape) is not None for name, shape in needed[model.name].items())
+
+    model = min(MODELS.values(), key=faults)
+    checkpoint.require(needed[model.name], part)
+    return part, model
 
 
 def _tensors(checkpoint: Checkpoint, part: Part, model: ModelConfig, kind: Kind) -> Iterator[Written]:
@@ -178,6 +188,12 @@ def _as(stored: Stored, dtype: np.dtype[Any]) -> Callable[[], NDArray[Any]]:
     return lambda: decoded(stored).astype(dtype)
 
 
+def _is_finite(values: NDArray[Any]) -> bool:
+    if values.dtype == E4M3:  # its NaN are the codes 0x7f and 0xff
+        return not bool(((values.view(np.uint8) & 0x7F) == 0x7F).any())
+    return values.dtype.kind in "iub" or bool(np.isfinite(values).all())
+
+
 def _require_space(output: Path, size: int) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(output.parent).free) < size:
@@ -205,6 +221,10 @@ def _write(file: BinaryIO, tensors: list[Written], name: str, size: int, progres
     for tensor in tensors:
         values = np.ascontiguousarray(tensor.make())
         assert values.dtype == tensor.dtype and values.shape == tensor.shape, tensor
+        if not _is_finite(values):
+            raise WeightsError(
+                f"The tensor {tensor.name} holds a NaN or an infinity.", "Download the checkpoint again."
+            )
         flat = values.reshape(-1).view(np.uint8)
         for first in range(0, flat.size, WRITTEN_AT_ONCE):
             done += file.write(flat[first : first + WRITTEN_AT_ONCE].data)

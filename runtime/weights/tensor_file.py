@@ -12,7 +12,9 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,7 +147,15 @@ def _files(path: Path) -> list[Path]:
     return shards or [path]
 
 
+def require_plain(path: Path) -> None:
+    """Raises WeightsError for a pipe, a socket or a device: reading it may never end."""
+    with suppress(OSError):  # told by whoever opens it
+        if stat.S_IFMT(mode := path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            raise WeightsError(f"{path} is no plain file ({stat.filemode(mode)}).", "Name a file on a disk.")
+
+
 def _read(path: Path) -> bytes:
+    require_plain(path)
     try:
         return path.read_bytes()
     except OSError as error:

@@ -12,6 +12,8 @@ from trt_wan.cli.command import Group, command
 from trt_wan.cli.report import Report, readable_bytes, table
 from trt_wan.errors import UsageError
 
+LONGEST = 600  # characters of a line of `weights show`
+
 
 @click.group(cls=Group)
 def weights() -> None:
@@ -52,9 +54,15 @@ def show(*, report: Report, file: Path) -> Any:
 
     found = describe_lora(file) if is_lora(file) else describe(file)
     described = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    lines = [(name.replace("_", " "), _readable(name, value)) for name, value in described.items()]
+    lines = [(name.replace("_", " "), _shown(_readable(name, value))) for name, value in described.items()]
     text = table([line for line in lines if line[1]])
     return text, json.loads(json.dumps(described, default=str))
+
+
+def _shown(text: str) -> str:
+    """A name in a file may be of any length, and drive the terminal."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return plain if len(plain) <= LONGEST else f"{plain[:LONGEST]}…"
 
 
 def _readable(name: str, value: Any) -> str:
