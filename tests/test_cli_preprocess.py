@@ -421,7 +421,7 @@ def test_run_says_each_note_once(place: Path, fakes: list[Networks]) -> None:
     cut_out(place / "character.png")
     result = invoke(*RUN_CLIP, "--reference-background", "black", "--json")
     assert result.exit_code == 0, result.output
-    assert set(notes(result)) == {"transparent", "untagged_colour"}
+    assert set(notes(result)) == {"transparent", "untagged_colour", "weights_file"}
     mask = np.full((48, 64, 3), 90, np.uint8)
     mask[:24] = 255
     cv2.imwrite("out.inputs/src_mask.png", mask)
@@ -429,7 +429,7 @@ def test_run_says_each_note_once(place: Path, fakes: list[Networks]) -> None:
     result = invoke(*RUN[:-1], "--inputs", "out.inputs", "-y", "--mode", "replace", "--paste-back", "--json")
     assert result.exit_code == 0, result.output
     said = notes(result)
-    assert set(said) == {"repeated", "soft_mask"}
+    assert set(said) == {"repeated", "soft_mask", "weights_file"}
     assert (said["soft_mask"]["pixels"], said["soft_mask"]["threshold"]) == (13 * 24 * 64, 128)
 
 

@@ -127,7 +127,8 @@ def test_a_bad_scale_is_refused_before_anything_is_computed(
     files = spoiled(base, tmp_path / "weights", file, spoil)
     with pytest.raises(WeightsError) as caught:
         open_model(files, Settings(executor="onnxruntime"))
-    assert f"has a scale of {scale:g} ({names[0]})" in caught.value.message
+    layer = names[0].removesuffix(".scale_weight")
+    assert f"no positive number, such as {layer}.weight ({scale:g})" in caught.value.message
 
 
 class Failing(ForwardingExecutor):
