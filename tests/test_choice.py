@@ -140,6 +140,7 @@ ORDER: tuple[tuple[Precision, dict[str, Maker], str, str], ...] = (
     ("bf16", {"bf16": prefixed(""), "v1": V1, "f32": prefixed("", F32)}, "bf16", "the shortest of those"),
     ("bf16", {"f16": prefixed("", F16), "bf16": prefixed("")}, "bf16", "it loses least in bf16"),
     ("fp32", {"bf16": prefixed(""), "f32": prefixed("", F32)}, "f32", "it loses least in fp32"),
+    ("fp32", {"q8": gguf_file("Q8_0"), "bf16": prefixed("")}, "bf16", "it loses least in fp32"),
 )
 
 
