@@ -65,3 +65,21 @@ def test_an_interrupt_that_python_wraps_is_one() -> None:
     wrapped = RuntimeError("Error calling __set_name__")
     wrapped.__cause__ = KeyboardInterrupt()
     assert isinstance(_told(wrapped), Stopped)
+
+
+ENDS = """
+import sys
+from trt_wan.cli import stopping
+try:
+    exec("raise KeyboardInterrupt")
+except KeyboardInterrupt:
+    {forget}
+sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(("forget", "code"), [("stopping.forget()", 130), ("pass", -signal.SIGINT)])
+def test_an_interrupt_in_code_of_exec_keeps_the_exit_code(tmp_path: Path, forget: str, code: int) -> None:
+    """The second case is what Python does by itself."""
+    (tmp_path / "ends.py").write_text(ENDS.format(forget=forget))
+    assert subprocess.run([sys.executable, "-m", "ends"], cwd=tmp_path).returncode == code

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.report import Report, Result, StdoutLost, TextReport, report_for
-from trt_wan.cli.stopping import ignored, interrupts
+from trt_wan.cli.stopping import forget, ignored, interrupts
 from trt_wan.engines.store.environment import check_environment
 from trt_wan.errors import MemoryShort, OutputError, Stopped, TrtWanError, UsageError, with_commands
 from trt_wan.runtime.events import Note
@@ -37,6 +37,7 @@ def command(function: Callable[..., tuple[Result, dict[str, Any]]]) -> Callable[
         except BrokenPipeError:
             raise  # the reader of stdout is gone: click ends quietly
         except (Exception, KeyboardInterrupt) as error:
+            forget()
             told = _told(error)
             (TextReport(quiet) if isinstance(error, StdoutLost) else report).failed(told)
             if type(told) is TrtWanError:
