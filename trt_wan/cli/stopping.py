@@ -49,9 +49,9 @@ def ignored() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Call when a KeyboardInterrupt has been handled. CPython remembers one that ended code of `exec`, as of a
-    dataclass, and then ends the process by SIGINT in place of its exit code. The next `exec` makes
-    it forget (`unhandled_keyboard_interrupt` in pythonrun.c, 3.11).
+    """Call when a KeyboardInterrupt has been handled. CPython remembers one that ended code of `exec`, as
+    of a dataclass, and then ends the process by SIGINT in place of its exit code. The next `exec` makes it
+    forget (`unhandled_keyboard_interrupt` in pythonrun.c, 3.11).
     """
     exec("")
 
