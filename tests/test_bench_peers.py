@@ -132,6 +132,7 @@ def peer_command(name: str, *arguments: str, lines: str = "", **env: str) -> lis
     return [json.loads(line) for line in ran.stdout.splitlines()]
 
 
+@pytest.mark.long
 def test_a_peer_alone_says_everything_in_one_line() -> None:
     (result,) = peer_command("diffusers_eager", "--steps", "2", "--json")
     assert result["ran"] and len(result["seconds"]) == 2 and min(result["seconds"]) > 0

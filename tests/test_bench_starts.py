@@ -33,6 +33,7 @@ def run(module: str, arguments: str, home: Path) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.long
 def test_starts_from_files_and_from_generated_weights(tiny_home: Path, tmp_path: Path) -> None:
     write_tiny_weights(tmp_path / "files", 0)
     result = run("weights_table", f"--bf16 {tmp_path}/files --out {tmp_path}", tiny_home)

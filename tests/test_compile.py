@@ -196,6 +196,7 @@ def test_a_build_goes_on_where_it_was_and_needs_no_torch(home: Path) -> None:
     assert len(gemms(stored("fp8", "sm89")["attn_in"])) == FP8_GEMMS["attn_in"]
 
 
+@pytest.mark.long
 def test_progress_counts_engines(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a store with the graphs and no engines. Phases are reported of what takes longer than 0.1 s."""
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
@@ -235,6 +236,7 @@ def test_fp8_for_a_gpu_without_it_is_refused(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_14b_without_weights_in_little_memory(tmp_path: Path) -> None:
     """At 832x480x77 for SM89; the memory is that of the whole process, with torch."""
     names = ("attn_in", "attention", "attn_out", "cross_attention", "ffn", "head")

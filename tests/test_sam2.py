@@ -220,6 +220,7 @@ def test_one_point_is_answered_with_the_best_of_three(folder: Path) -> None:
     compare("sam2.1_tiny", folder, 2, prompts((0,), count=1), seed=4)
 
 
+@pytest.mark.long
 def test_sam_2_0(folder: Path, tmp_path: Path) -> None:
     """No ages of pointers, no embedding of absence; the other two graphs are the same."""
     new, old = (networks(config(name), Sam2Plan()) for name in ("sam2.1_tiny", "sam2_tiny"))
