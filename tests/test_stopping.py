@@ -83,3 +83,18 @@ def test_an_interrupt_in_code_of_exec_keeps_the_exit_code(tmp_path: Path, forget
     """The second case is what Python does by itself."""
     (tmp_path / "ends.py").write_text(ENDS.format(forget=forget))
     assert subprocess.run([sys.executable, "-m", "ends"], cwd=tmp_path).returncode == code
+
+
+HANGS = """
+import sys, threading
+from trt_wan.cli import stopping
+threading.Thread(target=threading.Event().wait).start()
+print("told")
+stopping.end_with(130)
+"""
+
+
+def test_a_stopped_command_does_not_wait_for_threads() -> None:
+    """A preparation had not ended 600 s after it had said that it was stopped."""
+    ended = subprocess.run([sys.executable, "-c", HANGS], timeout=30, capture_output=True)
+    assert (ended.returncode, ended.stdout) == (130, b"told\n")

@@ -26,8 +26,9 @@ def main() -> None:
 
     try:
         cli()
-    finally:
-        stopping.ignore()
+    except SystemExit as ended:
+        stopping.end_with(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+        raise
 
 
 if __name__ == "__main__":

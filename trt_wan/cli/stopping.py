@@ -56,10 +56,17 @@ def forget() -> None:
     exec("")
 
 
-def ignore() -> None:
-    """For the end of the program, whose outcome is told."""
+def end_with(code: int) -> None:
+    """For the end of the program, whose outcome is told: a signal ends it at once with that. A stopped
+    command ends here: Python would wait for threads, which may wait for what was stopped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: os._exit(code))
+    if code == EXIT_CODE:
+        os._exit(code)
 
 
 class Stop:
