@@ -55,7 +55,7 @@ def _export(graphs: GraphSet, missing: list[str], write: Write, exported: GraphE
                 name = missing.pop(0)
             except IndexError:
                 return
-            # A helper of a killed build may still be writing a part of its own.
+            # A helper of a killed build may be writing its own for a moment yet.
             path = graphs.folder / f"{name}.onnx.{os.getpid()}{PARTIAL}"
             start = time.perf_counter()
             try:

@@ -192,8 +192,7 @@ def int8(
 
 def gguf_file(kind: str) -> Maker:
     def make(folder: Path, weights: Weights) -> Path:
-        rng = np.random.default_rng(0)
-        made = {name: as_gguf(v, wan_type(name, v.shape, kind), rng) for name, v in weights.items()}
+        made = {name: as_gguf(v, wan_type(name, v.shape, kind)) for name, v in weights.items()}
         for name, one in made.items():  # types that cannot be written have other values: those are wanted
             if isinstance(weights, dict):
                 weights[name] = one.values if one.kind.endswith("_K") else weights[name]
@@ -322,8 +321,7 @@ def llama_umt5(name: str) -> str:
 
 
 def llama_file(folder: Path, weights: Weights) -> Path:
-    rng = np.random.default_rng(0)
-    write_gguf(folder / "umt5.gguf", {llama_umt5(n): as_gguf(v, "F16", rng) for n, v in weights.items()})
+    write_gguf(folder / "umt5.gguf", {llama_umt5(n): as_gguf(v, "F16") for n, v in weights.items()})
     return folder / "umt5.gguf"
 
 

@@ -71,7 +71,7 @@ def decoded(blocks: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
     return gguf.dequantize(blocks, GGMLQuantizationType[kind])
 
 
-def as_gguf(values: NDArray[np.float32], kind: str, rng: object = None) -> Made:
+def as_gguf(values: NDArray[np.float32], kind: str) -> Made:
     """The values in a GGUF type. `rng` is not used; it can go when tests/made_layouts.py passes none."""
     if kind in k_quants.WRITERS:
         data = k_quants.quantise(values, kind)

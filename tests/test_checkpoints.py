@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import sentencepiece
 import torch
+from made_layouts import official_umt5
 from oracles import diffusers_transformer
 from safetensors import safe_open
 
@@ -393,26 +394,6 @@ def test_a_sharded_checkpoint_opens_as_one(folder: Path, files: dict[Part, Path]
     plain = Checkpoint(files["transformer"])
     for name in required_tensors(TINY, "transformer"):
         np.testing.assert_array_equal(sharded[name], plain[name], err_msg=name)
-
-
-def official_umt5(name: str) -> str:
-    """The Hugging Face name of a umT5 tensor as the official code has it, written out (model_spec.md 5.4)."""
-    plain = {"shared.weight": "token_embedding.weight", "encoder.final_layer_norm.weight": "norm.weight"}
-    if name in plain:
-        return plain[name]
-    _, _, n, _, layer, *rest = name.split(".")
-    table = {
-        "SelfAttention.q.weight": "attn.q.weight",
-        "SelfAttention.k.weight": "attn.k.weight",
-        "SelfAttention.v.weight": "attn.v.weight",
-        "SelfAttention.o.weight": "attn.o.weight",
-        "SelfAttention.relative_attention_bias.weight": "pos_embedding.embedding.weight",
-        "DenseReluDense.wi_0.weight": "ffn.gate.0.weight",
-        "DenseReluDense.wi_1.weight": "ffn.fc1.weight",
-        "DenseReluDense.wo.weight": "ffn.fc2.weight",
-        "layer_norm.weight": f"norm{int(layer) + 1}.weight",
-    }
-    return f"blocks.{n}.{table['.'.join(rest)]}"
 
 
 def test_kijais_umt5_official_names_and_unscaled_fp8(folder: Path) -> None:

@@ -93,9 +93,8 @@ def int8(numbers: Numbers, rotation: int) -> Numbers:
 
 def make(path: Path, numbers: Numbers, layout: str) -> Path:
     if layout == "Q8_0":
-        rng = np.random.default_rng(1)
         path = path.with_suffix(".gguf")
-        write_gguf(path, {n: as_gguf(v, wan_type(n, v.shape, "Q8_0"), rng) for n, v in numbers.items()})
+        write_gguf(path, {n: as_gguf(v, wan_type(n, v.shape, "Q8_0")) for n, v in numbers.items()})
         return path
     tensors = {
         "fp32": lambda: numbers,

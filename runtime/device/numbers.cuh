@@ -41,6 +41,17 @@ __device__ float load(const float* from) { return *from; }
 template <class T>
 __device__ float load(const T* from) { return widen(*from); }
 
+// The largest of one number per thread, for all 256 threads of a block. Synchronise before `shared` is written again.
+__device__ float largest_of_block(float mine, float* shared) {
+    shared[threadIdx.x] = mine;
+    __syncthreads();
+    for (int half = blockDim.x / 2; half; half /= 2) {
+        if (threadIdx.x < half) shared[threadIdx.x] = fmaxf(shared[threadIdx.x], shared[threadIdx.x + half]);
+        __syncthreads();
+    }
+    return shared[0];
+}
+
 // Two numbers in 32 bits, the first in the lower half.
 __device__ u32 pack_bf16(float first, float second) {
 #if __CUDA_ARCH__ >= 800

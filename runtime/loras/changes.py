@@ -60,7 +60,7 @@ class Whole:
 
 @dataclass(frozen=True, eq=False)
 class Computed:
-    """A change of few rows or rare make: `make` returns all of it, float32 [rows, inner], once."""
+    """A rare or small change: `make` returns all of it at once, float32 [rows, inner]."""
 
     make: Callable[[], Rows]
 

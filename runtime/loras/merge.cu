@@ -65,14 +65,7 @@ extern "C" __global__ void quantise_rows(const float* values, e4m3* out, float* 
         const i64 first = row * inner;
         float most = 0;
         for (i64 i = threadIdx.x; i < inner; i += blockDim.x) most = fmaxf(most, fabsf(values[first + i]));
-        largest[threadIdx.x] = most;
-        __syncthreads();
-        for (int half = blockDim.x / 2; half; half /= 2) {
-            if (threadIdx.x < half)
-                largest[threadIdx.x] = fmaxf(largest[threadIdx.x], largest[threadIdx.x + half]);
-            __syncthreads();
-        }
-        const float scale = fmaxf(largest[0] / E4M3_MAX, 1e-12f);
+        const float scale = fmaxf(largest_of_block(most, largest) / E4M3_MAX, 1e-12f);
         if (threadIdx.x == 0) scales[row] = scale;
         for (i64 i = threadIdx.x; i < inner; i += blockDim.x) store(out + first + i, values[first + i] / scale);
         __syncthreads();  // `largest` is written again for the next row

@@ -38,14 +38,7 @@ __device__ void quantise(const In* in, const float* scales, e4m3* out, float* ou
         float most = 0;
         for (i64 i = threadIdx.x; i < inner; i += blockDim.x)
             most = fmaxf(most, fabsf(as_bf16(scaled(in, first + i, scale))));
-        largest[threadIdx.x] = most;
-        __syncthreads();
-        for (int half = blockDim.x / 2; half; half /= 2) {
-            if (threadIdx.x < half)
-                largest[threadIdx.x] = fmaxf(largest[threadIdx.x], largest[threadIdx.x + half]);
-            __syncthreads();
-        }
-        const float out_scale = fmaxf(largest[0] / E4M3_MAX, 1e-12f);
+        const float out_scale = fmaxf(largest_of_block(most, largest) / E4M3_MAX, 1e-12f);
         if (threadIdx.x == 0) out_scales[row] = out_scale;
         for (i64 i = threadIdx.x; i < inner; i += blockDim.x)
             store(out + first + i, as_bf16(scaled(in, first + i, scale)) / out_scale);

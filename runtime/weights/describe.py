@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trt_wan.engines.checkpoint import PARTS, required_tensors
-from trt_wan.engines.config import MODELS, ModelConfig
+from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.weights.checkpoint import SPOKEN, Checkpoint, by_pattern, summarised
-from trt_wan.runtime.weights.load import bytes_of
+from trt_wan.runtime.weights.load import bytes_of, closest_model
 from trt_wan.runtime.weights.open_file import kind_of, open_file
 from trt_wan.runtime.weights.recognition.encodings import encoding_of
 from trt_wan.runtime.weights.recognition.quantised import KNOWN
@@ -72,7 +72,7 @@ def _described(checkpoint: Checkpoint, others: tuple[Part, ...]) -> Description:
     layout, entries = checkpoint.layout, checkpoint.file.entries
     part = layout.part if layout else None
     own = [name for place in checkpoint.places.values() for name in place.stored]
-    model = _model(checkpoint, part) if part else None
+    model = closest_model(checkpoint, part) if part else None
     wanted = required_tensors(model, part) if model and part else {}
     faults = {name: fault for name, shape in wanted.items() if (fault := checkpoint.fault(name, shape))}
     known = [name for name in wanted if name in checkpoint.places]
@@ -96,15 +96,6 @@ def _described(checkpoint: Checkpoint, others: tuple[Part, ...]) -> Description:
         unexpected=_unexpected(checkpoint, wanted),
         problem=_problem(checkpoint, part, model),
     )
-
-
-def _model(checkpoint: Checkpoint, part: Part) -> ModelConfig | None:
-    """The model with most tensors in the shapes of the file."""
-
-    def fitting(model: ModelConfig) -> int:
-        return sum(checkpoint.fault(n, shape) is None for n, shape in required_tensors(model, part).items())
-
-    return max(MODELS.values(), key=fitting)
 
 
 def _unexpected(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> str:

@@ -80,6 +80,15 @@ def identify(transformer: Checkpoint) -> ModelConfig:
     )
 
 
+def closest_model(checkpoint: Checkpoint, part: Part) -> ModelConfig:
+    """The model with most tensors in the shapes of the file."""
+
+    def fitting(model: ModelConfig) -> int:
+        return sum(checkpoint.fault(n, shape) is None for n, shape in required_tensors(model, part).items())
+
+    return max(MODELS.values(), key=fitting)
+
+
 def _choose(
     part: Part, paths: Sequence[Path], model: Model, precision: Precision, named: bool
 ) -> tuple[Checkpoint, str]:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.engines.checkpoint import ORTHONORMAL, required_tensors
-from trt_wan.engines.config import MODELS, ModelConfig
+from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.fp8 import E4M3
@@ -32,10 +32,11 @@ from trt_wan.engines.store.files import PARTIAL, named
 from trt_wan.errors import OutputError, UsageError, WeightsError
 from trt_wan.runtime.events import FileProgress, Progress, silent
 from trt_wan.runtime.weights.checkpoint import Checkpoint
+from trt_wan.runtime.weights.load import closest_model
 from trt_wan.runtime.weights.quantise import decoded, quantised
 from trt_wan.runtime.weights.recognition.layouts import EMBEDDED
 from trt_wan.runtime.weights.stored import Stored
-from trt_wan.runtime.weights.tensor_file import DTYPES
+from trt_wan.runtime.weights.tensor_file import DTYPES, is_finite
 
 Kind = Literal["fp8", "bf16"]
 SCALE = ".scale_weight"
@@ -114,13 +115,8 @@ def _identify(checkpoint: Checkpoint) -> tuple[Part, ModelConfig]:
             "Give the transformer, the VAE, umT5 or CLIP.",
         )
     part = checkpoint.layout.part
-    needed = {model.name: required_tensors(model, part) for model in MODELS.values()}
-
-    def faults(model: ModelConfig) -> int:
-        return sum(checkpoint.fault(name, shape) is not None for name, shape in needed[model.name].items())
-
-    model = min(MODELS.values(), key=faults)
-    checkpoint.require(needed[model.name], part)
+    model = closest_model(checkpoint, part)
+    checkpoint.require(required_tensors(model, part), part)
     return part, model
 
 
@@ -188,12 +184,6 @@ def _as(stored: Stored, dtype: np.dtype[Any]) -> Callable[[], NDArray[Any]]:
     return lambda: decoded(stored).astype(dtype)
 
 
-def _is_finite(values: NDArray[Any]) -> bool:
-    if values.dtype == E4M3:  # its NaN are the codes 0x7f and 0xff
-        return not bool(((values.view(np.uint8) & 0x7F) == 0x7F).any())
-    return values.dtype.kind in "iub" or bool(np.isfinite(values).all())
-
-
 def _require_space(output: Path, size: int) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(output.parent).free) < size:
@@ -221,7 +211,7 @@ def _write(file: BinaryIO, tensors: list[Written], name: str, size: int, progres
     for tensor in tensors:
         values = np.ascontiguousarray(tensor.make())
         assert values.dtype == tensor.dtype and values.shape == tensor.shape, tensor
-        if not _is_finite(values):
+        if not is_finite(values):
             raise WeightsError(
                 f"The tensor {tensor.name} holds a NaN or an infinity.", "Download the checkpoint again."
             )
