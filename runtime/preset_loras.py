@@ -1,7 +1,7 @@
 """Finds the LoRAs of a preset in the folders of weights, by the layers that a file changes.
 
 The distill LoRA of lightx2v (image to video) and the relight LoRA change exactly these layers (model_spec.md
-6.1). Another LoRA may change the same ones: of several files the published one is taken, which its size
+6.1). Another LoRA may change the same ones. Among several files the published one is taken, which its size
 tells, then the only one with the kind in its name. Otherwise none is guessed. Only headers are read.
 """
 
@@ -51,7 +51,7 @@ def is_lora(path: Path) -> bool:
 
 
 def kind_of(path: Path) -> LoraKind | None:
-    """What a LoRA is by its layers; None for every other file."""
+    """The kind of a LoRA by its layers; None for every other file."""
     with suppress(WeightsError):
         text = names_text(path)
         if any(sign in text for sign in (b"cross_attn", b"attn2")) and b"lora" in text:

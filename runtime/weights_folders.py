@@ -1,5 +1,5 @@
-"""The folders that are searched for weights: those that are named, else those of TRT_WAN_WEIGHTS and what
-`trt-wan pull` has put into the cache of huggingface_hub. Of a ComfyUI also the folders of its
+"""The folders that are searched for weights: the named ones, else those of TRT_WAN_WEIGHTS, else those that
+`trt-wan pull` has made in the cache of huggingface_hub. A ComfyUI adds the folders of its
 extra_model_paths.yaml.
 """
 

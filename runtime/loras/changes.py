@@ -1,4 +1,4 @@
-"""What a LoRA adds to one weight, at strength 1, as float32 rows computed on the CPU.
+"""The change that a LoRA makes to one weight, at strength 1, as float32 rows computed on the CPU.
 
 A weight is [rows, inner], a row being everything behind the first axis. A change gives its rows from `first`
 on for `base`, the same rows of the unchanged weight. Arrays of a file stay views into its map; merging on the
@@ -148,10 +148,10 @@ class Replaced:
 class Decomposed:
     """DoRA: `magnitude` / norm * (W + change) in place of W + change.
 
-    Conventions of the norm (files_and_loras.md 6.2), by the shape of the magnitude. One per row: of the row
-    of the unchanged W where `merged` is false (`dora_scale`, as ComfyUI), of the row of W + change where it
-    is true (`lora_magnitude_vector`, as PEFT). One per input column: of the column of W + change. `whole`
-    returns the unchanged weight, which only columns need.
+    The shape of the magnitude decides the norm (files_and_loras.md 6.2). With one magnitude per row it is the
+    norm of the unchanged row where `merged` is false (`dora_scale`, as ComfyUI), and the norm of the changed
+    row where it is true (`lora_magnitude_vector`, as PEFT). With one per input column it is the norm of the
+    changed column. `whole` returns the unchanged weight, which only columns need.
     """
 
     change: Change

@@ -1,6 +1,4 @@
-"""What a LoRA file is, from its header and its alphas: family, ranks, the parts that it changes, for which
-model.
-"""
+"""Describes a LoRA file by its header and its alphas: family, ranks, the parts that it changes, the model."""
 
 import re
 from collections import Counter

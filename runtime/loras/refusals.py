@@ -13,7 +13,7 @@ from trt_wan.runtime.weights.tensor_file import Entry
 
 MOST_NAMED = 3  # patterns in a message
 
-# A pattern that occurs in some key, and what the file is.
+# A pattern that occurs in some key, and the kind of file.
 _UNSUPPORTED = (
     (
         r"[qkv]_loras\.",

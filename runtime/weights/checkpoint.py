@@ -31,7 +31,7 @@ from trt_wan.runtime.weights.tensor_file import Entry
 
 MISSING, SHAPE = "are missing", "have another shape"
 MOST_KINDS = 3  # of faults in a message
-# What a part is called in a sentence, and a file that it can be.
+# The name of a part in a sentence, and files that hold it.
 SPOKEN: dict[Part, tuple[str, str]] = {
     "transformer": (
         "the transformer of Wan2.2-Animate",
@@ -135,7 +135,7 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
         return other_model({name: entry.shape for name, entry in self.file.entries.items()})
 
     def fault(self, name: str, shape: tuple[int, ...]) -> Fault | None:
-        """What is wrong with a tensor that should have `shape`."""
+        """The fault of a tensor that should have `shape`; None for a good one."""
         if name not in self.places:
             return Fault(MISSING)
         for stored in self.places[name].stored:

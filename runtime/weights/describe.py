@@ -1,4 +1,4 @@
-"""What a checkpoint file is: part, layout, types, quantisation, and what is missing or unexpected.
+"""Describes a checkpoint file: part, layout, types, quantisation, missing and unexpected tensors.
 
 Only headers and scales are read.
 """
@@ -22,7 +22,12 @@ from trt_wan.runtime.weights.recognition.twins import is_qwen_vae
 from trt_wan.runtime.weights.tensor_file import SUFFIXES
 
 UNKNOWN = "a file of another kind"
-UNUSED = (".kernel", ".position_ids", "visual_projection.weight", "spiece_model")  # that files have beside
+UNUSED = (
+    ".kernel",
+    ".position_ids",
+    "visual_projection.weight",
+    "spiece_model",
+)  # tensors that files have beside the needed ones
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class Description:
 
 
 def describe(path: Path) -> Description:
-    """What a file, an index, one of several shards, or the file in a folder is. Of a file of several parts it
-    describes the first and names the others. Raises WeightsError for a file that cannot be opened.
+    """`path` is a file, an index, one of several shards, or a folder with one of these. In a file of several
+    parts the first is described and the others are named. Raises WeightsError for a file that does not open.
     """
     path = _inside(path) if path.is_dir() else path
     file = open_file(path)

@@ -89,7 +89,7 @@ def option(part: Part) -> str:
 
 
 def _look(group: Sequence[Path]) -> _Seen:
-    """What the files of a group list; the first of them stands for it."""
+    """The parts that the files of a group list; the first file stands for the group."""
     path = group[0]
     try:
         if path.name.endswith(INDEX):

@@ -17,7 +17,7 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 
 
 class Fault(Exception):
-    """What is wrong with a header, in words."""
+    """A fault of a header, in words."""
 
 
 class Header:

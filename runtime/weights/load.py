@@ -1,12 +1,12 @@
 """Chooses the file of every part and opens it.
 
-Of several files that fit, one is taken in this order:
+If several files fit, one is taken in this order:
 1. the one that is named;
 2. the one whose numbers change least on the way into the engines of this precision. FP8 engines take scaled
    FP8 bit for bit, so it comes before bf16, which is twice as long and rounded to the same 8 bits. bf16
    engines take bf16 as it is, and everything shorter after it. The linear weights count here, which are
    nearly all;
-3. of two that lose the same, the shorter one: it is read faster;
+3. if two lose the same, the shorter one: it is read faster;
 4. the newest layout: comfy_quant, `weight_scale`, `scale_weight`;
 5. the one whose other tensors lose less: KJ's v1, whose face layers are bf16, comes before v2.
 Copies, links and snapshots of one model are one file. Two models that are equal in all that compete: the user

@@ -21,8 +21,8 @@ LEAST_SCALE = np.float32(1e-12)
 
 
 def quantised(weight: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """E4M3 in the shape of `weight` [rows, ...], and float32 [rows]: of each row, rounded to bf16, the
-    largest magnitude over 448.
+    """E4M3 in the shape of `weight` [rows, ...], and float32 [rows]: the largest magnitude of each row,
+    rounded to bf16, over 448.
     """
     rows = weight.reshape(len(weight), -1)
     values, scales = np.empty(rows.shape, np.uint8), np.empty(len(rows), np.float32)

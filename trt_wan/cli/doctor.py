@@ -57,7 +57,7 @@ def doctor(*, report: Report, weights: tuple[Path, ...]) -> Any:
 
 
 def described(checks: "Sequence[Check]") -> str:
-    """The checks as a table, then what helps, each with its commands."""
+    """The checks as a table, then the fixes, each with its commands."""
     rows = [
         (check.state if check.state == "ok" else check.state.upper(), check.topic, check.text)
         for check in checks

@@ -58,7 +58,7 @@ def forget() -> None:
 
 def end_with(code: int) -> None:
     """For the end of the program, whose outcome is told: a signal ends it at once with that. A stopped
-    command ends here: Python would wait for threads, which may wait for what was stopped.
+    command ends here: Python would wait for threads, and these may wait for the stopped work.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

@@ -66,7 +66,7 @@ def _shown(text: str) -> str:
 
 
 def _readable(name: str, value: Any) -> str:
-    """Empty for what is not there."""
+    """Empty for a missing value."""
     if name == "bytes":
         return readable_bytes(value)
     if isinstance(value, bool):

@@ -1,1 +1,1 @@
-"""What a checkpoint file is: the names it uses, how its numbers are stored, or which other model it holds."""
+"""Recognises checkpoint files: their names, their types of numbers, or the other model that they hold."""

@@ -1,7 +1,7 @@
-"""How the numbers of a file are stored, as one name, and what that costs.
+"""Names the type in which a file stores its numbers, and the loss of that type.
 
-ERRORS is what a type costs by itself: the rms of the difference from the float32 original, as a share of the
-rms of W. Measured on normal numbers 1200x512 over sqrt(512), of FP8 without a scale 1200x5120 over
+ERRORS has the loss of a type by itself: the rms of the difference from the float32 original, as a share of
+the rms of W. Measured on normal numbers 1200x512 over sqrt(512), of FP8 without a scale 1200x5120 over
 sqrt(5120), with rows scaled 0.5 to 1 (K types: by the simple writer of tests/k_quants.py, not llama.cpp's).
 """
 
@@ -41,7 +41,7 @@ ERRORS = {
     "Q2_K": 3.3e-1,
 }
 ENGINE_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "scaled F8_E4M3"}
-DIGITS = 4  # of a cost; files that differ by less compete
+DIGITS = 4  # kept of a cost; files that differ by less compete
 NEWEST = 2  # Quantised.age of the newest layout
 
 
@@ -49,7 +49,7 @@ NEWEST = 2  # Quantised.age of the newest layout
 class Cost:
     """Files are taken in this order, the smallest first. Equal costs compete."""
 
-    error: float  # of the weights in the engines' most common type, after loading: the mean over the numbers
+    error: float  # the mean over the weights in the engines' most common type, after loading
     bits: float  # per number of them: of two that lose the same the shorter one is read faster
     age: int  # 0: the newest layout
     rest: float  # the error of all other tensors
@@ -87,8 +87,8 @@ def engine_types(model: ModelConfig, part: Part, precision: Precision) -> dict[s
 
 
 def cost(checkpoint: Checkpoint, names: Iterable[str], engine: Mapping[str, str]) -> Cost:
-    """What loading the tensors `names` for these engines costs. A type that the engine takes is copied; every
-    other type is rounded once more.
+    """The cost of loading the tensors `names` for these engines. A type that the engine takes is copied, and
+    every other type is rounded once more.
     """
     sizes = {name: math.prod(checkpoint.shape(name)) for name in names}
     common = Counter[str]()

@@ -1,4 +1,4 @@
-"""Names the models that are not ours: what a file holds that was given or found as a part of this one.
+"""Names the other model in a file that was given or found as a part of this one.
 
 Signatures are tensors that ComfyUI, diffusers or the model's own code tell them by. The first row that fits
 counts. A file is matched by the ends of its names, so that prefixes do not matter.

@@ -54,7 +54,7 @@ FOREIGN = {
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a tensor. `kind` is the same for all tensors with this fault, and begins with a verb
+    """The fault of a tensor. `kind` is the same for all tensors with this fault, and begins with a verb
     in the plural; `detail` is about this one.
     """
 
