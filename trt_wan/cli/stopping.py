@@ -62,7 +62,8 @@ def end_with(code: int) -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
-            stream.flush()
+            if stream is not None:  # None: it was closed when the program began
+                stream.flush()
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(code))
     if code == EXIT_CODE:
