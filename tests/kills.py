@@ -292,19 +292,17 @@ def moments(count: int, kinds: Sequence[str], seed: int) -> list[Moment]:
 
 def run_all(
     base: Base, todo: Sequence[Moment], folder: Path, workers: int, seconds: float = 86_400
-) -> list[Moment]:
+) -> Iterator[Moment]:
     """The moments that end within `seconds`; each worker has its own cores, as a machine would be loaded."""
     end = time.monotonic() + seconds
-    done = []
     with ProcessPoolExecutor(workers, initializer=_on_own_cores, initargs=(Value("i", 0), workers)) as pool:
         futures = [pool.submit(run_moment, base, moment, folder / f"{i}") for i, moment in enumerate(todo)]
         try:
             for future in as_completed(futures, timeout=max(end - time.monotonic(), 0)):
-                done.append(future.result())
+                yield future.result()
         except TimeoutError:
             for future in futures:
                 future.cancel()  # those under way end
-    return done
 
 
 def _on_own_cores(number: Any, workers: int) -> None:
@@ -345,7 +343,11 @@ def main() -> None:
     base = make_base(given.folder / "base", kinds)
     print(f"left alone: {base.seconds}", file=sys.stderr, flush=True)
     todo = moments(given.moments, kinds, given.seed)
-    done = run_all(base, todo, given.folder / "moments", given.workers, given.seconds)
+    done: list[Moment] = []
+    for moment in run_all(base, todo, given.folder / "moments", given.workers, given.seconds):
+        done.append(moment)
+        if given.out is not None:  # a run that is cut off has told its moments so far
+            given.out.write_text(json.dumps(report(done), indent=1, default=str))
     for i in range(given.disks if "run" in kinds else 0):
         size = (base.folder / "out.mp4").stat().st_size
         done.append(fill_a_disk(base, given.folder / f"disk{i}", 4096 + i * 2 * size // max(given.disks, 1)))
