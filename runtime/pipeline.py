@@ -142,7 +142,7 @@ def _stream(
     first, carried, generator = 0, None, CpuGenerator(job.seed)
     if begin_from is not None:
         first, carried = begin_from.done, begin_from.carried
-        generator = CpuGenerator.at(begin_from.generator)
+        generator = CpuGenerator.from_state(begin_from.generator)
     strengths = Strengths(job.pose_strength, job.face_strength)
     soft_before = False
 
@@ -190,7 +190,7 @@ def _stream(
             model.executor.settle()
         if keep is not None:
             assert carried is not None, "a window has frames"
-            keep(WindowState(j + 1, carried, generator.state, finished))
+            keep(WindowState(j + 1, carried, generator.state(), finished))
         progress(WindowDone(j + 1, windows.total, kept.stop - kept.start))
 
 
