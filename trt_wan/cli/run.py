@@ -370,12 +370,12 @@ def render_prepared(
     check_target(output, overwrite)
     with (
         claimed(output, report.progress),
-        open_clips(job.inputs, job.window) as clips,
+        open_clips(job.inputs, job.history) as clips,
         ExitStack() as until_the_model_is_closed,
     ):
         basis = basis or open_basis(files, settings, report.progress)
         basis.require_loras(job.loras)
-        require_graphs(report, basis, clips.width, clips.height, job.window, options.build)()
+        require_graphs(report, basis, clips.width, clips.height, job.model_window, options.build)()
         with basis.open() as model:
             stop = until_the_model_is_closed.enter_context(stop_at_a_safe_point())
             result = render(
@@ -429,11 +429,11 @@ def _prepare_beside(
     basis.require_loras(job.loras)
 
     def planned(width: int, height: int) -> Callable[[], None]:
-        export = require_graphs(report, basis, width, height, job.window, options.build)
+        export = require_graphs(report, basis, width, height, job.model_window, options.build)
 
         def make() -> None:
             export()
-            basis.make_engines(Plan(width, height, job.window, basis.precision), report.progress)
+            basis.make_engines(Plan(width, height, job.model_window, basis.precision), report.progress)
 
         return make
 
