@@ -17,15 +17,15 @@ def halving(step: int) -> Fraction:
 
 
 def balanced(schedule: Schedule, length: int, size: int, overlap: int, step: int) -> list[int]:
-    """First latents, rising. The windows of uniform_standard are those of static_standard, moved by a part of
-    their distance, and one at each end.
+    """First latents, rising. The uniform schedules move the windows by a part of their distance in every step;
+    uniform_standard keeps one at each end.
     """
     if length <= size:
         return [0]
     shift = Fraction(0) if schedule == "static_standard" else halving(step)
     if schedule == "uniform_looped":
         count = -(-length // (size - overlap))
-        return sorted(_rounded(Fraction(i * length, count) + shift * length) % length for i in range(count))
+        return sorted(_rounded((i + shift) * Fraction(length, count)) % length for i in range(count))
     count = -(-(length - overlap) // (size - overlap))
     distance = Fraction(length - size, count - 1)
     return sorted({0, *(_rounded((i + shift) * distance) for i in range(count - 1)), length - size})
