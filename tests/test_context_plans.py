@@ -258,13 +258,14 @@ def check_loop(windows: Windows, frames: int) -> None:
 @st.composite
 def contexts(draw: st.DrawFn) -> tuple[int, Job, int]:
     latents = draw(st.integers(2, 24))
+    schedule = draw(st.sampled_from(list(SCHEDULES)))
     context = Context(
-        schedule=draw(st.sampled_from(list(SCHEDULES))),
+        schedule,
         frames=4 * latents - 3,
         stride=draw(st.integers(4, 7)),
         overlap=draw(st.integers(4, 4 * latents - 1)),
         fuse=draw(st.sampled_from(list(FUSES))),
-        whole=draw(st.booleans()),
+        whole=schedule == "uniform_looped" or draw(st.booleans()),
     )
     step, frames = draw(st.integers(0, 50)), draw(st.integers(1, 700))
     if context.whole:
@@ -354,6 +355,7 @@ def test_linear_weights_of_two_windows_fade_into_each_other() -> None:
         ({"context": {"overlap": 3}}, "context overlap of 3 frames", "--context-overlap 16"),
         ({"context": {"overlap": 80}}, "context overlap of 80 frames", "from 4 to 76"),
         ({"context": {"frames": 78}}, "window of 78 frames", "--window 77 or --window 81"),
+        ({"context": {"schedule": "uniform_looped", "whole": False}}, "needs the whole video", "--window"),
         ({"context": {}, "overlap": 5}, "--overlap would do nothing", "--window"),
         ({"context": {}, "window": 81}, "need no window of 81", "whole=False"),
         (

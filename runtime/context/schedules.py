@@ -17,7 +17,7 @@ def halving(step: int) -> Fraction:
 
 
 def balanced(schedule: Schedule, length: int, size: int, overlap: int, step: int) -> list[int]:
-    """First latents, rising. The uniform schedules move the windows by a part of their distance in every step;
+    """First latents, rising. The uniform schedules move the windows by a part of their distance in a step;
     uniform_standard keeps one at each end.
     """
     if length <= size:

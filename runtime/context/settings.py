@@ -44,6 +44,11 @@ class Context:
                 "consecutive latents, and the model was trained with no others.",
                 "Leave --context-stride out, or use --context-stride 4.",
             )
+        if self.schedule == "uniform_looped" and not self.whole:
+            raise UsageError(
+                "uniform_looped joins the end of the video to its beginning, so it needs the whole video.",
+                "Leave out --window, or use --context uniform_standard.",
+            )
         most = (self.latents - 1) * LATENT
         if not LATENT <= self.overlap < most + LATENT:
             raise UsageError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.command import command, note
+from trt_wan.cli.context_options import context_options, take_context
 from trt_wan.cli.missing import require_graphs
 from trt_wan.cli.preprocess import (
     CLIP,
@@ -30,6 +31,7 @@ from trt_wan.errors import TrtWanError, UsageError
 from trt_wan.runtime.presets import PRESETS
 
 if TYPE_CHECKING:
+    from trt_wan.runtime.context.settings import Compat, Context
     from trt_wan.runtime.job import Inputs, Job, Lora
     from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.settings import Settings, WeightFiles
@@ -74,6 +76,8 @@ class RunOptions:
     pose_strength: float | None = None
     face_strength: float | None = None
     loras: "tuple[Lora, ...]" = ()
+    context: "Context | None" = None
+    compat: "Compat | None" = None
     trim_to_shortest: bool = False
     reference_background: str = "white"
     build: bool = True  # whether missing graphs are exported
@@ -210,8 +214,13 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option("--shift", type=float, default=5.0, show_default=True, help="Moves the levels towards noise.")
 @click.option("--window", type=int, default=77, show_default=True, help="Frames per window, 4k+1.")
 @click.option(
-    "--overlap", type=int, default=1, show_default=True, help="Frames carried to the next window: 1 or 5."
+    "--overlap",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Frames carried to the next window, 4k+1; the model was trained with 1 and 5.",
 )
+@context_options
 @click.option(
     "--pose-strength", type=float, default=1.0, show_default=True, help="0 leaves the pose clip aside."
 )
@@ -317,7 +326,10 @@ def run(
     from trt_wan.runtime.video.target import refuse_inputs
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
-    options = RunOptions(**with_preset(report, given.pop("preset"), given))
+    context = take_context(given)
+    compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
+    made = with_preset(report, given.pop("preset"), given)
+    options = RunOptions(**made, context=context, compat=compat)
     if paste_back and options.mode == "animate":
         raise UsageError(
             "In the mode animate there is nothing to paste back.",
@@ -453,6 +465,8 @@ def _refuse_preparing(reference: Path | None) -> None:
     context = click.get_current_context()
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
+        if parameter.name == "compat" and context.params["compat"] == "kijai":
+            continue  # it is about the windows too
         if parameter.name in PREPARING_NAMES and source is click.core.ParameterSource.COMMANDLINE:
             off = context.params[parameter.name] is False
             given = given or (parameter.secondary_opts if off else parameter.opts)[0]
