@@ -21,6 +21,7 @@ from trt_wan.runtime.networks.transformer import WindowCondition, encode_motion,
 from trt_wan.runtime.networks.vae import decode, encode
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.opening.model import OpenModel, open_model
+from trt_wan.runtime.pipeline import _Step
 from trt_wan.runtime.preparation import Prepared, prepare
 from trt_wan.runtime.schedulers import schedule
 from trt_wan.runtime.settings import Settings, WeightFiles
@@ -289,3 +290,21 @@ def test_the_wrappers_loop_draws_noise_for_the_whole_video_first(model: OpenMode
     for slots in (6, PLAN.slots):
         generator.randn((16, slots, *size))
     assert states[0].generator == generator.state()
+
+
+def test_a_step_is_computed_again_from_the_files(model: OpenModel, long_clips: Path) -> None:
+    """To explain a NaN: the clips stand at their end then, and keep fewer frames than the window has."""
+    context = Context(frames=PLAN.frames, overlap=4)
+    for task, window in (
+        (job(long_clips, context=context), 0),
+        (job(long_clips, context=replace(context, whole=False), window=21), 1),
+    ):
+        inner = model.begin(task, PLAN.width, PLAN.height, LONG, silent)
+        slots = (task.windows(LONG).length(window) - 1) // 4 + 2
+        with open_clips(task.inputs, task.history) as opened:
+            assert opened.pose is not None
+            opened.pose.window([LONG - 1])
+            latent = np.zeros((16, slots, PLAN.latent_height, PLAN.latent_width), np.float32)
+            carried = None if window == 0 else np.zeros((3, 1, PLAN.height, PLAN.width), np.float32)
+            texts = model.texts(inner, task, silent)
+            _Step(task, opened, texts, window, carried, 1, latent)(inner)
