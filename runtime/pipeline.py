@@ -74,7 +74,7 @@ def stream_pieces(
     keep: Keep | None = None,
 ) -> Iterator[Array]:
     """Yields the decoded frames in pieces, before clamping to [-1, 1] and rounding: float32 [3, n, H, W].
-    Together they have as many frames as the driving clip.
+    Together they have as many frames as the driving clip, or with compat "kijai" as its windows have.
 
     With `begin_from` the windows that were finished then are skipped, and the frames that they gave are not
     yielded. `keep` gets the state after every window, when its last piece has been consumed.
@@ -172,7 +172,8 @@ def _stream(
         progress(StageStarted("denoise", **here))
         slots = (windows.length(j) - 1) // 4 + 2
         noise: Array = generator.randn((config.vae.latent_channels, slots, *latent_size))
-        noise = noise if context is None else context.reorder(noise, generator)
+        if context is not None:
+            noise = model.place(context.reorder(noise, generator))  # every part takes its slots from it
         solver = SAMPLERS[job.sampler](schedule, model.executor.combine)
         try:
             latent = denoise(predict, noise, solver, job.steps, clock.window(j), model.executor.is_finite)
@@ -264,7 +265,8 @@ class _Step:
         strengths = Strengths(job.pose_strength, job.face_strength)
         window = encode_window(model, prepared.reference, signals, self.carried, strengths)
         context = job.context_plan(windows.length(j))
-        predict_latents(model, window, context, _under(model, job, prepared))(self.step, self.latent)
+        latent = self.latent if context is None else model.place(self.latent)
+        predict_latents(model, window, context, _under(model, job, prepared))(self.step, latent)
 
 
 def window_clips(

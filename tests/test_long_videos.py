@@ -13,7 +13,7 @@ from tiny_job import FRAMES, PLAN, read_frames, write_clip, write_sound
 from tiny_job import prepare as write_clips
 
 from trt_wan.runtime.context.settings import SCHEDULES, Context
-from trt_wan.runtime.events import silent
+from trt_wan.runtime.events import Event, Note, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.networks.model import Model
@@ -62,7 +62,9 @@ def frames(model: OpenModel, job: Job, **more: Any) -> Array:
 def test_a_job_goes_on_between_two_windows_with_the_same_bits(model: OpenModel, clips: Path) -> None:
     task = job(clips, overlap=9)  # 13 frames, then 4 new ones in each of two windows
     states: list[WindowState] = []
-    whole = frames(model, task, keep=states.append)
+    events: list[Event] = []
+    whole = frames(model, task, keep=states.append, progress=events.append)
+    assert "untrained_overlap" in {event.code for event in events if isinstance(event, Note)}
     assert whole.shape[1] == FRAMES and [state.done for state in states] == [1, 2, 3]
     assert states[0].latent.shape == (16, PLAN.slots, PLAN.latent_height, PLAN.latent_width)
     for state, start in zip(states[:2], (13, 17), strict=True):

@@ -145,9 +145,10 @@ def _rehearse(model: Model, guided: bool, steps: int, context: ContextPlan | Non
         window = encode_window(model, prepared.reference, clips, frames(0, 1), Strengths())
         predict = predict_latents(model, window, context, under)
         solver = UniPC(levels, model.executor.combine)
+        start = noise if context is None else model.place(noise)
         latents = np.asarray(
-            denoise(predict, noise, solver, steps, lambda step: None, model.executor.is_finite)
+            denoise(predict, start, solver, steps, lambda step: None, model.executor.is_finite)
         )[:, 1:]
-        del solver, predict
+        del solver, predict, start
         for _ in decode(model, latents):
             pass
