@@ -19,7 +19,7 @@ from trt_wan.runtime.noise import CpuGenerator
 
 @dataclass(frozen=True)
 class Part:
-    slots: tuple[int, ...]  # of the whole latent, one for every slot of the model
+    slots: tuple[int, ...]  # in the whole latent, one for every slot of the model
     weights: tuple[float, ...]  # those of a slot sum to 1 over all parts
 
     @property
@@ -46,8 +46,8 @@ class ContextPlan:
     """Context windows of one latent. `slots` and `size` include the reference's slot."""
 
     context: Context
-    slots: int  # of the whole latent
-    size: int  # of one forward; at most `slots`
+    slots: int  # the whole latent
+    size: int  # one forward, at most `slots`
     compat: Compat | None = None
 
     def parts(self, step: int) -> tuple[Part, ...]:

@@ -28,7 +28,7 @@ class Context:
     """Raises UsageError for settings that no video can have."""
 
     schedule: Schedule = "static_standard"
-    frames: int = 77  # of one forward of the model
+    frames: int = 77  # one forward of the model
     stride: int = 4  # from one latent to the next: consecutive ones
     overlap: int = 16  # frames that neighbours share at least, whole latents of 4
     fuse: Fuse = "linear"
