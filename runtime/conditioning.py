@@ -69,6 +69,13 @@ def encode_reference(model: Model, canvas: Pixels) -> Array:
     return np.concatenate((np.ones((4, *latent.shape[1:]), np.float32), latent))
 
 
+def encode_init(model: Model, reference: Array, clip: Array) -> Array:
+    """The latent [16, T1, h, w] that a window starts from, of the init clip [3, F, H, W]. Slot 0 is the
+    reference's latent. (ComfyUI-WanVideoWrapper puts the clip's first latent there.)
+    """
+    return np.concatenate((reference[4:], encode(model, clip)), axis=1)
+
+
 @dataclass(frozen=True)
 class WindowClips:
     """One window of every clip, float32; None where the job has no such clip."""
@@ -78,6 +85,7 @@ class WindowClips:
     background: Array | None = None  # [3, F, H, W]
     person: Array | None = None  # [F, H, W], 0 or 1
     soft: int = 0  # pixels of the mask clip that are neither black nor white
+    init: Array | None = None  # [3, F, H, W]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,15 @@ import cv2
 import numpy as np
 
 from trt_wan.errors import Stopped
-from trt_wan.runtime.conditioning import Pixels, Strengths, WindowClips, condition_window, to_signal
-from trt_wan.runtime.denoise import BetweenSteps, Branch, NotFiniteLatent, denoise, predict_window
+from trt_wan.runtime.conditioning import (
+    Pixels,
+    Strengths,
+    WindowClips,
+    condition_window,
+    encode_init,
+    to_signal,
+)
+from trt_wan.runtime.denoise import BetweenSteps, Branch, NotFiniteLatent, denoise, noised, predict_window
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.finite import Broken, explained, is_finite_sum
@@ -25,8 +32,8 @@ from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import decode
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.preparation import Prepared, prepare
-from trt_wan.runtime.schedulers import SAMPLERS
-from trt_wan.runtime.schedulers import schedule as make_schedule
+from trt_wan.runtime.sampling.grids import Schedule
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 from trt_wan.runtime.video.clips import (
     FACE_SIZE,
     PERSON,
@@ -92,7 +99,7 @@ def _stream(
     """`stream_pieces`. Raises Broken for numbers that are not finite."""
     # 1. Plan: everything that can be refused is refused here.
     windows = Windows(clips.frames, job.window, job.overlap)
-    schedule = make_schedule(job.grid, job.steps, job.shift)
+    schedule = job.schedule
 
     def told(event: Event) -> None:
         progress(event)
@@ -108,6 +115,8 @@ def _stream(
     latent_size = plan.latent_height, plan.latent_width
     for note in clips.notes:
         progress(note)
+    if schedule.sigmas[-1]:
+        progress(_noise_is_left(schedule))
     if job.mode == "replace" and clips.face is None:
         progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
     clock = _StepClock(model, job, windows.total, progress, should_stop)
@@ -133,17 +142,27 @@ def _stream(
             if signals.soft and not soft_before:
                 progress(_soft_mask(clips, signals.soft, j))
             soft_before = soft_before or signals.soft > 0
+            init = None if signals.init is None else encode_init(model, prepared.reference, signals.init)
             window = condition_window(model, prepared.reference, signals, carried, strengths)
 
         # 4. Denoise.
         progress(StageStarted("denoise", **here))
-        noise = generator.randn((config.vae.latent_channels, plan.slots, *latent_size))
+        shape = (config.vae.latent_channels, plan.slots, *latent_size)
+        noise = generator.randn(shape)
         predict = predict_window(model, prepared, branches(job, prepared, window), job.guidance)
-        solver = SAMPLERS[job.sampler](schedule, model.executor.combine)
+        draw = partial(generator.randn, shape)
+        solver = SAMPLERS[job.sampler].make(schedule, model.executor.combine, draw)
         try:
-            latent = denoise(predict, noise, solver, job.steps, clock.window(j), model.executor.is_finite)
+            latent = denoise(
+                predict,
+                noised(model.executor.combine, noise, init, schedule.sigmas[0]),
+                solver,
+                schedule.steps,
+                clock.window(j),
+                model.executor.is_finite,
+            )
         except NotFiniteLatent as found:
-            when = f"window {j + 1} of {windows.total}, step {found.step + 1} of {job.steps}"
+            when = f"window {j + 1} of {windows.total}, step {found.step + 1} of {schedule.steps}"
             again = _Step(job, clips, texts, windows.indices(j), carried, found.step, found.latent)
             raise Broken(when, again) from None
 
@@ -194,8 +213,8 @@ class _Step:
     latent: Array
 
     def __call__(self, model: Model) -> None:
-        job, schedule = self.job, make_schedule(self.job.grid, self.job.steps, self.job.shift)
-        prepared = prepare(model, self.texts, self.clips.reference, list(schedule.timesteps))
+        job = self.job
+        prepared = prepare(model, self.texts, self.clips.reference, list(job.schedule.timesteps))
         signals = window_clips(self.clips, self.indices, grey_face=job.mode == "replace")
         strengths = Strengths(job.pose_strength, job.face_strength)
         window = condition_window(model, prepared.reference, signals, self.carried, strengths)
@@ -215,7 +234,16 @@ def window_clips(clips: Clips, indices: list[int], grey_face: bool) -> WindowCli
         background = to_signal(frames_of(clips.background, indices))
         masks = frames_of(clips.mask, indices)
         person, soft = people_of(masks).astype(np.float32), soft_pixels(masks)
-    return WindowClips(pose, face, background, person, soft)
+    init = None if clips.init is None else to_signal(clips.init.window(indices))
+    return WindowClips(pose, face, background, person, soft, init)
+
+
+def _noise_is_left(schedule: Schedule) -> Note:
+    return Note(
+        f"The steps end at level {schedule.sigmas[-1]:.3g}: that much noise stays in the picture.",
+        "noise_left",
+        {"sigma": schedule.sigmas[-1]},
+    )
 
 
 def _soft_mask(clips: Clips, soft: int, window: int) -> Note:
@@ -256,7 +284,7 @@ class _StepClock:
     def __init__(
         self, model: Model, job: Job, windows: int, progress: Progress, should_stop: ShouldStop
     ) -> None:
-        self.wait, self.steps, self.windows = model.executor.wait, job.steps, windows
+        self.wait, self.steps, self.windows = model.executor.wait, job.schedule.steps, windows
         self.progress, self.should_stop = progress, should_stop
         self.durations: list[float] = []
 

@@ -21,7 +21,8 @@ from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.vae import decode
 from trt_wan.runtime.preparation import prepare
-from trt_wan.runtime.schedulers import UniPC, schedule
+from trt_wan.runtime.sampling.grids import schedule
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 
 UNBOUNDED = 1 << 50
 STEPS = 4  # enough for every sampler to reach its full memory of earlier steps
@@ -102,7 +103,7 @@ def activation_bytes(config: ModelConfig, plan: Plan, guided: bool, steps: int) 
     return int(executor.arena.peak * (1 + MARGIN))
 
 
-def _rehearse(model: Model, guided: bool, steps: int) -> None:
+def _rehearse(model: Model, guided: bool, steps: int, sampler: str = "unipc") -> None:
     """A job of WINDOWS windows. Every time embedding is taken, but only the first STEPS steps are."""
     config, plan = model.config, model.plan
     text = np.zeros((config.text.length, config.text.dim), np.float32)
@@ -122,7 +123,7 @@ def _rehearse(model: Model, guided: bool, steps: int) -> None:
         )
         branches = [Branch(context, window) for context in prepared.contexts]
         predict = predict_window(model, prepared, branches, 2.0)
-        solver = UniPC(levels, model.executor.combine)
+        solver = SAMPLERS[sampler].make(levels, model.executor.combine, lambda: noise)
         latents = np.asarray(
             denoise(predict, noise, solver, steps, lambda step: None, model.executor.is_finite)
         )[:, 1:]

@@ -224,7 +224,9 @@ class OpenModel:
             self._report_cut(prompt, progress)
         known = len(self._features) == len(found)
         self._merge(job.loras, progress)
-        return self._sizes.begin(plan, job.guided, job.steps, [TEXT_ENCODER] if known else [], progress)
+        return self._sizes.begin(
+            plan, job.guided, job.schedule.steps, [TEXT_ENCODER] if known else [], progress
+        )
 
     def _merge(self, loras: Sequence[Lora], progress: Progress) -> None:
         """Everything that a job computes from the transformer's weights it computes anew, so that the weights

@@ -39,9 +39,10 @@ class Clips:
     frames: int
     rate: Fraction
     notes: Sequence[Note] = ()  # what is unusual about the files
+    init: AnyClip | None = None
 
     def close(self) -> None:
-        for clip in (self.pose, self.face, self.background, self.mask):
+        for clip in (self.pose, self.face, self.background, self.mask, self.init):
             if clip is not None:
                 clip.close()
 
@@ -64,7 +65,8 @@ def open_clips(inputs: Inputs, window: int) -> Clips:
     if picture.opacity is not None:
         option = "--reference-background"
         notes.append(transparency_note(inputs.reference, picture.opacity, inputs.behind, option))
-    paths = {"pose": inputs.pose, "face": inputs.face, "background": inputs.background, "mask": inputs.mask}
+    names = ("pose", "face", "background", "mask", "init")
+    paths: dict[str, Path | None] = {name: getattr(inputs, name) for name in names}
     with ExitStack() as files:
         clips: dict[str, AnyClip | None] = dict.fromkeys(paths)
         for name, path in paths.items():

@@ -24,10 +24,13 @@ from trt_wan.cli.preprocess import (
 )
 from trt_wan.cli.preset import with_preset
 from trt_wan.cli.report import Report
+from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
 from trt_wan.cli.sections import SectionedCommand
 from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError
 from trt_wan.runtime.presets import PRESETS
+from trt_wan.runtime.sampling.grids import GRIDS
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from trt_wan.runtime.job import Inputs, Job, Lora
@@ -76,6 +79,11 @@ class RunOptions:
     loras: "tuple[Lora, ...]" = ()
     trim_to_shortest: bool = False
     reference_background: str = "white"
+    init: Path | None = None
+    sigmas: tuple[float, ...] = ()
+    start_step: int | None = None
+    end_step: int | None = None
+    denoise_strength: float | None = None
     build: bool = True  # whether missing graphs are exported
 
     def weight_files(self) -> "WeightFiles":
@@ -97,7 +105,7 @@ class RunOptions:
         """Files and folders that are only read."""
         named = [getattr(self, name) for name in (*PARTS, "tokenizer")]
         loras = [lora.file for lora in self.loras]
-        return [*self.weights, *loras, *(path for path in named if path is not None)]
+        return [*self.weights, *loras, *(path for path in (*named, self.init) if path is not None)]
 
     def settings(self) -> "Settings":
         """A command runs one job, so no weights are kept for another."""
@@ -110,7 +118,11 @@ class RunOptions:
 
         mode: Any = self.mode or "animate"  # click has checked it
         return Inputs.from_folder(
-            folder, mode, trim_to_shortest=self.trim_to_shortest, behind=self.reference_background
+            folder,
+            mode,
+            trim_to_shortest=self.trim_to_shortest,
+            behind=self.reference_background,
+            init=self.init,
         )
 
     def job(self, inputs: "Inputs") -> "Job":
@@ -199,13 +211,19 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="The noise is that of PyTorch's CPU generator."
 )
-@click.option("--sampler", type=click.Choice(["unipc", "euler"]), default="unipc", show_default=True)
+@click.option(
+    "--sampler",
+    type=click.Choice(list(SAMPLERS)),
+    default="unipc",
+    show_default=True,
+    help="Users know them from: " + "; ".join(f"{name}: {row.about}" for name, row in SAMPLERS.items()) + ".",
+)
 @click.option(
     "--grid",
-    type=click.Choice(["official", "linear", "diffusers", "simple"]),
+    type=click.Choice(list(GRIDS)),
     default="official",
     show_default=True,
-    help="Noise levels: of the official code's UniPC or DPM++, of diffusers, or ComfyUI's simple.",
+    help="Noise levels, of " + "; ".join(f"{name}: {row.about}" for name, row in GRIDS.items()) + ".",
 )
 @click.option("--shift", type=float, default=5.0, show_default=True, help="Moves the levels towards noise.")
 @click.option("--window", type=int, default=77, show_default=True, help="Frames per window, 4k+1.")
@@ -218,6 +236,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option(
     "--face-strength", type=float, default=1.0, show_default=True, help="0 leaves the face clip aside."
 )
+@sampling_options
 @reference_background
 @click.option(
     "--trim-to-shortest",
@@ -317,6 +336,7 @@ def run(
     from trt_wan.runtime.video.target import refuse_inputs
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
+    refuse_unused_sampling()
     options = RunOptions(**with_preset(report, given.pop("preset"), given))
     if paste_back and options.mode == "animate":
         raise UsageError(
@@ -422,7 +442,8 @@ def _prepare_beside(
     folder = output.with_name(f"{output.stem}.inputs")
     face = folder / artifacts.FACE if preparing["face"] else None
     hole = (folder / artifacts.BACKGROUND, folder / artifacts.MASK) if options.mode == "replace" else ()
-    job = options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
+    made = Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole, init=options.init)
+    job = options.job(made)
     files, settings = options.weight_files(), options.settings()
     click.get_current_context().with_resource(claimed(output, report.progress))
     basis = open_basis(files, settings, report.progress)
