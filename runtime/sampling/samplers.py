@@ -29,7 +29,9 @@ class Lcm(Stepping):
 
 @dataclass(frozen=True)
 class SamplerRow:
-    """`order` is that of convergence, on a smooth path; a stochastic sampler draws noise in its steps."""
+    """A stochastic sampler draws noise in its steps, and its `order` is the formal one. That of the others is
+    measured between the levels 0.95 and 0.2: to 0, 2 becomes 1.3 to 1.9, and sa_ode_stable never arrives.
+    """
 
     make: Callable[[Schedule, Combine, Draw], Sampler]
     order: int

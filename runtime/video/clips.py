@@ -172,6 +172,12 @@ def _require_multiple_of_16(path: Path, shown: str, width: int, height: int) -> 
         )
 
 
+def require_init_size(init: Path, width: int, height: int) -> None:
+    """Raises InputError unless the init clip has the size of the video."""
+    with open_clip(init) as clip:
+        _require_size(clip, width, height)
+
+
 def _require_size(clip: AnyClip, width: int, height: int) -> None:
     if (clip.width, clip.height) != (width, height):
         raise InputError(

@@ -431,6 +431,7 @@ def _prepare_beside(
     from trt_wan.preprocess.clips import artifacts
     from trt_wan.runtime.job import Inputs
     from trt_wan.runtime.opening.model import open_basis
+    from trt_wan.runtime.video.clips import require_init_size
     from trt_wan.runtime.video.target import check_target, claimed
 
     if reference is None or clip is None:
@@ -450,6 +451,8 @@ def _prepare_beside(
     basis.require_loras(job.loras)
 
     def planned(width: int, height: int) -> Callable[[], None]:
+        if options.init is not None:
+            require_init_size(options.init, width, height)
         export = require_graphs(report, basis, width, height, job.window, options.build)
 
         def make() -> None:
