@@ -443,8 +443,8 @@ def _prepare_beside(
     folder = output.with_name(f"{output.stem}.inputs")
     face = folder / artifacts.FACE if preparing["face"] else None
     hole = (folder / artifacts.BACKGROUND, folder / artifacts.MASK) if options.mode == "replace" else ()
-    made = Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole, init=options.init)
-    job = options.job(made)
+    prepared = Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole, init=options.init)
+    job = options.job(prepared)
     files, settings = options.weight_files(), options.settings()
     click.get_current_context().with_resource(claimed(output, report.progress))
     basis = open_basis(files, settings, report.progress)
