@@ -442,7 +442,8 @@ def _prepare_beside(
     check_target(output, overwrite)
     folder = output.with_name(f"{output.stem}.inputs")
     face = folder / artifacts.FACE if preparing["face"] else None
-    hole = (folder / artifacts.BACKGROUND, folder / artifacts.MASK) if options.mode == "replace" else ()
+    files_of_hole = folder / artifacts.BACKGROUND, folder / artifacts.MASK
+    hole = files_of_hole if options.mode == "replace" else (None, None)
     prepared = Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole, init=options.init)
     job = options.job(prepared)
     files, settings = options.weight_files(), options.settings()
