@@ -442,9 +442,13 @@ def _prepare_beside(
     check_target(output, overwrite)
     folder = output.with_name(f"{output.stem}.inputs")
     face = folder / artifacts.FACE if preparing["face"] else None
-    files_of_hole = folder / artifacts.BACKGROUND, folder / artifacts.MASK
-    hole = files_of_hole if options.mode == "replace" else (None, None)
-    prepared = Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole, init=options.init)
+    background, mask = (
+        folder / name if options.mode == "replace" else None
+        for name in (artifacts.BACKGROUND, artifacts.MASK)
+    )
+    prepared = Inputs(
+        folder / artifacts.REFERENCE, folder / artifacts.POSE, face, background, mask, init=options.init
+    )
     job = options.job(prepared)
     files, settings = options.weight_files(), options.settings()
     click.get_current_context().with_resource(claimed(output, report.progress))
