@@ -27,7 +27,7 @@ from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import SOURCE
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.noise import CpuGenerator
-from trt_wan.runtime.opening.activation_memory import _Rehearsal, _rehearse
+from trt_wan.runtime.opening import activation_memory
 from trt_wan.runtime.sampling.combine import combine_fp32
 from trt_wan.runtime.sampling.grids import DISTILLED, GRIDS, Schedule, schedule
 from trt_wan.runtime.sampling.samplers import SAMPLERS
@@ -566,12 +566,15 @@ def test_the_gpus_sums_are_those_of_numpy(gpu_combine: Combine, name: str) -> No
             np.testing.assert_array_equal(placed.host.view(np.uint32), ours.view(np.uint32))
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_no_sampler_needs_more_memory_than_is_planned(guided: bool) -> None:
+def test_no_sampler_needs_more_memory_than_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one window of 10 steps, after which every sampler has its full memory."""
+    monkeypatch.setattr(activation_memory, "STEPS", 10)
+    monkeypatch.setattr(activation_memory, "WINDOWS", 1)
     peaks = {}
     for name in SAMPLERS:
-        executor = _Rehearsal()
-        _rehearse(Model(TINY, Plan(64, 48, 13), executor, {}), guided, 20, name)
+        executor = activation_memory._Rehearsal()
+        model = Model(TINY, Plan(64, 48, 13), executor, {})
+        activation_memory._rehearse(model, guided=False, steps=10, sampler=name)
         peaks[name] = executor.arena.peak
     assert max(peaks.values()) == peaks["unipc"]
 
