@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from trt_wan.cli.command import Group, command
-from trt_wan.cli.report import Report, readable_bytes, table
-from trt_wan.errors import UsageError
+from trt_wan.cli.command import Group, command, note
+from trt_wan.cli.report import Report, TextReport, readable_bytes, table
+from trt_wan.errors import UsageError, WeightsError
 
 LONGEST = 600  # characters of a line of `weights show`
 
@@ -46,7 +46,7 @@ def show(*, report: Report, file: Path) -> Any:
     trt-wan weights show models/wan2.2_animate_14B_bf16.safetensors
 
     Only headers are read, and of scaled files the scales. FILE may be the index or the folder of a sharded
-    checkpoint.
+    checkpoint. Exit code 1 if a run could not use it.
     """
     from trt_wan.runtime.loras.describe import describe_lora
     from trt_wan.runtime.preset_loras import is_lora
@@ -54,9 +54,17 @@ def show(*, report: Report, file: Path) -> Any:
 
     found = describe_lora(file) if is_lora(file) else describe(file)
     described = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    data = json.loads(json.dumps(described, default=str))
+    problem, hint = described.pop("problem", ""), described.pop("hint", "")
     lines = [(name.replace("_", " "), _shown(_readable(name, value))) for name, value in described.items()]
     text = table([line for line in lines if line[1]])
-    return text, json.loads(json.dumps(described, default=str))
+    if not problem:
+        return text, data
+    if isinstance(report, TextReport):
+        click.echo(text)
+    else:
+        note(report, problem, "described", **data)
+    raise WeightsError(problem, hint)
 
 
 def _shown(text: str) -> str:
