@@ -87,13 +87,13 @@ def _readable(name: str, value: Any) -> str:
 
 
 @weights.command(short_help="Write a checkpoint again in the layout that loads fastest.")
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.argument("file", type=click.Path(path_type=Path, exists=True))
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="The safetensors file to write.",
+    help="The .safetensors file to write.",
 )
 @click.option(
     "--type",
@@ -110,13 +110,11 @@ def convert(*, report: Report, file: Path, output: Path, kind: Any, overwrite: b
     \b
     trt-wan weights convert animate-Q8_0.gguf -o animate_fp8.safetensors
 
-    The engines get the same bits from the new file as from the old one, sooner. FILE may be the index of a
-    sharded checkpoint.
+    The engines get the same bits from the new file as from the old one, sooner. FILE may be the index, a
+    shard or the folder of a sharded checkpoint.
     """
-    from trt_wan.runtime.video.target import refuse_inputs
     from trt_wan.runtime.weights.rewrite import rewrite
 
-    refuse_inputs(output, [file])
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists.", "Name another file, or add -y to replace it.")
     made = rewrite(file, output, kind, report.progress)
