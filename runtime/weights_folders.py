@@ -79,8 +79,9 @@ def _parsed(file: Path) -> Any:
             raise _refused(file, f"has more than {LARGEST >> 20} MB")
         return yaml.safe_load(file.read_bytes())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        why = f"line {mark.line + 1}: {error.problem}" if mark is not None else type(error).__name__  # type: ignore[attr-defined]
+        why = type(error).__name__
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            why = f"line {error.problem_mark.line + 1}: {error.problem}"
         raise _refused(file, f"cannot be read ({why})") from error
 
 
