@@ -114,8 +114,9 @@ class Lora:
         check_fields(self)
         if not (math.isfinite(self.strength) and abs(self.strength) <= MOST_LORA_STRENGTH):
             raise UsageError(
-                f"A LoRA strength of {shown(self.strength)} is not possible.",
-                f"Use -{MOST_LORA_STRENGTH} to {MOST_LORA_STRENGTH}, mostly 1: --lora FILE:1",
+                f"A LoRA strength of {shown(self.strength)} is not possible: it is a number from "
+                f"-{MOST_LORA_STRENGTH} to {MOST_LORA_STRENGTH}, mostly 1.",
+                "Write --lora FILE:STRENGTH, such as --lora FILE:0.8",
             )
 
 
