@@ -84,6 +84,15 @@ class CpuGenerator:
         values = self._blocks(size) if size >= BLOCK else self._one_by_one(size)
         return values.reshape(tuple(shape))
 
+    def permutation(self, count: int) -> NDArray[np.int64]:
+        """The numbers of `torch.randperm(count)`, below 2^32 / 20: each place swaps with one from it on."""
+        order = np.arange(count)
+        draws = self._draw(max(count - 1, 0))
+        for place, draw in enumerate(draws.tolist()):
+            other = place + draw % (count - place)
+            order[[place, other]] = order[[other, place]]
+        return order
+
     def _draw(self, count: int) -> U32:
         return self._engine.randint(0, 2**32, count, dtype=np.uint32)
 

@@ -116,3 +116,13 @@ def test_a_generator_goes_on_from_its_state(before: int) -> None:
 def test_a_state_that_is_none_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         replace(CpuGenerator(0).state(), **change)  # type: ignore[arg-type]
+
+
+def test_permutations_are_torchs() -> None:
+    ours, theirs = CpuGenerator(8), torch_generator(8)
+    for count in (1, 2, 13, 12, 300):
+        expected = torch.randperm(count, generator=theirs).numpy()
+        np.testing.assert_array_equal(ours.permutation(count), expected)
+        np.testing.assert_allclose(
+            ours.randn((5,)), torch.randn(5, generator=theirs).numpy(), atol=TOLERANCE, rtol=0
+        )

@@ -574,7 +574,7 @@ def test_no_sampler_needs_more_memory_than_is_planned(monkeypatch: pytest.Monkey
     for name in SAMPLERS:
         executor = activation_memory._Rehearsal()
         model = Model(TINY, Plan(64, 48, 13), executor, {})
-        activation_memory._rehearse(model, guided=False, steps=10, sampler=name)
+        activation_memory._rehearse(model, guided=False, steps=10, context=None, sampler=name)
         peaks[name] = executor.arena.peak
     assert max(peaks.values()) == peaks["unipc"]
 

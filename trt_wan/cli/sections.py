@@ -8,6 +8,9 @@ SECTIONS = {
         *("inputs", "output", "overwrite", "mode", "size", "fit", "rate", "window", "overlap", "audio"),
         *("reference_background", "trim_to_shortest", "paste_back"),
     ),
+    "Context windows": (
+        *("context", "context_frames", "context_stride", "context_overlap", "context_fuse", "freenoise"),
+    ),
     "Sampling": (
         *("preset", "prompt", "negative_prompt", "steps", "guidance", "seed", "sampler", "grid", "shift"),
         *("pose_strength", "face_strength", "sigmas", "init", "denoise_strength", "start_step", "end_step"),
