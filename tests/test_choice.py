@@ -412,7 +412,8 @@ def test_another_model_given_as_the_transformer_is_named(
     assert error.message == f"{path} is {what}, not the transformer of Wan2.2-Animate."
     assert "wan2.2_animate_14B" in error.hint
     described = describe(path)
-    assert described.what == what and described.problem.startswith(f"{path} ")
+    assert described.what == what
+    assert described.problem.startswith(f"{path} ") or what == "SAM2"  # a run takes it with --sam2
 
 
 def test_what_is_there_is_told_where_the_transformer_is_missing(folder: Path) -> None:

@@ -486,7 +486,7 @@ def test_ctrl_c_ends_a_build_which_can_be_started_again(
 ) -> None:
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
     process = start(as_argv(BUILD))
-    read_until(process, "exported text_encoder_layer in")
+    read_until(process, "text_encoder_layer  exported in")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert (
