@@ -239,8 +239,10 @@ class Job:
 
     @property
     def history(self) -> int:
-        """Frames of a clip that are read again: those of a window of the loop, if there are several."""
-        return self.window if self.context is None or not self.context.whole else self.model_window
+        """Frames of a clip that may be read again. Long windows read those that are carried, and at the end
+        of the clip those that fill up the shortest window.
+        """
+        return self.window if self.context is None else max(self.model_window, self.overlap)
 
     def windows(self, frames: int) -> Windows:
         """The windows of the loop over a clip of that many frames."""

@@ -277,7 +277,7 @@ class _Step:
     latent: Array
 
     def __call__(self, model: Model) -> None:
-        if self.job.context is None or not self.job.context.whole:
+        if self.job.context is None:
             return self._compute(model, self.clips)
         with open_clips(self.job.inputs, self.job.history) as clips:  # the first frames are gone
             self._compute(model, clips)
