@@ -18,6 +18,8 @@ from trt_wan.cli.preprocess import preprocess
 from trt_wan.cli.run import run
 from trt_wan.cli.sections import OTHERS, SECTIONS, section_of
 from trt_wan.runtime.device.driver import has_nvidia_gpu, nvidia_smi
+from trt_wan.runtime.sampling.grids import GRIDS
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 SMI = """#!/bin/sh
@@ -152,7 +154,8 @@ def test_the_line_of_the_readme_makes_a_completion(shell: str) -> None:
     [
         ("trt-wan pre", ["preprocess"]),
         ("trt-wan run --pose-", ["--pose-strength"]),
-        ("trt-wan run --sampler ", ["unipc", "euler"]),
+        ("trt-wan run --sampler ", list(SAMPLERS)),
+        ("trt-wan run --grid ", list(GRIDS)),
         ("trt-wan bench ", ["compare", "preprocess", "quality", "sweep"]),
     ],
 )

@@ -25,10 +25,13 @@ from trt_wan.cli.preprocess import (
 )
 from trt_wan.cli.preset import with_preset
 from trt_wan.cli.report import Report
+from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
 from trt_wan.cli.sections import SectionedCommand
 from trt_wan.cli.stopping import stop_at_a_safe_point
-from trt_wan.errors import TrtWanError, UsageError
+from trt_wan.errors import TrtWanError, UsageError, shown, some_of
 from trt_wan.runtime.presets import PRESETS
+from trt_wan.runtime.sampling.grids import GRIDS
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from trt_wan.runtime.context.settings import Compat, Context
@@ -80,6 +83,11 @@ class RunOptions:
     compat: "Compat | None" = None
     trim_to_shortest: bool = False
     reference_background: str = "white"
+    init: Path | None = None
+    sigmas: tuple[float, ...] = ()
+    start_step: int | None = None
+    end_step: int | None = None
+    denoise_strength: float | None = None
     build: bool = True  # whether missing graphs are exported
 
     def weight_files(self) -> "WeightFiles":
@@ -101,7 +109,7 @@ class RunOptions:
         """Files and folders that are only read."""
         named = [getattr(self, name) for name in (*PARTS, "tokenizer")]
         loras = [lora.file for lora in self.loras]
-        return [*self.weights, *loras, *(path for path in named if path is not None)]
+        return [*self.weights, *loras, *(path for path in (*named, self.init) if path is not None)]
 
     def settings(self) -> "Settings":
         """A command runs one job, so no weights are kept for another."""
@@ -114,7 +122,11 @@ class RunOptions:
 
         mode: Any = self.mode or "animate"  # click has checked it
         return Inputs.from_folder(
-            folder, mode, trim_to_shortest=self.trim_to_shortest, behind=self.reference_background
+            folder,
+            mode,
+            trim_to_shortest=self.trim_to_shortest,
+            behind=self.reference_background,
+            init=self.init,
         )
 
     def job(self, inputs: "Inputs") -> "Job":
@@ -143,19 +155,47 @@ def _loras(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
     try:
         return tuple(Lora(*_file_and_strength(value)) for value in values)
     except UsageError as error:
-        raise click.BadParameter(error.message) from error
+        raise click.BadParameter(f"{error.message} {error.hint}.") from error
 
 
 def _file_and_strength(value: str) -> tuple[Path, float]:
+    """Raises UsageError where no file is named, or a strength that is no number."""
     file, strength = value, 1.0
     if not os.path.isfile(value):
         before, colon, last = value.rpartition(":")
         if colon and before:
             with suppress(ValueError):
                 file, strength = before, float(last)
+            if file == value and os.path.isfile(before):
+                raise _no_strength(before, last)
+    if os.path.isdir(file):
+        raise UsageError(f"{file!r} is a folder{_loras_in(Path(file))}.", "Name a file: --lora FILE")
     if not os.path.isfile(file):
-        raise click.BadParameter(f"File {file!r} does not exist. Write FILE or FILE:STRENGTH.")
+        before, _, last = file.rpartition(":")
+        while before and not os.path.isfile(before):
+            before = before.rpartition(":")[0]
+        if before:
+            raise _no_strength(before, value.removeprefix(f"{before}:"))
+        raise UsageError(f"File {file!r} does not exist.", "Write FILE or FILE:STRENGTH")
     return Path(file), strength
+
+
+def _no_strength(file: str, strength: str) -> UsageError:
+    from trt_wan.runtime.job import MOST_LORA_STRENGTH
+
+    return UsageError(
+        f"{shown(strength)!r} behind {file!r} is no strength: it is one number from -{MOST_LORA_STRENGTH} to "
+        f"{MOST_LORA_STRENGTH}, mostly 1.",
+        "Write --lora FILE:STRENGTH, such as --lora FILE:0.8",
+    )
+
+
+def _loras_in(folder: Path) -> str:
+    """The LoRAs in a folder, in a sentence after its name."""
+    from trt_wan.runtime.preset_loras import loras_below
+
+    names = [str(path.relative_to(folder)) for path in loras_below(folder)]
+    return f", with the LoRAs {some_of(names)}" if names else ", without a LoRA in it"
 
 
 def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -182,7 +222,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 )
 @click.option(
     "--weights",
-    type=FOLDER,
+    type=click.Path(path_type=Path),
     multiple=True,
     help="Folder with the checkpoints, which are known by content; may be repeated.",
 )
@@ -203,13 +243,19 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="The noise is that of PyTorch's CPU generator."
 )
-@click.option("--sampler", type=click.Choice(["unipc", "euler"]), default="unipc", show_default=True)
+@click.option(
+    "--sampler",
+    type=click.Choice(list(SAMPLERS)),
+    default="unipc",
+    show_default=True,
+    help="Users know them from: " + "; ".join(f"{name}: {row.about}" for name, row in SAMPLERS.items()) + ".",
+)
 @click.option(
     "--grid",
-    type=click.Choice(["official", "linear", "diffusers", "simple"]),
+    type=click.Choice(list(GRIDS)),
     default="official",
     show_default=True,
-    help="Noise levels: of the official code's UniPC or DPM++, of diffusers, or ComfyUI's simple.",
+    help="Noise levels, of " + "; ".join(f"{name}: {row.about}" for name, row in GRIDS.items()) + ".",
 )
 @click.option("--shift", type=float, default=5.0, show_default=True, help="Moves the levels towards noise.")
 @click.option("--window", type=int, default=77, show_default=True, help="Frames per window, 4k+1.")
@@ -227,6 +273,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option(
     "--face-strength", type=float, default=1.0, show_default=True, help="0 leaves the face clip aside."
 )
+@sampling_options
 @reference_background
 @click.option(
     "--trim-to-shortest",
@@ -326,6 +373,7 @@ def run(
     from trt_wan.runtime.video.target import refuse_inputs
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
+    refuse_unused_sampling()
     context = take_context(given)
     compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
     made = with_preset(report, given.pop("preset"), given)
@@ -334,6 +382,12 @@ def run(
         raise UsageError(
             "In the mode animate there is nothing to paste back.",
             "Leave out --paste-back, or use --mode replace.",
+        )
+    if options.seed is not None and options.seed < 0:  # -1 is a random seed in other programs
+        raise UsageError(
+            f"The seed {shown(options.seed)} is not a number from 0 to {2**64 - 1}, and none is random.",
+            "For another video each time use --seed $RANDOM. PyTorch's negative seeds are large ones: here "
+            f"--seed {options.seed % 2**64}.",
         )
     if options.negative_prompt is not None and not (options.guidance or 1) > 1:
         raise UsageError(
@@ -423,6 +477,7 @@ def _prepare_beside(
     from trt_wan.preprocess.clips import artifacts
     from trt_wan.runtime.job import Inputs
     from trt_wan.runtime.opening.model import open_basis
+    from trt_wan.runtime.video.clips import require_init_size
     from trt_wan.runtime.video.target import check_target, claimed
 
     if reference is None or clip is None:
@@ -433,14 +488,22 @@ def _prepare_beside(
     check_target(output, overwrite)
     folder = output.with_name(f"{output.stem}.inputs")
     face = folder / artifacts.FACE if preparing["face"] else None
-    hole = (folder / artifacts.BACKGROUND, folder / artifacts.MASK) if options.mode == "replace" else ()
-    job = options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
+    background, mask = (
+        folder / name if options.mode == "replace" else None
+        for name in (artifacts.BACKGROUND, artifacts.MASK)
+    )
+    prepared = Inputs(
+        folder / artifacts.REFERENCE, folder / artifacts.POSE, face, background, mask, init=options.init
+    )
+    job = options.job(prepared)
     files, settings = options.weight_files(), options.settings()
     click.get_current_context().with_resource(claimed(output, report.progress))
     basis = open_basis(files, settings, report.progress)
     basis.require_loras(job.loras)
 
     def planned(width: int, height: int) -> Callable[[], None]:
+        if options.init is not None:
+            require_init_size(options.init, width, height)
         export = require_graphs(report, basis, width, height, job.model_window, options.build)
 
         def make() -> None:

@@ -13,7 +13,7 @@ SECTIONS = {
     ),
     "Sampling": (
         *("preset", "prompt", "negative_prompt", "steps", "guidance", "seed", "sampler", "grid", "shift"),
-        *("pose_strength", "face_strength"),
+        *("pose_strength", "face_strength", "sigmas", "init", "denoise_strength", "start_step", "end_step"),
     ),
     "People": (
         *("person", "point", "box", "keypoints", "detector", "pose", "hands", "head", "face", "face_padding"),
