@@ -17,6 +17,7 @@ torch has its own approximations of log, sin and cos: in a latent the two are at
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,15 @@ U32 = NDArray[np.uint32]
 
 BLOCK = 16
 TWO_PI = np.float32(2 * math.pi)
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratorState:
+    """Where a generator stands: the engine's 624 words and its place in them, and the value kept."""
+
+    words: U32
+    position: int
+    kept: float | None
 
 
 class CpuGenerator:
@@ -42,6 +52,19 @@ class CpuGenerator:
             )
         self._engine = np.random.RandomState(seed & 0xFFFFFFFF)
         self._kept: float | None = None
+
+    @property
+    def state(self) -> GeneratorState:
+        engine = self._engine.get_state(legacy=False)
+        return GeneratorState(engine["state"]["key"].copy(), engine["state"]["pos"], self._kept)
+
+    @staticmethod
+    def at(state: GeneratorState) -> "CpuGenerator":
+        """A generator that continues from `state`."""
+        generator = CpuGenerator(0)
+        generator._engine.set_state(("MT19937", state.words, state.position, 0, 0.0))
+        generator._kept = state.kept
+        return generator
 
     def randn(self, shape: Sequence[int]) -> F32:
         """Returns standard normals, float32. Each call continues the sequence."""

@@ -36,9 +36,11 @@ from trt_wan.runtime.video.clips import (
     people_of,
     soft_pixels,
 )
+from trt_wan.runtime.window_state import WindowState
 from trt_wan.runtime.windows import Windows
 
 ShouldStop = Callable[[], bool]
+Keep = Callable[[WindowState], None]
 
 
 class Opened(Protocol):
@@ -62,9 +64,14 @@ def stream_pieces(
     clips: Clips | None = None,
     progress: Progress = silent,
     should_stop: ShouldStop = lambda: False,
+    begin_from: WindowState | None = None,
+    keep: Keep | None = None,
 ) -> Iterator[Array]:
     """Yields the decoded frames in pieces, before clamping to [-1, 1] and rounding: float32 [3, n, H, W].
     Together they have as many frames as the driving clip.
+
+    With `begin_from` the windows that were finished then are skipped, and the frames that they gave are not
+    yielded. `keep` gets the state after every window, when its last piece has been consumed.
 
     `clips` are the job's, if they are open already. `should_stop` is asked between steps, and elsewhere
     before every network; it ends the stream with `Stopped`. Raises TrtWanError. Every check that needs no
@@ -73,10 +80,18 @@ def stream_pieces(
     """
     if clips is None:
         with open_clips(job.inputs, job.window) as clips:
-            yield from stream_pieces(job, opened, clips=clips, progress=progress, should_stop=should_stop)
+            yield from stream_pieces(
+                job,
+                opened,
+                clips=clips,
+                progress=progress,
+                should_stop=should_stop,
+                begin_from=begin_from,
+                keep=keep,
+            )
         return
     try:
-        yield from _stream(job, opened, clips, progress, should_stop)
+        yield from _stream(job, opened, clips, progress, should_stop, begin_from, keep)
     except Broken as broken:
         fault = broken
     else:
@@ -87,7 +102,13 @@ def stream_pieces(
 
 
 def _stream(
-    job: Job, opened: Opened, clips: Clips, progress: Progress, should_stop: ShouldStop
+    job: Job,
+    opened: Opened,
+    clips: Clips,
+    progress: Progress,
+    should_stop: ShouldStop,
+    begin_from: WindowState | None,
+    keep: Keep | None,
 ) -> Iterator[Array]:
     """`stream_pieces`. Raises Broken for numbers that are not finite."""
     # 1. Plan: everything that can be refused is refused here.
@@ -118,12 +139,14 @@ def _stream(
         model.release("text_encoder_layer")
         progress(StageStarted("image"))
         prepared = prepare(model, texts, clips.reference, list(schedule.timesteps))
-    generator = CpuGenerator(job.seed)
+    first, carried, generator = 0, None, CpuGenerator(job.seed)
+    if begin_from is not None:
+        first, carried = begin_from.done, begin_from.carried
+        generator = CpuGenerator.at(begin_from.generator)
     strengths = Strengths(job.pose_strength, job.face_strength)
-    carried: Array | None = None
     soft_before = False
 
-    for j in range(windows.total):
+    for j in range(first, windows.total):
         here = {"window": j + 1, "windows": windows.total}
 
         # 3. Condition: pose, face, background, mask and the frames carried over, for this window.
@@ -151,7 +174,8 @@ def _stream(
         progress(StageStarted("decode", **here))
         kept, done = windows.keep(j), 0
         carried = None
-        latents = np.asarray(latent)[:, 1:]
+        finished = np.asarray(latent)
+        latents = finished[:, 1:]
         del latent, solver, predict, window
         with model.checked(clock.stop_before_next):
             for frames in decode(model, latents):
@@ -162,8 +186,11 @@ def _stream(
                 if (piece := frames[:, max(kept.start - done, 0) : max(kept.stop - done, 0)]).shape[1]:
                     yield piece
                 done += frames.shape[1]
-        if j == 0:
+        if j == first:
             model.executor.settle()
+        if keep is not None:
+            assert carried is not None, "a window has frames"
+            keep(WindowState(j + 1, carried, generator.state, finished))
         progress(WindowDone(j + 1, windows.total, kept.stop - kept.start))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from trt_wan.errors import UsageError, shown
 
-OVERLAPS = (1, 5)  # carried frames the model was trained for
+TRAINED_OVERLAPS = (1, 5)  # carried frames the model was trained for
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Windows:
                 f"A clip of {self.clip_frames} frames gives no video.",
                 "Use a driving video, or a range of it, with at least one frame.",
             )
-        if self.overlap not in OVERLAPS:
+        if self.overlap < 1 or self.overlap % 4 != 1:
+            near = max(1, (self.overlap - 1) // 4 * 4 + 1)
             raise UsageError(
-                f"An overlap of {shown(self.overlap)} frames is not possible: "
-                "the model continues from 1 or 5.",
-                "Use --overlap 1 or --overlap 5.",
+                f"An overlap of {shown(self.overlap)} frames is not possible: it must be 4k+1.",
+                f"Use --overlap {near} or --overlap {near + 4}; the model was trained with 1 and 5.",
             )
         if self.overlap >= self.window:
             raise UsageError(

@@ -93,3 +93,15 @@ def test_the_extreme_draws_stay_finite() -> None:
     assert (values[0] == 0).all()
     np.testing.assert_allclose(values[1, :8], math.sqrt(2 * 24 * math.log(2)), rtol=1e-6)
     np.testing.assert_allclose(values[1, 8:], 0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("before", [(3,), (1000,), (17,)])
+def test_a_generator_goes_on_from_its_state(before: tuple[int, ...]) -> None:
+    generator = CpuGenerator(5)
+    generator.randn(before)
+    state = generator.state
+    expected = [generator.randn(shape) for shape in ((2,), (700,), (20,))]
+    for _ in range(2):
+        again = CpuGenerator.at(state)
+        for numbers in expected:
+            np.testing.assert_array_equal(again.randn(numbers.shape), numbers)

@@ -40,7 +40,7 @@ from trt_wan.runtime.networks.text_encoder import encode_texts
 from trt_wan.runtime.networks.tokenizer import Tokenizer, byte_tokenizer
 from trt_wan.runtime.opening.cpu_sizes import CpuSizes
 from trt_wan.runtime.opening.gpu_sizes import GpuSizes, build_engines, require_tier
-from trt_wan.runtime.pipeline import ShouldStop, stream_pieces, to_pixels
+from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.text_cache import TextCache
 from trt_wan.runtime.video.clips import Clips
@@ -49,6 +49,7 @@ from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.random import RandomWeights
 from trt_wan.runtime.weights.sources import FileSource, RandomSource, WeightSource
 from trt_wan.runtime.weights.stored import Tensors
+from trt_wan.runtime.window_state import WindowState
 
 RANDOM_SEED = 0
 MOST_EXPANSION = 18  # tokens of a character: U+FDFA becomes 18 letters
@@ -200,8 +201,12 @@ class OpenModel:
         clips: Clips | None = None,
         progress: Progress = silent,
         should_stop: ShouldStop = lambda: False,
+        begin_from: WindowState | None = None,
+        keep: Keep | None = None,
     ) -> Iterator[Array]:
-        """`stream` in pieces, before clamping to [-1, 1] and rounding: float32 [3, n, H, W]."""
+        """`stream` in pieces, before clamping to [-1, 1] and rounding: float32 [3, n, H, W]. It can begin
+        between two windows (`stream_pieces`).
+        """
         if self._closed:
             raise UsageError("This model is closed.", "Open it again with open_model().")
         if self._running:
@@ -209,8 +214,15 @@ class OpenModel:
         self._running = True
         try:
             self._sizes.resume()
-            pieces = stream_pieces(job, self, clips=clips, progress=progress, should_stop=should_stop)
-            for piece in pieces:
+            for piece in stream_pieces(
+                job,
+                self,
+                clips=clips,
+                progress=progress,
+                should_stop=should_stop,
+                begin_from=begin_from,
+                keep=keep,
+            ):
                 yield piece
                 self._sizes.resume()  # the consumer may go on in another thread
         finally:
