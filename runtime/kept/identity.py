@@ -26,7 +26,11 @@ def identity(path: Path, weights: bool = False) -> Identity:
         if kind == WHOLE:
             digest = hashlib.file_digest(file, "sha256")
         else:
-            places = [(0, EDGE), *((size * k // SAMPLES, SAMPLE) for k in range(SAMPLES)), (size - EDGE, EDGE)]
+            places = [
+                (0, EDGE),
+                *((size * k // SAMPLES, SAMPLE) for k in range(SAMPLES)),
+                (size - EDGE, EDGE),
+            ]
             for place, count in places:
                 file.seek(place)
                 digest.update(file.read(count))

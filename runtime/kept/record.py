@@ -1,9 +1,9 @@
 """The record of a run: all that is needed to make its video again. It travels in the video's metadata.
 
-    {"trt_wan_record": 1, "versions": {…}, "job": {…}, "model": {…}, "files": {…}, "video": {…}, "options": {…}}
+    {"trt_wan_record": 1, "versions": {…}, "job": {…}, "model": {…}, "files": {…}, "video": {…}, …}
 
-`job`, `model`, `files` and `video` decide the bits, `versions` may. `options` are those of `trt-wan run` that
-were given. The record in a video names files without their folders, for videos are shared; the file
+`job`, `model`, `files` and `video` decide the bits, `versions` may. `options` are those of `trt-wan run`. The
+record in a video names files without their folders, for videos are shared; the file
 `<stem>.json` beside it has whole paths. Equal runs have equal records: there is no date in one.
 """
 
@@ -16,16 +16,18 @@ from typing import Any
 
 import av
 
+from trt_wan.engines.store.files import replace_atomically
 from trt_wan.errors import InputError, shown
+from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.kept.identity import Identity, is_same
 
 FORMAT, KEY = 1, "trt_wan_record"
-DECIDING = ("job", "model", "video")
+DECIDING, FILES = ("job", "model", "video"), "files"
 
 
 @dataclass(frozen=True)
 class Record:
-    """Values are those of JSON. `paths` are the folders of the file names in `files` and `options`."""
+    """Values are those of JSON. `paths` has the files of `files` and `options` with their folders."""
 
     versions: Mapping[str, str]
     job: Mapping[str, Any]
@@ -33,12 +35,14 @@ class Record:
     files: Mapping[str, Sequence[Identity]]  # by role
     video: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
-    paths: Mapping[str, str] = field(default_factory=dict)  # by file name
+    paths: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self, with_paths: bool) -> str:
         """JSON: of a line for metadata, of many with the paths."""
         values = {name: getattr(self, name) for name in _FIELDS if with_paths or name != "paths"}
-        return json.dumps({KEY: FORMAT, **values}, ensure_ascii=False, indent=1 if with_paths else None)
+        return json.dumps(
+            {KEY: FORMAT, **values}, ensure_ascii=False, sort_keys=True, indent=1 if with_paths else None
+        )
 
     def differences(self, now: "Record") -> list["Difference"]:
         """All that decides bits and is another in `now`."""
@@ -47,11 +51,11 @@ class Record:
             before, after = (dict(_flat(getattr(record, group))) for record in (self, now))
             for name in dict.fromkeys((*before, *after)):
                 if before.get(name) != after.get(name):
-                    found.append(Difference(name, before.get(name), after.get(name)))
+                    found.append(Difference(name, before.get(name), after.get(name), group))
         for role in dict.fromkeys((*self.files, *now.files)):
             ours, theirs = self.files.get(role, ()), now.files.get(role, ())
             if len(ours) != len(theirs) or not all(map(is_same, ours, theirs)):
-                found.append(Difference(role, _names(ours), _names(theirs), is_file=True))
+                found.append(Difference(role, _names(ours), _names(theirs), FILES))
         return found
 
     def other_versions(self, now: "Record") -> list[str]:
@@ -66,14 +70,16 @@ class Difference:
     name: str  # of a setting, or the role of a file
     before: Any
     now: Any
-    is_file: bool = False
+    group: str  # the part of the record
 
     @property
     def text(self) -> str:
-        if not self.is_file:
+        if self.group != FILES:
             return f"{self.name.replace('_', ' ')} {_value(self.before)} (now {_value(self.now)})"
         same_name = self.before == self.now
-        return f"{self.role} {self.before}{' has other content' if same_name else f' (now {_value(self.now)})'}"
+        return (
+            f"{self.role} {self.before}{' has other content' if same_name else f' (now {_value(self.now)})'}"
+        )
 
     @property
     def role(self) -> str:
@@ -107,6 +113,19 @@ def read_record(path: Path) -> Record:
 
 def sidecar_of(video: Path) -> Path:
     return video.with_suffix(".json")
+
+
+def write_sidecar(video: Path, record: Record, progress: Progress) -> None:
+    """Raises OSError. A file of the user's with that name stays, and a note says so."""
+    path = sidecar_of(video)
+    if path.exists():
+        try:
+            _parsed(path, _text_of(path))
+        except InputError:
+            text = f"{path} is no record of a run and stays: the video's own is in its metadata."
+            progress(Note(text, "sidecar_kept", {"file": str(path)}))
+            return
+    replace_atomically(path, record.text(with_paths=True) + "\n")
 
 
 def as_values(made: Any) -> Any:
