@@ -1,7 +1,7 @@
 """Kills `run`, `preprocess` and `build` at random moments, and checks that nothing is lost or wrong.
 
     python tests/kills.py --moments 1000 --workers 16 --out kills.json
-    python tests/kills.py --moments 20 --kinds resume --kill-only --disks 0   # by run --resume, the same bytes
+    python tests/kills.py --moments 20 --kinds resume --kill-only --disks 0   # then run --resume: the same
 
 By hand (PATIENCE=600 on a busy machine); test_kills.py runs a few moments of each. A moment starts the
 command in a folder of its own, sends SIGKILL, SIGTERM, SIGINT or SIGHUP after a random part of its time,

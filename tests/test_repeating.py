@@ -109,7 +109,7 @@ def test_what_is_missing_or_another_file_is_named(finished: Made, copied: Path) 
     write_clip(copied.parent / "out.inputs" / "src_pose.mp4", colour=(1, 200, 3))
     result, output = again(copied, *weights)
     assert result.exit_code == 2 and not output.exists()
-    assert "would not repeat out.mp4: the file of pose src_pose.mp4 has other" in error_of(result)["message"]
+    assert "would not repeat out.mp4: the pose src_pose.mp4 has other content" in error_of(result)["message"]
     shutil.rmtree(copied.parent / "out.inputs")
     result, _ = again(copied, *weights)
     assert result.exit_code == 2 and "Not found: out.inputs (--inputs)" in error_of(result)["message"]
@@ -124,7 +124,7 @@ def test_options_that_are_given_win_and_are_told(
         "run", "--from", str(finished.video), "-o", str(output), "--json", "--seed", "4", "--steps", "1"
     )
     assert result.exit_code == 0, result.output
-    assert "steps 2 (now 1); seed 3 (now 4)" in notes(result, "not_repeated")[0]
+    assert "seed 3 (now 4); steps 2 (now 1)" in notes(result, "not_repeated")[0]
     assert "(now 99)" in notes(result, "other_versions")[0]
     record = read_record(output)
     assert (record.job["sampler"], record.job["seed"], record.options["sampler"]) == ("euler", 4, "euler")

@@ -1,5 +1,5 @@
-"""A video that was stopped and gone on with is that of one process, byte for byte. A state that cannot be gone
-on with is refused in one sentence, and stays. The networks are made up; tests/kills.py kills real runs.
+"""A video that was stopped and gone on with is that of one process, byte for byte. A state that is not usable
+is refused in one sentence, and stays. The networks are made up; tests/kills.py kills real runs.
 """
 
 import errno

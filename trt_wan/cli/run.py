@@ -20,6 +20,7 @@ from trt_wan.cli.preprocess import (
     PREPARING_FILES,
     PREPARING_NAMES,
     STDIN,
+    planned_video,
     prepare,
     preparing_options,
     reference_background,
@@ -291,7 +292,12 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     help="Export graphs of this size that are missing, with torch. --no-build: stop at once.",
 )
 @click.option("-y", "--overwrite", is_flag=True, help="Replace the output if it exists.")
-# Long jobs: trt_wan/cli/repeating.py
+# Long jobs: trt_wan/cli/repeating.py, trt_wan/cli/dry_run.py
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show the windows, the memory and time they need, and what would be made. Compute nothing.",
+)
 @click.option(
     "--resume", is_flag=True, help="Go on after the last finished window of a run that was stopped."
 )
@@ -322,6 +328,7 @@ def run(
     audio: Path | None,
     overwrite: bool,
     paste_back: bool,
+    dry_run: bool,
     **given: Any,
 ) -> Any:
     """Make a video from a picture of the character, REFERENCE, and a driving video, CLIP.
@@ -357,11 +364,20 @@ def run(
         require_sound(audio)
     if inputs is not None:
         _refuse_preparing(reference)
+        if dry_run:
+            return _forecast_of_prepared(report, inputs, output, options, overwrite)
         if unused := unused_clips(inputs, options.mode):  # type: ignore[arg-type]  # click has checked it
             note(report, f"Not used in the mode {options.mode}: {', '.join(unused)}.")
         return render_prepared(
             report, inputs, output, options, **written, lasting=lasting(made, inputs, **long)
         )
+    if reference is None or clip is None:
+        raise UsageError(
+            "There is nothing to make a video from.",
+            "Give a picture and a driving video, or prepared clips with --inputs DIR.",
+        )
+    if dry_run:
+        return _forecast_of(report, reference, clip, output, overwrite, preparing, options)
     inputs, basis = _prepare_beside(
         report, reference, clip, output, overwrite, preparing, options, long["resume"]
     )
@@ -447,8 +463,8 @@ def render_prepared(
 
 def _prepare_beside(
     report: Report,
-    reference: Path | None,
-    clip: Path | None,
+    reference: Path,
+    clip: Path,
     output: Path,
     overwrite: bool,
     preparing: dict[str, Any],
@@ -462,20 +478,12 @@ def _prepare_beside(
     from trt_wan.engines.store.files import replace_atomically
     from trt_wan.preprocess.clips import artifacts
     from trt_wan.runtime.events import silent
-    from trt_wan.runtime.job import Inputs
     from trt_wan.runtime.opening.model import open_basis
     from trt_wan.runtime.video.target import check_target, claimed
 
-    if reference is None or clip is None:
-        raise UsageError(
-            "There is nothing to make a video from.",
-            "Give a picture and a driving video, or prepared clips with --inputs DIR.",
-        )
     check_target(output, overwrite)
-    folder = output.with_name(f"{output.stem}.inputs")
-    face = folder / artifacts.FACE if preparing["face"] else None
-    hole = (folder / artifacts.BACKGROUND, folder / artifacts.MASK) if options.mode == "replace" else ()
-    job = options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
+    job = _job_to_prepare(output, preparing, options)
+    folder = job.inputs.reference.parent
     files, settings = options.weight_files(), options.settings()
     click.get_current_context().with_resource(claimed(output, silent if resume else report.progress))
     basis = open_basis(files, settings, report.progress)
@@ -504,6 +512,64 @@ def _prepare_beside(
     if from_these is not None:
         replace_atomically(folder / FILE_OF_ORIGIN, from_these)
     return made, basis
+
+
+def _job_to_prepare(output: Path, preparing: dict[str, Any], options: RunOptions) -> "Job":
+    """The job whose clips will be in the folder beside `output`."""
+    from trt_wan.preprocess.clips import artifacts
+    from trt_wan.runtime.job import Inputs
+
+    folder = output.with_name(f"{output.stem}.inputs")
+    face = folder / artifacts.FACE if preparing["face"] else None
+    hole = (folder / artifacts.BACKGROUND, folder / artifacts.MASK) if options.mode == "replace" else ()
+    return options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
+
+
+def _forecast_of_prepared(
+    report: Report, folder: Path, output: Path, options: RunOptions, overwrite: bool
+) -> tuple[str, dict[str, Any]]:
+    from trt_wan.runtime.video.clips import open_clips
+
+    job = options.job(options.inputs(folder))
+    with open_clips(job.inputs, job.window) as clips:
+        return _forecast(report, job, output, options, overwrite, clips.width, clips.height, clips.frames)
+
+
+def _forecast_of(
+    report: Report,
+    reference: Path,
+    clip: Path,
+    output: Path,
+    overwrite: bool,
+    preparing: dict[str, Any],
+    options: RunOptions,
+) -> tuple[str, dict[str, Any]]:
+    job = _job_to_prepare(output, preparing, options)
+    shared = {"mode": options.mode, "reference_background": options.reference_background}
+    folder = job.inputs.reference.parent
+    size = planned_video(reference, clip, folder, overwrite=overwrite, **shared, **preparing)
+    return _forecast(report, job, output, options, overwrite, *size)
+
+
+def _forecast(
+    report: Report,
+    job: "Job",
+    output: Path,
+    options: RunOptions,
+    overwrite: bool,
+    width: int,
+    height: int,
+    frames: int,
+) -> tuple[str, dict[str, Any]]:
+    from trt_wan.cli.dry_run import forecast
+    from trt_wan.runtime.opening.model import open_basis
+    from trt_wan.runtime.video.target import check_target
+
+    check_target(output, overwrite)
+    basis = open_basis(options.weight_files(), options.settings(), report.progress)
+    basis.require_loras(job.loras)
+    require_graphs(report, basis, width, height, job.window, options.build)
+    return forecast(basis, job, width, height, frames)
 
 
 def _refuse_preparing(reference: Path | None) -> None:

@@ -7,7 +7,7 @@ SECTIONS = {
     "Video": (
         *("inputs", "output", "overwrite", "mode", "size", "fit", "rate", "window", "overlap", "audio"),
         *("reference_background", "trim_to_shortest", "paste_back"),
-        *("resume", "repeated", "sidecar"),
+        *("dry_run", "resume", "repeated", "sidecar"),
     ),
     "Sampling": (
         *("preset", "prompt", "negative_prompt", "steps", "guidance", "seed", "sampler", "grid", "shift"),
