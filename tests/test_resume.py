@@ -276,3 +276,4 @@ def test_a_file_of_the_users_beside_the_video_stays(place: Place) -> None:
     (place.folder / "out.json").write_text('{"mine": 1}')
     place.run(Chained())
     assert (place.folder / "out.json").read_text() == '{"mine": 1}' and "sidecar_kept" in place.codes
+    assert read_record(place.folder / "out.mp4") == RECORD

@@ -10,6 +10,7 @@ record in a video names files without their folders, for videos are shared; the 
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,14 +77,8 @@ class Difference:
     def text(self) -> str:
         if self.group != FILES:
             return f"{self.name.replace('_', ' ')} {_value(self.before)} (now {_value(self.now)})"
-        same_name = self.before == self.now
-        return (
-            f"{self.role} {self.before}{' has other content' if same_name else f' (now {_value(self.now)})'}"
-        )
-
-    @property
-    def role(self) -> str:
-        return f"the {self.name.replace('_', ' ')}"
+        other = "has other content" if self.before == self.now else f"(now {_value(self.now)})"
+        return f"the {self.name.replace('_', ' ')} {_value(self.before)} {other}"
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Record))
@@ -103,8 +98,8 @@ def read_record(path: Path) -> Record:
             f"{path} cannot be read as a video ({error.strerror}).", "Name a video that trt-wan has made."
         ) from error
     record = _parsed(path, metadata.get("comment", ""))
-    beside = sidecar_of(path)
-    if beside.is_file():
+    with suppress(InputError):  # a file of the user's, or none
+        beside = sidecar_of(path)
         found = _parsed(beside, _text_of(beside))
         if dataclasses.replace(found, paths={}) == record:
             return found
