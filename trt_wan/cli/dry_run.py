@@ -28,8 +28,11 @@ class Needs:
     unmeasured: tuple[str, ...] | None = None  # networks
 
 
-def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int) -> tuple[str, dict[str, Any]]:
-    """A table for people, and its data. Raises TrtWanError as the job itself would."""
+Told = tuple[str, dict[str, Any]]  # a table for people, and its data
+
+
+def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int) -> Told:
+    """Raises MemoryShort."""
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.graphs import graph_set
     from trt_wan.runtime.windows import Windows

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.command import command, note
+from trt_wan.cli.dry_run import Told, forecast
 from trt_wan.cli.missing import require_graphs
 from trt_wan.cli.prepared import FILE as FILE_OF_ORIGIN
 from trt_wan.cli.prepared import is_from, origin
@@ -365,7 +366,8 @@ def run(
     if inputs is not None:
         _refuse_preparing(reference)
         if dry_run:
-            return _forecast_of_prepared(report, inputs, output, options, overwrite)
+            job = options.job(options.inputs(inputs))
+            return _forecast(report, job, output, options, overwrite, _size_of(job))
         if unused := unused_clips(inputs, options.mode):  # type: ignore[arg-type]  # click has checked it
             note(report, f"Not used in the mode {options.mode}: {', '.join(unused)}.")
         return render_prepared(
@@ -377,7 +379,11 @@ def run(
             "Give a picture and a driving video, or prepared clips with --inputs DIR.",
         )
     if dry_run:
-        return _forecast_of(report, reference, clip, output, overwrite, preparing, options)
+        job = _job_to_prepare(output, preparing, options)
+        shared = {"mode": options.mode, "reference_background": options.reference_background}
+        folder = job.inputs.reference.parent
+        size = planned_video(reference, clip, folder, overwrite=overwrite, **shared, **preparing)
+        return _forecast(report, job, output, options, overwrite, size)
     inputs, basis = _prepare_beside(
         report, reference, clip, output, overwrite, preparing, options, long["resume"]
     )
@@ -525,30 +531,12 @@ def _job_to_prepare(output: Path, preparing: dict[str, Any], options: RunOptions
     return options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
 
 
-def _forecast_of_prepared(
-    report: Report, folder: Path, output: Path, options: RunOptions, overwrite: bool
-) -> tuple[str, dict[str, Any]]:
+def _size_of(job: "Job") -> tuple[int, int, int]:
+    """Width, height and frames of prepared clips."""
     from trt_wan.runtime.video.clips import open_clips
 
-    job = options.job(options.inputs(folder))
     with open_clips(job.inputs, job.window) as clips:
-        return _forecast(report, job, output, options, overwrite, clips.width, clips.height, clips.frames)
-
-
-def _forecast_of(
-    report: Report,
-    reference: Path,
-    clip: Path,
-    output: Path,
-    overwrite: bool,
-    preparing: dict[str, Any],
-    options: RunOptions,
-) -> tuple[str, dict[str, Any]]:
-    job = _job_to_prepare(output, preparing, options)
-    shared = {"mode": options.mode, "reference_background": options.reference_background}
-    folder = job.inputs.reference.parent
-    size = planned_video(reference, clip, folder, overwrite=overwrite, **shared, **preparing)
-    return _forecast(report, job, output, options, overwrite, *size)
+        return clips.width, clips.height, clips.frames
 
 
 def _forecast(
@@ -557,14 +545,13 @@ def _forecast(
     output: Path,
     options: RunOptions,
     overwrite: bool,
-    width: int,
-    height: int,
-    frames: int,
-) -> tuple[str, dict[str, Any]]:
-    from trt_wan.cli.dry_run import forecast
+    size: tuple[int, int, int],
+) -> Told:
+    """Raises TrtWanError as the run itself would."""
     from trt_wan.runtime.opening.model import open_basis
     from trt_wan.runtime.video.target import check_target
 
+    width, height, frames = size
     check_target(output, overwrite)
     basis = open_basis(options.weight_files(), options.settings(), report.progress)
     basis.require_loras(job.loras)
