@@ -7,16 +7,20 @@ from typing import Literal
 
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError, shown
+from trt_wan.runtime.context.parts import ContextPlan
+from trt_wan.runtime.context.settings import LATENT, Compat, Context
 from trt_wan.runtime.fields import check_fields
 from trt_wan.runtime.noise import CpuGenerator
-from trt_wan.runtime.schedulers import SAMPLERS, schedule
+from trt_wan.runtime.sampling.grids import Schedule, schedule, schedule_of
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 from trt_wan.runtime.video.transparency import colour
-from trt_wan.runtime.windows import Windows
+from trt_wan.runtime.windows import Windows, rounded_down, rounded_up
 
 Mode = Literal["animate", "replace"]
 
 MOST_GUIDANCE, MOST_STRENGTH = 100, 10  # far beyond any picture; more overflows
 MOST_LORA_STRENGTH = 100
+MOST_NOISE = 0.999  # level from which on nothing of a video is left
 
 # Wan2.2-Animate was trained with it ("the person in the video is making movements"); others work, less well.
 DEFAULT_PROMPT = "视频中的人在做动作"
@@ -34,7 +38,7 @@ BACKGROUNDS, MASKS = ("src_bg.mp4", "src_bg.png"), ("src_mask.mp4", "src_mask.pn
 @dataclass(frozen=True)
 class Inputs:
     """The prepared clips. All have the same number of frames and the size of the video; faces are 512x512.
-    Background and mask may be one picture, which stands for all frames.
+    Background and mask may be one picture, which stands for all frames. The steps start from `init`, noised.
     """
 
     reference: Path
@@ -44,6 +48,7 @@ class Inputs:
     mask: Path | None = None
     trim_to_shortest: bool = False  # cut longer clips at their ends
     behind: str = "white"  # the colour behind a transparent reference: a name or #rrggbb
+    init: Path | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -56,7 +61,12 @@ class Inputs:
 
     @staticmethod
     def from_folder(
-        folder: Path, mode: Mode, *, trim_to_shortest: bool = False, behind: str = "white"
+        folder: Path,
+        mode: Mode,
+        *,
+        trim_to_shortest: bool = False,
+        behind: str = "white",
+        init: Path | None = None,
     ) -> "Inputs":
         """The official preprocessing's file names; every clip is optional by the rules of `mode`. Background
         and mask may be .png in place of .mp4.
@@ -90,6 +100,7 @@ class Inputs:
             mask,
             trim_to_shortest,
             behind,
+            init,
         )
 
 
@@ -112,8 +123,9 @@ class Lora:
         check_fields(self)
         if not (math.isfinite(self.strength) and abs(self.strength) <= MOST_LORA_STRENGTH):
             raise UsageError(
-                f"A LoRA strength of {shown(self.strength)} is not possible.",
-                f"Use -{MOST_LORA_STRENGTH} to {MOST_LORA_STRENGTH}, mostly 1: --lora FILE:1",
+                f"A LoRA strength of {shown(self.strength)} is not possible: it is a number from "
+                f"-{MOST_LORA_STRENGTH} to {MOST_LORA_STRENGTH}, mostly 1.",
+                "Write --lora FILE:STRENGTH, such as --lora FILE:0.8",
             )
 
 
@@ -126,7 +138,7 @@ class Job:
     prompt: str = DEFAULT_PROMPT
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
     window: int = 77  # frames
-    overlap: int = 1  # frames carried from one window to the next: 1 or 5
+    overlap: int = 1  # frames carried from one window to the next, 4k+1; 1 and 5 are trained
     steps: int = 20
     guidance: float = 1.0  # classifier-free guidance runs only above 1
     sampler: str = "unipc"
@@ -136,6 +148,14 @@ class Job:
     pose_strength: float = 1.0
     face_strength: float = 1.0
     loras: tuple[Lora, ...] = ()  # merged into the transformer; their order does not matter
+    # Sampling: a part of the steps, from a video
+    sigmas: tuple[float, ...] = ()  # noise levels in place of grid, steps and shift
+    start_step: int = 0  # the first step that is run; later than 0 with `inputs.init` alone
+    end_step: int | None = None  # the first step that is not run any more
+    denoise_strength: float = 1.0  # another way to say start_step
+    # Long videos
+    context: Context | None = None  # windows are denoised in parts that overlap
+    compat: Compat | None = None  # "kijai": the windows and noise of ComfyUI-WanVideoWrapper
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -160,10 +180,123 @@ class Job:
                     f"Use --{name}-strength 0 (off) to 1, or up to {MOST_STRENGTH} to exaggerate.",
                 )
         # Each of these raises UsageError for its own settings.
-        Plan(16, 16, self.window)
+        Plan(16, 16, self.model_window)
         Windows(1, self.window, self.overlap)
-        schedule(self.grid, self.steps, self.shift)
+        self._require_long()
+        self._require_init()
         CpuGenerator(self.seed)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise levels of the steps that are run. Raises UsageError."""
+        whole = schedule_of(self.sigmas) if self.sigmas else schedule(self.grid, self.steps, self.shift)
+        end = whole.steps if self.end_step is None else self.end_step
+        start = self._first_step(whole.steps)
+        if not 0 <= start < end <= whole.steps:
+            raise UsageError(
+                f"Steps {shown(start)} to {shown(end)} are no part of {whole.steps} steps.",
+                f"Use --start-step from 0, and --end-step up to {whole.steps} and above the start.",
+            )
+        return whole.part(start, end)
+
+    def _first_step(self, steps: int) -> int:
+        """ComfyUI-WanVideoWrapper's rule: int(steps·strength) + 1 steps are run, at most all."""
+        if not 0 < self.denoise_strength <= 1:
+            raise UsageError(
+                f"A denoise strength of {self.denoise_strength} is not possible.",
+                "Use --denoise-strength above 0, where little changes, up to 1.",
+            )
+        if self.denoise_strength == 1:
+            return self.start_step
+        if self.start_step:
+            raise UsageError(
+                "A denoise strength and a start step both say where the steps start.",
+                "Give --denoise-strength or --start-step.",
+            )
+        return max(0, steps - int(steps * self.denoise_strength) - 1)
+
+    def _require_init(self) -> None:
+        first = self.schedule.sigmas[0]
+        late = self.start_step > 0 or self.denoise_strength < 1
+        if late and self.inputs.init is None:
+            raise UsageError(
+                "There is no video to start from in a later step.",
+                "Add --init VIDEO, or leave out --start-step and --denoise-strength.",
+            )
+        if self.inputs.init is not None and first > MOST_NOISE:
+            raise UsageError(
+                f"The steps start from noise alone (level {first:g}), so the init video would do nothing.",
+                "Use --denoise-strength 0.5, or --start-step 1 or later.",
+            )
+
+    @property
+    def model_window(self) -> int:
+        """Frames of one forward of the model, for which its engines are built."""
+        if self.context is None:
+            return self.window
+        # The wrapper counts the reference's slot among those of a context window.
+        return self.context.frames - (LATENT if self.compat else 0)
+
+    @property
+    def history(self) -> int:
+        """Frames of a clip that may be read again. Long windows read those that are carried, and at the end
+        of the clip those that fill up the shortest window.
+        """
+        return self.window if self.context is None else max(self.model_window, self.overlap)
+
+    def windows(self, frames: int) -> Windows:
+        """The windows of the loop over a clip of that many frames."""
+        frames = frames if self.compat is None or frames < 1 else rounded_down(frames)
+        whole_frames = self.compat is not None
+        if self.context is None:
+            return Windows(frames, self.window, self.overlap, whole_frames=whole_frames)
+        least = self.model_window
+        window = max(least, rounded_up(frames)) if self.context.whole else self.window
+        return Windows(frames, window, self.overlap, least, whole_frames)
+
+    def context_plan(self, frames: int) -> ContextPlan | None:
+        """The context windows of a window of the loop of that many frames."""
+        if self.context is None:
+            return None
+        whole, size = ((count - 1) // LATENT + 2 for count in (frames, self.model_window))
+        return ContextPlan(self.context, whole, size, self.compat)
+
+    def _require_long(self) -> None:
+        context, compat = self.context, self.compat
+        if compat is not None and self.overlap != 1:
+            raise UsageError(
+                f"The wrapper carries 1 frame, not {self.overlap}.", "Leave out --overlap, or --compat."
+            )
+        if context is None:
+            return
+        if context.whole:
+            if self.overlap != 1:
+                raise UsageError(
+                    "Context windows over the whole video carry no frames, so --overlap would do nothing.",
+                    "Leave out --overlap, or give --window as well.",
+                )
+            if self.window != Job.window:
+                raise UsageError(
+                    f"Context windows over the whole video need no window of {self.window} frames.",
+                    "Leave window out, or give the context whole=False.",
+                )
+            if compat is not None and context.schedule == "uniform_looped":
+                raise UsageError(
+                    "In the wrapper uniform_looped fails with Animate: its windows tear pose and face apart.",
+                    "Leave out --compat: these windows are right there.",
+                )
+            return
+        if compat is not None:
+            raise UsageError(
+                "The wrapper has no context windows inside the windows of --window.",
+                "Leave out --window, --context or --compat.",
+            )
+        Plan(16, 16, self.window)
+        if self.window < context.frames:
+            raise UsageError(
+                f"A window of {self.window} frames is shorter than its context windows of {context.frames}.",
+                f"Use --window {context.frames} or more, or --context-frames {self.window}.",
+            )
 
     @property
     def prompts(self) -> list[str]:

@@ -86,7 +86,7 @@ def render(
     check_target(output, overwrite)
     with ExitStack() as held:
         held.enter_context(claimed(output, progress))
-        clips = clips or held.enter_context(open_clips(job.inputs, job.window))
+        clips = clips or held.enter_context(open_clips(job.inputs, job.history))
         kept = kept_windows.find(output, record, progress) if resume and record is not None else None
         settled = kept.settled if kept is not None else None
         audible = sound or own_sound(clips)

@@ -55,7 +55,7 @@ class Chained:
         windows = Windows(FRAMES, job.window, job.overlap)
         generator, carried = CpuGenerator(job.seed), np.zeros((3, 1, PLAN.height, PLAN.width), np.float32)
         if begin_from is not None:
-            generator, carried = CpuGenerator.at(begin_from.generator), begin_from.carried
+            generator, carried = CpuGenerator.from_state(begin_from.generator), begin_from.carried
         for j in range(begin_from.done if begin_from else 0, windows.total):
             if self.stop == -(j + 1):
                 raise Stopped("Stopped.")
@@ -67,7 +67,7 @@ class Chained:
                 if self.stop == j + 1:
                     raise Stopped("Stopped.")
             carried = frames[:, -1:]
-            keep(WindowState(j + 1, carried, generator.state, frames[:, :2]))
+            keep(WindowState(j + 1, carried, generator.state(), frames[:, :2]))
             progress(WindowDone(j + 1, windows.total, windows.keep(j).stop - windows.keep(j).start))
 
 

@@ -15,7 +15,7 @@ from trt_wan.runtime.device.slots import NAMES, SOURCE, runs
 from trt_wan.runtime.executors import Executor
 from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
-from trt_wan.runtime.schedulers import combine_fp32
+from trt_wan.runtime.sampling.combine import combine_fp32
 
 RNG = np.random.default_rng(0)
 
@@ -92,6 +92,15 @@ def test_blend_adds_in_the_order_given_to_the_last_bit(executor: Executor) -> No
     exact = 0.1 * parts[0][2][:, 2].astype(np.float64) + 0.9 * parts[1][2][:, 0]
     exact += 1e-3 * parts[2][2][:, 0].astype(np.float64) + 1e3 * parts[2][2][:, 1]
     np.testing.assert_allclose(blended[:, 2], exact, rtol=1e-5, atol=1e-4)
+
+
+def test_blend_goes_on_where_it_ended(executor: Executor) -> None:
+    """A part at a time, so that no two parts are held at once."""
+    parts = [([0, 1, 2], [1.0, 0.5, 0.1], array(3)), ([1, 2, 3], [0.5, 0.9, 1.0], array(3))]
+    at_once, fused = np.asarray(executor.blend(4, parts)), None
+    for part in parts:
+        fused = executor.blend(4, [part], fused)
+    np.testing.assert_array_equal(np.asarray(fused), at_once)
 
 
 def test_runs() -> None:

@@ -34,7 +34,7 @@ def record_of(
 
     Call when the graphs exist. Raises OutputError for a file that cannot be read.
     """
-    plan = Plan(clips.width, clips.height, job.window, basis.precision)
+    plan = Plan(clips.width, clips.height, job.model_window, basis.precision)
     model = {"name": basis.weights.config.name, "precision": basis.precision, **basis.choices(plan)}
     video = {"frames": clips.frames, "width": clips.width, "height": clips.height, "rate": str(clips.rate)}
     paths: dict[str, list[Path]] = {role: [path] for role, path in _files(job)}

@@ -26,6 +26,7 @@ from trt_wan.engines.precision import Precision, best_precision, require_fp8
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import EnvironmentBroken, UsageError, shown
 from trt_wan.runtime.conditioning import Pixels
+from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.device.driver import has_nvidia_gpu
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, StageStarted, silent
@@ -66,8 +67,18 @@ class Sizes(Protocol):
         """Names everything beside weights and graphs that decides the bits of a result."""
         ...
 
-    def begin(self, plan: Plan, guided: bool, steps: int, skip: Collection[str], progress: Progress) -> Model:
-        """The model at a size, with memory for a job. The job does not run the networks `skip`."""
+    def begin(
+        self,
+        plan: Plan,
+        guided: bool,
+        steps: int,
+        context: ContextPlan | None,
+        skip: Collection[str],
+        progress: Progress,
+    ) -> Model:
+        """The model at a size, with memory for a job. The job does not run the networks `skip`; `context` is
+        of its longest window.
+        """
         ...
 
     def change(self, transformer: Tensors, changed: Collection[str]) -> None:
@@ -257,15 +268,17 @@ class OpenModel:
         finally:
             self._running = False
 
-    def begin(self, job: Job, width: int, height: int, progress: Progress) -> Model:
-        plan = Plan(width, height, job.window, self.precision)
+    def begin(self, job: Job, width: int, height: int, frames: int, progress: Progress) -> Model:
+        plan = Plan(width, height, job.model_window, self.precision)
         found = {prompt: self._cache.find(prompt) for prompt in job.prompts}
         self._features = {prompt: features for prompt, features in found.items() if features is not None}
         for prompt in found:
             self._report_cut(prompt, progress)
         known = len(self._features) == len(found)
         self._merge(job.loras, progress)
-        return self._sizes.begin(plan, job.guided, job.steps, [TEXT_ENCODER] if known else [], progress)
+        context = job.context_plan(job.windows(frames).length(0))
+        skip = [TEXT_ENCODER] if known else []
+        return self._sizes.begin(plan, job.guided, job.schedule.steps, context, skip, progress)
 
     def _merge(self, loras: Sequence[Lora], progress: Progress) -> None:
         """Everything that a job computes from the transformer's weights it computes anew, so that the weights

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trt_wan.engines.shape import Plan
     from trt_wan.runtime.job import Job
     from trt_wan.runtime.opening.model import Basis
+    from trt_wan.runtime.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -35,22 +36,20 @@ def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int) -
     """Raises MemoryShort."""
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.graphs import graph_set
-    from trt_wan.runtime.windows import Windows
 
-    windows = Windows(frames, job.window, job.overlap)
-    plan, config = Plan(width, height, job.window, basis.precision), basis.weights.config
+    windows = job.windows(frames)
+    plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
     graphs = graph_set(config, plan).missing()
-    needs = (
-        _on_cpu(basis, plan) if basis.place is None else _on_gpu(basis, plan, job, windows.total, not graphs)
-    )
+    needs = _on_cpu(basis, plan) if basis.place is None else _on_gpu(basis, plan, job, windows, not graphs)
     data = {
         **{"frames": frames, "width": width, "height": height, "windows": windows.total},
-        **{"window": job.window, "overlap": job.overlap, "steps": job.steps},
-        "evaluations": windows.total * job.steps * len(job.prompts),
+        **{"window": windows.length(0), "overlap": job.overlap, "steps": job.schedule.steps},
+        "evaluations": _evaluations(job, windows),
         **{"precision": basis.precision, "missing_graphs": list(graphs)},
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(needs).items()},
     }
-    per_window = f"{job.window} frames, {job.overlap} of them carried on, {job.steps} steps"
+    carried = f", {job.overlap} of them carried on" if windows.total > 1 else ""
+    per_window = f"{windows.length(0)} frames{carried}, {job.schedule.steps} steps"
     rows = [
         ("what", "forecast"),
         ("video", f"{frames} frames, {width}x{height}"),
@@ -62,6 +61,15 @@ def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int) -
         ("time", _time(needs)),
     ]
     return table(rows), data
+
+
+def _evaluations(job: "Job", windows: "Windows") -> int:
+    """Of the transformer: for each step, prompt and context window of all windows."""
+    total = 0
+    for j in range(windows.total):
+        plan = job.context_plan(windows.length(j))
+        total += sum(1 if plan is None else len(plan.parts(step)) for step in range(job.schedule.steps))
+    return total * len(job.prompts)
 
 
 def _engines(needs: Needs) -> str:
@@ -88,7 +96,7 @@ def _on_cpu(basis: "Basis", plan: "Plan") -> Needs:
     return Needs("host memory", least_memory(basis.weights.config, plan))
 
 
-def _on_gpu(basis: "Basis", plan: "Plan", job: "Job", windows: int, with_graphs: bool) -> Needs:
+def _on_gpu(basis: "Basis", plan: "Plan", job: "Job", windows: "Windows", with_graphs: bool) -> Needs:
     from trt_wan.engines.choice.candidates import Engine
     from trt_wan.engines.choice.choose import place_of
     from trt_wan.engines.choice.recipes import recipes_here
@@ -103,7 +111,8 @@ def _on_gpu(basis: "Basis", plan: "Plan", job: "Job", windows: int, with_graphs:
 
     assert basis.place is not None, "a job on the CPU"
     (gpu, flavour), config, settings = basis.place, basis.weights.config, basis.settings
-    arena = activation_bytes(config, plan, job.guided, job.steps)
+    context = job.context_plan(windows.length(0))
+    arena = activation_bytes(config, plan, job.guided, job.schedule.steps, context)
     budget = gpu.free_bytes() if settings.vram is None else settings.vram * 1e9
     table = networks(config, plan)
     residency = plan_residency(config, table, arena, 0, int(budget) - CONTEXT_BYTES, settings.keep_encoders)
@@ -126,16 +135,17 @@ def _on_gpu(basis: "Basis", plan: "Plan", job: "Job", windows: int, with_graphs:
 
 
 def _seconds(
-    basis: "Basis", plan: "Plan", job: "Job", windows: int, times: dict[str, float]
+    basis: "Basis", plan: "Plan", job: "Job", windows: "Windows", times: dict[str, float]
 ) -> tuple[float | None, tuple[str, ...]]:
     """The time of the networks in `times`, seconds a call, and the others that run in steps or windows."""
     from trt_wan.benchmarks.work.cost import calls
 
     total, unmeasured = 0.0, []
-    for network, count in calls(basis.weights.config, plan, job.steps).items():
+    evaluations = _evaluations(job, windows)
+    spans = sum(-(-windows.length(j) // plan.frames) for j in range(windows.total))
+    for network, count in calls(basis.weights.config, plan, job.schedule.steps).items():
         if network in times:
-            steps = windows * job.steps * len(job.prompts)
-            total += times[network] * (count.step * steps + count.window * windows + count.job)
+            total += times[network] * (count.step * evaluations + count.window * spans + count.job)
         elif count.step or count.window:
             unmeasured.append(network)
     return (total if times else None), tuple(unmeasured)

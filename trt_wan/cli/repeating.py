@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Options that decide no bit, or belong to one run.
 OWN = {
     *("output", "overwrite", "resume", "sidecar", "repeated", "dry_run", "as_json", "quiet", "build", "vram"),
-    *("text_cache", "preset", "reference", "clip", *PREPARING_NAMES),
+    *("text_cache", "preset", "reference", "clip", *(PREPARING_NAMES - {"compat"})),
 }
 # Files that are found without being named.
 SEARCHED = ("weights", "transformer", "vae", "text_encoder", "image_encoder", "tokenizer")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.command import command, note
+from trt_wan.cli.context_options import context_options, take_context
 from trt_wan.cli.dry_run import Told, forecast
 from trt_wan.cli.missing import require_graphs
 from trt_wan.cli.prepared import FILE as FILE_OF_ORIGIN
@@ -29,11 +30,15 @@ from trt_wan.cli.preprocess import (
 from trt_wan.cli.preset import with_preset
 from trt_wan.cli.repeating import Lasting, RepeatableCommand, given_options, lasting, repeat, this_command
 from trt_wan.cli.report import Report
+from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
 from trt_wan.cli.stopping import stop_at_a_safe_point
-from trt_wan.errors import TrtWanError, UsageError, with_commands
+from trt_wan.errors import TrtWanError, UsageError, shown, some_of, with_commands
 from trt_wan.runtime.presets import PRESETS
+from trt_wan.runtime.sampling.grids import GRIDS
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 
 if TYPE_CHECKING:
+    from trt_wan.runtime.context.settings import Compat, Context
     from trt_wan.runtime.job import Inputs, Job, Lora
     from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.settings import Settings, WeightFiles
@@ -78,8 +83,15 @@ class RunOptions:
     pose_strength: float | None = None
     face_strength: float | None = None
     loras: "tuple[Lora, ...]" = ()
+    context: "Context | None" = None
+    compat: "Compat | None" = None
     trim_to_shortest: bool = False
     reference_background: str = "white"
+    init: Path | None = None
+    sigmas: tuple[float, ...] = ()
+    start_step: int | None = None
+    end_step: int | None = None
+    denoise_strength: float | None = None
     build: bool = True  # whether missing graphs are exported
 
     def weight_files(self) -> "WeightFiles":
@@ -101,7 +113,7 @@ class RunOptions:
         """Files and folders that are only read."""
         named = [getattr(self, name) for name in (*PARTS, "tokenizer")]
         loras = [lora.file for lora in self.loras]
-        return [*self.weights, *loras, *(path for path in named if path is not None)]
+        return [*self.weights, *loras, *(path for path in (*named, self.init) if path is not None)]
 
     def settings(self) -> "Settings":
         """A command runs one job, so no weights are kept for another."""
@@ -114,7 +126,11 @@ class RunOptions:
 
         mode: Any = self.mode or "animate"  # click has checked it
         return Inputs.from_folder(
-            folder, mode, trim_to_shortest=self.trim_to_shortest, behind=self.reference_background
+            folder,
+            mode,
+            trim_to_shortest=self.trim_to_shortest,
+            behind=self.reference_background,
+            init=self.init,
         )
 
     def job(self, inputs: "Inputs") -> "Job":
@@ -143,19 +159,47 @@ def _loras(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
     try:
         return tuple(Lora(*_file_and_strength(value)) for value in values)
     except UsageError as error:
-        raise click.BadParameter(error.message) from error
+        raise click.BadParameter(f"{error.message} {error.hint}.") from error
 
 
 def _file_and_strength(value: str) -> tuple[Path, float]:
+    """Raises UsageError where no file is named, or a strength that is no number."""
     file, strength = value, 1.0
     if not os.path.isfile(value):
         before, colon, last = value.rpartition(":")
         if colon and before:
             with suppress(ValueError):
                 file, strength = before, float(last)
+            if file == value and os.path.isfile(before):
+                raise _no_strength(before, last)
+    if os.path.isdir(file):
+        raise UsageError(f"{file!r} is a folder{_loras_in(Path(file))}.", "Name a file: --lora FILE")
     if not os.path.isfile(file):
-        raise click.BadParameter(f"File {file!r} does not exist. Write FILE or FILE:STRENGTH.")
+        before, _, last = file.rpartition(":")
+        while before and not os.path.isfile(before):
+            before = before.rpartition(":")[0]
+        if before:
+            raise _no_strength(before, value.removeprefix(f"{before}:"))
+        raise UsageError(f"File {file!r} does not exist.", "Write FILE or FILE:STRENGTH")
     return Path(file), strength
+
+
+def _no_strength(file: str, strength: str) -> UsageError:
+    from trt_wan.runtime.job import MOST_LORA_STRENGTH
+
+    return UsageError(
+        f"{shown(strength)!r} behind {file!r} is no strength: it is one number from -{MOST_LORA_STRENGTH} to "
+        f"{MOST_LORA_STRENGTH}, mostly 1.",
+        "Write --lora FILE:STRENGTH, such as --lora FILE:0.8",
+    )
+
+
+def _loras_in(folder: Path) -> str:
+    """The LoRAs in a folder, in a sentence after its name."""
+    from trt_wan.runtime.preset_loras import loras_below
+
+    names = [str(path.relative_to(folder)) for path in loras_below(folder)]
+    return f", with the LoRAs {some_of(names)}" if names else ", without a LoRA in it"
 
 
 def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -182,7 +226,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 )
 @click.option(
     "--weights",
-    type=FOLDER,
+    type=click.Path(path_type=Path),
     multiple=True,
     help="Folder with the checkpoints, which are known by content; may be repeated.",
 )
@@ -203,25 +247,37 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="The noise is that of PyTorch's CPU generator."
 )
-@click.option("--sampler", type=click.Choice(["unipc", "euler"]), default="unipc", show_default=True)
+@click.option(
+    "--sampler",
+    type=click.Choice(list(SAMPLERS)),
+    default="unipc",
+    show_default=True,
+    help="Users know them from: " + "; ".join(f"{name}: {row.about}" for name, row in SAMPLERS.items()) + ".",
+)
 @click.option(
     "--grid",
-    type=click.Choice(["official", "linear", "diffusers", "simple"]),
+    type=click.Choice(list(GRIDS)),
     default="official",
     show_default=True,
-    help="Noise levels: of the official code's UniPC or DPM++, of diffusers, or ComfyUI's simple.",
+    help="Noise levels, of " + "; ".join(f"{name}: {row.about}" for name, row in GRIDS.items()) + ".",
 )
 @click.option("--shift", type=float, default=5.0, show_default=True, help="Moves the levels towards noise.")
 @click.option("--window", type=int, default=77, show_default=True, help="Frames per window, 4k+1.")
 @click.option(
-    "--overlap", type=int, default=1, show_default=True, help="Frames carried to the next window: 1 or 5."
+    "--overlap",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Frames carried to the next window, 4k+1; the model was trained with 1 and 5.",
 )
+@context_options
 @click.option(
     "--pose-strength", type=float, default=1.0, show_default=True, help="0 leaves the pose clip aside."
 )
 @click.option(
     "--face-strength", type=float, default=1.0, show_default=True, help="0 leaves the face clip aside."
 )
+@sampling_options
 @reference_background
 @click.option(
     "--trim-to-shortest",
@@ -347,12 +403,21 @@ def run(
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
     long = {name: given.pop(name) for name in ("resume", "sidecar", "repeated")}
+    refuse_unused_sampling()
+    context = take_context(given)
+    compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
     made = with_preset(report, given.pop("preset"), given)
-    options = RunOptions(**made)
+    options = RunOptions(**made, context=context, compat=compat)
     if paste_back and options.mode == "animate":
         raise UsageError(
             "In the mode animate there is nothing to paste back.",
             "Leave out --paste-back, or use --mode replace.",
+        )
+    if options.seed is not None and options.seed < 0:  # -1 is a random seed in other programs
+        raise UsageError(
+            f"The seed {shown(options.seed)} is not a number from 0 to {2**64 - 1}, and none is random.",
+            "For another video each time use --seed $RANDOM. PyTorch's negative seeds are large ones: here "
+            f"--seed {options.seed % 2**64}.",
         )
     if options.negative_prompt is not None and not (options.guidance or 1) > 1:
         raise UsageError(
@@ -424,12 +489,12 @@ def render_prepared(
     check_target(output, overwrite)
     with (
         claimed(output, silent if lasting.resume else report.progress),
-        open_clips(job.inputs, job.window) as clips,
+        open_clips(job.inputs, job.history) as clips,
         ExitStack() as until_the_model_is_closed,
     ):
         basis = basis or open_basis(files, settings, report.progress)
         basis.require_loras(job.loras)
-        require_graphs(report, basis, clips.width, clips.height, job.window, options.build)()
+        require_graphs(report, basis, clips.width, clips.height, job.model_window, options.build)()
         written = {"kind": output.suffix.lower(), "paste_back": paste_back}
         sound = audio or own_sound(clips)
         record = record_of(job, clips, basis, sound, written, lasting.options, lasting.paths)
@@ -485,6 +550,7 @@ def _prepare_beside(
     from trt_wan.preprocess.clips import artifacts
     from trt_wan.runtime.events import silent
     from trt_wan.runtime.opening.model import open_basis
+    from trt_wan.runtime.video.clips import require_init_size
     from trt_wan.runtime.video.target import check_target, claimed
 
     check_target(output, overwrite)
@@ -496,11 +562,13 @@ def _prepare_beside(
     basis.require_loras(job.loras)
 
     def planned(width: int, height: int) -> Callable[[], None]:
-        export = require_graphs(report, basis, width, height, job.window, options.build)
+        if options.init is not None:
+            require_init_size(options.init, width, height)
+        export = require_graphs(report, basis, width, height, job.model_window, options.build)
 
         def make() -> None:
             export()
-            basis.make_engines(Plan(width, height, job.window, basis.precision), report.progress)
+            basis.make_engines(Plan(width, height, job.model_window, basis.precision), report.progress)
 
         return make
 
@@ -527,15 +595,21 @@ def _job_to_prepare(output: Path, preparing: dict[str, Any], options: RunOptions
 
     folder = output.with_name(f"{output.stem}.inputs")
     face = folder / artifacts.FACE if preparing["face"] else None
-    hole = (folder / artifacts.BACKGROUND, folder / artifacts.MASK) if options.mode == "replace" else ()
-    return options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
+    background, mask = (
+        folder / name if options.mode == "replace" else None
+        for name in (artifacts.BACKGROUND, artifacts.MASK)
+    )
+    prepared = Inputs(
+        folder / artifacts.REFERENCE, folder / artifacts.POSE, face, background, mask, init=options.init
+    )
+    return options.job(prepared)
 
 
 def _size_of(job: "Job") -> tuple[int, int, int]:
     """Width, height and frames of prepared clips."""
     from trt_wan.runtime.video.clips import open_clips
 
-    with open_clips(job.inputs, job.window) as clips:
+    with open_clips(job.inputs, job.history) as clips:
         return clips.width, clips.height, clips.frames
 
 
@@ -555,7 +629,7 @@ def _forecast(
     check_target(output, overwrite)
     basis = open_basis(options.weight_files(), options.settings(), report.progress)
     basis.require_loras(job.loras)
-    require_graphs(report, basis, width, height, job.window, options.build)
+    require_graphs(report, basis, width, height, job.model_window, options.build)
     return forecast(basis, job, width, height, frames)
 
 
@@ -565,6 +639,8 @@ def _refuse_preparing(reference: Path | None) -> None:
     context = click.get_current_context()
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
+        if parameter.name == "compat" and context.params["compat"] == "kijai":
+            continue  # it is about the windows too
         if parameter.name in PREPARING_NAMES and source is click.core.ParameterSource.COMMANDLINE:
             off = context.params[parameter.name] is False
             given = given or (parameter.secondary_opts if off else parameter.opts)[0]

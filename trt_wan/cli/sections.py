@@ -9,9 +9,12 @@ SECTIONS = {
         *("reference_background", "trim_to_shortest", "paste_back"),
         *("dry_run", "resume", "repeated", "sidecar"),
     ),
+    "Context windows": (
+        *("context", "context_frames", "context_stride", "context_overlap", "context_fuse", "freenoise"),
+    ),
     "Sampling": (
         *("preset", "prompt", "negative_prompt", "steps", "guidance", "seed", "sampler", "grid", "shift"),
-        *("pose_strength", "face_strength"),
+        *("pose_strength", "face_strength", "sigmas", "init", "denoise_strength", "start_step", "end_step"),
     ),
     "People": (
         *("person", "point", "box", "keypoints", "detector", "pose", "hands", "head", "face", "face_padding"),
