@@ -33,9 +33,11 @@ def paste_back(painted: Picture, original: Picture, mask: Mask, soft_edge: int =
     return np.rint(mixed).astype(np.uint8)
 
 
-def pasted_back(painted: Iterable[Picture], background: Path, mask: Path) -> Iterator[Picture]:
-    """`paste_back` for a whole video. `background` and `mask` are its prepared clips."""
+def pasted_back(
+    painted: Iterable[Picture], background: Path, mask: Path, first: int = 0
+) -> Iterator[Picture]:
+    """`paste_back` for a video from frame `first` on. `background` and `mask` are its prepared clips."""
     with open_clip(background, one=True) as original, open_clip(mask, one=True) as masks:
-        for k, picture in enumerate(painted):
+        for k, picture in enumerate(painted, first):
             here = people_of(frames_of(masks, [k]))[0]
             yield paste_back(picture, frames_of(original, [k])[0], here)

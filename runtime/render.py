@@ -2,7 +2,7 @@
 
 Frames are rounded, pasted back and encoded in another thread, in order, while the next ones are
 decoded: after the last decoding only the last frames are left to write. A window counts as finished when its
-frames are on the disk.
+frames are on the disk, and with a record the state after it, from which a later process goes on.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,13 +17,16 @@ from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.events import Event, Progress, StageStarted, WindowDone, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Job
+from trt_wan.runtime.kept import windows as kept_windows
+from trt_wan.runtime.kept.record import Record, write_sidecar
 from trt_wan.runtime.paste_back import pasted_back
-from trt_wan.runtime.pipeline import ShouldStop, to_pixels
+from trt_wan.runtime.pipeline import Keep, ShouldStop, to_pixels
 from trt_wan.runtime.video.clips import Clips, open_clips
 from trt_wan.runtime.video.sound import without_sound
-from trt_wan.runtime.video.target import check_target, claimed
+from trt_wan.runtime.video.target import check_target, claimed, explained
 from trt_wan.runtime.video.writer import VideoWriter
 from trt_wan.runtime.video.writer_thread import Beside
+from trt_wan.runtime.window_state import WindowState
 
 # Decoded pieces that may wait to be written, of 4 frames each (`Plan.vae_chunk` 1): 64 frames of float32, in
 # all 0.3 GB at 832x480 and less than a window.
@@ -44,7 +47,14 @@ class Streaming(Protocol):
     """An open model as `render` uses it (opening/model.py)."""
 
     def pieces(
-        self, job: Job, *, clips: Clips | None, progress: Progress, should_stop: ShouldStop
+        self,
+        job: Job,
+        *,
+        clips: Clips | None,
+        progress: Progress,
+        should_stop: ShouldStop,
+        begin_from: WindowState | None,
+        keep: Keep,
     ) -> Iterator[Array]: ...
 
 
@@ -57,28 +67,40 @@ def render(
     sound: Path | None = None,
     overwrite: bool = False,
     paste_back: bool = False,
+    record: Record | None = None,
+    sidecar: bool = True,
+    resume: bool = False,
     progress: Progress = silent,
     should_stop: ShouldStop = lambda: False,
 ) -> Rendered:
     """Writes `output`. `clips` are the job's, if they are open already. `sound` is the file whose sound is
     copied; without it, the pose or face clip's own is. With `paste_back` (mode replace) the pixels around the
-    mask are those of the background clip.
+    mask are those of the background clip. `record` is written into the video's metadata, and with `sidecar`
+    beside it.
 
     When the job fails or is stopped, the finished frames are kept beside `output` in a file that plays, and
     the error says where: a TrtWanError in its hint, any other in a note. A file that was kept before stays.
-    Raises OutputError if another process is writing `output`.
+    With a record the state after the last finished window is kept too, and `resume` goes on from there, with
+    the same bits (kept/windows.py). Raises OutputError if another process is writing `output`.
     """
     check_target(output, overwrite)
     with ExitStack() as held:
         held.enter_context(claimed(output, progress))
         clips = clips or held.enter_context(open_clips(job.inputs, job.history))
+        kept = kept_windows.find(output, record, progress) if resume and record is not None else None
+        settled = kept.settled if kept is not None else None
+        audible = sound or own_sound(clips)
         writer = VideoWriter(
-            output, clips.width, clips.height, clips.rate, sound or _own_sound(clips), overwrite=overwrite
+            output, clips.width, clips.height, clips.rate, audible, overwrite=overwrite, settled=settled
         )
+        writer.comment = record.text(with_paths=False) if record is not None else ""
+        begin_from = kept.state if kept is not None else None
         try:
             if sound is not None and not writer.has_sound:
                 raise without_sound(sound)
-            seconds = _write(job, model, clips, writer, paste_back, progress, should_stop)
+            windows = _Windows(writer, progress, record)
+            seconds = _write(job, model, clips, windows, begin_from, paste_back, should_stop)
+            kept_windows.remove(writer.partial)
         except BaseException as error:
             if partial := writer.abandon(keep=True):
                 where = f"The {writer.kept} finished frames are in {partial}."
@@ -87,6 +109,9 @@ def render(
                 else:
                     error.add_note(where)
             raise
+        if record is not None and sidecar:
+            with explained(output):
+                write_sidecar(output, record, progress)
     return Rendered(output, writer.frames, clips.width, clips.height, float(clips.rate), seconds)
 
 
@@ -94,20 +119,20 @@ def _write(
     job: Job,
     model: Streaming,
     clips: Clips,
-    writer: VideoWriter,
+    windows: "_Windows",
+    begin_from: WindowState | None,
     paste_back: bool,
-    progress: Progress,
     should_stop: ShouldStop,
 ) -> float:
     """Writes and finishes the video. Returns the seconds that the writing thread was busy."""
-    windows = _Windows(writer, progress)
+    writer, progress = windows.writer, windows.progress
 
-    def write(items: Iterator[Array | WindowDone]) -> None:
+    def write(items: Iterator[Array | WindowState | WindowDone]) -> None:
         frames: Iterable[Pixels] = windows.frames(items)
         if paste_back:
             background, mask = job.inputs.background, job.inputs.mask
             assert background is not None and mask is not None, "not the mode replace"
-            frames = pasted_back(frames, background, mask)
+            frames = pasted_back(frames, background, mask, writer.frames)
         for frame in frames:
             writer.write(frame)
 
@@ -125,7 +150,9 @@ def _write(
             windows.tell()
             return should_stop()
 
-        for piece in model.pieces(job, clips=clips, progress=told, should_stop=stop):
+        for piece in model.pieces(
+            job, clips=clips, progress=told, should_stop=stop, begin_from=begin_from, keep=beside.put
+        ):
             beside.put(piece)
         progress(StageStarted("write"))
     windows.tell()
@@ -136,28 +163,38 @@ def _write(
 
 
 class _Windows:
-    """Tells of a finished window when its frames are on the disk, in the caller's thread."""
+    """Tells of a finished window when its frames are on the disk, in the caller's thread. With a record, the
+    state after it is kept.
+    """
 
-    def __init__(self, writer: VideoWriter, progress: Progress) -> None:
-        self._writer, self._progress = writer, progress
+    def __init__(self, writer: VideoWriter, progress: Progress, record: Record | None) -> None:
+        self.writer, self.progress = writer, progress
+        self._record = record
         self._settled: SimpleQueue[WindowDone] = SimpleQueue()
-        self.last: WindowDone | None = None  # no `settle` for it: the file is finished next
+        self.last: WindowDone | None = None  # told when the file is finished
 
-    def frames(self, items: Iterator[Array | WindowDone]) -> Iterator[Pixels]:
+    def frames(self, items: Iterator[Array | WindowState | WindowDone]) -> Iterator[Pixels]:
         """Ask for a frame after the one before is written. Belongs to the writing thread."""
+        state: WindowState | None = None
         for item in items:
-            if not isinstance(item, WindowDone):
+            if isinstance(item, WindowState):
+                state = item
+            elif not isinstance(item, WindowDone):
                 yield from to_pixels(item)
-            elif item.window < item.windows:
-                self._writer.settle()
-                self._settled.put(item)
             else:
-                self.last = item
+                settled = self.writer.settle()
+                if state is not None and self._record is not None:
+                    kept_windows.save(self.writer.partial, self._record, settled, state)
+                state = None
+                if item.window < item.windows:
+                    self._settled.put(item)
+                else:
+                    self.last = item
 
     def tell(self) -> None:
         while not self._settled.empty():
-            self._progress(self._settled.get())
+            self.progress(self._settled.get())
 
 
-def _own_sound(clips: Clips) -> Path | None:
+def own_sound(clips: Clips) -> Path | None:
     return next((clip.path for clip in (clips.pose, clips.face) if clip is not None and clip.has_sound), None)

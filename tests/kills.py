@@ -1,6 +1,7 @@
 """Kills `run`, `preprocess` and `build` at random moments, and checks that nothing is lost or wrong.
 
     python tests/kills.py --moments 1000 --workers 16 --out kills.json
+    python tests/kills.py --moments 20 --kinds resume --kill-only --disks 0   # then run --resume: the same
 
 By hand (PATIENCE=600 on a busy machine); test_kills.py runs a few moments of each. A moment starts the
 command in a folder of its own, sends SIGKILL, SIGTERM, SIGINT or SIGHUP after a random part of its time,
@@ -15,6 +16,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -50,6 +52,7 @@ class Base:
     folder: Path
     seconds: dict[str, float]  # of each command, left alone
     short_home: Path  # a cache that lacks a few graphs: a build of them alone is short
+    options: tuple[str, ...] = ()  # more of `run`
 
     def command(self, kind: str, here: Path) -> list[str]:
         if kind == "build":
@@ -64,6 +67,7 @@ class Base:
         return [*TRT_WAN, "run", "--inputs", str(clips), "--weights", str(weights), *job] + [
             "-o",
             str(here / "out.mp4"),
+            *self.options,
         ]
 
     def home(self, kind: str) -> Path:
@@ -86,7 +90,7 @@ class Moment:
             self.faults.append(fault)
 
 
-def make_base(folder: Path, kinds: Sequence[str]) -> Base:
+def make_base(folder: Path, kinds: Sequence[str], options: tuple[str, ...] = ()) -> Base:
     from made_clips import write_clip as write_driving
     from made_clips import write_reference
 
@@ -96,7 +100,7 @@ def make_base(folder: Path, kinds: Sequence[str]) -> Base:
     write_driving(folder / "dance.mp4", 60, codec="libx264", sound=True)
     home = folder / "home"
     environment = os.environ | {"TRT_WAN_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    base, seconds = Base(folder, {}, home), {}
+    base, seconds = Base(folder, {}, home, options), {}
     subprocess.run([*TRT_WAN, "weights", "tiny", str(folder / "weights")], check=True, capture_output=True)
     for kind in dict.fromkeys(("build", *kinds)):
         seconds[kind] = _timed(base.command(kind, folder), environment)
@@ -106,7 +110,7 @@ def make_base(folder: Path, kinds: Sequence[str]) -> Base:
     if "build" in kinds:
         copy = Path(shutil.copytree(short, folder / "short-copy"))
         seconds["build"] = _timed(BUILD, environment | {"TRT_WAN_HOME": str(copy)})
-    return Base(folder, seconds, short)
+    return Base(folder, seconds, short, options)
 
 
 def _timed(command: Sequence[str], environment: dict[str, str]) -> float:
@@ -133,7 +137,8 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
             process.kill()
             process.wait()
             moment.faults.append(f"did not end in {PATIENCE:.0f} s")
-    result = {"run": here / "out.mp4", "preprocess": here / "prepared" / "src_ref.png"}.get(moment.kind)
+    video = here / "out.mp4"
+    result = {"run": video, "resume": video, "preprocess": here / "prepared" / "src_ref.png"}.get(moment.kind)
     killed_late = moment.signal == KILL and result is not None and result.exists()
     finished = moment.returned == 0 or killed_late
     young = moment.part < 0.1  # Python itself was starting: no handler can be there yet
@@ -142,7 +147,10 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
     told = (here / "stderr").read_text(errors="replace")
     moment.check("Traceback" not in told, f"traceback: {told[-600:]}")
     CHECKS[moment.kind](base, moment, here, finished)
-    kept = {path: _hash(path) for path in here.glob("out.partial*") if _played(path)}
+    kept = {path: _hash(path) for path in here.glob("out.partial*.mp4") if _played(path)}
+    if moment.kind == "resume":
+        command = [*command, "--resume"]
+        kept = kept if finished else {}  # nothing may be left
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
     there = again.returncode == 1 and finished and EXISTS.search(again.stdout) is not None
     moment.check(
@@ -151,8 +159,11 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
     CHECKS[moment.kind](base, Moment(moment.kind, 0, 1, faults=moment.faults), here, True)
     for path, digest in kept.items():
         moment.check(path.exists() and _hash(path) == digest, f"{path.name} was changed by the next start")
+    kept_too = {path.with_name(f"{path.name}.state") for path in kept}
     for path in sorted(here.rglob("*")):
-        moment.check(path in kept or not _is_leftover(path), f"left over: {path.relative_to(here)}")
+        moment.check(
+            path in {*kept, *kept_too} or not _is_leftover(path), f"left over: {path.relative_to(here)}"
+        )
     if not moment.faults:
         shutil.rmtree(here)
     return moment
@@ -222,6 +233,7 @@ def _graphs(home: Path) -> dict[str, str]:
 
 CHECKS: dict[str, Callable[[Base, Moment, Path, bool], None]] = {
     "run": check_run,
+    "resume": check_run,
     "preprocess": check_preprocess,
     "build": check_build,
 }
@@ -285,9 +297,12 @@ def _played(path: Path) -> list[np.ndarray]:  # type: ignore[type-arg]
     return pictures
 
 
-def moments(count: int, kinds: Sequence[str], seed: int) -> list[Moment]:
+def moments(
+    count: int, kinds: Sequence[str], seed: int, signals: Sequence[signal.Signals] = SIGNALS
+) -> list[Moment]:
     draw = random.Random(seed)
-    return [Moment(kinds[i % len(kinds)], SIGNALS[i // len(kinds) % 4], draw.random()) for i in range(count)]
+    numbers = [signals[i // len(kinds) % len(signals)] for i in range(count)]
+    return [Moment(kinds[i % len(kinds)], number, draw.random()) for i, number in enumerate(numbers)]
 
 
 def run_all(
@@ -320,7 +335,7 @@ def report(done: Sequence[Moment]) -> dict[str, object]:
         "moments": dict(Counter(moment.kind for moment in done)),
         "returned": {kind: dict(Counter(str(m.returned) for m in done if m.kind == kind)) for kind in CHECKS},
         "stopped with finished windows": sum(
-            m.windows > 0 and m.returned != 0 for m in done if m.kind == "run"
+            m.windows > 0 and m.returned != 0 for m in done if m.kind in ("run", "resume")
         ),
         "faulty": len(bad),
         "faults": dict(Counter(f"{m.kind}: {fault[:200]}" for m in bad for fault in m.faults)),
@@ -336,13 +351,15 @@ def main() -> None:
     parser.add_argument("--kinds", default="run,run,run,preprocess,preprocess,build")
     parser.add_argument("--seconds", type=float, default=86_400, help="stop starting moments after that time")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kill-only", action="store_true", help="send SIGKILL and no other signal")
+    parser.add_argument("--options", default="", help="more options of run, such as '--overlap 5'")
     parser.add_argument("--folder", type=Path, default=Path("kills"))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     kinds = given.kinds.split(",")
-    base = make_base(given.folder / "base", kinds)
+    base = make_base(given.folder / "base", kinds, tuple(shlex.split(given.options)))
     print(f"left alone: {base.seconds}", file=sys.stderr, flush=True)
-    todo = moments(given.moments, kinds, given.seed)
+    todo = moments(given.moments, kinds, given.seed, (KILL,) if given.kill_only else SIGNALS)
     done: list[Moment] = []
     for moment in run_all(base, todo, given.folder / "moments", given.workers, given.seconds):
         done.append(moment)

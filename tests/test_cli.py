@@ -316,7 +316,8 @@ def test_a_signal_keeps_the_finished_windows(place: Workplace, tmp_path: Path, s
     assert max(map(int, re.findall(r"denoise (\d+)/100", err)), default=1) == int(stopped[1])
     partial = tmp_path / "out.partial.mp4"
     assert f"The {FIRST_WINDOW} finished frames are in {partial}." in err
-    assert list(tmp_path.iterdir()) == [partial]
+    assert "Go on after the last finished window:\ntrt-wan run" in err and "--resume" in err
+    assert {path.name for path in tmp_path.iterdir()} == {partial.name, f"{partial.name}.state"}
     assert len(read_frames(partial)) == FIRST_WINDOW
     with Clip(partial) as clip:
         assert clip.rate == RATE and clip.has_sound
@@ -331,7 +332,8 @@ def test_a_killed_run_leaves_its_finished_windows(place: Workplace, tmp_path: Pa
     process.kill()
     process.communicate()
     partial = tmp_path / f"out.partial{suffix}"
-    assert {path.name for path in tmp_path.iterdir()} == {partial.name, f".out{suffix}.lock"}
+    kept = {partial.name, f"{partial.name}.state"}
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, f".out{suffix}.lock"}
     before = partial.read_bytes()
     found = measured(partial)
     assert set(found.frames.values()) == {FIRST_WINDOW} and found.start == 0 and found.sound_end
@@ -339,7 +341,8 @@ def test_a_killed_run_leaves_its_finished_windows(place: Workplace, tmp_path: Pa
     assert result.exit_code != 0
     result = invoke(*run_arguments(place, output, "-y"))
     assert result.exit_code == 0 and f"left alone: {partial}." in result.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {partial.name, output.name}
+    assert "An earlier run can be gone on with:\ntrt-wan run" in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, output.name, "out.json"}
     assert partial.read_bytes() == before
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from trt_wan.cli.preprocess import preprocess as preprocess_command
 from trt_wan.engines.config import TINY
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.graphs import graphs_folder
-from trt_wan.errors import GraphError
+from trt_wan.errors import GraphError, Stopped
 from trt_wan.install import install_command
 from trt_wan.preprocess.clips.keypoints import FoundPeople, write_keypoints
 from trt_wan.preprocess.clips.sizes import Fit
@@ -414,10 +415,36 @@ def test_run_prepares_on_its_own_and_again_with_inputs(place: Path, fakes: list[
         assert (clip.width, clip.height, clip.frames, clip.rate) == (64, 48, 15, Fraction(12))
         assert clip.has_sound
     made = {path.name for path in (place / "out.inputs").iterdir()}
-    assert made == {"keypoints.json", "preview.mp4", "src_pose.mp4", "src_ref.png"}
+    assert made == {"keypoints.json", "prepared.json", "preview.mp4", "src_pose.mp4", "src_ref.png"}
     first = (place / "out.mp4").read_bytes()
     again = invoke(*RUN[:-1], "--inputs", "out.inputs", "-y")
     assert again.exit_code == 0 and (place / "out.mp4").read_bytes() == first and len(fakes) == 1
+
+
+def test_a_resumed_run_prepares_nothing_again(
+    place: Path, fakes: list[Networks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the second window. Clips of other options are not used for this run."""
+
+    def stopping(model: OpenModel, job: Any, **options: Any) -> Any:
+        for number, piece in enumerate(pieces(model, job, **options)):
+            if number == 4:
+                raise Stopped("Stopped.")
+            yield piece
+
+    pieces = OpenModel.pieces
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenModel, "pieces", stopping)
+        _, hint = refused(invoke(*RUN_CLIP, "--json"), 130, "interrupted")
+    assert f"\n{shlex.join(('trt-wan', *RUN_CLIP, '--json', '--resume'))}\n" in hint
+    message, _ = refused(invoke(*RUN_CLIP, "--person", "1", "--resume", "--json"), 1, "output_unwritable")
+    assert "already" in message
+    result = invoke(*RUN_CLIP, "--resume", "--json")
+    assert result.exit_code == 0 and len(fakes) == 1, result.output
+    assert {"prepared_before", "resumed"} <= set(notes(result))
+    resumed = (place / "out.mp4").read_bytes()
+    assert invoke(*RUN[:-1], "--inputs", "out.inputs", "-y").exit_code == 0
+    assert (place / "out.mp4").read_bytes() == resumed
 
 
 def test_run_says_each_note_once(place: Path, fakes: list[Networks]) -> None:
@@ -440,7 +467,8 @@ def test_run_says_each_note_once(place: Path, fakes: list[Networks]) -> None:
 def test_run_in_replace_mode(place: Path, fakes: list[Networks]) -> None:
     write_clip(place / "dance.mp4", 15, (128, 96), codec="libx264")
     assert invoke(*RUN_CLIP, "--mode", "replace", "--segmenter", "box").exit_code == 0
-    assert {path.name for path in (place / "out.inputs").iterdir()} == ALL - {"src_face.mp4"}
+    made = {path.name for path in (place / "out.inputs").iterdir()}
+    assert made == {*ALL, "prepared.json"} - {"src_face.mp4"}
     assert fakes[0].segmenter == "box" and fakes[0].executor == "auto"
 
 

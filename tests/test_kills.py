@@ -17,7 +17,8 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_home: Path) -> Base:
     """The graphs are there: `tiny_home` is of the same size and window."""
     folder = tmp_path_factory.mktemp("kills") / "base"
     shutil.copytree(tiny_home, folder / "home")
-    return make_base(folder, ("run", "preprocess"))
+    base = make_base(folder, ("run", "preprocess"))
+    return replace(base, seconds={**base.seconds, "resume": base.seconds["run"]})
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_home: Path) -> Base:
     [
         ("run", 0.75, KILL),
         ("run", 0.75, signal.SIGTERM),
+        *(("resume", part, KILL) for part in (0.7, 0.85, 0.95)),
         ("preprocess", 0.8, KILL),
         pytest.param("run", 0.75, signal.SIGINT, marks=pytest.mark.long),
         pytest.param("run", 0.75, signal.SIGHUP, marks=pytest.mark.long),

@@ -130,18 +130,23 @@ def refuse_two_packages() -> None:
         )
 
 
-def require_memory(model: ModelConfig, plan: Plan) -> None:
-    """MemoryShort if the job cannot fit in memory: the weights in fp32, and one attention's logits."""
-    import psutil
-
+def least_memory(model: ModelConfig, plan: Plan) -> int:
+    """Bytes that a job needs at least: the weights in fp32, and one attention's logits."""
     shapes = (shape for part in PARTS for shape in required_tensors(model, part).values())
     weights = 4 * sum(math.prod(shape) for shape in shapes)
     logits = 2 * 4 * model.transformer.heads * plan.tokens**2  # before and after the softmax
-    memory = psutil.virtual_memory().total
-    if weights + logits > memory:
+    return weights + logits
+
+
+def require_memory(model: ModelConfig, plan: Plan) -> None:
+    """MemoryShort if the job cannot fit in memory."""
+    import psutil
+
+    needed, memory = least_memory(model, plan), psutil.virtual_memory().total
+    if needed > memory:
         raise MemoryShort(
             f"The model {model.name} at {plan.width}x{plan.height}, {plan.frames} frames per window, needs "
-            f"about {(weights + logits) / 1e9:.0f} GB in fp32 on the CPU; {memory / 1e9:.0f} GB are here.",
+            f"about {needed / 1e9:.0f} GB in fp32 on the CPU; {memory / 1e9:.0f} GB are here.",
             with_commands(
                 "Use a smaller size or window. To try the pipeline, make weights of the tiny model:",
                 "trt-wan weights tiny models/",

@@ -189,6 +189,15 @@ def build_engines(
     finish_engines(gpu, [recipes[row.engine] for row in chosen if row.engine is not None], progress)
 
 
+def chosen_candidates(
+    config: ModelConfig, plan: Plan, gpu: Gpu, flavour: Flavour, settings: Settings
+) -> dict[str, str]:
+    """The names of the candidates that `GpuSizes` would choose at that shape, by network."""
+    machine = machine_of(gpu, flavour)
+    chosen = choose_segments(config, plan, machine, recipes_here(config, plan, machine), settings, silent)
+    return {network: candidate.name for network, candidate in chosen.items()}
+
+
 def require_tier(tier: Tier, precision: Precision) -> None:
     """Raises UsageError for a tier that the precision has not."""
     if tier not in tiers(precision):

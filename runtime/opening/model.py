@@ -40,11 +40,12 @@ from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.text_encoder import encode_texts
 from trt_wan.runtime.networks.tokenizer import Tokenizer, byte_tokenizer
 from trt_wan.runtime.opening.cpu_sizes import CpuSizes
-from trt_wan.runtime.opening.gpu_sizes import GpuSizes, build_engines, require_tier
+from trt_wan.runtime.opening.gpu_sizes import GpuSizes, build_engines, chosen_candidates, require_tier
 from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.text_cache import TextCache
 from trt_wan.runtime.video.clips import Clips
+from trt_wan.runtime.weights.checkpoint import Checkpoint
 from trt_wan.runtime.weights.find_tokenizer import find_tokenizer
 from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.random import RandomWeights
@@ -103,7 +104,25 @@ class OpenWeights:
     host: HostWeights
     source: WeightSource
     tokenizer: Tokenizer
-    text_files: tuple[Path, ...] = ()  # the files of text encoder and tokenizer; none for random weights
+    tokenizer_file: Path | None = None  # None: inside the text encoder's file, or made for random weights
+
+    @property
+    def files(self) -> dict[str, tuple[Path, ...]]:
+        """By part, and for the tokenizer. Random weights have none."""
+        found: dict[str, tuple[Path, ...]] = {
+            part: tuple(sorted({entry.file for entry in weights.file.entries.values()}))
+            for part, weights in self.host.items()
+            if isinstance(weights, Checkpoint)
+        }
+        if self.tokenizer_file is not None:
+            found["tokenizer"] = (self.tokenizer_file,)
+        return found
+
+    @property
+    def text_files(self) -> tuple[Path, ...]:
+        """The files of text encoder and tokenizer; none for random weights."""
+        files = self.files
+        return tuple(sorted({*files.get("text_encoder", ()), *files.get("tokenizer", ())}))
 
     @property
     def transformer(self) -> Tensors:
@@ -156,6 +175,16 @@ class Basis:
         """Raises MemoryShort if no job of that shape fits in this machine's memory."""
         if self.place is None:
             require_memory(self.weights.config, plan)
+
+    def choices(self, plan: Plan) -> dict[str, str]:
+        """The executor, and on a GPU the tier and the candidate of every network at that shape. Its graphs
+        must exist.
+        """
+        if self.place is None:
+            return {"executor": "onnxruntime"}
+        gpu, flavour = self.place
+        chosen = chosen_candidates(self.weights.config, plan, gpu, flavour, self.settings)
+        return {"executor": flavour.name, "tier": self.settings.tier, **chosen}
 
     def make_engines(self, plan: Plan, progress: Progress) -> None:
         """Builds the missing engines of that shape and finishes their kernels, ahead of the first job, which
@@ -316,9 +345,7 @@ def open_weights(weights: WeightFiles, precision: Precision, progress: Progress)
     config, checkpoints = load_weights(weights.folders, weights.files, progress, precision)
     text_encoder = checkpoints["text_encoder"]
     tokenizer = find_tokenizer(weights.tokenizer, weights.folders, text_encoder, config.text.length)
-    files = {entry.file for entry in text_encoder.file.entries.values()}
-    files |= {tokenizer.file} if tokenizer.file is not None else set()
-    return OpenWeights(config, checkpoints, FileSource(checkpoints), tokenizer, tuple(sorted(files)))
+    return OpenWeights(config, checkpoints, FileSource(checkpoints), tokenizer, tokenizer.file)
 
 
 def open_gpu(settings: Settings, progress: Progress) -> tuple[Gpu, Flavour] | None:

@@ -73,15 +73,6 @@ def codec_delay(muxer: str, header: memoryview) -> Fraction:
     return Fraction(0)
 
 
-def hiding(muxer: str, data: memoryview) -> Iterator[tuple[int, bytes]]:
-    """Positions in `data`, and the bytes to write there: players then skip its pieces."""
-    for name, start, end in _parts(muxer, data):
-        if name in (b"moof", b"mdat"):
-            yield start + 4, b"free"
-        elif name == _CLUSTER:
-            yield start, b"\xec\x01" + (end - start - 9).to_bytes(7, "big")  # a void with a length of 8 bytes
-
-
 def has_no_piece(data: bytes) -> bool:
     """Whether a file is empty, zeros, or a header alone."""
     is_header = data[4:8] == b"ftyp" or data.startswith(b"\x1a\x45\xdf\xa3")

@@ -1,12 +1,13 @@
 """A video file that grows by pieces. Each piece plays once it is written, so a killed job leaves a video.
 
-An encoder gives packets late and in decoding order. Pieces hold pictures without a gap in display order. The
-last pictures of a finished window, which are still inside the encoder, are encoded once more into a tail: a
-piece that is hidden when their own packets have followed. `join` makes the final file out of the pieces,
-without encoding: it has one index, exact times, and the sound's packets before the first picture.
+An encoder gives packets late and in decoding order. Pieces hold pictures without a gap in display order. A
+later process can go on from a known end (`Settled`). `join` makes the final file out of the pieces, without
+encoding: it has one index, exact times, and the sound's packets before the first picture.
 """
 
+import hashlib
 import os
+from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, lcm
 from pathlib import Path
@@ -25,7 +26,6 @@ from trt_wan.runtime.video.pieces import (
     Packets,
     codec_delay,
     header,
-    hiding,
     is_mp4,
     mux,
     piece,
@@ -34,39 +34,69 @@ from trt_wan.runtime.video.pieces import (
 from trt_wan.runtime.video.sound import Sound, seconds
 
 PROBE = 65_536  # bytes, written and dropped to test that the file can grow
+CHUNK = 1 << 20  # bytes that are read at once
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The end of a working file, from which another process can go on. Its pictures need no later packet."""
+
+    name: str  # of the file
+    size: int  # bytes
+    sha256: str  # of these bytes
+    pictures: int
+    pieces: int
+    delay: int  # frames, see WorkingFile
+    has_sound: bool
+    codec_delay: str  # seconds, as a fraction
 
 
 class WorkingFile:
     """Raises OSError where the disk fails. The file then ends with its last whole piece."""
 
     def __init__(
-        self, path: Path, kind: Kind, rate: Fraction, video: VideoStream, sound: Sound | None
+        self,
+        path: Path,
+        kind: Kind,
+        rate: Fraction,
+        video: VideoStream,
+        sound: Sound | None,
+        settled: Settled | None = None,
     ) -> None:
-        """Creates `path`, which must not exist. `video` is a template for streams (Encoding.open)."""
+        """Creates `path`, which must not exist, or goes on from `settled`, whose bytes it must begin with.
+
+        `video` is a template for streams (Encoding.open).
+        """
         self.path, self.rate = path, rate
-        self.pictures = 0  # in the file, without the tail
-        self.shown = 0  # in the file, with the tail
+        self.pictures = 0
         self._muxer, self._video, self._sound = kind.muxer, video, sound
         self._codec_delay = Fraction(0)  # seconds of sound that a Matroska header hides
         self._early: Packets = []
         self._has_sound = False  # sound can begin after the last picture
         self._delay = 0  # frames that the decoding order has run ahead of the display so far
-        self._hide_tail: list[tuple[int, bytes]] = []  # positions, and the bytes to write there
         self._pieces = 0
         self._end = 0
-        self._file = path.open("xb", buffering=0)
+        self._digest = hashlib.sha256()
+        if settled is not None:
+            self.pictures, self._pieces = settled.pictures, settled.pieces
+            self._delay, self._has_sound = settled.delay, settled.has_sound
+            self._codec_delay = Fraction(settled.codec_delay)
+            self._digest = beginning(path, settled.size)
+        self._file = path.open("xb" if settled is None else "r+b", buffering=0)
         try:
-            self._write(memoryview(bytes(PROBE)))
-            self._cut(0)
+            if settled is None:
+                self._file.write(bytes(PROBE))
+            self._cut(0 if settled is None else settled.size)
         except BaseException:
-            self.delete()
+            self._file.close()
+            if settled is None:
+                path.unlink(missing_ok=True)
             raise
 
     def append(self, pictures: Packets, sound: Packets) -> None:
-        """`pictures` are the next in decoding order; their pts are their numbers. They hide the tail, and are
-        no fewer than its pictures. Without any, only sound is added.
+        """`pictures` are the next in decoding order; their pts are their numbers. Without any, only sound is
+        added.
         """
-        assert not pictures or self.pictures + len(pictures) >= self.shown, "the tail is longer"
         delays = [k - (picture.pts or 0) for k, picture in enumerate(pictures, self.pictures)]
         self._delay = max([self._delay, *delays])
         assert self._delay <= MOST_DELAY, f"a delay of {self._delay} frames"
@@ -76,23 +106,28 @@ class WorkingFile:
             self._write(self._piece(pictures, sound))
             self._early = []
         self._has_sound = self._has_sound or bool(sound)
-        if pictures:
-            self.pictures += len(pictures)
-            self._replace_tail(self.pictures)
+        self.pictures += len(pictures)
 
-    def append_tail(self, pictures: Packets) -> None:
-        """`pictures` are copies of the next ones, whose own packets come later. They hide the tail before."""
-        self._begin(pictures)
-        made, start = self._piece(pictures, ()), self._end
-        self._write(made)
-        self._replace_tail(self.pictures + len(pictures))
-        self._hide_tail = [(start + position, hidden) for position, hidden in hiding(self._muxer, made)]
+    def settled(self) -> Settled:
+        """The present end. Call after `sync`, when the encoder holds nothing back."""
+        return Settled(
+            self.path.name,
+            self._end,
+            self._digest.hexdigest(),
+            self.pictures,
+            self._pieces,
+            self._delay,
+            self._has_sound,
+            str(self._codec_delay),
+        )
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())
 
-    def join(self, target: Path) -> None:
-        """Writes the final video to `target`. Its sound ends with the last picture. Raises OSError."""
+    def join(self, target: Path, comment: str = "") -> None:
+        """Writes the final video to `target`, with `comment` in its metadata. Its sound ends with the last
+        picture. Raises OSError.
+        """
         end = self.pictures / self.rate - self._codec_delay  # of the sound, in seconds
         options = self._mp4_options() if is_mp4(self._muxer) else MATROSKA
         with (
@@ -100,6 +135,7 @@ class WorkingFile:
             av.open(str(self.path.absolute())) as source,
             av.open(str(target.absolute()), "w", format=self._muxer, options=options) as output,
         ):
+            output.metadata.update({"comment": comment} if comment else {})
             templates = [*source.streams][: 2 if self._has_sound else 1]
             streams = [output.add_stream_from_template(stream, opaque=True) for stream in templates]
             codec = streams[0].codec_context
@@ -138,10 +174,6 @@ class WorkingFile:
     def close(self) -> None:
         self._file.close()
 
-    def delete(self) -> None:
-        self.close()
-        self.path.unlink(missing_ok=True)
-
     def _begin(self, pictures: Packets) -> None:
         """Writes the header, if there is none. Sound that it hides comes with the first piece of sound."""
         if self._end or not pictures:
@@ -162,13 +194,6 @@ class WorkingFile:
         self._pieces += 1
         return piece(self._muxer, streams, self.rate, self.pictures, self._pieces)
 
-    def _replace_tail(self, shown: int) -> None:
-        for position, hidden in self._hide_tail:
-            self._file.seek(position)
-            self._file.write(hidden)
-        self._file.seek(self._end)
-        self._hide_tail, self.shown = [], shown
-
     def _write(self, data: memoryview) -> None:
         left = data
         try:
@@ -178,8 +203,19 @@ class WorkingFile:
             self._cut(self._end)
             raise
         self._end += len(data)
+        self._digest.update(data)
 
     def _cut(self, end: int) -> None:
         self._file.truncate(end)
         self._file.seek(end)
         self._end = end
+
+
+def beginning(path: Path, size: int) -> "hashlib._Hash":
+    """The digest of the first `size` bytes of a file, to be continued. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while size > 0 and (chunk := file.read(min(size, CHUNK))):
+            digest.update(chunk)
+            size -= len(chunk)
+    return digest

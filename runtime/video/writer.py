@@ -2,11 +2,11 @@
 
 Pictures are uint8 RGB [H, W, 3]. The file grows as `<stem>.partial<suffix>` and gets its final name when it
 is complete, so a file with the final name is never half a video. Sound is written up to the time of the last
-picture.
+picture. Every settled part has an encoder of its own: it needs no packet of another one, and a later process
+can go on after it.
 """
 
 import os
-from collections import deque
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -16,8 +16,8 @@ from typing import Any, Self
 import av
 import numpy as np
 from av.packet import Packet
-from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from trt_wan.errors import OutputError
@@ -25,7 +25,7 @@ from trt_wan.runtime.video.encoder import VP9, Encoding, x264
 from trt_wan.runtime.video.kinds import KINDS
 from trt_wan.runtime.video.sound import Sound
 from trt_wan.runtime.video.target import check_target, explained, joining, partial_names, sync
-from trt_wan.runtime.video.working_file import WorkingFile
+from trt_wan.runtime.video.working_file import Settled, WorkingFile
 
 CRF = 18  # x264: visually lossless
 PRESET = "medium"
@@ -46,8 +46,10 @@ class VideoWriter:
         overwrite: bool = False,
         crf: int = CRF,
         preset: str = PRESET,
+        settled: Settled | None = None,
     ) -> None:
-        """Creates the partial file at once: a target that cannot be written fails before the computing.
+        """Creates the partial file at once: a target that cannot be written fails before the computing. With
+        `settled`, goes on from there: all other arguments must be the same as those of the earlier writer.
 
         The first sound stream of the file `sound` is used, if it has one. The start of its picture is time 0.
         `crf` and `preset` are for x264.
@@ -55,19 +57,19 @@ class VideoWriter:
         assert width % 2 == 0 and height % 2 == 0, f"4:2:0 needs even sizes, got {width}x{height}"
         self.path, self.overwrite = path, overwrite
         self.width, self.height, self.rate = width, height, rate
-        self.frames = 0
+        self.frames = 0 if settled is None else settled.pictures
+        self.comment = ""  # for the metadata of the final file
         self.kept = 0  # frames in the partial file after abandon()
         self._scaler = VideoReformatter()
         self._coded: list[Packet[Any]] = []  # pictures that the file lacks, in decoding order
         self._heard: list[Packet[Any]] = []  # sound that the file lacks
-        self._lacking: deque[VideoFrame] = deque()  # all pictures that the file lacks, or has in its tail
-        self._drained = False
+        self._encoder: VideoStream | None = None  # of the pictures since the last settled one
         self._file: WorkingFile | None = None
         self._sound: Sound | None = None
         try:
             with explained(path):
                 check_target(path, overwrite)
-                self._start(sound, crf, preset)
+                self._start(sound, crf, preset, settled)
         except BaseException:
             self.abandon(keep=False)
             raise
@@ -91,7 +93,8 @@ class VideoWriter:
         )
         picture.pts, picture.time_base = self.frames, 1 / self.rate
         with explained(self.path):
-            self._lacking.append(picture)
+            if self._encoder is None:
+                self._encoder = self._encoding.open()
             self._coded += self._encoder.encode(picture)
             self.frames += 1
             if self._sound is not None:
@@ -99,21 +102,16 @@ class VideoWriter:
             if len(self._coded) >= self.rate:  # a second
                 self._append()
 
-    def settle(self) -> None:
-        """Writes every picture so far to the disk: it plays there even if this process is killed.
-
-        Pictures that are still inside the encoder (11 at 832x480 with x264) are encoded twice for it.
+    def settle(self) -> Settled:
+        """Writes every picture so far to the disk: it plays there even if this process is killed, and
+        `settled` goes on after it. The next picture begins anew with a key frame.
         """
-        file = self._opened
         with explained(self.path):
-            self._append()
-            if file.shown < self.frames:
-                encoder = self._encoding.open()
-                tail = [packet for picture in self._lacking for packet in encoder.encode(picture)]
-                file.append_tail([*tail, *encoder.encode(None)])
-            file.append((), self._heard)
+            self._drain()
+            self._opened.append((), self._heard)
             self._heard = []
-            file.sync()
+            self._opened.sync()
+            return self._opened.settled()
 
     def finish(self) -> Path:
         """Completes the file and gives it its final name."""
@@ -138,10 +136,9 @@ class VideoWriter:
             self._release()
             return None
         if keep and self.frames:
-            with suppress(Exception):  # the disk may be full, and the working file plays as it is
+            with suppress(Exception):  # the disk may be full, and the partial file plays as it is
                 self._drain()
-                os.replace(self._joined(), self.partial)
-        self.kept = self._file.shown if keep else 0
+        self.kept = self._file.pictures if keep else 0
         self._release()
         if self.kept:
             return self.partial
@@ -157,13 +154,19 @@ class VideoWriter:
     ) -> None:
         self.abandon(keep=True)
 
-    def _start(self, sound: Path | None, crf: int, preset: str) -> None:
+    def _start(self, sound: Path | None, crf: int, preset: str, settled: Settled | None) -> None:
         kind = KINDS[self.path.suffix.lower()]
         options = x264(crf, preset) if kind.video == "libx264" else VP9
         self._encoding = Encoding(kind.video, self.width, self.height, self.rate, options)
         self._encoder = self._encoding.open()
         if sound is not None:
             self._sound = Sound.of(sound, kind)
+        if settled is not None:
+            self.partial = next(partial_names(self.path)).with_name(settled.name)
+            if self._sound is not None:
+                self._sound.until(self.frames / self.rate)  # which the file has
+            self._file = WorkingFile(self.partial, kind, self.rate, self._encoder, self._sound, settled)
+            return
         for partial in partial_names(self.path):
             with suppress(FileExistsError):  # kept from an earlier run
                 self._file = WorkingFile(partial, kind, self.rate, self._encoder, self._sound)
@@ -184,17 +187,15 @@ class VideoWriter:
             latest = max(latest, packet.pts)
             if latest == file.pictures + count - 1:
                 ready = count
-        if ready and file.pictures + ready >= file.shown:
+        if ready:
             file.append(self._coded[:ready], self._heard)
             self._coded, self._heard = self._coded[ready:], []
-            for _ in range(ready):
-                self._lacking.popleft()
 
     def _drain(self) -> None:
         """The encoder's last packets go to the disk."""
-        if not self._drained:
-            self._drained = True
-            self._coded += self._encoder.encode(None)
+        encoder, self._encoder = self._encoder, None
+        if encoder is not None:
+            self._coded += encoder.encode(None)
         self._append()
         self._opened.sync()
 
@@ -202,7 +203,7 @@ class VideoWriter:
         """A file beside the partial one that has all of it, as it will stay."""
         target = joining(self.partial)
         try:
-            self._opened.join(target)
+            self._opened.join(target, self.comment)
             sync(target)
         except BaseException:
             target.unlink(missing_ok=True)

@@ -179,6 +179,7 @@ PREPARING_NAMES = {str(parameter.name) for parameter in preprocess.params} - {
     "reference_background",
 }
 
+NETWORKS = ("detector", "pose", "sam2", "segmenter")
 PREPARING_FILES = ("edited_reference", "edited_driving", "detector", "pose", "sam2", "keypoints")
 
 
@@ -210,8 +211,7 @@ def prepare(
         refuse_inputs(output / name, files)
     click.get_current_context().with_resource(claimed(output))
     remove_leftovers(output)
-    names = ("detector", "pose", "sam2", "segmenter")
-    networks = Networks(**{name: options.pop(name) for name in names}, executor=executor)
+    networks = Networks(**{name: options.pop(name) for name in NETWORKS}, executor=executor)
     with _from_stdin(reference, clip) as (reference, clip):
         job = _job(reference, clip, output, **options)
         begin = planned(*video_size(job))
@@ -220,6 +220,21 @@ def prepare(
         folder = make(job, stages, report.progress)
     made = [str(folder / name) for name in ALL if (folder / name).exists()]
     return folder, {"files": made, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def planned_video(reference: Path, clip: Path, output: Path, **options: Any) -> tuple[int, int, int]:
+    """Width, height and frames of the clips that `prepare` would make, with its refusals."""
+    from trt_wan.preprocess.footage import plan_footage
+    from trt_wan.preprocess.observe import unobserved
+    from trt_wan.preprocess.preprocess import video_size
+    from trt_wan.runtime.video.pictures import read_picture
+
+    plain = {name: value for name, value in options.items() if name not in (*NETWORKS, "executor")}
+    with _from_stdin(reference, clip) as (reference, clip):
+        job = _job(reference, clip, output, **plain)
+        width, height = video_size(job)
+        footage, _ = plan_footage(job, read_picture(job.reference), unobserved)
+    return width, height, len(footage.indices)
 
 
 @contextmanager

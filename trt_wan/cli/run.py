@@ -13,22 +13,26 @@ import click
 
 from trt_wan.cli.command import command, note
 from trt_wan.cli.context_options import context_options, take_context
+from trt_wan.cli.dry_run import Told, forecast
 from trt_wan.cli.missing import require_graphs
+from trt_wan.cli.prepared import FILE as FILE_OF_ORIGIN
+from trt_wan.cli.prepared import is_from, origin
 from trt_wan.cli.preprocess import (
     CLIP,
     PREPARING_FILES,
     PREPARING_NAMES,
     STDIN,
+    planned_video,
     prepare,
     preparing_options,
     reference_background,
 )
 from trt_wan.cli.preset import with_preset
+from trt_wan.cli.repeating import Lasting, RepeatableCommand, given_options, lasting, repeat, this_command
 from trt_wan.cli.report import Report
 from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
-from trt_wan.cli.sections import SectionedCommand
 from trt_wan.cli.stopping import stop_at_a_safe_point
-from trt_wan.errors import TrtWanError, UsageError, shown, some_of
+from trt_wan.errors import TrtWanError, UsageError, shown, some_of, with_commands
 from trt_wan.runtime.presets import PRESETS
 from trt_wan.runtime.sampling.grids import GRIDS
 from trt_wan.runtime.sampling.samplers import SAMPLERS
@@ -204,7 +208,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     return value
 
 
-@click.command(cls=SectionedCommand, short_help="Make a video.")
+@click.command(cls=RepeatableCommand, short_help="Make a video.")
 @click.argument("reference", type=PICTURE, required=False)
 @click.argument("clip", type=CLIP, required=False, callback=_there)
 @click.option(
@@ -345,6 +349,30 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     help="Export graphs of this size that are missing, with torch. --no-build: stop at once.",
 )
 @click.option("-y", "--overwrite", is_flag=True, help="Replace the output if it exists.")
+# Long jobs: trt_wan/cli/repeating.py, trt_wan/cli/dry_run.py
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show the windows, the memory and time they need, and what would be made. Compute nothing.",
+)
+@click.option(
+    "--resume", is_flag=True, help="Go on after the last finished window of a run that was stopped."
+)
+@click.option(
+    "--from",
+    "repeated",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    is_eager=True,
+    callback=repeat,
+    metavar="VIDEO",
+    help="Use the files and options of this video of trt-wan, or of its .json; options that are given win.",
+)
+@click.option(
+    "--sidecar/--no-sidecar",
+    default=True,
+    show_default=True,
+    help="Write all that is needed to repeat the run beside the video too, as .json.",
+)
 @preparing_options
 @command
 def run(
@@ -357,6 +385,7 @@ def run(
     audio: Path | None,
     overwrite: bool,
     paste_back: bool,
+    dry_run: bool,
     **given: Any,
 ) -> Any:
     """Make a video from a picture of the character, REFERENCE, and a driving video, CLIP.
@@ -373,6 +402,7 @@ def run(
     from trt_wan.runtime.video.target import refuse_inputs
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
+    long = {name: given.pop(name) for name in ("resume", "sidecar", "repeated")}
     refuse_unused_sampling()
     context = take_context(given)
     compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
@@ -400,12 +430,31 @@ def run(
         require_sound(audio)
     if inputs is not None:
         _refuse_preparing(reference)
+        if dry_run:
+            job = options.job(options.inputs(inputs))
+            return _forecast(report, job, output, options, overwrite, _size_of(job))
         if unused := unused_clips(inputs, options.mode):  # type: ignore[arg-type]  # click has checked it
             note(report, f"Not used in the mode {options.mode}: {', '.join(unused)}.")
-        return render_prepared(report, inputs, output, options, **written)
-    inputs, basis = _prepare_beside(report, reference, clip, output, overwrite, preparing, options)
+        return render_prepared(
+            report, inputs, output, options, **written, lasting=lasting(made, inputs, **long)
+        )
+    if reference is None or clip is None:
+        raise UsageError(
+            "There is nothing to make a video from.",
+            "Give a picture and a driving video, or prepared clips with --inputs DIR.",
+        )
+    if dry_run:
+        job = _job_to_prepare(output, preparing, options)
+        shared = {"mode": options.mode, "reference_background": options.reference_background}
+        folder = job.inputs.reference.parent
+        size = planned_video(reference, clip, folder, overwrite=overwrite, **shared, **preparing)
+        return _forecast(report, job, output, options, overwrite, size)
+    inputs, basis = _prepare_beside(
+        report, reference, clip, output, overwrite, preparing, options, long["resume"]
+    )
     try:
-        return render_prepared(report, inputs, output, options, **written, basis=basis)
+        left = lasting(made, inputs, **long)
+        return render_prepared(report, inputs, output, options, **written, basis=basis, lasting=left)
     except TrtWanError as error:
         error.add_hint(f"The prepared clips can be used again: --inputs {shlex.quote(str(inputs))}")
         raise
@@ -420,13 +469,17 @@ def render_prepared(
     overwrite: bool = False,
     paste_back: bool = False,
     basis: "Basis | None" = None,
+    lasting: Lasting = Lasting(sidecar=False),  # noqa: B008  (frozen)
 ) -> tuple[Path, dict[str, Any]]:
     """Makes the video of the prepared clips in `folder`, and before it the graphs that are missing.
 
     All files are checked before that. `basis` is the options', if it is open already.
     """
+    from trt_wan.runtime.events import silent
+    from trt_wan.runtime.kept.made import record_of
+    from trt_wan.runtime.kept.windows import kept_of
     from trt_wan.runtime.opening.model import open_basis
-    from trt_wan.runtime.render import render
+    from trt_wan.runtime.render import own_sound, render
     from trt_wan.runtime.video.clips import open_clips
     from trt_wan.runtime.video.target import check_target, claimed
 
@@ -435,26 +488,44 @@ def render_prepared(
     files, settings = options.weight_files(), options.settings()
     check_target(output, overwrite)
     with (
-        claimed(output, report.progress),
+        claimed(output, silent if lasting.resume else report.progress),
         open_clips(job.inputs, job.history) as clips,
         ExitStack() as until_the_model_is_closed,
     ):
         basis = basis or open_basis(files, settings, report.progress)
         basis.require_loras(job.loras)
         require_graphs(report, basis, clips.width, clips.height, job.model_window, options.build)()
+        written = {"kind": output.suffix.lower(), "paste_back": paste_back}
+        sound = audio or own_sound(clips)
+        record = record_of(job, clips, basis, sound, written, lasting.options, lasting.paths)
+        if lasting.repeated is not None:
+            lasting.repeated.check(report, record, given_options())
+        if kept_of(output) and not lasting.resume:
+            text = with_commands("An earlier run can be gone on with:", this_command("--resume"))
+            note(report, text, "can_resume")
         with basis.open() as model:
             stop = until_the_model_is_closed.enter_context(stop_at_a_safe_point())
-            result = render(
-                job,
-                model,
-                output,
-                clips=clips,
-                sound=audio,
-                overwrite=overwrite,
-                paste_back=paste_back,
-                progress=stop.watching(report.progress),
-                should_stop=stop.asked,
-            )
+            try:
+                result = render(
+                    job,
+                    model,
+                    output,
+                    clips=clips,
+                    sound=audio,
+                    overwrite=overwrite,
+                    paste_back=paste_back,
+                    record=record,
+                    sidecar=lasting.sidecar,
+                    resume=lasting.resume,
+                    progress=stop.watching(report.progress),
+                    should_stop=stop.asked,
+                )
+            except TrtWanError as error:
+                if kept_of(output) and not isinstance(error, UsageError):
+                    error.add_hint(
+                        with_commands("Go on after the last finished window:", this_command("--resume"))
+                    )
+                raise
         if stop.asked():
             note(report, "The video was finished before it could be stopped.", code="not_stopped")
     data = {"frames": result.frames, "width": result.width, "height": result.height, "fps": result.rate}
@@ -463,41 +534,30 @@ def render_prepared(
 
 def _prepare_beside(
     report: Report,
-    reference: Path | None,
-    clip: Path | None,
+    reference: Path,
+    clip: Path,
     output: Path,
     overwrite: bool,
     preparing: dict[str, Any],
     options: RunOptions,
+    resume: bool,
 ) -> "tuple[Path, Basis]":
     """The folder of clips made from `reference` and `clip`. Before that, everything that can be refused is
     checked, and the graphs and engines that are missing are made.
     """
     from trt_wan.engines.shape import Plan
+    from trt_wan.engines.store.files import replace_atomically
     from trt_wan.preprocess.clips import artifacts
-    from trt_wan.runtime.job import Inputs
+    from trt_wan.runtime.events import silent
     from trt_wan.runtime.opening.model import open_basis
     from trt_wan.runtime.video.clips import require_init_size
     from trt_wan.runtime.video.target import check_target, claimed
 
-    if reference is None or clip is None:
-        raise UsageError(
-            "There is nothing to make a video from.",
-            "Give a picture and a driving video, or prepared clips with --inputs DIR.",
-        )
     check_target(output, overwrite)
-    folder = output.with_name(f"{output.stem}.inputs")
-    face = folder / artifacts.FACE if preparing["face"] else None
-    background, mask = (
-        folder / name if options.mode == "replace" else None
-        for name in (artifacts.BACKGROUND, artifacts.MASK)
-    )
-    prepared = Inputs(
-        folder / artifacts.REFERENCE, folder / artifacts.POSE, face, background, mask, init=options.init
-    )
-    job = options.job(prepared)
+    job = _job_to_prepare(output, preparing, options)
+    folder = job.inputs.reference.parent
     files, settings = options.weight_files(), options.settings()
-    click.get_current_context().with_resource(claimed(output, report.progress))
+    click.get_current_context().with_resource(claimed(output, silent if resume else report.progress))
     basis = open_basis(files, settings, report.progress)
     basis.require_loras(job.loras)
 
@@ -518,8 +578,59 @@ def _prepare_beside(
         "overwrite": overwrite,
         "reference_background": options.reference_background,
     }
+    from_these = origin(reference, clip, {**preparing, **shared, "overwrite": False})
+    if resume and is_from(folder, from_these) and (folder / artifacts.REFERENCE).exists():
+        note(report, f"The prepared clips in {folder} are used again.", "prepared_before")
+        return folder, basis
     made, _ = prepare(report, reference, clip, folder, **shared, planned=planned, **preparing)
+    if from_these is not None:
+        replace_atomically(folder / FILE_OF_ORIGIN, from_these)
     return made, basis
+
+
+def _job_to_prepare(output: Path, preparing: dict[str, Any], options: RunOptions) -> "Job":
+    """The job whose clips will be in the folder beside `output`."""
+    from trt_wan.preprocess.clips import artifacts
+    from trt_wan.runtime.job import Inputs
+
+    folder = output.with_name(f"{output.stem}.inputs")
+    face = folder / artifacts.FACE if preparing["face"] else None
+    background, mask = (
+        folder / name if options.mode == "replace" else None
+        for name in (artifacts.BACKGROUND, artifacts.MASK)
+    )
+    prepared = Inputs(
+        folder / artifacts.REFERENCE, folder / artifacts.POSE, face, background, mask, init=options.init
+    )
+    return options.job(prepared)
+
+
+def _size_of(job: "Job") -> tuple[int, int, int]:
+    """Width, height and frames of prepared clips."""
+    from trt_wan.runtime.video.clips import open_clips
+
+    with open_clips(job.inputs, job.history) as clips:
+        return clips.width, clips.height, clips.frames
+
+
+def _forecast(
+    report: Report,
+    job: "Job",
+    output: Path,
+    options: RunOptions,
+    overwrite: bool,
+    size: tuple[int, int, int],
+) -> Told:
+    """Raises TrtWanError as the run itself would."""
+    from trt_wan.runtime.opening.model import open_basis
+    from trt_wan.runtime.video.target import check_target
+
+    width, height, frames = size
+    check_target(output, overwrite)
+    basis = open_basis(options.weight_files(), options.settings(), report.progress)
+    basis.require_loras(job.loras)
+    require_graphs(report, basis, width, height, job.model_window, options.build)
+    return forecast(basis, job, width, height, frames)
 
 
 def _refuse_preparing(reference: Path | None) -> None:

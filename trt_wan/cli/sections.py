@@ -7,6 +7,7 @@ SECTIONS = {
     "Video": (
         *("inputs", "output", "overwrite", "mode", "size", "fit", "rate", "window", "overlap", "audio"),
         *("reference_background", "trim_to_shortest", "paste_back"),
+        *("dry_run", "resume", "repeated", "sidecar"),
     ),
     "Context windows": (
         *("context", "context_frames", "context_stride", "context_overlap", "context_fuse", "freenoise"),

@@ -1,0 +1,223 @@
+"""The state of an unfinished video, beside its partial file, from which a later process goes on.
+
+    out.partial.mp4.state/state.json      the record of the run, the end of the partial file, the state's file
+    out.partial.mp4.state/windows-3.npz   the state after three windows (window_state.py)
+
+After each window the new state is written under a name of its own and synced, then state.json is replaced,
+then the old state goes. A kill or a power failure at any moment leaves one that is whole.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import shutil
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_wan.engines.store.files import replace_atomically
+from trt_wan.errors import OutputError, UsageError
+from trt_wan.runtime.events import Note, Progress
+from trt_wan.runtime.kept.record import Record, from_values
+from trt_wan.runtime.video.target import explained
+from trt_wan.runtime.video.working_file import Settled, beginning
+from trt_wan.runtime.window_state import WindowState
+
+FORMAT = 1
+STATE = ".state"  # added to the name of a partial file
+INDEX = "state.json"
+ANEW = "Leave out --resume: then the video begins anew, and what was kept stays."
+MOST_TOLD = 4  # differences in a message
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run goes on from."""
+
+    settled: Settled
+    state: WindowState
+
+
+def folder_of(partial: Path) -> Path:
+    return partial.with_name(partial.name + STATE)
+
+
+def save(partial: Path, record: Record, settled: Settled, state: WindowState) -> None:
+    """Keeps the state after a window. Raises OutputError; the state before stays then."""
+    folder = folder_of(partial)
+    arrays = dict(_packed(state, "state"))
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    data = buffer.getvalue()
+    name = f"windows-{state.done}.npz"
+    values = {
+        "format": FORMAT,
+        "record": json.loads(record.text(with_paths=True)),
+        "video": dataclasses.asdict(settled),
+        "windows": {"done": state.done, "file": name, "sha256": hashlib.sha256(data).hexdigest()},
+    }
+    with explained(partial):
+        replace_atomically(folder / name, data, sync=True)
+        replace_atomically(folder / INDEX, json.dumps(values, ensure_ascii=False), sync=True)
+        for old in folder.iterdir():
+            if old.name not in (name, INDEX):
+                old.unlink(missing_ok=True)
+
+
+def remove(partial: Path) -> None:
+    """Call when the video is finished."""
+    shutil.rmtree(folder_of(partial), ignore_errors=True)
+
+
+def kept_of(output: Path) -> list[Path]:
+    """The folders of states beside `output`."""
+    place = output.resolve()
+    pattern = re.compile(rf"{re.escape(place.stem)}\.partial(-\d+)?{re.escape(place.suffix + STATE)}")
+    if not place.parent.is_dir():
+        return []
+    return sorted(path for path in place.parent.iterdir() if pattern.fullmatch(path.name) and path.is_dir())
+
+
+def find(output: Path, record: Record, progress: Progress) -> Kept | None:
+    """The state of this very job with most windows; None and a note if nothing was kept.
+
+    Raises UsageError if what was kept is of another job, and names the differences; OutputError if it is
+    damaged, incomplete or of a newer version.
+    """
+    folders = [folder for folder in kept_of(output) if (folder / INDEX).exists()]
+    if not folders:
+        progress(Note("Nothing was kept to go on from: the video begins at its first frame.", "kept_nothing"))
+        return None
+    found = []
+    refused: list[OutputError | UsageError] = []
+    for folder in folders:
+        try:
+            index = _read_index(folder)
+            _require_same(folder, index.record, record)
+            found.append((index.done, folder, index))
+        except (OutputError, UsageError) as error:
+            refused.append(error)
+    if not found:
+        raise refused[-1]
+    done, folder, index = max(found, key=lambda item: item[0])
+    state = _read_state(folder, index)
+    partial = folder.with_name(folder.name.removesuffix(STATE))
+    _require_partial(partial, folder, index.settled)
+    if others := index.record.other_versions(record):
+        text = f"{partial.name} was begun with {', '.join(others)}: bits may differ."
+        progress(Note(text, "other_versions", {"versions": others}))
+    text = f"Going on after window {done}: {index.settled.pictures} frames are in {partial.name}."
+    progress(Note(text, "resumed", {"windows": done, "frames": index.settled.pictures, "file": str(partial)}))
+    return Kept(index.settled, state)
+
+
+@dataclass(frozen=True)
+class _Index:
+    record: Record
+    settled: Settled
+    done: int
+    file: str
+    sha256: str
+
+
+def _read_index(folder: Path) -> _Index:
+    try:
+        values = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if isinstance(values["format"], int) and values["format"] > FORMAT:
+            raise OutputError(f"{folder} was kept by a newer trt-wan.", f"Update trt-wan. {ANEW}")
+        windows, record = values["windows"], from_values(values["record"])
+        settled = Settled(**values["video"])
+        index = _Index(record or _missing(), settled, windows["done"], windows["file"], windows["sha256"])
+        for made in (index, settled):
+            _require_types(made)
+        if values["format"] != FORMAT or Path(index.file).name != index.file:
+            raise ValueError
+        if settled.name != folder.name.removesuffix(STATE):
+            raise _damaged(folder, f"it is that of {settled.name}")
+        return index
+    except OutputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(folder, f"its {INDEX} cannot be read") from error
+
+
+def _missing() -> Record:
+    raise ValueError("no record")
+
+
+def _require_types(made: Any) -> None:
+    for name, kind in get_type_hints(type(made)).items():
+        if not isinstance(getattr(made, name), kind) or isinstance(getattr(made, name), bool) != (
+            kind is bool
+        ):
+            raise ValueError(name)
+
+
+def _require_same(folder: Path, before: Record, now: Record) -> None:
+    if differences := before.differences(now):
+        told = "; ".join(difference.text for difference in differences[:MOST_TOLD])
+        more = f"; and {len(differences) - MOST_TOLD} more" if len(differences) > MOST_TOLD else ""
+        raise UsageError(
+            f"{folder.name.removesuffix(STATE)} is of another job: {told}{more}.",
+            f"Go on with the settings and files that it was begun with. {ANEW}",
+        )
+
+
+def _require_partial(partial: Path, folder: Path, settled: Settled) -> None:
+    if not partial.is_file():
+        raise OutputError(
+            f"{folder.name} goes on from {partial}, which is not there.", f"Move it back. {ANEW}"
+        )
+    with explained(partial):
+        digest = beginning(partial, settled.size)
+        whole = partial.stat().st_size >= settled.size
+    if not whole or digest.hexdigest() != settled.sha256:
+        fault = "has been changed" if whole else "is shorter than it was"
+        raise OutputError(f"{partial} {fault}, so nothing can go on from it.", ANEW)
+
+
+def _read_state(folder: Path, index: _Index) -> WindowState:
+    try:
+        data = (folder / index.file).read_bytes()
+        if hashlib.sha256(data).hexdigest() != index.sha256:
+            raise ValueError
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            state: WindowState = _unpacked(WindowState, dict(arrays), "state")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, f"{index.file} is missing or not what was written") from error
+    return state
+
+
+def _damaged(folder: Path, why: str) -> OutputError:
+    return OutputError(f"{folder} is damaged: {why}.", ANEW)
+
+
+def _packed(value: Any, name: str) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The arrays of a dataclass of arrays, numbers, texts, None and such dataclasses."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _packed(getattr(value, field.name), f"{name}.{field.name}")
+    elif value is not None:
+        assert isinstance(value, np.ndarray | bool | int | float | str), f"{name} is a {type(value)}"
+        yield name, np.asarray(value)
+
+
+def _unpacked(kind: Any, arrays: dict[str, NDArray[Any]], name: str) -> Any:
+    """Raises KeyError for a value that is missing."""
+    if isinstance(kind, types.UnionType):
+        if not any(key == name or key.startswith(f"{name}.") for key in arrays):
+            return None
+        (kind,) = [kind for kind in get_args(kind) if kind is not types.NoneType]
+    if dataclasses.is_dataclass(kind):
+        make: Callable[..., Any] = kind  # type: ignore[assignment]
+        hints = get_type_hints(kind)
+        return make(**{part: _unpacked(hint, arrays, f"{name}.{part}") for part, hint in hints.items()})
+    value = arrays[name]
+    return kind(value.item()) if kind in (bool, int, float, str) else value

@@ -1,0 +1,101 @@
+"""`run --dry-run` tells the windows and the needs of a job, and makes nothing."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from made_clips import write_clip, write_reference
+from tiny_job import PLAN, prepare, write_sound
+
+from trt_wan.cli.dry_run import _seconds, forecast
+from trt_wan.cli.main import cli
+from trt_wan.engines.config import TINY
+from trt_wan.engines.shape import Plan
+from trt_wan.errors import MemoryShort
+from trt_wan.runtime.executors.onnxruntime import least_memory
+from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.settings import Settings
+from trt_wan.runtime.windows import Windows
+
+JOB = Job(Inputs(Path("r.png"), Path("p.mp4"), None), window=13, steps=4, guidance=3)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "place"
+    prepare(folder / "clips", write_sound(tmp_path / "tone.m4a", 1), 40)
+    write_reference(folder / "character.png", (128, 96))
+    write_clip(folder / "dance.mp4", 60)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def dry_run(*arguments: str) -> dict[str, Any]:
+    options = ("--random-weights", "tiny", "-o", "out.mp4", "--steps", "3", "--dry-run", "--json")
+    result = CliRunner().invoke(cli, ["run", *arguments, *options])
+    assert result.exit_code == 0, result.output
+    data: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])["data"]
+    return data
+
+
+def test_prepared_clips(place: Path) -> None:
+    before = set(place.rglob("*"))
+    told = dry_run("--inputs", "clips", "--window", "13", "--overlap", "5", "--guidance", "2")
+    windows = Windows(40, 13, 5).total
+    assert (told["frames"], told["width"], told["height"], told["windows"]) == (40, 64, 48, windows)
+    assert told["evaluations"] == windows * 3 * 2 and told["memory"] == least_memory(TINY, PLAN)
+    assert len(told["missing_graphs"]) > 20 and told["engines"] == [] and told["seconds"] is None
+    assert set(place.rglob("*")) == before and not (place.parent / "home").exists()
+
+
+def test_clips_that_are_not_prepared(place: Path) -> None:
+    """The size and the number of frames that preparing would give; no person is looked for."""
+    before = set(place.rglob("*"))
+    told = dry_run("character.png", "dance.mp4", "--size", "64x48", "--window", "13", "--rate", "15")
+    assert (told["width"], told["height"], told["frames"]) == (64, 48, 75), "60 frames at 12 a second"
+    assert set(place.rglob("*")) == before
+
+
+def test_what_the_job_refuses_is_refused(place: Path) -> None:
+    for more, code in ((["--window", "12"], 2), (["--seed", "x"], 2), (["-o", "no/out.mp4"], 1)):
+        arguments = [
+            "run",
+            "--inputs",
+            "clips",
+            "--random-weights",
+            "tiny",
+            "-o",
+            "o.mp4",
+            "--dry-run",
+            *more,
+        ]
+        assert CliRunner().invoke(cli, arguments).exit_code == code
+
+
+def a_basis(free: float) -> Any:
+    gpu = SimpleNamespace(name="GPU", capability=(9, 0), driver=13, free_bytes=lambda: free)
+    flavour = SimpleNamespace(name="tensorrt_rtx", version="1")
+    weights = SimpleNamespace(config=TINY)
+    return SimpleNamespace(place=(gpu, flavour), weights=weights, settings=Settings(), precision="bf16")
+
+
+def test_the_memory_of_a_gpu_is_planned_as_before_a_job(place: Path) -> None:
+    roomy = forecast(a_basis(20e9), JOB, 64, 48, 40)[1]
+    assert roomy["engines"] is None and roomy["streamed_blocks"] == 0, "unknown without the graphs"
+    assert 0.7e9 < roomy["memory"] < 1e9, "mostly the context"
+    with pytest.raises(MemoryShort, match="even if all blocks stream"):
+        forecast(a_basis(0.7e9), JOB, 64, 48, 40)
+
+
+def test_time_is_that_of_every_call_of_the_measured_networks() -> None:
+    layers, windows = TINY.transformer.layers, JOB.windows(37)
+    times = {"ffn": 0.002, "head": 0.5, "vae_decode_first": 7.0, "image_embed": 11.0}
+    total, unmeasured = _seconds(a_basis(1), Plan(64, 48, 13), JOB, windows, times)
+    steps = 3 * 4 * 2  # the guidance doubles them
+    assert total == pytest.approx(steps * (0.002 * layers + 0.5) + 3 * 7 + 11)
+    assert "attention" in unmeasured and "ffn" not in unmeasured and "text_embed" not in unmeasured
+    assert _seconds(a_basis(1), Plan(64, 48, 13), JOB, windows, {})[0] is None

@@ -1,0 +1,158 @@
+"""`run --from` repeats a video byte for byte from the record in it, and names what differs. A real run of the
+tiny model each.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+from click.testing import CliRunner, Result
+from tiny_job import PLAN, prepare, read_frames, write_clip, write_sound
+
+from trt_wan.cli.main import cli
+from trt_wan.runtime.kept import made
+from trt_wan.runtime.kept.identity import LARGE, identity, is_same
+from trt_wan.runtime.kept.record import read_record
+from trt_wan.runtime.weights.tiny import write_tiny_weights
+
+OPTIONS = ("--window", str(PLAN.frames), "--steps", "2", "--seed", "3", "--sampler", "euler")
+
+
+@dataclass(frozen=True)
+class Made:
+    folder: Path
+    video: Path
+    bytes: bytes
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_home: Path) -> Made:
+    folder = tmp_path_factory.mktemp("made")
+    write_tiny_weights(folder / "weights", seed=5)
+    prepare(folder / "all", write_sound(folder / "tone.m4a", 1))
+    (folder / "out.inputs").mkdir()
+    for name in ("src_ref.png", "src_pose.mp4"):
+        shutil.copy(folder / "all" / name, folder / "out.inputs" / name)
+    video = folder / "out.mp4"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRT_WAN_HOME", str(tiny_home))
+        inputs = ("--inputs", str(folder / "out.inputs"), "--weights", str(folder / "weights"))
+        result = invoke("run", *inputs, "-o", str(video), *OPTIONS)
+    assert result.exit_code == 0, result.output
+    return Made(folder, video, video.read_bytes())
+
+
+@pytest.fixture(autouse=True)
+def home(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tiny_home))
+
+
+@pytest.fixture
+def copied(finished: Made, tmp_path: Path) -> Path:
+    """The video and its clips without the .json, in another folder."""
+    shutil.copytree(finished.folder / "out.inputs", tmp_path / "out.inputs")
+    return Path(shutil.copy(finished.video, tmp_path / "out.mp4"))
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, arguments)
+
+
+def again(video: Path, *options: str) -> tuple[Result, Path]:
+    output = video.with_name("again.mp4")
+    return invoke("run", "--from", str(video), "-o", str(output), "--json", *options), output
+
+
+def error_of(result: Result) -> Any:
+    return json.loads(result.stdout.splitlines()[-1])["error"]
+
+
+def notes(result: Result, code: str) -> Sequence[str]:
+    events = map(json.loads, result.stdout.splitlines())
+    return [event["text"] for event in events if event.get("code") == code]
+
+
+def test_a_video_is_repeated_byte_for_byte(finished: Made) -> None:
+    """By the paths in its .json."""
+    result, output = again(finished.video, "--no-sidecar")
+    assert result.exit_code == 0, result.output
+    assert output.read_bytes() == finished.bytes and not output.with_suffix(".json").exists()
+    assert not notes(result, "not_repeated") and not notes(result, "other_versions")
+    output.unlink()
+
+
+def test_the_metadata_names_files_without_folders(finished: Made) -> None:
+    with av.open(str(finished.video)) as container:
+        comment = container.metadata["comment"]
+    assert str(finished.folder) not in comment and json.loads(comment)["job"]["seed"] == 3
+    record = read_record(finished.video.with_suffix(".json"))
+    assert record.job == json.loads(comment)["job"]
+    assert record.paths["files"]["pose"] == [str(finished.folder / "out.inputs" / "src_pose.mp4")]
+    assert record.files["pose"][0] == identity(finished.folder / "out.inputs" / "src_pose.mp4")
+    assert {"transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "sound"} < set(record.files)
+    assert len(read_frames(finished.video)) == record.video["frames"]
+
+
+def test_a_shared_video_finds_its_files_beside_it_and_by_options(finished: Made, copied: Path) -> None:
+    result, output = again(copied, "--weights", str(finished.folder / "weights"))
+    assert result.exit_code == 0, result.output
+    assert output.read_bytes() == finished.bytes
+
+
+def test_what_is_missing_or_another_file_is_named(finished: Made, copied: Path) -> None:
+    weights = ("--weights", str(finished.folder / "weights"))
+    write_clip(copied.parent / "out.inputs" / "src_pose.mp4", colour=(1, 200, 3))
+    result, output = again(copied, *weights)
+    assert result.exit_code == 2 and not output.exists()
+    assert "would not repeat out.mp4: the pose src_pose.mp4 has other content" in error_of(result)["message"]
+    shutil.rmtree(copied.parent / "out.inputs")
+    result, _ = again(copied, *weights)
+    assert result.exit_code == 2 and "Not found: out.inputs (--inputs)" in error_of(result)["message"]
+
+
+def test_options_that_are_given_win_and_are_told(
+    finished: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(made, "__version__", "99")
+    output = tmp_path / "other.mp4"
+    result = invoke(
+        "run", "--from", str(finished.video), "-o", str(output), "--json", "--seed", "4", "--steps", "1"
+    )
+    assert result.exit_code == 0, result.output
+    assert "seed 3 (now 4); steps 2 (now 1)" in notes(result, "not_repeated")[0]
+    assert "(now 99)" in notes(result, "other_versions")[0]
+    record = read_record(output)
+    assert (record.job["sampler"], record.job["seed"], record.options["sampler"]) == ("euler", 4, "euler")
+
+
+@pytest.mark.parametrize(
+    "name", ["tone.m4a", "all/src_pose.mp4", "weights/tokenizer.json", "all/src_ref.png"]
+)
+def test_a_file_without_a_record_is_refused(finished: Made, name: str) -> None:
+    result, _ = again(finished.folder / name)
+    assert result.exit_code == 2, result.output
+    assert "no record of a run" in error_of(result)["message"]
+
+
+def test_large_weights_are_known_by_samples(tmp_path: Path) -> None:
+    """A change of the header, the middle or the end is seen; a copy under another name is the same file."""
+    path, size = tmp_path / "a.safetensors", LARGE + 12345
+    with path.open("wb") as file:
+        file.truncate(size)
+    first = identity(path, weights=True)
+    copy = Path(shutil.copy(path, tmp_path / "b.safetensors"))
+    assert is_same(first, identity(copy, weights=True)) and "sampled_sha256" in first
+    assert not is_same(first, identity(copy)), "a hash of the whole is another thing"
+    for place in (100, size // 2, size - 1):
+        with copy.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        assert not is_same(first, identity(copy, weights=True))
+        with copy.open("r+b") as file:
+            file.seek(place)
+            file.write(b"\0")

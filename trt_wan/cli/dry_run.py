@@ -1,0 +1,151 @@
+"""`run --dry-run`: what a job would make and need, from what exists already. Nothing is computed or written.
+
+Memory of a GPU is counted as before a job, without the scratch of the engines, which they tell when they are
+opened. Time is that of the networks alone: the measured time of each chosen candidate as often as a job calls
+it. Networks without a measurement are named, and without any there is no time: nothing is guessed.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from trt_wan.cli.report import readable_bytes, table
+
+if TYPE_CHECKING:
+    from trt_wan.engines.shape import Plan
+    from trt_wan.runtime.job import Job
+    from trt_wan.runtime.opening.model import Basis
+    from trt_wan.runtime.windows import Windows
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Of one machine. None where it cannot be known before graphs and engines are made."""
+
+    place: str
+    memory: int  # bytes
+    streamed_blocks: int = 0
+    engines: tuple[str, ...] | None = ()  # that would be built
+    seconds: float | None = None  # of the measured networks
+    unmeasured: tuple[str, ...] | None = None  # networks
+
+
+Told = tuple[str, dict[str, Any]]  # a table for people, and its data
+
+
+def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int) -> Told:
+    """Raises MemoryShort."""
+    from trt_wan.engines.shape import Plan
+    from trt_wan.engines.store.graphs import graph_set
+
+    windows = job.windows(frames)
+    plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
+    graphs = graph_set(config, plan).missing()
+    needs = _on_cpu(basis, plan) if basis.place is None else _on_gpu(basis, plan, job, windows, not graphs)
+    data = {
+        **{"frames": frames, "width": width, "height": height, "windows": windows.total},
+        **{"window": windows.length(0), "overlap": job.overlap, "steps": job.schedule.steps},
+        "evaluations": _evaluations(job, windows),
+        **{"precision": basis.precision, "missing_graphs": list(graphs)},
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(needs).items()},
+    }
+    carried = f", {job.overlap} of them carried on" if windows.total > 1 else ""
+    per_window = f"{windows.length(0)} frames{carried}, {job.schedule.steps} steps"
+    rows = [
+        ("what", "forecast"),
+        ("video", f"{frames} frames, {width}x{height}"),
+        ("windows", f"{windows.total} of {per_window}"),
+        ("transformer", f"{data['evaluations']} evaluations, {plan.tokens} tokens each, {basis.precision}"),
+        ("graphs", f"{len(graphs)} would be exported" if graphs else "are there"),
+        ("engines", _engines(needs)),
+        ("memory", _memory(needs)),
+        ("time", _time(needs)),
+    ]
+    return table(rows), data
+
+
+def _evaluations(job: "Job", windows: "Windows") -> int:
+    """Of the transformer: for each step, prompt and context window of all windows."""
+    total = 0
+    for j in range(windows.total):
+        plan = job.context_plan(windows.length(j))
+        total += sum(1 if plan is None else len(plan.parts(step)) for step in range(job.schedule.steps))
+    return total * len(job.prompts)
+
+
+def _engines(needs: Needs) -> str:
+    if needs.engines is None:
+        return "known when the graphs are exported"
+    return f"{len(needs.engines)} would be built" if needs.engines else "are there, or not needed"
+
+
+def _memory(needs: Needs) -> str:
+    streamed = f"; {needs.streamed_blocks} blocks stream from the host" if needs.streamed_blocks else ""
+    return f"at least {readable_bytes(needs.memory)} of {needs.place}{streamed}"
+
+
+def _time(needs: Needs) -> str:
+    if needs.seconds is None:
+        return "unknown: no network of this shape was measured here"
+    without = f", and more for {', '.join(needs.unmeasured)}" if needs.unmeasured else ""
+    return f"{needs.seconds:.0f} s of networks{without}"
+
+
+def _on_cpu(basis: "Basis", plan: "Plan") -> Needs:
+    from trt_wan.runtime.executors.onnxruntime import least_memory
+
+    return Needs("host memory", least_memory(basis.weights.config, plan))
+
+
+def _on_gpu(basis: "Basis", plan: "Plan", job: "Job", windows: "Windows", with_graphs: bool) -> Needs:
+    from trt_wan.engines.choice.candidates import Engine
+    from trt_wan.engines.choice.choose import place_of
+    from trt_wan.engines.choice.recipes import recipes_here
+    from trt_wan.engines.contracts import networks
+    from trt_wan.engines.store.engines import find
+    from trt_wan.engines.store.measurements import read_figures
+    from trt_wan.runtime.events import silent
+    from trt_wan.runtime.opening.activation_memory import activation_bytes
+    from trt_wan.runtime.opening.gpu_sizes import choose_segments
+    from trt_wan.runtime.opening.residency import CONTEXT_BYTES, plan_residency
+    from trt_wan.runtime.opening.segments import machine_of
+
+    assert basis.place is not None, "a job on the CPU"
+    (gpu, flavour), config, settings = basis.place, basis.weights.config, basis.settings
+    context = job.context_plan(windows.length(0))
+    arena = activation_bytes(config, plan, job.guided, job.schedule.steps, context)
+    budget = gpu.free_bytes() if settings.vram is None else settings.vram * 1e9
+    table = networks(config, plan)
+    residency = plan_residency(config, table, arena, 0, int(budget) - CONTEXT_BYTES, settings.keep_encoders)
+    memory = residency.total + CONTEXT_BYTES
+    streamed = len({pack.n for pack in residency.streamed})
+    if not with_graphs:
+        return Needs(gpu.name, memory, streamed, None)
+    machine = machine_of(gpu, flavour)
+    recipes = recipes_here(config, plan, machine)
+    chosen = choose_segments(config, plan, machine, recipes, settings, silent)
+    ids = [recipes[row.engine].engine for row in chosen.values() if row.engine is not None]
+    missing = tuple(engine.network for engine in dict.fromkeys(ids) if find(engine) is None)
+    times = {}
+    for network, row in chosen.items():
+        figure = read_figures(place_of(recipes[Engine(network)].engine.source, machine)).get(row.name)
+        if figure is not None and figure.ms is not None:
+            times[network] = figure.ms / 1000
+    seconds, unmeasured = _seconds(basis, plan, job, windows, times)
+    return Needs(gpu.name, memory, streamed, missing, seconds, unmeasured)
+
+
+def _seconds(
+    basis: "Basis", plan: "Plan", job: "Job", windows: "Windows", times: dict[str, float]
+) -> tuple[float | None, tuple[str, ...]]:
+    """The time of the networks in `times`, seconds a call, and the others that run in steps or windows."""
+    from trt_wan.benchmarks.work.cost import calls
+
+    total, unmeasured = 0.0, []
+    evaluations = _evaluations(job, windows)
+    spans = sum(-(-windows.length(j) // plan.frames) for j in range(windows.total))
+    for network, count in calls(basis.weights.config, plan, job.schedule.steps).items():
+        if network in times:
+            total += times[network] * (count.step * evaluations + count.window * spans + count.job)
+        elif count.step or count.window:
+            unmeasured.append(network)
+    return (total if times else None), tuple(unmeasured)
