@@ -179,4 +179,13 @@ def _writers(drawing: Drawing, footage: Footage, folder: Path) -> Iterator[tuple
     for name, size in sizes.items():
         crf = artifacts.PREVIEW_CRF if name == artifacts.PREVIEW else artifacts.CRF
         sound = job.clip if name == artifacts.POSE and footage.has_sound else None
-        yield name, VideoWriter(folder / name, *size, footage.rate, sound, crf=crf, preset=artifacts.PRESET)
+        writer = VideoWriter(
+            folder / name,
+            *size,
+            footage.rate,
+            sound,
+            crf=crf,
+            preset=artifacts.PRESET,
+            sound_start=footage.start,
+        )
+        yield name, writer

@@ -7,9 +7,11 @@ from typing import Literal
 
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError, shown
+from trt_wan.runtime.colour import Colour
 from trt_wan.runtime.fields import check_fields
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.schedulers import SAMPLERS, schedule
+from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.transparency import colour
 from trt_wan.runtime.windows import Windows
 
@@ -44,6 +46,7 @@ class Inputs:
     mask: Path | None = None
     trim_to_shortest: bool = False  # cut longer clips at their ends
     behind: str = "white"  # the colour behind a transparent reference: a name or #rrggbb
+    cut: Cut | None = None  # the frames of all clips that are used
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -136,6 +139,8 @@ class Job:
     pose_strength: float = 1.0
     face_strength: float = 1.0
     loras: tuple[Lora, ...] = ()  # merged into the transformer; their order does not matter
+    # Colour
+    colour: Colour | None = None  # what keeps the colours of later windows from drifting
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from trt_wan.errors import Stopped
+from trt_wan.runtime.colour import Matching, unused_match
 from trt_wan.runtime.conditioning import Pixels, Strengths, WindowClips, condition_window, to_signal
 from trt_wan.runtime.denoise import BetweenSteps, Branch, NotFiniteLatent, denoise, predict_window
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone, WindowDone, silent
@@ -110,6 +111,9 @@ def _stream(
         progress(note)
     if job.mode == "replace" and clips.face is None:
         progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
+    if unused := unused_match(job.colour, windows.total):
+        progress(unused)
+    matching = Matching(job.colour, clips.reference)
     clock = _StepClock(model, job, windows.total, progress, should_stop)
 
     # 2. Prepare: text, image, time, rotary tables and the reference slot are the same for all windows.
@@ -147,14 +151,14 @@ def _stream(
             again = _Step(job, clips, texts, windows.indices(j), carried, found.step, found.latent)
             raise Broken(when, again) from None
 
-        # 5. Decode without the reference slot; the last frames are carried into the next window as they are.
+        # 5. Decode without the reference slot; the last frames are carried into the next window as matched.
         progress(StageStarted("decode", **here))
         kept, done = windows.keep(j), 0
-        carried = None
+        before, carried = carried, None
         latents = np.asarray(latent)[:, 1:]
         del latent, solver, predict, window
         with model.checked(clock.stop_before_next):
-            for frames in decode(model, latents):
+            for frames in matching.window(decode(model, latents), before, signals.person):
                 if not is_finite_sum(frames):
                     when = f"window {j + 1} of {windows.total}, decoding"
                     raise Broken(when, partial(_decode_again, latents))

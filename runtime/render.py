@@ -73,11 +73,17 @@ def render(
         held.enter_context(claimed(output, progress))
         clips = clips or held.enter_context(open_clips(job.inputs, job.window))
         writer = VideoWriter(
-            output, clips.width, clips.height, clips.rate, sound or _own_sound(clips), overwrite=overwrite
+            output,
+            clips.width,
+            clips.height,
+            clips.rate,
+            sound or _own_sound(clips),
+            overwrite=overwrite,
+            sound_start=clips.start,
         )
         try:
             if sound is not None and not writer.has_sound:
-                raise without_sound(sound)
+                raise without_sound(sound, clips.start)
             seconds = _write(job, model, clips, writer, paste_back, progress, should_stop)
         except BaseException as error:
             if partial := writer.abandon(keep=True):
@@ -107,7 +113,7 @@ def _write(
         if paste_back:
             background, mask = job.inputs.background, job.inputs.mask
             assert background is not None and mask is not None, "not the mode replace"
-            frames = pasted_back(frames, background, mask)
+            frames = pasted_back(frames, background, mask, clips.cut)
         for frame in frames:
             writer.write(frame)
 

@@ -101,7 +101,8 @@ class Measured:
     back_to_back: float | None  # the same, samples counted from the first one's time on
 
 
-def measured(path: Path) -> Measured:
+def measured(path: Path, clicks_from: float = 0.0) -> Measured:
+    """`clicks_from`: seconds of the source that were cut off before the sound."""
     frames, rates = {}, {}
     with av.open(str(path)) as container:
         video = container.streams.video[0]
@@ -113,7 +114,7 @@ def measured(path: Path) -> Measured:
         duration = (container.duration or 0) / av.time_base
         in_order = all(abs(seen - grey(k)) <= 3 for k, seen in enumerate(greys))
     with av.open(str(path)) as container:
-        sound = _heard(container) if container.streams.audio else (None, None, None, None)
+        sound = _heard(container, clicks_from) if container.streams.audio else (None, None, None, None)
     reader = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     rates["OpenCV"], frames["OpenCV"] = reader.get(cv2.CAP_PROP_FPS), 0
     while reader.read()[0]:
@@ -125,7 +126,7 @@ def measured(path: Path) -> Measured:
     return Measured(times[0], duration, frames, rates, in_order, *sound)
 
 
-def _heard(container: Any) -> tuple[float | None, float, float | None, float | None]:
+def _heard(container: Any, clicks_from: float) -> tuple[float | None, float, float | None, float | None]:
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=48_000)
     start, end, count = None, 0.0, 0
     stamped, counted = [], []
@@ -138,13 +139,14 @@ def _heard(container: Any) -> tuple[float | None, float, float | None, float | N
             counted += list(count / 48_000 + loud)
             count += frame.samples
             end = here + frame.samples / 48_000
-    return start, end, _error(stamped), _error([(start or 0) + t for t in counted])
+    in_a_row = [(start or 0) + t for t in counted]
+    return start, end, _error(stamped, clicks_from), _error(in_a_row, clicks_from)
 
 
-def _error(loud: list[float]) -> float | None:
+def _error(loud: list[float], clicks_from: float) -> float | None:
     """The largest distance of a click's first sample from the time it should have."""
     clicks = [t for before, t in zip([-1.0, *loud], loud, strict=False) if t - before > CLICKS / 2]
-    errors = [abs((t - FIRST_CLICK + CLICKS / 2) % CLICKS - CLICKS / 2) for t in clicks]
+    errors = [abs((t + clicks_from - FIRST_CLICK + CLICKS / 2) % CLICKS - CLICKS / 2) for t in clicks]
     return max(errors, default=None)
 
 

@@ -16,6 +16,7 @@ from trt_wan.errors import InputError, with_commands
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.events import Note
 from trt_wan.runtime.job import Inputs
+from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.pictures import read_transparent
 from trt_wan.runtime.video.stills import AnyClip, open_clip
 from trt_wan.runtime.video.transparency import colour, transparency_note
@@ -38,6 +39,8 @@ class Clips:
     height: int
     frames: int
     rate: Fraction
+    start: Fraction = Fraction(0)  # seconds of the driving clip that are cut off before its first frame
+    cut: Cut | None = None  # by numbers of frames
     notes: Sequence[Note] = ()  # what is unusual about the files
 
     def close(self) -> None:
@@ -65,14 +68,19 @@ def open_clips(inputs: Inputs, window: int) -> Clips:
         option = "--reference-background"
         notes.append(transparency_note(inputs.reference, picture.opacity, inputs.behind, option))
     paths = {"pose": inputs.pose, "face": inputs.face, "background": inputs.background, "mask": inputs.mask}
+    cut = inputs.cut
     with ExitStack() as files:
         clips: dict[str, AnyClip | None] = dict.fromkeys(paths)
         for name, path in paths.items():
             if path is not None:
-                clip = open_clip(path, window, one=name in ("background", "mask"))
+                clip = open_clip(path, window, one=name in ("background", "mask"), cut=cut)
                 files.callback(clip.close)
+                if cut is not None and not any(
+                    clips.values()
+                ):  # the driving clip, whose frames the others follow
+                    cut = Cut.frames(clip.used, to_the_end=cut.end is None)
                 clips[name] = clip
-        made = _fitted(inputs, reference, clips)
+        made = replace(_fitted(inputs, reference, clips), cut=cut)
         files.pop_all()
     return replace(made, notes=_once([*notes, *made.notes]))
 
@@ -128,7 +136,14 @@ def _fitted(inputs: Inputs, reference: Pixels, clips: Mapping[str, AnyClip | Non
         if clip is not None:
             _require_size(clip, *((FACE_SIZE, FACE_SIZE) if name == "face" else size))
     return Clips(
-        reference, **clips, width=size[0], height=size[1], frames=frames, rate=driving.rate, notes=notes
+        reference,
+        **clips,
+        width=size[0],
+        height=size[1],
+        frames=frames,
+        rate=driving.rate,
+        start=driving.start,
+        notes=notes,
     )
 
 

@@ -31,8 +31,9 @@ def require_sound(path: Path) -> None:
             raise without_sound(path)
 
 
-def without_sound(path: Path) -> InputError:
-    return InputError(f"{path} has no sound.", "Leave out --audio, or name a file with sound.")
+def without_sound(path: Path, start: Fraction = Fraction(0)) -> InputError:
+    after = f" after {float(start):g} s, where the clip starts" if start else ""
+    return InputError(f"{path} has no sound{after}.", "Leave out --audio, or name a file with sound.")
 
 
 class Sound:
@@ -47,19 +48,19 @@ class Sound:
     before: "list[Packet[AudioStream]]"
 
     @classmethod
-    def of(cls, path: Path, kind: Kind) -> Self | None:
-        """None where the file has no sound."""
+    def of(cls, path: Path, kind: Kind, start: Fraction = Fraction(0)) -> Self | None:
+        """The sound from `start` on, in seconds after the file's first picture; None where it has none."""
         with _readable(path):
             source = av.open(str(path.absolute()), metadata_errors="ignore")
-            if source.streams.audio and (sound := cls(path, source, kind)).first is not None:
+            if source.streams.audio and (sound := cls(path, source, kind, start)).first is not None:
                 return sound
             source.close()
             return None
 
-    def __init__(self, path: Path, source: InputContainer, kind: Kind) -> None:
+    def __init__(self, path: Path, source: InputContainer, kind: Kind, start: Fraction) -> None:
         self.path, self._source = path, source
         self._input = source.streams.audio[0]
-        self._zero = _start(source)
+        self._zero = _start(source) + start
         copied = self._input.codec_context.codec.canonical_name in kind.copied
         self.stream = self._input if copied else _encoder(kind.sound, self._input)
         self._packets = self._copied() if copied else self._encoded()

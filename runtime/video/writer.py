@@ -46,10 +46,12 @@ class VideoWriter:
         overwrite: bool = False,
         crf: int = CRF,
         preset: str = PRESET,
+        sound_start: Fraction = Fraction(0),
     ) -> None:
         """Creates the partial file at once: a target that cannot be written fails before the computing.
 
-        The first sound stream of the file `sound` is used, if it has one. The start of its picture is time 0.
+        The first sound stream of the file `sound` is used, if it has one. Time 0 is `sound_start`
+        seconds after the start of its picture.
         `crf` and `preset` are for x264.
         """
         assert width % 2 == 0 and height % 2 == 0, f"4:2:0 needs even sizes, got {width}x{height}"
@@ -67,7 +69,7 @@ class VideoWriter:
         try:
             with explained(path):
                 check_target(path, overwrite)
-                self._start(sound, crf, preset)
+                self._start(sound, sound_start, crf, preset)
         except BaseException:
             self.abandon(keep=False)
             raise
@@ -157,13 +159,13 @@ class VideoWriter:
     ) -> None:
         self.abandon(keep=True)
 
-    def _start(self, sound: Path | None, crf: int, preset: str) -> None:
+    def _start(self, sound: Path | None, sound_start: Fraction, crf: int, preset: str) -> None:
         kind = KINDS[self.path.suffix.lower()]
         options = x264(crf, preset) if kind.video == "libx264" else VP9
         self._encoding = Encoding(kind.video, self.width, self.height, self.rate, options)
         self._encoder = self._encoding.open()
         if sound is not None:
-            self._sound = Sound.of(sound, kind)
+            self._sound = Sound.of(sound, kind, sound_start)
         for partial in partial_names(self.path):
             with suppress(FileExistsError):  # kept from an earlier run
                 self._file = WorkingFile(partial, kind, self.rate, self._encoder, self._sound)

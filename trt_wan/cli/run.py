@@ -5,13 +5,15 @@ import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from trt_wan.cli.colour_options import colour_of, colour_options
 from trt_wan.cli.command import command, note
+from trt_wan.cli.cut_options import cut_of, cut_options
 from trt_wan.cli.missing import require_graphs
 from trt_wan.cli.preprocess import (
     CLIP,
@@ -30,9 +32,11 @@ from trt_wan.errors import TrtWanError, UsageError
 from trt_wan.runtime.presets import PRESETS
 
 if TYPE_CHECKING:
+    from trt_wan.runtime.colour import Colour
     from trt_wan.runtime.job import Inputs, Job, Lora
     from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.settings import Settings, WeightFiles
+    from trt_wan.runtime.video.cut import Cut
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -74,6 +78,8 @@ class RunOptions:
     pose_strength: float | None = None
     face_strength: float | None = None
     loras: "tuple[Lora, ...]" = ()
+    colour: "Colour | None" = None
+    cut: "Cut | None" = None
     trim_to_shortest: bool = False
     reference_background: str = "white"
     build: bool = True  # whether missing graphs are exported
@@ -109,9 +115,10 @@ class RunOptions:
         from trt_wan.runtime.job import Inputs
 
         mode: Any = self.mode or "animate"  # click has checked it
-        return Inputs.from_folder(
+        inputs = Inputs.from_folder(
             folder, mode, trim_to_shortest=self.trim_to_shortest, behind=self.reference_background
         )
+        return replace(inputs, cut=self.cut)
 
     def job(self, inputs: "Inputs") -> "Job":
         from trt_wan.runtime.job import Job
@@ -289,6 +296,8 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     help="Export graphs of this size that are missing, with torch. --no-build: stop at once.",
 )
 @click.option("-y", "--overwrite", is_flag=True, help="Replace the output if it exists.")
+@colour_options
+@cut_options
 @preparing_options
 @command
 def run(
@@ -317,6 +326,8 @@ def run(
     from trt_wan.runtime.video.target import refuse_inputs
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
+    given["colour"] = colour_of(given.pop("colour_match"), given.pop("colour_anchor"))
+    given["cut"] = cut_of(given.pop("start"), given.pop("end"))
     options = RunOptions(**with_preset(report, given.pop("preset"), given))
     if paste_back and options.mode == "animate":
         raise UsageError(
@@ -338,6 +349,7 @@ def run(
             note(report, f"Not used in the mode {options.mode}: {', '.join(unused)}.")
         return render_prepared(report, inputs, output, options, **written)
     inputs, basis = _prepare_beside(report, reference, clip, output, overwrite, preparing, options)
+    options = replace(options, cut=None)  # the prepared clips have those frames alone
     try:
         return render_prepared(report, inputs, output, options, **written, basis=basis)
     except TrtWanError as error:
@@ -442,6 +454,7 @@ def _prepare_beside(
         "executor": options.executor,
         "overwrite": overwrite,
         "reference_background": options.reference_background,
+        "cut": options.cut,
     }
     made, _ = prepare(report, reference, clip, folder, **shared, planned=planned, **preparing)
     return made, basis

@@ -5,12 +5,25 @@ import click
 # By section the names of parameters, in the order of --help. An option in none of them comes last.
 SECTIONS = {
     "Video": (
-        *("inputs", "output", "overwrite", "mode", "size", "fit", "rate", "window", "overlap", "audio"),
+        *(
+            "inputs",
+            "output",
+            "overwrite",
+            "mode",
+            "size",
+            "fit",
+            "rate",
+            "start",
+            "end",
+            "window",
+            "overlap",
+            "audio",
+        ),
         *("reference_background", "trim_to_shortest", "paste_back"),
     ),
     "Sampling": (
         *("preset", "prompt", "negative_prompt", "steps", "guidance", "seed", "sampler", "grid", "shift"),
-        *("pose_strength", "face_strength"),
+        *("pose_strength", "face_strength", "colour_match", "colour_anchor"),
     ),
     "People": (
         *("person", "point", "box", "keypoints", "detector", "pose", "hands", "head", "face", "face_padding"),
