@@ -30,6 +30,7 @@ from trt_wan.preprocess.pictures.preview import draw_preview, preview_size
 from trt_wan.preprocess.stages import Stages
 from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.letterbox import letterbox
+from trt_wan.runtime.video.encoder import Quality
 from trt_wan.runtime.video.reader import Picture
 from trt_wan.runtime.video.writer import VideoWriter
 
@@ -184,8 +185,7 @@ def _writers(drawing: Drawing, footage: Footage, folder: Path) -> Iterator[tuple
             *size,
             footage.rate,
             sound,
-            crf=crf,
-            preset=artifacts.PRESET,
+            quality=Quality(crf=crf, preset=artifacts.PRESET),
             sound_start=footage.start,
         )
         yield name, writer

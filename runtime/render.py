@@ -14,14 +14,17 @@ from typing import Protocol
 
 from trt_wan.errors import TrtWanError
 from trt_wan.runtime.conditioning import Pixels
-from trt_wan.runtime.events import Event, Progress, StageStarted, WindowDone, silent
+from trt_wan.runtime.events import Event, Note, Progress, StageStarted, WindowDone, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.paste_back import pasted_back
 from trt_wan.runtime.pipeline import ShouldStop, to_pixels
 from trt_wan.runtime.video.clips import Clips, open_clips
+from trt_wan.runtime.video.encoder import Quality
+from trt_wan.runtime.video.frame_folder import FrameFolder
+from trt_wan.runtime.video.kinds import KINDS
 from trt_wan.runtime.video.sound import without_sound
-from trt_wan.runtime.video.target import check_target, claimed
+from trt_wan.runtime.video.target import check_target, claimed, require_audible
 from trt_wan.runtime.video.writer import VideoWriter
 from trt_wan.runtime.video.writer_thread import Beside
 
@@ -57,12 +60,14 @@ def render(
     sound: Path | None = None,
     overwrite: bool = False,
     paste_back: bool = False,
+    quality: Quality | None = None,
+    frames: Path | None = None,
     progress: Progress = silent,
     should_stop: ShouldStop = lambda: False,
 ) -> Rendered:
     """Writes `output`. `clips` are the job's, if they are open already. `sound` is the file whose sound is
     copied; without it, the pose or face clip's own is. With `paste_back` (mode replace) the pixels around the
-    mask are those of the background clip.
+    mask are those of the background clip. `frames` is a folder for every frame as a PNG (frame_folder.py).
 
     When the job fails or is stopped, the finished frames are kept beside `output` in a file that plays, and
     the error says where: a TrtWanError in its hint, any other in a note. A file that was kept before stays.
@@ -79,12 +84,17 @@ def render(
             clips.rate,
             sound or _own_sound(clips),
             overwrite=overwrite,
+            quality=quality or Quality(),
             sound_start=clips.start,
         )
         try:
             if sound is not None and not writer.has_sound:
+                require_audible(output)
                 raise without_sound(sound, clips.start)
-            seconds = _write(job, model, clips, writer, paste_back, progress, should_stop)
+            if _own_sound(clips) and KINDS[output.suffix.lower()].is_gif:
+                progress(Note("A GIF has no sound: that of the clip is left out.", "no_sound"))
+            folder = None if frames is None else FrameFolder(frames, overwrite)
+            seconds = _write(job, model, clips, writer, folder, paste_back, progress, should_stop)
         except BaseException as error:
             if partial := writer.abandon(keep=True):
                 where = f"The {writer.kept} finished frames are in {partial}."
@@ -101,6 +111,7 @@ def _write(
     model: Streaming,
     clips: Clips,
     writer: VideoWriter,
+    folder: FrameFolder | None,
     paste_back: bool,
     progress: Progress,
     should_stop: ShouldStop,
@@ -116,6 +127,8 @@ def _write(
             frames = pasted_back(frames, background, mask, clips.cut)
         for frame in frames:
             writer.write(frame)
+            if folder is not None:
+                folder.write(frame)
 
     with Beside(write, ROOM) as beside:
 
@@ -136,6 +149,8 @@ def _write(
         progress(StageStarted("write"))
     windows.tell()
     writer.finish()
+    if folder is not None:
+        folder.finish()
     if windows.last is not None:
         progress(windows.last)
     return beside.busy_seconds

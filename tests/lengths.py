@@ -28,8 +28,9 @@ import imageio_ffmpeg
 import numpy as np
 from tiny_job import BUILD, PLAN, TRT_WAN, as_argv, write_clip, write_reference
 
+from trt_wan.runtime.video.encoder import Quality
 from trt_wan.runtime.video.reader import Clip
-from trt_wan.runtime.video.writer import VideoWriter
+from trt_wan.runtime.video.writer import DEFAULT_QUALITY, VideoWriter
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 WIDTH, HEIGHT = 96, 64
@@ -72,11 +73,12 @@ def write(
     sound: Path | None,
     settle: Sequence[int] = (),
     finish: bool = True,
+    quality: Quality = DEFAULT_QUALITY,
 ) -> Path:
     """`settle`: the numbers of frames after which a window ends. Without `finish` the path of the partial
     file, as a killed process leaves it.
     """
-    with VideoWriter(path, WIDTH, HEIGHT, rate, sound, overwrite=True) as writer:
+    with VideoWriter(path, WIDTH, HEIGHT, rate, sound, overwrite=True, quality=quality) as writer:
         for number in range(count):
             writer.write(np.full((HEIGHT, WIDTH, 3), grey(number), np.uint8))
             if number + 1 in settle:

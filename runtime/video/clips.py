@@ -39,9 +39,9 @@ class Clips:
     height: int
     frames: int
     rate: Fraction
+    notes: Sequence[Note] = ()  # what is unusual about the files
     start: Fraction = Fraction(0)  # seconds of the driving clip that are cut off before its first frame
     cut: Cut | None = None  # by numbers of frames
-    notes: Sequence[Note] = ()  # what is unusual about the files
 
     def close(self) -> None:
         for clip in (self.pose, self.face, self.background, self.mask):
@@ -142,8 +142,8 @@ def _fitted(inputs: Inputs, reference: Pixels, clips: Mapping[str, AnyClip | Non
         height=size[1],
         frames=frames,
         rate=driving.rate,
-        start=driving.start,
         notes=notes,
+        start=driving.start,
     )
 
 

@@ -107,7 +107,7 @@ class Clip(Frames):
             self.has_sound = bool(self._container.streams.audio)
             self._coming: Iterator[VideoFrame] = self._container.decode(stream)
             if self.used.start:
-                self._skip(stream, found.start_pts)
+                stream = self._skip(stream, found.start_pts)
             self._kept: deque[VideoFrame] = deque(maxlen=history)
             self._decoded = 0
             self._scaler = VideoReformatter()
@@ -140,15 +140,17 @@ class Clip(Frames):
         self._container.close()
         self._kept.clear()
 
-    def _skip(self, stream: VideoStream, pts: int | None) -> None:
-        """Goes to the first used frame: from the key frame before it by its time, else by counting."""
+    def _skip(self, stream: VideoStream, pts: int | None) -> VideoStream:
+        """Goes to the first used frame: from the key frame before it by its time, else by counting from the
+        start of the file, which is opened again. Returns the stream.
+        """
         if pts is not None:
             with suppress(av.FFmpegError):
                 self._container.seek(pts, stream=stream)
                 for frame in self._coming:
                     if frame.pts == pts:
                         self._coming = chain([frame], self._coming)
-                        return
+                        return stream
                     if frame.pts is None or frame.pts > pts:
                         break
         self._container.close()
@@ -156,6 +158,7 @@ class Clip(Frames):
         stream = video_stream(self._container, self.path)
         stream.thread_type = "AUTO"
         self._coming = islice(self._container.decode(stream), self.used.start, None)
+        return stream
 
     def _picture(self, index: int) -> Picture:
         assert 0 <= index < self.frames, f"frame {index} of {self.frames}"

@@ -15,6 +15,7 @@ from trt_wan.cli.colour_options import colour_of, colour_options
 from trt_wan.cli.command import command, note
 from trt_wan.cli.cut_options import cut_of, cut_options
 from trt_wan.cli.missing import require_graphs
+from trt_wan.cli.output_options import output_options, quality_of
 from trt_wan.cli.preprocess import (
     CLIP,
     PREPARING_FILES,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.settings import Settings, WeightFiles
     from trt_wan.runtime.video.cut import Cut
+    from trt_wan.runtime.video.encoder import Quality
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -297,6 +299,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 )
 @click.option("-y", "--overwrite", is_flag=True, help="Replace the output if it exists.")
 @colour_options
+@output_options
 @cut_options
 @preparing_options
 @command
@@ -310,6 +313,9 @@ def run(
     audio: Path | None,
     overwrite: bool,
     paste_back: bool,
+    codec: str | None,
+    crf: int | None,
+    frames: Path | None,
     **given: Any,
 ) -> Any:
     """Make a video from a picture of the character, REFERENCE, and a driving video, CLIP.
@@ -322,8 +328,9 @@ def run(
     the same options. Graphs of this size that are missing are exported first.
     """
     from trt_wan.runtime.job import unused_clips
+    from trt_wan.runtime.video.frame_folder import require_free
     from trt_wan.runtime.video.sound import require_sound
-    from trt_wan.runtime.video.target import refuse_inputs
+    from trt_wan.runtime.video.target import refuse_inputs, require_audible
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
     given["colour"] = colour_of(given.pop("colour_match"), given.pop("colour_anchor"))
@@ -341,7 +348,11 @@ def run(
     files = [reference, clip, audio, *options.files(), *(preparing[name] for name in PREPARING_FILES)]
     refuse_inputs(output, [*files, *(inputs.glob("src_*") if inputs else ())])
     written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
+    written |= {"quality": quality_of(output, codec, crf), "frames": frames}
+    if frames is not None:
+        require_free(frames, overwrite)
     if audio is not None:
+        require_audible(output)
         require_sound(audio)
     if inputs is not None:
         _refuse_preparing(reference)
@@ -365,6 +376,8 @@ def render_prepared(
     audio: Path | None = None,
     overwrite: bool = False,
     paste_back: bool = False,
+    quality: "Quality | None" = None,
+    frames: Path | None = None,
     basis: "Basis | None" = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Makes the video of the prepared clips in `folder`, and before it the graphs that are missing.
@@ -398,6 +411,8 @@ def render_prepared(
                 sound=audio,
                 overwrite=overwrite,
                 paste_back=paste_back,
+                quality=quality,
+                frames=frames,
                 progress=stop.watching(report.progress),
                 should_stop=stop.asked,
             )

@@ -5,21 +5,9 @@ import click
 # By section the names of parameters, in the order of --help. An option in none of them comes last.
 SECTIONS = {
     "Video": (
-        *(
-            "inputs",
-            "output",
-            "overwrite",
-            "mode",
-            "size",
-            "fit",
-            "rate",
-            "start",
-            "end",
-            "window",
-            "overlap",
-            "audio",
-        ),
-        *("reference_background", "trim_to_shortest", "paste_back"),
+        *("inputs", "output", "overwrite", "mode", "size", "fit", "rate", "start", "end"),
+        *("window", "overlap", "audio", "reference_background", "trim_to_shortest", "paste_back"),
+        *("codec", "crf", "frames"),
     ),
     "Sampling": (
         *("preset", "prompt", "negative_prompt", "steps", "guidance", "seed", "sampler", "grid", "shift"),
