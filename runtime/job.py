@@ -47,6 +47,8 @@ class Inputs:
     trim_to_shortest: bool = False  # cut longer clips at their ends
     behind: str = "white"  # the colour behind a transparent reference: a name or #rrggbb
     cut: Cut | None = None  # the frames of all clips that are used
+    start_frame: Path | None = None  # a picture that the video goes on from
+    extend: Path | None = None  # a finished video that it goes on from
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -54,6 +56,11 @@ class Inputs:
             raise UsageError(
                 "There is neither a pose clip nor a face clip, so nothing drives the character.",
                 "Give at least one of src_pose.mp4 and src_face.mp4.",
+            )
+        if self.start_frame is not None and self.extend is not None:
+            raise UsageError(
+                "The video can go on from a picture or from a video, not from both.",
+                "Give --start-frame or --extend.",
             )
         colour(self.behind)
 

@@ -37,6 +37,7 @@ from trt_wan.runtime.video.clips import (
     people_of,
     soft_pixels,
 )
+from trt_wan.runtime.video.continued import frames_before, shifted
 from trt_wan.runtime.windows import Windows
 
 ShouldStop = Callable[[], bool]
@@ -92,7 +93,9 @@ def _stream(
 ) -> Iterator[Array]:
     """`stream_pieces`. Raises Broken for numbers that are not finite."""
     # 1. Plan: everything that can be refused is refused here.
-    windows = Windows(clips.frames, job.window, job.overlap)
+    before = frames_before(job.inputs, job.overlap, clips.width, clips.height, clips.rate)
+    lead = 0 if before is None else len(before)
+    windows = Windows(lead + clips.frames, job.window, job.overlap)
     schedule = make_schedule(job.grid, job.steps, job.shift)
 
     def told(event: Event) -> None:
@@ -124,7 +127,7 @@ def _stream(
         prepared = prepare(model, texts, clips.reference, list(schedule.timesteps))
     generator = CpuGenerator(job.seed)
     strengths = Strengths(job.pose_strength, job.face_strength)
-    carried: Array | None = None
+    carried: Array | None = None if before is None else to_signal(before)
     soft_before = False
 
     for j in range(windows.total):
@@ -133,7 +136,7 @@ def _stream(
         # 3. Condition: pose, face, background, mask and the frames carried over, for this window.
         progress(StageStarted("condition", **here))
         with model.checked(clock.stop_before_next):
-            signals = window_clips(clips, windows.indices(j), grey_face=job.mode == "replace")
+            signals = window_clips(clips, shifted(windows.indices(j), lead), grey_face=job.mode == "replace")
             if signals.soft and not soft_before:
                 progress(_soft_mask(clips, signals.soft, j))
             soft_before = soft_before or signals.soft > 0
@@ -148,17 +151,20 @@ def _stream(
             latent = denoise(predict, noise, solver, job.steps, clock.window(j), model.executor.is_finite)
         except NotFiniteLatent as found:
             when = f"window {j + 1} of {windows.total}, step {found.step + 1} of {job.steps}"
-            again = _Step(job, clips, texts, windows.indices(j), carried, found.step, found.latent)
+            again = _Step(
+                job, clips, texts, shifted(windows.indices(j), lead), carried, found.step, found.latent
+            )
             raise Broken(when, again) from None
 
         # 5. Decode without the reference slot; the last frames are carried into the next window as matched.
         progress(StageStarted("decode", **here))
         kept, done = windows.keep(j), 0
-        before, carried = carried, None
+        kept = slice(max(kept.start, lead), kept.stop)
+        continued, carried = carried, None
         latents = np.asarray(latent)[:, 1:]
         del latent, solver, predict, window
         with model.checked(clock.stop_before_next):
-            for frames in matching.window(decode(model, latents), before, signals.person):
+            for frames in matching.window(decode(model, latents), continued, signals.person):
                 if not is_finite_sum(frames):
                     when = f"window {j + 1} of {windows.total}, decoding"
                     raise Broken(when, partial(_decode_again, latents))

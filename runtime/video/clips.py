@@ -137,7 +137,10 @@ def _fitted(inputs: Inputs, reference: Pixels, clips: Mapping[str, AnyClip | Non
             _require_size(clip, *((FACE_SIZE, FACE_SIZE) if name == "face" else size))
     return Clips(
         reference,
-        **clips,
+        pose=clips["pose"],
+        face=clips["face"],
+        background=clips["background"],
+        mask=clips["mask"],
         width=size[0],
         height=size[1],
         frames=frames,

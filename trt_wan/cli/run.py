@@ -13,6 +13,7 @@ import click
 
 from trt_wan.cli.colour_options import colour_of, colour_options
 from trt_wan.cli.command import command, note
+from trt_wan.cli.continue_options import continue_options
 from trt_wan.cli.cut_options import cut_of, cut_options
 from trt_wan.cli.missing import require_graphs
 from trt_wan.cli.output_options import output_options, quality_of
@@ -82,6 +83,8 @@ class RunOptions:
     loras: "tuple[Lora, ...]" = ()
     colour: "Colour | None" = None
     cut: "Cut | None" = None
+    start_frame: Path | None = None
+    extend: Path | None = None
     trim_to_shortest: bool = False
     reference_background: str = "white"
     build: bool = True  # whether missing graphs are exported
@@ -103,7 +106,7 @@ class RunOptions:
 
     def files(self) -> list[Path]:
         """Files and folders that are only read."""
-        named = [getattr(self, name) for name in (*PARTS, "tokenizer")]
+        named = [getattr(self, name) for name in (*PARTS, "tokenizer", "start_frame", "extend")]
         loras = [lora.file for lora in self.loras]
         return [*self.weights, *loras, *(path for path in named if path is not None)]
 
@@ -120,7 +123,7 @@ class RunOptions:
         inputs = Inputs.from_folder(
             folder, mode, trim_to_shortest=self.trim_to_shortest, behind=self.reference_background
         )
-        return replace(inputs, cut=self.cut)
+        return replace(inputs, cut=self.cut, start_frame=self.start_frame, extend=self.extend)
 
     def job(self, inputs: "Inputs") -> "Job":
         from trt_wan.runtime.job import Job
@@ -299,6 +302,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 )
 @click.option("-y", "--overwrite", is_flag=True, help="Replace the output if it exists.")
 @colour_options
+@continue_options
 @output_options
 @cut_options
 @preparing_options
@@ -387,6 +391,7 @@ def render_prepared(
     from trt_wan.runtime.opening.model import open_basis
     from trt_wan.runtime.render import render
     from trt_wan.runtime.video.clips import open_clips
+    from trt_wan.runtime.video.continued import frames_before
     from trt_wan.runtime.video.target import check_target, claimed
 
     start = time.perf_counter()
@@ -398,6 +403,7 @@ def render_prepared(
         open_clips(job.inputs, job.window) as clips,
         ExitStack() as until_the_model_is_closed,
     ):
+        frames_before(job.inputs, job.overlap, clips.width, clips.height, clips.rate)  # to refuse it now
         basis = basis or open_basis(files, settings, report.progress)
         basis.require_loras(job.loras)
         require_graphs(report, basis, clips.width, clips.height, job.window, options.build)()
@@ -438,6 +444,7 @@ def _prepare_beside(
     from trt_wan.preprocess.clips import artifacts
     from trt_wan.runtime.job import Inputs
     from trt_wan.runtime.opening.model import open_basis
+    from trt_wan.runtime.video.continued import frames_before
     from trt_wan.runtime.video.target import check_target, claimed
 
     if reference is None or clip is None:
@@ -449,13 +456,15 @@ def _prepare_beside(
     folder = output.with_name(f"{output.stem}.inputs")
     face = folder / artifacts.FACE if preparing["face"] else None
     hole = (folder / artifacts.BACKGROUND, folder / artifacts.MASK) if options.mode == "replace" else ()
-    job = options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
+    inputs = Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole)
+    job = options.job(replace(inputs, start_frame=options.start_frame, extend=options.extend))
     files, settings = options.weight_files(), options.settings()
     click.get_current_context().with_resource(claimed(output, report.progress))
     basis = open_basis(files, settings, report.progress)
     basis.require_loras(job.loras)
 
     def planned(width: int, height: int) -> Callable[[], None]:
+        frames_before(job.inputs, job.overlap, width, height, preparing["rate"])
         export = require_graphs(report, basis, width, height, job.window, options.build)
 
         def make() -> None:
