@@ -92,7 +92,8 @@ def plan_footage(
             progress(note)
         rate = wanted or clip.rate
         rule: SamplingRule = "kijai" if job.compat == "kijai" else "official"
-        indices = frame_indices(clip.frames, clip.rate, rate, rule)
+        times = None if job.compat else clip.times  # the others know no uneven frames
+        indices = frame_indices(clip.frames, clip.rate, rate, rule, times)
         job.choice.require_inside(clip.width, clip.height)
         footage = Footage(job.clip, indices, rate, clip.has_sound, observe, job.cut, clip.start)
         return footage, plan_sizes(job, reference, clip)

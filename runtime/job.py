@@ -64,6 +64,11 @@ class Inputs:
             )
         colour(self.behind)
 
+    @property
+    def continues(self) -> bool:
+        """Whether the video goes on from a picture or another video."""
+        return self.start_frame is not None or self.extend is not None
+
     @staticmethod
     def from_folder(
         folder: Path, mode: Mode, *, trim_to_shortest: bool = False, behind: str = "white"

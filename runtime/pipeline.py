@@ -94,8 +94,8 @@ def _stream(
     """`stream_pieces`. Raises Broken for numbers that are not finite."""
     # 1. Plan: everything that can be refused is refused here.
     before = frames_before(job.inputs, job.overlap, clips.width, clips.height, clips.rate)
-    lead = 0 if before is None else len(before)
-    windows = Windows(lead + clips.frames, job.window, job.overlap)
+    known = () if before is None else before
+    windows = Windows(len(known) + clips.frames, job.window, job.overlap)
     schedule = make_schedule(job.grid, job.steps, job.shift)
 
     def told(event: Event) -> None:
@@ -136,7 +136,9 @@ def _stream(
         # 3. Condition: pose, face, background, mask and the frames carried over, for this window.
         progress(StageStarted("condition", **here))
         with model.checked(clock.stop_before_next):
-            signals = window_clips(clips, shifted(windows.indices(j), lead), grey_face=job.mode == "replace")
+            signals = window_clips(
+                clips, shifted(windows.indices(j), len(known), clips.lead), grey_face=job.mode == "replace"
+            )
             if signals.soft and not soft_before:
                 progress(_soft_mask(clips, signals.soft, j))
             soft_before = soft_before or signals.soft > 0
@@ -152,14 +154,20 @@ def _stream(
         except NotFiniteLatent as found:
             when = f"window {j + 1} of {windows.total}, step {found.step + 1} of {job.steps}"
             again = _Step(
-                job, clips, texts, shifted(windows.indices(j), lead), carried, found.step, found.latent
+                job,
+                clips,
+                texts,
+                shifted(windows.indices(j), len(known), clips.lead),
+                carried,
+                found.step,
+                found.latent,
             )
             raise Broken(when, again) from None
 
         # 5. Decode without the reference slot; the last frames are carried into the next window as matched.
         progress(StageStarted("decode", **here))
         kept, done = windows.keep(j), 0
-        kept = slice(max(kept.start, lead), kept.stop)
+        kept = slice(max(kept.start, len(known)), kept.stop)
         continued, carried = carried, None
         latents = np.asarray(latent)[:, 1:]
         del latent, solver, predict, window

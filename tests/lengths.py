@@ -1,6 +1,7 @@
 """Lengths and sync of written videos, as other programs read them: a table, made by hand.
 
     python tests/lengths.py table lengths.txt       # every rate and length, PyAV, ffmpeg, OpenCV
+    python tests/lengths.py counts lengths.txt      # every length, 1 to 400
     python tests/lengths.py runs lengths.txt        # by `trt-wan run` with the tiny model
     python tests/lengths.py browser out.mp4 9 25    # duration and frames in a headless Chromium
 
@@ -47,9 +48,10 @@ def grey(number: int) -> int:
 def make_sound(
     path: Path, seconds: float, codec: str = "aac", start: float = 0.0, rate: int = 48_000
 ) -> Path:
-    """Clicks of 3 ms. With `start` the track begins then; a flat picture gives the file its zero."""
+    """Clicks of 3 ms. The track begins at `start`, below 0 before the picture; a flat picture is the zero."""
     t = np.arange(int((seconds - start) * rate)) / rate + start
     wave = 0.8 * ((t - FIRST_CLICK) % CLICKS < 0.003) * (t > FIRST_CLICK / 2) * np.sin(2 * np.pi * 3000 * t)
+    late = max(-start, 0.0)  # of the picture: no file's times begin below 0
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=25)
         video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -57,11 +59,15 @@ def make_sound(
         audio.codec_context.layout = "mono"
         for k in range(max(1, int(seconds * 25))):
             picture = av.VideoFrame.from_ndarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8), format="rgb24")
-            picture.pts, picture.time_base = k, Fraction(1, 25)
+            picture.pts, picture.time_base = k + round(late * 25), Fraction(1, 25)
             container.mux(video.encode(picture.reformat(format="yuv420p")))
         container.mux(video.encode(None))
         samples = av.AudioFrame.from_ndarray(wave[None].astype(np.float32), format="fltp", layout="mono")
-        samples.sample_rate, samples.pts, samples.time_base = rate, round(start * rate), Fraction(1, rate)
+        samples.sample_rate, samples.pts, samples.time_base = (
+            rate,
+            round((start + late) * rate),
+            Fraction(1, rate),
+        )
         container.mux([*audio.encode(samples), *audio.encode(None)])
     return path
 
@@ -74,11 +80,13 @@ def write(
     settle: Sequence[int] = (),
     finish: bool = True,
     quality: Quality = DEFAULT_QUALITY,
+    sound_start: Fraction = Fraction(0),
 ) -> Path:
     """`settle`: the numbers of frames after which a window ends. Without `finish` the path of the partial
     file, as a killed process leaves it.
     """
-    with VideoWriter(path, WIDTH, HEIGHT, rate, sound, overwrite=True, quality=quality) as writer:
+    options: Any = {"quality": quality, "sound_start": sound_start}
+    with VideoWriter(path, WIDTH, HEIGHT, rate, sound, overwrite=True, **options) as writer:
         for number in range(count):
             writer.write(np.full((HEIGHT, WIDTH, 3), grey(number), np.uint8))
             if number + 1 in settle:
@@ -220,6 +228,43 @@ def table() -> Iterator[str]:
     yield f"{made} files, {bad} with a fault"
 
 
+# Endings and codecs that `counts` takes in turn; OpenCV has no AV1.
+KINDS = [
+    (".mp4", None),
+    (".mkv", None),
+    (".mp4", "hevc"),
+    (".webm", None),
+    (".mov", "prores"),
+    (".mp4", "av1"),
+]
+STARTS = [Fraction(0), Fraction(1, 3), Fraction(5, 2)]  # seconds that --start cuts off
+
+
+def counts(last: int = 400) -> Iterator[str]:
+    """By the writer alone, with windows of 77 frames. Every list is of another length, so that all meet."""
+    yield TITLE
+    bad = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sounds = [None, make_sound(folder / "aac.mp4", 40), make_sound(folder / "late.mp4", 40, start=0.5)]
+        sounds.append(make_sound(folder / "flac.mkv", 40, "flac", rate=44_100))
+        sounds.append(make_sound(folder / "early.mkv", 40, start=-0.4))
+        for count in range(1, last + 1):
+            rate, source = RATES[count % len(RATES)], sounds[count % len(sounds)]
+            (suffix, codec), start = KINDS[count % len(KINDS)], STARTS[count // 5 % len(STARTS)]
+            case = (count, rate, source, suffix, 1)
+            ends, quality = windows(count, 77, 1), Quality(codec)
+            path = write(
+                folder / f"out{suffix}", count, rate, source, ends, quality=quality, sound_start=start
+            )
+            found = measured(path, float(start))
+            wrong = faults(found, count, rate, suffix in (".mp4", ".mov"))
+            wrong = [fault for fault in wrong if codec != "av1" or "OpenCV" not in fault]
+            bad += bool(wrong)
+            yield row(case, found, [*wrong, f"{codec or ''} from {float(start):.2f} s"])
+    yield f"{last} files, {bad} with a fault"
+
+
 def runs() -> Iterator[str]:
     """By `trt-wan run` with the tiny model, windows of 13 frames; the last source has a variable rate."""
     yield TITLE
@@ -342,7 +387,7 @@ def main(command: str, path: Path, *numbers: str) -> None:
         print(f"{path.name}: {len(seen.get('times', ()))} frames, {float(count / rate)} s wanted; {seen}")
     else:
         with path.open("w") as file:
-            for line in {"table": table, "runs": runs}[command]():
+            for line in {"table": table, "counts": counts, "runs": runs}[command]():
                 print(line, file=file, flush=True)
         print(line)
 

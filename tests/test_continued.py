@@ -22,8 +22,11 @@ from trt_wan.runtime.conditioning import to_signal
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.opening.model import OpenModel, open_model
+from trt_wan.runtime.pipeline import window_clips
 from trt_wan.runtime.settings import Settings, WeightFiles
+from trt_wan.runtime.video.clips import open_clips
 from trt_wan.runtime.video.continued import frames_before, shifted
+from trt_wan.runtime.video.cut import Cut, Mark
 from trt_wan.runtime.video.pictures import read_picture, write_picture
 from trt_wan.runtime.video.writer import VideoWriter
 from trt_wan.runtime.weights.tiny import write_tiny_weights
@@ -125,8 +128,28 @@ def test_a_short_video_is_continued_from_fewer_frames(tmp_path: Path) -> None:
         assert difference(before, read_frames(tmp_path / "first.mp4")[-expected:]) == 0
 
 
+@pytest.mark.parametrize(("start", "lead"), [(12, 12), (2, 2), (0, 0)])
+def test_frames_that_the_cut_leaves_out_are_shown_with_the_known_ones(
+    folder: Path, start: int, lead: int
+) -> None:
+    cut = Cut(Mark(Fraction(start), False), Mark(Fraction(17), False))
+    with open_clips(inputs(folder, cut=cut), 13) as plain:
+        assert (plain.frames, plain.lead, plain.start) == (17 - start, 0, start / RATE)
+    with open_clips(inputs(folder, cut=cut, extend=folder / "first.mp4"), 13) as clips:
+        assert (clips.frames, clips.lead, clips.start) == (17 - start, lead, start / RATE)
+        indices = shifted(list(range(9)), 5, clips.lead)
+        poses = window_clips(clips, indices, grey_face=False).pose
+    whole = to_signal(read_frames(folder / "src_pose.mp4"))
+    assert (
+        poses is not None
+        and (poses == whole[:, [max(start - 5 + k, 0 if lead else start) for k in range(9)]]).all()
+    )
+    assert clips.cut == cut
+
+
 def test_shifted_numbers() -> None:
-    assert shifted([0, 1, 2, 3, 2], 1) == [0, 0, 1, 2, 1] and shifted([0, 1], 0) == [0, 1]
+    assert shifted([0, 1, 2, 3, 2], 1, 0) == [0, 0, 1, 2, 1] and shifted([0, 1], 0, 0) == [0, 1]
+    assert shifted([0, 1, 2, 5, 6], 5, 4) == [0, 0, 1, 4, 5] and shifted([0, 1, 2], 1, 4) == [3, 4, 5]
 
 
 def test_a_match_of_colours_is_what_later_windows_go_on_from(

@@ -1,5 +1,6 @@
 """--start and --end: the right frames, the right rate, the sound from there on."""
 
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from trt_wan.runtime.job import Inputs
 from trt_wan.runtime.video.clips import open_clips
 from trt_wan.runtime.video.cut import Cut, Mark
 from trt_wan.runtime.video.pictures import write_picture
-from trt_wan.runtime.video.reader import Clip
+from trt_wan.runtime.video.reader import Clip, Picture
 from trt_wan.runtime.video.stills import open_clip
 from trt_wan.runtime.video.writer import VideoWriter
 
@@ -156,3 +157,30 @@ def test_preparing_cuts_the_clip_with_its_sound(tmp_path: Path) -> None:
     assert len(people.seen) == 25 and len(read_frames(folder / "src_pose.mp4")) == 25
     found = measured(folder / "src_pose.mp4", clicks_from=1.2)
     assert not faults(found, 25, Fraction(25), greys=False) and found.by_time is not None
+
+
+class Watching(FakePeople):
+    """Keeps a grey of every frame that it is shown."""
+
+    def follow(self, frames: Any, choice: Any, progress: Any) -> Any:
+        def watched() -> Iterator[Picture]:
+            for frame in frames:
+                self.greys.append(float(frame[32, 48].mean()))
+                yield frame
+
+        self.greys: list[float] = []
+        return super().follow(watched(), choice, progress)
+
+
+def test_uneven_frames_stay_beside_their_sound(tmp_path: Path) -> None:
+    """A frame is shown to half of the longest spacing at its own time; by the mean rate 0.6 s off."""
+    times = [40 * i for i in range(20)] + [800 + 100 * i for i in range(20)]
+    path = make_clip(tmp_path / "clip.mkv", numbered(40), times=times)
+    people = Watching()
+    make(tmp_path, path, people)
+    given = read_all(path)[:, 32, 48].mean(axis=1)
+    with Clip(tmp_path / "out" / "src_pose.mp4") as clip:
+        assert clip.frames == len(people.greys) == 40
+        for k, grey in enumerate(people.greys):
+            near = np.flatnonzero(np.abs(given - grey) < 1)
+            assert min(abs(times[i] / 1000 - k / float(clip.rate)) for i in near) <= 0.051

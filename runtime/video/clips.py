@@ -23,6 +23,7 @@ from trt_wan.runtime.video.transparency import colour, transparency_note
 
 FACE_SIZE = 512  # pixels, both sides of every Wan-Animate face clip
 PERSON = 128  # levels of a mask from here on are the person
+MOST_LEAD = 33  # frames before the first used one, for a video that goes on from another
 MASK_NOISE = 6  # levels that compression adds to black and takes from white
 
 
@@ -42,6 +43,7 @@ class Clips:
     notes: Sequence[Note] = ()  # what is unusual about the files
     start: Fraction = Fraction(0)  # seconds of the driving clip that are cut off before its first frame
     cut: Cut | None = None  # by numbers of frames
+    lead: int = 0  # frames before the first that is used, which can be read too: numbers begin with them
 
     def close(self) -> None:
         for clip in (self.pose, self.face, self.background, self.mask):
@@ -68,19 +70,25 @@ def open_clips(inputs: Inputs, window: int) -> Clips:
         option = "--reference-background"
         notes.append(transparency_note(inputs.reference, picture.opacity, inputs.behind, option))
     paths = {"pose": inputs.pose, "face": inputs.face, "background": inputs.background, "mask": inputs.mask}
-    cut = inputs.cut
+    cut, lead, used, to_the_end = inputs.cut, 0, range(0), True
     with ExitStack() as files:
         clips: dict[str, AnyClip | None] = dict.fromkeys(paths)
         for name, path in paths.items():
             if path is not None:
                 clip = open_clip(path, window, one=name in ("background", "mask"), cut=cut)
                 files.callback(clip.close)
-                if cut is not None and not any(
-                    clips.values()
-                ):  # the driving clip, whose frames the others follow
-                    cut = Cut.frames(clip.used, to_the_end=cut.end is None)
+                if cut is not None and not any(clips.values()):  # the driving clip: the others follow it
+                    used, to_the_end = clip.used, cut.end is None
+                    lead = min(used.start, MOST_LEAD) if inputs.continues else 0
+                    cut = Cut.frames(range(used.start - lead, used.stop), to_the_end)
+                    clip = open_clip(path, window, cut=cut)
+                    files.callback(clip.close)
                 clips[name] = clip
-        made = replace(_fitted(inputs, reference, clips), cut=cut)
+        made = _fitted(inputs, reference, clips)
+        if cut is not None:
+            start = made.start + lead / made.rate
+            cut = Cut.frames(used, to_the_end)
+            made = replace(made, frames=made.frames - lead, lead=lead, start=start, cut=cut)
         files.pop_all()
     return replace(made, notes=_once([*notes, *made.notes]))
 

@@ -104,7 +104,8 @@ class Measured:
     rate: Fraction  # frames per second
     start: Fraction  # seconds from the first frame that is shown to the first that is used
     start_pts: int | None  # the time of that frame, in the stream's units
-    notes: list[Note]  # one if they come unevenly
+    times: NDArray[np.float64] | None  # seconds from the first used frame, of frames that come unevenly
+    notes: list[Note]  # then one
 
 
 def measure(path: Path, cut: Cut | None = None) -> Measured:
@@ -143,8 +144,12 @@ def measure(path: Path, cut: Cut | None = None) -> Measured:
         span = (shown[-1] - shown[0]) * tick if shown else Fraction(0)
         rate = _rate(video, len(used), span, path)
     start = (shown[0] - times[0]) * tick if timed and times else used.start / rate
-    notes = uneven(path, np.diff(np.asarray(shown) * float(tick)), rate, float(tick))
-    return Measured(used, rate, Fraction(start), shown[0] if timed and times else None, notes)
+    seconds = np.asarray(shown) * float(tick)
+    notes = uneven(path, np.diff(seconds), rate, float(tick))
+    first = shown[0] if timed and times else None
+    return Measured(
+        used, rate, Fraction(start), first, seconds - seconds[0] if notes and timed else None, notes
+    )
 
 
 def uneven(path: Path, spacing: NDArray[np.float64], rate: Fraction, tick: float) -> list[Note]:
@@ -157,8 +162,8 @@ def uneven(path: Path, spacing: NDArray[np.float64], rate: Fraction, tick: float
     return [
         Note(
             f"{path.name} has a variable rate: {off} of {len(spacing)} frames are shown for other than the "
-            f"usual {usual * 1000:.0f} ms ({low:.0f} to {high:.0f}). All get the mean, {float(rate):.2f} "
-            "frames per second.",
+            f"usual {usual * 1000:.0f} ms ({low:.0f} to {high:.0f}). The video has the mean: "
+            f"{float(rate):.2f} frames per second.",
             "variable_rate",
             {"file": str(path), "uneven": off, "ms": [round(low, 1), round(high, 1)], "rate": float(rate)},
         )

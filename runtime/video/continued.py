@@ -1,7 +1,7 @@
 """The frames that the first window continues: a picture (`--start-frame`) or a video's end (`--extend`).
 
-They come before the clip's first frame and are not in the output, which has as many frames as the clip. While
-they are shown the pose, the face and the background stand still in the clip's first frame.
+They come before the clip's first frame and are not in the output, which has as many frames as the clip. Their
+pose, face and background are those of the frames that `--start` cuts off, else those of the first frame.
 """
 
 import shlex
@@ -48,9 +48,11 @@ def frames_before(
         return np.concatenate([clip.window([k]) for k in range(count)])
 
 
-def shifted(indices: list[int], before: int) -> list[int]:
-    """From numbers that count the frames before the clip to numbers of the clip's frames."""
-    return [max(index - before, 0) for index in indices]
+def shifted(indices: list[int], before: int, lead: int) -> list[int]:
+    """From numbers that count the `before` frames to those of the clips, of which `lead` frames come before
+    the first that is used.
+    """
+    return [max(index - before + lead, 0) for index in indices]
 
 
 def _require_size(path: Path, width: int, height: int, to_width: int, to_height: int, suffix: str) -> None:

@@ -92,6 +92,7 @@ class Clip(Frames):
     notes: list[Note]
     used: range  # the frames' numbers in the file
     start: Fraction  # seconds from the file's first frame to this clip's
+    times: NDArray[np.float64] | None  # seconds from the first frame, of frames that come unevenly
 
     def __init__(self, path: Path, history: int = 1, cut: Cut | None = None) -> None:
         """With `cut` the clip consists of those frames alone."""
@@ -99,7 +100,7 @@ class Clip(Frames):
         self.path = path
         found = measure(path, cut)
         self.used, self.rate, self.start, self.notes = found.used, found.rate, found.start, found.notes
-        self.frames = len(self.used)
+        self.frames, self.times = len(self.used), found.times
         self._container = open_container(path)
         try:
             stream = video_stream(self._container, path)

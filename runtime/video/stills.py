@@ -34,6 +34,7 @@ class Stills(Frames):
     """An open clip of `frames` pictures, all of one size. `read(k)` is picture k."""
 
     has_sound = False
+    times: NDArray[np.float64] | None = None  # see Clip
 
     def __init__(
         self, path: Path, frames: int, rate: Fraction, read: Callable[[int], Picture], notes: list[Note]
@@ -48,6 +49,8 @@ class Stills(Frames):
         """Call before the first frame is read: the clip then consists of those frames alone."""
         self.used = cut.of(self.path, np.arange(self.frames) / float(self.rate))
         self.frames, self.start = len(self.used), self.used.start / self.rate
+        if self.times is not None:
+            self.times = self.times[self.used.start : self.used.stop] - self.times[self.used.start]
         return self
 
     def _picture(self, index: int) -> Picture:
@@ -192,4 +195,7 @@ def _animation(path: Path) -> Stills:
 
     if frames[0].shape[2] == 4 and frames[0][..., 3].min() < 255:
         notes.append(transparency_note(path, frames[0][..., 3], "white"))
-    return Stills(path, len(frames), rate, read, notes)
+    stills = Stills(path, len(frames), rate, read, notes)
+    if any(note.code == "variable_rate" for note in notes):
+        stills.times = np.cumsum(seconds) - seconds
+    return stills
