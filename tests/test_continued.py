@@ -206,7 +206,8 @@ def test_the_command_with_all_of_them(
     assert found.by_time is not None and found.by_time < 0.002
     pictures = np.stack([read_picture(frames / f"{k:05}.png") for k in range(15)])
     assert len(list(frames.iterdir())) == 15
-    assert np.abs(read_frames(output).astype(int) - pictures).mean() < 12, "4:2:0 of noise"
+    greys = [frames.mean(axis=(1, 2, 3)) for frames in (read_frames(output), pictures)]
+    assert np.abs(greys[0] - greys[1]).max() < 3
     with av.open(str(output)) as container:
         assert container.streams.video[0].codec_context.codec.canonical_name == "hevc"
     again = CliRunner().invoke(cli, ["run", *map(str, options), "-y", "--frames", str(frames / "00000.png")])

@@ -60,9 +60,9 @@ class Sound:
     def __init__(self, path: Path, source: InputContainer, kind: Kind, start: Fraction) -> None:
         self.path, self._source = path, source
         self._input = source.streams.audio[0]
-        self._zero = _start(source) + start
+        self._zero = first_time(source) + start
         copied = self._input.codec_context.codec.canonical_name in kind.copied
-        self.stream = self._input if copied else _encoder(kind.sound, self._input)
+        self.stream = self._input if copied else audio_encoder(kind.sound, self._input)
         self._packets = self._copied() if copied else self._encoded()
         self.first = self._next = self._advance()
         self.before = self.until(Fraction(0))
@@ -123,7 +123,7 @@ class Sound:
         yield from self.stream.encode(None)
 
 
-def _encoder(name: str, source: AudioStream) -> AudioStream:
+def audio_encoder(name: str, source: AudioStream) -> AudioStream:
     nowhere = av.open("-", "w", format="null")
     rate = source.rate if source.rate in SOUND_RATES[name] else 48_000
     stream = nowhere.add_stream(name, rate=rate, bit_rate=SOUND_BIT_RATE)
@@ -147,7 +147,7 @@ def seconds(packet: "Packet[Any]") -> Fraction:
     return packet.pts * packet.time_base
 
 
-def _start(source: InputContainer) -> Fraction:
+def first_time(source: InputContainer) -> Fraction:
     """The time of the first picture, or of the first sample in a file without pictures, in seconds."""
     for stream in source.streams.video:
         if stream.start_time is not None and stream.time_base is not None:
