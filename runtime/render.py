@@ -87,6 +87,7 @@ def render(
             quality=quality or Quality(),
             sound_start=clips.start,
         )
+        folder = None
         try:
             if sound is not None and not writer.has_sound:
                 require_audible(output)
@@ -98,6 +99,8 @@ def render(
         except BaseException as error:
             if partial := writer.abandon(keep=True):
                 where = f"The {writer.kept} finished frames are in {partial}."
+                if folder is not None:
+                    where += f" Their PNG files are in {folder.partial}."
                 if isinstance(error, TrtWanError):
                     error.add_hint(where)
                 else:

@@ -7,12 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from lengths import faults, make_sound, measured, write
-from made_clips import FakePeople, make
+from made_clips import FakePeople, FakeSegmenter, make, write_reference
 from test_video import difference, make_clip, numbered, read_all
 from tiny_job import read_frames
 
+import trt_wan.cli.run
+import trt_wan.preprocess.stages
+from trt_wan.cli.main import cli
 from trt_wan.errors import InputError, UsageError
+from trt_wan.preprocess.stages import Stages
 from trt_wan.runtime.job import Inputs
 from trt_wan.runtime.video.clips import open_clips
 from trt_wan.runtime.video.cut import Cut, Mark
@@ -20,6 +25,7 @@ from trt_wan.runtime.video.pictures import write_picture
 from trt_wan.runtime.video.reader import Clip, Picture
 from trt_wan.runtime.video.stills import open_clip
 from trt_wan.runtime.video.writer import VideoWriter
+from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 
 def cut(start: str = "", end: str = "") -> Cut:
@@ -184,3 +190,36 @@ def test_uneven_frames_stay_beside_their_sound(tmp_path: Path) -> None:
         for k, grey in enumerate(people.greys):
             near = np.flatnonzero(np.abs(given - grey) < 1)
             assert min(abs(times[i] / 1000 - k / float(clip.rate)) for i in near) <= 0.051
+
+
+def test_the_options_cut_the_clip_once(
+    tmp_path: Path, tiny_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `preprocess`, and by `run`, which prepares a clip that is cut and then uses all of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRT_WAN_HOME", str(tiny_home))
+    stages = Stages(FakePeople(), FakeSegmenter())
+    monkeypatch.setattr(trt_wan.preprocess.stages, "open_stages", lambda *_, **options: stages)
+    rendered: list[Any] = []
+
+    def render(report: Any, folder: Path, output: Path, options: Any, **others: Any) -> Any:
+        rendered.append((options.cut, options.inputs(folder).cut))
+        return output, {}
+
+    monkeypatch.setattr(trt_wan.cli.run, "render_prepared", render)
+    write_tiny_weights(tmp_path / "weights", seed=0)
+    write_reference(tmp_path / "character.png", (64, 48))
+    make_clip(tmp_path / "dance.mp4", numbered(30))
+    cutting = ["--start", "0.2s", "--end", "20", "--size", "64x48", "--no-face"]
+    run = ["run", "--weights", "weights", "-o", "out.mp4", "--window", "13"]
+    for command in (["preprocess", "-o", "prepared"], run):
+        result = CliRunner().invoke(cli, [*command, "character.png", "dance.mp4", *cutting])
+        assert result.exit_code == 0, result.output
+    for folder in ("prepared", "out.inputs"):
+        assert len(read_frames(tmp_path / folder / "src_pose.mp4")) == 15
+    assert rendered == [(None, None)]
+    result = CliRunner().invoke(cli, [*run, "-y", "--inputs", "prepared", "--start", "3", "--end", "5"])
+    assert result.exit_code == 0 and rendered[1] == (cut("3", "5"),) * 2
+    for wrong in (["--start", "soon"], ["--start", "5", "--end", "5"], ["--end", "99"]):
+        result = CliRunner().invoke(cli, ["preprocess", "-o", "other", "character.png", "dance.mp4", *wrong])
+        assert result.exit_code in (1, 2) and not (tmp_path / "other").exists()
