@@ -63,14 +63,25 @@ def unused_match(colour: Colour | None, windows: int) -> Note | None:
 class Matching:
     """The colours of one job's windows, which must come in order."""
 
-    def __init__(self, colour: Colour | None, reference: NDArray[np.uint8]) -> None:
-        """`reference` [h, w, 3] is of any size."""
+    def __init__(
+        self, colour: Colour | None, reference: NDArray[np.uint8], state: Array | None = None
+    ) -> None:
+        """`reference` [h, w, 3] is of any size. `state` is that of an earlier process, to go on from."""
         self._colour = colour
         self.wanted: Statistics | None = None  # those of the first window, once it is decoded
+        if state is not None and state.size:
+            self.wanted = Statistics.unpacked(state)
         if colour is not None and colour.anchor == "reference":
             self.wanted = Statistics()
             planes = np.ascontiguousarray(reference.reshape(-1, 3).T)
             self.wanted.add(planes.astype(np.float32) / np.float32(127.5) - 1)
+
+    @property
+    def state(self) -> Array:
+        """All that later windows take from earlier ones, beside the frames carried over: float64, or empty.
+        Call after a window.
+        """
+        return np.empty(0) if self.wanted is None else self.wanted.packed()
 
     def window(
         self, pieces: Iterable[Array], carried: Array | None, person: Array | None = None

@@ -152,6 +152,21 @@ def _map(plain: Array, seen: Array) -> tuple[Array, Array]:
     return found[:, :3], found[:, 3:].reshape(3, 1, 1, 1)
 
 
+@pytest.mark.parametrize("anchor", ["first", "carried", "reference"])
+def test_a_later_process_matches_later_windows_with_the_same_bits(anchor: Anchor) -> None:
+    picture = np.random.default_rng(9).integers(40, 200, (50, 70, 3)).astype(np.uint8)
+    frames = [
+        np.concatenate([scene(k + 10 * j) for k in range(WINDOW)], axis=1) * (1 - 0.1 * j) for j in range(2)
+    ]
+    whole = Matching(Colour("hm-mkl-hm", anchor=anchor), picture)
+    first = np.concatenate(list(whole.window([frames[0]], None)), axis=1)
+    later = Matching(Colour("hm-mkl-hm", anchor=anchor), picture, whole.state)
+    for matching in (whole, later):
+        (made,) = matching.window([frames[1]], first[:, -OVERLAP:])
+        assert (made == next(whole.window([frames[1]], first[:, -OVERLAP:]))).all()
+        assert (made != frames[1]).any()
+
+
 def drift(made: list[Array]) -> float:
     """How far the colours of the last window are from those of the first, on the average."""
     return float(np.abs(made[-1].mean(axis=1) - made[0].mean(axis=1)).mean())

@@ -110,7 +110,7 @@ def partial_names(path: Path) -> Iterator[Path]:
     """Names beside `path`, or beside the file that `path` links to: a rename replaces that file."""
     place = path.resolve() if path.is_symlink() else path
     for number in count(1):
-        suffix = _working_suffix(place)
+        suffix = working_suffix(place)
         yield place.with_name(f"{place.stem}.partial{f'-{number}' if number > 1 else ''}{suffix}")
 
 
@@ -144,7 +144,7 @@ def missing_parents(path: Path) -> list[Path]:
 
 def _kept(place: Path) -> list[Path]:
     """Partial files that hold something. The others are of killed runs, for the lock is ours, and go."""
-    pattern = re.compile(rf"{re.escape(place.stem)}\.partial(-\d+)?{re.escape(_working_suffix(place))}")
+    pattern = re.compile(rf"{re.escape(place.stem)}\.partial(-\d+)?{re.escape(working_suffix(place))}")
     kept = []
     for path in sorted(place.parent.iterdir()):
         if pattern.fullmatch(path.name):
@@ -156,7 +156,8 @@ def _kept(place: Path) -> list[Path]:
     return kept
 
 
-def _working_suffix(place: Path) -> str:
+def working_suffix(place: Path) -> str:
+    """The ending of the partial files of the video `place`."""
     kind = KINDS.get(place.suffix.lower())
     return ".mp4" if kind and kind.is_gif else place.suffix
 
