@@ -198,3 +198,19 @@ def test_a_folder_of_frames_appears_whole(tmp_path: Path) -> None:
     for place in (tmp_path / "missing" / "frames", path / "mine.txt"):
         with pytest.raises(OutputError):
             FrameFolder(place)
+
+
+def test_a_folder_of_frames_goes_on(tmp_path: Path) -> None:
+    """After the second frame of three that were written: the third is made again."""
+    frames, path = numbered(4), tmp_path / "frames"
+    stopped = FrameFolder(path)
+    for frame in frames[[0, 1, 3]]:
+        stopped.write(frame)
+    folder = FrameFolder(path, first=2)
+    assert sorted(os.listdir(folder.partial)) == ["00000.png", "00001.png"]
+    for frame in frames[2:]:
+        folder.write(frame)
+    folder.finish()
+    assert all((read_picture(path / f"{k:05}.png") == frames[k]).all() for k in range(4))
+    with pytest.raises(OutputError, match="lacks 00000.png"):
+        FrameFolder(tmp_path / "other", first=1)

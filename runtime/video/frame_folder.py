@@ -19,19 +19,32 @@ NUMBERED = re.compile(r"\d{5,}\.png")
 class FrameFolder:
     """`finish()` makes the final folder."""
 
-    def __init__(self, path: Path, overwrite: bool = False) -> None:
-        """Makes the working folder; one of an earlier job is replaced. Raises OutputError."""
+    def __init__(self, path: Path, overwrite: bool = False, first: int = 0) -> None:
+        """Makes the working folder in place of an earlier one, or with `first` goes on from that frame.
+
+        Raises OutputError, also for an earlier frame that is missing.
+        """
         require_free(path, overwrite)
-        self.path, self.frames = path, 0
+        self.path, self.frames = path, first
         self.partial = path.with_name(f"{path.name}.partial")
+        there = {file.name for file in self.partial.iterdir()} if self.partial.is_dir() else set()
+        kept = {_name(number) for number in range(first)}
+        if missing := kept - there:
+            raise OutputError(
+                f"{self.partial} lacks {min(missing)}, and the video goes on from frame {first}.",
+                "Leave out --frames, or begin anew.",
+            )
         with explained(path):
-            _remove(self.partial)
-            self.partial.mkdir()
+            if not first:
+                _remove(self.partial)
+                self.partial.mkdir()
+            for name in there - kept if first else ():
+                (self.partial / name).unlink()
 
     def write(self, frame: Picture) -> None:
         """Adds one picture [H, W, 3]."""
         with explained(self.path):
-            write_picture(self.partial / f"{self.frames:05}.png", frame)
+            write_picture(self.partial / _name(self.frames), frame)
         self.frames += 1
 
     def finish(self) -> Path:
@@ -39,6 +52,10 @@ class FrameFolder:
             _remove(self.path)
             os.replace(self.partial, self.path)
         return self.path
+
+
+def _name(number: int) -> str:
+    return f"{number:05}.png"
 
 
 def require_free(path: Path, overwrite: bool) -> None:
