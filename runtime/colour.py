@@ -52,9 +52,11 @@ class Colour:
             )
 
 
-def unused_match(colour: Colour | None, windows: int) -> Note | None:
-    """A note for a match to another window where there is none."""
+def unused_match(colour: Colour | None, windows: int, continues: bool) -> Note | None:
+    """A note for a match to another window where there is none. `continues`: there are carried frames."""
     if colour is None or colour.anchor == "reference" or windows > 1:
+        return None
+    if continues and colour.anchor == "carried":
         return None
     text = "The video is one window: there is no other to match its colours to."
     return Note(text, "colour_unused", {"anchor": colour.anchor})
@@ -122,8 +124,8 @@ class Matching:
         if self.wanted is None:
             wanted = Statistics()
             for piece in pieces:
+                yield piece.frames  # first: the caller stops at a frame that is not finite
                 wanted.add(piece.colours(CELL))
-                yield piece.frames
             self.wanted = wanted
             return
         waiting = list(pieces)

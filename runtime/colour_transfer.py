@@ -16,7 +16,7 @@ Array = NDArray[Any]  # float32
 Matrix = NDArray[np.float64]
 Transfer = Callable[[Array], Array]
 
-LEVELS = 4096  # of a histogram, those of wanted colours over [-1, 1]
+LEVELS = 4096  # per histogram; those of wanted colours are over [-1, 1]
 LEAST_VARIANCE = 1e-8  # a plane of one colour has none; this is the square of an 80th of an 8-bit level
 # Reinhard et al. 2001, "Color Transfer between Images". The inverse is exact: by the paper's rounded one
 # equal colours move by up to 2 of 255 levels. Natural logarithms give the same map as those of base 10. They
@@ -25,7 +25,7 @@ TO_LMS = np.array([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 
 FROM_LMS = np.linalg.inv(TO_LMS)
 TO_LAB = np.diag(np.sqrt([1 / 3, 1 / 6, 1 / 2])) @ np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]])
 FROM_LAB = np.linalg.inv(TO_LAB)
-DARKEST = 1 / 255  # of the range 0 to 1
+DARKEST = 1 / 255  # in the range 0 to 1
 
 
 class Statistics:
@@ -123,7 +123,7 @@ def histogram(colours: Array, wanted: Statistics) -> Transfer:
     """
     centres = (np.arange(LEVELS) + 0.5) * 2 / LEVELS - 1
     lowest = np.minimum(colours.min(axis=1), -1).astype(np.float64)
-    steps = (np.maximum(colours.max(axis=1), 1) - lowest) / LEVELS  # of their own levels
+    steps = (np.maximum(colours.max(axis=1), 1) - lowest) / LEVELS
     shifts = np.empty((3, LEVELS), np.float32)
     for c, (low, step, there) in enumerate(zip(lowest, steps, wanted.counts, strict=True)):
         own = np.bincount(_level(colours[c], low, step), minlength=LEVELS)

@@ -152,7 +152,7 @@ class Job:
     face_strength: float = 1.0
     loras: tuple[Lora, ...] = ()  # merged into the transformer; their order does not matter
     # Colour
-    colour: Colour | None = None  # what keeps the colours of later windows from drifting
+    colour: Colour | None = None  # against drift from window to window
 
     def __post_init__(self) -> None:
         check_fields(self)

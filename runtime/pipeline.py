@@ -114,7 +114,7 @@ def _stream(
         progress(note)
     if job.mode == "replace" and clips.face is None:
         progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
-    if unused := unused_match(job.colour, windows.total):
+    if unused := unused_match(job.colour, windows.total, job.inputs.continues):
         progress(unused)
     matching = Matching(job.colour, clips.reference)
     clock = _StepClock(model, job, windows.total, progress, should_stop)

@@ -217,9 +217,12 @@ def test_with_a_mask_the_person_alone_counts_and_changes() -> None:
 
 
 def test_a_frame_that_is_not_finite_passes_to_the_check() -> None:
-    matching = Matching(Colour("mkl", anchor="reference"), np.zeros((SIDE, SIDE, 3), np.uint8))
-    (frames,) = matching.window([np.full((3, 1, SIDE, SIDE), np.nan, np.float32)], None)
-    assert np.isnan(frames).all()
+    broken, anchors = np.full((3, 1, SIDE, SIDE), np.nan, np.float32), ("first", "carried", "reference")
+    for anchor in anchors:
+        matching = Matching(Colour("mkl", anchor=anchor), np.zeros((SIDE, SIDE, 3), np.uint8))
+        assert np.isnan(next(matching.window([broken, broken], None))).all()
+        list(matching.window([scene(0)], None))
+        assert np.isnan(next(matching.window([broken, broken], scene(0)))).all()
 
 
 def test_settings_of_a_match() -> None:
@@ -230,5 +233,12 @@ def test_settings_of_a_match() -> None:
     with pytest.raises(UsageError, match="would do nothing"):
         colour_options.colour_of(None, "first")
     assert colour_options.colour_of(("hm", 0.5), None) == Colour("hm", 0.5, "first")
-    assert unused_match(Colour("hm"), 1) and not unused_match(Colour("hm"), 2) and not unused_match(None, 1)
-    assert not unused_match(Colour("hm", anchor="reference"), 1)
+    first, carried, reference = (Colour("hm", anchor=anchor) for anchor in ("first", "carried", "reference"))
+    assert unused_match(first, 1, True) and unused_match(carried, 1, False)
+    for colour, count, continues in (
+        (first, 2, False),
+        (None, 1, False),
+        (reference, 1, False),
+        (carried, 1, True),
+    ):
+        assert not unused_match(colour, count, continues)

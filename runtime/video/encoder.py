@@ -29,7 +29,7 @@ DETERMINISTIC = "mbtree=0"
 class Codec:
     """A row of CODECS."""
 
-    encoder: str  # of ffmpeg
+    encoder: str  # ffmpeg's name
     crf: int | None  # the default on the encoder's own scale; None: there is none
     most_crf: int
     options: Mapping[str, str]
@@ -55,11 +55,11 @@ CODECS = {
 
 @dataclass(frozen=True)
 class Quality:
-    """What a user decides about the encoded pictures. None: the default of the file's kind or the codec."""
+    """Codec and quality of the pictures. None: the default of the file's kind or of the codec."""
 
     codec: str | None = None
     crf: int | None = None
-    preset: str | None = None  # of x264
+    preset: str | None = None  # x264's
 
     def encoding(self, kind: Kind, width: int, height: int, rate: Fraction) -> "Encoding":
         name = self.codec or kind.codecs[0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Kind:
     muxer: str  # of ffmpeg
-    codecs: tuple[str, ...]  # of the pictures; the first is the default (encoder.py)
+    codecs: tuple[str, ...]  # rows of encoder.py's CODECS; the first is the default
     sound: str  # encoder of sound that cannot be copied
     copied: frozenset[str]  # sound that common players accept in it
     is_gif: bool = False  # the working file is an mp4, of which the GIF is made in the end (gif.py)
