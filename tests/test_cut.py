@@ -126,6 +126,8 @@ SOUNDS = [
     ("30000/1001", 100, "aac.mp4"),
     ("25", 50, "late.mp4"),
     ("30", 7, "flac.mkv"),
+    ("30000/1001", 12, "early.mkv"),
+    ("24000/1001", 0, "early.mkv"),
 ]
 
 
@@ -135,6 +137,7 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_sound(folder / "aac.mp4", 6)
     make_sound(folder / "flac.mkv", 6, "flac", rate=44_100)
     make_sound(folder / "late.mp4", 6, start=2.5)
+    make_sound(folder / "early.mkv", 6, start=-0.4)
     return folder
 
 
