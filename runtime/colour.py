@@ -71,7 +71,7 @@ class Matching:
         """`reference` [h, w, 3] is of any size. `state` is that of an earlier process, to go on from."""
         self._colour = colour
         self.wanted: Statistics | None = None  # those of the first window, once it is decoded
-        if state is not None and state.size:
+        if state is not None:
             self.wanted = Statistics.unpacked(state)
         if colour is not None and colour.anchor == "reference":
             self.wanted = Statistics()
@@ -79,17 +79,18 @@ class Matching:
             self.wanted.add(planes.astype(np.float32) / np.float32(127.5) - 1)
 
     @property
-    def state(self) -> Array:
-        """All that later windows take from earlier ones, beside the frames carried over: float64, or empty.
+    def state(self) -> Array | None:
+        """All that later windows take from earlier ones, beside the frames carried over: float64.
+
         Call after a window.
         """
-        return np.empty(0) if self.wanted is None else self.wanted.packed()
+        return None if self.wanted is None else self.wanted.packed()
 
     def window(
         self, pieces: Iterable[Array], carried: Array | None, person: Array | None = None
     ) -> Iterator[Array]:
         """The window's frames, piece by piece, matched. `carried` [3, r, H, W] are the frames that its first
-        r continue; `person` [F, H, W] is 1 where frames are made, None: everywhere.
+        r continue; `person` [F, H/8, W/8] is 1 where frames are made, None: everywhere.
         """
         if self._colour is None:
             return iter(pieces)
@@ -103,7 +104,7 @@ class Matching:
     def _each(self, pieces: "Iterable[_Piece]") -> Iterator[Array]:
         for piece in pieces:
             single = [piece.part(k, k + 1) for k in range(piece.frames.shape[1])]
-            matched = [one.matched(self._fit(one.colours(1), self.wanted)) for one in single]
+            matched = [one.matched(self._fit(one.pixels(), self.wanted)) for one in single]
             yield np.concatenate(matched, axis=1)
 
     def _as_carried(self, pieces: "Iterable[_Piece]", carried: Array | None) -> Iterator[Array]:
@@ -115,8 +116,8 @@ class Matching:
                 head.append(next(coming))
             copies = _joined(head).part(0, count)
             wanted = Statistics()
-            wanted.add(replace(copies, frames=carried).colours(CELL))
-            transfer = self._fit(copies.colours(CELL), wanted)
+            wanted.add(replace(copies, frames=carried).cells())
+            transfer = self._fit(copies.cells(), wanted)
         for piece in chain(head, coming):
             yield piece.matched(transfer)
 
@@ -125,11 +126,11 @@ class Matching:
             wanted = Statistics()
             for piece in pieces:
                 yield piece.frames  # first: the caller stops at a frame that is not finite
-                wanted.add(piece.colours(CELL))
+                wanted.add(piece.cells())
             self.wanted = wanted
             return
         waiting = list(pieces)
-        transfer = self._fit(np.concatenate([p.colours(CELL) for p in waiting], axis=1), self.wanted)
+        transfer = self._fit(np.concatenate([p.cells() for p in waiting], axis=1), self.wanted)
         for piece in waiting:
             yield piece.matched(transfer)
 
@@ -144,18 +145,22 @@ class Matching:
 @dataclass(frozen=True)
 class _Piece:
     frames: Array  # [3, n, H, W]
-    person: Array | None  # [n, H, W], 1 where frames are made
+    person: Array | None  # [n, H/8, W/8], 1 where frames are made
 
     def part(self, start: int, stop: int) -> "_Piece":
         person = None if self.person is None else self.person[start:stop]
         return _Piece(self.frames[:, start:stop], person)
 
-    def colours(self, cell: int) -> Array:
-        """Means of square cells, [3, N]: of every frame, or of its person by the rule of the latent mask."""
-        cells = self.frames if cell == 1 else _shrunk(self.frames, cell)
+    def pixels(self) -> Array:
+        """The colours [3, N], in the person alone if there is one."""
         if self.person is None:
-            return cells.reshape(3, -1)
-        return cells[:, self.person[:, ::cell, ::cell] > 0]
+            return self.frames.reshape(3, -1)
+        return self.frames[:, self.person.repeat(CELL, axis=1).repeat(CELL, axis=2) > 0]
+
+    def cells(self) -> Array:
+        """The same for means of cells."""
+        cells = _shrunk(self.frames)
+        return cells.reshape(3, -1) if self.person is None else cells[:, self.person > 0]
 
     def matched(self, transfer: Transfer | None) -> Array:
         if transfer is None:
@@ -173,7 +178,7 @@ def _placed(pieces: Iterable[Array], person: Array | None) -> Iterator[_Piece]:
     done = 0
     for frames in pieces:
         end = done + frames.shape[1]
-        yield _Piece(frames, None if person is None else person[done:end])
+        yield _Piece(frames, None if person is None else person[done:end].astype(np.float32))
         done = end
 
 
@@ -183,15 +188,16 @@ def _joined(pieces: Sequence[_Piece]) -> _Piece:
     return _Piece(frames, np.concatenate(people) if people else None)
 
 
-def _shrunk(frames: Array, cell: int) -> Array:
-    size = frames.shape[3] // cell, frames.shape[2] // cell
+def _shrunk(frames: Array) -> Array:
+    size = frames.shape[3] // CELL, frames.shape[2] // CELL
     planes = frames.reshape(-1, *frames.shape[2:])
     shrunk = np.stack([cv2.resize(plane, size, interpolation=cv2.INTER_AREA) for plane in planes])
     return shrunk.reshape(*frames.shape[:2], *shrunk.shape[1:])
 
 
 def _softened(person: Array) -> Array:
-    """1 on the person, falling to 0 over the SOFT_EDGE pixels around it."""
-    side = SOFT_EDGE + 1
-    grown = cv2.dilate(person, np.ones((side, side), np.uint8))
+    """[H, W]: 1 on the person's cells [H/8, W/8], falling to 0 over the SOFT_EDGE pixels around them."""
+    side, size = SOFT_EDGE + 1, (person.shape[1] * CELL, person.shape[0] * CELL)
+    pixels = cv2.resize(person, size, interpolation=cv2.INTER_NEAREST)
+    grown = cv2.dilate(pixels, np.ones((side, side), np.uint8))
     return np.asarray(cv2.blur(grown, (side, side)), np.float32)

@@ -15,15 +15,18 @@ import numpy as np
 
 from trt_wan.errors import Stopped
 from trt_wan.runtime.colour import Matching, unused_match
-from trt_wan.runtime.conditioning import Pixels, Strengths, WindowClips, condition_window, to_signal
-from trt_wan.runtime.denoise import BetweenSteps, Branch, NotFiniteLatent, denoise, predict_window
+from trt_wan.runtime.conditioning import Pixels, Strengths, WindowClips, cells, encode_window, to_signal
+from trt_wan.runtime.context.parts import Part
+from trt_wan.runtime.context.predict import PredictUnder, predict_latents
+from trt_wan.runtime.context.settings import LATENT
+from trt_wan.runtime.denoise import BetweenSteps, Branch, NotFiniteLatent, Predict, denoise, predict_window
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.finite import Broken, explained, is_finite_sum
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import WindowCondition
-from trt_wan.runtime.networks.vae import decode
+from trt_wan.runtime.networks.vae import Read, decode
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.preparation import Prepared, prepare
 from trt_wan.runtime.schedulers import SAMPLERS
@@ -38,16 +41,21 @@ from trt_wan.runtime.video.clips import (
     soft_pixels,
 )
 from trt_wan.runtime.video.continued import frames_before, shifted
-from trt_wan.runtime.windows import Windows
+from trt_wan.runtime.video.stills import AnyClip
+from trt_wan.runtime.window_state import WindowState
+from trt_wan.runtime.windows import TRAINED_OVERLAPS, Windows
+
+MASKS_AT_A_TIME = 16  # frames of the mask clip that are read together
 
 ShouldStop = Callable[[], bool]
+Keep = Callable[[WindowState], None]
 
 
 class Opened(Protocol):
     """A model that stays open: any number of jobs, one after another."""
 
-    def begin(self, job: Job, width: int, height: int, progress: Progress) -> Model:
-        """The model at the size of a job, with memory for its windows and steps."""
+    def begin(self, job: Job, width: int, height: int, frames: int, progress: Progress) -> Model:
+        """The model at the size of a job, with memory for its windows and steps. `frames` are the clips'."""
         ...
 
     def texts(self, model: Model, job: Job, progress: Progress) -> list[Array]:
@@ -64,9 +72,14 @@ def stream_pieces(
     clips: Clips | None = None,
     progress: Progress = silent,
     should_stop: ShouldStop = lambda: False,
+    begin_from: WindowState | None = None,
+    keep: Keep | None = None,
 ) -> Iterator[Array]:
     """Yields the decoded frames in pieces, before clamping to [-1, 1] and rounding: float32 [3, n, H, W].
     Together they have as many frames as the driving clip.
+
+    With `begin_from` the windows that were finished then are skipped, and the frames that they gave are not
+    yielded. `keep` gets the state after every window, when its last piece has been consumed.
 
     `clips` are the job's, if they are open already. `should_stop` is asked between steps, and elsewhere
     before every network; it ends the stream with `Stopped`. Raises TrtWanError. Every check that needs no
@@ -74,28 +87,42 @@ def stream_pieces(
     read from another thread (video/writer_thread.py).
     """
     if clips is None:
-        with open_clips(job.inputs, job.window) as clips:
-            yield from stream_pieces(job, opened, clips=clips, progress=progress, should_stop=should_stop)
+        with open_clips(job.inputs, job.history) as clips:
+            yield from stream_pieces(
+                job,
+                opened,
+                clips=clips,
+                progress=progress,
+                should_stop=should_stop,
+                begin_from=begin_from,
+                keep=keep,
+            )
         return
     try:
-        yield from _stream(job, opened, clips, progress, should_stop)
+        yield from _stream(job, opened, clips, progress, should_stop, begin_from, keep)
     except Broken as broken:
         fault = broken
     else:
         return
     fault.__traceback__ = fault.__context__ = None  # its frames hold the arrays of the GPU
     progress(Note("A result is not a number: computing it again to find the layer.", "not_finite"))
-    raise explained(opened.begin(job, clips.width, clips.height, silent), fault)
+    raise explained(opened.begin(job, clips.width, clips.height, clips.frames, silent), fault)
 
 
 def _stream(
-    job: Job, opened: Opened, clips: Clips, progress: Progress, should_stop: ShouldStop
+    job: Job,
+    opened: Opened,
+    clips: Clips,
+    progress: Progress,
+    should_stop: ShouldStop,
+    begin_from: WindowState | None,
+    keep: Keep | None,
 ) -> Iterator[Array]:
     """`stream_pieces`. Raises Broken for numbers that are not finite."""
     # 1. Plan: everything that can be refused is refused here.
     before = frames_before(job.inputs, job.overlap, clips.width, clips.height, clips.rate)
-    known = () if before is None else before
-    windows = Windows(len(known) + clips.frames, job.window, job.overlap)
+    known = 0 if before is None else len(before)
+    windows = job.windows(known + clips.frames)
     schedule = make_schedule(job.grid, job.steps, job.shift)
 
     def told(event: Event) -> None:
@@ -104,19 +131,18 @@ def _stream(
             raise Stopped("Stopped while the model was being opened.")
 
     told(StageStarted("weights"))
-    model = opened.begin(job, clips.width, clips.height, told)
+    model = opened.begin(job, clips.width, clips.height, windows.clip_frames, told)
     config, plan = model.config, model.plan
     assert config.motion.size == FACE_SIZE, (
         f"face crops are {FACE_SIZE}, {config.name} takes {config.motion.size}"
     )
     latent_size = plan.latent_height, plan.latent_width
-    for note in clips.notes:
+    for note in (*clips.notes, *_long_notes(job, windows)):
         progress(note)
     if job.mode == "replace" and clips.face is None:
         progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
     if unused := unused_match(job.colour, windows.total, job.inputs.continues):
         progress(unused)
-    matching = Matching(job.colour, clips.reference)
     clock = _StepClock(model, job, windows.total, progress, should_stop)
 
     # 2. Prepare: text, image, time, rotary tables and the reference slot are the same for all windows.
@@ -125,52 +151,52 @@ def _stream(
         model.release("text_encoder_layer")
         progress(StageStarted("image"))
         prepared = prepare(model, texts, clips.reference, list(schedule.timesteps))
-    generator = CpuGenerator(job.seed)
-    strengths = Strengths(job.pose_strength, job.face_strength)
+    first, generator = 0, CpuGenerator(job.seed)
     carried: Array | None = None if before is None else to_signal(before)
+    if begin_from is None:
+        _skip_noise(generator, job, windows, (config.vae.latent_channels, *latent_size))
+    else:
+        first, carried = begin_from.done, begin_from.carried
+        generator = CpuGenerator.from_state(begin_from.generator)
+    matching = Matching(job.colour, clips.reference, None if begin_from is None else begin_from.colours)
+    strengths = Strengths(job.pose_strength, job.face_strength)
     soft_before = False
 
-    for j in range(windows.total):
+    for j in range(first, windows.total):
         here = {"window": j + 1, "windows": windows.total}
 
         # 3. Condition: pose, face, background, mask and the frames carried over, for this window.
         progress(StageStarted("condition", **here))
         with model.checked(clock.stop_before_next):
-            signals = window_clips(
-                clips, shifted(windows.indices(j), len(known), clips.lead), grey_face=job.mode == "replace"
-            )
+            signals = _signals(job, clips, j, known)
             if signals.soft and not soft_before:
                 progress(_soft_mask(clips, signals.soft, j))
             soft_before = soft_before or signals.soft > 0
-            window = condition_window(model, prepared.reference, signals, carried, strengths)
+            window = encode_window(model, prepared.reference, signals, carried, strengths)
+            context = job.context_plan(windows.length(j))
+            predict = predict_latents(model, window, context, _under(model, job, prepared), clock.between(j))
 
         # 4. Denoise.
         progress(StageStarted("denoise", **here))
-        noise = generator.randn((config.vae.latent_channels, plan.slots, *latent_size))
-        predict = predict_window(model, prepared, branches(job, prepared, window), job.guidance)
+        slots = (windows.length(j) - 1) // 4 + 2
+        noise: Array = generator.randn((config.vae.latent_channels, slots, *latent_size))
+        noise = noise if context is None else context.reorder(noise, generator)
         solver = SAMPLERS[job.sampler](schedule, model.executor.combine)
         try:
             latent = denoise(predict, noise, solver, job.steps, clock.window(j), model.executor.is_finite)
         except NotFiniteLatent as found:
             when = f"window {j + 1} of {windows.total}, step {found.step + 1} of {job.steps}"
-            again = _Step(
-                job,
-                clips,
-                texts,
-                shifted(windows.indices(j), len(known), clips.lead),
-                carried,
-                found.step,
-                found.latent,
-            )
+            again = _Step(job, clips, texts, j, known, carried, found.step, found.latent)
             raise Broken(when, again) from None
 
         # 5. Decode without the reference slot; the last frames are carried into the next window as matched.
         progress(StageStarted("decode", **here))
         kept, done = windows.keep(j), 0
-        kept = slice(max(kept.start, len(known)), kept.stop)
+        kept = slice(max(kept.start, known), kept.stop)
         continued, carried = carried, None
-        latents = np.asarray(latent)[:, 1:]
-        del latent, solver, predict, window
+        finished = np.asarray(latent)
+        latents = finished[:, 1:]
+        del latent, solver, predict, window, noise
         with model.checked(clock.stop_before_next):
             for frames in matching.window(decode(model, latents), continued, signals.person):
                 if not is_finite_sum(frames):
@@ -180,18 +206,39 @@ def _stream(
                 if (piece := frames[:, max(kept.start - done, 0) : max(kept.stop - done, 0)]).shape[1]:
                     yield piece
                 done += frames.shape[1]
-        if j == 0:
+        if j == first:
             model.executor.settle()
+        if keep is not None:
+            assert carried is not None, "a window has frames"
+            keep(WindowState(j + 1, carried, generator.state(), finished, matching.state))
         progress(WindowDone(j + 1, windows.total, kept.stop - kept.start))
 
 
-def branches(job: Job, prepared: Prepared, window: WindowCondition) -> list[Branch]:
-    """The conditional side, and with guidance the unconditional one."""
+def _under(model: Model, job: Job, prepared: Prepared) -> PredictUnder:
+    def under(window: WindowCondition, part: Part | None) -> Predict:
+        return predict_window(model, prepared, branches(job, prepared, window, part), job.guidance)
+
+    return under
+
+
+def branches(job: Job, prepared: Prepared, window: WindowCondition, part: Part | None = None) -> list[Branch]:
+    """The conditional side, and with guidance the unconditional one. `part` is a context window: prompts that
+    change over the video are chosen here.
+    """
     sides = [Branch(prepared.contexts[0], window)]
     if job.guided:
         face = None if window.face is None else prepared.blank_face
         sides.append(Branch(prepared.contexts[1], replace(window, face=face)))
     return sides
+
+
+def _skip_noise(generator: CpuGenerator, job: Job, windows: Windows, slot: tuple[int, ...]) -> None:
+    """The wrapper draws noise for the whole video first and leaves it aside (kijai_semantics.md 2.4). `slot`
+    is the shape of one of its slots, a multiple of 16 numbers, so slot by slot is the same as all at once.
+    """
+    if job.compat is not None and windows.total > 1:
+        for _ in range((windows.clip_frames - 1) // LATENT + 2):
+            generator.randn(slot)
 
 
 def _decode_again(latents: Array, model: Model) -> None:
@@ -206,34 +253,86 @@ class _Step:
     job: Job
     clips: Clips
     texts: Sequence[Array]
-    indices: list[int]
+    window: int
+    known: int
     carried: Array | None
     step: int
     latent: Array
 
     def __call__(self, model: Model) -> None:
+        if self.job.context is None or not self.job.context.whole:
+            return self._compute(model, self.clips)
+        with open_clips(self.job.inputs, self.job.history) as clips:  # the first frames are gone
+            self._compute(model, clips)
+
+    def _compute(self, model: Model, clips: Clips) -> None:
         job, schedule = self.job, make_schedule(self.job.grid, self.job.steps, self.job.shift)
-        prepared = prepare(model, self.texts, self.clips.reference, list(schedule.timesteps))
-        signals = window_clips(self.clips, self.indices, grey_face=job.mode == "replace")
+        windows = job.windows(self.known + clips.frames)
+        prepared = prepare(model, self.texts, clips.reference, list(schedule.timesteps))
+        j = self.window
+        signals = _signals(job, clips, j, self.known)
         strengths = Strengths(job.pose_strength, job.face_strength)
-        window = condition_window(model, prepared.reference, signals, self.carried, strengths)
-        predict_window(model, prepared, branches(job, prepared, window), job.guidance)(self.step, self.latent)
+        window = encode_window(model, prepared.reference, signals, self.carried, strengths)
+        context = job.context_plan(windows.length(j))
+        predict_latents(model, window, context, _under(model, job, prepared))(self.step, self.latent)
 
 
-def window_clips(clips: Clips, indices: list[int], grey_face: bool) -> WindowClips:
-    """The frames `indices` of every clip. `grey_face` stands in for a face clip that is not given."""
-    pose = None if clips.pose is None else to_signal(clips.pose.window(indices))
-    face = background = person = None
+def _signals(job: Job, clips: Clips, j: int, known: int) -> WindowClips:
+    """Window j of every clip. `known` frames come before the clip."""
+    windows = job.windows(known + clips.frames)
+    indices, masked = (
+        shifted(numbers, known, clips.lead) for numbers in (windows.indices(j), windows.mask_indices(j))
+    )
+    return window_clips(clips, indices, job.mode == "replace", masked)
+
+
+def window_clips(
+    clips: Clips, indices: list[int], grey_face: bool, mask_indices: list[int] | None = None
+) -> WindowClips:
+    """The frames `indices` of every clip, `mask_indices` of the mask where they differ. `grey_face` stands in
+    for a face clip that is not given.
+    """
+    pose = face = background = person = None
     soft = 0
+    if clips.pose is not None:
+        pose = _reader(clips.pose, indices)
     if clips.face is not None:
-        face = to_signal(clips.face.window(indices)).transpose(1, 0, 2, 3)
+        crops = _reader(clips.face, indices)
+        face = lambda start, stop: crops(start, stop).transpose(1, 0, 2, 3)  # noqa: E731
     elif grey_face:
-        face = np.broadcast_to(np.float32(0), (len(indices), 3, FACE_SIZE, FACE_SIZE))
+        face = lambda start, stop: np.zeros((stop - start, 3, FACE_SIZE, FACE_SIZE), np.float32)  # noqa: E731
     if clips.background is not None and clips.mask is not None:
-        background = to_signal(frames_of(clips.background, indices))
-        masks = frames_of(clips.mask, indices)
-        person, soft = people_of(masks).astype(np.float32), soft_pixels(masks)
-    return WindowClips(pose, face, background, person, soft)
+        background = _reader(clips.background, indices)
+        person, soft = _person(clips.mask, indices if mask_indices is None else mask_indices)
+    return WindowClips(len(indices), pose, face, background, person, soft)
+
+
+def _reader(clip: AnyClip, indices: Sequence[int]) -> Read:
+    return lambda start, stop: to_signal(frames_of(clip, indices[start:stop]))
+
+
+def _person(clip: AnyClip, indices: Sequence[int]) -> tuple[Array, int]:
+    """The person's cells [frames, h, w], and the number of soft pixels."""
+    made, soft = [], 0
+    for start in range(0, len(indices), MASKS_AT_A_TIME):
+        masks = frames_of(clip, indices[start : start + MASKS_AT_A_TIME])
+        made.append(cells(people_of(masks)).copy())
+        soft += soft_pixels(masks)
+    return np.concatenate(made), soft
+
+
+def _long_notes(job: Job, windows: Windows) -> list[Note]:
+    notes = []
+    if windows.total > 1 and job.overlap not in TRAINED_OVERLAPS:
+        text = f"{job.overlap} frames are carried from window to window; the model was trained with 1 and 5."
+        notes.append(Note(text, "untrained_overlap", {"overlap": job.overlap}))
+    plan = job.context_plan(windows.length(0))
+    if plan is not None:
+        counts = sorted({len(plan.parts(step)) for step in range(job.steps)})
+        parts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+        text = f"A step takes {parts} context windows of {job.model_window} frames"
+        notes.append(Note(f"{text} over {windows.length(0)}.", "context", {"windows": counts}))
+    return notes
 
 
 def _soft_mask(clips: Clips, soft: int, window: int) -> Note:
@@ -282,6 +381,16 @@ class _StepClock:
         """Call before a network outside the steps."""
         if self.should_stop():
             raise Stopped("Stopped between two networks, outside the denoising steps.")
+
+    def between(self, j: int) -> Callable[[], None]:
+        """Call before each context window of a step: it waits for the one before."""
+
+        def between() -> None:
+            self.wait()
+            if self.should_stop():
+                raise Stopped(f"Stopped in window {j + 1} of {self.windows}, between two context windows.")
+
+        return between
 
     def window(self, j: int) -> BetweenSteps:
         self.wait()

@@ -486,7 +486,7 @@ def test_ctrl_c_ends_a_build_which_can_be_started_again(
 ) -> None:
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
     process = start(as_argv(BUILD))
-    read_until(process, "exported text_encoder_layer in")
+    read_until(process, "text_encoder_layer  exported in")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert (
@@ -645,7 +645,9 @@ REFUSALS = {
     "seed too large": Refusal(
         2, "usage", f"The seed {2**64} does not fit", "--seed 0", ("--seed", str(2**64))
     ),
-    "seed too small": Refusal(2, "usage", "does not fit in 64 bits", "--seed", ("--seed", str(-(2**63) - 1))),
+    "a random seed": Refusal(
+        2, "usage", f"-1 is not a number from 0 to {2**64 - 1}", "use --seed $RANDOM", ("--seed", "-1")
+    ),
     "unknown weights folder": Refusal(
         1,
         "weights_unusable",
@@ -687,8 +689,8 @@ def test_a_refusal_in_words(place: Workplace, tmp_path: Path) -> None:
     for options in ([], ["-q"]):
         result = invoke(*run_arguments(place, tmp_path / "o.mp4", "--overlap", "2", *options))
         *_, message, hint = result.stderr.splitlines()
-        assert message == "Error: An overlap of 2 frames is not possible: the model continues from 1 or 5."
-        assert hint == "Use --overlap 1 or --overlap 5."
+        assert message == "Error: An overlap of 2 frames is not possible: it must be 4k+1."
+        assert hint == "Use --overlap 1 or --overlap 5; the model was trained with 1 and 5."
         assert (result.exit_code, result.stdout) == (2, "")
 
 

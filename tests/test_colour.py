@@ -200,8 +200,8 @@ def test_every_frame_alone_gets_the_colours_of_the_reference() -> None:
 
 def test_with_a_mask_the_person_alone_counts_and_changes() -> None:
     """The background of later windows is far off, and neither moves the person's colours nor changes."""
-    person = np.zeros((WINDOW, SIDE, SIDE), np.float32)
-    person[:, :, :8] = 1
+    person = np.zeros((WINDOW, SIDE // 8, SIDE // 8), bool)
+    person[:, :, 0] = True
     matching = Matching(Colour("mkl", anchor="first"), np.zeros((SIDE, SIDE, 3), np.uint8))
     frames = np.concatenate([scene(k) for k in range(WINDOW)], axis=1)
     first = np.concatenate(list(matching.window([frames[:, :1], frames[:, 1:]], None, person)), axis=1)

@@ -21,7 +21,8 @@ from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import MemoryShort
 from trt_wan.runtime import pipeline
-from trt_wan.runtime.executors import Array
+from trt_wan.runtime.context.settings import Context
+from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.text_encoder import encode_texts
@@ -76,6 +77,15 @@ class Counting:
         held = [self._on_device(term, "float32") for _, term in terms]
         return cast(Array, Bytes(self, held[0].shape, "float32"))
 
+    def take(self, array: Array, slots: Sequence[int]) -> Array:
+        held = self._on_device(array, "float32")
+        return cast(Array, Bytes(self, (held.shape[0], len(slots), *held.shape[2:]), "float32"))
+
+    def blend(self, slots: int, parts: Sequence[BlendPart], onto: Array | None = None) -> Array:
+        ((_, _, array),) = parts
+        shape = (array.shape[0], slots, *array.shape[2:])
+        return cast(Array, Bytes(self, shape, "float32")) if onto is None else onto
+
     def is_finite(self, array: Array) -> bool:
         return True
 
@@ -102,7 +112,9 @@ class BlankClip:
         return np.zeros((len(indices), *self.size, 3), np.uint8)
 
 
-def counted(plan: Plan, guidance: float, steps: int, windows: int) -> int:
+def counted(
+    plan: Plan, guidance: float, steps: int, windows: int, context: Context | None = None, more: int = 0
+) -> int:
     """The peak of a whole job with all clips, through the pipeline that a GPU runs."""
     executor = Counting()
     weights = {part: RandomWeights(TINY, part, 0) for part in PARTS}
@@ -117,17 +129,18 @@ def counted(plan: Plan, guidance: float, steps: int, windows: int) -> int:
             return encode_texts(model, tokenizer, job.prompts)
 
     clip, face = BlankClip(plan.height, plan.width), BlankClip(512, 512)
-    frames = plan.frames + (windows - 1) * (plan.frames - 1)
+    frames = plan.frames + (windows - 1) * (plan.frames - 1) + more
     blank = cast(Any, (clip, face, clip, clip))
     size = plan.width, plan.height
     reference = np.zeros((plan.height, plan.width, 3), np.uint8)
     clips = Clips(reference, *blank, *size, frames=frames, rate=Fraction(16))
     job = Job(
         Inputs(Path("ref"), Path("pose"), Path("face")),
-        window=plan.frames,
+        window=plan.frames if context is None else Job.window,
         overlap=1,
         steps=steps,
         guidance=guidance,
+        context=context,
     )
     made = sum(window.shape[1] for window in pipeline.stream_pieces(job, Opened(), clips=clips))
     assert made == frames
@@ -156,6 +169,17 @@ def test_activation_bytes_do_for_every_job(
 ) -> None:
     needed = counted(plan, guidance, steps, windows)
     assert needed <= activation_bytes(TINY, plan, guidance > 1, steps) <= 1.03 * needed
+
+
+@pytest.mark.parametrize("plan", PLANS[::3], ids=lambda p: f"{p.width}x{p.height}x{p.frames}")
+@pytest.mark.parametrize(("guidance", "more"), [(1.0, 4), (3.0, 200)])
+def test_activation_bytes_do_for_context_windows(plan: Plan, guidance: float, more: int) -> None:
+    """The whole latent, its fused velocity and one part, whatever the number of parts."""
+    context = Context(frames=plan.frames, overlap=4)
+    whole = Job(Inputs(Path("r"), Path("p"), None), context=context).context_plan(plan.frames + more)
+    needed = counted(plan, guidance, 5, 1, context, more)
+    planned = activation_bytes(TINY, plan, guidance > 1, 5, whole)
+    assert needed <= planned <= 1.03 * needed
 
 
 def test_activation_bytes_grow_with_size_and_guidance() -> None:

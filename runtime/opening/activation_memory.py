@@ -14,11 +14,14 @@ import numpy as np
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
 from trt_wan.engines.shape import Plan
-from trt_wan.runtime.conditioning import Strengths, WindowClips, condition_window
-from trt_wan.runtime.denoise import Branch, denoise, predict_window
+from trt_wan.runtime.conditioning import Strengths, WindowClips, encode_window
+from trt_wan.runtime.context.parts import ContextPlan, Part
+from trt_wan.runtime.context.predict import predict_latents
+from trt_wan.runtime.denoise import Branch, Predict, denoise, predict_window
 from trt_wan.runtime.device.arena import Arena, Span
 from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import decode
 from trt_wan.runtime.preparation import prepare
 from trt_wan.runtime.schedulers import UniPC, schedule
@@ -26,6 +29,7 @@ from trt_wan.runtime.schedulers import UniPC, schedule
 UNBOUNDED = 1 << 50
 STEPS = 4  # enough for every sampler to reach its full memory of earlier steps
 WINDOWS = 3
+PARTS = 2  # context windows of a step: each frees its memory before the next
 # Which gaps remain between arrays depends on the steps and windows before: of 1 to 10 steps and 1 to 3
 # windows, none needed more than 0.4 % more (both models, 64x48x5 to 1280x720x81).
 MARGIN = 0.02
@@ -72,8 +76,8 @@ class _Rehearsal:
     def join(self, arrays: Sequence[Array]) -> Array:
         return self._like(arrays[0], sum(array.shape[1] for array in arrays), str(arrays[0].dtype))
 
-    def blend(self, slots: int, parts: Sequence[BlendPart]) -> Array:
-        return self._like(parts[0][2], slots, "float32")
+    def blend(self, slots: int, parts: Sequence[BlendPart], onto: Array | None = None) -> Array:
+        return self._like(parts[0][2], slots, "float32") if onto is None else onto
 
     def is_finite(self, array: Array) -> bool:
         return True
@@ -95,37 +99,55 @@ class _Rehearsal:
 
 
 @cache
-def activation_bytes(config: ModelConfig, plan: Plan, guided: bool, steps: int) -> int:
-    """Bytes of the arena that a job needs with all its clips."""
+def activation_bytes(
+    config: ModelConfig, plan: Plan, guided: bool, steps: int, context: ContextPlan | None = None
+) -> int:
+    """Bytes of the arena that a job needs with all its clips. `context` is of its longest window."""
     executor = _Rehearsal()
-    _rehearse(Model(config, plan, executor, {}), guided, steps)
+    _rehearse(Model(config, plan, executor, {}), guided, steps, context and _few(context))
     return int(executor.arena.peak * (1 + MARGIN))
 
 
-def _rehearse(model: Model, guided: bool, steps: int) -> None:
+class _Few(ContextPlan):
+    def parts(self, step: int) -> tuple[Part, ...]:
+        return super().parts(step)[:PARTS]
+
+
+def _few(plan: ContextPlan) -> ContextPlan:
+    return _Few(plan.context, plan.slots, plan.size, plan.compat)
+
+
+def _rehearse(model: Model, guided: bool, steps: int, context: ContextPlan | None) -> None:
     """A job of WINDOWS windows. Every time embedding is taken, but only the first STEPS steps are."""
     config, plan = model.config, model.plan
     text = np.zeros((config.text.length, config.text.dim), np.float32)
     picture = np.zeros((plan.height, plan.width, 3), np.uint8)
     prepared = prepare(model, [text] * (1 + guided), picture, [0.0] * steps)
     zero = np.float32(0)
-    clip = np.broadcast_to(zero, (3, plan.frames, plan.height, plan.width))
-    faces = np.broadcast_to(zero, (plan.frames, 3, config.motion.size, config.motion.size))
-    noise = np.zeros(
-        (config.vae.latent_channels, plan.slots, plan.latent_height, plan.latent_width), zero.dtype
-    )
+    slots = plan.slots if context is None else context.slots
+    count, size = 4 * (slots - 2) + 1, config.motion.size
+
+    def frames(start: int, stop: int) -> Array:
+        return np.broadcast_to(zero, (3, stop - start, plan.height, plan.width))
+
+    def faces(start: int, stop: int) -> Array:
+        return np.broadcast_to(zero, (stop - start, 3, size, size))
+
+    def under(window: WindowCondition, part: Part | None) -> Predict:
+        branches = [Branch(context, window) for context in prepared.contexts]
+        return predict_window(model, prepared, branches, 2.0)
+
+    noise = np.zeros((config.vae.latent_channels, slots, plan.latent_height, plan.latent_width), zero.dtype)
     steps = min(steps, STEPS)
     levels = schedule("official", steps, 5.0)
     for _ in range(WINDOWS):
-        window = condition_window(
-            model, prepared.reference, WindowClips(clip, faces), clip[:, :1], Strengths()
-        )
-        branches = [Branch(context, window) for context in prepared.contexts]
-        predict = predict_window(model, prepared, branches, 2.0)
+        clips = WindowClips(count, frames, faces)
+        window = encode_window(model, prepared.reference, clips, frames(0, 1), Strengths())
+        predict = predict_latents(model, window, context, under)
         solver = UniPC(levels, model.executor.combine)
         latents = np.asarray(
             denoise(predict, noise, solver, steps, lambda step: None, model.executor.is_finite)
         )[:, 1:]
-        del solver, predict, branches, window
+        del solver, predict
         for _ in decode(model, latents):
             pass

@@ -13,6 +13,7 @@ import click
 
 from trt_wan.cli.colour_options import colour_of, colour_options
 from trt_wan.cli.command import command, note
+from trt_wan.cli.context_options import context_options, take_context
 from trt_wan.cli.continue_options import continue_options
 from trt_wan.cli.cut_options import cut_of, cut_options
 from trt_wan.cli.missing import require_graphs
@@ -30,11 +31,12 @@ from trt_wan.cli.preset import with_preset
 from trt_wan.cli.report import Report
 from trt_wan.cli.sections import SectionedCommand
 from trt_wan.cli.stopping import stop_at_a_safe_point
-from trt_wan.errors import TrtWanError, UsageError
+from trt_wan.errors import TrtWanError, UsageError, shown, some_of
 from trt_wan.runtime.presets import PRESETS
 
 if TYPE_CHECKING:
     from trt_wan.runtime.colour import Colour
+    from trt_wan.runtime.context.settings import Compat, Context
     from trt_wan.runtime.job import Inputs, Job, Lora
     from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.settings import Settings, WeightFiles
@@ -85,6 +87,8 @@ class RunOptions:
     cut: "Cut | None" = None
     start_frame: Path | None = None
     extend: Path | None = None
+    context: "Context | None" = None
+    compat: "Compat | None" = None
     trim_to_shortest: bool = False
     reference_background: str = "white"
     build: bool = True  # whether missing graphs are exported
@@ -151,19 +155,47 @@ def _loras(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
     try:
         return tuple(Lora(*_file_and_strength(value)) for value in values)
     except UsageError as error:
-        raise click.BadParameter(error.message) from error
+        raise click.BadParameter(f"{error.message} {error.hint}.") from error
 
 
 def _file_and_strength(value: str) -> tuple[Path, float]:
+    """Raises UsageError where no file is named, or a strength that is no number."""
     file, strength = value, 1.0
     if not os.path.isfile(value):
         before, colon, last = value.rpartition(":")
         if colon and before:
             with suppress(ValueError):
                 file, strength = before, float(last)
+            if file == value and os.path.isfile(before):
+                raise _no_strength(before, last)
+    if os.path.isdir(file):
+        raise UsageError(f"{file!r} is a folder{_loras_in(Path(file))}.", "Name a file: --lora FILE")
     if not os.path.isfile(file):
-        raise click.BadParameter(f"File {file!r} does not exist. Write FILE or FILE:STRENGTH.")
+        before, _, last = file.rpartition(":")
+        while before and not os.path.isfile(before):
+            before = before.rpartition(":")[0]
+        if before:
+            raise _no_strength(before, value.removeprefix(f"{before}:"))
+        raise UsageError(f"File {file!r} does not exist.", "Write FILE or FILE:STRENGTH")
     return Path(file), strength
+
+
+def _no_strength(file: str, strength: str) -> UsageError:
+    from trt_wan.runtime.job import MOST_LORA_STRENGTH
+
+    return UsageError(
+        f"{shown(strength)!r} behind {file!r} is no strength: it is one number from -{MOST_LORA_STRENGTH} to "
+        f"{MOST_LORA_STRENGTH}, mostly 1.",
+        "Write --lora FILE:STRENGTH, such as --lora FILE:0.8",
+    )
+
+
+def _loras_in(folder: Path) -> str:
+    """The LoRAs in a folder, in a sentence after its name."""
+    from trt_wan.runtime.preset_loras import loras_below
+
+    names = [str(path.relative_to(folder)) for path in loras_below(folder)]
+    return f", with the LoRAs {some_of(names)}" if names else ", without a LoRA in it"
 
 
 def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -190,7 +222,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 )
 @click.option(
     "--weights",
-    type=FOLDER,
+    type=click.Path(path_type=Path),
     multiple=True,
     help="Folder with the checkpoints, which are known by content; may be repeated.",
 )
@@ -222,8 +254,13 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option("--shift", type=float, default=5.0, show_default=True, help="Moves the levels towards noise.")
 @click.option("--window", type=int, default=77, show_default=True, help="Frames per window, 4k+1.")
 @click.option(
-    "--overlap", type=int, default=1, show_default=True, help="Frames carried to the next window: 1 or 5."
+    "--overlap",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Frames carried to the next window, 4k+1; the model was trained with 1 and 5.",
 )
+@context_options
 @click.option(
     "--pose-strength", type=float, default=1.0, show_default=True, help="0 leaves the pose clip aside."
 )
@@ -339,11 +376,20 @@ def run(
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
     given["colour"] = colour_of(given.pop("colour_match"), given.pop("colour_anchor"))
     given["cut"] = cut_of(given.pop("start"), given.pop("end"))
-    options = RunOptions(**with_preset(report, given.pop("preset"), given))
+    context = take_context(given)
+    compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
+    made = with_preset(report, given.pop("preset"), given)
+    options = RunOptions(**made, context=context, compat=compat)
     if paste_back and options.mode == "animate":
         raise UsageError(
             "In the mode animate there is nothing to paste back.",
             "Leave out --paste-back, or use --mode replace.",
+        )
+    if options.seed is not None and options.seed < 0:  # -1 is a random seed in other programs
+        raise UsageError(
+            f"The seed {shown(options.seed)} is not a number from 0 to {2**64 - 1}, and none is random.",
+            "For another video each time use --seed $RANDOM. PyTorch's negative seeds are large ones: here "
+            f"--seed {options.seed % 2**64}.",
         )
     if options.negative_prompt is not None and not (options.guidance or 1) > 1:
         raise UsageError(
@@ -400,13 +446,13 @@ def render_prepared(
     check_target(output, overwrite)
     with (
         claimed(output, report.progress),
-        open_clips(job.inputs, job.window) as clips,
+        open_clips(job.inputs, job.history) as clips,
         ExitStack() as until_the_model_is_closed,
     ):
         frames_before(job.inputs, job.overlap, clips.width, clips.height, clips.rate)  # to refuse it now
         basis = basis or open_basis(files, settings, report.progress)
         basis.require_loras(job.loras)
-        require_graphs(report, basis, clips.width, clips.height, job.window, options.build)()
+        require_graphs(report, basis, clips.width, clips.height, job.model_window, options.build)()
         with basis.open() as model:
             stop = until_the_model_is_closed.enter_context(stop_at_a_safe_point())
             result = render(
@@ -465,11 +511,11 @@ def _prepare_beside(
 
     def planned(width: int, height: int) -> Callable[[], None]:
         frames_before(job.inputs, job.overlap, width, height, preparing["rate"])
-        export = require_graphs(report, basis, width, height, job.window, options.build)
+        export = require_graphs(report, basis, width, height, job.model_window, options.build)
 
         def make() -> None:
             export()
-            basis.make_engines(Plan(width, height, job.window, basis.precision), report.progress)
+            basis.make_engines(Plan(width, height, job.model_window, basis.precision), report.progress)
 
         return make
 
@@ -490,6 +536,8 @@ def _refuse_preparing(reference: Path | None) -> None:
     context = click.get_current_context()
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
+        if parameter.name == "compat" and context.params["compat"] == "kijai":
+            continue  # it is about the windows too
         if parameter.name in PREPARING_NAMES and source is click.core.ParameterSource.COMMANDLINE:
             off = context.params[parameter.name] is False
             given = given or (parameter.secondary_opts if off else parameter.opts)[0]

@@ -9,6 +9,9 @@ SECTIONS = {
         *("window", "overlap", "audio", "reference_background", "trim_to_shortest", "paste_back"),
         *("start_frame", "extend", "codec", "crf", "frames"),
     ),
+    "Context windows": (
+        *("context", "context_frames", "context_stride", "context_overlap", "context_fuse", "freenoise"),
+    ),
     "Sampling": (
         *("preset", "prompt", "negative_prompt", "steps", "guidance", "seed", "sampler", "grid", "shift"),
         *("pose_strength", "face_strength", "colour_match", "colour_anchor"),
