@@ -91,6 +91,7 @@ class WindowClips:
     background: Read | None = None  # [3, frames, H, W]
     person: Array | None = None  # `cells`, [frames, h, w], 0 or 1
     soft: int = 0  # pixels of the mask clip that are neither black nor white
+    init: Read | None = None  # [3, frames, H, W]
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,13 @@ def encode_window(
     motion = None if clips.face is None else encode_motion(model, clips.face, count)
     strengths = replace(strengths, pose=0.0 if clips.pose is None else strengths.pose)
     return WindowLatents(condition, pose, motion, strengths)
+
+
+def encode_init(model: Model, reference: Array, init: Read, frames: int) -> Array:
+    """The latent [16, slots, h, w] that a window starts from. Slot 0 is the reference's latent.
+    (ComfyUI-WanVideoWrapper puts the clip's first latent there.)
+    """
+    return np.concatenate((reference[4:], encode_read(model, init, frames)), axis=1)
 
 
 def condition_of(model: Model, window: WindowLatents, face: PerLayer | None) -> WindowCondition:

@@ -12,7 +12,8 @@ from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.context.settings import LATENT, Compat, Context
 from trt_wan.runtime.fields import check_fields
 from trt_wan.runtime.noise import CpuGenerator
-from trt_wan.runtime.schedulers import SAMPLERS, schedule
+from trt_wan.runtime.sampling.grids import Schedule, schedule, schedule_of
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.transparency import colour
 from trt_wan.runtime.windows import Windows, rounded_down, rounded_up
@@ -21,6 +22,7 @@ Mode = Literal["animate", "replace"]
 
 MOST_GUIDANCE, MOST_STRENGTH = 100, 10  # far beyond any picture; more overflows
 MOST_LORA_STRENGTH = 100
+MOST_NOISE = 0.999  # level from which on nothing of a video is left
 
 # Wan2.2-Animate was trained with it ("the person in the video is making movements"); others work, less well.
 DEFAULT_PROMPT = "视频中的人在做动作"
@@ -38,7 +40,7 @@ BACKGROUNDS, MASKS = ("src_bg.mp4", "src_bg.png"), ("src_mask.mp4", "src_mask.pn
 @dataclass(frozen=True)
 class Inputs:
     """The prepared clips. All have the same number of frames and the size of the video; faces are 512x512.
-    Background and mask may be one picture, which stands for all frames.
+    Background and mask may be one picture, which stands for all frames. The steps start from `init`, noised.
     """
 
     reference: Path
@@ -51,6 +53,7 @@ class Inputs:
     cut: Cut | None = None  # the frames of all clips that are used
     start_frame: Path | None = None  # a picture that the video goes on from
     extend: Path | None = None  # a finished video that it goes on from
+    init: Path | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -73,7 +76,12 @@ class Inputs:
 
     @staticmethod
     def from_folder(
-        folder: Path, mode: Mode, *, trim_to_shortest: bool = False, behind: str = "white"
+        folder: Path,
+        mode: Mode,
+        *,
+        trim_to_shortest: bool = False,
+        behind: str = "white",
+        init: Path | None = None,
     ) -> "Inputs":
         """The official preprocessing's file names; every clip is optional by the rules of `mode`. Background
         and mask may be .png in place of .mp4.
@@ -107,6 +115,7 @@ class Inputs:
             mask,
             trim_to_shortest,
             behind,
+            init=init,
         )
 
 
@@ -156,6 +165,11 @@ class Job:
     loras: tuple[Lora, ...] = ()  # merged into the transformer; their order does not matter
     # Colour
     colour: Colour | None = None  # against drift from window to window
+    # Sampling: a part of the steps, from a video
+    sigmas: tuple[float, ...] = ()  # noise levels in place of grid, steps and shift
+    start_step: int = 0  # the first step that is run; later than 0 with `inputs.init` alone
+    end_step: int | None = None  # the first step that is not run any more
+    denoise_strength: float = 1.0  # another way to say start_step
     # Long videos
     context: Context | None = None  # windows are denoised in parts that overlap
     compat: Compat | None = None  # "kijai": the windows and noise of ComfyUI-WanVideoWrapper
@@ -186,8 +200,51 @@ class Job:
         Plan(16, 16, self.model_window)
         Windows(1, self.window, self.overlap)
         self._require_long()
-        schedule(self.grid, self.steps, self.shift)
+        self._require_init()
         CpuGenerator(self.seed)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise levels of the steps that are run. Raises UsageError."""
+        whole = schedule_of(self.sigmas) if self.sigmas else schedule(self.grid, self.steps, self.shift)
+        end = whole.steps if self.end_step is None else self.end_step
+        start = self._first_step(whole.steps)
+        if not 0 <= start < end <= whole.steps:
+            raise UsageError(
+                f"Steps {shown(start)} to {shown(end)} are no part of {whole.steps} steps.",
+                f"Use --start-step from 0, and --end-step up to {whole.steps} and above the start.",
+            )
+        return whole.part(start, end)
+
+    def _first_step(self, steps: int) -> int:
+        """ComfyUI-WanVideoWrapper's rule: int(steps·strength) + 1 steps are run, at most all."""
+        if not 0 < self.denoise_strength <= 1:
+            raise UsageError(
+                f"A denoise strength of {self.denoise_strength} is not possible.",
+                "Use --denoise-strength above 0, where little changes, up to 1.",
+            )
+        if self.denoise_strength == 1:
+            return self.start_step
+        if self.start_step:
+            raise UsageError(
+                "A denoise strength and a start step both say where the steps start.",
+                "Give --denoise-strength or --start-step.",
+            )
+        return max(0, steps - int(steps * self.denoise_strength) - 1)
+
+    def _require_init(self) -> None:
+        first = self.schedule.sigmas[0]
+        late = self.start_step > 0 or self.denoise_strength < 1
+        if late and self.inputs.init is None:
+            raise UsageError(
+                "There is no video to start from in a later step.",
+                "Add --init VIDEO, or leave out --start-step and --denoise-strength.",
+            )
+        if self.inputs.init is not None and first > MOST_NOISE:
+            raise UsageError(
+                f"The steps start from noise alone (level {first:g}), so the init video would do nothing.",
+                "Use --denoise-strength 0.5, or --start-step 1 or later.",
+            )
 
     @property
     def model_window(self) -> int:
@@ -199,8 +256,10 @@ class Job:
 
     @property
     def history(self) -> int:
-        """Frames of a clip that are read again: those of a window of the loop, if there are several."""
-        return self.window if self.context is None or not self.context.whole else self.model_window
+        """Frames of a clip that may be read again. Long windows read those that are carried, and at the end
+        of the clip those that fill up the shortest window.
+        """
+        return self.window if self.context is None else max(self.model_window, self.overlap)
 
     def windows(self, frames: int) -> Windows:
         """The windows of the loop over a clip of that many frames."""

@@ -28,7 +28,8 @@ from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.preparation import Prepared
-from trt_wan.runtime.schedulers import SAMPLERS, schedule
+from trt_wan.runtime.sampling.grids import schedule
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.on_device import DeviceWeights
 from trt_wan.runtime.weights.tiny import write_tiny_weights
@@ -132,7 +133,8 @@ class HostJob:
             [self.branch.context], [self.time] * steps, self.rope, self.reference, blank_face=None
         )
         predict = predict_window(self.model, prepared, [self.branch], 1.0)
-        solver = SAMPLERS["unipc"](schedule("official", steps, 5.0), self.model.executor.combine)
+        levels = schedule("official", steps, 5.0)
+        solver = SAMPLERS["unipc"].make(levels, self.model.executor.combine, lambda: self.noise)
         denoise(predict, self.noise, solver, steps, lambda done: None, lambda latent: True)
 
 

@@ -24,7 +24,8 @@ from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import decode
 from trt_wan.runtime.preparation import prepare
-from trt_wan.runtime.schedulers import UniPC, schedule
+from trt_wan.runtime.sampling.grids import schedule
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 
 UNBOUNDED = 1 << 50
 STEPS = 4  # enough for every sampler to reach its full memory of earlier steps
@@ -117,7 +118,9 @@ def _few(plan: ContextPlan) -> ContextPlan:
     return _Few(plan.context, plan.slots, plan.size, plan.compat)
 
 
-def _rehearse(model: Model, guided: bool, steps: int, context: ContextPlan | None) -> None:
+def _rehearse(
+    model: Model, guided: bool, steps: int, context: ContextPlan | None, sampler: str = "unipc"
+) -> None:
     """A job of WINDOWS windows. Every time embedding is taken, but only the first STEPS steps are."""
     config, plan = model.config, model.plan
     text = np.zeros((config.text.length, config.text.dim), np.float32)
@@ -144,7 +147,7 @@ def _rehearse(model: Model, guided: bool, steps: int, context: ContextPlan | Non
         clips = WindowClips(count, frames, faces)
         window = encode_window(model, prepared.reference, clips, frames(0, 1), Strengths())
         predict = predict_latents(model, window, context, under)
-        solver = UniPC(levels, model.executor.combine)
+        solver = SAMPLERS[sampler].make(levels, model.executor.combine, lambda: noise)
         latents = np.asarray(
             denoise(predict, noise, solver, steps, lambda step: None, model.executor.is_finite)
         )[:, 1:]

@@ -249,7 +249,7 @@ class OpenModel:
         self._merge(job.loras, progress)
         context = job.context_plan(job.windows(frames).length(0))
         skip = [TEXT_ENCODER] if known else []
-        return self._sizes.begin(plan, job.guided, job.steps, context, skip, progress)
+        return self._sizes.begin(plan, job.guided, job.schedule.steps, context, skip, progress)
 
     def _merge(self, loras: Sequence[Lora], progress: Progress) -> None:
         """Everything that a job computes from the transformer's weights it computes anew, so that the weights

@@ -1,5 +1,6 @@
 """The encoder of the pictures. Files that it makes do not depend on the machine's number of CPUs."""
 
+import gc
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -108,6 +109,7 @@ class Encoding:
     def open(self) -> VideoStream:
         """A new encoder. Its packets count time in frames, and its stream is a template for muxers."""
         os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 has no other way to print errors alone
+        gc.collect()  # PyAV's containers and streams hold each other, so encoders of earlier windows live on
         nowhere = av.open("-", "w", format="null")
         stream = nowhere.add_stream(self.encoder, rate=self.rate, options=dict(self.options))
         assert isinstance(stream, VideoStream), f"{self.encoder} encodes no pictures"

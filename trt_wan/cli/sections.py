@@ -14,7 +14,8 @@ SECTIONS = {
     ),
     "Sampling": (
         *("preset", "prompt", "negative_prompt", "steps", "guidance", "seed", "sampler", "grid", "shift"),
-        *("pose_strength", "face_strength", "colour_match", "colour_anchor"),
+        *("pose_strength", "face_strength", "sigmas", "init", "denoise_strength", "start_step", "end_step"),
+        *("colour_match", "colour_anchor"),
     ),
     "People": (
         *("person", "point", "box", "keypoints", "detector", "pose", "hands", "head", "face", "face_padding"),
