@@ -30,6 +30,7 @@ from trt_wan.preprocess.pictures.preview import draw_preview, preview_size
 from trt_wan.preprocess.stages import Stages
 from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.letterbox import letterbox
+from trt_wan.runtime.video.encoder import Quality
 from trt_wan.runtime.video.reader import Picture
 from trt_wan.runtime.video.writer import VideoWriter
 
@@ -179,4 +180,12 @@ def _writers(drawing: Drawing, footage: Footage, folder: Path) -> Iterator[tuple
     for name, size in sizes.items():
         crf = artifacts.PREVIEW_CRF if name == artifacts.PREVIEW else artifacts.CRF
         sound = job.clip if name == artifacts.POSE and footage.has_sound else None
-        yield name, VideoWriter(folder / name, *size, footage.rate, sound, crf=crf, preset=artifacts.PRESET)
+        writer = VideoWriter(
+            folder / name,
+            *size,
+            footage.rate,
+            sound,
+            quality=Quality(crf=crf, preset=artifacts.PRESET),
+            sound_start=footage.start,
+        )
+        yield name, writer

@@ -14,6 +14,7 @@ from trt_wan.preprocess.observe import Observe, unobserved
 from trt_wan.preprocess.people.person import Box, PersonFrame
 from trt_wan.runtime.events import Progress, silent
 from trt_wan.runtime.letterbox import letterbox
+from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.reader import Picture
 from trt_wan.runtime.video.stills import RATE as PICTURES_RATE
 from trt_wan.runtime.video.stills import AnyClip, open_clip
@@ -33,9 +34,11 @@ class Footage:
     rate: Fraction  # frames per second of the clips to make
     has_sound: bool
     observe: Observe = unobserved
+    cut: Cut | None = None  # `indices` are those of the clip that it leaves
+    start: Fraction = Fraction(0)  # seconds that it cuts off before the first frame
 
     def __iter__(self) -> Iterator[Picture]:
-        with open_clip(self.path) as clip:
+        with open_clip(self.path, cut=self.cut) as clip:
             last, picture = -1, None
             for index in self.indices:
                 if picture is None or index != last:
@@ -84,14 +87,15 @@ def plan_footage(
     Numbered pictures have no rate: they are taken as they come, at the rate of the clips to make.
     """
     wanted = job.rate or (RATES[job.compat] if job.compat else None)
-    with open_clip(job.clip, rate=wanted or PICTURES_RATE) as clip:
+    with open_clip(job.clip, rate=wanted or PICTURES_RATE, cut=job.cut) as clip:
         for note in clip.notes:
             progress(note)
         rate = wanted or clip.rate
         rule: SamplingRule = "kijai" if job.compat == "kijai" else "official"
-        indices = frame_indices(clip.frames, clip.rate, rate, rule)
+        times = None if job.compat else clip.times  # the others know no uneven frames
+        indices = frame_indices(clip.frames, clip.rate, rate, rule, times)
         job.choice.require_inside(clip.width, clip.height)
-        footage = Footage(job.clip, indices, rate, clip.has_sound, observe=observe)
+        footage = Footage(job.clip, indices, rate, clip.has_sound, observe, job.cut, clip.start)
         return footage, plan_sizes(job, reference, clip)
 
 

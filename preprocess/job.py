@@ -12,6 +12,7 @@ from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.pictures.masks import Compat, MaskShape
 from trt_wan.preprocess.retarget.rules import RetargetRule
 from trt_wan.runtime.job import Mode
+from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.transparency import colour
 
 SIZE = (832, 480)
@@ -43,6 +44,7 @@ class PreprocessJob:
     behind: str = "white"  # the colour behind a transparent reference: a name or #rrggbb
     keypoints: Path | None = None  # edited by hand: these replace the search for people
     overwrite: bool = False
+    cut: Cut | None = None  # the frames of the clip that are used
 
     def __post_init__(self) -> None:
         if self.mode == "replace" and self.retarget is not None:

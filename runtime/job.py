@@ -7,12 +7,14 @@ from typing import Literal
 
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError, shown
+from trt_wan.runtime.colour import Colour
 from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.context.settings import LATENT, Compat, Context
 from trt_wan.runtime.fields import check_fields
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.sampling.grids import Schedule, schedule, schedule_of
 from trt_wan.runtime.sampling.samplers import SAMPLERS
+from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.transparency import colour
 from trt_wan.runtime.windows import Windows, rounded_down, rounded_up
 
@@ -48,6 +50,9 @@ class Inputs:
     mask: Path | None = None
     trim_to_shortest: bool = False  # cut longer clips at their ends
     behind: str = "white"  # the colour behind a transparent reference: a name or #rrggbb
+    cut: Cut | None = None  # the frames of all clips that are used
+    start_frame: Path | None = None  # a picture that the video goes on from
+    extend: Path | None = None  # a finished video that it goes on from
     init: Path | None = None
 
     def __post_init__(self) -> None:
@@ -57,7 +62,17 @@ class Inputs:
                 "There is neither a pose clip nor a face clip, so nothing drives the character.",
                 "Give at least one of src_pose.mp4 and src_face.mp4.",
             )
+        if self.start_frame is not None and self.extend is not None:
+            raise UsageError(
+                "The video can go on from a picture or from a video, not from both.",
+                "Give --start-frame or --extend.",
+            )
         colour(self.behind)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the video goes on from a picture or another video."""
+        return self.start_frame is not None or self.extend is not None
 
     @staticmethod
     def from_folder(
@@ -100,7 +115,7 @@ class Inputs:
             mask,
             trim_to_shortest,
             behind,
-            init,
+            init=init,
         )
 
 
@@ -148,6 +163,8 @@ class Job:
     pose_strength: float = 1.0
     face_strength: float = 1.0
     loras: tuple[Lora, ...] = ()  # merged into the transformer; their order does not matter
+    # Colour
+    colour: Colour | None = None  # against drift from window to window
     # Sampling: a part of the steps, from a video
     sigmas: tuple[float, ...] = ()  # noise levels in place of grid, steps and shift
     start_step: int = 0  # the first step that is run; later than 0 with `inputs.init` alone

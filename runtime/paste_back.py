@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.runtime.video.clips import frames_of, people_of
+from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.reader import Picture
 from trt_wan.runtime.video.stills import open_clip
 
@@ -34,10 +35,12 @@ def paste_back(painted: Picture, original: Picture, mask: Mask, soft_edge: int =
 
 
 def pasted_back(
-    painted: Iterable[Picture], background: Path, mask: Path, first: int = 0
+    painted: Iterable[Picture], background: Path, mask: Path, cut: Cut | None = None, first: int = 0
 ) -> Iterator[Picture]:
-    """`paste_back` for a video from frame `first` on. `background` and `mask` are its prepared clips."""
-    with open_clip(background, one=True) as original, open_clip(mask, one=True) as masks:
+    """`paste_back` for a video from frame `first` on. `background` and `mask` are its prepared clips, cut by
+    `cut`.
+    """
+    with open_clip(background, one=True, cut=cut) as original, open_clip(mask, one=True, cut=cut) as masks:
         for k, picture in enumerate(painted, first):
             here = people_of(frames_of(masks, [k]))[0]
             yield paste_back(picture, frames_of(original, [k])[0], here)

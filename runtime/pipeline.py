@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from trt_wan.errors import Stopped
+from trt_wan.runtime.colour import Matching, unused_match
 from trt_wan.runtime.conditioning import (
     Pixels,
     Strengths,
@@ -55,6 +56,7 @@ from trt_wan.runtime.video.clips import (
     people_of,
     soft_pixels,
 )
+from trt_wan.runtime.video.continued import frames_before, shifted
 from trt_wan.runtime.video.stills import AnyClip
 from trt_wan.runtime.window_state import WindowState
 from trt_wan.runtime.windows import TRAINED_OVERLAPS, Windows
@@ -134,7 +136,9 @@ def _stream(
 ) -> Iterator[Array]:
     """`stream_pieces`. Raises Broken for numbers that are not finite."""
     # 1. Plan: everything that can be refused is refused here.
-    windows = job.windows(clips.frames)
+    before = frames_before(job.inputs, job.overlap, clips.width, clips.height, clips.rate)
+    known = 0 if before is None else len(before)
+    windows = job.windows(known + clips.frames)
     schedule = job.schedule
 
     def told(event: Event) -> None:
@@ -143,7 +147,7 @@ def _stream(
             raise Stopped("Stopped while the model was being opened.")
 
     told(StageStarted("weights"))
-    model = opened.begin(job, clips.width, clips.height, clips.frames, told)
+    model = opened.begin(job, clips.width, clips.height, windows.clip_frames, told)
     config, plan = model.config, model.plan
     assert config.motion.size == FACE_SIZE, (
         f"face crops are {FACE_SIZE}, {config.name} takes {config.motion.size}"
@@ -155,6 +159,8 @@ def _stream(
         progress(_noise_is_left(schedule))
     if job.mode == "replace" and clips.face is None:
         progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
+    if unused := unused_match(job.colour, windows.total, job.inputs.continues):
+        progress(unused)
     clock = _StepClock(model, job, windows.total, progress, should_stop)
 
     # 2. Prepare: text, image, time, rotary tables and the reference slot are the same for all windows.
@@ -163,12 +169,14 @@ def _stream(
         model.release("text_encoder_layer")
         progress(StageStarted("image"))
         prepared = prepare(model, texts, clips.reference, list(schedule.timesteps))
-    first, carried, generator = 0, None, CpuGenerator(job.seed)
+    first, generator = 0, CpuGenerator(job.seed)
+    carried: Array | None = None if before is None else to_signal(before)
     if begin_from is None:
         _skip_noise(generator, job, windows, (config.vae.latent_channels, *latent_size))
     else:
         first, carried = begin_from.done, begin_from.carried
         generator = CpuGenerator.from_state(begin_from.generator)
+    matching = Matching(job.colour, clips.reference, None if begin_from is None else begin_from.colours)
     strengths = Strengths(job.pose_strength, job.face_strength)
     soft_before = False
 
@@ -178,7 +186,7 @@ def _stream(
         # 3. Condition: pose, face, background, mask and the frames carried over, for this window.
         progress(StageStarted("condition", **here))
         with model.checked(clock.stop_before_next):
-            signals = window_clips(clips, windows.indices(j), job.mode == "replace", windows.mask_indices(j))
+            signals = _signals(job, clips, j, known)
             if signals.soft and not soft_before:
                 progress(_soft_mask(clips, signals.soft, j))
             soft_before = soft_before or signals.soft > 0
@@ -206,18 +214,19 @@ def _stream(
             )
         except NotFiniteLatent as found:
             when = f"window {j + 1} of {windows.total}, step {found.step + 1} of {schedule.steps}"
-            again = _Step(job, clips, texts, j, carried, found.step, found.latent)
+            again = _Step(job, clips, texts, j, known, carried, found.step, found.latent)
             raise Broken(when, again) from None
 
-        # 5. Decode without the reference slot; the last frames are carried into the next window as they are.
+        # 5. Decode without the reference slot; the last frames are carried into the next window as matched.
         progress(StageStarted("decode", **here))
         kept, done = windows.keep(j), 0
-        carried = None
+        kept = slice(max(kept.start, known), kept.stop)
+        continued, carried = carried, None
         finished = np.asarray(latent)
         latents = finished[:, 1:]
         del latent, solver, predict, window, noise
         with model.checked(clock.stop_before_next):
-            for frames in decode(model, latents):
+            for frames in matching.window(decode(model, latents), continued, signals.person):
                 if not is_finite_sum(frames):
                     when = f"window {j + 1} of {windows.total}, decoding"
                     raise Broken(when, partial(_decode_again, latents))
@@ -229,7 +238,7 @@ def _stream(
             model.executor.settle()
         if keep is not None:
             assert carried is not None, "a window has frames"
-            keep(WindowState(j + 1, carried, generator.state(), finished))
+            keep(WindowState(j + 1, carried, generator.state(), finished, matching.state))
         progress(WindowDone(j + 1, windows.total, kept.stop - kept.start))
 
 
@@ -273,6 +282,7 @@ class _Step:
     clips: Clips
     texts: Sequence[Array]
     window: int
+    known: int
     carried: Array | None
     step: int
     latent: Array
@@ -285,15 +295,24 @@ class _Step:
 
     def _compute(self, model: Model, clips: Clips) -> None:
         job = self.job
-        windows = job.windows(clips.frames)
+        windows = job.windows(self.known + clips.frames)
         prepared = prepare(model, self.texts, clips.reference, list(job.schedule.timesteps))
-        j, grey = self.window, job.mode == "replace"
-        signals = window_clips(clips, windows.indices(j), grey, windows.mask_indices(j))
+        j = self.window
+        signals = _signals(job, clips, j, self.known)
         strengths = Strengths(job.pose_strength, job.face_strength)
         window = encode_window(model, prepared.reference, signals, self.carried, strengths)
         context = job.context_plan(windows.length(j))
         latent = self.latent if context is None else model.place(self.latent)
         predict_latents(model, window, context, _under(model, job, prepared))(self.step, latent)
+
+
+def _signals(job: Job, clips: Clips, j: int, known: int) -> WindowClips:
+    """Window j of every clip. `known` frames come before the clip."""
+    windows = job.windows(known + clips.frames)
+    indices, masked = (
+        shifted(numbers, known, clips.lead) for numbers in (windows.indices(j), windows.mask_indices(j))
+    )
+    return window_clips(clips, indices, job.mode == "replace", masked)
 
 
 def window_clips(

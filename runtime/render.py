@@ -14,7 +14,7 @@ from typing import Protocol
 
 from trt_wan.errors import TrtWanError
 from trt_wan.runtime.conditioning import Pixels
-from trt_wan.runtime.events import Event, Progress, StageStarted, WindowDone, silent
+from trt_wan.runtime.events import Event, Note, Progress, StageStarted, WindowDone, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.kept import windows as kept_windows
@@ -22,8 +22,11 @@ from trt_wan.runtime.kept.record import Record, write_sidecar
 from trt_wan.runtime.paste_back import pasted_back
 from trt_wan.runtime.pipeline import Keep, ShouldStop, to_pixels
 from trt_wan.runtime.video.clips import Clips, open_clips
+from trt_wan.runtime.video.encoder import Quality
+from trt_wan.runtime.video.frame_folder import FrameFolder
+from trt_wan.runtime.video.kinds import KINDS
 from trt_wan.runtime.video.sound import without_sound
-from trt_wan.runtime.video.target import check_target, claimed, explained
+from trt_wan.runtime.video.target import check_target, claimed, explained, require_audible
 from trt_wan.runtime.video.writer import VideoWriter
 from trt_wan.runtime.video.writer_thread import Beside
 from trt_wan.runtime.window_state import WindowState
@@ -70,13 +73,15 @@ def render(
     record: Record | None = None,
     sidecar: bool = True,
     resume: bool = False,
+    quality: Quality | None = None,
+    frames: Path | None = None,
     progress: Progress = silent,
     should_stop: ShouldStop = lambda: False,
 ) -> Rendered:
     """Writes `output`. `clips` are the job's, if they are open already. `sound` is the file whose sound is
     copied; without it, the pose or face clip's own is. With `paste_back` (mode replace) the pixels around the
-    mask are those of the background clip. `record` is written into the video's metadata, and with `sidecar`
-    beside it.
+    mask are those of the background clip. `frames` is a folder for every frame as a PNG (frame_folder.py).
+    `record` is written into the video's metadata, and with `sidecar` beside it.
 
     When the job fails or is stopped, the finished frames are kept beside `output` in a file that plays, and
     the error says where: a TrtWanError in its hint, any other in a note. A file that was kept before stays.
@@ -91,19 +96,34 @@ def render(
         settled = kept.settled if kept is not None else None
         audible = sound or own_sound(clips)
         writer = VideoWriter(
-            output, clips.width, clips.height, clips.rate, audible, overwrite=overwrite, settled=settled
+            output,
+            clips.width,
+            clips.height,
+            clips.rate,
+            audible,
+            overwrite=overwrite,
+            quality=quality or Quality(),
+            sound_start=clips.start,
+            settled=settled,
         )
         writer.comment = record.text(with_paths=False) if record is not None else ""
         begin_from = kept.state if kept is not None else None
+        folder = None
         try:
             if sound is not None and not writer.has_sound:
-                raise without_sound(sound)
+                require_audible(output)
+                raise without_sound(sound, clips.start)
+            if own_sound(clips) and KINDS[output.suffix.lower()].is_gif:
+                progress(Note("A GIF has no sound: that of the clip is left out.", "no_sound"))
+            folder = None if frames is None else FrameFolder(frames, overwrite, first=writer.frames)
             windows = _Windows(writer, progress, record)
-            seconds = _write(job, model, clips, windows, begin_from, paste_back, should_stop)
+            seconds = _write(job, model, clips, windows, folder, begin_from, paste_back, should_stop)
             kept_windows.remove(writer.partial)
         except BaseException as error:
             if partial := writer.abandon(keep=True):
                 where = f"The {writer.kept} finished frames are in {partial}."
+                if folder is not None:
+                    where += f" Their PNG files are in {folder.partial}."
                 if isinstance(error, TrtWanError):
                     error.add_hint(where)
                 else:
@@ -120,6 +140,7 @@ def _write(
     model: Streaming,
     clips: Clips,
     windows: "_Windows",
+    folder: FrameFolder | None,
     begin_from: WindowState | None,
     paste_back: bool,
     should_stop: ShouldStop,
@@ -132,9 +153,11 @@ def _write(
         if paste_back:
             background, mask = job.inputs.background, job.inputs.mask
             assert background is not None and mask is not None, "not the mode replace"
-            frames = pasted_back(frames, background, mask, writer.frames)
+            frames = pasted_back(frames, background, mask, clips.cut, writer.frames)
         for frame in frames:
             writer.write(frame)
+            if folder is not None:
+                folder.write(frame)
 
     with Beside(write, ROOM) as beside:
 
@@ -157,6 +180,8 @@ def _write(
         progress(StageStarted("write"))
     windows.tell()
     writer.finish()
+    if folder is not None:
+        folder.finish()
     if windows.last is not None:
         progress(windows.last)
     return beside.busy_seconds

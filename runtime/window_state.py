@@ -17,3 +17,4 @@ class WindowState:
     carried: Array  # the last decoded frames [3, overlap, H, W], in [-1, 1]
     generator: GeneratorState
     latent: Array  # of the window just finished, [16, slots, h, w]; slot 0 is the reference's
+    colours: Array | None = None  # float64: what Matching knows of the windows so far (colour.py)

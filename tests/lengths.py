@@ -1,6 +1,7 @@
 """Lengths and sync of written videos, as other programs read them: a table, made by hand.
 
     python tests/lengths.py table lengths.txt       # every rate and length, PyAV, ffmpeg, OpenCV
+    python tests/lengths.py counts lengths.txt      # every length, 1 to 400
     python tests/lengths.py runs lengths.txt        # by `trt-wan run` with the tiny model
     python tests/lengths.py browser out.mp4 9 25    # duration and frames in a headless Chromium
 
@@ -28,8 +29,9 @@ import imageio_ffmpeg
 import numpy as np
 from tiny_job import BUILD, PLAN, TRT_WAN, as_argv, write_clip, write_reference
 
+from trt_wan.runtime.video.encoder import Quality
 from trt_wan.runtime.video.reader import Clip
-from trt_wan.runtime.video.writer import VideoWriter
+from trt_wan.runtime.video.writer import DEFAULT_QUALITY, VideoWriter
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 WIDTH, HEIGHT = 96, 64
@@ -46,9 +48,10 @@ def grey(number: int) -> int:
 def make_sound(
     path: Path, seconds: float, codec: str = "aac", start: float = 0.0, rate: int = 48_000
 ) -> Path:
-    """Clicks of 3 ms. With `start` the track begins then; a flat picture gives the file its zero."""
+    """Clicks of 3 ms. The track begins at `start`, below 0 before the picture; a flat picture is the zero."""
     t = np.arange(int((seconds - start) * rate)) / rate + start
     wave = 0.8 * ((t - FIRST_CLICK) % CLICKS < 0.003) * (t > FIRST_CLICK / 2) * np.sin(2 * np.pi * 3000 * t)
+    late = max(-start, 0.0)  # of the picture: no file's times begin below 0
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=25)
         video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -56,11 +59,15 @@ def make_sound(
         audio.codec_context.layout = "mono"
         for k in range(max(1, int(seconds * 25))):
             picture = av.VideoFrame.from_ndarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8), format="rgb24")
-            picture.pts, picture.time_base = k, Fraction(1, 25)
+            picture.pts, picture.time_base = k + round(late * 25), Fraction(1, 25)
             container.mux(video.encode(picture.reformat(format="yuv420p")))
         container.mux(video.encode(None))
         samples = av.AudioFrame.from_ndarray(wave[None].astype(np.float32), format="fltp", layout="mono")
-        samples.sample_rate, samples.pts, samples.time_base = rate, round(start * rate), Fraction(1, rate)
+        samples.sample_rate, samples.pts, samples.time_base = (
+            rate,
+            round((start + late) * rate),
+            Fraction(1, rate),
+        )
         container.mux([*audio.encode(samples), *audio.encode(None)])
     return path
 
@@ -72,11 +79,14 @@ def write(
     sound: Path | None,
     settle: Sequence[int] = (),
     finish: bool = True,
+    quality: Quality = DEFAULT_QUALITY,
+    sound_start: Fraction = Fraction(0),
 ) -> Path:
     """`settle`: the numbers of frames after which a window ends. Without `finish` the path of the partial
     file, as a killed process leaves it.
     """
-    with VideoWriter(path, WIDTH, HEIGHT, rate, sound, overwrite=True) as writer:
+    options: Any = {"quality": quality, "sound_start": sound_start}
+    with VideoWriter(path, WIDTH, HEIGHT, rate, sound, overwrite=True, **options) as writer:
         for number in range(count):
             writer.write(np.full((HEIGHT, WIDTH, 3), grey(number), np.uint8))
             if number + 1 in settle:
@@ -101,7 +111,8 @@ class Measured:
     back_to_back: float | None  # the same, samples counted from the first one's time on
 
 
-def measured(path: Path) -> Measured:
+def measured(path: Path, clicks_from: float = 0.0) -> Measured:
+    """`clicks_from`: seconds of the source that were cut off before the sound."""
     frames, rates = {}, {}
     with av.open(str(path)) as container:
         video = container.streams.video[0]
@@ -113,7 +124,7 @@ def measured(path: Path) -> Measured:
         duration = (container.duration or 0) / av.time_base
         in_order = all(abs(seen - grey(k)) <= 3 for k, seen in enumerate(greys))
     with av.open(str(path)) as container:
-        sound = _heard(container) if container.streams.audio else (None, None, None, None)
+        sound = _heard(container, clicks_from) if container.streams.audio else (None, None, None, None)
     reader = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     rates["OpenCV"], frames["OpenCV"] = reader.get(cv2.CAP_PROP_FPS), 0
     while reader.read()[0]:
@@ -125,7 +136,7 @@ def measured(path: Path) -> Measured:
     return Measured(times[0], duration, frames, rates, in_order, *sound)
 
 
-def _heard(container: Any) -> tuple[float | None, float, float | None, float | None]:
+def _heard(container: Any, clicks_from: float) -> tuple[float | None, float, float | None, float | None]:
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=48_000)
     start, end, count = None, 0.0, 0
     stamped, counted = [], []
@@ -138,13 +149,14 @@ def _heard(container: Any) -> tuple[float | None, float, float | None, float | N
             counted += list(count / 48_000 + loud)
             count += frame.samples
             end = here + frame.samples / 48_000
-    return start, end, _error(stamped), _error([(start or 0) + t for t in counted])
+    in_a_row = [(start or 0) + t for t in counted]
+    return start, end, _error(stamped, clicks_from), _error(in_a_row, clicks_from)
 
 
-def _error(loud: list[float]) -> float | None:
+def _error(loud: list[float], clicks_from: float) -> float | None:
     """The largest distance of a click's first sample from the time it should have."""
     clicks = [t for before, t in zip([-1.0, *loud], loud, strict=False) if t - before > CLICKS / 2]
-    errors = [abs((t - FIRST_CLICK + CLICKS / 2) % CLICKS - CLICKS / 2) for t in clicks]
+    errors = [abs((t + clicks_from - FIRST_CLICK + CLICKS / 2) % CLICKS - CLICKS / 2) for t in clicks]
     return max(errors, default=None)
 
 
@@ -214,6 +226,43 @@ def table() -> Iterator[str]:
             made, bad = made + 1, bad + bool(wrong)
             yield row((count, rate, source, suffix, overlap), found, wrong)
     yield f"{made} files, {bad} with a fault"
+
+
+# Endings and codecs that `counts` takes in turn; OpenCV has no AV1.
+KINDS = [
+    (".mp4", None),
+    (".mkv", None),
+    (".mp4", "hevc"),
+    (".webm", None),
+    (".mov", "prores"),
+    (".mp4", "av1"),
+]
+STARTS = [Fraction(0), Fraction(1, 3), Fraction(5, 2)]  # seconds that --start cuts off
+
+
+def counts(last: int = 400) -> Iterator[str]:
+    """By the writer alone, with windows of 77 frames. Every list is of another length, so that all meet."""
+    yield TITLE
+    bad = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sounds = [None, make_sound(folder / "aac.mp4", 40), make_sound(folder / "late.mp4", 40, start=0.5)]
+        sounds.append(make_sound(folder / "flac.mkv", 40, "flac", rate=44_100))
+        sounds.append(make_sound(folder / "early.mkv", 40, start=-0.4))
+        for count in range(1, last + 1):
+            rate, source = RATES[count % len(RATES)], sounds[count % len(sounds)]
+            (suffix, codec), start = KINDS[count % len(KINDS)], STARTS[count // 5 % len(STARTS)]
+            case = (count, rate, source, suffix, 1)
+            ends, quality = windows(count, 77, 1), Quality(codec)
+            path = write(
+                folder / f"out{suffix}", count, rate, source, ends, quality=quality, sound_start=start
+            )
+            found = measured(path, float(start))
+            wrong = faults(found, count, rate, suffix in (".mp4", ".mov"))
+            wrong = [fault for fault in wrong if codec != "av1" or "OpenCV" not in fault]
+            bad += bool(wrong)
+            yield row(case, found, [*wrong, f"{codec or ''} from {float(start):.2f} s"])
+    yield f"{last} files, {bad} with a fault"
 
 
 def runs() -> Iterator[str]:
@@ -338,7 +387,7 @@ def main(command: str, path: Path, *numbers: str) -> None:
         print(f"{path.name}: {len(seen.get('times', ()))} frames, {float(count / rate)} s wanted; {seen}")
     else:
         with path.open("w") as file:
-            for line in {"table": table, "runs": runs}[command]():
+            for line in {"table": table, "counts": counts, "runs": runs}[command]():
                 print(line, file=file, flush=True)
         print(line)
 

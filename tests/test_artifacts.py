@@ -25,6 +25,7 @@ from trt_wan.preprocess.clips.keypoints import (
 from trt_wan.preprocess.people.person import NOBODY, PersonFrame
 from trt_wan.preprocess.pictures.background import cut_hole
 from trt_wan.preprocess.pictures.masks import grid_blocks
+from trt_wan.runtime.video.encoder import Quality
 from trt_wan.runtime.video.reader import Clip
 from trt_wan.runtime.video.writer import VideoWriter
 
@@ -104,8 +105,12 @@ def test_masks_come_back_exactly_and_holes_stay_black(tmp_path: Path) -> None:
     size, random = (192, 112), np.random.default_rng(2)
     masks = [grid_blocks(random.random((112, 192)) < 0.002, 16) for _ in range(9)]
     with (
-        VideoWriter(tmp_path / "m.mp4", *size, Fraction(25), crf=CRF, preset=PRESET) as mask_clip,
-        VideoWriter(tmp_path / "b.mp4", *size, Fraction(25), crf=CRF, preset=PRESET) as background,
+        VideoWriter(
+            tmp_path / "m.mp4", *size, Fraction(25), quality=Quality(crf=CRF, preset=PRESET)
+        ) as mask_clip,
+        VideoWriter(
+            tmp_path / "b.mp4", *size, Fraction(25), quality=Quality(crf=CRF, preset=PRESET)
+        ) as background,
     ):
         for k, mask in enumerate(masks):
             mask_clip.write(np.repeat(mask[..., None] * np.uint8(255), 3, axis=2))

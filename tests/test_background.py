@@ -10,6 +10,7 @@ from trt_wan.preprocess.clips.artifacts import CRF, PRESET
 from trt_wan.preprocess.pictures.background import cut_hole
 from trt_wan.preprocess.pictures.masks import Mask
 from trt_wan.runtime.paste_back import paste_back, pasted_back
+from trt_wan.runtime.video.encoder import Quality
 from trt_wan.runtime.video.reader import Picture
 from trt_wan.runtime.video.writer import VideoWriter
 
@@ -71,7 +72,9 @@ def test_a_video_is_pasted_back_frame_by_frame(frame: Picture, mask: Mask, tmp_p
         ("bg.mp4", [cut_hole(smooth, m) for m in masks]),
         ("mask.mp4", [np.repeat(m[..., None] * np.uint8(255), 3, axis=2) for m in masks]),
     ):
-        with VideoWriter(tmp_path / name, 96, 64, Fraction(10), crf=CRF, preset=PRESET) as writer:
+        with VideoWriter(
+            tmp_path / name, 96, 64, Fraction(10), quality=Quality(crf=CRF, preset=PRESET)
+        ) as writer:
             for picture in pictures:
                 writer.write(picture)
             writer.finish()

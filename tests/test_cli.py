@@ -658,7 +658,7 @@ REFUSALS = {
         "--weights DIR",
         ("--weights", "nowhere"),
     ),
-    "unknown kind of video": Refusal(2, "usage", "ends in .gif", ".mp4", ("-o", "o.gif")),
+    "unknown kind of video": Refusal(2, "usage", "ends in .avi", ".mp4", ("-o", "o.avi")),
     "output folder missing": Refusal(
         1, "output_unwritable", "There is no folder", "mkdir -p", ("-o", "nowhere/o.mp4")
     ),

@@ -550,7 +550,7 @@ def test_without_torch_run_says_at_once_how_to_get_the_graphs(
         ((*RUN_CLIP[:-2], "--inputs", "x"), 2, "usage", "so REFERENCE and CLIP would do nothing"),
         ((*RUN[:-1], "--inputs", "x", "--person", "1"), 2, "usage", "so --person would do nothing"),
         ((*RUN_CLIP, "--overlap", "2"), 2, "usage", "An overlap of 2 frames"),
-        ((*RUN_CLIP, "-o", "out.gif"), 2, "usage", "ends in .gif"),
+        ((*RUN_CLIP, "-o", "out.avi"), 2, "usage", "ends in .avi"),
         ((*RUN_CLIP, "-o", "nowhere/out.mp4"), 1, "output_unwritable", "There is no folder nowhere"),
         (("run", *RUN_CLIP[3:]), 2, "usage", "There are no weights."),
         ((*RUN_CLIP, "--weights", "nowhere"), 1, "weights_unusable", "weights folder nowhere"),

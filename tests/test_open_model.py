@@ -286,8 +286,8 @@ def test_clips_are_closed_when_they_do_not_fit_together(
     closed: list[Clip] = []
 
     class Watched(Clip):
-        def __init__(self, path: Path, history: int = 1) -> None:
-            super().__init__(path, history)
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
             made.append(self)
 
         def close(self) -> None:

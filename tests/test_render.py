@@ -5,6 +5,7 @@ of a job that fails. The whole way with a network is in test_cli.py.
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ import pytest
 from filelock import FileLock
 from tiny_job import FRAMES, PLAN, prepare, read_frames, write_sound
 
-from trt_wan.errors import OutputError, Stopped
+from trt_wan.errors import OutputError, Stopped, UsageError
 from trt_wan.runtime import render as module
-from trt_wan.runtime.events import Event, Progress, StageStarted, WindowDone
+from trt_wan.runtime.events import Event, Note, Progress, StageStarted, WindowDone
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.paste_back import SOFT_EDGE
 from trt_wan.runtime.pipeline import ShouldStop, to_pixels
 from trt_wan.runtime.render import render
+from trt_wan.runtime.video.pictures import read_picture
 from trt_wan.runtime.video.reader import Clip, Picture
 from trt_wan.runtime.video.writer import VideoWriter
 
@@ -257,3 +259,34 @@ def test_rounding_is_numpys() -> None:
     expected = np.rint((values + np.float32(1)) * np.float32(127.5)).astype(np.uint8).transpose(1, 2, 3, 0)
     pixels = to_pixels(values[:, ::-1])
     assert pixels.flags.c_contiguous and np.array_equal(pixels, expected[::-1])
+
+
+def test_a_gif_has_no_sound_and_says_so(clips: Path, tmp_path: Path) -> None:
+    model, told = Decoding(lambda **options: iter(pieces())), list[Event]()
+    made = render(job(clips), model, tmp_path / "out.gif", progress=told.append)
+    assert [event.code for event in told if isinstance(event, Note)] == ["no_sound"]
+    assert made.frames == FRAMES and greys(made.path) == list(range(FRAMES))
+    with pytest.raises(UsageError, match="has no sound"):
+        render(job(clips), model, tmp_path / "other.gif", sound=clips / "src_pose.mp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gif"]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_frames_are_written_as_pictures_too(clips: Path, tmp_path: Path, stopped: bool) -> None:
+    """All at once when all are there; those of a stopped job stay in another folder, which is named."""
+
+    def make(**options: Any) -> Iterator[Array]:
+        yield from pieces()[:4]
+        if stopped:
+            raise Stopped("Stopped in window 2.")
+        yield from pieces()[4:]
+
+    with pytest.raises(Stopped) if stopped else nullcontext() as caught:
+        render(job(clips), Decoding(make), tmp_path / "out.mp4", frames=tmp_path / "png")
+    folder = tmp_path / ("png.partial" if stopped else "png")
+    pictures = [read_picture(path) for path in sorted(folder.iterdir())]
+    assert [round(float(p.mean()) / 10) for p in pictures] == list(range(13 if stopped else FRAMES))
+    assert {path.name for path in tmp_path.iterdir()} == (
+        {"out.partial.mp4", "png.partial"} if stopped else {"out.mp4", "png"}
+    )
+    assert not stopped or str(folder) in caught.value.hint

@@ -65,3 +65,17 @@ def test_hours_of_frames_are_refused_before_they_are_listed() -> None:
     for frames, rate in ((200_001, None), (40_000, 1000), (10**12, Fraction(1000))):
         with pytest.raises(InputError, match="at most 200000 are prepared at once"):
             frame_indices(frames, 25, rate)
+
+
+def test_uneven_frames_are_shown_at_their_own_times() -> None:
+    """Against a search through all frames; at the mean rate the sound would be up to 0.6 s away."""
+    rng = np.random.default_rng(0)
+    phone = np.concatenate([np.arange(20) / 25, 0.8 + np.arange(20) / 10])
+    for times in (phone, np.cumsum(rng.uniform(0.02, 0.08, 60)) - 0.02):
+        times = times - times[0]
+        mean = (len(times) - 1) / times[-1]
+        for rate in (mean, 16, 30):
+            indices = frame_indices(len(times), mean, rate, times=times)
+            assert abs(len(indices) / rate - len(times) / mean) < 1 / rate
+            for k, index in enumerate(indices):
+                assert abs(times[index] - k / rate) <= np.abs(times - k / rate).min() + 1e-12

@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trt_wan.errors import InputError, UsageError
 
@@ -24,12 +25,19 @@ def frame_indices(
     source_rate: Rate,
     rate: Rate | None,
     rule: SamplingRule = "official",
+    times: NDArray[np.float64] | None = None,
 ) -> list[int]:
     """Numbers of the frames to show at `rate` per second, at least one. None keeps every frame.
+
+    `times` are those of frames that come unevenly, in seconds from the first: then the frame nearest in time
+    is shown, so that pictures stay beside their sound.
 
     Raises InputError for more than MOST_FRAMES of them.
     """
     assert frames > 0 and source_rate > 0, f"{frames} frames at {source_rate}"
+    if times is not None and (rate is None or rate == source_rate):
+        _require_few(frames)
+        return _nearest_in_time(frames, float(source_rate), times)
     if rate is None or rate == source_rate:
         _require_few(frames)
         return list(range(frames))
@@ -38,6 +46,9 @@ def frame_indices(
             f"A rate of {rate} frames per second makes no video.", "Give a rate such as 16 or 30."
         )
     _require_few(frames / float(source_rate) * float(rate))
+    if times is not None:
+        count = max(int(frames / float(source_rate) * float(rate)), 1)
+        return _nearest_in_time(count, float(rate), times)
     if rule == "kijai":
         return _first_not_before(frames, float(source_rate), float(rate))
     return _nearest(frames, float(source_rate), float(rate))
@@ -56,6 +67,13 @@ def _nearest(frames: int, source_rate: float, rate: float) -> list[int]:
     count = max(int(frames / source_rate * rate), 1)
     wanted = np.arange(count) / rate * source_rate
     return [int(i) for i in np.clip(np.rint(wanted), 0, frames - 1)]
+
+
+def _nearest_in_time(count: int, rate: float, times: NDArray[np.float64]) -> list[int]:
+    wanted = np.arange(count) / rate
+    after = np.clip(np.searchsorted(times, wanted), 1, len(times) - 1)
+    nearer = np.where(wanted - times[after - 1] <= times[after] - wanted, after - 1, after)
+    return [int(i) for i in nearer]
 
 
 def _first_not_before(frames: int, source_rate: float, rate: float) -> list[int]:

@@ -26,7 +26,7 @@ from trt_wan.engines.store.files import replace_atomically
 from trt_wan.errors import OutputError, UsageError
 from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.kept.record import Record, from_values
-from trt_wan.runtime.video.target import explained
+from trt_wan.runtime.video.target import explained, working_suffix
 from trt_wan.runtime.video.working_file import Settled, beginning
 from trt_wan.runtime.window_state import WindowState
 
@@ -79,7 +79,9 @@ def remove(partial: Path) -> None:
 def kept_of(output: Path) -> list[Path]:
     """The folders of states beside `output`."""
     place = output.resolve()
-    pattern = re.compile(rf"{re.escape(place.stem)}\.partial(-\d+)?{re.escape(place.suffix + STATE)}")
+    pattern = re.compile(
+        rf"{re.escape(place.stem)}\.partial(-\d+)?{re.escape(working_suffix(place) + STATE)}"
+    )
     if not place.parent.is_dir():
         return []
     return sorted(path for path in place.parent.iterdir() if pattern.fullmatch(path.name) and path.is_dir())

@@ -16,12 +16,14 @@ from trt_wan.errors import InputError, with_commands
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.events import Note
 from trt_wan.runtime.job import Inputs
+from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.pictures import read_transparent
 from trt_wan.runtime.video.stills import AnyClip, open_clip
 from trt_wan.runtime.video.transparency import colour, transparency_note
 
 FACE_SIZE = 512  # pixels, both sides of every Wan-Animate face clip
 PERSON = 128  # levels of a mask from here on are the person
+MOST_LEAD = 33  # frames before the first used one, for a video that goes on from another
 MASK_NOISE = 6  # levels that compression adds to black and takes from white
 
 
@@ -39,6 +41,9 @@ class Clips:
     frames: int
     rate: Fraction
     notes: Sequence[Note] = ()  # what is unusual about the files
+    start: Fraction = Fraction(0)  # seconds of the driving clip that are cut off before its first frame
+    cut: Cut | None = None  # by numbers of frames
+    lead: int = 0  # frames before the first that is used, which can be read too: numbers begin with them
     init: AnyClip | None = None
 
     def close(self) -> None:
@@ -65,16 +70,27 @@ def open_clips(inputs: Inputs, window: int) -> Clips:
     if picture.opacity is not None:
         option = "--reference-background"
         notes.append(transparency_note(inputs.reference, picture.opacity, inputs.behind, option))
+    cut, lead, used, to_the_end = inputs.cut, 0, range(0), True
     names = ("pose", "face", "background", "mask", "init")
     paths: dict[str, Path | None] = {name: getattr(inputs, name) for name in names}
     with ExitStack() as files:
         clips: dict[str, AnyClip | None] = dict.fromkeys(paths)
         for name, path in paths.items():
             if path is not None:
-                clip = open_clip(path, window, one=name in ("background", "mask"))
+                clip = open_clip(path, window, one=name in ("background", "mask"), cut=cut)
                 files.callback(clip.close)
+                if cut is not None and not any(clips.values()):  # the driving clip: the others follow it
+                    used, to_the_end = clip.used, cut.end is None
+                    lead = min(used.start, MOST_LEAD) if inputs.continues else 0
+                    cut = Cut.frames(range(used.start - lead, used.stop), to_the_end)
+                    clip = open_clip(path, window, cut=cut)
+                    files.callback(clip.close)
                 clips[name] = clip
         made = _fitted(inputs, reference, clips)
+        if cut is not None:
+            start = made.start + lead / made.rate
+            cut = Cut.frames(used, to_the_end)
+            made = replace(made, frames=made.frames - lead, lead=lead, start=start, cut=cut)
         files.pop_all()
     return replace(made, notes=_once([*notes, *made.notes]))
 
@@ -130,7 +146,18 @@ def _fitted(inputs: Inputs, reference: Pixels, clips: Mapping[str, AnyClip | Non
         if clip is not None:
             _require_size(clip, *((FACE_SIZE, FACE_SIZE) if name == "face" else size))
     return Clips(
-        reference, **clips, width=size[0], height=size[1], frames=frames, rate=driving.rate, notes=notes
+        reference,
+        pose=clips["pose"],
+        face=clips["face"],
+        background=clips["background"],
+        mask=clips["mask"],
+        init=clips["init"],
+        width=size[0],
+        height=size[1],
+        frames=frames,
+        rate=driving.rate,
+        notes=notes,
+        start=driving.start,
     )
 
 

@@ -6,6 +6,7 @@ without decoding.
 
 import os
 import shlex
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from trt_wan.errors import InputError, with_commands
 from trt_wan.runtime.events import Note
+from trt_wan.runtime.video.cut import Cut
 
 # Pixels. H.264 stops at about this size, and few cameras have more; a picture at the limit is 0.4 GB of RGB.
 MAX_SIDE, MAX_PIXELS = 1 << 14, 1 << 27
@@ -94,8 +96,20 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
     raise InputError(f"{path} has no video in it.", "Give a file with moving pictures.")
 
 
-def measure(path: Path) -> tuple[int, Fraction, list[Note]]:
-    """Number and rate of the frames that are shown (an edit list hides some); a note if they are uneven."""
+@dataclass(frozen=True)
+class Measured:
+    """The frames of a clip that are used, of those that are shown: an edit list hides some."""
+
+    used: range  # their numbers
+    rate: Fraction  # frames per second
+    start: Fraction  # seconds from the first frame that is shown to the first that is used
+    start_pts: int | None  # the time of that frame, in the stream's units
+    times: NDArray[np.float64] | None  # seconds from the first used frame, of frames that come unevenly
+    notes: list[Note]  # then one
+
+
+def measure(path: Path, cut: Cut | None = None) -> Measured:
+    """Raises InputError for a clip that cannot be used or is shorter than `cut`."""
     count, end = 0, Fraction(0)
     times: list[int] = []  # frame times in units of the stream's time base
     with open_container(path) as container:
@@ -117,10 +131,25 @@ def measure(path: Path) -> tuple[int, Fraction, list[Note]]:
             promised = Fraction((container.start_time or 0) + container.duration, av.time_base)
             if promised - end > MAX_SHORTFALL:
                 raise _cut_short(path)
-        seconds = np.sort(times) * float(video.time_base or 0)
-        span = (max(times) - min(times)) * video.time_base if times and video.time_base else Fraction(0)
-        rate = _rate(video, count, span, path)
-    return count, rate, uneven(path, np.diff(seconds), rate, float(video.time_base or 0))
+        times.sort()
+        tick = video.time_base or Fraction(0)
+        if cut is None:
+            used = range(count)
+        elif len(times) == count:
+            used = cut.of(path, (np.asarray(times) - times[0]) * float(tick))
+        else:  # frames without times are taken as even
+            used = cut.of(path, np.arange(count) / float(_rate(video, count, Fraction(0), path)))
+        timed = len(times) == count
+        shown = times[used.start : used.stop] if timed else times
+        span = (shown[-1] - shown[0]) * tick if shown else Fraction(0)
+        rate = _rate(video, len(used), span, path)
+    start = (shown[0] - times[0]) * tick if timed and times else used.start / rate
+    seconds = np.asarray(shown) * float(tick)
+    notes = uneven(path, np.diff(seconds), rate, float(tick))
+    first = shown[0] if timed and times else None
+    return Measured(
+        used, rate, Fraction(start), first, seconds - seconds[0] if notes and timed else None, notes
+    )
 
 
 def uneven(path: Path, spacing: NDArray[np.float64], rate: Fraction, tick: float) -> list[Note]:
@@ -133,8 +162,8 @@ def uneven(path: Path, spacing: NDArray[np.float64], rate: Fraction, tick: float
     return [
         Note(
             f"{path.name} has a variable rate: {off} of {len(spacing)} frames are shown for other than the "
-            f"usual {usual * 1000:.0f} ms ({low:.0f} to {high:.0f}). All get the mean, {float(rate):.2f} "
-            "frames per second.",
+            f"usual {usual * 1000:.0f} ms ({low:.0f} to {high:.0f}). The video has the mean: "
+            f"{float(rate):.2f} frames per second.",
             "variable_rate",
             {"file": str(path), "uneven": off, "ms": [round(low, 1), round(high, 1)], "rate": float(rate)},
         )

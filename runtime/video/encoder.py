@@ -1,14 +1,19 @@
 """The encoder of the pictures. Files that it makes do not depend on the machine's number of CPUs."""
 
 import gc
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 
 import av
 from av.codec.context import Flags, ThreadType
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
+
+from trt_wan.errors import UsageError, shown
+from trt_wan.runtime.video.kinds import KINDS, Kind
 
 # x264's output depends on its number of threads, so the number is computed from the picture's height. By
 # default PyAV has x264 cut every picture into one slice per CPU: files differ between machines, and threads
@@ -21,13 +26,73 @@ LINES_PER_ENCODER, MOST_ENCODERS = 120, 8
 DETERMINISTIC = "mbtree=0"
 
 
-# VP9's CRF has another scale. On the sample at 832x480 with noise, 24 gives the PSNR of x264 at 18, 42.4 dB.
-# `cpu-used` 2 takes twice the time of 4 and saves nothing there.
-VP9 = {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1", "tile-columns": "1"}
+@dataclass(frozen=True)
+class Codec:
+    """A row of CODECS."""
+
+    encoder: str  # ffmpeg's name
+    crf: int | None  # the default on the encoder's own scale; None: there is none
+    most_crf: int
+    options: Mapping[str, str]
+    pixels: str = "yuv420p"
 
 
-def x264(crf: int, preset: str) -> dict[str, str]:
-    return {"crf": str(crf), "preset": preset, "x264-params": DETERMINISTIC}
+# The defaults of `crf` give the PSNR of x264 at 18 (visually lossless) within 1 dB, on the sample at 832x480
+# with noise. VP9's `cpu-used` 2 takes twice the time of 4 and saves nothing there. x265 and SVT-AV1 make the
+# same packets with any number of threads; `info=0` leaves out a text about them.
+CODECS = {
+    "h264": Codec("libx264", 18, 51, {"preset": "medium", "x264-params": DETERMINISTIC}),
+    "hevc": Codec("libx265", 18, 51, {"preset": "medium", "x265-params": "log-level=error:info=0"}),
+    "av1": Codec("libsvtav1", 16, 63, {"preset": "7"}),
+    "vp9": Codec(
+        "libvpx-vp9",
+        24,
+        63,
+        {"b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1", "tile-columns": "1"},
+    ),
+    "prores": Codec("prores_ks", None, 0, {"profile": "hq", "vendor": "apl0"}, "yuv422p10le"),
+}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Codec and quality of the pictures. None: the default of the file's kind or of the codec."""
+
+    codec: str | None = None
+    crf: int | None = None
+    preset: str | None = None  # x264's
+
+    def encoding(self, kind: Kind, width: int, height: int, rate: Fraction) -> "Encoding":
+        name = self.codec or kind.codecs[0]
+        codec = CODECS[name]
+        options = {**codec.options}
+        if codec.crf is not None:
+            options["crf"] = str(codec.crf if self.crf is None else self.crf)
+        if self.preset is not None:
+            assert name == "h264", "presets are x264's"
+            options["preset"] = self.preset
+        return Encoding(codec.encoder, width, height, rate, options, codec.pixels)
+
+    def require_possible(self, output: Path) -> None:
+        """Raises UsageError for a codec that the video `output` cannot have, or a CRF out of range."""
+        suffix = output.suffix.lower()
+        name = self.codec or KINDS[suffix].codecs[0]
+        if name not in KINDS[suffix].codecs:
+            files = ", ".join(ending for ending, kind in KINDS.items() if name in kind.codecs)
+            raise UsageError(
+                f"A file that ends in {suffix} cannot have the codec {name}.",
+                f"Use one of {', '.join(KINDS[suffix].codecs)} for it; {name} goes into {files}.",
+            )
+        codec = CODECS[name]
+        if self.crf is None:
+            return
+        if codec.crf is None:
+            raise UsageError(f"{name} has no CRF, so --crf would do nothing.", "Leave out --crf.")
+        if not 0 <= self.crf <= codec.most_crf:
+            raise UsageError(
+                f"{name} has no CRF of {shown(self.crf)}.",
+                f"Use --crf 0 (best) to {codec.most_crf}; {codec.crf} is the default.",
+            )
 
 
 @dataclass(frozen=True)
@@ -39,14 +104,16 @@ class Encoding:
     height: int
     rate: Fraction  # frames per second
     options: Mapping[str, str] = field(default_factory=dict)
+    pixels: str = "yuv420p"
 
     def open(self) -> VideoStream:
         """A new encoder. Its packets count time in frames, and its stream is a template for muxers."""
+        os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 has no other way to print errors alone
         gc.collect()  # PyAV's containers and streams hold each other, so encoders of earlier windows live on
         nowhere = av.open("-", "w", format="null")
         stream = nowhere.add_stream(self.encoder, rate=self.rate, options=dict(self.options))
         assert isinstance(stream, VideoStream), f"{self.encoder} encodes no pictures"
-        stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = self.width, self.height, self.pixels
         codec = stream.codec_context
         codec.time_base = 1 / self.rate
         codec.thread_type, codec.thread_count = ThreadType.FRAME, encoders(self.height)

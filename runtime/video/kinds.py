@@ -6,19 +6,17 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Kind:
     muxer: str  # of ffmpeg
-    video: str  # encoder of the pictures
+    codecs: tuple[str, ...]  # rows of encoder.py's CODECS; the first is the default
     sound: str  # encoder of sound that cannot be copied
     copied: frozenset[str]  # sound that common players accept in it
+    is_gif: bool = False  # the working file is an mp4, of which the GIF is made in the end (gif.py)
 
 
+COPIED = frozenset({"aac", "ac3", "alac", "eac3", "mp3"})
 KINDS = {
-    ".mp4": Kind("mp4", "libx264", "aac", frozenset({"aac", "ac3", "alac", "eac3", "mp3", "opus"})),
-    ".mov": Kind("mov", "libx264", "aac", frozenset({"aac", "ac3", "alac", "eac3", "mp3"})),
-    ".mkv": Kind(
-        "matroska",
-        "libx264",
-        "aac",
-        frozenset({"aac", "ac3", "alac", "eac3", "flac", "mp3", "opus", "vorbis"}),
-    ),
-    ".webm": Kind("webm", "libvpx-vp9", "libopus", frozenset({"opus", "vorbis"})),
+    ".mp4": Kind("mp4", ("h264", "hevc", "av1"), "aac", COPIED | {"opus"}),
+    ".mov": Kind("mov", ("h264", "hevc", "prores"), "aac", COPIED),
+    ".mkv": Kind("matroska", ("h264", "hevc", "av1"), "aac", COPIED | {"flac", "opus", "vorbis"}),
+    ".webm": Kind("webm", ("vp9", "av1"), "libopus", frozenset({"opus", "vorbis"})),
+    ".gif": Kind("mp4", ("h264",), "aac", frozenset(), is_gif=True),
 }

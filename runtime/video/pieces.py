@@ -92,6 +92,13 @@ def mux(output: OutputContainer, stream: Stream, packets: Iterable["Packet[Any]"
 _PLAYING = (b"moof", b"mdat", _CLUSTER)
 
 
+def add_stream(output: OutputContainer, muxer: str, template: Stream) -> Stream:
+    stream = output.add_stream_from_template(template, opaque=True)
+    if is_mp4(muxer) and template.codec_context.codec.canonical_name == "hevc":
+        stream.codec_context.codec_tag = "hvc1"  # Apple plays no other
+    return stream
+
+
 class _Collected(bytearray):
     """A file that cannot be sought in: ffmpeg then writes no index and leaves lengths open."""
 
@@ -101,7 +108,7 @@ class _Collected(bytearray):
 def _muxed(muxer: str, streams: Mapping[Stream, Packets], options: dict[str, str]) -> memoryview:
     made = _Collected()
     with av.open(made, "w", format=muxer, options=options) as output:
-        outputs = [output.add_stream_from_template(stream, opaque=True) for stream in streams]
+        outputs = [add_stream(output, muxer, stream) for stream in streams]
         for stream, packets in zip(outputs, streams.values(), strict=True):
             mux(output, stream, packets)
     return memoryview(made)

@@ -10,8 +10,9 @@ Every departure from a plain clip is in `notes`. Frames are decoded in order, on
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,11 +22,13 @@ import numpy as np
 from av.filter import Graph
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from trt_wan.errors import InputError, with_commands
 from trt_wan.runtime.events import Note
 from trt_wan.runtime.video.container import measure, open_container, refuse_size, remake, video_stream
+from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.transparency import COLOURS, over, transparency_note
 
 Picture = NDArray[np.uint8]
@@ -87,17 +90,25 @@ class Clip(Frames):
     rate: Fraction  # frames per second, the mean if frames are unevenly spaced
     has_sound: bool
     notes: list[Note]
+    used: range  # the frames' numbers in the file
+    start: Fraction  # seconds from the file's first frame to this clip's
+    times: NDArray[np.float64] | None  # seconds from the first frame, of frames that come unevenly
 
-    def __init__(self, path: Path, history: int = 1) -> None:
+    def __init__(self, path: Path, history: int = 1, cut: Cut | None = None) -> None:
+        """With `cut` the clip consists of those frames alone."""
         assert history >= 1, f"history is {history}"
         self.path = path
-        self.frames, self.rate, self.notes = measure(path)
+        found = measure(path, cut)
+        self.used, self.rate, self.start, self.notes = found.used, found.rate, found.start, found.notes
+        self.frames, self.times = len(self.used), found.times
         self._container = open_container(path)
         try:
             stream = video_stream(self._container, path)
             stream.thread_type = "AUTO"
             self.has_sound = bool(self._container.streams.audio)
-            self._coming = self._container.decode(stream)
+            self._coming: Iterator[VideoFrame] = self._container.decode(stream)
+            if self.used.start:
+                stream = self._skip(stream, found.start_pts)
             self._kept: deque[VideoFrame] = deque(maxlen=history)
             self._decoded = 0
             self._scaler = VideoReformatter()
@@ -130,6 +141,26 @@ class Clip(Frames):
         self._container.close()
         self._kept.clear()
 
+    def _skip(self, stream: VideoStream, pts: int | None) -> VideoStream:
+        """Goes to the first used frame: from the key frame before it by its time, else by counting from the
+        start of the file, which is opened again. Returns the stream.
+        """
+        if pts is not None:
+            with suppress(av.FFmpegError):
+                self._container.seek(pts, stream=stream)
+                for frame in self._coming:
+                    if frame.pts == pts:
+                        self._coming = chain([frame], self._coming)
+                        return stream
+                    if frame.pts is None or frame.pts > pts:
+                        break
+        self._container.close()
+        self._container = open_container(self.path)
+        stream = video_stream(self._container, self.path)
+        stream.thread_type = "AUTO"
+        self._coming = islice(self._container.decode(stream), self.used.start, None)
+        return stream
+
     def _picture(self, index: int) -> Picture:
         assert 0 <= index < self.frames, f"frame {index} of {self.frames}"
         while self._decoded <= index:
@@ -140,9 +171,9 @@ class Clip(Frames):
         )
         frame = self._kept[index - oldest]
         if (frame.width, frame.height) != self._coded_size:
-            first = "x".join(map(str, self._coded_size))
+            number, first = self.used[index], "x".join(map(str, self._coded_size))
             raise InputError(
-                f"{self.path} changes its size at frame {index}: {first} to {frame.width}x{frame.height}.",
+                f"{self.path} changes its size at frame {number}: {first} to {frame.width}x{frame.height}.",
                 with_commands("Make one size of it:", remake(self.path)),
             )
         transpose, rows, columns = self._turn
@@ -155,16 +186,17 @@ class Clip(Frames):
         return picture if picture.shape[2] == 3 else over(picture[..., :3], picture[..., 3], COLOURS[BEHIND])
 
     def _decode_next(self) -> None:
+        here = self.used.start + self._decoded
         try:
             self._kept.append(next(self._coming))
         except StopIteration:
             raise InputError(
-                f"{self.path} is damaged: of its {self.frames} frames only {self._decoded} can be decoded.",
+                f"{self.path} is damaged: of its {self.used.stop} frames only {here} can be decoded.",
                 with_commands("Keep what can be read:", remake(self.path)),
             ) from None
         except av.FFmpegError as error:
             raise InputError(
-                f"{self.path} is damaged: it cannot be decoded after frame {self._decoded} of {self.frames} "
+                f"{self.path} is damaged: it cannot be decoded after frame {here} of {self.used.stop} "
                 f"({error.strerror}).",
                 with_commands("Keep what can be read:", remake(self.path)),
             ) from error

@@ -31,8 +31,9 @@ def require_sound(path: Path) -> None:
             raise without_sound(path)
 
 
-def without_sound(path: Path) -> InputError:
-    return InputError(f"{path} has no sound.", "Leave out --audio, or name a file with sound.")
+def without_sound(path: Path, start: Fraction = Fraction(0)) -> InputError:
+    after = f" after {float(start):g} s, where the clip starts" if start else ""
+    return InputError(f"{path} has no sound{after}.", "Leave out --audio, or name a file with sound.")
 
 
 class Sound:
@@ -47,21 +48,21 @@ class Sound:
     before: "list[Packet[AudioStream]]"
 
     @classmethod
-    def of(cls, path: Path, kind: Kind) -> Self | None:
-        """None where the file has no sound."""
+    def of(cls, path: Path, kind: Kind, start: Fraction = Fraction(0)) -> Self | None:
+        """The sound from `start` on, in seconds after the file's first picture; None where it has none."""
         with _readable(path):
             source = av.open(str(path.absolute()), metadata_errors="ignore")
-            if source.streams.audio and (sound := cls(path, source, kind)).first is not None:
+            if source.streams.audio and (sound := cls(path, source, kind, start)).first is not None:
                 return sound
             source.close()
             return None
 
-    def __init__(self, path: Path, source: InputContainer, kind: Kind) -> None:
+    def __init__(self, path: Path, source: InputContainer, kind: Kind, start: Fraction) -> None:
         self.path, self._source = path, source
         self._input = source.streams.audio[0]
-        self._zero = _start(source)
+        self._zero = first_time(source) + start
         copied = self._input.codec_context.codec.canonical_name in kind.copied
-        self.stream = self._input if copied else _encoder(kind.sound, self._input)
+        self.stream = self._input if copied else audio_encoder(kind.sound, self._input)
         self._packets = self._copied() if copied else self._encoded()
         self.first = self._next = self._advance()
         self.before = self.until(Fraction(0))
@@ -122,7 +123,7 @@ class Sound:
         yield from self.stream.encode(None)
 
 
-def _encoder(name: str, source: AudioStream) -> AudioStream:
+def audio_encoder(name: str, source: AudioStream) -> AudioStream:
     nowhere = av.open("-", "w", format="null")
     rate = source.rate if source.rate in SOUND_RATES[name] else 48_000
     stream = nowhere.add_stream(name, rate=rate, bit_rate=SOUND_BIT_RATE)
@@ -146,7 +147,7 @@ def seconds(packet: "Packet[Any]") -> Fraction:
     return packet.pts * packet.time_base
 
 
-def _start(source: InputContainer) -> Fraction:
+def first_time(source: InputContainer) -> Fraction:
     """The time of the first picture, or of the first sample in a file without pictures, in seconds."""
     for stream in source.streams.video:
         if stream.start_time is not None and stream.time_base is not None:

@@ -7,9 +7,10 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from trt_wan.errors import InputError, with_commands
 from trt_wan.runtime.events import Note
 from trt_wan.runtime.video.container import MAX_PIXELS, refuse_missing, refuse_size, uneven
+from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.pictures import WHITE, read_transparent
 from trt_wan.runtime.video.reader import Clip, Frames, Picture
 from trt_wan.runtime.video.transparency import over, transparency_note
@@ -32,16 +34,27 @@ class Stills(Frames):
     """An open clip of `frames` pictures, all of one size. `read(k)` is picture k."""
 
     has_sound = False
+    times: NDArray[np.float64] | None = None  # see Clip
 
     def __init__(
         self, path: Path, frames: int, rate: Fraction, read: Callable[[int], Picture], notes: list[Note]
     ) -> None:
         self.path, self.frames, self.rate, self.notes = path, frames, rate, notes
+        self.used, self.start = range(frames), Fraction(0)
         self._read = read
         self._last = (0, read(0))
         self.height, self.width = self._last[1].shape[:2]
 
+    def cut(self, cut: Cut) -> Self:
+        """Call before the first frame is read: the clip then consists of those frames alone."""
+        self.used = cut.of(self.path, np.arange(self.frames) / float(self.rate))
+        self.frames, self.start = len(self.used), self.used.start / self.rate
+        if self.times is not None:
+            self.times = self.times[self.used.start : self.used.stop] - self.times[self.used.start]
+        return self
+
     def _picture(self, index: int) -> Picture:
+        index = self.used[index]
         if index != self._last[0]:
             picture = self._read(index)
             if picture.shape[:2] != (self.height, self.width):
@@ -57,10 +70,23 @@ class Stills(Frames):
 AnyClip = Clip | Stills
 
 
-def open_clip(path: Path, history: int = 1, rate: Fraction = RATE, one: bool = False) -> AnyClip:
+def open_clip(
+    path: Path, history: int = 1, rate: Fraction = RATE, one: bool = False, cut: Cut | None = None
+) -> AnyClip:
     """A video file, an animation, a folder of numbered pictures, a pattern such as `dance/%04d.png`, and
-    where `one` is true a single picture. `rate` is that of pictures, which have none. Raises InputError.
+    where `one` is true a single picture. `rate` is that of pictures, which have none. With `cut` only those
+    frames, but a clip of one frame stays as it is where `one` is true. Raises InputError.
     """
+    if cut is not None:
+        cut = replace(cut, unless_one=one)
+    stills = _open_stills(path, rate, one)
+    if stills is not None:
+        return stills if cut is None else stills.cut(cut)
+    return Clip(path, history, cut)
+
+
+def _open_stills(path: Path, rate: Fraction, one: bool) -> Stills | None:
+    """None for a video file."""
     if os.path.isdir(path):  # unlike Path.is_dir, no OSError for a name that is too long
         return _numbered(path, _series_in(path), rate)
     if not os.path.exists(path) and (pattern := PATTERN.fullmatch(path.name)):
@@ -69,7 +95,7 @@ def open_clip(path: Path, history: int = 1, rate: Fraction = RATE, one: bool = F
         return _animation(path)
     if one and path.suffix.lower() in SUFFIXES and not _is_animated_png(path):
         return _pictures(path, [path], rate, [])
-    return Clip(path, history)
+    return None
 
 
 def _series_in(folder: Path) -> dict[int, Path]:
@@ -169,4 +195,7 @@ def _animation(path: Path) -> Stills:
 
     if frames[0].shape[2] == 4 and frames[0][..., 3].min() < 255:
         notes.append(transparency_note(path, frames[0][..., 3], "white"))
-    return Stills(path, len(frames), rate, read, notes)
+    stills = Stills(path, len(frames), rate, read, notes)
+    if any(note.code == "variable_rate" for note in notes):
+        stills.times = np.cumsum(seconds) - seconds
+    return stills

@@ -42,6 +42,14 @@ def check_target(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{path} exists already.", "Choose another name, or add -y to replace it.")
 
 
+def require_audible(path: Path) -> None:
+    """Raises UsageError for a kind of file that has no sound."""
+    if KINDS[path.suffix.lower()].is_gif:
+        raise UsageError(
+            "A GIF has no sound, so --audio would do nothing.", "Leave it out, or write an .mp4."
+        )
+
+
 def refuse_inputs(output: Path, inputs: Iterable[Path | None]) -> None:
     """Raises UsageError if `output` is one of the files `inputs`, or a file in one of the folders `inputs`,
     also through links. Videos in folders do not count: the folders are those of checkpoints.
@@ -102,7 +110,8 @@ def partial_names(path: Path) -> Iterator[Path]:
     """Names beside `path`, or beside the file that `path` links to: a rename replaces that file."""
     place = path.resolve() if path.is_symlink() else path
     for number in count(1):
-        yield place.with_name(f"{place.stem}.partial{f'-{number}' if number > 1 else ''}{place.suffix}")
+        suffix = working_suffix(place)
+        yield place.with_name(f"{place.stem}.partial{f'-{number}' if number > 1 else ''}{suffix}")
 
 
 def joining(partial: Path) -> Path:
@@ -135,7 +144,7 @@ def missing_parents(path: Path) -> list[Path]:
 
 def _kept(place: Path) -> list[Path]:
     """Partial files that hold something. The others are of killed runs, for the lock is ours, and go."""
-    pattern = re.compile(rf"{re.escape(place.stem)}\.partial(-\d+)?{re.escape(place.suffix)}")
+    pattern = re.compile(rf"{re.escape(place.stem)}\.partial(-\d+)?{re.escape(working_suffix(place))}")
     kept = []
     for path in sorted(place.parent.iterdir()):
         if pattern.fullmatch(path.name):
@@ -145,6 +154,12 @@ def _kept(place: Path) -> list[Path]:
             else:
                 kept.append(path)
     return kept
+
+
+def working_suffix(place: Path) -> str:
+    """The ending of the partial files of the video `place`."""
+    kind = KINDS.get(place.suffix.lower())
+    return ".mp4" if kind and kind.is_gif else place.suffix
 
 
 def _quietly(act: Callable[[], object]) -> None:

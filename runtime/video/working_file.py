@@ -24,6 +24,7 @@ from trt_wan.runtime.video.pieces import (
     MATROSKA,
     MOST_DELAY,
     Packets,
+    add_stream,
     codec_delay,
     header,
     is_mp4,
@@ -137,7 +138,7 @@ class WorkingFile:
         ):
             output.metadata.update({"comment": comment} if comment else {})
             templates = [*source.streams][: 2 if self._has_sound else 1]
-            streams = [output.add_stream_from_template(stream, opaque=True) for stream in templates]
+            streams = [add_stream(output, self._muxer, stream) for stream in templates]
             codec = streams[0].codec_context
             assert isinstance(codec, VideoCodecContext), "the first stream has the pictures"
             codec.framerate = self.rate

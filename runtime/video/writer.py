@@ -21,14 +21,14 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from trt_wan.errors import OutputError
-from trt_wan.runtime.video.encoder import VP9, Encoding, x264
+from trt_wan.runtime.video.encoder import Quality
+from trt_wan.runtime.video.gif import write_gif
 from trt_wan.runtime.video.kinds import KINDS
 from trt_wan.runtime.video.sound import Sound
 from trt_wan.runtime.video.target import check_target, explained, joining, partial_names, sync
 from trt_wan.runtime.video.working_file import Settled, WorkingFile
 
-CRF = 18  # x264: visually lossless
-PRESET = "medium"
+DEFAULT_QUALITY = Quality()
 # swscale's flags: bicubic chroma, exact rounding, chroma from every pixel (PyAV 17 names only the first).
 SCALER = 0x4 | 0x40000 | 0x4000
 
@@ -44,15 +44,16 @@ class VideoWriter:
         rate: Fraction,
         sound: Path | None = None,
         overwrite: bool = False,
-        crf: int = CRF,
-        preset: str = PRESET,
+        quality: Quality = DEFAULT_QUALITY,
+        sound_start: Fraction = Fraction(0),
         settled: Settled | None = None,
     ) -> None:
         """Creates the partial file at once: a target that cannot be written fails before the computing. With
         `settled`, goes on from there: all other arguments must be the same as those of the earlier writer.
 
-        The first sound stream of the file `sound` is used, if it has one. The start of its picture is time 0.
-        `crf` and `preset` are for x264.
+        The first sound stream of the file `sound` is used, if it has one. Time 0 is `sound_start`
+        seconds after the start of its picture.
+        A GIF has none.
         """
         assert width % 2 == 0 and height % 2 == 0, f"4:2:0 needs even sizes, got {width}x{height}"
         self.path, self.overwrite = path, overwrite
@@ -69,7 +70,7 @@ class VideoWriter:
         try:
             with explained(path):
                 check_target(path, overwrite)
-                self._start(sound, crf, preset, settled)
+                self._start(sound, sound_start, quality, settled)
         except BaseException:
             self.abandon(keep=False)
             raise
@@ -86,7 +87,7 @@ class VideoWriter:
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         picture = self._scaler.reformat(
             picture,
-            format="yuv420p",
+            format=self._encoding.pixels,
             dst_colorspace=Colorspace.ITU709,
             dst_color_range=ColorRange.MPEG,
             interpolation=SCALER,
@@ -119,6 +120,8 @@ class VideoWriter:
         with explained(self.path):
             self._drain()
             joined = self._joined()
+            if KINDS[self.path.suffix.lower()].is_gif:
+                joined = write_gif(joined, self.rate, self.frames)
             if self.path.exists() and not self.overwrite:
                 joined.unlink()
                 raise OutputError(
@@ -154,13 +157,14 @@ class VideoWriter:
     ) -> None:
         self.abandon(keep=True)
 
-    def _start(self, sound: Path | None, crf: int, preset: str, settled: Settled | None) -> None:
+    def _start(
+        self, sound: Path | None, sound_start: Fraction, quality: Quality, settled: Settled | None
+    ) -> None:
         kind = KINDS[self.path.suffix.lower()]
-        options = x264(crf, preset) if kind.video == "libx264" else VP9
-        self._encoding = Encoding(kind.video, self.width, self.height, self.rate, options)
+        self._encoding = quality.encoding(kind, self.width, self.height, self.rate)
         self._encoder = self._encoding.open()
-        if sound is not None:
-            self._sound = Sound.of(sound, kind)
+        if sound is not None and not kind.is_gif:
+            self._sound = Sound.of(sound, kind, sound_start)
         if settled is not None:
             self.partial = next(partial_names(self.path)).with_name(settled.name)
             if self._sound is not None:

@@ -12,6 +12,7 @@ from trt_wan.cli.command import Group
 from trt_wan.cli.demo import demo
 from trt_wan.cli.doctor import doctor
 from trt_wan.cli.engines import list_engines, remove_engines, show_engine
+from trt_wan.cli.join import join
 from trt_wan.cli.preprocess import preprocess
 from trt_wan.cli.pull import pull
 from trt_wan.cli.run import run
@@ -39,6 +40,7 @@ SUBCOMMANDS = (
     build,
     bench,
     preprocess,
+    join,
     list_engines,
     show_engine,
     remove_engines,

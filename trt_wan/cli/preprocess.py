@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from trt_wan.cli.command import command
+from trt_wan.cli.cut_options import cut_of, cut_options
 from trt_wan.cli.missing import require_exporters
 from trt_wan.cli.report import Report
 from trt_wan.cli.sections import SectionedCommand
@@ -142,6 +143,7 @@ def preparing_options(function: Function) -> Function:
 )
 @click.option("--mode", type=click.Choice(["animate", "replace"]), default="animate", show_default=True)
 @reference_background
+@cut_options
 @preparing_options
 @click.option(
     "--executor",
@@ -171,12 +173,13 @@ def preprocess(*, report: Report, reference: Path, clip: Path, output: Path, **o
             "No network is given, and MediaPipe has a runtime of its own, so --executor would do nothing.",
             "Leave out --executor, or give --detector and --pose, or --sam2.",
         )
+    options["cut"] = cut_of(options.pop("start"), options.pop("end"))
     return prepare(report, reference, clip, output, **options)
 
 
 PREPARING_NAMES = {str(parameter.name) for parameter in preprocess.params} - {
     *("reference", "clip", "output", "mode", "executor", "overwrite", "as_json", "quiet"),
-    "reference_background",
+    *("reference_background", "start", "end"),
 }
 
 NETWORKS = ("detector", "pose", "sam2", "segmenter")
@@ -194,7 +197,7 @@ def prepare(
     **options: Any,
 ) -> tuple[Path, dict[str, Any]]:
     """Makes the folder `output`, and keeps it for this process until the command ends. `options` are those of
-    PREPARING, mode, overwrite, reference_background.
+    PREPARING, mode, overwrite, reference_background, cut.
 
     `planned` is called with the video's size after all checks that need no network. The function that it
     returns is called when all networks are open, before the clip is read.

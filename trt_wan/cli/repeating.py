@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Options that decide no bit, or belong to one run.
 OWN = {
     *("output", "overwrite", "resume", "sidecar", "repeated", "dry_run", "as_json", "quiet", "build", "vram"),
+    "frames",
     *("text_cache", "preset", "reference", "clip", *(PREPARING_NAMES - {"compat"})),
 }
 # Files that are found without being named.
@@ -118,6 +119,8 @@ def lasting(made: Mapping[str, Any], inputs: Path, **chosen: Any) -> Lasting:
 
     context = click.get_current_context()
     values = {name: value for name, value in {**(context.default_map or {}), **given_options()}.items()}
+    if "reference" in given_options():  # the prepared clips have these frames alone
+        values = {name: value for name, value in values.items() if name not in ("start", "end")}
     if "preset" in given_options():
         values |= {name: made[name] for name in RECIPE_FIELDS}
         values["loras"] = [f"{lora.file}:{lora.strength!r}" for lora in made["loras"]]

@@ -5,16 +5,20 @@ import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from trt_wan.cli.colour_options import colour_of, colour_options
 from trt_wan.cli.command import command, note
 from trt_wan.cli.context_options import context_options, take_context
+from trt_wan.cli.continue_options import continue_options
+from trt_wan.cli.cut_options import cut_of, cut_options
 from trt_wan.cli.dry_run import Told, forecast
 from trt_wan.cli.missing import require_graphs
+from trt_wan.cli.output_options import output_options, quality_of
 from trt_wan.cli.prepared import FILE as FILE_OF_ORIGIN
 from trt_wan.cli.prepared import is_from, origin
 from trt_wan.cli.preprocess import (
@@ -38,10 +42,13 @@ from trt_wan.runtime.sampling.grids import GRIDS
 from trt_wan.runtime.sampling.samplers import SAMPLERS
 
 if TYPE_CHECKING:
+    from trt_wan.runtime.colour import Colour
     from trt_wan.runtime.context.settings import Compat, Context
     from trt_wan.runtime.job import Inputs, Job, Lora
     from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.settings import Settings, WeightFiles
+    from trt_wan.runtime.video.cut import Cut
+    from trt_wan.runtime.video.encoder import Quality
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -83,6 +90,10 @@ class RunOptions:
     pose_strength: float | None = None
     face_strength: float | None = None
     loras: "tuple[Lora, ...]" = ()
+    colour: "Colour | None" = None
+    cut: "Cut | None" = None
+    start_frame: Path | None = None
+    extend: Path | None = None
     context: "Context | None" = None
     compat: "Compat | None" = None
     trim_to_shortest: bool = False
@@ -111,7 +122,7 @@ class RunOptions:
 
     def files(self) -> list[Path]:
         """Files and folders that are only read."""
-        named = [getattr(self, name) for name in (*PARTS, "tokenizer")]
+        named = [getattr(self, name) for name in (*PARTS, "tokenizer", "start_frame", "extend")]
         loras = [lora.file for lora in self.loras]
         return [*self.weights, *loras, *(path for path in (*named, self.init) if path is not None)]
 
@@ -125,13 +136,14 @@ class RunOptions:
         from trt_wan.runtime.job import Inputs
 
         mode: Any = self.mode or "animate"  # click has checked it
-        return Inputs.from_folder(
+        inputs = Inputs.from_folder(
             folder,
             mode,
             trim_to_shortest=self.trim_to_shortest,
             behind=self.reference_background,
             init=self.init,
         )
+        return replace(inputs, cut=self.cut, start_frame=self.start_frame, extend=self.extend)
 
     def job(self, inputs: "Inputs") -> "Job":
         from trt_wan.runtime.job import Job
@@ -373,6 +385,10 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     show_default=True,
     help="Write all that is needed to repeat the run beside the video too, as .json.",
 )
+@colour_options
+@continue_options
+@output_options
+@cut_options
 @preparing_options
 @command
 def run(
@@ -386,6 +402,9 @@ def run(
     overwrite: bool,
     paste_back: bool,
     dry_run: bool,
+    codec: str | None,
+    crf: int | None,
+    frames: Path | None,
     **given: Any,
 ) -> Any:
     """Make a video from a picture of the character, REFERENCE, and a driving video, CLIP.
@@ -398,11 +417,14 @@ def run(
     the same options. Graphs of this size that are missing are exported first.
     """
     from trt_wan.runtime.job import unused_clips
+    from trt_wan.runtime.video.frame_folder import require_free
     from trt_wan.runtime.video.sound import require_sound
-    from trt_wan.runtime.video.target import refuse_inputs
+    from trt_wan.runtime.video.target import refuse_inputs, require_audible
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
     long = {name: given.pop(name) for name in ("resume", "sidecar", "repeated")}
+    given["colour"] = colour_of(given.pop("colour_match"), given.pop("colour_anchor"))
+    given["cut"] = cut_of(given.pop("start"), given.pop("end"))
     refuse_unused_sampling()
     context = take_context(given)
     compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
@@ -426,7 +448,11 @@ def run(
     files = [reference, clip, audio, *options.files(), *(preparing[name] for name in PREPARING_FILES)]
     refuse_inputs(output, [*files, *(inputs.glob("src_*") if inputs else ())])
     written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
+    written |= {"quality": quality_of(output, codec, crf), "frames": frames}
+    if frames is not None:
+        require_free(frames, overwrite)
     if audio is not None:
+        require_audible(output)
         require_sound(audio)
     if inputs is not None:
         _refuse_preparing(reference)
@@ -445,13 +471,18 @@ def run(
         )
     if dry_run:
         job = _job_to_prepare(output, preparing, options)
-        shared = {"mode": options.mode, "reference_background": options.reference_background}
+        shared = {
+            "mode": options.mode,
+            "reference_background": options.reference_background,
+            "cut": options.cut,
+        }
         folder = job.inputs.reference.parent
         size = planned_video(reference, clip, folder, overwrite=overwrite, **shared, **preparing)
         return _forecast(report, job, output, options, overwrite, size)
     inputs, basis = _prepare_beside(
         report, reference, clip, output, overwrite, preparing, options, long["resume"]
     )
+    options = replace(options, cut=None)  # the prepared clips have those frames alone
     try:
         left = lasting(made, inputs, **long)
         return render_prepared(report, inputs, output, options, **written, basis=basis, lasting=left)
@@ -468,6 +499,8 @@ def render_prepared(
     audio: Path | None = None,
     overwrite: bool = False,
     paste_back: bool = False,
+    quality: "Quality | None" = None,
+    frames: Path | None = None,
     basis: "Basis | None" = None,
     lasting: Lasting = Lasting(sidecar=False),  # noqa: B008  (frozen)
 ) -> tuple[Path, dict[str, Any]]:
@@ -477,10 +510,13 @@ def render_prepared(
     """
     from trt_wan.runtime.events import silent
     from trt_wan.runtime.kept.made import record_of
+    from trt_wan.runtime.kept.record import as_values
     from trt_wan.runtime.kept.windows import kept_of
     from trt_wan.runtime.opening.model import open_basis
     from trt_wan.runtime.render import own_sound, render
     from trt_wan.runtime.video.clips import open_clips
+    from trt_wan.runtime.video.continued import frames_before
+    from trt_wan.runtime.video.encoder import Quality
     from trt_wan.runtime.video.target import check_target, claimed
 
     start = time.perf_counter()
@@ -492,10 +528,12 @@ def render_prepared(
         open_clips(job.inputs, job.history) as clips,
         ExitStack() as until_the_model_is_closed,
     ):
+        frames_before(job.inputs, job.overlap, clips.width, clips.height, clips.rate)  # to refuse it now
         basis = basis or open_basis(files, settings, report.progress)
         basis.require_loras(job.loras)
         require_graphs(report, basis, clips.width, clips.height, job.model_window, options.build)()
         written = {"kind": output.suffix.lower(), "paste_back": paste_back}
+        written |= as_values(quality or Quality())
         sound = audio or own_sound(clips)
         record = record_of(job, clips, basis, sound, written, lasting.options, lasting.paths)
         if lasting.repeated is not None:
@@ -514,6 +552,8 @@ def render_prepared(
                     sound=audio,
                     overwrite=overwrite,
                     paste_back=paste_back,
+                    quality=quality,
+                    frames=frames,
                     record=record,
                     sidecar=lasting.sidecar,
                     resume=lasting.resume,
@@ -551,6 +591,7 @@ def _prepare_beside(
     from trt_wan.runtime.events import silent
     from trt_wan.runtime.opening.model import open_basis
     from trt_wan.runtime.video.clips import require_init_size
+    from trt_wan.runtime.video.continued import frames_before
     from trt_wan.runtime.video.target import check_target, claimed
 
     check_target(output, overwrite)
@@ -562,6 +603,7 @@ def _prepare_beside(
     basis.require_loras(job.loras)
 
     def planned(width: int, height: int) -> Callable[[], None]:
+        frames_before(job.inputs, job.overlap, width, height, preparing["rate"])
         if options.init is not None:
             require_init_size(options.init, width, height)
         export = require_graphs(report, basis, width, height, job.model_window, options.build)
@@ -577,6 +619,7 @@ def _prepare_beside(
         "executor": options.executor,
         "overwrite": overwrite,
         "reference_background": options.reference_background,
+        "cut": options.cut,
     }
     from_these = origin(reference, clip, {**preparing, **shared, "overwrite": False})
     if resume and is_from(folder, from_these) and (folder / artifacts.REFERENCE).exists():
@@ -602,7 +645,7 @@ def _job_to_prepare(output: Path, preparing: dict[str, Any], options: RunOptions
     prepared = Inputs(
         folder / artifacts.REFERENCE, folder / artifacts.POSE, face, background, mask, init=options.init
     )
-    return options.job(prepared)
+    return options.job(replace(prepared, start_frame=options.start_frame, extend=options.extend))
 
 
 def _size_of(job: "Job") -> tuple[int, int, int]:

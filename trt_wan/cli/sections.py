@@ -5,8 +5,9 @@ import click
 # By section the names of parameters, in the order of --help. An option in none of them comes last.
 SECTIONS = {
     "Video": (
-        *("inputs", "output", "overwrite", "mode", "size", "fit", "rate", "window", "overlap", "audio"),
-        *("reference_background", "trim_to_shortest", "paste_back"),
+        *("inputs", "output", "overwrite", "mode", "size", "fit", "rate", "start", "end"),
+        *("window", "overlap", "audio", "reference_background", "trim_to_shortest", "paste_back"),
+        *("start_frame", "extend", "codec", "crf", "frames"),
         *("dry_run", "resume", "repeated", "sidecar"),
     ),
     "Context windows": (
@@ -15,6 +16,7 @@ SECTIONS = {
     "Sampling": (
         *("preset", "prompt", "negative_prompt", "steps", "guidance", "seed", "sampler", "grid", "shift"),
         *("pose_strength", "face_strength", "sigmas", "init", "denoise_strength", "start_step", "end_step"),
+        *("colour_match", "colour_anchor"),
     ),
     "People": (
         *("person", "point", "box", "keypoints", "detector", "pose", "hands", "head", "face", "face_padding"),

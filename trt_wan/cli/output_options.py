@@ -1,0 +1,50 @@
+"""`--codec`, `--crf` and `--frames` of `run`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from trt_wan.runtime.video.encoder import Quality
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+CODECS = ("h264", "hevc", "av1", "vp9", "prores")  # a test compares them with the runtime's
+
+OUTPUT = (
+    click.option(
+        "--codec",
+        type=click.Choice(CODECS),
+        help="Of the pictures. Default: h264, in a .webm vp9. hevc goes into .mp4, .mov, .mkv; av1 into "
+        ".mp4, .mkv, .webm; prores (422 HQ) into .mov.",
+    ),
+    click.option(
+        "--crf",
+        type=int,
+        help="Quality on the codec's own scale: lower is better, and larger. Default: h264 and hevc 18, "
+        "av1 16, vp9 24.",
+    ),
+    click.option(
+        "--frames",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="A folder for all frames as PNG files, beside the video.",
+    ),
+)
+
+
+def output_options(function: Function) -> Function:
+    for option in reversed(OUTPUT):
+        function = option(function)
+    return function
+
+
+def quality_of(output: Path, codec: str | None, crf: int | None) -> "Quality":
+    """Raises UsageError for a codec or a CRF that the kind of file of `output` cannot have."""
+    from trt_wan.runtime.video.encoder import Quality
+    from trt_wan.runtime.video.kinds import KINDS
+
+    quality = Quality(codec, crf)
+    if output.suffix.lower() in KINDS:  # others are refused later
+        quality.require_possible(output)
+    return quality
