@@ -98,7 +98,9 @@ def condition_window(
     mask = known_mask(model.plan, carried_frames, clips.person)
     condition = np.concatenate((reference, np.concatenate((mask, latent))), axis=1)
     pose = np.zeros_like(latent) if clips.pose is None else encode(model, clips.pose)
-    face: PerLayer | None = None if clips.face is None else encode_face(model, clips.face)
+    face: PerLayer | None = None
+    if clips.face is not None and strengths.face > 0:  # at 0 the fusers would add nothing
+        face = encode_face(model, clips.face)
     pose_strength = 0.0 if clips.pose is None else strengths.pose
     placed = (condition, pose, *(np.array([s], np.float32) for s in (pose_strength, strengths.face)))
     condition, pose, *scales = (model.place(array) for array in placed)

@@ -1,6 +1,7 @@
 """One job, built once and passed whole: its clips, its prompt, and how it is denoised."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,14 +9,23 @@ from typing import Literal
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError, shown
 from trt_wan.runtime.fields import check_fields
+from trt_wan.runtime.guidance import (
+    ClipVision,
+    Nag,
+    StepSettings,
+    Texts,
+    acting,
+    per_step,
+    require_strength,
+)
 from trt_wan.runtime.noise import CpuGenerator
+from trt_wan.runtime.prompts import Prompts
 from trt_wan.runtime.schedulers import SAMPLERS, schedule
 from trt_wan.runtime.video.transparency import colour
 from trt_wan.runtime.windows import Windows
 
 Mode = Literal["animate", "replace"]
 
-MOST_GUIDANCE, MOST_STRENGTH = 100, 10  # far beyond any picture; more overflows
 MOST_LORA_STRENGTH = 100
 
 # Wan2.2-Animate was trained with it ("the person in the video is making movements"); others work, less well.
@@ -118,17 +128,28 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Load:
+    """The parts of a job that decide, beside its size, how much memory it takes."""
+
+    steps: int = 20
+    guided: bool = False
+    nag: bool = False
+    contexts: int = 1  # prompts whose keys and values are held at a time
+    travels: bool = False  # whether the prompts change, so that contexts are computed between windows
+
+
+@dataclass(frozen=True)
 class Job:
     """Raises UsageError for settings that are invalid for every clip."""
 
     inputs: Inputs
     mode: Mode = "animate"
-    prompt: str = DEFAULT_PROMPT
+    prompt: str = DEFAULT_PROMPT  # this and the negative prompts may hold several texts (prompts.py)
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
     window: int = 77  # frames
     overlap: int = 1  # frames carried from one window to the next: 1 or 5
     steps: int = 20
-    guidance: float = 1.0  # classifier-free guidance runs only above 1
+    guidance: float | tuple[float, ...] = 1.0  # one value, or one a step; runs only in steps above 1
     sampler: str = "unipc"
     grid: str = "official"
     shift: float = 5.0
@@ -136,6 +157,14 @@ class Job:
     pose_strength: float = 1.0
     face_strength: float = 1.0
     loras: tuple[Lora, ...] = ()  # merged into the transformer; their order does not matter
+    # guidance (guidance.py); percent of the steps
+    cfg_zero_star: bool = False  # scales the negative prompt's side to the prompt's (addons_spec.md 6)
+    nag: Nag | None = None
+    clip_vision: ClipVision = ClipVision()
+    pose_start: float = 0.0
+    pose_end: float = 100.0
+    face_start: float = 0.0
+    face_end: float = 100.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -148,29 +177,54 @@ class Job:
             raise UsageError(
                 f"There is no sampler called {self.sampler!r}.", f"Use one of {', '.join(SAMPLERS)}."
             )
-        if not 1 <= self.guidance <= MOST_GUIDANCE:
-            raise UsageError(
-                f"A guidance of {self.guidance} is not possible.",
-                f"Use --guidance 1 (off) to {MOST_GUIDANCE}.",
-            )
-        for name, value in (("pose", self.pose_strength), ("face", self.face_strength)):
-            if not 0 <= value <= MOST_STRENGTH:
-                raise UsageError(
-                    f"A {name} strength of {value} is not possible.",
-                    f"Use --{name}-strength 0 (off) to 1, or up to {MOST_STRENGTH} to exaggerate.",
-                )
+        require_strength("pose", self.pose_strength)
+        require_strength("face", self.face_strength)
         # Each of these raises UsageError for its own settings.
         Plan(16, 16, self.window)
         Windows(1, self.window, self.overlap)
         schedule(self.grid, self.steps, self.shift)
         CpuGenerator(self.seed)
+        _ = self.texts, self.step_settings
 
     @property
-    def prompts(self) -> list[str]:
-        """The prompt, and with guidance the negative prompt."""
-        return [self.prompt, self.negative_prompt] if self.guided else [self.prompt]
+    def texts(self) -> tuple[str, ...]:
+        """Every text that must be encoded, once, in the order of its first use."""
+        return tuple(dict.fromkeys(text for prompts in self._prompts.values() for text in prompts.texts))
+
+    def texts_of(self, chosen: Callable[[Prompts], str]) -> Texts:
+        """The texts of one window: `chosen` takes one of each of the prompts."""
+        return Texts(**{name: chosen(prompts) for name, prompts in self._prompts.items()})
+
+    @property
+    def step_settings(self) -> tuple[StepSettings, ...]:
+        steps = self.steps
+        pose = acting("pose", self.pose_start, self.pose_end, steps)
+        face = acting("face", self.face_start, self.face_end, steps)
+        rows = zip(per_step(self.guidance, steps), pose, face, strict=True)
+        return tuple(StepSettings(g, pose, face) for g, pose, face in rows)
 
     @property
     def guided(self) -> bool:
-        """Whether every step is computed for the negative prompt too."""
-        return self.guidance > 1
+        """Whether a step is computed for the negative prompt too."""
+        return any(guidance > 1 for guidance in per_step(self.guidance, self.steps))
+
+    @property
+    def load(self) -> Load:
+        prompts = self._prompts.values()
+        return Load(
+            self.steps,
+            self.guided,
+            self.nag is not None,
+            contexts=len(prompts),
+            travels=any(len(each.texts) > 1 for each in prompts),
+        )
+
+    @property
+    def _prompts(self) -> dict[str, Prompts]:
+        """By field of `Texts`."""
+        given = {"prompt": self.prompt}
+        if self.guided:
+            given["negative"] = self.negative_prompt
+        if self.nag is not None:
+            given["nag"] = self.nag.prompt
+        return {name: Prompts.parse(prompt) for name, prompt in given.items()}

@@ -5,7 +5,7 @@ the open model only as `Opened`; opening/model.py is one.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -13,18 +13,20 @@ from typing import Protocol
 import cv2
 import numpy as np
 
-from trt_wan.errors import Stopped
+from trt_wan.errors import Stopped, shown
 from trt_wan.runtime.conditioning import Pixels, Strengths, WindowClips, condition_window, to_signal
 from trt_wan.runtime.denoise import BetweenSteps, Branch, NotFiniteLatent, denoise, predict_window
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.finite import Broken, explained, is_finite_sum
+from trt_wan.runtime.guidance import Texts, passes
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import decode
 from trt_wan.runtime.noise import CpuGenerator
-from trt_wan.runtime.preparation import Prepared, prepare
+from trt_wan.runtime.preparation import Pictures, Prepared, prepare
+from trt_wan.runtime.prompts import Prompts
 from trt_wan.runtime.schedulers import SAMPLERS
 from trt_wan.runtime.schedulers import schedule as make_schedule
 from trt_wan.runtime.video.clips import (
@@ -36,6 +38,8 @@ from trt_wan.runtime.video.clips import (
     people_of,
     soft_pixels,
 )
+from trt_wan.runtime.video.pictures import read_transparent
+from trt_wan.runtime.video.transparency import colour
 from trt_wan.runtime.windows import Windows
 
 ShouldStop = Callable[[], bool]
@@ -48,10 +52,8 @@ class Opened(Protocol):
         """The model at the size of a job, with memory for its windows and steps."""
         ...
 
-    def texts(self, model: Model, job: Job, progress: Progress) -> list[Array]:
-        """Features [512, dim] of the prompt, and with guidance of the negative prompt. Reports the stage
-        "text" if one of them must be encoded.
-        """
+    def texts(self, model: Model, job: Job, progress: Progress) -> Mapping[str, Array]:
+        """Features [512, dim] of every text of the job. Reports the stage "text" if one must be encoded."""
         ...
 
 
@@ -93,6 +95,8 @@ def _stream(
     # 1. Plan: everything that can be refused is refused here.
     windows = Windows(clips.frames, job.window, job.overlap)
     schedule = make_schedule(job.grid, job.steps, job.shift)
+    pictures = pictures_of(job, clips)
+    texts = texts_of_windows(job, windows, float(clips.rate))
 
     def told(event: Event) -> None:
         progress(event)
@@ -110,14 +114,17 @@ def _stream(
         progress(note)
     if job.mode == "replace" and clips.face is None:
         progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
+    if unused := [text for text in job.texts if not any(text in each.all for each in texts)]:
+        progress(_unused_prompts(unused, windows.total))
     clock = _StepClock(model, job, windows.total, progress, should_stop)
 
     # 2. Prepare: text, image, time, rotary tables and the reference slot are the same for all windows.
     with model.checked(clock.stop_before_next):
-        texts = opened.texts(model, job, progress)
+        features = opened.texts(model, job, progress)
         model.release("text_encoder_layer")
         progress(StageStarted("image"))
-        prepared = prepare(model, texts, clips.reference, list(schedule.timesteps))
+        timesteps = list(schedule.timesteps)
+        prepared = prepare(model, features, texts[0], pictures, job.clip_vision, job.nag, timesteps)
     generator = CpuGenerator(job.seed)
     strengths = Strengths(job.pose_strength, job.face_strength)
     carried: Array | None = None
@@ -134,17 +141,29 @@ def _stream(
                 progress(_soft_mask(clips, signals.soft, j))
             soft_before = soft_before or signals.soft > 0
             window = condition_window(model, prepared.reference, signals, carried, strengths)
+            prepared.contexts.use(texts[j].all)
 
         # 4. Denoise.
         progress(StageStarted("denoise", **here))
         noise = generator.randn((config.vae.latent_channels, plan.slots, *latent_size))
-        predict = predict_window(model, prepared, branches(job, prepared, window), job.guidance)
+        sides = branches(prepared, texts[j], window)
+        predict = predict_window(model, prepared, sides, job.step_settings, job.cfg_zero_star)
         solver = SAMPLERS[job.sampler](schedule, model.executor.combine)
         try:
             latent = denoise(predict, noise, solver, job.steps, clock.window(j), model.executor.is_finite)
         except NotFiniteLatent as found:
             when = f"window {j + 1} of {windows.total}, step {found.step + 1} of {job.steps}"
-            again = _Step(job, clips, texts, windows.indices(j), carried, found.step, found.latent)
+            again = _Step(
+                job,
+                clips,
+                features,
+                texts[j],
+                pictures,
+                windows.indices(j),
+                carried,
+                found.step,
+                found.latent,
+            )
             raise Broken(when, again) from None
 
         # 5. Decode without the reference slot; the last frames are carried into the next window as they are.
@@ -152,7 +171,7 @@ def _stream(
         kept, done = windows.keep(j), 0
         carried = None
         latents = np.asarray(latent)[:, 1:]
-        del latent, solver, predict, window
+        del latent, solver, predict, sides, window
         with model.checked(clock.stop_before_next):
             for frames in decode(model, latents):
                 if not is_finite_sum(frames):
@@ -167,13 +186,42 @@ def _stream(
         progress(WindowDone(j + 1, windows.total, kept.stop - kept.start))
 
 
-def branches(job: Job, prepared: Prepared, window: WindowCondition) -> list[Branch]:
-    """The conditional side, and with guidance the unconditional one."""
-    sides = [Branch(prepared.contexts[0], window)]
-    if job.guided:
+def branches(prepared: Prepared, texts: Texts, window: WindowCondition) -> list[Branch]:
+    """The conditional side, and with guidance the unconditional one, which NAG leaves alone."""
+    contexts = prepared.contexts
+    sides = [
+        Branch(contexts.of(texts.prompt), window)
+        if texts.nag is None
+        else Branch(contexts.with_nag(texts.prompt, texts.nag), window, "cross_attention_nag")
+    ]
+    if texts.negative is not None:
         face = None if window.face is None else prepared.blank_face
-        sides.append(Branch(prepared.contexts[1], replace(window, face=face)))
+        sides.append(Branch(contexts.of(texts.negative), replace(window, face=face)))
     return sides
+
+
+def pictures_of(job: Job, clips: Clips) -> Pictures:
+    """Raises InputError for a second picture that cannot be read."""
+    second = job.clip_vision.second
+    if second is None:
+        return Pictures(clips.reference)
+    return Pictures(clips.reference, read_transparent(second).over(colour(job.inputs.behind)))
+
+
+def texts_of_windows(job: Job, windows: Windows, rate: float) -> list[Texts]:
+    """The texts of every window; `rate` is in frames per second."""
+    made, frame = [], 0
+    for j in range(windows.total):
+        kept = windows.keep(j)
+        seconds = frame / rate, (frame + kept.stop - kept.start) / rate
+        made.append(job.texts_of(partial(Prompts.of_window, j=j, seconds=seconds)))
+        frame += kept.stop - kept.start
+    return made
+
+
+def _unused_prompts(unused: Sequence[str], windows: int) -> Note:
+    text = f"{len(unused)} of the prompts are never used: they change with a window, and there are {windows}."
+    return Note(f"{text} The first: {shown(unused[0])}", "unused_prompts", {"prompts": list(unused)})
 
 
 def _decode_again(latents: Array, model: Model) -> None:
@@ -187,19 +235,26 @@ class _Step:
 
     job: Job
     clips: Clips
-    texts: Sequence[Array]
+    features: Mapping[str, Array]
+    texts: Texts
+    pictures: Pictures
     indices: list[int]
     carried: Array | None
     step: int
     latent: Array
 
     def __call__(self, model: Model) -> None:
-        job, schedule = self.job, make_schedule(self.job.grid, self.job.steps, self.job.shift)
-        prepared = prepare(model, self.texts, self.clips.reference, list(schedule.timesteps))
+        job = self.job
+        timesteps = list(make_schedule(job.grid, job.steps, job.shift).timesteps)
+        prepared = prepare(
+            model, self.features, self.texts, self.pictures, job.clip_vision, job.nag, timesteps
+        )
         signals = window_clips(self.clips, self.indices, grey_face=job.mode == "replace")
         strengths = Strengths(job.pose_strength, job.face_strength)
         window = condition_window(model, prepared.reference, signals, self.carried, strengths)
-        predict_window(model, prepared, branches(job, prepared, window), job.guidance)(self.step, self.latent)
+        sides = branches(prepared, self.texts, window)
+        predict = predict_window(model, prepared, sides, job.step_settings, job.cfg_zero_star)
+        predict(self.step, self.latent)
 
 
 def window_clips(clips: Clips, indices: list[int], grey_face: bool) -> WindowClips:
@@ -258,7 +313,8 @@ class _StepClock:
     ) -> None:
         self.wait, self.steps, self.windows = model.executor.wait, job.steps, windows
         self.progress, self.should_stop = progress, should_stop
-        self.durations: list[float] = []
+        self.settings = job.step_settings
+        self.durations: list[float] = []  # of one pass of the transformer
 
     def stop_before_next(self) -> None:
         """Call before a network outside the steps."""
@@ -274,13 +330,11 @@ class _StepClock:
             host_seconds = time.perf_counter() - last
             self.wait()
             now = time.perf_counter()
-            self.durations.append(now - last)
-            last = now
-            left = (self.windows - j) * self.steps - done
+            seconds, last = now - last, now
+            self.durations.append(seconds / self.settings[done - 1].passes)
+            left = passes(self.settings[done:]) + (self.windows - j - 1) * passes(self.settings)
             eta = left * float(np.median(self.durations))
-            self.progress(
-                StepDone(j + 1, self.windows, done, self.steps, self.durations[-1], host_seconds, eta)
-            )
+            self.progress(StepDone(j + 1, self.windows, done, self.steps, seconds, host_seconds, eta))
             if self.should_stop():
                 raise Stopped(
                     f"Stopped in window {j + 1} of {self.windows}, after step {done} of {self.steps}."

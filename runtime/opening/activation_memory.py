@@ -15,12 +15,15 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.conditioning import Strengths, WindowClips, condition_window
-from trt_wan.runtime.denoise import Branch, denoise, predict_window
+from trt_wan.runtime.denoise import denoise, predict_window
 from trt_wan.runtime.device.arena import Arena, Span
 from trt_wan.runtime.executors import Array, BlendPart
+from trt_wan.runtime.guidance import ClipVision, Nag, StepSettings, Texts
+from trt_wan.runtime.job import Load
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.vae import decode
-from trt_wan.runtime.preparation import prepare
+from trt_wan.runtime.pipeline import branches
+from trt_wan.runtime.preparation import Pictures, prepare
 from trt_wan.runtime.schedulers import UniPC, schedule
 
 UNBOUNDED = 1 << 50
@@ -66,6 +69,9 @@ class _Rehearsal:
         held = [self._held(value, "float32") for _, value in terms]
         return cast(Array, _Shape(self.arena, held[0].shape, "float32"))
 
+    def dot(self, x: Array, y: Array) -> float:
+        return 0.0
+
     def take(self, array: Array, slots: Sequence[int]) -> Array:
         return self._like(array, len(slots), str(array.dtype))
 
@@ -95,37 +101,52 @@ class _Rehearsal:
 
 
 @cache
-def activation_bytes(config: ModelConfig, plan: Plan, guided: bool, steps: int) -> int:
+def activation_bytes(config: ModelConfig, plan: Plan, load: Load) -> int:
     """Bytes of the arena that a job needs with all its clips."""
     executor = _Rehearsal()
-    _rehearse(Model(config, plan, executor, {}), guided, steps)
+    _rehearse(Model(config, plan, executor, {}), load)
     return int(executor.arena.peak * (1 + MARGIN))
 
 
-def _rehearse(model: Model, guided: bool, steps: int) -> None:
-    """A job of WINDOWS windows. Every time embedding is taken, but only the first STEPS steps are."""
+def _rehearse(model: Model, load: Load) -> None:
+    """A job of WINDOWS windows. Every time embedding is taken, but only the first STEPS steps are. Prompts
+    that travel change in every window.
+    """
     config, plan = model.config, model.plan
     text = np.zeros((config.text.length, config.text.dim), np.float32)
-    picture = np.zeros((plan.height, plan.width, 3), np.uint8)
-    prepared = prepare(model, [text] * (1 + guided), picture, [0.0] * steps)
+    windows = [_texts(load, j if load.travels else 0) for j in range(WINDOWS)]
+    more = [f"more {k}" for k in range(load.contexts - len(windows[0].all))]
+    features = {name: text for texts in windows for name in (*texts.all, *more)}
+    pictures = Pictures(np.zeros((plan.height, plan.width, 3), np.uint8))
+    nag = Nag("") if load.nag else None
+    prepared = prepare(model, features, windows[0], pictures, ClipVision(), nag, [0.0] * load.steps)
     zero = np.float32(0)
     clip = np.broadcast_to(zero, (3, plan.frames, plan.height, plan.width))
     faces = np.broadcast_to(zero, (plan.frames, 3, config.motion.size, config.motion.size))
     noise = np.zeros(
         (config.vae.latent_channels, plan.slots, plan.latent_height, plan.latent_width), zero.dtype
     )
-    steps = min(steps, STEPS)
+    steps = min(load.steps, STEPS)
+    settings = [StepSettings(1.0 + load.guided, pose=True, face=True)] * steps
     levels = schedule("official", steps, 5.0)
-    for _ in range(WINDOWS):
+    for texts in windows:
         window = condition_window(
             model, prepared.reference, WindowClips(clip, faces), clip[:, :1], Strengths()
         )
-        branches = [Branch(context, window) for context in prepared.contexts]
-        predict = predict_window(model, prepared, branches, 2.0)
+        prepared.contexts.use((*texts.all, *more))
+        sides = branches(prepared, texts, window)
+        predict = predict_window(model, prepared, sides, settings)
         solver = UniPC(levels, model.executor.combine)
         latents = np.asarray(
             denoise(predict, noise, solver, steps, lambda step: None, model.executor.is_finite)
         )[:, 1:]
-        del solver, predict, branches, window
+        del solver, predict, sides, window
         for _ in decode(model, latents):
             pass
+
+
+def _texts(load: Load, window: int) -> Texts:
+    negative, nag = (
+        f"{name} {window}" if used else None for name, used in (("no", load.guided), ("nag", load.nag))
+    )
+    return Texts(f"{window}", negative, nag)

@@ -10,6 +10,7 @@ from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.runtime.events import Progress
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor, require_memory
+from trt_wan.runtime.job import Load
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.weights.stored import Tensors
 
@@ -28,7 +29,7 @@ class CpuSizes:
 
         return f"onnxruntime {onnxruntime.__version__}", platform.machine(), platform.processor()
 
-    def begin(self, plan: Plan, guided: bool, steps: int, skip: Collection[str], progress: Progress) -> Model:
+    def begin(self, plan: Plan, load: Load, skip: Collection[str], progress: Progress) -> Model:
         if plan not in self._models:
             require_memory(self._config, plan)
             executor = OnnxRuntimeExecutor(require_graphs(self._config, plan), self._bound)
