@@ -53,7 +53,7 @@ def test_every_option_is_in_one_section(command: click.Command) -> None:
 def test_the_sections_of_run() -> None:
     shown = sections(CliRunner().invoke(run, ["--help"]).stdout)
     assert list(shown) == [*SECTIONS, OTHERS] == [
-        "Video", "Sampling", "People", "Masks (mode replace)", "Weights", "Machine", "Other"
+        "Video", "Sampling", "Guidance", "People", "Masks (mode replace)", "Weights", "Machine", "Other"
     ]  # fmt: skip
     assert {"--size", "--audio"} <= set(shown["Video"]) and "--seed" in shown["Sampling"]
     assert "--point" in shown["People"] and "--vram" in shown["Machine"]
@@ -150,7 +150,7 @@ def test_the_line_of_the_readme_makes_a_completion(shell: str) -> None:
     ("words", "offered"),
     [
         ("trt-wan pre", ["preprocess"]),
-        ("trt-wan run --pose-", ["--pose-strength"]),
+        ("trt-wan run --pose-", ["--pose-end", "--pose-start", "--pose-strength"]),
         ("trt-wan run --sampler ", ["unipc", "euler"]),
         ("trt-wan bench ", ["compare", "preprocess", "quality", "sweep"]),
     ],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.command import command, note
+from trt_wan.cli.guidance_options import guidance_options, guidance_values, guided, with_guidance
 from trt_wan.cli.missing import require_graphs
 from trt_wan.cli.preprocess import (
     CLIP,
@@ -27,6 +28,7 @@ from trt_wan.cli.report import Report
 from trt_wan.cli.sections import SectionedCommand
 from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError
+from trt_wan.runtime.guidance import ClipVision, Nag
 from trt_wan.runtime.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class RunOptions:
     prompt: str | None = None
     negative_prompt: str | None = None
     steps: int | None = None
-    guidance: float | None = None
+    guidance: float | tuple[float, ...] | None = None
     seed: int | None = None
     sampler: str | None = None
     grid: str | None = None
@@ -74,6 +76,13 @@ class RunOptions:
     pose_strength: float | None = None
     face_strength: float | None = None
     loras: "tuple[Lora, ...]" = ()
+    nag: Nag | None = None
+    cfg_zero_star: bool = False
+    clip_vision: ClipVision = ClipVision()
+    pose_start: float | None = None
+    pose_end: float | None = None
+    face_start: float | None = None
+    face_end: float | None = None
     trim_to_shortest: bool = False
     reference_background: str = "white"
     build: bool = True  # whether missing graphs are exported
@@ -97,6 +106,7 @@ class RunOptions:
         """Files and folders that are only read."""
         named = [getattr(self, name) for name in (*PARTS, "tokenizer")]
         loras = [lora.file for lora in self.loras]
+        named.append(self.clip_vision.second)
         return [*self.weights, *loras, *(path for path in named if path is not None)]
 
     def settings(self) -> "Settings":
@@ -190,11 +200,21 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     + "; ".join(f"{preset.name}: {preset.about}" for preset in PRESETS.values())
     + ".",
 )
-@click.option("--prompt", help="Default: the one the model was trained with.")
+@click.option(
+    "--prompt",
+    help="Default: the one the model was trained with. Several with | between them: one for each window, or "
+    "each from a time on, '0:00 he walks | 0:05 he dances'.",
+)
 @click.option("--negative-prompt", help="Read only with a guidance above 1.")
 @click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps per window.")
 @click.option(
-    "--guidance", type=float, default=1.0, show_default=True, help="Above 1 every step costs twice."
+    "--guidance",
+    callback=guidance_values,
+    default="1.0",
+    show_default=True,
+    metavar="FLOAT[,FLOAT…]",
+    help="Above 1 a step costs twice. A list has a value for each step, and its last one stays: 5,1 guides "
+    "the first step alone.",
 )
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="The noise is that of PyTorch's CPU generator."
@@ -218,6 +238,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option(
     "--face-strength", type=float, default=1.0, show_default=True, help="0 leaves the face clip aside."
 )
+@guidance_options
 @reference_background
 @click.option(
     "--trim-to-shortest",
@@ -317,13 +338,13 @@ def run(
     from trt_wan.runtime.video.target import refuse_inputs
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
-    options = RunOptions(**with_preset(report, given.pop("preset"), given))
+    options = RunOptions(**with_guidance(with_preset(report, given.pop("preset"), given)))
     if paste_back and options.mode == "animate":
         raise UsageError(
             "In the mode animate there is nothing to paste back.",
             "Leave out --paste-back, or use --mode replace.",
         )
-    if options.negative_prompt is not None and not (options.guidance or 1) > 1:
+    if options.negative_prompt is not None and not guided(options.guidance):
         raise UsageError(
             "Without guidance --negative-prompt would do nothing.", "Add --guidance 5, or leave it out."
         )

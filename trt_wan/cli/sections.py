@@ -8,9 +8,11 @@ SECTIONS = {
         *("inputs", "output", "overwrite", "mode", "size", "fit", "rate", "window", "overlap", "audio"),
         *("reference_background", "trim_to_shortest", "paste_back"),
     ),
-    "Sampling": (
-        *("preset", "prompt", "negative_prompt", "steps", "guidance", "seed", "sampler", "grid", "shift"),
-        *("pose_strength", "face_strength"),
+    "Sampling": (*("preset", "prompt", "steps", "seed", "sampler", "grid", "shift"),),
+    "Guidance": (
+        *("guidance", "negative_prompt", "cfg_zero_star", "nag_prompt", "nag_scale", "nag_tau", "nag_alpha"),
+        *("pose_strength", "pose_start", "pose_end", "face_strength", "face_start", "face_end"),
+        *("clip_image_2", "clip_strength", "clip_strength_2", "clip_tiles", "clip_tile_ratio", "no_clip"),
     ),
     "People": (
         *("person", "point", "box", "keypoints", "detector", "pose", "hands", "head", "face", "face_padding"),
