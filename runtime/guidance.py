@@ -6,7 +6,7 @@ units").
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trt_wan.errors import UsageError, shown
@@ -64,7 +64,7 @@ class ClipVision:
             )
         if self.second is None and self.second_strength is not None:
             raise UsageError("There is no second CLIP picture.", "Add --clip-image-2 FILE.")
-        if self.off and self != ClipVision(off=True):
+        if self.off and replace(self, off=False) != ClipVision():
             raise UsageError(
                 "Without CLIP's features its other settings would do nothing.",
                 "Leave out --no-clip, or the other options of CLIP.",
