@@ -13,9 +13,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def guidance_values(ctx: click.Context, param: click.Parameter, value: str) -> float | tuple[float, ...]:
-    """The callback of --guidance: a number, or numbers with commas between them."""
+    """The callback of --guidance: a number, or numbers with commas between them. The brackets are those of a
+    list that is given in Python.
+    """
     try:
-        numbers = tuple(float(number) for number in value.split(","))
+        numbers = tuple(float(number) for number in value.strip("[]()").split(","))
     except ValueError:
         raise click.BadParameter(f"{shown(repr(value))} is no number, and no list such as 5,1.") from None
     return numbers if len(numbers) > 1 else numbers[0]
