@@ -6,7 +6,7 @@ it is to be made. Grey (0) stands for "unknown", black (-1) for a hole in a know
 different to the model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.model import Model
-from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, encode_face
-from trt_wan.runtime.networks.vae import encode
+from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, encode_motion
+from trt_wan.runtime.networks.vae import Read, encode, encode_read
 
 Pixels = NDArray[np.uint8]
 
@@ -36,31 +36,41 @@ def to_signal(frames: Pixels) -> Array:
     return signal
 
 
-def known_mask(plan: Plan, carried: int, person: Array | None) -> Array:
+def cells(person: Array) -> Array:
+    """[F, H, W] to [F, h, w]: each latent cell takes the value of its top-left pixel (model_spec.md 2.2)."""
+    return person[:, ::8, ::8]
+
+
+def known_mask(carried: int, person: Array) -> Array:
     """The four mask channels of the window's own slots, [4, T, h, w].
 
-    `carried` frames at the start are known. `person` [F, H, W] in 0…1 (replace mode) is 1 on the person; each
-    latent cell takes the value of its top-left pixel, and values between 0 and 1 stay as they are
-    (model_spec.md 2.1, 2.2).
+    `carried` frames at the start are known. `person` [F, h, w] in 0…1 is 1 on the person, or everywhere where
+    there is no mask; values between 0 and 1 stay as they are (model_spec.md 2.1).
     """
-    h, w = plan.latent_height, plan.latent_width
-    known = np.zeros((plan.frames, h, w), np.float32) if person is None else 1 - person[:, ::8, ::8]
+    known = 1 - person.astype(np.float32)
     known[:carried] = 1
     first_four = np.repeat(known[:1], 3, axis=0)  # the first latent frame is one pixel frame, four times
-    grouped = np.concatenate((first_four, known)).reshape(plan.latent_frames, 4, h, w)
+    grouped = np.concatenate((first_four, known)).reshape(-1, 4, *known.shape[1:])
     return np.ascontiguousarray(grouped.transpose(1, 0, 2, 3))
 
 
-def condition_clip(plan: Plan, carried: Array | None, background: Array | None) -> Array:
-    """The window's known pixels [3, F, H, W]: carried frames, then background, grey where there is none."""
-    clip = (
-        np.zeros((3, plan.frames, plan.height, plan.width), np.float32)
-        if background is None
-        else background.copy()
-    )
-    if carried is not None:
-        clip[:, : carried.shape[1]] = carried
-    return clip
+def condition_frames(plan: Plan, carried: Array | None, background: Read | None) -> Read:
+    """The window's known pixels [3, frames, H, W]: carried frames, then background, grey where there is
+    none.
+    """
+
+    def read(start: int, stop: int) -> Array:
+        frames = (
+            np.zeros((3, stop - start, plan.height, plan.width), np.float32)
+            if background is None
+            else background(start, stop)
+        )
+        if carried is not None and start < carried.shape[1]:
+            known = carried[:, start:stop]
+            frames = np.concatenate((known, frames[:, known.shape[1] :]), axis=1)
+        return frames
+
+    return read
 
 
 def encode_reference(model: Model, canvas: Pixels) -> Array:
@@ -71,12 +81,15 @@ def encode_reference(model: Model, canvas: Pixels) -> Array:
 
 @dataclass(frozen=True)
 class WindowClips:
-    """One window of every clip, float32; None where the job has no such clip."""
+    """One window of every clip; None where the job has no such clip. Pixels are read when they are encoded,
+    a few frames at a time.
+    """
 
-    pose: Array | None  # [3, F, H, W]
-    face: Array | None  # [F, 3, 512, 512]
-    background: Array | None = None  # [3, F, H, W]
-    person: Array | None = None  # [F, H, W], 0 or 1
+    frames: int
+    pose: Read | None  # [3, frames, H, W]
+    face: Read | None  # [frames, 3, 512, 512]
+    background: Read | None = None  # [3, frames, H, W]
+    person: Array | None = None  # `cells`, [frames, h, w], 0 or 1
     soft: int = 0  # pixels of the mask clip that are neither black nor white
 
 
@@ -86,22 +99,42 @@ class Strengths:
     face: float = 1.0
 
 
-def condition_window(
+@dataclass(frozen=True)
+class WindowLatents:
+    """The condition of a window of the loop, on the host, before the model takes it whole or in parts."""
+
+    condition: Array  # [20, slots, h, w]
+    pose: Array  # [16, slots - 1, h, w]
+    motion: Array | None  # [frames, dim]; None without a face clip
+    strengths: Strengths
+
+
+def encode_window(
     model: Model, reference: Array, clips: WindowClips, carried: Array | None, strengths: Strengths
-) -> WindowCondition:
-    """The condition of one window. `carried` are the last frames of the window before, [3, r, H, W]."""
-    carried_frames = 0 if carried is None else carried.shape[1]
-    if clips.background is None and carried is None:
-        latent = model.kept("grey clip", lambda: encode(model, condition_clip(model.plan, None, None)))
+) -> WindowLatents:
+    """`carried` are the last frames of the window before, [3, r, H, W]."""
+    plan, count = model.plan, clips.frames
+    read = condition_frames(plan, carried, clips.background)
+    if clips.background is None and carried is None and count == plan.frames:
+        latent = model.kept("grey clip", lambda: encode_read(model, read, count))
     else:
-        latent = encode(model, condition_clip(model.plan, carried, clips.background))
-    mask = known_mask(model.plan, carried_frames, clips.person)
-    condition = np.concatenate((reference, np.concatenate((mask, latent))), axis=1)
-    pose = np.zeros_like(latent) if clips.pose is None else encode(model, clips.pose)
-    face: PerLayer | None = None
+        latent = encode_read(model, read, count)
+    everywhere = np.broadcast_to(np.float32(1), (count, plan.latent_height, plan.latent_width))
+    known = known_mask(
+        0 if carried is None else carried.shape[1], everywhere if clips.person is None else clips.person
+    )
+    condition = np.concatenate((reference, np.concatenate((known, latent))), axis=1)
+    pose = np.zeros_like(latent) if clips.pose is None else encode_read(model, clips.pose, count)
+    motion: Array | None = None
     if clips.face is not None and strengths.face > 0:  # at 0 the fusers would add nothing
-        face = encode_face(model, clips.face)
-    pose_strength = 0.0 if clips.pose is None else strengths.pose
-    placed = (condition, pose, *(np.array([s], np.float32) for s in (pose_strength, strengths.face)))
-    condition, pose, *scales = (model.place(array) for array in placed)
-    return WindowCondition(condition, pose, scales[0], face, scales[1])
+        motion = encode_motion(model, clips.face, count)
+    strengths = replace(strengths, pose=0.0 if clips.pose is None else strengths.pose)
+    return WindowLatents(condition, pose, motion, strengths)
+
+
+def condition_of(model: Model, window: WindowLatents, face: PerLayer | None) -> WindowCondition:
+    """The condition where the executor takes it from. `face` are the fusers' keys of the window's motion."""
+    strengths = (np.array([s], np.float32) for s in (window.strengths.pose, window.strengths.face))
+    placed = [model.place(array) for array in (window.condition, window.pose, *strengths)]
+    condition, pose, pose_strength, face_strength = placed
+    return WindowCondition(condition, pose, pose_strength, face, face_strength)

@@ -8,6 +8,8 @@ from typing import Literal
 
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError, shown
+from trt_wan.runtime.context.parts import ContextPlan
+from trt_wan.runtime.context.settings import LATENT, Compat, Context
 from trt_wan.runtime.fields import check_fields
 from trt_wan.runtime.guidance import (
     ClipVision,
@@ -22,7 +24,7 @@ from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.prompts import Prompts
 from trt_wan.runtime.schedulers import SAMPLERS, schedule
 from trt_wan.runtime.video.transparency import colour
-from trt_wan.runtime.windows import Windows
+from trt_wan.runtime.windows import Windows, rounded_down, rounded_up
 
 Mode = Literal["animate", "replace"]
 
@@ -147,7 +149,7 @@ class Job:
     prompt: str = DEFAULT_PROMPT  # this and the negative prompts may hold several texts (prompts.py)
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
     window: int = 77  # frames
-    overlap: int = 1  # frames carried from one window to the next: 1 or 5
+    overlap: int = 1  # frames carried from one window to the next, 4k+1; 1 and 5 are trained
     steps: int = 20
     guidance: float | tuple[float, ...] = 1.0  # one value, or one a step; runs only in steps above 1
     sampler: str = "unipc"
@@ -165,6 +167,9 @@ class Job:
     pose_end: float = 100.0
     face_start: float = 0.0
     face_end: float = 100.0
+    # Long videos
+    context: Context | None = None  # windows are denoised in parts that overlap
+    compat: Compat | None = None  # "kijai": the windows and noise of ComfyUI-WanVideoWrapper
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -180,8 +185,9 @@ class Job:
         require_strength("pose", self.pose_strength)
         require_strength("face", self.face_strength)
         # Each of these raises UsageError for its own settings.
-        Plan(16, 16, self.window)
+        Plan(16, 16, self.model_window)
         Windows(1, self.window, self.overlap)
+        self._require_long()
         schedule(self.grid, self.steps, self.shift)
         CpuGenerator(self.seed)
         _ = self.texts, self.step_settings
@@ -204,6 +210,73 @@ class Job:
         return tuple(StepSettings(g, pose, face) for g, pose, face in rows)
 
     @property
+    def model_window(self) -> int:
+        """Frames of one forward of the model, for which its engines are built."""
+        if self.context is None:
+            return self.window
+        # The wrapper counts the reference's slot among those of a context window.
+        return self.context.frames - (LATENT if self.compat else 0)
+
+    @property
+    def history(self) -> int:
+        """Frames of a clip that are read again: those of a window of the loop, if there are several."""
+        return self.window if self.context is None or not self.context.whole else self.model_window
+
+    def windows(self, frames: int) -> Windows:
+        """The windows of the loop over a clip of that many frames."""
+        frames = frames if self.compat is None or frames < 1 else rounded_down(frames)
+        whole_frames = self.compat is not None
+        if self.context is None:
+            return Windows(frames, self.window, self.overlap, whole_frames=whole_frames)
+        least = self.model_window
+        window = max(least, rounded_up(frames)) if self.context.whole else self.window
+        return Windows(frames, window, self.overlap, least, whole_frames)
+
+    def context_plan(self, frames: int) -> ContextPlan | None:
+        """The context windows of a window of the loop of that many frames."""
+        if self.context is None:
+            return None
+        whole, size = ((count - 1) // LATENT + 2 for count in (frames, self.model_window))
+        return ContextPlan(self.context, whole, size, self.compat)
+
+    def _require_long(self) -> None:
+        context, compat = self.context, self.compat
+        if compat is not None and self.overlap != 1:
+            raise UsageError(
+                f"The wrapper carries 1 frame, not {self.overlap}.", "Leave out --overlap, or --compat."
+            )
+        if context is None:
+            return
+        if context.whole:
+            if self.overlap != 1:
+                raise UsageError(
+                    "Context windows over the whole video carry no frames, so --overlap would do nothing.",
+                    "Leave out --overlap, or give --window as well.",
+                )
+            if self.window != Job.window:
+                raise UsageError(
+                    f"Context windows over the whole video need no window of {self.window} frames.",
+                    "Leave window out, or give the context whole=False.",
+                )
+            if compat is not None and context.schedule == "uniform_looped":
+                raise UsageError(
+                    "In the wrapper uniform_looped fails with Animate: its windows tear pose and face apart.",
+                    "Leave out --compat: these windows are right there.",
+                )
+            return
+        if compat is not None:
+            raise UsageError(
+                "The wrapper has no context windows inside the windows of --window.",
+                "Leave out --window, --context or --compat.",
+            )
+        Plan(16, 16, self.window)
+        if self.window < context.frames:
+            raise UsageError(
+                f"A window of {self.window} frames is shorter than its context windows of {context.frames}.",
+                f"Use --window {context.frames} or more, or --context-frames {self.window}.",
+            )
+
+    @property
     def guided(self) -> bool:
         """Whether a step is computed for the negative prompt too."""
         return any(guidance > 1 for guidance in per_step(self.guidance, self.steps))
@@ -211,13 +284,11 @@ class Job:
     @property
     def load(self) -> Load:
         prompts = self._prompts.values()
-        return Load(
-            self.steps,
-            self.guided,
-            self.nag is not None,
-            contexts=len(prompts),
-            travels=any(len(each.texts) > 1 for each in prompts),
-        )
+        travels = any(len(each.texts) > 1 for each in prompts)
+        # Context windows of one step may have any of the texts.
+        together = travels and self.context is not None
+        contexts = sum(len(each.texts) for each in prompts) if together else len(prompts)
+        return Load(self.steps, self.guided, self.nag is not None, contexts, travels)
 
     @property
     def _prompts(self) -> dict[str, Prompts]:

@@ -16,18 +16,39 @@ torch has its own approximations of log, sin and cos: in a latent the two are at
 """
 
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.errors import UsageError, shown
+from trt_wan.runtime.fields import check_fields
 
 F32 = NDArray[np.float32]
 U32 = NDArray[np.uint32]
 
 BLOCK = 16
+WORDS = 624
 TWO_PI = np.float32(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class GeneratorState:
+    """A place in the sequence of a generator. JSON keeps all three values exactly."""
+
+    engine: str  # the 624 words of MT19937, 8 hexadecimal digits each
+    position: int  # words of `engine` that are used up, 0…624
+    kept: float | None  # the second normal of a pair, due in the next short draw
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not (re.fullmatch(f"[0-9a-f]{{{8 * WORDS}}}", self.engine) and 0 <= self.position <= WORDS):
+            raise UsageError(
+                "This is not the state of a generator of noise.", "Take it from CpuGenerator.state()."
+            )
 
 
 class CpuGenerator:
@@ -43,11 +64,34 @@ class CpuGenerator:
         self._engine = np.random.RandomState(seed & 0xFFFFFFFF)
         self._kept: float | None = None
 
+    def state(self) -> GeneratorState:
+        """The place of the next draw."""
+        engine = self._engine.get_state(legacy=False)["state"]
+        return GeneratorState(engine["key"].astype(">u4").tobytes().hex(), int(engine["pos"]), self._kept)
+
+    @classmethod
+    def from_state(cls, state: GeneratorState) -> Self:
+        """A generator that draws next the numbers that were due when `state` was taken."""
+        made = cls(0)
+        words = np.frombuffer(bytes.fromhex(state.engine), ">u4").astype(np.uint32)
+        made._engine.set_state(("MT19937", words, state.position, 0, 0.0))
+        made._kept = state.kept
+        return made
+
     def randn(self, shape: Sequence[int]) -> F32:
         """Returns standard normals, float32. Each call continues the sequence."""
         size = math.prod(shape)
         values = self._blocks(size) if size >= BLOCK else self._one_by_one(size)
         return values.reshape(tuple(shape))
+
+    def permutation(self, count: int) -> NDArray[np.int64]:
+        """The numbers of `torch.randperm(count)`, below 2^32 / 20: each place swaps with one from it on."""
+        order = np.arange(count)
+        draws = self._draw(max(count - 1, 0))
+        for place, draw in enumerate(draws.tolist()):
+            other = place + draw % (count - place)
+            order[[place, other]] = order[[other, place]]
+        return order
 
     def _draw(self, count: int) -> U32:
         return self._engine.randint(0, 2**32, count, dtype=np.uint32)

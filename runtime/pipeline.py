@@ -14,8 +14,11 @@ import cv2
 import numpy as np
 
 from trt_wan.errors import Stopped, shown
-from trt_wan.runtime.conditioning import Pixels, Strengths, WindowClips, condition_window, to_signal
-from trt_wan.runtime.denoise import BetweenSteps, Branch, NotFiniteLatent, denoise, predict_window
+from trt_wan.runtime.conditioning import Pixels, Strengths, WindowClips, cells, encode_window, to_signal
+from trt_wan.runtime.context.parts import Part
+from trt_wan.runtime.context.predict import PredictUnder, predict_latents
+from trt_wan.runtime.context.settings import LATENT
+from trt_wan.runtime.denoise import BetweenSteps, Branch, NotFiniteLatent, Predict, denoise, predict_window
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.finite import Broken, explained, is_finite_sum
@@ -23,10 +26,9 @@ from trt_wan.runtime.guidance import Texts, passes
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import WindowCondition
-from trt_wan.runtime.networks.vae import decode
+from trt_wan.runtime.networks.vae import Read, decode
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.preparation import Pictures, Prepared, prepare
-from trt_wan.runtime.prompts import Prompts
 from trt_wan.runtime.schedulers import SAMPLERS
 from trt_wan.runtime.schedulers import schedule as make_schedule
 from trt_wan.runtime.video.clips import (
@@ -39,17 +41,23 @@ from trt_wan.runtime.video.clips import (
     soft_pixels,
 )
 from trt_wan.runtime.video.pictures import read_transparent
+from trt_wan.runtime.video.stills import AnyClip
 from trt_wan.runtime.video.transparency import colour
-from trt_wan.runtime.windows import Windows
+from trt_wan.runtime.window_state import WindowState
+from trt_wan.runtime.window_texts import WindowTexts
+from trt_wan.runtime.windows import TRAINED_OVERLAPS, Windows
+
+MASKS_AT_A_TIME = 16  # frames of the mask clip that are read together
 
 ShouldStop = Callable[[], bool]
+Keep = Callable[[WindowState], None]
 
 
 class Opened(Protocol):
     """A model that stays open: any number of jobs, one after another."""
 
-    def begin(self, job: Job, width: int, height: int, progress: Progress) -> Model:
-        """The model at the size of a job, with memory for its windows and steps."""
+    def begin(self, job: Job, width: int, height: int, frames: int, progress: Progress) -> Model:
+        """The model at the size of a job, with memory for its windows and steps. `frames` are the clips'."""
         ...
 
     def texts(self, model: Model, job: Job, progress: Progress) -> Mapping[str, Array]:
@@ -64,9 +72,14 @@ def stream_pieces(
     clips: Clips | None = None,
     progress: Progress = silent,
     should_stop: ShouldStop = lambda: False,
+    begin_from: WindowState | None = None,
+    keep: Keep | None = None,
 ) -> Iterator[Array]:
     """Yields the decoded frames in pieces, before clamping to [-1, 1] and rounding: float32 [3, n, H, W].
     Together they have as many frames as the driving clip.
+
+    With `begin_from` the windows that were finished then are skipped, and the frames that they gave are not
+    yielded. `keep` gets the state after every window, when its last piece has been consumed.
 
     `clips` are the job's, if they are open already. `should_stop` is asked between steps, and elsewhere
     before every network; it ends the stream with `Stopped`. Raises TrtWanError. Every check that needs no
@@ -74,29 +87,43 @@ def stream_pieces(
     read from another thread (video/writer_thread.py).
     """
     if clips is None:
-        with open_clips(job.inputs, job.window) as clips:
-            yield from stream_pieces(job, opened, clips=clips, progress=progress, should_stop=should_stop)
+        with open_clips(job.inputs, job.history) as clips:
+            yield from stream_pieces(
+                job,
+                opened,
+                clips=clips,
+                progress=progress,
+                should_stop=should_stop,
+                begin_from=begin_from,
+                keep=keep,
+            )
         return
     try:
-        yield from _stream(job, opened, clips, progress, should_stop)
+        yield from _stream(job, opened, clips, progress, should_stop, begin_from, keep)
     except Broken as broken:
         fault = broken
     else:
         return
     fault.__traceback__ = fault.__context__ = None  # its frames hold the arrays of the GPU
     progress(Note("A result is not a number: computing it again to find the layer.", "not_finite"))
-    raise explained(opened.begin(job, clips.width, clips.height, silent), fault)
+    raise explained(opened.begin(job, clips.width, clips.height, clips.frames, silent), fault)
 
 
 def _stream(
-    job: Job, opened: Opened, clips: Clips, progress: Progress, should_stop: ShouldStop
+    job: Job,
+    opened: Opened,
+    clips: Clips,
+    progress: Progress,
+    should_stop: ShouldStop,
+    begin_from: WindowState | None,
+    keep: Keep | None,
 ) -> Iterator[Array]:
     """`stream_pieces`. Raises Broken for numbers that are not finite."""
     # 1. Plan: everything that can be refused is refused here.
-    windows = Windows(clips.frames, job.window, job.overlap)
+    windows = job.windows(clips.frames)
     schedule = make_schedule(job.grid, job.steps, job.shift)
     pictures = pictures_of(job, clips)
-    texts = texts_of_windows(job, windows, float(clips.rate))
+    texts = WindowTexts(job, clips.frames, float(clips.rate))
 
     def told(event: Event) -> None:
         progress(event)
@@ -104,18 +131,18 @@ def _stream(
             raise Stopped("Stopped while the model was being opened.")
 
     told(StageStarted("weights"))
-    model = opened.begin(job, clips.width, clips.height, told)
+    model = opened.begin(job, clips.width, clips.height, clips.frames, told)
     config, plan = model.config, model.plan
     assert config.motion.size == FACE_SIZE, (
         f"face crops are {FACE_SIZE}, {config.name} takes {config.motion.size}"
     )
     latent_size = plan.latent_height, plan.latent_width
-    for note in clips.notes:
+    for note in (*clips.notes, *_long_notes(job, windows)):
         progress(note)
     if job.mode == "replace" and clips.face is None:
         progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
-    if unused := [text for text in job.texts if not any(text in each.all for each in texts)]:
-        progress(_unused_prompts(unused, windows.total))
+    if unused := texts.unused():
+        progress(_unused_prompts(unused))
     clock = _StepClock(model, job, windows.total, progress, should_stop)
 
     # 2. Prepare: text, image, time, rotary tables and the reference slot are the same for all windows.
@@ -123,55 +150,53 @@ def _stream(
         features = opened.texts(model, job, progress)
         model.release("text_encoder_layer")
         progress(StageStarted("image"))
-        timesteps = list(schedule.timesteps)
-        prepared = prepare(model, features, texts[0], pictures, job.clip_vision, job.nag, timesteps)
-    generator = CpuGenerator(job.seed)
+        first = 0 if begin_from is None else begin_from.done
+        prepared = _prepared(model, job, features, texts.used(min(first, windows.total - 1)), pictures)
+    carried, generator = None, CpuGenerator(job.seed)
+    if begin_from is None:
+        _skip_noise(generator, job, windows, (config.vae.latent_channels, *latent_size))
+    else:
+        carried = begin_from.carried
+        generator = CpuGenerator.from_state(begin_from.generator)
     strengths = Strengths(job.pose_strength, job.face_strength)
-    carried: Array | None = None
     soft_before = False
 
-    for j in range(windows.total):
+    for j in range(first, windows.total):
         here = {"window": j + 1, "windows": windows.total}
 
         # 3. Condition: pose, face, background, mask and the frames carried over, for this window.
         progress(StageStarted("condition", **here))
         with model.checked(clock.stop_before_next):
-            signals = window_clips(clips, windows.indices(j), grey_face=job.mode == "replace")
+            signals = window_clips(clips, windows.indices(j), job.mode == "replace", windows.mask_indices(j))
             if signals.soft and not soft_before:
                 progress(_soft_mask(clips, signals.soft, j))
             soft_before = soft_before or signals.soft > 0
-            window = condition_window(model, prepared.reference, signals, carried, strengths)
-            prepared.contexts.use(texts[j].all)
+            window = encode_window(model, prepared.reference, signals, carried, strengths)
+            context = job.context_plan(windows.length(j))
+            prepared.contexts.use(texts.used(j))
+            under = _under(model, job, prepared, texts, j)
+            predict = predict_latents(model, window, context, under, clock.between(j))
 
         # 4. Denoise.
         progress(StageStarted("denoise", **here))
-        noise = generator.randn((config.vae.latent_channels, plan.slots, *latent_size))
-        sides = branches(prepared, texts[j], window)
-        predict = predict_window(model, prepared, sides, job.step_settings, job.cfg_zero_star)
+        slots = (windows.length(j) - 1) // 4 + 2
+        noise: Array = generator.randn((config.vae.latent_channels, slots, *latent_size))
+        noise = noise if context is None else context.reorder(noise, generator)
         solver = SAMPLERS[job.sampler](schedule, model.executor.combine)
         try:
             latent = denoise(predict, noise, solver, job.steps, clock.window(j), model.executor.is_finite)
         except NotFiniteLatent as found:
             when = f"window {j + 1} of {windows.total}, step {found.step + 1} of {job.steps}"
-            again = _Step(
-                job,
-                clips,
-                features,
-                texts[j],
-                pictures,
-                windows.indices(j),
-                carried,
-                found.step,
-                found.latent,
-            )
+            again = _Step(job, clips, features, j, carried, found.step, found.latent)
             raise Broken(when, again) from None
 
         # 5. Decode without the reference slot; the last frames are carried into the next window as they are.
         progress(StageStarted("decode", **here))
         kept, done = windows.keep(j), 0
         carried = None
-        latents = np.asarray(latent)[:, 1:]
-        del latent, solver, predict, sides, window
+        finished = np.asarray(latent)
+        latents = finished[:, 1:]
+        del latent, solver, predict, under, window, noise
         with model.checked(clock.stop_before_next):
             for frames in decode(model, latents):
                 if not is_finite_sum(frames):
@@ -181,9 +206,20 @@ def _stream(
                 if (piece := frames[:, max(kept.start - done, 0) : max(kept.stop - done, 0)]).shape[1]:
                     yield piece
                 done += frames.shape[1]
-        if j == 0:
+        if j == first:
             model.executor.settle()
+        if keep is not None:
+            assert carried is not None, "a window has frames"
+            keep(WindowState(j + 1, carried, generator.state(), finished))
         progress(WindowDone(j + 1, windows.total, kept.stop - kept.start))
+
+
+def _under(model: Model, job: Job, prepared: Prepared, texts: WindowTexts, j: int) -> PredictUnder:
+    def under(window: WindowCondition, part: Part | None) -> Predict:
+        sides = branches(prepared, texts.of(j, part), window)
+        return predict_window(model, prepared, sides, job.step_settings, job.cfg_zero_star)
+
+    return under
 
 
 def branches(prepared: Prepared, texts: Texts, window: WindowCondition) -> list[Branch]:
@@ -200,6 +236,14 @@ def branches(prepared: Prepared, texts: Texts, window: WindowCondition) -> list[
     return sides
 
 
+def _prepared(
+    model: Model, job: Job, features: Mapping[str, Array], texts: Sequence[str], pictures: Pictures
+) -> Prepared:
+    """`texts` are those of the first window."""
+    timesteps = list(make_schedule(job.grid, job.steps, job.shift).timesteps)
+    return prepare(model, features, texts, pictures, job.clip_vision, job.nag, timesteps, job.guided)
+
+
 def pictures_of(job: Job, clips: Clips) -> Pictures:
     """Raises InputError for a second picture that cannot be read."""
     second = job.clip_vision.second
@@ -208,20 +252,18 @@ def pictures_of(job: Job, clips: Clips) -> Pictures:
     return Pictures(clips.reference, read_transparent(second).over(colour(job.inputs.behind)))
 
 
-def texts_of_windows(job: Job, windows: Windows, rate: float) -> list[Texts]:
-    """The texts of every window; `rate` is in frames per second."""
-    made, frame = [], 0
-    for j in range(windows.total):
-        kept = windows.keep(j)
-        seconds = frame / rate, (frame + kept.stop - kept.start) / rate
-        made.append(job.texts_of(partial(Prompts.of_window, j=j, seconds=seconds)))
-        frame += kept.stop - kept.start
-    return made
-
-
-def _unused_prompts(unused: Sequence[str], windows: int) -> Note:
-    text = f"{len(unused)} of the prompts are never used: they change with a window, and there are {windows}."
+def _unused_prompts(unused: Sequence[str]) -> Note:
+    text = f"{len(unused)} of the prompts are in no window."
     return Note(f"{text} The first: {shown(unused[0])}", "unused_prompts", {"prompts": list(unused)})
+
+
+def _skip_noise(generator: CpuGenerator, job: Job, windows: Windows, slot: tuple[int, ...]) -> None:
+    """The wrapper draws noise for the whole video first and leaves it aside (kijai_semantics.md 2.4). `slot`
+    is the shape of one of its slots, a multiple of 16 numbers, so slot by slot is the same as all at once.
+    """
+    if job.compat is not None and windows.total > 1:
+        for _ in range((windows.clip_frames - 1) // LATENT + 2):
+            generator.randn(slot)
 
 
 def _decode_again(latents: Array, model: Model) -> None:
@@ -236,41 +278,76 @@ class _Step:
     job: Job
     clips: Clips
     features: Mapping[str, Array]
-    texts: Texts
-    pictures: Pictures
-    indices: list[int]
+    window: int
     carried: Array | None
     step: int
     latent: Array
 
     def __call__(self, model: Model) -> None:
-        job = self.job
-        timesteps = list(make_schedule(job.grid, job.steps, job.shift).timesteps)
-        prepared = prepare(
-            model, self.features, self.texts, self.pictures, job.clip_vision, job.nag, timesteps
-        )
-        signals = window_clips(self.clips, self.indices, grey_face=job.mode == "replace")
+        if self.job.context is None or not self.job.context.whole:
+            return self._compute(model, self.clips)
+        with open_clips(self.job.inputs, self.job.history) as clips:  # the first frames are gone
+            self._compute(model, clips)
+
+    def _compute(self, model: Model, clips: Clips) -> None:
+        job, j, grey = self.job, self.window, self.job.mode == "replace"
+        windows, texts = job.windows(clips.frames), WindowTexts(job, clips.frames, float(clips.rate))
+        prepared = _prepared(model, job, self.features, texts.used(j), pictures_of(job, clips))
+        signals = window_clips(clips, windows.indices(j), grey, windows.mask_indices(j))
         strengths = Strengths(job.pose_strength, job.face_strength)
-        window = condition_window(model, prepared.reference, signals, self.carried, strengths)
-        sides = branches(prepared, self.texts, window)
-        predict = predict_window(model, prepared, sides, job.step_settings, job.cfg_zero_star)
-        predict(self.step, self.latent)
+        window = encode_window(model, prepared.reference, signals, self.carried, strengths)
+        context = job.context_plan(windows.length(j))
+        under = _under(model, job, prepared, texts, j)
+        predict_latents(model, window, context, under)(self.step, self.latent)
 
 
-def window_clips(clips: Clips, indices: list[int], grey_face: bool) -> WindowClips:
-    """The frames `indices` of every clip. `grey_face` stands in for a face clip that is not given."""
-    pose = None if clips.pose is None else to_signal(clips.pose.window(indices))
-    face = background = person = None
+def window_clips(
+    clips: Clips, indices: list[int], grey_face: bool, mask_indices: list[int] | None = None
+) -> WindowClips:
+    """The frames `indices` of every clip, `mask_indices` of the mask where they differ. `grey_face` stands in
+    for a face clip that is not given.
+    """
+    pose = face = background = person = None
     soft = 0
+    if clips.pose is not None:
+        pose = _reader(clips.pose, indices)
     if clips.face is not None:
-        face = to_signal(clips.face.window(indices)).transpose(1, 0, 2, 3)
+        crops = _reader(clips.face, indices)
+        face = lambda start, stop: crops(start, stop).transpose(1, 0, 2, 3)  # noqa: E731
     elif grey_face:
-        face = np.broadcast_to(np.float32(0), (len(indices), 3, FACE_SIZE, FACE_SIZE))
+        face = lambda start, stop: np.zeros((stop - start, 3, FACE_SIZE, FACE_SIZE), np.float32)  # noqa: E731
     if clips.background is not None and clips.mask is not None:
-        background = to_signal(frames_of(clips.background, indices))
-        masks = frames_of(clips.mask, indices)
-        person, soft = people_of(masks).astype(np.float32), soft_pixels(masks)
-    return WindowClips(pose, face, background, person, soft)
+        background = _reader(clips.background, indices)
+        person, soft = _person(clips.mask, indices if mask_indices is None else mask_indices)
+    return WindowClips(len(indices), pose, face, background, person, soft)
+
+
+def _reader(clip: AnyClip, indices: Sequence[int]) -> Read:
+    return lambda start, stop: to_signal(frames_of(clip, indices[start:stop]))
+
+
+def _person(clip: AnyClip, indices: Sequence[int]) -> tuple[Array, int]:
+    """The person's cells [frames, h, w], and the number of soft pixels."""
+    made, soft = [], 0
+    for start in range(0, len(indices), MASKS_AT_A_TIME):
+        masks = frames_of(clip, indices[start : start + MASKS_AT_A_TIME])
+        made.append(cells(people_of(masks)).copy())
+        soft += soft_pixels(masks)
+    return np.concatenate(made), soft
+
+
+def _long_notes(job: Job, windows: Windows) -> list[Note]:
+    notes = []
+    if windows.total > 1 and job.overlap not in TRAINED_OVERLAPS:
+        text = f"{job.overlap} frames are carried from window to window; the model was trained with 1 and 5."
+        notes.append(Note(text, "untrained_overlap", {"overlap": job.overlap}))
+    plan = job.context_plan(windows.length(0))
+    if plan is not None:
+        counts = sorted({len(plan.parts(step)) for step in range(job.steps)})
+        parts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+        text = f"A step takes {parts} context windows of {job.model_window} frames"
+        notes.append(Note(f"{text} over {windows.length(0)}.", "context", {"windows": counts}))
+    return notes
 
 
 def _soft_mask(clips: Clips, soft: int, window: int) -> Note:
@@ -320,6 +397,16 @@ class _StepClock:
         """Call before a network outside the steps."""
         if self.should_stop():
             raise Stopped("Stopped between two networks, outside the denoising steps.")
+
+    def between(self, j: int) -> Callable[[], None]:
+        """Call before each context window of a step: it waits for the one before."""
+
+        def between() -> None:
+            self.wait()
+            if self.should_stop():
+                raise Stopped(f"Stopped in window {j + 1} of {self.windows}, between two context windows.")
+
+        return between
 
     def window(self, j: int) -> BetweenSteps:
         self.wait()

@@ -12,7 +12,7 @@ import numpy as np
 
 from trt_wan.runtime.conditioning import Pixels, encode_reference, to_signal
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.guidance import ClipVision, Nag, Texts
+from trt_wan.runtime.guidance import ClipVision, Nag
 from trt_wan.runtime.letterbox import letterbox
 from trt_wan.runtime.networks.image_encoder import encode_image
 from trt_wan.runtime.networks.model import Model
@@ -81,13 +81,14 @@ class Pictures:
 def prepare(
     model: Model,
     features: Mapping[str, Array],
-    texts: Texts,
+    first: Sequence[str],
     pictures: Pictures,
     clip_vision: ClipVision,
     nag: Nag | None,
     timesteps: Sequence[float],
+    guided: bool,
 ) -> Prepared:
-    """`features` are those of every text of the job, `texts` those of the first window."""
+    """`features` are those of every text of the job; `first` are the texts of the first window."""
     width, height = model.plan.width, model.plan.height
     canvas = letterbox(pictures.reference, width, height)
     seen = [canvas] if pictures.second is None else [canvas, letterbox(pictures.second, width, height)]
@@ -96,11 +97,11 @@ def prepare(
     reference = encode_reference(model, canvas)
     tokens = _image_tokens(model, images, clip_vision)
     contexts = Contexts(model, features, tokens, nag)
-    contexts.use(texts.all)
+    contexts.use(first)
     times = [encode_time(model, timestep) for timestep in timesteps]
     model.release("image_embed", "time_embed")
     cos, sin = rope_tables(model.config, model.plan)
-    blank_face = encode_blank_face(model) if texts.negative is not None else None
+    blank_face = encode_blank_face(model) if guided else None
     return Prepared(contexts, times, (model.place(cos), model.place(sin)), reference, blank_face)
 
 

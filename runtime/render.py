@@ -71,7 +71,7 @@ def render(
     check_target(output, overwrite)
     with ExitStack() as held:
         held.enter_context(claimed(output, progress))
-        clips = clips or held.enter_context(open_clips(job.inputs, job.window))
+        clips = clips or held.enter_context(open_clips(job.inputs, job.history))
         writer = VideoWriter(
             output, clips.width, clips.height, clips.rate, sound or _own_sound(clips), overwrite=overwrite
         )

@@ -687,8 +687,8 @@ def test_a_refusal_in_words(place: Workplace, tmp_path: Path) -> None:
     for options in ([], ["-q"]):
         result = invoke(*run_arguments(place, tmp_path / "o.mp4", "--overlap", "2", *options))
         *_, message, hint = result.stderr.splitlines()
-        assert message == "Error: An overlap of 2 frames is not possible: the model continues from 1 or 5."
-        assert hint == "Use --overlap 1 or --overlap 5."
+        assert message == "Error: An overlap of 2 frames is not possible: it must be 4k+1."
+        assert hint == "Use --overlap 1 or --overlap 5; the model was trained with 1 and 5."
         assert (result.exit_code, result.stdout) == (2, "")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trt_wan.engines.shape import Plan
-from trt_wan.runtime.conditioning import condition_clip, known_mask, to_signal
+from trt_wan.runtime.conditioning import cells, condition_frames, known_mask, to_signal
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.letterbox import letterbox
 
@@ -28,7 +28,7 @@ def official_mask(known: Array) -> Array:
 def test_mask_of_animate_mode(carried: int) -> None:
     known = np.zeros((13, 6, 4), np.float32)
     known[:carried] = 1
-    np.testing.assert_array_equal(known_mask(PLAN, carried, None), official_mask(known))
+    np.testing.assert_array_equal(known_mask(carried, np.ones((13, 6, 4))), official_mask(known))
 
 
 @pytest.mark.parametrize("carried", [0, 1, 5])
@@ -40,22 +40,29 @@ def test_mask_of_replace_mode(carried: int) -> None:
     ].numpy()
     known = known.copy()
     known[:carried] = 1
-    np.testing.assert_array_equal(known_mask(PLAN, carried, person), official_mask(known))
+    np.testing.assert_array_equal(known_mask(carried, cells(person)), official_mask(known))
 
 
-def test_condition_clip() -> None:
+@pytest.mark.parametrize("chunk", [13, 4, 3, 1])
+def test_condition_frames(chunk: int) -> None:
     """Unknown is grey (0) without a background; carried frames come first and nothing else changes."""
     rng = np.random.default_rng(1)
     carried = rng.random((3, 5, 48, 32), np.float32)
     background = rng.random((3, 13, 48, 32), np.float32)
-    np.testing.assert_array_equal(condition_clip(PLAN, None, None), np.zeros((3, 13, 48, 32)))
-    np.testing.assert_array_equal(condition_clip(PLAN, None, background), background)
     before = background.copy()
-    both = condition_clip(PLAN, carried, background)
+
+    def clip(carried: Array | None, background: Array | None) -> Array:
+        given = None if background is None else lambda start, stop: background[:, start:stop]
+        read = condition_frames(PLAN, carried, given)
+        return np.concatenate([read(k, min(k + chunk, 13)) for k in range(0, 13, chunk)], axis=1)
+
+    np.testing.assert_array_equal(clip(None, None), np.zeros((3, 13, 48, 32)))
+    np.testing.assert_array_equal(clip(None, background), background)
+    both = clip(carried, background)
     np.testing.assert_array_equal(both[:, :5], carried)
     np.testing.assert_array_equal(both[:, 5:], background[:, 5:])
     np.testing.assert_array_equal(background, before)
-    np.testing.assert_array_equal(condition_clip(PLAN, carried, None)[:, 5:], 0)
+    np.testing.assert_array_equal(clip(carried, None)[:, 5:], 0)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Golden numbers are those of addons_spec.md 9. test_pipeline.py compares the whole pipeline with diffusers.
 """
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from trt_wan.build.models.block import normalised_guidance
 from trt_wan.engines.config import TINY
 from trt_wan.errors import UsageError
 from trt_wan.runtime import pipeline
+from trt_wan.runtime.context.settings import Context
 from trt_wan.runtime.denoise import Branch, predict_window
 from trt_wan.runtime.device import dot
 from trt_wan.runtime.events import StepDone
@@ -30,7 +32,7 @@ from trt_wan.runtime.networks.image_encoder import MEAN, STD
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.preparation import Contexts, Pictures, prepare
 from trt_wan.runtime.prompts import Prompts
-from trt_wan.runtime.windows import Windows
+from trt_wan.runtime.window_texts import WindowTexts
 
 INPUTS = Inputs(Path("ref.png"), Path("pose.mp4"), Path("face.mp4"))
 MASK = 2**32 - 1
@@ -212,7 +214,6 @@ def test_prompts_at_times() -> None:
 
 def test_windows_get_the_prompts_of_their_new_frames() -> None:
     """At 10 frames per second windows of 21 frames bring 21, then 20 new ones: from 0, 2.1, 4.1, 6.1 s."""
-    windows = Windows(70, 21, 1)
     job = Job(
         INPUTS,
         window=21,
@@ -221,12 +222,56 @@ def test_windows_get_the_prompts_of_their_new_frames() -> None:
         negative_prompt="x | y",
         nag=Nag("n"),
     )
-    found = pipeline.texts_of_windows(job, windows, 10)
-    assert [texts.prompt for texts in found] == ["a", "b", "b", "c"]  # middles: 1.05, 3.1, 5.1, 6.55
-    assert [texts.negative for texts in found] == ["x", "y", "y", "y"]
-    assert {texts.nag for texts in found} == {"n"}
+    texts = WindowTexts(job, 70, 10)
+    found = [texts.of(j) for j in range(4)]
+    assert [each.prompt for each in found] == ["a", "b", "b", "c"]  # middles: 1.05, 3.1, 5.1, 6.55
+    assert [each.negative for each in found] == ["x", "y", "y", "y"]
+    assert {each.nag for each in found} == {"n"}
+    assert [texts.used(j) for j in range(4)] == [each.all for each in found] and texts.unused() == []
+    assert WindowTexts(job, 30, 10).unused() == ["c"]
+    assert WindowTexts(replace(job, prompt="a | b"), 20, 10).unused() == ["b", "y"]
     assert job.texts == ("a", "b", "c", "x", "y", "n")
     assert job.load.travels and job.load.contexts == 3 and job.load.nag and job.load.guided
+
+
+def test_context_windows_have_prompts_of_their_own() -> None:
+    """kijai_semantics.md 3.3 and 3.4: 241 frames are 62 slots, in windows of 21 that end with 20, 37, 54, 61."""
+    context = Context(frames=81, overlap=16)
+    job = Job(
+        INPUTS, prompt="a | b | c", context=context, compat="kijai", guidance=2, negative_prompt="x | y"
+    )
+    texts = WindowTexts(job, 241, 24)
+    plan = job.context_plan(job.windows(241).length(0))
+    assert plan is not None
+    parts = plan.parts(0)
+    assert [part.slots[-1] for part in parts] == [20, 37, 54, 61]
+    found = [texts.of(0, part) for part in parts]
+    assert [each.prompt for each in found] == [*("a", "b", "c", "c")]  # int(last·3/62)
+    assert [each.negative for each in found] == [*("x", "y", "y", "y")]
+    assert set(texts.used(0)) == set("abcxy") and texts.unused() == []
+    assert job.load.contexts == 5, "all texts may be in use in one step"
+
+
+def test_context_windows_by_time_and_in_windows_of_the_loop() -> None:
+    timed = Job(INPUTS, prompt="0:00 a | 0:02 b", context=Context(frames=21, overlap=8))
+    texts = WindowTexts(timed, 101, 25)
+    plan = timed.context_plan(timed.windows(101).length(0))
+    assert plan is not None
+    middles = [part.frames[len(part.frames) // 2] / 25 for part in plan.parts(0)]
+    assert middles == sorted(middles) and 0.3 < middles[0] < 0.5 and 3.5 < middles[-1] < 3.8
+    assert [texts.of(0, part).prompt for part in plan.parts(0)] == ["ab"[m >= 2] for m in middles]
+    hybrid = replace(timed, prompt="a | b", window=41, context=replace(timed.context, whole=False))
+    texts = WindowTexts(hybrid, 101, 25)
+    for j, prompt in enumerate("abb"):
+        plan = hybrid.context_plan(hybrid.windows(101).length(j))
+        assert plan is not None and len(plan.parts(0)) > 1
+        assert {texts.of(j, part).prompt for part in plan.parts(0)} == {prompt}
+    by_time = WindowTexts(replace(hybrid, prompt="0:00 a | 0:02 b"), 101, 25)
+    plan = hybrid.context_plan(41)
+    assert plan is not None  # window 1 begins with frame 40, at 1.6 seconds
+    expected = ["ab"[1.6 + part.frames[len(part.frames) // 2] / 25 >= 2] for part in plan.parts(0)]
+    assert [by_time.of(1, part).prompt for part in plan.parts(0)] == expected and set(expected) == {"a", "b"}
+    assert set(by_time.used(1)) == {"a", "b"}
 
 
 class Recorded:
@@ -458,10 +503,9 @@ def test_image_tokens(
     model: Any = Seeing()
     pictures = [np.full((48, 64, 3), level, np.uint8) for level in (0, 200)]
     job = Job(INPUTS, clip_vision=clip_vision, window=PLAN.frames)
-    texts = job.texts_of(lambda prompts: prompts.texts[0])
     chosen = Pictures(pictures[0], pictures[1] if clip_vision.second else None)
     features = {job.prompt: np.zeros((2, 2), np.float32)}
-    prepared = prepare(model, features, texts, chosen, clip_vision, None, [])
+    prepared = prepare(model, features, job.texts, chosen, clip_vision, None, [], guided=False)
     means = [np.mean((level / 255 - MEAN) / STD) for level in (0, 200)]
     np.testing.assert_allclose(prepared.contexts._image_tokens, expected(*means), rtol=1e-5)
     assert model.calls.count("image_encoder_embed") == seen

@@ -1,13 +1,15 @@
 """The generator against torch's own."""
 
+import json
 import math
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
 from trt_wan.errors import UsageError
-from trt_wan.runtime.noise import CpuGenerator, _box_muller
+from trt_wan.runtime.noise import CpuGenerator, GeneratorState, _box_muller
 
 TOLERANCE = 1e-5  # torch's float32 log, sin and cos against numpy's
 LATENT = (16, 21, 60, 104)
@@ -93,3 +95,34 @@ def test_the_extreme_draws_stay_finite() -> None:
     assert (values[0] == 0).all()
     np.testing.assert_allclose(values[1, :8], math.sqrt(2 * 24 * math.log(2)), rtol=1e-6)
     np.testing.assert_allclose(values[1, 8:], 0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 15, 16, 100, 623, 624, 625, 5000])
+def test_a_generator_goes_on_from_its_state(before: int) -> None:
+    """Through JSON, whether or not a value of a pair is kept, and whether or not the engine is used up."""
+    one = CpuGenerator(77)
+    one.randn((before,))
+    kept = json.dumps(asdict(one.state()))
+    drawn = [one.randn(shape) for shape in ((3,), (2, 700), (1,), (16,))]
+    two = CpuGenerator.from_state(GeneratorState(**json.loads(kept)))
+    for shape, expected in zip(((3,), (2, 700), (1,), (16,)), drawn, strict=True):
+        assert two.randn(shape).tobytes() == expected.tobytes()
+    assert one.state() == two.state()
+
+
+@pytest.mark.parametrize(
+    "change", [{"engine": "00"}, {"engine": "g" * 4992}, {"position": 625}, {"kept": "a"}]
+)
+def test_a_state_that_is_none_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        replace(CpuGenerator(0).state(), **change)  # type: ignore[arg-type]
+
+
+def test_permutations_are_torchs() -> None:
+    ours, theirs = CpuGenerator(8), torch_generator(8)
+    for count in (1, 2, 13, 12, 300):
+        expected = torch.randperm(count, generator=theirs).numpy()
+        np.testing.assert_array_equal(ours.permutation(count), expected)
+        np.testing.assert_allclose(
+            ours.randn((5,)), torch.randn(5, generator=theirs).numpy(), atol=TOLERANCE, rtol=0
+        )

@@ -82,8 +82,9 @@ def test_a_single_frame_is_repeated() -> None:
     [
         (0, 77, 1, "A clip of 0 frames", "at least one frame"),
         (77, 77, 0, "An overlap of 0 frames", "--overlap 1 or --overlap 5"),
-        (77, 77, 77, "An overlap of 77 frames", "--overlap 1 or --overlap 5"),
-        (77, 77, 4, "An overlap of 4 frames", "--overlap 1 or --overlap 5"),
+        (77, 77, -3, "An overlap of -3 frames", "--overlap 1 or --overlap 5"),
+        (77, 77, 77, "An overlap of 77 frames", "--window 81"),
+        (77, 77, 7, "An overlap of 7 frames", "--overlap 5 or --overlap 9"),
         (77, 5, 5, "nothing new in a window of 5", "--window 9"),
         (77, 1, 1, "nothing new in a window of 1", "--window 5"),
     ],

@@ -41,12 +41,13 @@ def join(gpu: Gpu, arrays: Sequence[Any]) -> DeviceArray:
     return out
 
 
-def blend(gpu: Gpu, slots: int, parts: Sequence[BlendPart]) -> DeviceArray:
+def blend(gpu: Gpu, slots: int, parts: Sequence[BlendPart], onto: Any = None) -> DeviceArray:
     module = gpu.once(__name__, lambda: Module(gpu.device, SOURCE, NAMES))
     sources = [on_device(gpu, array) for *_, array in parts]
     channels, _, *picture = sources[0].shape
-    out = gpu.empty((channels, slots, *picture), np.float32)
-    _clear(gpu, out)
+    out: DeviceArray = gpu.empty((channels, slots, *picture), np.float32) if onto is None else onto
+    if onto is None:
+        _clear(gpu, out)
     inner = math.prod(picture)
     grid = min(-(-channels * inner // THREADS), MAX_BLOCKS)
     for (into, weights, _), source in zip(parts, sources, strict=True):

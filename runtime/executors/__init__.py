@@ -39,9 +39,10 @@ class Executor(Protocol):
         """Arrays [channels, slots, h, w] one after the other along their slots."""
         ...
 
-    def blend(self, slots: int, parts: Sequence[BlendPart]) -> Array:
+    def blend(self, slots: int, parts: Sequence[BlendPart], onto: Array | None = None) -> Array:
         """Returns float32 [channels, slots, h, w]: weight·slot k of every part is added to its slot of the
-        result, in the order given. A slot that no part names is 0.
+        result, in the order given. A slot that no part names is 0. With `onto`, an earlier result, all is
+        added to that in place.
         """
         ...
 

@@ -28,8 +28,8 @@ class ForwardingExecutor:
     def join(self, arrays: Sequence[Array]) -> Array:
         return self.executor.join(arrays)
 
-    def blend(self, slots: int, parts: Sequence[BlendPart]) -> Array:
-        return self.executor.blend(slots, parts)
+    def blend(self, slots: int, parts: Sequence[BlendPart], onto: Array | None = None) -> Array:
+        return self.executor.blend(slots, parts, onto)
 
     def is_finite(self, array: Array) -> bool:
         return self.executor.is_finite(array)

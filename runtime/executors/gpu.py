@@ -58,8 +58,8 @@ class GpuExecutor:
     def join(self, arrays: Sequence[Array]) -> Array:
         return cast(Array, on_slots.join(self.gpu, arrays))
 
-    def blend(self, slots: int, parts: Sequence[BlendPart]) -> Array:
-        return cast(Array, on_slots.blend(self.gpu, slots, parts))
+    def blend(self, slots: int, parts: Sequence[BlendPart], onto: Array | None = None) -> Array:
+        return cast(Array, on_slots.blend(self.gpu, slots, parts, onto))
 
     def is_finite(self, array: Array) -> bool:
         if isinstance(array, DeviceArray):

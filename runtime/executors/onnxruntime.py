@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -78,13 +78,13 @@ class OnnxRuntimeExecutor:
     def join(self, arrays: Sequence[Array]) -> Array:
         return np.concatenate(arrays, axis=1)
 
-    def blend(self, slots: int, parts: Sequence[BlendPart]) -> Array:
+    def blend(self, slots: int, parts: Sequence[BlendPart], onto: Array | None = None) -> Array:
         channels, _, *picture = parts[0][2].shape
-        total = np.zeros((channels, slots, *picture), np.float32)
+        total: Any = np.zeros((channels, slots, *picture), np.float32) if onto is None else onto
         for into, weights, array in parts:
             for k, (slot, weight) in enumerate(zip(into, weights, strict=True)):
                 total[:, slot] += np.multiply(array[:, k], weight, dtype=np.float32)
-        return total
+        return cast(Array, total)
 
     def is_finite(self, array: Array) -> bool:
         return bool(np.isfinite(array).all())

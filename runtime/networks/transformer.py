@@ -4,6 +4,7 @@ Once per job: the context (keys and values of text and image tokens for every bl
 Once per window: the face (keys and values of the face tokens for every fuser). Arrays have no batch axis.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,12 +76,18 @@ def encode_context(model: Model, text: Array, image_tokens: Array, image: PerLay
 
 def encode_face(model: Model, face: Array) -> PerLayer:
     """Per fuser: face_k, face_v, from the window's face crops [frames, 3, 512, 512] in [-1, 1]."""
-    size = model.plan.face_batch
-    batches = [face[i : i + size] for i in range(0, len(face), size)]
-    if missing := size - len(batches[-1]):
-        batches[-1] = np.concatenate((batches[-1], np.repeat(face[-1:], missing, axis=0)))
-    motion = np.concatenate([np.asarray(model.run("motion_encoder", batch)[0]) for batch in batches])
-    return _fuser_keys(model, motion[: len(face)])
+    return fuser_keys(model, encode_motion(model, lambda start, stop: face[start:stop], len(face)))
+
+
+def encode_motion(model: Model, read: Callable[[int, int], Array], count: int) -> Array:
+    """The motion of every face crop, [count, dim]. `read` gives crops [start, stop), in order."""
+    size, made = model.plan.face_batch, []
+    for start in range(0, count, size):
+        batch = read(start, min(start + size, count))
+        if missing := size - len(batch):
+            batch = np.concatenate((batch, np.repeat(batch[-1:], missing, axis=0)))
+        made.append(np.asarray(model.run("motion_encoder", batch)[0]))
+    return np.concatenate(made)[:count]
 
 
 def encode_blank_face(model: Model) -> PerLayer:
@@ -88,10 +95,11 @@ def encode_blank_face(model: Model) -> PerLayer:
     size = model.config.motion.size
     black = np.full((model.plan.face_batch, 3, size, size), -1, np.float32)
     (motion,) = model.run("motion_encoder", black)
-    return _fuser_keys(model, np.repeat(np.asarray(motion)[:1], model.plan.frames, axis=0))
+    return fuser_keys(model, np.repeat(np.asarray(motion)[:1], model.plan.frames, axis=0))
 
 
-def _fuser_keys(model: Model, motion: Array) -> PerLayer:
+def fuser_keys(model: Model, motion: Array) -> PerLayer:
+    """Per fuser: face_k, face_v, from the motion of a window's frames [frames, dim]."""
     (tokens,) = model.run("face_encoder", motion)
     return [model.run("fuser_kv", tokens, n=i) for i in range(model.config.transformer.fusers)]
 

@@ -4,23 +4,29 @@ Frames are float32 [3, F, H, W] in [-1, 1], latents float32 [latent channels, T,
 F = 4(T-1) + 1. Decoded frames are not clamped: a clamp would turn a NaN into a black pixel.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.model import Model
 
+Read = Callable[[int, int], Array]  # frames [start, stop) of a clip, float32
+
 
 def encode(model: Model, frames: Array) -> Array:
     """The latents of a clip. F is 1, or 1 and a multiple of 4·vae_chunk."""
+    return encode_read(model, lambda start, stop: frames[:, start:stop], frames.shape[1])
+
+
+def encode_read(model: Model, read: Read, count: int) -> Array:
+    """`encode` of a clip of `count` frames that is read a chunk at a time, in order."""
     step = 4 * model.plan.vae_chunk
-    count = frames.shape[1]
     assert count % step == 1, f"{count} frames are not one and a multiple of {step}"
-    latent, *caches = model.run("vae_encode_first", frames[:, :1])
+    latent, *caches = model.run("vae_encode_first", read(0, 1))
     latents = [latent]
     for start in range(1, count, step):
-        latent, *caches = model.run("vae_encode_next", frames[:, start : start + step], *caches)
+        latent, *caches = model.run("vae_encode_next", read(start, start + step), *caches)
         latents.append(latent)
     return np.concatenate([np.asarray(latent) for latent in latents], axis=1)
 

@@ -14,13 +14,16 @@ import numpy as np
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
 from trt_wan.engines.shape import Plan
-from trt_wan.runtime.conditioning import Strengths, WindowClips, condition_window
-from trt_wan.runtime.denoise import denoise, predict_window
+from trt_wan.runtime.conditioning import Strengths, WindowClips, encode_window
+from trt_wan.runtime.context.parts import ContextPlan, Part
+from trt_wan.runtime.context.predict import predict_latents
+from trt_wan.runtime.denoise import Predict, denoise, predict_window
 from trt_wan.runtime.device.arena import Arena, Span
 from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.guidance import ClipVision, Nag, StepSettings, Texts
 from trt_wan.runtime.job import Load
 from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import decode
 from trt_wan.runtime.pipeline import branches
 from trt_wan.runtime.preparation import Pictures, prepare
@@ -29,6 +32,7 @@ from trt_wan.runtime.schedulers import UniPC, schedule
 UNBOUNDED = 1 << 50
 STEPS = 4  # enough for every sampler to reach its full memory of earlier steps
 WINDOWS = 3
+PARTS = 2  # context windows of a step: each frees its memory before the next
 # Which gaps remain between arrays depends on the steps and windows before: of 1 to 10 steps and 1 to 3
 # windows, none needed more than 0.4 % more (both models, 64x48x5 to 1280x720x81).
 MARGIN = 0.02
@@ -78,8 +82,8 @@ class _Rehearsal:
     def join(self, arrays: Sequence[Array]) -> Array:
         return self._like(arrays[0], sum(array.shape[1] for array in arrays), str(arrays[0].dtype))
 
-    def blend(self, slots: int, parts: Sequence[BlendPart]) -> Array:
-        return self._like(parts[0][2], slots, "float32")
+    def blend(self, slots: int, parts: Sequence[BlendPart], onto: Array | None = None) -> Array:
+        return self._like(parts[0][2], slots, "float32") if onto is None else onto
 
     def is_finite(self, array: Array) -> bool:
         return True
@@ -101,14 +105,23 @@ class _Rehearsal:
 
 
 @cache
-def activation_bytes(config: ModelConfig, plan: Plan, load: Load) -> int:
-    """Bytes of the arena that a job needs with all its clips."""
+def activation_bytes(config: ModelConfig, plan: Plan, load: Load, context: ContextPlan | None = None) -> int:
+    """Bytes of the arena that a job needs with all its clips. `context` is of its longest window."""
     executor = _Rehearsal()
-    _rehearse(Model(config, plan, executor, {}), load)
+    _rehearse(Model(config, plan, executor, {}), load, context and _few(context))
     return int(executor.arena.peak * (1 + MARGIN))
 
 
-def _rehearse(model: Model, load: Load) -> None:
+class _Few(ContextPlan):
+    def parts(self, step: int) -> tuple[Part, ...]:
+        return super().parts(step)[:PARTS]
+
+
+def _few(plan: ContextPlan) -> ContextPlan:
+    return _Few(plan.context, plan.slots, plan.size, plan.compat)
+
+
+def _rehearse(model: Model, load: Load, context: ContextPlan | None) -> None:
     """A job of WINDOWS windows. Every time embedding is taken, but only the first STEPS steps are. Prompts
     that travel change in every window.
     """
@@ -118,29 +131,36 @@ def _rehearse(model: Model, load: Load) -> None:
     more = [f"more {k}" for k in range(load.contexts - len(windows[0].all))]
     features = {name: text for texts in windows for name in (*texts.all, *more)}
     pictures = Pictures(np.zeros((plan.height, plan.width, 3), np.uint8))
-    nag = Nag("") if load.nag else None
-    prepared = prepare(model, features, windows[0], pictures, ClipVision(), nag, [0.0] * load.steps)
+    nag, first = Nag("") if load.nag else None, (*windows[0].all, *more)
+    prepared = prepare(model, features, first, pictures, ClipVision(), nag, [0.0] * load.steps, load.guided)
     zero = np.float32(0)
-    clip = np.broadcast_to(zero, (3, plan.frames, plan.height, plan.width))
-    faces = np.broadcast_to(zero, (plan.frames, 3, config.motion.size, config.motion.size))
-    noise = np.zeros(
-        (config.vae.latent_channels, plan.slots, plan.latent_height, plan.latent_width), zero.dtype
-    )
+    slots = plan.slots if context is None else context.slots
+    count, size = 4 * (slots - 2) + 1, config.motion.size
+
+    def frames(start: int, stop: int) -> Array:
+        return np.broadcast_to(zero, (3, stop - start, plan.height, plan.width))
+
+    def faces(start: int, stop: int) -> Array:
+        return np.broadcast_to(zero, (stop - start, 3, size, size))
+
+    noise = np.zeros((config.vae.latent_channels, slots, plan.latent_height, plan.latent_width), zero.dtype)
     steps = min(load.steps, STEPS)
     settings = [StepSettings(1.0 + load.guided, pose=True, face=True)] * steps
     levels = schedule("official", steps, 5.0)
     for texts in windows:
-        window = condition_window(
-            model, prepared.reference, WindowClips(clip, faces), clip[:, :1], Strengths()
-        )
+        clips = WindowClips(count, frames, faces)
+        window = encode_window(model, prepared.reference, clips, frames(0, 1), Strengths())
         prepared.contexts.use((*texts.all, *more))
-        sides = branches(prepared, texts, window)
-        predict = predict_window(model, prepared, sides, settings)
+
+        def under(window: WindowCondition, part: Part | None, texts: Texts = texts) -> Predict:
+            return predict_window(model, prepared, branches(prepared, texts, window), settings)
+
+        predict = predict_latents(model, window, context, under)
         solver = UniPC(levels, model.executor.combine)
         latents = np.asarray(
             denoise(predict, noise, solver, steps, lambda step: None, model.executor.is_finite)
         )[:, 1:]
-        del solver, predict, sides, window
+        del solver, predict
         for _ in decode(model, latents):
             pass
 

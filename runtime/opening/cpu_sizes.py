@@ -7,6 +7,7 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.graphs import require_graphs
+from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.events import Progress
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor, require_memory
@@ -29,7 +30,14 @@ class CpuSizes:
 
         return f"onnxruntime {onnxruntime.__version__}", platform.machine(), platform.processor()
 
-    def begin(self, plan: Plan, load: Load, skip: Collection[str], progress: Progress) -> Model:
+    def begin(
+        self,
+        plan: Plan,
+        load: Load,
+        context: ContextPlan | None,
+        skip: Collection[str],
+        progress: Progress,
+    ) -> Model:
         if plan not in self._models:
             require_memory(self._config, plan)
             executor = OnnxRuntimeExecutor(require_graphs(self._config, plan), self._bound)

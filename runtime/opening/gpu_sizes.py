@@ -21,6 +21,7 @@ from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.engine_id import Recipe
 from trt_wan.engines.store.measurements import read_figures
 from trt_wan.errors import GpuFault, UsageError, shell_command, with_commands
+from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.executors import Array, Observe
@@ -79,7 +80,14 @@ class GpuSizes:
         machine = self._machine
         return machine.version, machine.gpu.name, str(machine.gpu.driver)
 
-    def begin(self, plan: Plan, load: Load, skip: Collection[str], progress: Progress) -> Model:
+    def begin(
+        self,
+        plan: Plan,
+        load: Load,
+        context: ContextPlan | None,
+        skip: Collection[str],
+        progress: Progress,
+    ) -> Model:
         contracts = networks(self._config, plan)
         blocks = [
             Pack.of(contracts[name], n) for n in range(self._config.transformer.layers) for name in BLOCK
@@ -98,7 +106,7 @@ class GpuSizes:
         executor = self._executors[plan] = self._executors.pop(plan)
         for old in list(self._executors)[:-MOST_SIZES]:
             del self._executors[old], self._models[old]
-        residency = self._residency(plan, load, executor.scratch_bytes)
+        residency = self._residency(plan, load, context, executor.scratch_bytes)
         if residency.streamed:
             streamed = len({pack.n for pack in residency.streamed})
             text = f"{streamed} of {self._config.transformer.layers} blocks stream from host memory"
@@ -157,9 +165,9 @@ class GpuSizes:
         chosen = choose_segments(self._config, plan, self._machine, recipes, settings, progress, optional)
         return open_segments(chosen, self._config, plan, self._gpu, recipes, progress)
 
-    def _residency(self, plan: Plan, load: Load, scratch: int) -> Residency:
+    def _residency(self, plan: Plan, load: Load, context: ContextPlan | None, scratch: int) -> Residency:
         """Keeps a larger arena and scratch of an earlier job, unless a block must stream for them."""
-        arena = activation_bytes(self._config, plan, load)
+        arena = activation_bytes(self._config, plan, load, context)
         contracts = self._models[plan].networks
         spare = passing_bytes(contracts) if load.travels else 0
 

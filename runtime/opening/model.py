@@ -26,6 +26,7 @@ from trt_wan.engines.precision import Precision, best_precision, require_fp8
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import EnvironmentBroken, UsageError, shown
 from trt_wan.runtime.conditioning import Pixels
+from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.device.driver import has_nvidia_gpu
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, StageStarted, silent
@@ -40,7 +41,7 @@ from trt_wan.runtime.networks.text_encoder import encode_texts
 from trt_wan.runtime.networks.tokenizer import Tokenizer, byte_tokenizer
 from trt_wan.runtime.opening.cpu_sizes import CpuSizes
 from trt_wan.runtime.opening.gpu_sizes import GpuSizes, build_engines, require_tier
-from trt_wan.runtime.pipeline import ShouldStop, stream_pieces, to_pixels
+from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.text_cache import TextCache
 from trt_wan.runtime.video.clips import Clips
@@ -49,6 +50,7 @@ from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.random import RandomWeights
 from trt_wan.runtime.weights.sources import FileSource, RandomSource, WeightSource
 from trt_wan.runtime.weights.stored import Tensors
+from trt_wan.runtime.window_state import WindowState
 
 RANDOM_SEED = 0
 MOST_EXPANSION = 18  # tokens of a character: U+FDFA becomes 18 letters
@@ -66,8 +68,17 @@ class Sizes(Protocol):
         """Names everything beside weights and graphs that decides the bits of a result."""
         ...
 
-    def begin(self, plan: Plan, load: Load, skip: Collection[str], progress: Progress) -> Model:
-        """The model at a size, with memory for a job. The job does not run the networks `skip`."""
+    def begin(
+        self,
+        plan: Plan,
+        load: Load,
+        context: ContextPlan | None,
+        skip: Collection[str],
+        progress: Progress,
+    ) -> Model:
+        """The model at a size, with memory for a job. The job does not run the networks `skip`; `context` is
+        of its longest window.
+        """
         ...
 
     def change(self, transformer: Tensors, changed: Collection[str]) -> None:
@@ -202,8 +213,12 @@ class OpenModel:
         clips: Clips | None = None,
         progress: Progress = silent,
         should_stop: ShouldStop = lambda: False,
+        begin_from: WindowState | None = None,
+        keep: Keep | None = None,
     ) -> Iterator[Array]:
-        """`stream` in pieces, before clamping to [-1, 1] and rounding: float32 [3, n, H, W]."""
+        """`stream` in pieces, before clamping to [-1, 1] and rounding: float32 [3, n, H, W]. It can begin
+        between two windows (`stream_pieces`).
+        """
         if self._closed:
             raise UsageError("This model is closed.", "Open it again with open_model().")
         if self._running:
@@ -211,15 +226,22 @@ class OpenModel:
         self._running = True
         try:
             self._sizes.resume()
-            pieces = stream_pieces(job, self, clips=clips, progress=progress, should_stop=should_stop)
-            for piece in pieces:
+            for piece in stream_pieces(
+                job,
+                self,
+                clips=clips,
+                progress=progress,
+                should_stop=should_stop,
+                begin_from=begin_from,
+                keep=keep,
+            ):
                 yield piece
                 self._sizes.resume()  # the consumer may go on in another thread
         finally:
             self._running = False
 
-    def begin(self, job: Job, width: int, height: int, progress: Progress) -> Model:
-        plan = Plan(width, height, job.window, self.precision)
+    def begin(self, job: Job, width: int, height: int, frames: int, progress: Progress) -> Model:
+        plan = Plan(width, height, job.model_window, self.precision)
         found = {text: self._cache.find(text) for text in job.texts}
         self._features = {text: features for text, features in found.items() if features is not None}
         for text in found:
@@ -227,7 +249,8 @@ class OpenModel:
         skip = [TEXT_ENCODER] if len(self._features) == len(found) else []
         skip += IMAGE_ENCODER if job.clip_vision.off else []
         self._merge(job.loras, progress)
-        return self._sizes.begin(plan, job.load, skip, progress)
+        context = job.context_plan(job.windows(frames).length(0))
+        return self._sizes.begin(plan, job.load, context, skip, progress)
 
     def _merge(self, loras: Sequence[Lora], progress: Progress) -> None:
         """Everything that a job computes from the transformer's weights it computes anew, so that the weights

@@ -104,7 +104,8 @@ PREPARING = (
     click.option(
         "--compat",
         type=click.Choice(["official", "kijai"]),
-        help="Use the rates, sizes, masks and face crops of the official code or the ComfyUI wrapper.",
+        help="Use the rates, sizes, masks and face crops of the official code or the ComfyUI wrapper. In "
+        "run, kijai takes the wrapper's windows and noise too.",
     ),
     click.option("--hands/--no-hands", default=True, help="Draw the hands."),
     click.option("--head/--no-head", default=True, help="Draw the head."),

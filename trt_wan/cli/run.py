@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.command import command, note
+from trt_wan.cli.context_options import context_options, take_context
 from trt_wan.cli.guidance_options import guidance_options, guidance_values, guided, with_guidance
 from trt_wan.cli.missing import require_graphs
 from trt_wan.cli.preprocess import (
@@ -32,6 +33,7 @@ from trt_wan.runtime.guidance import ClipVision, Nag
 from trt_wan.runtime.presets import PRESETS
 
 if TYPE_CHECKING:
+    from trt_wan.runtime.context.settings import Compat, Context
     from trt_wan.runtime.job import Inputs, Job, Lora
     from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.settings import Settings, WeightFiles
@@ -83,6 +85,8 @@ class RunOptions:
     pose_end: float | None = None
     face_start: float | None = None
     face_end: float | None = None
+    context: "Context | None" = None
+    compat: "Compat | None" = None
     trim_to_shortest: bool = False
     reference_background: str = "white"
     build: bool = True  # whether missing graphs are exported
@@ -230,8 +234,13 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option("--shift", type=float, default=5.0, show_default=True, help="Moves the levels towards noise.")
 @click.option("--window", type=int, default=77, show_default=True, help="Frames per window, 4k+1.")
 @click.option(
-    "--overlap", type=int, default=1, show_default=True, help="Frames carried to the next window: 1 or 5."
+    "--overlap",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Frames carried to the next window, 4k+1; the model was trained with 1 and 5.",
 )
+@context_options
 @click.option(
     "--pose-strength", type=float, default=1.0, show_default=True, help="0 leaves the pose clip aside."
 )
@@ -338,7 +347,10 @@ def run(
     from trt_wan.runtime.video.target import refuse_inputs
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
-    options = RunOptions(**with_guidance(with_preset(report, given.pop("preset"), given)))
+    context = take_context(given)
+    compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
+    made = with_guidance(with_preset(report, given.pop("preset"), given))
+    options = RunOptions(**made, context=context, compat=compat)
     if paste_back and options.mode == "animate":
         raise UsageError(
             "In the mode animate there is nothing to paste back.",
@@ -391,12 +403,12 @@ def render_prepared(
     check_target(output, overwrite)
     with (
         claimed(output, report.progress),
-        open_clips(job.inputs, job.window) as clips,
+        open_clips(job.inputs, job.history) as clips,
         ExitStack() as until_the_model_is_closed,
     ):
         basis = basis or open_basis(files, settings, report.progress)
         basis.require_loras(job.loras)
-        require_graphs(report, basis, clips.width, clips.height, job.window, options.build)()
+        require_graphs(report, basis, clips.width, clips.height, job.model_window, options.build)()
         with basis.open() as model:
             stop = until_the_model_is_closed.enter_context(stop_at_a_safe_point())
             result = render(
@@ -450,11 +462,11 @@ def _prepare_beside(
     basis.require_loras(job.loras)
 
     def planned(width: int, height: int) -> Callable[[], None]:
-        export = require_graphs(report, basis, width, height, job.window, options.build)
+        export = require_graphs(report, basis, width, height, job.model_window, options.build)
 
         def make() -> None:
             export()
-            basis.make_engines(Plan(width, height, job.window, basis.precision), report.progress)
+            basis.make_engines(Plan(width, height, job.model_window, basis.precision), report.progress)
 
         return make
 
@@ -474,6 +486,8 @@ def _refuse_preparing(reference: Path | None) -> None:
     context = click.get_current_context()
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
+        if parameter.name == "compat" and context.params["compat"] == "kijai":
+            continue  # it is about the windows too
         if parameter.name in PREPARING_NAMES and source is click.core.ParameterSource.COMMANDLINE:
             off = context.params[parameter.name] is False
             given = given or (parameter.secondary_opts if off else parameter.opts)[0]

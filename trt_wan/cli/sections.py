@@ -8,6 +8,9 @@ SECTIONS = {
         *("inputs", "output", "overwrite", "mode", "size", "fit", "rate", "window", "overlap", "audio"),
         *("reference_background", "trim_to_shortest", "paste_back"),
     ),
+    "Context windows": (
+        *("context", "context_frames", "context_stride", "context_overlap", "context_fuse", "freenoise"),
+    ),
     "Sampling": (*("preset", "prompt", "steps", "seed", "sampler", "grid", "shift"),),
     "Guidance": (
         *("guidance", "negative_prompt", "cfg_zero_star", "nag_prompt", "nag_scale", "nag_tau", "nag_alpha"),
