@@ -266,10 +266,10 @@ def test_context_windows_by_time_and_in_windows_of_the_loop() -> None:
         plan = hybrid.context_plan(hybrid.windows(101).length(j))
         assert plan is not None and len(plan.parts(0)) > (j < 2)
         assert {texts.of(j, part).prompt for part in plan.parts(0)} == {prompt}
-    by_time = WindowTexts(replace(hybrid, prompt="0:00 a | 0:02 b"), 101, 25)
+    by_time = WindowTexts(replace(hybrid, prompt="0:00 a | 0:02.3 b"), 101, 25)
     plan = hybrid.context_plan(41)
     assert plan is not None  # window 1 begins with frame 40, at 1.6 seconds
-    expected = ["ab"[1.6 + part.frames[len(part.frames) // 2] / 25 >= 2] for part in plan.parts(0)]
+    expected = ["ab"[1.6 + part.frames[len(part.frames) // 2] / 25 >= 2.3] for part in plan.parts(0)]
     assert [by_time.of(1, part).prompt for part in plan.parts(0)] == expected and set(expected) == {"a", "b"}
     assert set(by_time.used(1)) == {"a", "b"}
 
