@@ -151,7 +151,7 @@ def _stream(
         model.release("text_encoder_layer")
         progress(StageStarted("image"))
         first = 0 if begin_from is None else begin_from.done
-        prepared = _prepared(model, job, features, texts.used(min(first, windows.total - 1)), pictures)
+        prepared = prepared_for(model, job, features, texts.used(min(first, windows.total - 1)), pictures)
     carried, generator = None, CpuGenerator(job.seed)
     if begin_from is None:
         _skip_noise(generator, job, windows, (config.vae.latent_channels, *latent_size))
@@ -236,7 +236,7 @@ def branches(prepared: Prepared, texts: Texts, window: WindowCondition) -> list[
     return sides
 
 
-def _prepared(
+def prepared_for(
     model: Model, job: Job, features: Mapping[str, Array], texts: Sequence[str], pictures: Pictures
 ) -> Prepared:
     """`texts` are those of the first window."""
@@ -292,7 +292,7 @@ class _Step:
     def _compute(self, model: Model, clips: Clips) -> None:
         job, j, grey = self.job, self.window, self.job.mode == "replace"
         windows, texts = job.windows(clips.frames), WindowTexts(job, clips.frames, float(clips.rate))
-        prepared = _prepared(model, job, self.features, texts.used(j), pictures_of(job, clips))
+        prepared = prepared_for(model, job, self.features, texts.used(j), pictures_of(job, clips))
         signals = window_clips(clips, windows.indices(j), grey, windows.mask_indices(j))
         strengths = Strengths(job.pose_strength, job.face_strength)
         window = encode_window(model, prepared.reference, signals, self.carried, strengths)
