@@ -79,6 +79,13 @@ def encode_reference(model: Model, canvas: Pixels) -> Array:
     return np.concatenate((np.ones((4, *latent.shape[1:]), np.float32), latent))
 
 
+def encode_init(model: Model, reference: Array, clip: Read, count: int) -> Array:
+    """The latent [16, T1, h, w] that a window of `count` frames starts from, of the init clip. Slot 0 is the
+    reference's latent. (ComfyUI-WanVideoWrapper puts the clip's first latent there.)
+    """
+    return np.concatenate((reference[4:], encode_read(model, clip, count)), axis=1)
+
+
 @dataclass(frozen=True)
 class WindowClips:
     """One window of every clip; None where the job has no such clip. Pixels are read when they are encoded,
@@ -91,6 +98,7 @@ class WindowClips:
     background: Read | None = None  # [3, frames, H, W]
     person: Array | None = None  # `cells`, [frames, h, w], 0 or 1
     soft: int = 0  # pixels of the mask clip that are neither black nor white
+    init: Read | None = None  # [3, frames, H, W]
 
 
 @dataclass(frozen=True)

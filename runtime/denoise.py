@@ -10,7 +10,7 @@ from trt_wan.runtime.guidance import StepSettings
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, velocity
 from trt_wan.runtime.preparation import Prepared
-from trt_wan.runtime.schedulers import Sampler
+from trt_wan.runtime.sampling.stepping import Combine, Sampler
 
 BetweenSteps = Callable[[int], None]  # called with the number of finished steps; may raise to end the run
 Predict = Callable[[int, Array], Array]  # number of the step from 0, latent -> velocity
@@ -66,6 +66,11 @@ def predict_window(
     return predict
 
 
+def noised(combine: Combine, noise: Array, init: Array | None, sigma: float) -> Array:
+    """The first latent: `noise`, or `init` noised to the level `sigma`."""
+    return noise if init is None else combine([(sigma, noise), (1 - sigma, init)])
+
+
 class NotFiniteLatent(Exception):
     """Step `step`, from 0, made a latent that is not finite out of `latent`, a host array."""
 
@@ -76,14 +81,13 @@ class NotFiniteLatent(Exception):
 
 def denoise(
     predict: Predict,
-    noise: Array,
+    latent: Array,
     solver: Sampler,
     steps: int,
     between_steps: BetweenSteps,
     is_finite: Callable[[Array], bool],
 ) -> Array:
-    """Noise [16, T1, h, w] to the clean latent of the same shape. Raises NotFiniteLatent."""
-    latent = noise
+    """The first `latent` [16, T1, h, w] to the last, of the same shape. Raises NotFiniteLatent."""
     for step in range(steps):
         before, latent = latent, solver.step(step, latent, predict(step, latent))
         between_steps(step + 1)

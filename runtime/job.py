@@ -22,13 +22,15 @@ from trt_wan.runtime.guidance import (
 )
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.prompts import Prompts
-from trt_wan.runtime.schedulers import SAMPLERS, schedule
+from trt_wan.runtime.sampling.grids import Schedule, schedule, schedule_of
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 from trt_wan.runtime.video.transparency import colour
 from trt_wan.runtime.windows import Windows, rounded_down, rounded_up
 
 Mode = Literal["animate", "replace"]
 
 MOST_LORA_STRENGTH = 100
+MOST_NOISE = 0.999  # level from which on nothing of a video is left
 
 # Wan2.2-Animate was trained with it ("the person in the video is making movements"); others work, less well.
 DEFAULT_PROMPT = "视频中的人在做动作"
@@ -46,7 +48,7 @@ BACKGROUNDS, MASKS = ("src_bg.mp4", "src_bg.png"), ("src_mask.mp4", "src_mask.pn
 @dataclass(frozen=True)
 class Inputs:
     """The prepared clips. All have the same number of frames and the size of the video; faces are 512x512.
-    Background and mask may be one picture, which stands for all frames.
+    Background and mask may be one picture, which stands for all frames. The steps start from `init`, noised.
     """
 
     reference: Path
@@ -56,6 +58,7 @@ class Inputs:
     mask: Path | None = None
     trim_to_shortest: bool = False  # cut longer clips at their ends
     behind: str = "white"  # the colour behind a transparent reference: a name or #rrggbb
+    init: Path | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -68,7 +71,12 @@ class Inputs:
 
     @staticmethod
     def from_folder(
-        folder: Path, mode: Mode, *, trim_to_shortest: bool = False, behind: str = "white"
+        folder: Path,
+        mode: Mode,
+        *,
+        trim_to_shortest: bool = False,
+        behind: str = "white",
+        init: Path | None = None,
     ) -> "Inputs":
         """The official preprocessing's file names; every clip is optional by the rules of `mode`. Background
         and mask may be .png in place of .mp4.
@@ -102,6 +110,7 @@ class Inputs:
             mask,
             trim_to_shortest,
             behind,
+            init,
         )
 
 
@@ -170,6 +179,11 @@ class Job:
     # Long videos
     context: Context | None = None  # windows are denoised in parts that overlap
     compat: Compat | None = None  # "kijai": the windows and noise of ComfyUI-WanVideoWrapper
+    # Sampling: a part of the steps, from a video
+    sigmas: tuple[float, ...] = ()  # noise levels in place of grid, steps and shift
+    start_step: int = 0  # the first step that is run; later than 0 with `inputs.init` alone
+    end_step: int | None = None  # the first step that is not run any more
+    denoise_strength: float = 1.0  # another way to say start_step
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -188,7 +202,7 @@ class Job:
         Plan(16, 16, self.model_window)
         Windows(1, self.window, self.overlap)
         self._require_long()
-        schedule(self.grid, self.steps, self.shift)
+        self._require_init()
         CpuGenerator(self.seed)
         _ = self.texts, self.step_settings
 
@@ -203,7 +217,7 @@ class Job:
 
     @property
     def step_settings(self) -> tuple[StepSettings, ...]:
-        steps = self.steps
+        steps = self.schedule.steps
         pose = acting("pose", self.pose_start, self.pose_end, steps)
         face = acting("face", self.face_start, self.face_end, steps)
         rows = zip(per_step(self.guidance, steps), pose, face, strict=True)
@@ -277,9 +291,52 @@ class Job:
             )
 
     @property
+    def schedule(self) -> Schedule:
+        """The noise levels of the steps that are run. Raises UsageError."""
+        whole = schedule_of(self.sigmas) if self.sigmas else schedule(self.grid, self.steps, self.shift)
+        end = whole.steps if self.end_step is None else self.end_step
+        start = self._first_step(whole.steps)
+        if not 0 <= start < end <= whole.steps:
+            raise UsageError(
+                f"Steps {shown(start)} to {shown(end)} are no part of {whole.steps} steps.",
+                f"Use --start-step from 0, and --end-step up to {whole.steps} and above the start.",
+            )
+        return whole.part(start, end)
+
+    def _first_step(self, steps: int) -> int:
+        """ComfyUI-WanVideoWrapper's rule: int(steps·strength) + 1 steps are run, at most all."""
+        if not 0 < self.denoise_strength <= 1:
+            raise UsageError(
+                f"A denoise strength of {self.denoise_strength} is not possible.",
+                "Use --denoise-strength above 0, where little changes, up to 1.",
+            )
+        if self.denoise_strength == 1:
+            return self.start_step
+        if self.start_step:
+            raise UsageError(
+                "A denoise strength and a start step both say where the steps start.",
+                "Give --denoise-strength or --start-step.",
+            )
+        return max(0, steps - int(steps * self.denoise_strength) - 1)
+
+    def _require_init(self) -> None:
+        first = self.schedule.sigmas[0]
+        late = self.start_step > 0 or self.denoise_strength < 1
+        if late and self.inputs.init is None:
+            raise UsageError(
+                "There is no video to start from in a later step.",
+                "Add --init VIDEO, or leave out --start-step and --denoise-strength.",
+            )
+        if self.inputs.init is not None and first > MOST_NOISE:
+            raise UsageError(
+                f"The steps start from noise alone (level {first:g}), so the init video would do nothing.",
+                "Use --denoise-strength 0.5, or --start-step 1 or later.",
+            )
+
+    @property
     def guided(self) -> bool:
         """Whether a step is computed for the negative prompt too."""
-        return any(guidance > 1 for guidance in per_step(self.guidance, self.steps))
+        return any(guidance > 1 for guidance in per_step(self.guidance, self.schedule.steps))
 
     @property
     def load(self) -> Load:
@@ -288,7 +345,7 @@ class Job:
         # Context windows of one step may have any of the texts.
         together = travels and self.context is not None
         contexts = sum(len(each.texts) for each in prompts) if together else len(prompts)
-        return Load(self.steps, self.guided, self.nag is not None, contexts, travels)
+        return Load(self.schedule.steps, self.guided, self.nag is not None, contexts, travels)
 
     @property
     def _prompts(self) -> dict[str, Prompts]:

@@ -14,11 +14,27 @@ import cv2
 import numpy as np
 
 from trt_wan.errors import Stopped, shown
-from trt_wan.runtime.conditioning import Pixels, Strengths, WindowClips, cells, encode_window, to_signal
+from trt_wan.runtime.conditioning import (
+    Pixels,
+    Strengths,
+    WindowClips,
+    cells,
+    encode_init,
+    encode_window,
+    to_signal,
+)
 from trt_wan.runtime.context.parts import Part
 from trt_wan.runtime.context.predict import PredictUnder, predict_latents
 from trt_wan.runtime.context.settings import LATENT
-from trt_wan.runtime.denoise import BetweenSteps, Branch, NotFiniteLatent, Predict, denoise, predict_window
+from trt_wan.runtime.denoise import (
+    BetweenSteps,
+    Branch,
+    NotFiniteLatent,
+    Predict,
+    denoise,
+    noised,
+    predict_window,
+)
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.finite import Broken, explained, is_finite_sum
@@ -29,8 +45,8 @@ from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import Read, decode
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.preparation import Pictures, Prepared, prepare
-from trt_wan.runtime.schedulers import SAMPLERS
-from trt_wan.runtime.schedulers import schedule as make_schedule
+from trt_wan.runtime.sampling.grids import Schedule
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 from trt_wan.runtime.video.clips import (
     FACE_SIZE,
     PERSON,
@@ -121,7 +137,7 @@ def _stream(
     """`stream_pieces`. Raises Broken for numbers that are not finite."""
     # 1. Plan: everything that can be refused is refused here.
     windows = job.windows(clips.frames)
-    schedule = make_schedule(job.grid, job.steps, job.shift)
+    schedule = job.schedule
     pictures = pictures_of(job, clips)
     texts = WindowTexts(job, clips.frames, float(clips.rate))
 
@@ -139,6 +155,8 @@ def _stream(
     latent_size = plan.latent_height, plan.latent_width
     for note in (*clips.notes, *_long_notes(job, windows)):
         progress(note)
+    if schedule.sigmas[-1]:
+        progress(_noise_is_left(schedule))
     if job.mode == "replace" and clips.face is None:
         progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
     if unused := texts.unused():
@@ -173,6 +191,9 @@ def _stream(
             soft_before = soft_before or signals.soft > 0
             window = encode_window(model, prepared.reference, signals, carried, strengths)
             context = job.context_plan(windows.length(j))
+            init = None
+            if signals.init is not None:
+                init = encode_init(model, prepared.reference, signals.init, signals.frames)
             prepared.contexts.use(texts.used(j))
             under = _under(model, job, prepared, texts, j)
             predict = predict_latents(model, window, context, under, clock.between(j))
@@ -180,13 +201,22 @@ def _stream(
         # 4. Denoise.
         progress(StageStarted("denoise", **here))
         slots = (windows.length(j) - 1) // 4 + 2
-        noise: Array = generator.randn((config.vae.latent_channels, slots, *latent_size))
+        shape = (config.vae.latent_channels, slots, *latent_size)
+        noise: Array = generator.randn(shape)
         noise = noise if context is None else context.reorder(noise, generator)
-        solver = SAMPLERS[job.sampler](schedule, model.executor.combine)
+        draw = partial(generator.randn, shape)
+        solver = SAMPLERS[job.sampler].make(schedule, model.executor.combine, draw)
         try:
-            latent = denoise(predict, noise, solver, job.steps, clock.window(j), model.executor.is_finite)
+            latent = denoise(
+                predict,
+                noised(model.executor.combine, noise, init, schedule.sigmas[0]),
+                solver,
+                schedule.steps,
+                clock.window(j),
+                model.executor.is_finite,
+            )
         except NotFiniteLatent as found:
-            when = f"window {j + 1} of {windows.total}, step {found.step + 1} of {job.steps}"
+            when = f"window {j + 1} of {windows.total}, step {found.step + 1} of {schedule.steps}"
             again = _Step(job, clips, features, j, carried, found.step, found.latent)
             raise Broken(when, again) from None
 
@@ -196,7 +226,7 @@ def _stream(
         carried = None
         finished = np.asarray(latent)
         latents = finished[:, 1:]
-        del latent, solver, predict, under, window, noise
+        del latent, solver, predict, under, window, noise, init
         with model.checked(clock.stop_before_next):
             for frames in decode(model, latents):
                 if not is_finite_sum(frames):
@@ -240,7 +270,7 @@ def prepared_for(
     model: Model, job: Job, features: Mapping[str, Array], texts: Sequence[str], pictures: Pictures
 ) -> Prepared:
     """`texts` are those of the first window."""
-    timesteps = list(make_schedule(job.grid, job.steps, job.shift).timesteps)
+    timesteps = list(job.schedule.timesteps)
     return prepare(model, features, texts, pictures, job.clip_vision, job.nag, timesteps, job.guided)
 
 
@@ -319,7 +349,8 @@ def window_clips(
     if clips.background is not None and clips.mask is not None:
         background = _reader(clips.background, indices)
         person, soft = _person(clips.mask, indices if mask_indices is None else mask_indices)
-    return WindowClips(len(indices), pose, face, background, person, soft)
+    init = None if clips.init is None else _reader(clips.init, indices)
+    return WindowClips(len(indices), pose, face, background, person, soft, init)
 
 
 def _reader(clip: AnyClip, indices: Sequence[int]) -> Read:
@@ -343,11 +374,19 @@ def _long_notes(job: Job, windows: Windows) -> list[Note]:
         notes.append(Note(text, "untrained_overlap", {"overlap": job.overlap}))
     plan = job.context_plan(windows.length(0))
     if plan is not None:
-        counts = sorted({len(plan.parts(step)) for step in range(job.steps)})
+        counts = sorted({len(plan.parts(step)) for step in range(job.schedule.steps)})
         parts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
         text = f"A step takes {parts} context windows of {job.model_window} frames"
         notes.append(Note(f"{text} over {windows.length(0)}.", "context", {"windows": counts}))
     return notes
+
+
+def _noise_is_left(schedule: Schedule) -> Note:
+    return Note(
+        f"The steps end at level {schedule.sigmas[-1]:.3g}: that much noise stays in the picture.",
+        "noise_left",
+        {"sigma": schedule.sigmas[-1]},
+    )
 
 
 def _soft_mask(clips: Clips, soft: int, window: int) -> Note:
@@ -388,7 +427,7 @@ class _StepClock:
     def __init__(
         self, model: Model, job: Job, windows: int, progress: Progress, should_stop: ShouldStop
     ) -> None:
-        self.wait, self.steps, self.windows = model.executor.wait, job.steps, windows
+        self.wait, self.steps, self.windows = model.executor.wait, job.schedule.steps, windows
         self.progress, self.should_stop = progress, should_stop
         self.settings = job.step_settings
         self.durations: list[float] = []  # of one pass of the transformer

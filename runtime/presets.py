@@ -1,7 +1,7 @@
 """Recipes under a name: the one table of `--preset`, `trt-wan pull`, and jobs in Python.
 
-From model_spec.md 4.3 and kijai_semantics.md 6.2, as far as the samplers here compute the same: no recipe
-with DPM++ SDE, LCM, Euler on the beta grid or res_2s is offered.
+From model_spec.md 4.3 and kijai_semantics.md 6.2. No recipe with res_2s is offered, whose sampler is missing
+here. Where a native workflow leaves the shift alone, ComfyUI's is 8.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from trt_wan.errors import UsageError
-from trt_wan.runtime.published.files import FAST4, QUALITY20, UNIPC4
+from trt_wan.runtime.published.files import FAST4, KIJAI4, NATIVE4, NATIVE8, QUALITY20, UNIPC4
 
 if TYPE_CHECKING:
     from trt_wan.runtime.job import Job
@@ -39,6 +39,7 @@ class Recipe:
 
 RECIPE_FIELDS = tuple(field.name for field in fields(Recipe))
 RELIGHT_TO_REPLACE = PresetLora("relight", mode="replace")
+WORKFLOWS = (PresetLora("distill", 1.2), PresetLora("relight"))  # in ComfyUI, in both modes
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,24 @@ PRESETS: Mapping[str, Preset] = {
             "4 UniPC steps with the same LoRA, as LightX2V runs Animate",
             Recipe(steps=4),
             (PresetLora("distill"),),
+        ),
+        Preset(
+            KIJAI4,
+            "4 DPM++ SDE steps, as the example workflow of ComfyUI-WanVideoWrapper",
+            Recipe(steps=4, sampler="dpm++_sde", grid="kijai"),
+            WORKFLOWS,
+        ),
+        Preset(
+            NATIVE4,
+            "4 LCM steps, as the native ComfyUI workflow",
+            Recipe(steps=4, sampler="lcm", grid="simple", shift=8.0, overlap=5),
+            WORKFLOWS,
+        ),
+        Preset(
+            NATIVE8,
+            "8 Euler steps on the beta grid, as native ComfyUI workflows for long videos",
+            Recipe(steps=8, sampler="euler", grid="beta", shift=8.0),
+            WORKFLOWS,
         ),
         Preset(QUALITY20, "the official recipe: 20 UniPC steps", OFFICIAL, (RELIGHT_TO_REPLACE,)),
     )

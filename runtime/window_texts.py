@@ -39,7 +39,7 @@ class WindowTexts:
         plan = self.job.context_plan(self.job.windows(self.frames).length(j))
         if plan is None or plan.is_one or not self.job.load.travels:
             return self.of(j).all
-        parts = dict.fromkeys(part for step in range(self.job.steps) for part in plan.parts(step))
+        parts = dict.fromkeys(part for step in range(self.job.schedule.steps) for part in plan.parts(step))
         return tuple(dict.fromkeys(text for part in parts for text in self.of(j, part).all))
 
     def unused(self) -> list[str]:

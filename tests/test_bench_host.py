@@ -30,7 +30,8 @@ from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.preparation import Prepared
-from trt_wan.runtime.schedulers import SAMPLERS, schedule
+from trt_wan.runtime.sampling.grids import schedule
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.on_device import DeviceWeights
 from trt_wan.runtime.weights.tiny import write_tiny_weights
@@ -134,7 +135,8 @@ class HostJob:
         prepared = Prepared(contexts, [self.time] * steps, self.rope, self.reference, blank_face=None)
         settings = [StepSettings(1.0, pose=True, face=True)] * steps
         predict = predict_window(self.model, prepared, [self.branch], settings)
-        solver = SAMPLERS["unipc"](schedule("official", steps, 5.0), self.model.executor.combine)
+        levels = schedule("official", steps, 5.0)
+        solver = SAMPLERS["unipc"].make(levels, self.model.executor.combine, lambda: self.noise)
         denoise(predict, self.noise, solver, steps, lambda done: None, lambda latent: True)
 
 

@@ -18,6 +18,8 @@ from trt_wan.cli.preprocess import preprocess
 from trt_wan.cli.run import run
 from trt_wan.cli.sections import OTHERS, SECTIONS, section_of
 from trt_wan.runtime.device.driver import has_nvidia_gpu, nvidia_smi
+from trt_wan.runtime.sampling.grids import GRIDS
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 SMI = """#!/bin/sh
@@ -53,7 +55,7 @@ def test_every_option_is_in_one_section(command: click.Command) -> None:
 def test_the_sections_of_run() -> None:
     shown = sections(CliRunner().invoke(run, ["--help"]).stdout)
     assert list(shown) == [*SECTIONS, OTHERS] == [
-        "Video", "Sampling", "Guidance", "People", "Masks (mode replace)", "Weights", "Machine", "Other"
+        "Video", "Context windows", "Sampling", "Guidance", "People", "Masks (mode replace)", "Weights", "Machine", "Other"
     ]  # fmt: skip
     assert {"--size", "--audio"} <= set(shown["Video"]) and "--seed" in shown["Sampling"]
     assert "--point" in shown["People"] and "--vram" in shown["Machine"]
@@ -151,7 +153,8 @@ def test_the_line_of_the_readme_makes_a_completion(shell: str) -> None:
     [
         ("trt-wan pre", ["preprocess"]),
         ("trt-wan run --pose-", ["--pose-end", "--pose-start", "--pose-strength"]),
-        ("trt-wan run --sampler ", ["unipc", "euler"]),
+        ("trt-wan run --sampler ", list(SAMPLERS)),
+        ("trt-wan run --grid ", list(GRIDS)),
         ("trt-wan bench ", ["compare", "preprocess", "quality", "sweep"]),
     ],
 )

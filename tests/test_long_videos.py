@@ -23,7 +23,7 @@ from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.pipeline import prepared_for
 from trt_wan.runtime.preparation import Pictures, Prepared
-from trt_wan.runtime.schedulers import schedule
+from trt_wan.runtime.sampling.grids import schedule
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.video.clips import open_clips
 from trt_wan.runtime.weights.tiny import write_tiny_weights

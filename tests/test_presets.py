@@ -46,6 +46,23 @@ def test_fast4() -> None:
     assert kinds == {"animate": [("distill", 1.0)], "replace": [("distill", 1.0), ("relight", 1.0)]}
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("kijai4", (4, "dpm++_sde", "kijai", 5.0, 1)),
+        ("native4", (4, "lcm", "simple", 8.0, 5)),
+        ("native8", (8, "euler", "beta", 8.0, 1)),
+    ],
+)
+def test_the_workflows_of_comfyui(name: str, settings: tuple[Any, ...]) -> None:
+    """kijai_semantics.md 6.2; the shift of native ones is ComfyUI's own, 8."""
+    recipe = PRESETS[name].recipe
+    assert (recipe.steps, recipe.sampler, recipe.grid, recipe.shift, recipe.overlap) == settings
+    assert (recipe.guidance, recipe.window) == (1.0, 77)
+    loras = [(lora.kind, lora.strength) for lora in PRESETS[name].loras_of("animate")]
+    assert loras == [("distill", 1.2), ("relight", 1.0)]
+
+
 # --- LoRAs by content --------------------------------------------------------------------------------------
 
 

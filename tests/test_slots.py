@@ -15,7 +15,7 @@ from trt_wan.runtime.device.slots import NAMES, SOURCE, runs
 from trt_wan.runtime.executors import Executor
 from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
-from trt_wan.runtime.schedulers import combine_fp32
+from trt_wan.runtime.sampling.combine import combine_fp32
 
 RNG = np.random.default_rng(0)
 

@@ -187,7 +187,7 @@ class Gpu:
         return host
 
     def combine(self, terms: Sequence[tuple[float, Any]]) -> DeviceArray:
-        """The linear combination of `schedulers.Combine`, float32, on the device."""
+        """The linear combination of `Executor.combine`, float32, on the device."""
         arrays = [term if isinstance(term, DeviceArray) else self.upload(term) for _, term in terms]
         assert len(arrays) <= MAX_TERMS, f"{len(arrays)} terms, at most {MAX_TERMS} are possible"
         out = self.empty(arrays[0].shape, np.float32)

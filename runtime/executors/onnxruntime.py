@@ -14,7 +14,7 @@ from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import EnvironmentBroken, GraphError, MemoryShort, with_commands
 from trt_wan.runtime.executors import Array, BlendPart
-from trt_wan.runtime.schedulers import combine_fp32
+from trt_wan.runtime.sampling.combine import combine_fp32
 from trt_wan.runtime.weights.stored import Tensors
 
 

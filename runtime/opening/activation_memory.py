@@ -27,7 +27,8 @@ from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import decode
 from trt_wan.runtime.pipeline import branches
 from trt_wan.runtime.preparation import Pictures, prepare
-from trt_wan.runtime.schedulers import UniPC, schedule
+from trt_wan.runtime.sampling.grids import schedule
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 
 UNBOUNDED = 1 << 50
 STEPS = 4  # enough for every sampler to reach its full memory of earlier steps
@@ -121,7 +122,7 @@ def _few(plan: ContextPlan) -> ContextPlan:
     return _Few(plan.context, plan.slots, plan.size, plan.compat)
 
 
-def _rehearse(model: Model, load: Load, context: ContextPlan | None) -> None:
+def _rehearse(model: Model, load: Load, context: ContextPlan | None, sampler: str = "unipc") -> None:
     """A job of WINDOWS windows. Every time embedding is taken, but only the first STEPS steps are. Prompts
     that travel change in every window.
     """
@@ -156,7 +157,7 @@ def _rehearse(model: Model, load: Load, context: ContextPlan | None) -> None:
             return predict_window(model, prepared, branches(prepared, texts, window), settings)
 
         predict = predict_latents(model, window, context, under)
-        solver = UniPC(levels, model.executor.combine)
+        solver = SAMPLERS[sampler].make(levels, model.executor.combine, lambda: noise)
         latents = np.asarray(
             denoise(predict, noise, solver, steps, lambda step: None, model.executor.is_finite)
         )[:, 1:]

@@ -11,7 +11,9 @@ from pathlib import PurePosixPath
 KIJAI, KIJAI_FP8 = "Kijai/WanVideo_comfy", "Kijai/WanVideo_comfy_fp8_scaled"
 COMFY_21, COMFY_22 = "Comfy-Org/Wan_2.1_ComfyUI_repackaged", "Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
 FAST4, UNIPC4, QUALITY20 = "fast4", "unipc4", "quality20"
-ALL = (FAST4, UNIPC4, QUALITY20)
+KIJAI4, NATIVE4, NATIVE8 = "kijai4", "native4", "native8"
+ALL = (FAST4, UNIPC4, KIJAI4, NATIVE4, NATIVE8, QUALITY20)
+FEW_STEPS = (FAST4, UNIPC4, KIJAI4, NATIVE4, NATIVE8)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ FILES = (
         "diffusion_models",
         18_401_760_586,
         "2936b31473a967e7a429a6646bba60e7862d0938e178b58b2a140f391dd5b8e6",
-        (FAST4, UNIPC4),
+        FEW_STEPS,
         "Apache-2.0",
     ),
     PublishedFile(
@@ -85,7 +87,7 @@ FILES = (
         "loras",
         738_005_744,
         "85c4a61c30e0497aa44b91d93a893b624708461a56fe5485183b28fa07e2dfb3",
-        (FAST4, UNIPC4),
+        FEW_STEPS,
     ),
     PublishedFile(
         "relight LoRA",
@@ -94,7 +96,7 @@ FILES = (
         "loras",
         1_436_672_440,
         "fc646c74c73f4b251f5fd9bc440ef21b03b27305f499966c68b2b3aa31498561",
-        (FAST4, QUALITY20),
+        (FAST4, KIJAI4, NATIVE4, NATIVE8, QUALITY20),
     ),
     PublishedFile(  # YOLOv10's own licence is AGPL-3.0
         "detector",

@@ -39,9 +39,10 @@ class Clips:
     frames: int
     rate: Fraction
     notes: Sequence[Note] = ()  # what is unusual about the files
+    init: AnyClip | None = None
 
     def close(self) -> None:
-        for clip in (self.pose, self.face, self.background, self.mask):
+        for clip in (self.pose, self.face, self.background, self.mask, self.init):
             if clip is not None:
                 clip.close()
 
@@ -64,7 +65,8 @@ def open_clips(inputs: Inputs, window: int) -> Clips:
     if picture.opacity is not None:
         option = "--reference-background"
         notes.append(transparency_note(inputs.reference, picture.opacity, inputs.behind, option))
-    paths = {"pose": inputs.pose, "face": inputs.face, "background": inputs.background, "mask": inputs.mask}
+    names = ("pose", "face", "background", "mask", "init")
+    paths: dict[str, Path | None] = {name: getattr(inputs, name) for name in names}
     with ExitStack() as files:
         clips: dict[str, AnyClip | None] = dict.fromkeys(paths)
         for name, path in paths.items():
@@ -168,6 +170,12 @@ def _require_multiple_of_16(path: Path, shown: str, width: int, height: int) -> 
             f"{path.name} is {shown}; both sides must be multiples of 16.",
             with_commands("Scale or crop it and the clips that go with it, for example:", _scale(path, w, h)),
         )
+
+
+def require_init_size(init: Path, width: int, height: int) -> None:
+    """Raises InputError unless the init clip has the size of the video."""
+    with open_clip(init) as clip:
+        _require_size(clip, width, height)
 
 
 def _require_size(clip: AnyClip, width: int, height: int) -> None:

@@ -21,8 +21,8 @@ from trt_wan.runtime.weights_folders import searched_folders
 
 PULL = shell_command(("pull",))
 USES: dict[LoraKind, str] = {
-    "distill": "the presets fast4 and unipc4",
-    "relight": "presets in the mode replace",
+    "distill": "presets of 4 to 8 steps",
+    "relight": "presets, mostly in the mode replace",
 }
 
 

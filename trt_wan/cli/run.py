@@ -26,11 +26,14 @@ from trt_wan.cli.preprocess import (
 )
 from trt_wan.cli.preset import with_preset
 from trt_wan.cli.report import Report
+from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
 from trt_wan.cli.sections import SectionedCommand
 from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError
 from trt_wan.runtime.guidance import ClipVision, Nag
 from trt_wan.runtime.presets import PRESETS
+from trt_wan.runtime.sampling.grids import GRIDS
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from trt_wan.runtime.context.settings import Compat, Context
@@ -89,6 +92,11 @@ class RunOptions:
     compat: "Compat | None" = None
     trim_to_shortest: bool = False
     reference_background: str = "white"
+    init: Path | None = None
+    sigmas: tuple[float, ...] = ()
+    start_step: int | None = None
+    end_step: int | None = None
+    denoise_strength: float | None = None
     build: bool = True  # whether missing graphs are exported
 
     def weight_files(self) -> "WeightFiles":
@@ -110,7 +118,7 @@ class RunOptions:
         """Files and folders that are only read."""
         named = [getattr(self, name) for name in (*PARTS, "tokenizer")]
         loras = [lora.file for lora in self.loras]
-        named.append(self.clip_vision.second)
+        named += [self.clip_vision.second, self.init]
         return [*self.weights, *loras, *(path for path in named if path is not None)]
 
     def settings(self) -> "Settings":
@@ -124,7 +132,11 @@ class RunOptions:
 
         mode: Any = self.mode or "animate"  # click has checked it
         return Inputs.from_folder(
-            folder, mode, trim_to_shortest=self.trim_to_shortest, behind=self.reference_background
+            folder,
+            mode,
+            trim_to_shortest=self.trim_to_shortest,
+            behind=self.reference_background,
+            init=self.init,
         )
 
     def job(self, inputs: "Inputs") -> "Job":
@@ -223,13 +235,19 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="The noise is that of PyTorch's CPU generator."
 )
-@click.option("--sampler", type=click.Choice(["unipc", "euler"]), default="unipc", show_default=True)
+@click.option(
+    "--sampler",
+    type=click.Choice(list(SAMPLERS)),
+    default="unipc",
+    show_default=True,
+    help="Users know them from: " + "; ".join(f"{name}: {row.about}" for name, row in SAMPLERS.items()) + ".",
+)
 @click.option(
     "--grid",
-    type=click.Choice(["official", "linear", "diffusers", "simple"]),
+    type=click.Choice(list(GRIDS)),
     default="official",
     show_default=True,
-    help="Noise levels: of the official code's UniPC or DPM++, of diffusers, or ComfyUI's simple.",
+    help="Noise levels, of " + "; ".join(f"{name}: {row.about}" for name, row in GRIDS.items()) + ".",
 )
 @click.option("--shift", type=float, default=5.0, show_default=True, help="Moves the levels towards noise.")
 @click.option("--window", type=int, default=77, show_default=True, help="Frames per window, 4k+1.")
@@ -248,6 +266,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     "--face-strength", type=float, default=1.0, show_default=True, help="0 leaves the face clip aside."
 )
 @guidance_options
+@sampling_options
 @reference_background
 @click.option(
     "--trim-to-shortest",
@@ -347,6 +366,7 @@ def run(
     from trt_wan.runtime.video.target import refuse_inputs
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
+    refuse_unused_sampling()
     context = take_context(given)
     compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
     made = with_guidance(with_preset(report, given.pop("preset"), given))
@@ -444,6 +464,7 @@ def _prepare_beside(
     from trt_wan.preprocess.clips import artifacts
     from trt_wan.runtime.job import Inputs
     from trt_wan.runtime.opening.model import open_basis
+    from trt_wan.runtime.video.clips import require_init_size
     from trt_wan.runtime.video.target import check_target, claimed
 
     if reference is None or clip is None:
@@ -454,14 +475,22 @@ def _prepare_beside(
     check_target(output, overwrite)
     folder = output.with_name(f"{output.stem}.inputs")
     face = folder / artifacts.FACE if preparing["face"] else None
-    hole = (folder / artifacts.BACKGROUND, folder / artifacts.MASK) if options.mode == "replace" else ()
-    job = options.job(Inputs(folder / artifacts.REFERENCE, folder / artifacts.POSE, face, *hole))
+    background, mask = (
+        folder / name if options.mode == "replace" else None
+        for name in (artifacts.BACKGROUND, artifacts.MASK)
+    )
+    prepared = Inputs(
+        folder / artifacts.REFERENCE, folder / artifacts.POSE, face, background, mask, init=options.init
+    )
+    job = options.job(prepared)
     files, settings = options.weight_files(), options.settings()
     click.get_current_context().with_resource(claimed(output, report.progress))
     basis = open_basis(files, settings, report.progress)
     basis.require_loras(job.loras)
 
     def planned(width: int, height: int) -> Callable[[], None]:
+        if options.init is not None:
+            require_init_size(options.init, width, height)
         export = require_graphs(report, basis, width, height, job.model_window, options.build)
 
         def make() -> None:

@@ -11,7 +11,10 @@ SECTIONS = {
     "Context windows": (
         *("context", "context_frames", "context_stride", "context_overlap", "context_fuse", "freenoise"),
     ),
-    "Sampling": (*("preset", "prompt", "steps", "seed", "sampler", "grid", "shift"),),
+    "Sampling": (
+        *("preset", "prompt", "steps", "seed", "sampler", "grid", "shift"),
+        *("sigmas", "init", "denoise_strength", "start_step", "end_step"),
+    ),
     "Guidance": (
         *("guidance", "negative_prompt", "cfg_zero_star", "nag_prompt", "nag_scale", "nag_tau", "nag_alpha"),
         *("pose_strength", "pose_start", "pose_end", "face_strength", "face_start", "face_end"),
