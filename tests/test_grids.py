@@ -195,6 +195,7 @@ def test_levels_of_ones_own(levels: tuple[float, ...]) -> None:
         (0.5, 0, 0),
         (1, math.nan, 0),
         (math.inf, 0.5),
+        (1e39, 0.5),
     ],
 )
 def test_levels_that_do_not_fall_are_refused(levels: tuple[float, ...]) -> None:
@@ -222,6 +223,8 @@ def test_a_schedule_cannot_be_changed() -> None:
         ("simple", 4, float("inf"), "A shift of inf", "--shift 5"),
         ("simple", 1000, 1e6, "the same noise level", "smaller --shift"),
         ("diffusers", 20, 1e6, "the same noise level", "smaller --shift"),
+        ("kijai", 4, 1e39, "the same noise level", "smaller --shift"),
+        ("simple", 4, 1e-17, "the same noise level", "fewer --steps"),
         ("lightx2v", 5, 5.0, "has 4 steps, not 5", "--steps 4"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Multistep samplers of ComfyUI that are exact for a clean latent that changes as assumed between steps."""
+"""res_multistep and er_sde, the multistep samplers of ComfyUI."""
 
 import math
 

@@ -45,6 +45,21 @@ class Grid:
     starts_below_one: bool = False
 
 
+def shifted(level: float, shift: float) -> float:
+    """NaN for a shift too small to compute with."""
+    below = 1 + (shift - 1) * level
+    return shift * level / below if below else math.nan
+
+
+def float32(number: float) -> float:
+    """The closest number of single precision, which may be infinite."""
+    try:
+        single: float = struct.unpack("f", struct.pack("f", number))[0]
+    except OverflowError:
+        return math.copysign(math.inf, number)
+    return single
+
+
 def _falling(first: float, last: float) -> Levels:
     return lambda steps, shift: _spaced(first, last, steps + 1)[:-1]
 
@@ -93,9 +108,7 @@ def _distilled(steps: int, shift: float) -> Sequence[float]:
 
 GRIDS = {
     # its 0.999 has been through a float32 tensor and is 1.3e-8 larger
-    "official": Grid(
-        _falling(struct.unpack("f", struct.pack("f", 0.999))[0], 0.0), "the official code's UniPC"
-    ),
+    "official": Grid(_falling(float32(0.999), 0.0), "the official code's UniPC"),
     "linear": Grid(_falling(1.0, 0.0), "the official code's DPM++"),
     # UniPCMultistepScheduler with use_flow_sigmas, diffusers 0.40 to 0.42
     "diffusers": Grid(_falling(1.0, 1 / MODEL_TIMES), "diffusers' UniPC", starts_below_one=True),
@@ -138,7 +151,7 @@ def schedule_of(levels: Sequence[float]) -> Schedule:
     ComfyUI-WanVideoWrapper. Raises UsageError unless they fall, from at most 1 to more than 0.
     """
     given = levels[:-1] if levels and levels[-1] == 0 else levels
-    sigmas = (*(float32(level) if math.isfinite(level) else math.nan for level in given), 0.0)
+    sigmas = (*map(float32, given), 0.0)
     if not (1 <= len(given) <= MODEL_TIMES and sigmas[0] <= 1 and _falls(sigmas)):
         raise UsageError(
             f"The noise levels {shown(', '.join(f'{level:g}' for level in levels)) or 'of an empty list'} do "
@@ -146,16 +159,6 @@ def schedule_of(levels: Sequence[float]) -> Schedule:
             "Give each level once, the largest first: --sigmas 1,0.94,0.83,0.62,0",
         )
     return Schedule(sigmas, tuple(float(math.trunc(float32(MODEL_TIMES * s))) for s in sigmas[:-1]))
-
-
-def shifted(level: float, shift: float) -> float:
-    return shift * level / (1 + (shift - 1) * level)
-
-
-def float32(number: float) -> float:
-    """The closest number of single precision."""
-    single: float = struct.unpack("f", struct.pack("f", number))[0]
-    return single
 
 
 def beta_quantile(p: float, a: float = BETA) -> float:
