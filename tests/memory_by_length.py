@@ -79,21 +79,25 @@ def write_clips(folder: Path, frames: int, width: int, height: int) -> Path:
     return folder
 
 
-def run(folder: Path, changes: Mapping[str, Any]) -> None:
+def run(folder: Path, changes: Mapping[str, Any], written: bool) -> None:
     job = Job(Inputs.from_folder(folder, "replace"), "replace", steps=2, **changes)
-    render(job, Opened(), folder / "out.mp4", overwrite=True)
+    if written:
+        render(job, Opened(), folder / "out.mp4", overwrite=True)
+    else:
+        assert sum(piece.shape[1] for piece in Opened().pieces(job)) > 0
     print(peak_bytes())
 
 
 def peak(folder: Path, mode: str, short: bool = False) -> int:
-    """Bytes of a process that renders the clips in `folder`."""
+    """Bytes of a process that renders the clips in `folder`, or with `short` only makes their frames."""
     command = [sys.executable, __file__, "child", str(folder), mode, *(["--short"] if short else [])]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def main(arguments: Sequence[str]) -> None:
     if arguments[0] == "child":
-        run(Path(arguments[1]), (SHORT if "--short" in arguments else MODES)[arguments[2]])
+        short = "--short" in arguments
+        run(Path(arguments[1]), (SHORT if short else MODES)[arguments[2]], written=not short)
         return
     parser = argparse.ArgumentParser()
     parser.add_argument("frames", help="such as 100,300,1000")

@@ -6,8 +6,8 @@ import pytest
 from memory_by_length import peak, write_clips
 
 SIZE = 208, 128
-SHORT, LONG = 40, 200
-FRAME = SIZE[0] * SIZE[1] * 3 * 4  # bytes of float32; 51 MB for all that LONG has more
+SHORT, LONG = 60, 260
+FRAME = SIZE[0] * SIZE[1] * 3 * 4  # bytes of float32; 64 MB for all that LONG has more
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import MemoryShort
 from trt_wan.runtime import pipeline
-from trt_wan.runtime.executors import Array
+from trt_wan.runtime.context.settings import Context
+from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.guidance import Nag
 from trt_wan.runtime.job import Inputs, Job, Load
 from trt_wan.runtime.networks.model import Model
@@ -83,6 +84,15 @@ class Counting:
         held = [self._on_device(term, "float32") for _, term in terms]
         return cast(Array, Bytes(self, held[0].shape, "float32"))
 
+    def take(self, array: Array, slots: Sequence[int]) -> Array:
+        held = self._on_device(array, "float32")
+        return cast(Array, Bytes(self, (held.shape[0], len(slots), *held.shape[2:]), "float32"))
+
+    def blend(self, slots: int, parts: Sequence[BlendPart], onto: Array | None = None) -> Array:
+        ((_, _, array),) = parts
+        shape = (array.shape[0], slots, *array.shape[2:])
+        return cast(Array, Bytes(self, shape, "float32")) if onto is None else onto
+
     def is_finite(self, array: Array) -> bool:
         return True
 
@@ -109,12 +119,13 @@ class BlankClip:
         return np.zeros((len(indices), *self.size, 3), np.uint8)
 
 
-def a_job(plan: Plan, steps: int, **settings: Any) -> Job:
+def a_job(plan: Plan, steps: int, context: Context | None = None, **settings: Any) -> Job:
     inputs = Inputs(Path("ref"), Path("pose"), Path("face"))
-    return Job(inputs, window=plan.frames, overlap=1, steps=steps, **settings)
+    window = plan.frames if context is None else Job.window
+    return Job(inputs, window=window, overlap=1, steps=steps, context=context, **settings)
 
 
-def counted(plan: Plan, job: Job, windows: int) -> int:
+def counted(plan: Plan, job: Job, windows: int, more: int = 0) -> int:
     """The peak of a whole job with all clips, through the pipeline that a GPU runs."""
     executor = Counting()
     weights = {part: RandomWeights(TINY, part, 0) for part in PARTS}
@@ -129,7 +140,7 @@ def counted(plan: Plan, job: Job, windows: int) -> int:
             return dict(zip(job.texts, encode_texts(model, tokenizer, job.texts), strict=True))
 
     clip, face = BlankClip(plan.height, plan.width), BlankClip(512, 512)
-    frames = plan.frames + (windows - 1) * (plan.frames - 1)
+    frames = plan.frames + (windows - 1) * (plan.frames - 1) + more
     blank = cast(Any, (clip, face, clip, clip))
     size = plan.width, plan.height
     reference = np.zeros((plan.height, plan.width, 3), np.uint8)
@@ -173,6 +184,18 @@ def test_activation_bytes_do_for_every_job(
     job = a_job(plan, steps, guidance=guidance)
     needed = counted(plan, job, windows)
     assert needed <= activation_bytes(TINY, plan, job.load) <= 1.03 * needed
+
+
+@pytest.mark.parametrize("plan", PLANS[::3], ids=lambda p: f"{p.width}x{p.height}x{p.frames}")
+@pytest.mark.parametrize(
+    ("guidance", "more", "prompt"), [(1.0, 4, "a"), (3.0, 200, "a"), (3.0, 60, "a | b | c")]
+)
+def test_activation_bytes_do_for_context_windows(plan: Plan, guidance: float, more: int, prompt: str) -> None:
+    """The whole latent, its fused velocity and one part, whatever the number of parts; all prompts."""
+    job = a_job(plan, 5, Context(frames=plan.frames, overlap=4), guidance=guidance, prompt=prompt)
+    needed = counted(plan, job, 1, more)
+    planned = activation_bytes(TINY, plan, job.load, job.context_plan(plan.frames + more))
+    assert needed <= planned <= 1.03 * needed
 
 
 def test_activation_bytes_grow_with_size_guidance_and_prompts() -> None:

@@ -102,6 +102,15 @@ def test_dot(executor: Executor) -> None:
         assert executor.dot(*given) == executor.dot(*given)
 
 
+def test_blend_goes_on_where_it_ended(executor: Executor) -> None:
+    """A part at a time, so that no two parts are held at once."""
+    parts = [([0, 1, 2], [1.0, 0.5, 0.1], array(3)), ([1, 2, 3], [0.5, 0.9, 1.0], array(3))]
+    at_once, fused = np.asarray(executor.blend(4, parts)), None
+    for part in parts:
+        fused = executor.blend(4, [part], fused)
+    np.testing.assert_array_equal(np.asarray(fused), at_once)
+
+
 def test_runs() -> None:
     assert list(runs([3, 4, 5, 5, 0, 1])) == [(0, 3, 3), (3, 5, 1), (4, 0, 2)]
     assert list(runs([])) == []

@@ -27,8 +27,8 @@ class PartFaces:
         if part.slots in self._kept:
             return self._kept[part.slots]
         made = fuser_keys(self._model, self._motion[part.frames])
-        size = sum(array.size * array.dtype.itemsize for layer in made for array in layer)
-        if size <= self._room:
-            self._room -= size
-            self._kept[part.slots] = [tuple(np.asarray(array) for array in layer) for layer in made]
+        if self._room > 0:
+            host = [tuple(np.asarray(array) for array in layer) for layer in made]
+            self._room -= sum(array.nbytes for layer in host for array in layer)
+            self._kept[part.slots] = host
         return made
