@@ -109,13 +109,14 @@ def compile_engines(
 
 def export_graphs(model: ModelConfig, plan: Plan, progress: Progress) -> int:
     """Exports the graphs that are missing, and returns their number. Raises UsageError without torch."""
-    if graph_set(model, plan).complete():
+    missing = len(graph_set(model, plan).missing())
+    if not missing:
         return 0
     made: list[str] = []
 
     def exported(name: str, seconds: float) -> None:
         made.append(name)
-        progress(GraphExported(name, seconds))
+        progress(GraphExported(name, len(made), max(missing, len(made)), seconds))
 
     try:
         from trt_wan.build.graphs import build_graphs

@@ -79,13 +79,6 @@ def encode_reference(model: Model, canvas: Pixels) -> Array:
     return np.concatenate((np.ones((4, *latent.shape[1:]), np.float32), latent))
 
 
-def encode_init(model: Model, reference: Array, clip: Read, count: int) -> Array:
-    """The latent [16, T1, h, w] that a window of `count` frames starts from, of the init clip. Slot 0 is the
-    reference's latent. (ComfyUI-WanVideoWrapper puts the clip's first latent there.)
-    """
-    return np.concatenate((reference[4:], encode_read(model, clip, count)), axis=1)
-
-
 @dataclass(frozen=True)
 class WindowClips:
     """One window of every clip; None where the job has no such clip. Pixels are read when they are encoded,
@@ -138,6 +131,13 @@ def encode_window(
         motion = encode_motion(model, clips.face, count)
     strengths = replace(strengths, pose=0.0 if clips.pose is None else strengths.pose)
     return WindowLatents(condition, pose, motion, strengths)
+
+
+def encode_init(model: Model, reference: Array, init: Read, frames: int) -> Array:
+    """The latent [16, slots, h, w] that a window starts from. Slot 0 is the reference's latent.
+    (ComfyUI-WanVideoWrapper puts the clip's first latent there.)
+    """
+    return np.concatenate((reference[4:], encode_read(model, init, frames)), axis=1)
 
 
 def condition_of(model: Model, window: WindowLatents, face: PerLayer | None) -> WindowCondition:

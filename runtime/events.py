@@ -60,6 +60,8 @@ class Note:
 @dataclass(frozen=True)
 class GraphExported:
     name: str
+    number: int  # of the graphs that were missing
+    graphs: int
     seconds: float
 
 

@@ -133,8 +133,9 @@ class Lora:
         check_fields(self)
         if not (math.isfinite(self.strength) and abs(self.strength) <= MOST_LORA_STRENGTH):
             raise UsageError(
-                f"A LoRA strength of {shown(self.strength)} is not possible.",
-                f"Use -{MOST_LORA_STRENGTH} to {MOST_LORA_STRENGTH}, mostly 1: --lora FILE:1",
+                f"A LoRA strength of {shown(self.strength)} is not possible: it is a number from "
+                f"-{MOST_LORA_STRENGTH} to {MOST_LORA_STRENGTH}, mostly 1.",
+                "Write --lora FILE:STRENGTH, such as --lora FILE:0.8",
             )
 
 
@@ -176,14 +177,14 @@ class Job:
     pose_end: float = 100.0
     face_start: float = 0.0
     face_end: float = 100.0
-    # Long videos
-    context: Context | None = None  # windows are denoised in parts that overlap
-    compat: Compat | None = None  # "kijai": the windows and noise of ComfyUI-WanVideoWrapper
     # Sampling: a part of the steps, from a video
     sigmas: tuple[float, ...] = ()  # noise levels in place of grid, steps and shift
     start_step: int = 0  # the first step that is run; later than 0 with `inputs.init` alone
     end_step: int | None = None  # the first step that is not run any more
     denoise_strength: float = 1.0  # another way to say start_step
+    # Long videos
+    context: Context | None = None  # windows are denoised in parts that overlap
+    compat: Compat | None = None  # "kijai": the windows and noise of ComfyUI-WanVideoWrapper
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -233,8 +234,10 @@ class Job:
 
     @property
     def history(self) -> int:
-        """Frames of a clip that are read again: those of a window of the loop, if there are several."""
-        return self.window if self.context is None or not self.context.whole else self.model_window
+        """Frames of a clip that may be read again. Long windows read those that are carried, and at the end
+        of the clip those that fill up the shortest window.
+        """
+        return self.window if self.context is None else max(self.model_window, self.overlap)
 
     def windows(self, frames: int) -> Windows:
         """The windows of the loop over a clip of that many frames."""

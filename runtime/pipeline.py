@@ -189,19 +189,16 @@ def _stream(
             if signals.soft and not soft_before:
                 progress(_soft_mask(clips, signals.soft, j))
             soft_before = soft_before or signals.soft > 0
+            init = signals.init and encode_init(model, prepared.reference, signals.init, signals.frames)
             window = encode_window(model, prepared.reference, signals, carried, strengths)
             context = job.context_plan(windows.length(j))
-            init = None
-            if signals.init is not None:
-                init = encode_init(model, prepared.reference, signals.init, signals.frames)
             prepared.contexts.use(texts.used(j))
             under = _under(model, job, prepared, texts, j)
             predict = predict_latents(model, window, context, under, clock.between(j))
 
         # 4. Denoise.
         progress(StageStarted("denoise", **here))
-        slots = (windows.length(j) - 1) // 4 + 2
-        shape = (config.vae.latent_channels, slots, *latent_size)
+        shape = (config.vae.latent_channels, (windows.length(j) - 1) // 4 + 2, *latent_size)
         noise: Array = generator.randn(shape)
         noise = noise if context is None else context.reorder(noise, generator)
         draw = partial(generator.randn, shape)
@@ -314,7 +311,7 @@ class _Step:
     latent: Array
 
     def __call__(self, model: Model) -> None:
-        if self.job.context is None or not self.job.context.whole:
+        if self.job.context is None:
             return self._compute(model, self.clips)
         with open_clips(self.job.inputs, self.job.history) as clips:  # the first frames are gone
             self._compute(model, clips)

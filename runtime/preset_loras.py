@@ -6,7 +6,7 @@ tells, then the only one with the kind in its name. Otherwise none is guessed. O
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,6 +48,15 @@ def find_loras(
 def is_lora(path: Path) -> bool:
     """Whether the file has keys of a LoRA. Raises WeightsError for one that cannot be opened."""
     return path.is_file() and any(map(split, open_file(path).entries))
+
+
+def loras_below(folder: Path) -> Iterator[Path]:
+    """The files with keys of a LoRA in and below a folder."""
+    for path in files_below([folder]):
+        if path.name.lower().endswith((*SUFFIXES, *TORCH_SUFFIXES)):
+            with suppress(WeightsError):
+                if is_lora(path):
+                    yield path
 
 
 def kind_of(path: Path) -> LoraKind | None:

@@ -11,6 +11,7 @@ from typing import Any
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.published.files import FILES
 from trt_wan.runtime.published.places import hub_cache
+from trt_wan.runtime.weights.find_files import require_folders
 
 VARIABLE = "TRT_WAN_WEIGHTS"
 EXTRA_PATHS = "extra_model_paths.yaml"
@@ -20,6 +21,7 @@ KINDS = (
     *("detection", "sam2", "sams"),
 )
 BASE, DEFAULT = "base_path", "is_default"
+LARGEST = 1 << 20  # bytes of the file
 
 
 def searched_folders(named: Sequence[Path]) -> tuple[Path, ...]:
@@ -27,7 +29,8 @@ def searched_folders(named: Sequence[Path]) -> tuple[Path, ...]:
     folders = tuple(named)
     if not folders:
         listed = filter(None, os.environ.get(VARIABLE, "").split(os.pathsep))
-        folders = tuple(Path(folder).expanduser() for folder in listed)
+        folders = tuple(Path(os.path.expanduser(folder)) for folder in listed)
+        require_folders(folders, VARIABLE)
     if not folders:
         folders = pulled_folders()
     places = (
@@ -52,39 +55,58 @@ def pulled_folders() -> tuple[Path, ...]:
 def comfy_extra_folders(comfy: Path) -> list[Path]:
     """The folders with models of extra_model_paths.yaml in a ComfyUI, those of `is_default` first.
 
-    A section maps kinds of models to folders, several of them on lines of one text; `base_path` stands before
-    relative ones. Without sections the kinds stand at the top. Raises WeightsError if it is no YAML.
+    A section maps kinds of models to folders, several of them on lines of one text or in a list; `base_path`
+    stands before relative ones. Without sections the kinds stand at the top. Raises WeightsError for a file
+    that is no such YAML.
     """
     file = comfy / EXTRA_PATHS
     if not file.is_file():
         return []
+    described = _parsed(file)
+    if not isinstance(described, dict | None):
+        raise _refused(file, "holds no sections with names")
+    sections = _sections(described or {})
+    sections.sort(key=lambda section: section.get(DEFAULT) is not True)  # stable
+    folders = [folder for section in sections for folder in _folders(section, comfy)]
+    return [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
+
+
+def _parsed(file: Path) -> Any:
     import yaml
 
     try:
-        described = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if file.stat().st_size > LARGEST:
+            raise _refused(file, f"has more than {LARGEST >> 20} MB")
+        return yaml.safe_load(file.read_bytes())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise WeightsError(
-            f"{file} cannot be read ({type(error).__name__}).", "Mend it, or name the folders with --weights."
-        ) from error
-    sections = _sections(described)
-    sections.sort(key=lambda section: section.get(DEFAULT) is not True)  # stable
-    folders = [folder for section in sections for folder in _folders(section, comfy)]
-    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+        why = type(error).__name__
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            why = f"line {error.problem_mark.line + 1}: {error.problem}"
+        raise _refused(file, f"cannot be read ({why})") from error
 
 
-def _sections(described: Any) -> list[Mapping[str, Any]]:
-    if not isinstance(described, dict):
-        return []
+def _refused(file: Path, fault: str) -> WeightsError:
+    return WeightsError(f"{file} {fault}.", "Mend it, or move it away and name the folders with --weights.")
+
+
+def _sections(described: Mapping[Any, Any]) -> list[Mapping[str, Any]]:
     nested: list[Mapping[str, Any]] = [value for value in described.values() if isinstance(value, dict)]
-    flat = {key: value for key, value in described.items() if isinstance(value, str | bool)}
+    flat = {key: value for key, value in described.items() if isinstance(value, str | bool | list)}
     return [flat, *nested] if any(kind in flat for kind in KINDS) else nested
 
 
 def _folders(section: Mapping[str, Any], comfy: Path) -> Iterator[Path]:
     base = comfy
     if isinstance(named := section.get(BASE), str):
-        base = comfy / Path(os.path.expandvars(named)).expanduser()
+        base = comfy / _expanded(named.strip())
     for kind in KINDS:
-        if isinstance(lines := section.get(kind), str):
-            for line in filter(None, map(str.strip, lines.splitlines())):
-                yield base / Path(os.path.expandvars(line)).expanduser()
+        lines = section.get(kind)
+        texts = lines if isinstance(lines, list) else [lines]
+        for text in texts:
+            for line in filter(None, map(str.strip, text.splitlines() if isinstance(text, str) else ())):
+                yield base / _expanded(line)
+
+
+def _expanded(path: str) -> str:
+    """Path.expanduser raises for a user who does not exist."""
+    return os.path.expanduser(os.path.expandvars(path))

@@ -662,12 +662,23 @@ def torch_pickle() -> bytes:
             "a pointer of Git LFS",
         ),
         (b"<!DOCTYPE html><html><body>Access to this model is restricted</body></html>", "a web page"),
-        (bytes(4096), "not a safetensors file"),
-        ((6).to_bytes(8, "little") + b'["no"]', "not a safetensors file"),
-        ((10**5).to_bytes(8, "little") + b'{"a":' + b"[" * (10**5 - 5), "not a safetensors file"),
-        ((4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc", "not a safetensors file"),
+        (b"", "model.pth is empty."),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is a PNG picture"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF\0", "is a JPEG picture"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0", "is an MP4 video"),
+        (b"PK\x03\x04\x14\0\0\0\0\0", "no file of torch's tensors"),
+        (b"\xef\xbb\xbf\n <html>", "a web page"),
+        (b"Entry not found", "is a text that begins with 'Entry not found'"),
+        (b'{"error": "Unauthorized"}', 'is a text that begins with \'{"error": "Unauthorized"}\''),
+        (bytes(4096), "begins with zeros, as an unfinished download"),
+        ((6).to_bytes(8, "little") + b'["no"]', "not a safetensors, GGUF or torch file"),
+        (
+            (10**5).to_bytes(8, "little") + b'{"a":' + b"[" * (10**5 - 5),
+            "not a safetensors, GGUF or torch file",
+        ),
+        ((4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc", "not a safetensors, GGUF or torch file"),
     ],
-    ids=["pickle", "lfs pointer", "web page", "zeros", "array", "deep", "no text"],
+    ids=lambda value: value.replace(" ", "-")[:30] if isinstance(value, str) else "",
 )
 def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "model.pth"

@@ -78,9 +78,34 @@ def taken(folder: Path, precision: Precision = "bf16", **chosen: Path) -> dict[s
     """The note about each part."""
     notes: list[Any] = []
     load_weights([folder], chosen, notes.append, precision)  # type: ignore[arg-type]
-    assert [note.data["part"] for note in notes] == list(PARTS)
-    assert all(note.code == "weights_file" and len(note.text) < 400 for note in notes)
-    return {note.data["part"]: note for note in notes}
+    assert all(note.code in ("weights_file", "unusable_files") and len(note.text) < 400 for note in notes)
+    found = {note.data["part"]: note for note in notes if note.code == "weights_file"}
+    assert list(found) == list(PARTS)
+    return found
+
+
+def unusable(folder: Path) -> list[str]:
+    """The notes about files that cannot be used."""
+    notes: list[Any] = []
+    load_weights([folder], {}, notes.append)
+    return [note.text for note in notes if note.code == "unusable_files"]
+
+
+def test_broken_files_beside_good_ones_are_told(folder: Path) -> None:
+    right = Path(str(taken(folder)["transformer"].data["file"]))
+    assert unusable(folder) == []
+    (folder / "cut.safetensors").write_bytes(right.read_bytes()[:-1000])
+    (folder / "wan_empty.safetensors").touch()
+    (folder / "page.gguf").write_bytes(b"<html>no access</html>")
+    (folder / "old_upscaler.pth").write_bytes(bytes(1 << 17))
+    (folder / "upscale_models").mkdir()
+    (folder / "upscale_models" / "x.safetensors").touch()
+    unread, unfit = unusable(folder)
+    assert unread == "Files that cannot be used: wan_empty.safetensors is empty; page.gguf is a web page."
+    assert unfit.startswith("Not usable as the transformer: cut.safetensors is truncated: its tensors end")
+    for k in range(9):
+        (folder / f"{'long' * 40}{k}.safetensors").touch()
+    assert len(unusable(folder)[0]) < 400 and unusable(folder)[0].endswith("9 more.")
 
 
 def made(part: Part, folder: Path, **makers: Maker) -> Path:
@@ -191,10 +216,10 @@ def test_shards_and_a_single_file_of_one_model_are_one(folder: Path) -> None:
 
 
 def test_none_of_the_files_fits(folder: Path) -> None:
-    """Each file's reason is told, in less than 400 characters."""
+    """Each reason is told, in less than 400 characters; files with the same one together."""
     made("transformer", folder, a=prefixed(""), b=prefixed(""), c=prefixed(""), d=prefixed(""))
     for name in "abcd":
-        lost = "blocks" if name == "a" else "head"
+        lost = {"a": "blocks", "d": "face_adapter"}.get(name, "head")
         rewrite(
             folder / name / "x.safetensors",
             folder / name / f"{name}.safetensors",
@@ -208,6 +233,12 @@ def test_none_of_the_files_fits(folder: Path) -> None:
     assert "b.safetensors is truncated" in error.message and error.message.endswith("; 1 more.")
     assert "c.safetensors 3 of 227 tensors are missing, such as head." in error.message
     assert "--transformer FILE" in error.hint and len(error.message) < 400
+    shutil.copy(folder / "c" / "c.safetensors", folder / "b" / "b.safetensors")
+    assert "; b.safetensors and 1 more 3 of 227" in failure(lambda: load_weights([folder], {})).message
+    for name in "abcd":
+        (folder / name / f"{name}.safetensors").rename(folder / name / f"{name * 200}.safetensors")
+    error = failure(lambda: load_weights([folder], {}))
+    assert len(error.message) < 400 and error.message.endswith(" more.")
 
 
 def test_all_four_named_need_no_folder(tiny: Path) -> None:
@@ -381,7 +412,8 @@ def test_another_model_given_as_the_transformer_is_named(
     assert error.message == f"{path} is {what}, not the transformer of Wan2.2-Animate."
     assert "wan2.2_animate_14B" in error.hint
     described = describe(path)
-    assert described.what == what and described.problem.startswith(f"{path} ")
+    assert described.what == what
+    assert described.problem.startswith(f"{path} ") or what == "SAM2"  # a run takes it with --sam2
 
 
 def test_what_is_there_is_told_where_the_transformer_is_missing(folder: Path) -> None:

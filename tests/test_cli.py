@@ -486,7 +486,7 @@ def test_ctrl_c_ends_a_build_which_can_be_started_again(
 ) -> None:
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
     process = start(as_argv(BUILD))
-    read_until(process, "exported text_encoder_layer in")
+    read_until(process, "text_encoder_layer  exported in")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert (
@@ -645,7 +645,9 @@ REFUSALS = {
     "seed too large": Refusal(
         2, "usage", f"The seed {2**64} does not fit", "--seed 0", ("--seed", str(2**64))
     ),
-    "seed too small": Refusal(2, "usage", "does not fit in 64 bits", "--seed", ("--seed", str(-(2**63) - 1))),
+    "a random seed": Refusal(
+        2, "usage", f"-1 is not a number from 0 to {2**64 - 1}", "use --seed $RANDOM", ("--seed", "-1")
+    ),
     "unknown weights folder": Refusal(
         1,
         "weights_unusable",

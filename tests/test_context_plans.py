@@ -3,6 +3,7 @@ properties over thousands of lengths.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trt_wan.cli.context_options import take_context
+from trt_wan.cli.run import run
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError
 from trt_wan.runtime.conditioning import known_mask
@@ -23,8 +26,6 @@ from trt_wan.runtime.windows import Windows, rounded_down, rounded_up
 
 
 def job(**changes: Any) -> Job:
-    from pathlib import Path
-
     return Job(Inputs(Path("ref.png"), Path("pose.mp4"), None), **changes)
 
 
@@ -234,20 +235,22 @@ def loops(draw: st.DrawFn) -> tuple[int, Job]:
 @given(loops())
 def test_every_frame_is_made_once_by_the_loop(drawn: tuple[int, Job]) -> None:
     frames, task = drawn
-    check_loop(task.windows(frames), frames)
+    check_loop(task.windows(frames), frames, task.history)
 
 
-def check_loop(windows: Windows, frames: int) -> None:
+def check_loop(windows: Windows, frames: int, history: int) -> None:
     """Each output frame is made once, under the condition frame of the same number."""
     made: list[int] = []
+    decoded = 0
     for j in range(windows.total):
         indices, kept = windows.indices(j), windows.keep(j)
         assert len(indices) == windows.length(j) == len(windows.mask_indices(j))
         assert windows.length(j) % 4 == 1 and windows.length(j) <= windows.window
         assert min(indices) >= 0 and max(indices) < frames
         assert indices == windows.mask_indices(j)
-        # Clips go back by `history` frames at most: by those of this window and the one before.
-        assert all(back >= max(indices[: k + 1]) - windows.window for k, back in enumerate(indices))
+        for index in indices:
+            decoded = max(decoded, index + 1)
+            assert index >= decoded - history, "a clip cannot go back that far"
         assert 0 <= kept.start < kept.stop <= len(indices)
         if j:
             assert kept.start == windows.overlap and indices[: windows.overlap] == made[-windows.overlap :]
@@ -280,7 +283,7 @@ def contexts(draw: st.DrawFn) -> tuple[int, Job, int]:
 def test_context_windows_cover_every_slot(drawn: tuple[int, Job, int]) -> None:
     frames, task, step = drawn
     windows = task.windows(frames)
-    check_loop(windows, frames)
+    check_loop(windows, frames, task.history)
     assert not (task.context and task.context.whole) or windows.total == 1
     for j in {0, windows.total - 1}:
         plan = task.context_plan(windows.length(j))
@@ -382,6 +385,32 @@ def test_settings_that_no_video_can_have(changes: dict[str, Any], message: str, 
     with pytest.raises(UsageError, match=message) as caught:
         job(**{**changes, **({"context": Context(**changes["context"])} if "context" in changes else {})})
     assert hint in caught.value.hint
+
+
+def options(*arguments: str) -> Context | None:
+    with run.make_context("run", ["--inputs", "in", "-o", "out.mp4", *arguments]) as context:
+        return take_context(dict(context.params))
+
+
+def test_options_of_the_command_line() -> None:
+    assert options() is None
+    assert options("--context", "static_standard") == Context()
+    given = (
+        "--context-frames",
+        "81",
+        "--context-overlap",
+        "32",
+        "--context-fuse",
+        "pyramid",
+        "--no-freenoise",
+    )
+    expected = Context("uniform_standard", 81, 4, 32, "pyramid", freenoise=False, whole=False)
+    assert options("--context", "uniform_standard", *given, "--window", "229") == expected
+    for name in ("--context-frames", "--context-overlap"):
+        with pytest.raises(UsageError, match=f"Without context windows {name} would do nothing"):
+            options(name, "81")
+    with pytest.raises(UsageError, match="Without context windows --freenoise"):
+        options("--no-freenoise")
 
 
 def test_rounding() -> None:

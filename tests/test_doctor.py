@@ -220,6 +220,13 @@ def doctor(*arguments: str) -> Any:
     return CliRunner().invoke(cli, ["doctor", *arguments])
 
 
+def test_files_that_cannot_be_used(weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "wan_vae.safetensors").write_bytes(b"<html>")
+    checks, config = weights_checks([weights, tmp_path], "fp32")
+    (warning,) = [check for check in checks if check.topic == "weights" and check.state == "warning"]
+    assert warning.text == "Files that cannot be used: wan_vae.safetensors is a web page." and config is TINY
+
+
 def test_the_command(weights: Path) -> None:
     if trt_wan.checks.machine.has_nvidia_gpu():
         pytest.skip("the checks of a GPU depend on the machine")

@@ -1,4 +1,6 @@
-"""Every layout of files_and_loras.md section 1 gives the numbers it was made from, or is refused by name."""
+"""Every layout of files_and_loras.md section 1 gives the numbers it was made from, and the velocity of the
+float32 original, or is refused by name. `pytest -s` prints the table.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layout_velocity import Velocity
 from made_layouts import (
     BF16,
     E4M3,
@@ -40,9 +43,12 @@ from made_layouts import (
     shards,
 )
 from numpy.typing import NDArray
+from tiny_job import PLAN
 
-from trt_wan.engines.checkpoint import required_tensors
+from trt_wan.engines.checkpoint import PARTS, required_tensors
+from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import Part
+from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.weights.checkpoint import Checkpoint
 from trt_wan.runtime.weights.find_files import find_files
@@ -66,6 +72,9 @@ class Row:
     factor: float = 1.0  # by which an option multiplies the blocks' matrices
 
 
+# The largest relative error (rms) of the velocity: so many times the largest error of the format's weights,
+# and for float32 the last bits.
+VELOCITY_PER_ERROR, VELOCITY_FLOAT32 = 3.0, 1e-6
 MARKER = {"scaled_fp8": torch.zeros(2).to(E4M3)}
 V1 = fp8(more=lambda _: MARKER)
 E8, E8_2, E16, EH = 3.6e-2, 7.2e-2, 4e-3, 5e-4  # scaled e4m3 and e5m2, bf16, fp16
@@ -306,6 +315,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def velocity(tiny_home: Path) -> Velocity:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRT_WAN_HOME", str(tiny_home))
+        graphs = require_graphs(TINY, PLAN)
+    return Velocity(graphs, {part: drawn(part) for part in PARTS})
+
+
+@pytest.fixture(scope="module")
+def original(velocity: Velocity) -> Callable[[Part], NDArray[np.float32]]:
+    return cache(lambda part: velocity(part, drawn(part)))
+
+
+def distance(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """The rms of the difference, as a share of the rms of `other`."""
+    return float(np.sqrt(np.square(one - other).mean() / np.square(other).mean()))
+
+
 @cache
 def drawn(part: Part) -> dict[str, NDArray[np.float32]]:
     return random_weights(SMALL, part, 1)
@@ -319,7 +346,9 @@ def read(stored: Stored) -> bool:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.part}: {row.name}")
-def test_a_layout_gives_its_numbers_or_is_refused_by_name(row: Row, tmp_path: Path) -> None:
+def test_a_layout_gives_its_numbers_or_is_refused_by_name(
+    row: Row, tmp_path: Path, velocity: Velocity, original: Callable[[Part], NDArray[np.float32]]
+) -> None:
     weights = dict(drawn(row.part))
     path = row.make(tmp_path, weights)
     wanted = required_tensors(SMALL, row.part)
@@ -329,18 +358,27 @@ def test_a_layout_gives_its_numbers_or_is_refused_by_name(row: Row, tmp_path: Pa
         message = caught.value.message
         assert row.says in message and str(path) in message and len(message) < 400, message
         assert message.endswith(".") and ". " not in message
+        print(f"\n| {row.part} | {row.name} | refused: {message.replace(str(path), 'FILE')} |")
         return
     (found,) = find_files([tmp_path], [row.part])[row.part]
     for opened in {found, path} if path.is_file() else {found}:
         checkpoint = Checkpoint(opened, row.part)
         checkpoint.require(wanted, row.part)
         worst = 0.0
+        read_back, right = {}, {}
         for name, shape in wanted.items():
             values, want = checkpoint[name], weights[name]
             assert read(checkpoint.stored(name)), name
             if name.startswith("blocks.") and want.ndim == 2:
                 want = want * np.float32(row.factor)
             assert values.shape == shape and values.dtype == np.float32, name
+            read_back[name], right[name] = values, want
             worst = max(worst, float(np.abs(values - want).max() / np.abs(want).max()))
         assert worst <= row.error, f"{worst:.2e}"
         assert row.error == 0 or worst > row.error / 30, f"{worst:.2e}"
+    same = all(want is drawn(row.part)[name] for name, want in right.items())
+    wanted_velocity = original(row.part) if same else velocity(row.part, right)
+    error = distance(velocity(row.part, read_back), wanted_velocity)
+    most = VELOCITY_PER_ERROR * row.error or VELOCITY_FLOAT32
+    print(f"\n| {row.part} | {row.name} | {error:.1e} | {most:.1e} |")
+    assert error <= most

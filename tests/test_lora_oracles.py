@@ -102,13 +102,24 @@ CONFIGS = {
     "bias": LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS, lora_bias=True),
     "loha": LoHaConfig(r=4, alpha=4, target_modules=TARGETS),
     "lokr": LoKrConfig(r=4, alpha=4, target_modules=TARGETS),
+    "alpha": LoraConfig(r=4, lora_alpha=10, target_modules=TARGETS),
+    "rslora": LoraConfig(r=4, lora_alpha=10, target_modules=TARGETS, use_rslora=True, use_dora=True),
+    "patterns": LoraConfig(
+        r=4,
+        lora_alpha=10,
+        target_modules=TARGETS,
+        rank_pattern={"self_attn.q": 2, r"^base_model\.never": 3, "ffn.0|ffn.2": 6},
+        alpha_pattern={r"blocks\.\d+\.self_attn\.q": 7, "k": 3},
+    ),
+    "loha alpha": LoHaConfig(r=4, alpha=10, target_modules=TARGETS, rank_pattern={"self_attn.q": 2}),
+    "lokr alpha": LoKrConfig(r=4, alpha=10, target_modules=TARGETS),
     "lokr in two": LoKrConfig(r=4, alpha=4, target_modules=TARGETS, decompose_both=True, decompose_factor=8),
 }
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_merge_equals_that_of_peft(weights: dict[str, Array], tmp_path: Path, kind: str) -> None:
-    """alpha = rank, as the official relighting LoRA: PEFT keeps alpha in another file."""
+    """PEFT keeps alpha in another file, which is left out where alpha = rank, as by the relighting LoRA."""
     names = [f"blocks.0.{part}.{n}" for part in ("self_attn", "cross_attn") for n in "qkvo"]
     names += ["blocks.1.ffn.0", "blocks.1.ffn.2"]
     wrapped: Any = get_peft_model(Tree(weights, names), CONFIGS[kind])  # type: ignore[arg-type]
@@ -119,8 +130,12 @@ def test_a_merge_equals_that_of_peft(weights: dict[str, Array], tmp_path: Path, 
         elif "magnitude" in name:
             parameter.data.mul_(1 + 0.1 * torch.randn_like(parameter))
     path = tmp_path / "lora.safetensors"
-    saved = {name: values.contiguous() for name, values in get_peft_model_state_dict(wrapped).items()}
-    safetensors.torch.save_file(saved, path)
+    if any(word in kind for word in ("alpha", "rs", "patterns")):
+        wrapped.save_pretrained(tmp_path)
+        path = tmp_path / "adapter_model.safetensors"
+    else:
+        saved = {name: values.contiguous() for name, values in get_peft_model_state_dict(wrapped).items()}
+        safetensors.torch.save_file(saved, path)
     merged = ours(weights, path, 1.0)
     theirs = wrapped.merge_and_unload().state_dict()
     for name, values in theirs.items():

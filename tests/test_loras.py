@@ -66,6 +66,20 @@ def require_merged(
         assert largest > 1e-4 and np.all(np.abs(got - wanted) <= 2e-6 * np.abs(wanted) + 4e-6 * largest), name
 
 
+def test_a_lora_given_twice_adds_its_strengths(base: InMemory, tmp_path: Path) -> None:
+    """Also as a link, and as a copy."""
+    made = FAMILIES["relight"]()
+    path = made.save(tmp_path / "lora.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(path)
+    (tmp_path / "copy.safetensors").write_bytes(path.read_bytes())
+    loras = [Lora(path, 0.5), Lora(tmp_path / "link.safetensors", 0.25), Lora(tmp_path / "copy.safetensors")]
+    notes: list[Any] = []
+    require_merged(merged(base, *loras, notes=notes), base, made.deltas, 1.75)
+    texts = [note.text for note in notes if note.code == "lora_repeated"]
+    sums = "0.5 + 0.25 + 1 = 1.75"
+    assert texts == [f"LoRA lora.safetensors is given 3 times; its strengths are added: {sums}."]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_merged(base: InMemory, tmp_path: Path, family: str) -> None:
     made = FAMILIES[family]()

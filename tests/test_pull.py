@@ -390,7 +390,8 @@ def test_the_command_prints_the_folder_and_honours_hf_endpoint(
         "/".join((ComfyUI, "models/loras"))
         in CliRunner().invoke(cli, ["pull", "--into", f"{ComfyUI}/models", "--dry-run"]).stdout
     )
-    assert CliRunner().invoke(cli, ["pull", "--into", str(tmp_path / "nowhere")]).exit_code == 2
+    missing = CliRunner().invoke(cli, ["pull", "--into", str(tmp_path / "nowhere")])
+    assert missing.exit_code == 2 and missing.stderr.endswith(f"mkdir -p {tmp_path}/nowhere/models\n")
 
 
 # --- The table -------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ def test_files_that_are_no_networks(tmp_path: Path) -> None:
     for options, code, says in (
         (["--detector", network, "--pose", network], 1, "text.onnx is not an ONNX file"),
         (["--detector", network], 2, "--pose is not given"),
-        (["--mode", "replace", "--sam2", network], 1, "text.onnx is not a safetensors file"),
+        (["--mode", "replace", "--sam2", network], 1, "text.onnx is a text that begins with 'not a network'"),
     ):
         ran = trt_wan("preprocess", reference, tmp_path / "c.mkv", "-o", tmp_path / "out", *options)
         assert ran.returncode == code and says in ran.stderr and "Traceback" not in ran.stderr, ran.stderr

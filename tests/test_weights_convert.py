@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from weight_oracle import quantised as plainly_quantised
 
 from trt_wan.cli.main import cli
 from trt_wan.engines.checkpoint import PARTS, required_tensors
-from trt_wan.engines.config import TINY
+from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.precision import Precision
@@ -224,6 +228,80 @@ def test_nothing_is_overwritten_without_y(tmp_path: Path, numbers: Numbers) -> N
     assert json.loads(done.stdout.splitlines()[-1])["data"]["bytes"] == output.stat().st_size
     again = convert(output, "-o", output, "-y")
     assert again.exit_code == 2 and "is an input" in again.stdout
+
+
+@pytest.mark.parametrize("name", ["out.gguf", "out.pth", "out", "out.safetensors.index.json"])
+def test_another_suffix_is_refused_before_anything_is_read(tmp_path: Path, name: str) -> None:
+    """The source is no checkpoint, which would be told later."""
+    (tmp_path / "source.safetensors").touch()
+    refused = convert(tmp_path / "source.safetensors", "-o", tmp_path / name)
+    assert refused.exit_code == 2 and "does not end in .safetensors" in refused.stdout
+
+
+def test_a_folder_that_cannot_be_written_is_told_first(
+    tmp_path: Path, numbers: Numbers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(tmp_path / "source.safetensors", numbers, "fp16")
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr("trt_wan.runtime.weights.rewrite.shutil.disk_usage", lambda _: usage)
+
+    def denied(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("trt_wan.runtime.weights.rewrite.TemporaryFile", denied)
+    with pytest.raises(OutputError, match=f"The folder {tmp_path / 'deep'} cannot be written to"):
+        rewrite(source, tmp_path / "deep" / "out.safetensors")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_folder_of_shards(tmp_path: Path, numbers: Numbers, indexed: bool) -> None:
+    folder = tmp_path / "pipeline" / "transformer"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    names, found = sorted(numbers), {}
+    for k in range(2):
+        shard = folder / f"diffusion_pytorch_model-0000{k + 1}-of-00002.safetensors"
+        save_file({name: numbers[name] for name in names[k::2]}, shard)
+        found |= dict.fromkeys(names[k::2], shard.name)
+    if indexed:
+        index = folder / "diffusion_pytorch_model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": found}))
+    whole = make(tmp_path / "whole.safetensors", numbers, "fp32")
+    rewrite(whole, tmp_path / "a.safetensors")
+    for source in (folder, folder.parent):
+        assert convert(source, "-o", tmp_path / "b.safetensors", "-y").exit_code == 0
+        assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    refused = convert(folder, "-o", shard, "-y")
+    assert refused.exit_code == 2 and "is an input" in refused.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signals")
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    """In the middle of the 14B, a sparse file of zeros."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in required_tensors(ANIMATE_14B, "transformer").items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    source = tmp_path / "14b.safetensors"
+    with source.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    command = [sys.executable, "-m", "trt_wan", "weights", "convert", str(source), "-o"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [*command, str(tmp_path / "made" / "out.safetensors")], env=environment, stderr=subprocess.PIPE
+    ) as process:
+        until = time.monotonic() + 60
+        while not any(path.stat().st_size > 1 << 20 for path in tmp_path.glob("made/*")):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == b"Error: Stopped at once.\n"
+    assert list((tmp_path / "made").iterdir()) == []
 
 
 def test_an_error_leaves_no_half_file(

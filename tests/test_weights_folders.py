@@ -1,6 +1,8 @@
 """The folders searched for weights: named, TRT_WAN_WEIGHTS, what was pulled, extra_model_paths.yaml."""
 
 import os
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from trt_wan.runtime.opening.model import open_weights
 from trt_wan.runtime.published.fetch import fetch
 from trt_wan.runtime.published.files import FILES, PublishedFile
 from trt_wan.runtime.published.places import hub_cache
+from trt_wan.runtime.weights.find_files import find_files
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 from trt_wan.runtime.weights_folders import KINDS, comfy_extra_folders, searched_folders
 
@@ -40,9 +43,25 @@ def test_named_folders_win(tmp_path: Path, no_cache: Path, monkeypatch: pytest.M
     snapshot = pulled(no_cache)
     assert searched_folders(()) == (snapshot,)
     a, b = tmp_path / "a", tmp_path / "b"
+    a.mkdir()
+    b.mkdir()
     monkeypatch.setenv("TRT_WAN_WEIGHTS", os.pathsep.join((str(a), "", str(b))))
     assert searched_folders(()) == (a, b)
     assert searched_folders([tmp_path / "c"]) == (tmp_path / "c",)
+
+
+def test_a_wrong_variable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for folder, says in (
+        (tmp_path / "none", f"There is no weights folder {tmp_path / 'none'} of TRT_WAN_WEIGHTS."),
+        ("~nobody-here/x", "There is no weights folder ~nobody-here/x of TRT_WAN_WEIGHTS."),
+        (tmp_path / "x.png", "of TRT_WAN_WEIGHTS is a file (a PNG picture), not a folder of weights."),
+    ):
+        monkeypatch.setenv("TRT_WAN_WEIGHTS", os.pathsep.join((str(tmp_path), str(folder))))
+        with pytest.raises(WeightsError, match=re.escape(says)):
+            searched_folders(())
+    with pytest.raises(WeightsError, match=r"x.png is a file \(a PNG picture\), not a folder of weights"):
+        find_files([tmp_path / "x.png"], ["vae"])
 
 
 def test_the_command_line_searches_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,13 +146,55 @@ def test_it_is_read_beside_the_models_folder_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["- a list", "a text", "", "x: 3", "x:\n    vae: [1, 2]\n", "x:\n    vae: 5\n"]
+    "text",
+    [
+        *("", "# a comment", "x: 3", "x:\n    vae: [1, 2]\n", "x:\n    vae: 5\n", "x: &x\n    vae: *x\n"),
+        *("x:\n    2: y\n", "x:\n    base_path: [a]\n    vae: none\n"),
+        *("x:\n    vae: ~nobody-here/vae\n", "x:\n    base_path: ~nobody-here\n    vae: vae\n"),
+        *("x:\n    vae: " + "a" * 5000, 'x:\n    vae: "a\\0b"\n', "x:\n    vae: $NOTHING/${NONE\n"),
+    ],
 )
 def test_what_has_no_folders(tmp_path: Path, text: str) -> None:
     assert make(tmp_path / "ComfyUI", text) == []
 
 
-@pytest.mark.parametrize("text", ["x: [", "x: !!python/object/apply:os.system ['touch ran']", "\0"])
+def test_a_list_of_folders_and_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    text = "\ufeffx:\n    base_path: ~/disk\n    vae: [a, 'b']\n    loras: ~/c\n"
+    found = make(tmp_path / "ComfyUI", text, "../disk/a", "../disk/b", "../c")
+    assert found == [tmp_path / "disk/a", tmp_path / "disk/b", tmp_path / "c"]
+
+
+@pytest.mark.parametrize("form", ["{{<<: [{}]}}", "[{}]"], ids=["merges", "lists"])
+def test_a_bomb_takes_no_time(tmp_path: Path, form: str) -> None:
+    """Nine of nine of …: 9^9 entries to a PyYAML before 6.0.4, which pyproject.toml rules out."""
+    lines = ["a0: &a0 {k: v}"]
+    lines += [f"a{n}: &a{n} {form.format(', '.join([f'*a{n - 1}'] * 9))}" for n in range(1, 10)]
+    start = time.process_time()
+    assert make(tmp_path / "ComfyUI", "\n".join(lines)) == []
+    assert time.process_time() - start < 1
+
+
+def test_the_line_of_a_tab_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"cannot be read \(line 2: found character '\\t' that cannot"):
+        make(tmp_path / "ComfyUI", "x:\n\tvae: y\n")
+
+
+def test_what_has_no_sections_is_refused(tmp_path: Path) -> None:
+    for text in ("- a list", "a text", "3"):
+        with pytest.raises(WeightsError, match="extra_model_paths.yaml holds no sections with names"):
+            make(tmp_path / "ComfyUI", text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("x: [", "x: !!python/object/apply:os.system ['touch ran']", "\0", "[" * 50_000),
+        *("x: 2020-99-99", "{[a]: b}"),
+    ],
+    ids=["list", "code", "binary", "deep", "date", "key"],
+)
 def test_what_is_no_plain_yaml_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(WeightsError, match="extra_model_paths.yaml cannot be read"):
         make(tmp_path / "ComfyUI", text)

@@ -17,22 +17,26 @@ from safetensors.numpy import load_file, save_file
 from trt_wan.cli.main import cli
 from trt_wan.engines.checkpoint import required_tensors
 from trt_wan.engines.config import ANIMATE_14B
+from trt_wan.runtime.weights.open_file import open_file
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 ROOT = Path(__file__).parents[1]
 
 
-def shown(file: Path) -> dict[str, Any]:
+def shown(file: Path, exit_code: int = 0) -> dict[str, Any]:
     done = CliRunner().invoke(cli, ["weights", "show", str(file), "--json"])
-    assert done.exit_code == 0, done.output
-    data: dict[str, Any] = json.loads(done.stdout)["data"]
+    assert done.exit_code == exit_code, done.output
+    first, *more = map(json.loads, done.stdout.splitlines())
+    assert not exit_code or [line["error"]["message"] for line in more] == [first["data"]["problem"]]
+    data: dict[str, Any] = first["data"]
     return data
 
 
-def rows(file: Path) -> dict[str, str]:
+def rows(file: Path, exit_code: int = 0) -> dict[str, str]:
     """The table for people."""
     done = CliRunner().invoke(cli, ["weights", "show", str(file)])
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == exit_code, done.output
+    assert done.stderr.startswith("Error: ") == bool(exit_code)
     parts = (line.partition("  ") for line in done.stdout.splitlines())
     return {name: text.strip() for name, _, text in parts}
 
@@ -60,12 +64,35 @@ def test_a_transformer(weights: Path) -> None:
 
 
 def test_what_is_missing(weights: Path, tmp_path: Path) -> None:
-    from safetensors.numpy import load_file
-
     tensors = load_file(weights / "wan2.1_vae_tiny_bf16.safetensors")
     del tensors[next(iter(tensors))]
     save_file(tensors, tmp_path / "cut.safetensors")
-    assert shown(tmp_path / "cut.safetensors")["problem"] and "missing" in rows(tmp_path / "cut.safetensors")
+    table = rows(tmp_path / "cut.safetensors", 1)
+    assert shown(tmp_path / "cut.safetensors", 1)["problem"] and "missing" in table and "wrong" not in table
+
+
+def test_a_wrong_scale_is_not_called_missing(weights: Path, tmp_path: Path) -> None:
+    content = bytearray((weights / "wan2.2_animate_tiny_fp8_e4m3fn_scaled.safetensors").read_bytes())
+    (tmp_path / "x.safetensors").write_bytes(content)
+    entries = open_file(tmp_path / "x.safetensors").entries
+    scale = next(entry for name, entry in entries.items() if name.endswith(".scale_weight"))
+    content[scale.start : scale.stop] = np.float32(-1).tobytes()
+    (tmp_path / "x.safetensors").write_bytes(content)
+    table = rows(tmp_path / "x.safetensors", 1)
+    assert "1 of 227 tensors has a scale that is no positive number" in table["wrong"]
+    assert "missing" not in table
+
+
+def test_a_folder_is_searched_for_its_checkpoint(weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    source = weights / "wan2.2_animate_tiny_fp8_e4m3fn_scaled.safetensors"
+    (tmp_path / "transformer" / source.name).write_bytes(source.read_bytes())
+    (tmp_path / "broken.safetensors").touch()
+    assert shown(tmp_path)["part"] == "transformer"
+    for folder, says in ((weights, "several checkpoints: clip_vision_tiny"), (tmp_path / "none", "no check")):
+        folder.mkdir(exist_ok=True)
+        done = CliRunner().invoke(cli, ["weights", "show", str(folder)])
+        assert done.exit_code == 1 and says in done.stderr
 
 
 def test_a_lora(tmp_path: Path) -> None:
@@ -79,7 +106,7 @@ def test_a_lora(tmp_path: Path) -> None:
 
 def test_what_is_no_file_of_ours(tmp_path: Path) -> None:
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / "x.safetensors")
-    assert "no part of Wan2.2-Animate" in shown(tmp_path / "x.safetensors")["problem"]
+    assert "no part of Wan2.2-Animate" in shown(tmp_path / "x.safetensors", 1)["problem"]
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     done = CliRunner().invoke(cli, ["weights", "show", str(tmp_path / "broken.safetensors")])
     assert done.exit_code == 1 and done.stderr.startswith("Error: ")

@@ -17,9 +17,10 @@ A user's mistake is one of these; an `assert` is a mistake of ours.
 """
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 MOST_SHOWN = 40  # characters of a value in a message
+LONGEST_MESSAGE = 400  # characters
 
 
 def shell_command(command: Iterable[str]) -> str:
@@ -39,6 +40,17 @@ def shown(value: object) -> str:
     except ValueError:  # Python writes no integer of more than 4300 digits
         return "a number of thousands of digits"
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
+
+
+def some_of(parts: Sequence[str], room: int = 200, most: int = 3) -> str:
+    """The first of `parts`, at most `most` and `room` characters of them, and how many more there are."""
+    told: list[str] = []
+    for part in parts[:most]:
+        if told and len("; ".join((*told, part))) > room:
+            break
+        told.append(part if len(part) <= room else f"{part[: room - 1]}…")
+    more = len(parts) - len(told)
+    return "; ".join((*told, f"{more} more") if more else told)
 
 
 class TrtWanError(Exception):

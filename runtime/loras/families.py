@@ -1,7 +1,8 @@
 """The keys of one layer to changes of its weight and bias: low rank, LoHa, LoKr, DoRA, whole deltas.
 
-The rank is read from each tensor, and the scale is alpha / rank, or 1 where the file has no alpha: no prefix
-and no family changes it. Shapes are checked here; numbers are read when a change is computed.
+The rank is read from each tensor, and the scale is alpha / rank, or 1 where neither the file nor PEFT's
+settings beside it have an alpha: no prefix and no family changes it. Shapes are checked here; numbers are
+read when a change is computed.
 """
 
 import math
@@ -26,7 +27,8 @@ from trt_wan.runtime.loras.changes import (
     Whole,
     matrix,
 )
-from trt_wan.runtime.loras.names import Layer
+from trt_wan.runtime.loras.names import Layer, module_of
+from trt_wan.runtime.loras.peft_config import PeftConfig
 from trt_wan.runtime.weights.gguf_file import GgufFile
 from trt_wan.runtime.weights.stored import FP8_TYPES
 from trt_wan.runtime.weights.tensor_file import Entry, TensorFile
@@ -63,6 +65,7 @@ class Group:
     keys: Mapping[str, str]
     shapes: Mapping[str, Shape]
     whole: Callable[[str], Rows]  # the unchanged weight of a tensor, float32 [rows, inner]
+    settings: PeftConfig | None = None
 
     @property
     def weight(self) -> str:
@@ -186,20 +189,27 @@ class Group:
         return Decomposed(change, values, merged=role == "magnitude", whole=whole)
 
     def _scale(self) -> float:
-        """alpha / rank; 1 without an alpha, or where a LoKr has no rank."""
+        """alpha / rank; 1 without an alpha, or where a LoKr has no rank. PEFT's settings decide otherwise."""
+        if self.settings is not None and "alpha" not in self.keys:
+            return self.settings.scale(self._module, self.rank)
         alpha, rank = self.alpha, self.rank
         return 1.0 if alpha is None or rank is None else alpha / rank
 
     @property
     def alpha(self) -> float | None:
         if "alpha" not in self.keys:
-            return None
+            scaled = any(role in self.keys for role in ("down", *LOHA, *LOKR))
+            return self.settings.alpha_of(self._module) if self.settings and scaled else None
         if math.prod(self._entry("alpha").shape) != 1:
             raise self._fault("alpha", "is no single number")
         alpha = float(self._array("alpha").astype(np.float32).reshape(-1)[0])
         if not (math.isfinite(alpha) and alpha > 0):
             raise self._fault("alpha", f"is {alpha:g}")
         return alpha
+
+    @property
+    def _module(self) -> str:
+        return module_of(next(iter(self.keys.values())))
 
     @property
     def rank(self) -> int | None:

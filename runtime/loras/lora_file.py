@@ -15,6 +15,7 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.runtime.loras.changes import Change, Rows
 from trt_wan.runtime.loras.families import Group, Opened, shortened, unusable
 from trt_wan.runtime.loras.names import Layer, find_layer, pattern_of, split
+from trt_wan.runtime.loras.peft_config import find_config
 from trt_wan.runtime.loras.refusals import (
     refuse_control,
     refuse_other_width,
@@ -89,7 +90,8 @@ def open_lora(path: Path, config: ModelConfig, whole: Whole = _no_base) -> LoraF
     if skipped:
         del keys[PATCHES]
     shapes = required_tensors(config, "transformer")
-    groups = tuple(Group(file, layer, named, shapes, whole) for layer, named in keys.items())
+    settings = find_config(path, file.metadata)
+    groups = tuple(Group(file, layer, named, shapes, whole, settings) for layer, named in keys.items())
     lora = LoraFile(file, groups, unmatched, skipped)
     if not lora.changes():
         raise unusable(file, "none of its keys changes a weight")

@@ -6,7 +6,8 @@ two sets of merged packs in page-locked memory, of which each step streams one; 
 the factors as inputs. Neither is here.
 """
 
-from collections.abc import Collection, Mapping
+import filecmp
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from trt_wan.runtime.job import Lora
 from trt_wan.runtime.loras.changes import Rows, matrix
 from trt_wan.runtime.loras.lora_file import LoraFile, open_lora
 from trt_wan.runtime.loras.merged import Merge, MergedTensors
+from trt_wan.runtime.loras.peft_config import config_file
 from trt_wan.runtime.weights.stored import Tensors
 
 MOST_OPEN = 32  # files
 
-FileId = tuple[Path, int, int]  # the file, its time of change in ns, its bytes
+FileId = tuple[Path, int, int]  # the file, its time of change in ns, its bytes; with PEFT's settings
 Merged = Mapping[str, tuple[tuple[FileId, float], ...]]  # by tensor: files and strengths, sorted
 
 
@@ -55,6 +57,8 @@ class Loras:
                 progress(_note(opened[key], len(changes[key])))
             for name in changes[key] if lora.strength else ():
                 deltas.setdefault(name, []).append((key, lora.strength))
+        for text, data in _repeated(loras):
+            progress(Note(text, "lora_repeated", data))
         self._open = dict([*self._open.items(), *opened.items()][-MOST_OPEN:])
         merged = {name: tuple(sorted(parts)) for name, parts in deltas.items()}
         tensors = {
@@ -81,11 +85,33 @@ class Loras:
 
 
 def _file_id(path: Path) -> FileId:
+    settings = config_file(path)  # changes with the file
     try:
-        found = path.stat()
+        found = [file.stat() for file in (path, settings) if file is not None]
     except OSError:
         return path.absolute(), 0, 0  # opening it says what is wrong
-    return path.resolve(), found.st_mtime_ns, found.st_size
+    return path.resolve(), max(one.st_mtime_ns for one in found), sum(one.st_size for one in found)
+
+
+def _repeated(loras: Collection[Lora]) -> Iterator[tuple[str, dict[str, object]]]:
+    """A sentence about each LoRA that is there more than once, also as a link or a copy."""
+    alike: list[list[Lora]] = []
+    for lora in loras:
+        group = next((group for group in alike if _is_same(group[0].file, lora.file)), None)
+        alike.append([lora]) if group is None else group.append(lora)
+    for group in alike:
+        if len(group) > 1:
+            strengths = [lora.strength for lora in group]
+            sums = " + ".join(f"{strength:g}" for strength in strengths)
+            text = f"LoRA {group[0].file.name} is given {len(group)} times; its strengths are added:"
+            data: dict[str, object] = {"file": str(group[0].file), "strengths": strengths}
+            yield f"{text} {sums} = {sum(strengths):g}.", data
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.samefile(other) or (
+        one.stat().st_size == other.stat().st_size and filecmp.cmp(one, other, shallow=False)
+    )
 
 
 def _note(lora: LoraFile, tensors: int) -> Note:

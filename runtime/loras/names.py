@@ -13,8 +13,9 @@ from functools import cache
 from trt_wan.engines.checkpoint import required_tensors
 from trt_wan.engines.config import ModelConfig
 
+PEFT_PREFIX = "base_model.model."
 PREFIXES = (
-    *("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "pipe.dit."),
+    *(PEFT_PREFIX, "model.diffusion_model.", "diffusion_model.", "transformer.", "pipe.dit."),
     *("lora_unet__", "lora_unet_", "lycoris_", "model."),
 )
 LONGEST = 300  # letters of a key; a damaged file may have a million
@@ -93,6 +94,12 @@ def split(key: str) -> tuple[str, str] | None:
         if (found := pattern.search(key)) is not None:
             return _without_prefixes(key[: found.start()]), role or found["part"]
     return None
+
+
+def module_of(key: str) -> str:
+    """The layer of a key that is a LoRA's, as PEFT names it in its model."""
+    found = next(found for pattern, _ in _SUFFIXES if (found := pattern.search(key)))
+    return key[: found.start()].removeprefix(PEFT_PREFIX)
 
 
 def _without_prefixes(stem: str) -> str:

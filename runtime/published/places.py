@@ -5,13 +5,14 @@ A file under its final name is complete and has been checked. Until then its byt
 """
 
 import os
+import shlex
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from trt_wan.engines.store.files import replace_atomically
-from trt_wan.errors import UsageError
+from trt_wan.errors import UsageError, with_commands
 from trt_wan.runtime.published.files import PublishedFile
 from trt_wan.runtime.weights.find_files import files_below
 
@@ -130,17 +131,21 @@ def hub_cache() -> HubCache:
     """
     named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if named:
-        return HubCache(Path(os.path.expandvars(named)).expanduser())
+        return HubCache(Path(os.path.expanduser(os.path.expandvars(named))))
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
-    return HubCache(Path(os.path.expandvars(home)).expanduser() / "hub")
+    return HubCache(Path(os.path.expanduser(os.path.expandvars(home))) / "hub")
 
 
 def comfy_folder(folder: Path) -> ComfyFolder:
     """The folders in a ComfyUI, or in its models/. Raises UsageError."""
     if not folder.is_dir():
         raise UsageError(
-            f"There is no folder {folder}.", "Give --into a ComfyUI, its models/, or a folder for the models."
+            f"There is no folder {folder}.",
+            with_commands(
+                "Give --into a ComfyUI, its models/, or a folder for the models. To make one:",
+                f"mkdir -p {shlex.quote(str(folder / 'models'))}",
+            ),
         )
     return ComfyFolder(folder / "models" if (folder / "models").is_dir() else folder)
 

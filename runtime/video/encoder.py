@@ -1,5 +1,6 @@
 """The encoder of the pictures. Files that it makes do not depend on the machine's number of CPUs."""
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -41,6 +42,7 @@ class Encoding:
 
     def open(self) -> VideoStream:
         """A new encoder. Its packets count time in frames, and its stream is a template for muxers."""
+        gc.collect()  # PyAV's containers and streams hold each other, so encoders of earlier windows live on
         nowhere = av.open("-", "w", format="null")
         stream = nowhere.add_stream(self.encoder, rate=self.rate, options=dict(self.options))
         assert isinstance(stream, VideoStream), f"{self.encoder} encodes no pictures"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL
 from trt_wan.engines.contract import Part
-from trt_wan.errors import WeightsError
+from trt_wan.errors import LONGEST_MESSAGE, WeightsError
 from trt_wan.runtime.weights.open_file import OpenFile, open_file
 from trt_wan.runtime.weights.recognition.kinds import other_model
 from trt_wan.runtime.weights.recognition.layouts import (
@@ -125,7 +125,9 @@ class Checkpoint(Mapping[str, NDArray[np.float32]]):
             raise WeightsError(f"{self.path} is quantised for {foreign}, which is not supported.", hint)
         if (self.layout is None or self.layout.part != part) and (what := self.what()):
             raise WeightsError(f"{self.path} is {what}, not {spoken}.", hint)
-        raise WeightsError(f"{self.path} does not fit as {spoken}: {summarised(faults, len(tensors))}.", hint)
+        text = f"{self.path} does not fit as {spoken}: "
+        room = LONGEST_MESSAGE - 1 - len(text)
+        raise WeightsError(f"{text}{summarised(faults, len(tensors), room)}.", hint)
 
     def what(self) -> str:
         """The model that the file holds, for a sentence; nothing if it is not known."""
@@ -202,21 +204,26 @@ def _shaped(stored: Stored, shape: tuple[int, ...]) -> Stored:
     return Stored(values, stored.scales, stored.file, stored.start, stored.rotation, stored.blocks, shape)
 
 
-def summarised(faults: Mapping[str, Fault], total: int) -> str:
-    """A sentence about faults by tensor: how many of each kind, most first, and an example by pattern."""
+def summarised(faults: Mapping[str, Fault], total: int, room: int = LONGEST_MESSAGE) -> str:
+    """A sentence about faults by tensor: how many of each kind, most first, and an example by pattern. As
+    many kinds as fit into `room` characters, and one at least.
+    """
     kinds: dict[str, list[str]] = {}
     for name, fault in faults.items():
         kinds.setdefault(fault.kind, []).append(name)
     told: list[str] = []
-    for kind, names in sorted(kinds.items(), key=lambda item: -len(item[1]))[:MOST_KINDS]:
+    for kind, names in sorted(kinds.items(), key=lambda item: -len(item[1])):
         of = f" of {total} tensors" if not told else ""
         verb, _, rest = kind.partition(" ")
         verb = {"are": "is", "have": "has"}[verb] if len(names) == 1 else verb
         example, alike = _patterns(names)[0]
         detail = faults[alike[0]].detail
-        told.append(f"{len(names)}{of} {verb} {rest}, such as {example}{detail and f' ({detail})'}")
-    if len(kinds) > MOST_KINDS:
-        told.append(f"{len(kinds) - MOST_KINDS} other faults")
+        clause = f"{len(names)}{of} {verb} {rest}, such as {example}{detail and f' ({detail})'}"
+        if told and (len(told) == MOST_KINDS or len("; ".join((*told, clause))) > room - 16):
+            break
+        told.append(clause)
+    if len(kinds) > len(told):
+        told.append(f"{len(kinds) - len(told)} other faults")
     return "; ".join(told)
 
 

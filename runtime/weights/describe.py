@@ -13,15 +13,16 @@ from trt_wan.engines.checkpoint import PARTS, required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.errors import WeightsError
-from trt_wan.runtime.weights.checkpoint import SPOKEN, Checkpoint, by_pattern, summarised
+from trt_wan.runtime.weights.checkpoint import MISSING, SPOKEN, Checkpoint, by_pattern, summarised
+from trt_wan.runtime.weights.find_files import checkpoint_in
 from trt_wan.runtime.weights.load import bytes_of, closest_model
 from trt_wan.runtime.weights.open_file import kind_of, open_file
 from trt_wan.runtime.weights.recognition.encodings import encoding_of
 from trt_wan.runtime.weights.recognition.quantised import KNOWN
 from trt_wan.runtime.weights.recognition.twins import is_qwen_vae
-from trt_wan.runtime.weights.tensor_file import SUFFIXES
 
 UNKNOWN = "a file of another kind"
+SAM2 = "SAM2"  # of kinds.OTHERS
 UNUSED = (
     ".kernel",
     ".position_ids",
@@ -32,8 +33,8 @@ UNUSED = (
 
 @dataclass(frozen=True)
 class Description:
-    """`what` names the file in a sentence. Without `part` it is no file of this model. `problem` is the
-    sentence that refuses it; without one it can be used.
+    """`what` names the file in a sentence. Without `part` it is no part of this model. `problem` is the
+    sentence that refuses it; without one it can be used, as a part or as SAM2.
     """
 
     path: Path
@@ -48,29 +49,22 @@ class Description:
     parameters: int
     bytes: int
     quantised: int  # tensors in FP8, int8 or GGUF blocks
-    missing: str
+    missing: str  # tensors
+    wrong: str  # tensors of another shape, of an unknown type or scale, …
     unexpected: str
     problem: str
+    hint: str  # for the problem
 
 
 def describe(path: Path) -> Description:
     """`path` is a file, an index, one of several shards, or a folder with one of these. In a file of several
     parts the first is described and the others are named. Raises WeightsError for a file that does not open.
     """
-    path = _inside(path) if path.is_dir() else path
+    path = checkpoint_in(path) if path.is_dir() else path
     file = open_file(path)
     found = [one for part in PARTS if (one := Checkpoint(path, part, file)).layout is not None]
     others = [one.layout.part for one in found[1:] if one.layout]
     return _described(found[0] if found else Checkpoint(path, None, file), tuple(others))
-
-
-def _inside(folder: Path) -> Path:
-    """The index of a folder, or its only checkpoint."""
-    indexes = sorted(folder.glob("*.index.json"))
-    files = indexes or sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if len(files) != 1 and not indexes:
-        raise WeightsError(f"{folder} holds {len(files)} checkpoints.", "Name one of its files.")
-    return files[0]
 
 
 def _described(checkpoint: Checkpoint, others: tuple[Part, ...]) -> Description:
@@ -80,8 +74,10 @@ def _described(checkpoint: Checkpoint, others: tuple[Part, ...]) -> Description:
     model = closest_model(checkpoint, part) if part else None
     wanted = required_tensors(model, part) if model and part else {}
     faults = {name: fault for name, shape in wanted.items() if (fault := checkpoint.fault(name, shape))}
+    missing = {name: fault for name, fault in faults.items() if fault.kind == MISSING}
     known = [name for name in wanted if name in checkpoint.places]
     prefix = f", prefix {checkpoint.prefix}" if checkpoint.prefix else ""
+    problem, hint = _problem(checkpoint, part, model)
     return Description(
         path=checkpoint.path,
         what=checkpoint.what() or UNKNOWN,
@@ -97,9 +93,11 @@ def _described(checkpoint: Checkpoint, others: tuple[Part, ...]) -> Description:
         quantised=sum(
             checkpoint.quantised.is_quantised(n) for name in known for n in checkpoint.places[name].stored
         ),
-        missing=summarised(faults, len(wanted)) if faults else "",
+        missing=summarised(missing, len(wanted)),
+        wrong=summarised({n: f for n, f in faults.items() if n not in missing}, len(wanted)),
         unexpected=_unexpected(checkpoint, wanted),
-        problem=_problem(checkpoint, part, model),
+        problem=problem,
+        hint=hint,
     )
 
 
@@ -115,13 +113,18 @@ def _unexpected(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -
     return by_pattern(left)
 
 
-def _problem(checkpoint: Checkpoint, part: Part | None, model: ModelConfig | None) -> str:
+def _problem(checkpoint: Checkpoint, part: Part | None, model: ModelConfig | None) -> tuple[str, str]:
+    """The sentence and the hint; empty for a file that can be used."""
     if part is None or model is None:
-        return f"{checkpoint.path} is {checkpoint.what() or UNKNOWN}, and no part of Wan2.2-Animate."
+        if checkpoint.what() == SAM2:
+            return "", ""
+        what = f"{checkpoint.path} is {checkpoint.what() or UNKNOWN}, and no part of Wan2.2-Animate."
+        return what, "A run takes the transformer, the VAE, umT5, CLIP, SAM2 and LoRAs."
     try:
         checkpoint.require(required_tensors(model, part), part)
     except WeightsError as error:
-        return error.message
+        return error.message, error.hint
     if part == "vae" and is_qwen_vae(checkpoint):
-        return f"{checkpoint.path} is the VAE of Qwen-Image, not {SPOKEN[part][0]}."
-    return ""
+        spoken, hint = SPOKEN[part]
+        return f"{checkpoint.path} is the VAE of Qwen-Image, not {spoken}.", hint
+    return "", ""

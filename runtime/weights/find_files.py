@@ -1,17 +1,20 @@
 """Finds the checkpoint files in folders by the tensors they list; their names do not matter.
 
-Only headers are read, and only searched for the layouts' signatures. A broken file that no part needs is not
-mentioned: a folder of models holds thousands of unrelated files.
+Only headers are read, and only searched for the layouts' signatures. One note tells of files that cannot be
+read: not of those in folders for other kinds of models, and of torch's suffixes, which older upscalers have
+too, only of files named like a part.
 """
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from trt_wan.engines.contract import Part
-from trt_wan.errors import WeightsError
+from trt_wan.errors import LONGEST_MESSAGE, WeightsError, some_of
+from trt_wan.runtime.events import Note, Progress, silent
+from trt_wan.runtime.weights.foreign import foreign_file
 from trt_wan.runtime.weights.open_file import names_text, open_file
 from trt_wan.runtime.weights.recognition.kinds import WAN, other_model
 from trt_wan.runtime.weights.recognition.layouts import candidates
@@ -21,6 +24,9 @@ TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 SMALLEST = 1 << 16  # bytes of a torch file; smaller ones belong to Python packages
 READERS = 8  # a network's disk answers many requests at a time
 MOST_NAMED = 3  # files in a message
+LONGEST_PATH = 90  # characters of one of several paths in a message
+OTHER_KINDS = {"loras", "upscale_models", "controlnet", "embeddings"}  # folders in a ComfyUI
+LIKE_A_PART = ("wan", "animate", "vae", "t5", "clip")  # in the names of files that may hold a part
 SKIPPED = ("__pycache__", ".git")
 Identity = tuple[int, int]  # device and number of a file
 
@@ -35,18 +41,56 @@ class _Seen:
     broken: str = ""
 
 
-def find_files(folders: Sequence[Path], parts: Collection[Part]) -> dict[Part, list[Path]]:
+def find_files(
+    folders: Sequence[Path], parts: Collection[Part], progress: Progress = silent
+) -> dict[Part, list[Path]]:
     """For each of `parts` the files (indexes, first shards) in or below `folders` that hold it, at least one.
 
-    Raises WeightsError that names every part that was not found, and files that look like it or are broken.
+    Reports files that cannot be read. Raises WeightsError that names every part that was not found, and files
+    that look like it or are broken.
     """
-    unknown = [str(folder) for folder in folders if not folder.is_dir()]
-    if parts and unknown:
-        raise WeightsError(f"There is no weights folder {', '.join(unknown)}.", "Name it with --weights DIR.")
+    if parts:
+        require_folders(folders)
     found, seen = _search(folders, parts)
     if missing := [part for part, paths in found.items() if not paths]:
         raise _not_found(folders, missing, seen)
+    if broken := sorted(
+        (file for file in seen if file.broken and _may_be_ours(file.path)),
+        key=lambda file: not _is_like_a_part(file.path),
+    ):
+        text = f"Files that cannot be used: {some_of([file.broken for file in broken])}."
+        progress(Note(text, "unusable_files", {"files": [str(file.path) for file in broken]}))
     return found
+
+
+def require_folders(folders: Iterable[Path], variable: str = "") -> None:
+    """Raises WeightsError for a path that is no folder. `variable` of the environment names them."""
+    named = f" of {variable}" if variable else ""
+    for folder in folders:
+        if os.path.isdir(folder):
+            continue
+        if os.path.exists(folder):
+            kind = foreign_file(folder)
+            raise WeightsError(
+                f"{folder}{named} is a file{kind and f' ({kind})'}, not a folder of weights.",
+                "Name its folder. A single checkpoint is named with --transformer FILE and the like.",
+            )
+        hint = f"Correct {variable}, or name" if variable else "Name"
+        raise WeightsError(f"There is no weights folder {folder}{named}.", f"{hint} it with --weights DIR.")
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The index, first shard or file of the only checkpoint in a folder, or in one of its folders. Raises
+    WeightsError.
+    """
+    groups = list(_groups([folder]))
+    if len(groups) > 1:
+        groups = [group for group in groups if _look(group).parts]
+    if len(groups) == 1:
+        return groups[0][0]
+    names = [str(group[0].relative_to(folder)) for group in groups]
+    fault = f"several checkpoints: {some_of(names)}" if groups else "no checkpoint"
+    raise WeightsError(f"The folder {folder} holds {fault}.", "Name one of its files.")
 
 
 def missing_parts(folders: Sequence[Path], parts: Collection[Part]) -> list[Part]:
@@ -70,14 +114,27 @@ def _not_found(folders: Sequence[Path], missing: Sequence[Part], seen: Sequence[
     others = [f"{file.path.name} is {what}" for file in seen if file.other and (what := _other(file.path))]
     broken = [file.broken for file in seen if file.broken]
     told = (others if "transformer" in missing else []) + broken
-    more = f"; {len(told) - MOST_NAMED} more are other models or broken" if len(told) > MOST_NAMED else ""
-    places = " or ".join(map(str, folders[:MOST_NAMED]))
+    text = f"No file in {' or '.join(map(short_path, folders[:MOST_NAMED]))} holds the {names}"
+    room = max(80, LONGEST_MESSAGE - 20 - len(text))
     return WeightsError(
-        f"No file in {places} holds the {names}"
-        + "".join(f"; {fault}" for fault in told[:MOST_NAMED])
-        + f"{more}.",
-        f"Put it there, or name it with {options}.",
+        f"{text}; {some_of(told, room)}." if told else f"{text}.", f"Put it there, or name it with {options}."
     )
+
+
+def _may_be_ours(path: Path) -> bool:
+    if not OTHER_KINDS.isdisjoint(path.parts):
+        return False
+    return not path.name.lower().endswith(TORCH_SUFFIXES) or _is_like_a_part(path)
+
+
+def _is_like_a_part(path: Path) -> bool:
+    return any(part in path.name.lower() for part in LIKE_A_PART)
+
+
+def short_path(path: Path | str) -> str:
+    """The end of a path, for a message with several."""
+    text = str(path)
+    return text if len(text) <= LONGEST_PATH else f"…{text[1 - LONGEST_PATH :]}"
 
 
 def spoken(part: Part) -> str:
@@ -96,7 +153,7 @@ def _look(group: Sequence[Path]) -> _Seen:
             read_index(path)
         text = b"\n".join(map(names_text, group))
     except WeightsError as error:
-        return _Seen(path, set(), broken=error.message.rstrip(".").replace(str(path), path.name))
+        return _Seen(path, set(), broken=error.message.rstrip(".").replace(str(path), short_path(path.name)))
     parts = candidates(text)
     return _Seen(path, parts, not parts and any(f'{name}"'.encode() in text for name in WAN))
 

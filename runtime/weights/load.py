@@ -15,22 +15,31 @@ must choose.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from trt_wan.engines.checkpoint import PARTS, required_tensors
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.precision import Precision
-from trt_wan.errors import WeightsError
+from trt_wan.errors import LONGEST_MESSAGE, WeightsError, some_of
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.weights.checkpoint import SPOKEN, Checkpoint
-from trt_wan.runtime.weights.find_files import MOST_NAMED, find_files, option, spoken
+from trt_wan.runtime.weights.find_files import find_files, option, short_path, spoken
 from trt_wan.runtime.weights.recognition.encodings import Cost, cost, encoding_of, engine_types
 from trt_wan.runtime.weights.recognition.twins import QWEN_NAMED, is_named_qwen, is_qwen_vae, same_values
 
 PATCH_EMBEDDING = "patch_embedding.weight"
 LONGEST_REASON = 110  # characters of a file's reason in a list
 Model = Callable[[Checkpoint], ModelConfig]
+Faults = Mapping[Path, WeightsError]
+
+
+@dataclass(frozen=True)
+class Taken:
+    checkpoint: Checkpoint
+    why: str
+    faults: Faults  # of files that do not fit
 
 
 def load_weights(
@@ -41,23 +50,26 @@ def load_weights(
 ) -> tuple[ModelConfig, dict[Part, Checkpoint]]:
     """The model and the checked checkpoint of every part: `chosen`, or found in or below `folders`.
 
-    A chosen folder is searched for its part. Reports the file of each part and why it was taken. Reads
-    headers and scales only. Raises WeightsError.
+    A chosen folder is searched for its part. Reports the file of each part and why it was taken, and files
+    that cannot be used. Reads headers and scales only. Raises WeightsError.
     """
     files = {part: [path] for part, path in chosen.items() if not path.is_dir()}
     for part, path in chosen.items():
         if path.is_dir():
-            files |= find_files([path], [part])
-    files |= find_files(folders, [part for part in PARTS if part not in chosen])
+            files |= find_files([path], [part], progress)
+    files |= find_files(folders, [part for part in PARTS if part not in chosen], progress)
     transformer = _choose("transformer", files["transformer"], identify, precision, "transformer" in chosen)
-    model = identify(transformer[0])
+    model = identify(transformer.checkpoint)
     weights: dict[Part, Checkpoint] = {}
     for part in PARTS:
-        one, why = transformer
+        taken = transformer
         if part != "transformer":
-            one, why = _choose(part, files[part], lambda _: model, precision, part in chosen)
-        weights[part] = one
-        progress(_note(part, one, why, list(required_tensors(model, part))))
+            taken = _choose(part, files[part], lambda _: model, precision, part in chosen)
+        weights[part] = taken.checkpoint
+        progress(_note(part, taken.checkpoint, taken.why, list(required_tensors(model, part))))
+        if taken.faults:
+            text = f"Not usable as the {spoken(part)}: {some_of(_reasons(part, taken.faults))}."
+            progress(Note(text, "unusable_files", {"files": [str(path) for path in taken.faults]}))
     return model, weights
 
 
@@ -89,10 +101,8 @@ def closest_model(checkpoint: Checkpoint, part: Part) -> ModelConfig:
     return max(MODELS.values(), key=fitting)
 
 
-def _choose(
-    part: Part, paths: Sequence[Path], model: Model, precision: Precision, named: bool
-) -> tuple[Checkpoint, str]:
-    """The file to take and why. Raises WeightsError."""
+def _choose(part: Part, paths: Sequence[Path], model: Model, precision: Precision, named: bool) -> Taken:
+    """Raises WeightsError."""
     fitting: list[Checkpoint] = []
     faults: dict[Path, WeightsError] = {}
     for path in paths:
@@ -106,7 +116,7 @@ def _choose(
         raise _none_fits(part, faults)
     if len(fitting) == 1:
         left = f", {len(faults)} other{'s do' if len(faults) > 1 else ' does'} not fit" if faults else ""
-        return fitting[0], f"{'named' if named else 'the only one'}{left}"
+        return Taken(fitting[0], f"{'named' if named else 'the only one'}{left}", faults)
     costs = {id(one): _cost(part, one, model(one), precision) for one in fitting}
     ordered = sorted(fitting, key=lambda one: costs[id(one)])
     best = costs[id(ordered[0])]
@@ -115,8 +125,9 @@ def _choose(
     if len(different) > 1:
         raise _several(part, different, model)
     if len(equal) == len(ordered):
-        return equal[0], f"one of {len(equal)} copies"
-    return ordered[0], _reason(best, costs[id(ordered[len(equal)])], len(ordered), precision)
+        return Taken(equal[0], f"one of {len(equal)} copies", faults)
+    why = _reason(best, costs[id(ordered[len(equal)])], len(ordered), precision)
+    return Taken(ordered[0], why, faults)
 
 
 def _opened(part: Part, path: Path, model: Model, named: bool) -> Checkpoint:
@@ -169,17 +180,27 @@ def bytes_of(checkpoint: Checkpoint) -> int:
     return sum(file.stat().st_size for file in {entry.file for entry in checkpoint.file.entries.values()})
 
 
-def _none_fits(part: Part, faults: Mapping[Path, WeightsError]) -> WeightsError:
-    told = [f"{path.name} {_short(part, error, path)}" for path, error in faults.items()]
-    more = f"; {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else ""
+def _none_fits(part: Part, faults: Faults) -> WeightsError:
+    text = f"None of {len(faults)} files fits as {SPOKEN[part][0]}: "
     return WeightsError(
-        f"None of {len(told)} files fits as {SPOKEN[part][0]}: {'; '.join(told[:MOST_NAMED])}{more}.",
+        f"{text}{some_of(_reasons(part, faults), LONGEST_MESSAGE - 20 - len(text))}.",
         f"{SPOKEN[part][1]} Put it there, or name it with {option(part)} FILE.",
     )
 
 
+def _reasons(part: Part, faults: Faults) -> list[str]:
+    """A clause for each file, or for several with the same fault."""
+    alike: dict[str, list[Path]] = {}
+    for path, error in faults.items():
+        alike.setdefault(_short(part, error, path), []).append(path)
+    return [
+        f"{short_path(paths[0].name)}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''} {reason}"
+        for reason, paths in alike.items()
+    ]
+
+
 def _short(part: Part, error: WeightsError, path: Path) -> str:
-    text = error.message.removeprefix(f"{path} ").rstrip(".")
+    text = error.message.removeprefix(f"{path} ").rstrip(".").replace(str(path), short_path(path.name))
     text = text.removeprefix(f"does not fit as {SPOKEN[part][0]}: ")
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"
 
@@ -188,12 +209,11 @@ def _several(part: Part, files: Sequence[Checkpoint], model: Model) -> WeightsEr
     """Names the files from the folder that holds them all."""
     folder = os.path.commonpath([one.path.absolute().parent for one in files])
     told = []
-    for one in files[:MOST_NAMED]:
+    for one in files:
         names = required_tensors(model(one), part)
-        name = one.path.absolute().relative_to(folder)
+        name = short_path(one.path.absolute().relative_to(folder))
         told.append(f"{name} ({encoding_of(one, names)}, {bytes_of(one) / 1e9:.2f} GB)")
-    more = f" and {len(files) - MOST_NAMED} more" if len(files) > MOST_NAMED else ""
+    text = f"Several files in {short_path(folder)} hold the {spoken(part)}: "
     return WeightsError(
-        f"Several files in {folder} hold the {spoken(part)}: {', '.join(told)}{more}.",
-        f"Choose with {option(part)} FILE.",
+        f"{text}{some_of(told, LONGEST_MESSAGE - 20 - len(text))}.", f"Choose with {option(part)} FILE."
     )

@@ -10,19 +10,13 @@ from numpy.typing import NDArray
 
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.weights import gguf_file, torch_file
+from trt_wan.runtime.weights.foreign import FIRST, foreign_kind
 from trt_wan.runtime.weights.gguf_file import GgufFile
 from trt_wan.runtime.weights.tensor_file import INDEX, Entry, TensorFile, header_text, require_plain
 from trt_wan.runtime.weights.torch_file import TorchFile, pickled_names
 
 GGUF_NAMES = 16 << 20  # bytes; a tokenizer in front of the names takes 10 MB
-FIRST = 16  # bytes
 PICKLE = b"\x80\x02"  # begins every pickle that torch writes
-# How files begin that are no checkpoint, and the answer to it.
-FOREIGN = (
-    (b"version https://", "is a pointer of Git LFS and not the file itself", "Fetch it with git lfs pull."),
-    (b"<", "is a web page", "Download the file again; its site may ask for a login."),
-    (b"\x89HDF", "is an HDF5 file", "Use the safetensors file of the model."),
-)
 
 
 class OpenFile(Protocol):
@@ -67,9 +61,8 @@ def kind_of(path: Path) -> str:
         return "gguf"
     if begin[8:9] != b"{" and begin.startswith((torch_file.MAGIC, PICKLE)):
         return "torch"
-    for magic, says, hint in FOREIGN:
-        if begin.startswith(magic) and begin[8:9] != b"{":
-            raise WeightsError(f"{path} {says}.", hint)
+    if (found := foreign_kind(begin)) is not None:
+        raise WeightsError(f"{path} is {found[0]}.", found[1])
     return "safetensors"
 
 

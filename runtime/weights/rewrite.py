@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import get_native_id
 from typing import Any, BinaryIO, Literal
 
@@ -31,12 +32,14 @@ from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.files import PARTIAL, named
 from trt_wan.errors import OutputError, UsageError, WeightsError
 from trt_wan.runtime.events import FileProgress, Progress, silent
+from trt_wan.runtime.video.target import explained, refuse_inputs
 from trt_wan.runtime.weights.checkpoint import Checkpoint
+from trt_wan.runtime.weights.find_files import checkpoint_in
 from trt_wan.runtime.weights.load import closest_model
 from trt_wan.runtime.weights.quantise import decoded, quantised
 from trt_wan.runtime.weights.recognition.layouts import EMBEDDED
 from trt_wan.runtime.weights.stored import Stored
-from trt_wan.runtime.weights.tensor_file import DTYPES, is_finite
+from trt_wan.runtime.weights.tensor_file import DTYPES, SUFFIXES, is_finite
 
 Kind = Literal["fp8", "bf16"]
 SCALE = ".scale_weight"
@@ -66,18 +69,20 @@ class Written:
 def rewrite(
     source: Path, output: Path, kind: Kind | None = None, progress: Progress = silent
 ) -> dict[str, object]:
-    """Returns the part, the type and the size of the file that it wrote. `kind` None: fp8 for a transformer.
+    """Returns the part, the type and the size of the file that it wrote. `source` is a file, an index, a
+    shard, or a folder with one of these. `kind` None: fp8 for a transformer.
 
     `output` is replaced when the new file is complete. Raises WeightsError, UsageError, OutputError.
     """
-    checkpoint = Checkpoint(source)
+    _require_writable(output)
+    checkpoint = Checkpoint(checkpoint_in(source) if source.is_dir() else source)
+    refuse_inputs(output, {entry.file for entry in checkpoint.file.entries.values()})
     part, model = _identify(checkpoint)
     kind = kind or ("fp8" if part == "transformer" else "bf16")
     if kind == "fp8" and part != "transformer":
         raise UsageError(
             f"{source} is the {part.replace('_', ' ')}, whose engines take no FP8.", "Use --type bf16."
         )
-    _refuse_own_files(checkpoint, output)
     tensors = list(_tensors(checkpoint, part, model, kind))
     size = sum(tensor.bytes for tensor in tensors)
     _require_space(output, size)
@@ -97,14 +102,16 @@ def rewrite(
     }
 
 
-def _refuse_own_files(checkpoint: Checkpoint, output: Path) -> None:
-    """Raises UsageError if `output` is a file of the source, such as a shard, also through links."""
-    for file in {entry.file for entry in checkpoint.file.entries.values()}:
-        if output.exists() and output.samefile(file):
-            raise UsageError(
-                f"{output} is an input of this conversion ({file}) and would be overwritten.",
-                "Choose another output.",
-            )
+def _require_writable(output: Path) -> None:
+    """Raises UsageError for a name of another format, OutputError for a folder without the right to write."""
+    if not output.name.lower().endswith(SUFFIXES):
+        raise UsageError(
+            f"{output} does not end in {SUFFIXES[0]}, and that is what is written.",
+            f"Name it {output.with_suffix(SUFFIXES[0]).name}.",
+        )
+    there = next(folder for folder in output.absolute().parents if folder.exists())
+    with explained(output), TemporaryFile(dir=there):
+        pass
 
 
 def _identify(checkpoint: Checkpoint) -> tuple[Part, ModelConfig]:

@@ -206,7 +206,7 @@ def _header(file: Path) -> tuple[dict[str, object], int, int]:
 
 def _foreign(file: Path) -> WeightsError:
     return WeightsError(
-        f"{file} is not a safetensors file, or it is truncated.", "Download or copy it again."
+        f"{file} is not a safetensors, GGUF or torch file, or it is truncated.", "Download or copy it again."
     )
 
 

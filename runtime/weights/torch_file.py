@@ -189,7 +189,7 @@ def _pickled(path: Path) -> tuple[bytes, str]:
     with zipfile.ZipFile(path) as archive:
         entry = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
         if entry is None:
-            raise pickle.UnpicklingError("it has no data.pkl")
+            raise pickle.UnpicklingError("it is a zip archive without torch's data.pkl")
         return _entry(archive, entry, MAX_PICKLE), entry.removesuffix("data.pkl")
 
 

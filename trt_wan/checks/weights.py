@@ -52,13 +52,23 @@ def _parts(folders: Sequence[Path], precision: Precision) -> tuple[list[Check], 
     try:
         opened = open_weights(WeightFiles(tuple(folders)), precision, keep)
     except TrtWanError as error:
-        return [*_missing(folders), of_error("weights", error)], None
+        return [*_missing(folders), *_unusable(notes), of_error("weights", error)], None
     chosen = [
         ok(str(note.data["part"]).replace("_", " "), note.text.partition(" = ")[2])
         for note in notes
         if note.code == "weights_file"
     ]
-    return chosen, opened.config
+    return [*chosen, *_unusable(notes)], opened.config
+
+
+def _unusable(notes: Sequence[Note]) -> list[Check]:
+    fix = "Download them again if they are meant for this model; what is wrong with one:"
+    command = shell_command(("weights", "show", "FILE"))
+    return [
+        Check("weights", "warning", note.text, fix, (command,))
+        for note in notes
+        if note.code == "unusable_files"
+    ]
 
 
 def _missing(folders: Sequence[Path]) -> list[Check]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command(short_help="Check the machine, the packages and the weights.")
 @click.option(
     "--weights",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path),
     multiple=True,
     help="Folder with the checkpoints, as for run; may be repeated.",
 )

@@ -140,7 +140,7 @@ def describe(event: Event) -> str:
     if isinstance(event, Note):
         return event.text
     if isinstance(event, GraphExported):
-        return f"exported {event.name} in {event.seconds:.1f} s"
+        return f"graph {event.number}/{event.graphs}  {event.name}  exported in {event.seconds:.1f} s"
     if isinstance(event, EngineStep | EngineReady):
         engine = f"{event.target}  engine {event.number}/{event.engines}  {event.name}"
         if isinstance(event, EngineStep):

@@ -29,7 +29,7 @@ from trt_wan.cli.report import Report
 from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
 from trt_wan.cli.sections import SectionedCommand
 from trt_wan.cli.stopping import stop_at_a_safe_point
-from trt_wan.errors import TrtWanError, UsageError
+from trt_wan.errors import TrtWanError, UsageError, shown, some_of
 from trt_wan.runtime.guidance import ClipVision, Nag
 from trt_wan.runtime.presets import PRESETS
 from trt_wan.runtime.sampling.grids import GRIDS
@@ -165,19 +165,47 @@ def _loras(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
     try:
         return tuple(Lora(*_file_and_strength(value)) for value in values)
     except UsageError as error:
-        raise click.BadParameter(error.message) from error
+        raise click.BadParameter(f"{error.message} {error.hint}.") from error
 
 
 def _file_and_strength(value: str) -> tuple[Path, float]:
+    """Raises UsageError where no file is named, or a strength that is no number."""
     file, strength = value, 1.0
     if not os.path.isfile(value):
         before, colon, last = value.rpartition(":")
         if colon and before:
             with suppress(ValueError):
                 file, strength = before, float(last)
+            if file == value and os.path.isfile(before):
+                raise _no_strength(before, last)
+    if os.path.isdir(file):
+        raise UsageError(f"{file!r} is a folder{_loras_in(Path(file))}.", "Name a file: --lora FILE")
     if not os.path.isfile(file):
-        raise click.BadParameter(f"File {file!r} does not exist. Write FILE or FILE:STRENGTH.")
+        before, _, last = file.rpartition(":")
+        while before and not os.path.isfile(before):
+            before = before.rpartition(":")[0]
+        if before:
+            raise _no_strength(before, value.removeprefix(f"{before}:"))
+        raise UsageError(f"File {file!r} does not exist.", "Write FILE or FILE:STRENGTH")
     return Path(file), strength
+
+
+def _no_strength(file: str, strength: str) -> UsageError:
+    from trt_wan.runtime.job import MOST_LORA_STRENGTH
+
+    return UsageError(
+        f"{shown(strength)!r} behind {file!r} is no strength: it is one number from -{MOST_LORA_STRENGTH} to "
+        f"{MOST_LORA_STRENGTH}, mostly 1.",
+        "Write --lora FILE:STRENGTH, such as --lora FILE:0.8",
+    )
+
+
+def _loras_in(folder: Path) -> str:
+    """The LoRAs in a folder, in a sentence after its name."""
+    from trt_wan.runtime.preset_loras import loras_below
+
+    names = [str(path.relative_to(folder)) for path in loras_below(folder)]
+    return f", with the LoRAs {some_of(names)}" if names else ", without a LoRA in it"
 
 
 def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -204,7 +232,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 )
 @click.option(
     "--weights",
-    type=FOLDER,
+    type=click.Path(path_type=Path),
     multiple=True,
     help="Folder with the checkpoints, which are known by content; may be repeated.",
 )
@@ -375,6 +403,12 @@ def run(
         raise UsageError(
             "In the mode animate there is nothing to paste back.",
             "Leave out --paste-back, or use --mode replace.",
+        )
+    if options.seed is not None and options.seed < 0:  # -1 is a random seed in other programs
+        raise UsageError(
+            f"The seed {shown(options.seed)} is not a number from 0 to {2**64 - 1}, and none is random.",
+            "For another video each time use --seed $RANDOM. PyTorch's negative seeds are large ones: here "
+            f"--seed {options.seed % 2**64}.",
         )
     if options.negative_prompt is not None and not guided(options.guidance):
         raise UsageError(

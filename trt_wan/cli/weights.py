@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from trt_wan.cli.command import Group, command
-from trt_wan.cli.report import Report, readable_bytes, table
-from trt_wan.errors import UsageError
+from trt_wan.cli.command import Group, command, note
+from trt_wan.cli.report import Report, TextReport, readable_bytes, table
+from trt_wan.errors import UsageError, WeightsError
 
 LONGEST = 600  # characters of a line of `weights show`
 
@@ -46,7 +46,7 @@ def show(*, report: Report, file: Path) -> Any:
     trt-wan weights show models/wan2.2_animate_14B_bf16.safetensors
 
     Only headers are read, and of scaled files the scales. FILE may be the index or the folder of a sharded
-    checkpoint.
+    checkpoint. Exit code 1 if a run could not use it.
     """
     from trt_wan.runtime.loras.describe import describe_lora
     from trt_wan.runtime.preset_loras import is_lora
@@ -54,9 +54,17 @@ def show(*, report: Report, file: Path) -> Any:
 
     found = describe_lora(file) if is_lora(file) else describe(file)
     described = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    data = json.loads(json.dumps(described, default=str))
+    problem, hint = described.pop("problem", ""), described.pop("hint", "")
     lines = [(name.replace("_", " "), _shown(_readable(name, value))) for name, value in described.items()]
     text = table([line for line in lines if line[1]])
-    return text, json.loads(json.dumps(described, default=str))
+    if not problem:
+        return text, data
+    if isinstance(report, TextReport):
+        click.echo(text)
+    else:
+        note(report, problem, "described", **data)
+    raise WeightsError(problem, hint)
 
 
 def _shown(text: str) -> str:
@@ -79,13 +87,13 @@ def _readable(name: str, value: Any) -> str:
 
 
 @weights.command(short_help="Write a checkpoint again in the layout that loads fastest.")
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.argument("file", type=click.Path(path_type=Path, exists=True))
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="The safetensors file to write.",
+    help="The .safetensors file to write.",
 )
 @click.option(
     "--type",
@@ -102,13 +110,11 @@ def convert(*, report: Report, file: Path, output: Path, kind: Any, overwrite: b
     \b
     trt-wan weights convert animate-Q8_0.gguf -o animate_fp8.safetensors
 
-    The engines get the same bits from the new file as from the old one, sooner. FILE may be the index of a
-    sharded checkpoint.
+    The engines get the same bits from the new file as from the old one, sooner. FILE may be the index, a
+    shard or the folder of a sharded checkpoint.
     """
-    from trt_wan.runtime.video.target import refuse_inputs
     from trt_wan.runtime.weights.rewrite import rewrite
 
-    refuse_inputs(output, [file])
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists.", "Name another file, or add -y to replace it.")
     made = rewrite(file, output, kind, report.progress)
