@@ -13,6 +13,7 @@ from trt_wan.engines.choice.candidates import SEGMENTS, Candidate, Engine, Machi
 from trt_wan.engines.choice.choose import Missing
 from trt_wan.engines.choice.recipes import engine_names, engines_of, recipes, recipes_here, require_target
 from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import Target
 from trt_wan.engines.shape import Plan
@@ -91,7 +92,9 @@ def compile_engines(
     if dry_run:
         return CompileReport(tuple(_look(recipe) for recipe in made.values()))
     places = _places(plan, machine)
+    optional = {name for name, network in networks(model, plan).items() if network.optional}
     spared = {row.engine for rows in places for row in rows}
+    spared |= {engine for engine in made if engine.recipe in optional}
     errors: dict[Engine, GraphError] = {}
     before = {entry.key for entry in entries()}
     rows = tuple(

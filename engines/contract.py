@@ -36,6 +36,7 @@ class Network:
     scope: str = ""
     repeats: int = 1
     fp8: bool = False  # whether its linear weights are FP8 where the precision is
+    optional: bool = False  # exported and built with the others, opened for jobs that run it
 
     def weight_key(self, name: str, n: int = 0) -> str:
         """The name in the checkpoint of weight `name` of the `n`-th set."""

@@ -126,7 +126,9 @@ def encode_window(
     )
     condition = np.concatenate((reference, np.concatenate((known, latent))), axis=1)
     pose = np.zeros_like(latent) if clips.pose is None else encode_read(model, clips.pose, count)
-    motion = None if clips.face is None else encode_motion(model, clips.face, count)
+    motion: Array | None = None
+    if clips.face is not None and strengths.face > 0:  # at 0 the fusers would add nothing
+        motion = encode_motion(model, clips.face, count)
     strengths = replace(strengths, pose=0.0 if clips.pose is None else strengths.pose)
     return WindowLatents(condition, pose, motion, strengths)
 

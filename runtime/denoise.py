@@ -1,11 +1,12 @@
-"""The denoising loop of one window, with classifier-free guidance above a guidance of 1."""
+"""The denoising loop of one window, with classifier-free guidance in the steps above a guidance of 1."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from trt_wan.runtime.executors import Array
+from trt_wan.runtime.guidance import StepSettings
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, velocity
 from trt_wan.runtime.preparation import Prepared
@@ -21,17 +22,46 @@ class Branch:
 
     context: PerLayer
     window: WindowCondition
+    cross_attention: str = "cross_attention"  # the network that attends to the context
 
 
-def predict_window(model: Model, prepared: Prepared, branches: Sequence[Branch], guidance: float) -> Predict:
+def predict_window(
+    model: Model,
+    prepared: Prepared,
+    branches: Sequence[Branch],
+    steps: Sequence[StepSettings],
+    cfg_zero_star: bool = False,
+) -> Predict:
     """The velocity of one window. `branches` are the conditional one, and with guidance the unconditional."""
+    executor = model.executor
+    no_pose = None if all(step.pose for step in steps) else model.place(np.zeros(1, np.float32))
+
+    def acting(window: WindowCondition, now: StepSettings) -> WindowCondition:
+        if not now.pose:
+            assert no_pose is not None
+            window = replace(window, pose_strength=no_pose)
+        return window if now.face else replace(window, face=None)
 
     def predict(step: int, latent: Array) -> Array:
+        now = steps[step]
         v, *blank = (
-            velocity(model, latent, prepared.times[step], branch.context, branch.window, prepared.rope)
-            for branch in branches
+            velocity(
+                model,
+                latent,
+                prepared.times[step],
+                branch.context,
+                acting(branch.window, now),
+                prepared.rope,
+                branch.cross_attention,
+            )
+            for branch in branches[: now.passes]
         )
-        return model.executor.combine([(1 - guidance, blank[0]), (guidance, v)]) if blank else v
+        if not blank:
+            return v
+        (u,) = blank
+        # CFG-Zero* (addons_spec.md 6): u is scaled to the part of v that points its way.
+        scale = executor.dot(v, u) / (executor.dot(u, u) + 1e-8) if cfg_zero_star else 1.0
+        return executor.combine([((1 - now.guidance) * scale, u), (now.guidance, v)])
 
     return predict
 

@@ -38,7 +38,7 @@ def _as(value: Any, kind: Any) -> Any:
     """The value as a `kind`. Raises TypeError, ValueError or OverflowError."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return None if value is None else _as(value, _optional(inner))
+        return None if value is None and types.NoneType in inner else _first(value, inner)
     if origin is Literal:
         if isinstance(value, str) and value in inner:
             return value
@@ -58,16 +58,24 @@ def _as(value: Any, kind: Any) -> Any:
     raise TypeError
 
 
-def _optional(kinds: tuple[Any, ...]) -> Any:
-    """X of `X | None`, the only union that the dataclasses have."""
-    (kind,) = [kind for kind in kinds if kind is not type(None)]
-    return kind
+def _first(value: Any, kinds: tuple[Any, ...]) -> Any:
+    """The value as the first of `kinds` that it can be. Raises TypeError."""
+    for kind in _kinds(kinds):
+        try:
+            return _as(value, kind)
+        except (TypeError, ValueError, OverflowError):
+            continue
+    raise TypeError
+
+
+def _kinds(inner: tuple[Any, ...]) -> list[Any]:
+    return [kind for kind in inner if kind is not types.NoneType]
 
 
 def _name(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return f"{_name(_optional(inner))} or None"
+        return " or ".join([*map(_name, _kinds(inner)), *(["None"] if types.NoneType in inner else [])])
     if origin is Literal:
         return f"one of {', '.join(map(repr, inner))}"
     if origin is tuple:

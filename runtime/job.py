@@ -1,6 +1,7 @@
 """One job, built once and passed whole: its clips, its prompt, and how it is denoised."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,17 @@ from trt_wan.runtime.colour import Colour
 from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.context.settings import LATENT, Compat, Context
 from trt_wan.runtime.fields import check_fields
+from trt_wan.runtime.guidance import (
+    ClipVision,
+    Nag,
+    StepSettings,
+    Texts,
+    acting,
+    per_step,
+    require_strength,
+)
 from trt_wan.runtime.noise import CpuGenerator
+from trt_wan.runtime.prompts import Prompts
 from trt_wan.runtime.sampling.grids import Schedule, schedule, schedule_of
 from trt_wan.runtime.sampling.samplers import SAMPLERS
 from trt_wan.runtime.video.cut import Cut
@@ -20,7 +31,6 @@ from trt_wan.runtime.windows import Windows, rounded_down, rounded_up
 
 Mode = Literal["animate", "replace"]
 
-MOST_GUIDANCE, MOST_STRENGTH = 100, 10  # far beyond any picture; more overflows
 MOST_LORA_STRENGTH = 100
 MOST_NOISE = 0.999  # level from which on nothing of a video is left
 
@@ -145,17 +155,28 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Load:
+    """The parts of a job that decide, beside its size, how much memory it takes."""
+
+    steps: int = 20
+    guided: bool = False
+    nag: bool = False
+    contexts: int = 1  # prompts whose keys and values are held at a time
+    travels: bool = False  # whether the prompts change, so that contexts are computed between windows
+
+
+@dataclass(frozen=True)
 class Job:
     """Raises UsageError for settings that are invalid for every clip."""
 
     inputs: Inputs
     mode: Mode = "animate"
-    prompt: str = DEFAULT_PROMPT
+    prompt: str = DEFAULT_PROMPT  # this and the negative prompts may hold several texts (prompts.py)
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
     window: int = 77  # frames
     overlap: int = 1  # frames carried from one window to the next, 4k+1; 1 and 5 are trained
     steps: int = 20
-    guidance: float = 1.0  # classifier-free guidance runs only above 1
+    guidance: float | tuple[float, ...] = 1.0  # one value, or one a step; runs only in steps above 1
     sampler: str = "unipc"
     grid: str = "official"
     shift: float = 5.0
@@ -165,6 +186,14 @@ class Job:
     loras: tuple[Lora, ...] = ()  # merged into the transformer; their order does not matter
     # Colour
     colour: Colour | None = None  # against drift from window to window
+    # Guidance (guidance.py); percent of the steps
+    cfg_zero_star: bool = False  # scales the negative prompt's side to the prompt's (addons_spec.md 6)
+    nag: Nag | None = None
+    clip_vision: ClipVision = ClipVision()
+    pose_start: float = 0.0
+    pose_end: float = 100.0
+    face_start: float = 0.0
+    face_end: float = 100.0
     # Sampling: a part of the steps, from a video
     sigmas: tuple[float, ...] = ()  # noise levels in place of grid, steps and shift
     start_step: int = 0  # the first step that is run; later than 0 with `inputs.init` alone
@@ -185,66 +214,32 @@ class Job:
             raise UsageError(
                 f"There is no sampler called {self.sampler!r}.", f"Use one of {', '.join(SAMPLERS)}."
             )
-        if not 1 <= self.guidance <= MOST_GUIDANCE:
-            raise UsageError(
-                f"A guidance of {self.guidance} is not possible.",
-                f"Use --guidance 1 (off) to {MOST_GUIDANCE}.",
-            )
-        for name, value in (("pose", self.pose_strength), ("face", self.face_strength)):
-            if not 0 <= value <= MOST_STRENGTH:
-                raise UsageError(
-                    f"A {name} strength of {value} is not possible.",
-                    f"Use --{name}-strength 0 (off) to 1, or up to {MOST_STRENGTH} to exaggerate.",
-                )
+        require_strength("pose", self.pose_strength)
+        require_strength("face", self.face_strength)
         # Each of these raises UsageError for its own settings.
         Plan(16, 16, self.model_window)
         Windows(1, self.window, self.overlap)
         self._require_long()
         self._require_init()
         CpuGenerator(self.seed)
+        _ = self.texts, self.step_settings
 
     @property
-    def schedule(self) -> Schedule:
-        """The noise levels of the steps that are run. Raises UsageError."""
-        whole = schedule_of(self.sigmas) if self.sigmas else schedule(self.grid, self.steps, self.shift)
-        end = whole.steps if self.end_step is None else self.end_step
-        start = self._first_step(whole.steps)
-        if not 0 <= start < end <= whole.steps:
-            raise UsageError(
-                f"Steps {shown(start)} to {shown(end)} are no part of {whole.steps} steps.",
-                f"Use --start-step from 0, and --end-step up to {whole.steps} and above the start.",
-            )
-        return whole.part(start, end)
+    def texts(self) -> tuple[str, ...]:
+        """Every text that must be encoded, once, in the order of its first use."""
+        return tuple(dict.fromkeys(text for prompts in self._prompts.values() for text in prompts.texts))
 
-    def _first_step(self, steps: int) -> int:
-        """ComfyUI-WanVideoWrapper's rule: int(steps·strength) + 1 steps are run, at most all."""
-        if not 0 < self.denoise_strength <= 1:
-            raise UsageError(
-                f"A denoise strength of {self.denoise_strength} is not possible.",
-                "Use --denoise-strength above 0, where little changes, up to 1.",
-            )
-        if self.denoise_strength == 1:
-            return self.start_step
-        if self.start_step:
-            raise UsageError(
-                "A denoise strength and a start step both say where the steps start.",
-                "Give --denoise-strength or --start-step.",
-            )
-        return max(0, steps - int(steps * self.denoise_strength) - 1)
+    def texts_of(self, chosen: Callable[[Prompts], str]) -> Texts:
+        """The texts of one window: `chosen` takes one of each of the prompts."""
+        return Texts(**{name: chosen(prompts) for name, prompts in self._prompts.items()})
 
-    def _require_init(self) -> None:
-        first = self.schedule.sigmas[0]
-        late = self.start_step > 0 or self.denoise_strength < 1
-        if late and self.inputs.init is None:
-            raise UsageError(
-                "There is no video to start from in a later step.",
-                "Add --init VIDEO, or leave out --start-step and --denoise-strength.",
-            )
-        if self.inputs.init is not None and first > MOST_NOISE:
-            raise UsageError(
-                f"The steps start from noise alone (level {first:g}), so the init video would do nothing.",
-                "Use --denoise-strength 0.5, or --start-step 1 or later.",
-            )
+    @property
+    def step_settings(self) -> tuple[StepSettings, ...]:
+        steps = self.schedule.steps
+        pose = acting("pose", self.pose_start, self.pose_end, steps)
+        face = acting("face", self.face_start, self.face_end, steps)
+        rows = zip(per_step(self.guidance, steps), pose, face, strict=True)
+        return tuple(StepSettings(g, pose, face) for g, pose, face in rows)
 
     @property
     def model_window(self) -> int:
@@ -316,11 +311,68 @@ class Job:
             )
 
     @property
-    def prompts(self) -> list[str]:
-        """The prompt, and with guidance the negative prompt."""
-        return [self.prompt, self.negative_prompt] if self.guided else [self.prompt]
+    def schedule(self) -> Schedule:
+        """The noise levels of the steps that are run. Raises UsageError."""
+        whole = schedule_of(self.sigmas) if self.sigmas else schedule(self.grid, self.steps, self.shift)
+        end = whole.steps if self.end_step is None else self.end_step
+        start = self._first_step(whole.steps)
+        if not 0 <= start < end <= whole.steps:
+            raise UsageError(
+                f"Steps {shown(start)} to {shown(end)} are no part of {whole.steps} steps.",
+                f"Use --start-step from 0, and --end-step up to {whole.steps} and above the start.",
+            )
+        return whole.part(start, end)
+
+    def _first_step(self, steps: int) -> int:
+        """ComfyUI-WanVideoWrapper's rule: int(steps·strength) + 1 steps are run, at most all."""
+        if not 0 < self.denoise_strength <= 1:
+            raise UsageError(
+                f"A denoise strength of {self.denoise_strength} is not possible.",
+                "Use --denoise-strength above 0, where little changes, up to 1.",
+            )
+        if self.denoise_strength == 1:
+            return self.start_step
+        if self.start_step:
+            raise UsageError(
+                "A denoise strength and a start step both say where the steps start.",
+                "Give --denoise-strength or --start-step.",
+            )
+        return max(0, steps - int(steps * self.denoise_strength) - 1)
+
+    def _require_init(self) -> None:
+        first = self.schedule.sigmas[0]
+        late = self.start_step > 0 or self.denoise_strength < 1
+        if late and self.inputs.init is None:
+            raise UsageError(
+                "There is no video to start from in a later step.",
+                "Add --init VIDEO, or leave out --start-step and --denoise-strength.",
+            )
+        if self.inputs.init is not None and first > MOST_NOISE:
+            raise UsageError(
+                f"The steps start from noise alone (level {first:g}), so the init video would do nothing.",
+                "Use --denoise-strength 0.5, or --start-step 1 or later.",
+            )
 
     @property
     def guided(self) -> bool:
-        """Whether every step is computed for the negative prompt too."""
-        return self.guidance > 1
+        """Whether a step is computed for the negative prompt too."""
+        return any(guidance > 1 for guidance in per_step(self.guidance, self.schedule.steps))
+
+    @property
+    def load(self) -> Load:
+        prompts = self._prompts.values()
+        travels = any(len(each.texts) > 1 for each in prompts)
+        # Context windows of one step may have any of the texts.
+        together = travels and self.context is not None
+        contexts = sum(len(each.texts) for each in prompts) if together else len(prompts)
+        return Load(self.schedule.steps, self.guided, self.nag is not None, contexts, travels)
+
+    @property
+    def _prompts(self) -> dict[str, Prompts]:
+        """By field of `Texts`."""
+        given = {"prompt": self.prompt}
+        if self.guided:
+            given["negative"] = self.negative_prompt
+        if self.nag is not None:
+            given["nag"] = self.nag.prompt
+        return {name: Prompts.parse(prompt) for name, prompt in given.items()}

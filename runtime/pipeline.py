@@ -5,7 +5,7 @@ the open model only as `Opened`; opening/model.py is one.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -13,7 +13,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 
-from trt_wan.errors import Stopped
+from trt_wan.errors import Stopped, shown
 from trt_wan.runtime.colour import Matching, unused_match
 from trt_wan.runtime.conditioning import (
     Pixels,
@@ -39,12 +39,13 @@ from trt_wan.runtime.denoise import (
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.finite import Broken, explained, is_finite_sum
+from trt_wan.runtime.guidance import Texts, passes
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import Read, decode
 from trt_wan.runtime.noise import CpuGenerator
-from trt_wan.runtime.preparation import Prepared, prepare
+from trt_wan.runtime.preparation import Pictures, Prepared, prepare
 from trt_wan.runtime.sampling.grids import Schedule
 from trt_wan.runtime.sampling.samplers import SAMPLERS
 from trt_wan.runtime.video.clips import (
@@ -57,8 +58,11 @@ from trt_wan.runtime.video.clips import (
     soft_pixels,
 )
 from trt_wan.runtime.video.continued import frames_before, shifted
+from trt_wan.runtime.video.pictures import read_transparent
 from trt_wan.runtime.video.stills import AnyClip
+from trt_wan.runtime.video.transparency import colour
 from trt_wan.runtime.window_state import WindowState
+from trt_wan.runtime.window_texts import WindowTexts
 from trt_wan.runtime.windows import TRAINED_OVERLAPS, Windows
 
 MASKS_AT_A_TIME = 16  # frames of the mask clip that are read together
@@ -74,10 +78,8 @@ class Opened(Protocol):
         """The model at the size of a job, with memory for its windows and steps. `frames` are the clips'."""
         ...
 
-    def texts(self, model: Model, job: Job, progress: Progress) -> list[Array]:
-        """Features [512, dim] of the prompt, and with guidance of the negative prompt. Reports the stage
-        "text" if one of them must be encoded.
-        """
+    def texts(self, model: Model, job: Job, progress: Progress) -> Mapping[str, Array]:
+        """Features [512, dim] of every text of the job. Reports the stage "text" if one must be encoded."""
         ...
 
 
@@ -140,6 +142,8 @@ def _stream(
     known = 0 if before is None else len(before)
     windows = job.windows(known + clips.frames)
     schedule = job.schedule
+    pictures = pictures_of(job, clips)
+    texts = WindowTexts(job, clips.frames, float(clips.rate), known)
 
     def told(event: Event) -> None:
         progress(event)
@@ -159,22 +163,25 @@ def _stream(
         progress(_noise_is_left(schedule))
     if job.mode == "replace" and clips.face is None:
         progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
-    if unused := unused_match(job.colour, windows.total, job.inputs.continues):
-        progress(unused)
+    if unneeded := unused_match(job.colour, windows.total, job.inputs.continues):
+        progress(unneeded)
+    if unused := texts.unused():
+        progress(_unused_prompts(unused))
     clock = _StepClock(model, job, windows.total, progress, should_stop)
 
     # 2. Prepare: text, image, time, rotary tables and the reference slot are the same for all windows.
     with model.checked(clock.stop_before_next):
-        texts = opened.texts(model, job, progress)
+        features = opened.texts(model, job, progress)
         model.release("text_encoder_layer")
         progress(StageStarted("image"))
-        prepared = prepare(model, texts, clips.reference, list(schedule.timesteps))
-    first, generator = 0, CpuGenerator(job.seed)
+        first = 0 if begin_from is None else begin_from.done
+        prepared = prepared_for(model, job, features, texts.used(min(first, windows.total - 1)), pictures)
     carried: Array | None = None if before is None else to_signal(before)
+    generator = CpuGenerator(job.seed)
     if begin_from is None:
         _skip_noise(generator, job, windows, (config.vae.latent_channels, *latent_size))
     else:
-        first, carried = begin_from.done, begin_from.carried
+        carried = begin_from.carried
         generator = CpuGenerator.from_state(begin_from.generator)
     matching = Matching(job.colour, clips.reference, None if begin_from is None else begin_from.colours)
     strengths = Strengths(job.pose_strength, job.face_strength)
@@ -193,7 +200,9 @@ def _stream(
             init = signals.init and encode_init(model, prepared.reference, signals.init, signals.frames)
             window = encode_window(model, prepared.reference, signals, carried, strengths)
             context = job.context_plan(windows.length(j))
-            predict = predict_latents(model, window, context, _under(model, job, prepared), clock.between(j))
+            prepared.contexts.use(texts.used(j))
+            under = _under(model, job, prepared, texts, j)
+            predict = predict_latents(model, window, context, under, clock.between(j))
 
         # 4. Denoise.
         progress(StageStarted("denoise", **here))
@@ -214,7 +223,7 @@ def _stream(
             )
         except NotFiniteLatent as found:
             when = f"window {j + 1} of {windows.total}, step {found.step + 1} of {schedule.steps}"
-            again = _Step(job, clips, texts, j, known, carried, found.step, found.latent)
+            again = _Step(job, clips, features, j, known, carried, found.step, found.latent)
             raise Broken(when, again) from None
 
         # 5. Decode without the reference slot; the last frames are carried into the next window as matched.
@@ -224,7 +233,7 @@ def _stream(
         continued, carried = carried, None
         finished = np.asarray(latent)
         latents = finished[:, 1:]
-        del latent, solver, predict, window, noise
+        del latent, solver, predict, under, window, noise, init
         with model.checked(clock.stop_before_next):
             for frames in matching.window(decode(model, latents), continued, signals.person):
                 if not is_finite_sum(frames):
@@ -242,22 +251,47 @@ def _stream(
         progress(WindowDone(j + 1, windows.total, kept.stop - kept.start))
 
 
-def _under(model: Model, job: Job, prepared: Prepared) -> PredictUnder:
+def _under(model: Model, job: Job, prepared: Prepared, texts: WindowTexts, j: int) -> PredictUnder:
     def under(window: WindowCondition, part: Part | None) -> Predict:
-        return predict_window(model, prepared, branches(job, prepared, window, part), job.guidance)
+        sides = branches(prepared, texts.of(j, part), window)
+        return predict_window(model, prepared, sides, job.step_settings, job.cfg_zero_star)
 
     return under
 
 
-def branches(job: Job, prepared: Prepared, window: WindowCondition, part: Part | None = None) -> list[Branch]:
-    """The conditional side, and with guidance the unconditional one. `part` is a context window: prompts that
-    change over the video are chosen here.
-    """
-    sides = [Branch(prepared.contexts[0], window)]
-    if job.guided:
+def branches(prepared: Prepared, texts: Texts, window: WindowCondition) -> list[Branch]:
+    """The conditional side, and with guidance the unconditional one, which NAG leaves alone."""
+    contexts = prepared.contexts
+    sides = [
+        Branch(contexts.of(texts.prompt), window)
+        if texts.nag is None
+        else Branch(contexts.with_nag(texts.prompt, texts.nag), window, "cross_attention_nag")
+    ]
+    if texts.negative is not None:
         face = None if window.face is None else prepared.blank_face
-        sides.append(Branch(prepared.contexts[1], replace(window, face=face)))
+        sides.append(Branch(contexts.of(texts.negative), replace(window, face=face)))
     return sides
+
+
+def prepared_for(
+    model: Model, job: Job, features: Mapping[str, Array], texts: Sequence[str], pictures: Pictures
+) -> Prepared:
+    """`texts` are those of the first window."""
+    timesteps = list(job.schedule.timesteps)
+    return prepare(model, features, texts, pictures, job.clip_vision, job.nag, timesteps, job.guided)
+
+
+def pictures_of(job: Job, clips: Clips) -> Pictures:
+    """Raises InputError for a second picture that cannot be read."""
+    second = job.clip_vision.second
+    if second is None:
+        return Pictures(clips.reference)
+    return Pictures(clips.reference, read_transparent(second).over(colour(job.inputs.behind)))
+
+
+def _unused_prompts(unused: Sequence[str]) -> Note:
+    text = f"{len(unused)} of the prompts are in no window."
+    return Note(f"{text} The first: {shown(unused[0])}", "unused_prompts", {"prompts": list(unused)})
 
 
 def _skip_noise(generator: CpuGenerator, job: Job, windows: Windows, slot: tuple[int, ...]) -> None:
@@ -280,7 +314,7 @@ class _Step:
 
     job: Job
     clips: Clips
-    texts: Sequence[Array]
+    features: Mapping[str, Array]
     window: int
     known: int
     carried: Array | None
@@ -294,16 +328,17 @@ class _Step:
             self._compute(model, clips)
 
     def _compute(self, model: Model, clips: Clips) -> None:
-        job = self.job
+        job, j = self.job, self.window
         windows = job.windows(self.known + clips.frames)
-        prepared = prepare(model, self.texts, clips.reference, list(job.schedule.timesteps))
-        j = self.window
+        texts = WindowTexts(job, clips.frames, float(clips.rate), self.known)
+        prepared = prepared_for(model, job, self.features, texts.used(j), pictures_of(job, clips))
         signals = _signals(job, clips, j, self.known)
         strengths = Strengths(job.pose_strength, job.face_strength)
         window = encode_window(model, prepared.reference, signals, self.carried, strengths)
         context = job.context_plan(windows.length(j))
         latent = self.latent if context is None else model.place(self.latent)
-        predict_latents(model, window, context, _under(model, job, prepared))(self.step, latent)
+        under = _under(model, job, prepared, texts, j)
+        predict_latents(model, window, context, under)(self.step, latent)
 
 
 def _signals(job: Job, clips: Clips, j: int, known: int) -> WindowClips:
@@ -413,7 +448,8 @@ class _StepClock:
     ) -> None:
         self.wait, self.steps, self.windows = model.executor.wait, job.schedule.steps, windows
         self.progress, self.should_stop = progress, should_stop
-        self.durations: list[float] = []
+        self.settings = job.step_settings
+        self.durations: list[float] = []  # of one pass of the transformer
 
     def stop_before_next(self) -> None:
         """Call before a network outside the steps."""
@@ -439,13 +475,11 @@ class _StepClock:
             host_seconds = time.perf_counter() - last
             self.wait()
             now = time.perf_counter()
-            self.durations.append(now - last)
-            last = now
-            left = (self.windows - j) * self.steps - done
+            seconds, last = now - last, now
+            self.durations.append(seconds / self.settings[done - 1].passes)
+            left = passes(self.settings[done:]) + (self.windows - j - 1) * passes(self.settings)
             eta = left * float(np.median(self.durations))
-            self.progress(
-                StepDone(j + 1, self.windows, done, self.steps, self.durations[-1], host_seconds, eta)
-            )
+            self.progress(StepDone(j + 1, self.windows, done, self.steps, seconds, host_seconds, eta))
             if self.should_stop():
                 raise Stopped(
                     f"Stopped in window {j + 1} of {self.windows}, after step {done} of {self.steps}."

@@ -1,46 +1,120 @@
-"""The part of a job that all its windows share, computed once: contexts, time embeddings, RoPE tables,
-reference.
+"""The part of a job that all its windows share: contexts, time embeddings, RoPE tables, reference.
 
-Nothing here depends on a window. activation_memory.py runs the same function with arrays without numbers.
+Nothing here depends on a window, except which prompts are in use: their contexts, of 0.4 GB each for the 14B,
+are computed when a window first needs them. activation_memory.py runs the same functions with arrays without
+numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from trt_wan.runtime.conditioning import Pixels, encode_reference, to_signal
 from trt_wan.runtime.executors import Array
+from trt_wan.runtime.guidance import ClipVision, Nag
 from trt_wan.runtime.letterbox import letterbox
 from trt_wan.runtime.networks.image_encoder import encode_image
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import (
     PerLayer,
+    embed_image,
     encode_blank_face,
     encode_context,
     encode_time,
     rope_tables,
 )
 
+CONTEXT_NETWORKS = ("text_embed", "context_kv")
+
+
+class Contexts:
+    """Keys and values of prompts, for all blocks. Those of the image are the same for all prompts."""
+
+    def __init__(
+        self, model: Model, features: Mapping[str, Array], image_tokens: Array, nag: Nag | None
+    ) -> None:
+        self._model, self._features, self._image_tokens = model, features, image_tokens
+        self._image: PerLayer | None = None
+        self._made: dict[str, PerLayer] = {}
+        numbers = (nag.scale, nag.tau, nag.alpha) if nag is not None else ()
+        self._nag = tuple(model.place(np.array([number], np.float32)) for number in numbers)
+
+    def use(self, texts: Sequence[str]) -> None:
+        """Holds the contexts of `texts` and of no others. Call between windows: it may load weights."""
+        self._made = {text: made for text, made in self._made.items() if text in texts}
+        missing = [text for text in dict.fromkeys(texts) if text not in self._made]
+        for text in missing:
+            made = encode_context(self._model, self._features[text], self._image_tokens, self._image)
+            self._image = self._image or [layer[2:] for layer in made]
+            self._made[text] = made
+        if missing:
+            self._model.release(*CONTEXT_NETWORKS)
+
+    def of(self, text: str) -> PerLayer:
+        """The inputs of `cross_attention`, per block."""
+        return self._made[text]
+
+    def with_nag(self, text: str, nag: str) -> PerLayer:
+        """The inputs of `cross_attention_nag`, per block."""
+        pairs = zip(self._made[text], self._made[nag], strict=True)
+        return [(*layer, *away[:2], *self._nag) for layer, away in pairs]
+
 
 @dataclass(frozen=True)
 class Prepared:
-    contexts: list[PerLayer]  # one for the prompt, with guidance one for the negative prompt
+    contexts: Contexts
     times: list[tuple[Array, Array]]  # embedding and modulation of every step
     rope: tuple[Array, Array]
     reference: Array  # slot 0 of the condition, [20, 1, h, w]
     blank_face: PerLayer | None  # for the negative prompt; None without guidance
 
 
-def prepare(model: Model, texts: Sequence[Array], picture: Pixels, timesteps: Sequence[float]) -> Prepared:
-    """`texts` are the features of the prompt, and with guidance of the negative prompt; `picture` is the
-    reference [h, w, 3] as in its file.
-    """
-    canvas = letterbox(picture, model.plan.width, model.plan.height)
-    image = encode_image(model, to_signal(canvas[None])[:, 0])
+@dataclass(frozen=True)
+class Pictures:
+    """[h, w, 3] each, as in their files."""
+
+    reference: Pixels
+    second: Pixels | None = None  # for CLIP alone
+
+
+def prepare(
+    model: Model,
+    features: Mapping[str, Array],
+    first: Sequence[str],
+    pictures: Pictures,
+    clip_vision: ClipVision,
+    nag: Nag | None,
+    timesteps: Sequence[float],
+    guided: bool,
+) -> Prepared:
+    """`features` are those of every text of the job; `first` are the texts of the first window."""
+    width, height = model.plan.width, model.plan.height
+    canvas = letterbox(pictures.reference, width, height)
+    seen = [canvas] if pictures.second is None else [canvas, letterbox(pictures.second, width, height)]
+    images = [_image_features(model, picture, clip_vision) for picture in seen]
     model.release("image_encoder_embed", "image_encoder_layer")
     reference = encode_reference(model, canvas)
-    contexts = [encode_context(model, text, image) for text in texts]
+    tokens = _image_tokens(model, images, clip_vision)
+    contexts = Contexts(model, features, tokens, nag)
+    contexts.use(first)
     times = [encode_time(model, timestep) for timestep in timesteps]
-    model.release("text_embed", "image_embed", "context_kv", "time_embed")
+    model.release("image_embed", "time_embed")
     cos, sin = rope_tables(model.config, model.plan)
-    blank_face = encode_blank_face(model) if len(texts) > 1 else None
+    blank_face = encode_blank_face(model) if guided else None
     return Prepared(contexts, times, (model.place(cos), model.place(sin)), reference, blank_face)
+
+
+def _image_features(model: Model, canvas: Pixels, clip_vision: ClipVision) -> Array:
+    if clip_vision.off:
+        return np.zeros((model.config.image.tokens, model.config.image.dim), np.float32)
+    signal = to_signal(canvas[None])[:, 0]
+    return encode_image(model, signal, clip_vision.tiles, clip_vision.tile_ratio)
+
+
+def _image_tokens(model: Model, images: Sequence[Array], clip_vision: ClipVision) -> Array:
+    tokens = [embed_image(model, image) for image in images]
+    weights = clip_vision.weights
+    if weights == (1.0,):
+        return tokens[0]
+    return model.executor.combine(list(zip(weights, tokens, strict=True)))

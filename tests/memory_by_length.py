@@ -55,8 +55,8 @@ class Opened:
     def begin(self, job: Job, width: int, height: int, frames: int, progress: Any) -> Model:
         return Model(TINY, Plan(width, height, job.model_window), MadeUp(Path(), BoundWeights({})), {})
 
-    def texts(self, model: Model, job: Job, progress: Any) -> list[Array]:
-        return [np.zeros((TINY.text.length, TINY.text.dim), np.float32)] * len(job.prompts)
+    def texts(self, model: Model, job: Job, progress: Any) -> dict[str, Array]:
+        return dict.fromkeys(job.texts, np.zeros((TINY.text.length, TINY.text.dim), np.float32))
 
     def pieces(self, job: Job, **options: Any) -> Iterator[Array]:
         return stream_pieces(job, self, **options)

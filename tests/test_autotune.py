@@ -613,13 +613,19 @@ def test_a_build_goes_on_without_what_cannot_be_built(bare: set[Engine]) -> None
     report = compile_engines(TINY, PLAN, "current", RTX, events.append, machine=H200)
     states = {(row.name, row.target): row.state for row in report.engines}
     assert states.pop(("attention", "current")) == "impossible"
-    assert set(states.values()) == {"built"} and ("attention", "sm89") in states and len(states) == 23
+    assert set(states.values()) == {"built"} and ("attention", "sm89") in states and len(states) == 24
     row = next(row for row in report.engines if row.state == "impossible")
     assert row.problem == "attention asks for 68 GB." and row.manifest is None and row.bytes == 0
     assert [(e.name, e.state) for e in events if isinstance(e, EngineReady)] == [
         (row.name, row.state) for row in report.engines
     ]
-    assert {event.engines for event in events if isinstance(event, EngineReady)} == {24}
+    assert {event.engines for event in events if isinstance(event, EngineReady)} == {25}
+
+
+def test_a_build_goes_on_without_a_network_that_few_jobs_run(bare: set[Engine]) -> None:
+    bare.add(Engine("cross_attention_nag"))
+    report = compile_engines(TINY, PLAN, "current", RTX, lambda event: None, machine=H200)
+    assert [row.name for row in report.engines if row.state != "built"] == ["cross_attention_nag"]
 
 
 def test_a_place_that_nobody_can_take_ends_the_build(bare: set[Engine]) -> None:

@@ -319,7 +319,8 @@ def test_a_run_takes_what_was_measured_and_says_why(
     monkeypatch.setattr(open_model, "missing", lambda candidate, capability: None)
     measure(recipes, *MEASURED.values())
     found, notes = segments_of(recipes, Settings())
-    assert list(found) == list(networks(TINY, PLAN)) and len(notes) == len(SEGMENTS) + 1
+    assert list(found) == [name for name, row in networks(TINY, PLAN).items() if not row.optional]
+    assert len(notes) == len(SEGMENTS) + 1
     told, command = notes[-1].splitlines()
     assert told == "4 parts run by default, not by measurement. Measure them once:", "all but attention"
     assert command == "trt-wan build --model tiny --size 64x48 --window 5 --precision fp8"
@@ -390,6 +391,30 @@ def test_only_what_is_chosen_is_opened_and_the_engines_together(
         "attn_out": "engine attn_out",
     }
     assert opened == [{"head": recipes[Engine("head")], "attn_out": recipes[Engine("attn_out")]}]
+
+
+def test_nag_is_opened_for_the_first_job_that_has_it(
+    recipes: dict[Engine, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[list[str]] = []
+    monkeypatch.setattr(open_model, "missing", lambda candidate, capability: None)
+    monkeypatch.setattr(open_model, "recipes_here", lambda config, plan, machine: recipes)
+    monkeypatch.setattr(
+        open_model,
+        "open_segments",
+        lambda chosen, *_: opened.append(list(chosen)) or {name: f"engine {name}" for name in chosen},
+    )
+    sizes: Any = object.__new__(open_model.GpuSizes)
+    sizes._gpu = sizes.weights = sizes._observe = None
+    sizes._config, sizes._machine, sizes._settings, sizes._host = TINY, H200, Settings(), {}
+    sizes._executors, sizes._models = {}, {}
+    sizes._open(PLAN, lambda event: None)
+    segments = sizes._executors[PLAN].segments
+    assert "cross_attention" in segments and "cross_attention_nag" not in segments
+    for _ in range(2):
+        sizes._open_optional(PLAN, lambda event: None)
+    assert segments["cross_attention_nag"] == "engine cross_attention_nag"
+    assert opened == [[name for name in networks(TINY, PLAN) if name in opened[0]], ["cross_attention_nag"]]
 
 
 def test_what_is_missing_is_asked_of_who_knows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,8 @@ def test_every_option_is_in_one_section(command: click.Command) -> None:
 def test_the_sections_of_run() -> None:
     shown = sections(CliRunner().invoke(run, ["--help"]).stdout)
     assert list(shown) == [*SECTIONS, OTHERS] == [
-        "Video", "Context windows", "Sampling", "People", "Masks (mode replace)", "Weights", "Machine",
-        "Other",
+        "Video", "Context windows", "Sampling", "Guidance", "People", "Masks (mode replace)",
+        "Weights", "Machine", "Other"
     ]  # fmt: skip
     assert {"--size", "--audio"} <= set(shown["Video"]) and "--seed" in shown["Sampling"]
     assert "--point" in shown["People"] and "--vram" in shown["Machine"]
@@ -153,7 +153,7 @@ def test_the_line_of_the_readme_makes_a_completion(shell: str) -> None:
     ("words", "offered"),
     [
         ("trt-wan pre", ["preprocess"]),
-        ("trt-wan run --pose-", ["--pose-strength"]),
+        ("trt-wan run --pose-", ["--pose-end", "--pose-start", "--pose-strength"]),
         ("trt-wan run --sampler ", list(SAMPLERS)),
         ("trt-wan run --grid ", list(GRIDS)),
         ("trt-wan bench ", ["compare", "preprocess", "quality", "sweep"]),

@@ -159,6 +159,7 @@ def test_attention_is_one_kernel(home: Path, target: Target) -> None:
     assert fused_attentions(plans["attention"]) == [("bf16",) * 3]
     assert fused_attentions(plans["attention_fp8"]) == [("fp8_e4m3",) * 3]
     assert fused_attentions(plans["cross_attention"]) == [("bf16",) * 3] * 2  # text, image
+    assert fused_attentions(plans["cross_attention_nag"]) == [("bf16",) * 3] * 3  # and NAG's text
 
 
 def test_what_is_the_same_is_compiled_once(home: Path) -> None:

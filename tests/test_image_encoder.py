@@ -20,11 +20,17 @@ from trt_wan.runtime.networks.image_encoder import MEAN, STD, clip_pixels, encod
 from trt_wan.runtime.weights.random import random_tensor
 
 
-def test_features_equal_transformers(make_model):
+@pytest.fixture(scope="module")
+def clip():
     clip = CLIPVisionModelWithProjection(clip_config(TINY.image)).eval().requires_grad_(False)
     rng = np.random.default_rng(1)
     for name, parameter in clip.named_parameters():
         parameter.copy_(torch.from_numpy(random_tensor(name, tuple(parameter.shape), rng)))
+    return clip
+
+
+def test_features_equal_transformers(make_model, clip):
+    rng = np.random.default_rng(2)
     weights = {name: value.numpy() for name, value in clip.state_dict().items()}
     assert required_tensors(TINY, "image_encoder").items() <= {n: w.shape for n, w in weights.items()}.items()
 
@@ -36,6 +42,26 @@ def test_features_equal_transformers(make_model):
     assert features.dtype == np.float32
     np.testing.assert_allclose(features, expected, rtol=0, atol=2e-5)
     assert 0.5 < expected.std() < 4  # the tolerance is relative to values of order 1
+
+
+@pytest.mark.parametrize("tiles", [2, 3])
+def test_tiles_equal_torch(make_model, clip, tiles):
+    """kijai_semantics.md 1.7: a grid of views, their patches averaged down to the grid of the whole."""
+    weights = {name: value.numpy() for name, value in clip.state_dict().items()}
+    canvas = np.random.default_rng(3).uniform(-1, 1, (3, 48, 80)).astype(np.float32)
+    model = make_model(TINY, Plan(), {"image_encoder": weights})
+    features = encode_image(model, canvas, tiles, 0.25)
+
+    large = torch.from_numpy(torch_pixels(canvas, torch.float64, 224 * tiles)).float()[None]
+    views = F.unfold(large, 224, stride=224)[0].T.reshape(-1, 3, 224, 224)  # row by row
+    hidden = clip(views, output_hidden_states=True).hidden_states[-2]
+    grid = hidden[:, 1:].transpose(1, 2).reshape(tiles, tiles, -1, 16, 16)
+    joined = torch.cat([torch.cat(list(row), dim=2) for row in grid], dim=1)  # [dim, 16·tiles, 16·tiles]
+    pooled = F.avg_pool2d(joined, tiles).flatten(1).T
+    expected = torch.cat((hidden[:, :1].mean(0), pooled)).numpy()
+    whole = encode_image(model, canvas)
+    np.testing.assert_allclose(features, (0.25 * whole + expected) / 1.25, rtol=0, atol=2e-5)
+    assert np.abs(features - whole).max() > 0.1
 
 
 SIZES = [(480, 832), (832, 480), (224, 224), (223, 225), (720, 1280), (100, 130), (64, 16), (1080, 1920)]
@@ -51,10 +77,10 @@ def test_pixels_equal_torch(height, width):
     np.testing.assert_allclose(pixels, torch_pixels(canvas, torch.float32), rtol=0, atol=2e-3)
 
 
-def torch_pixels(canvas: Array, dtype: torch.dtype) -> Array:
+def torch_pixels(canvas: Array, dtype: torch.dtype, size: int = 224) -> Array:
     squashed = F.interpolate(
         torch.from_numpy(canvas).to(dtype)[None],
-        (224, 224),
+        (size, size),
         mode="bicubic",
         align_corners=False,
         antialias=False,

@@ -21,8 +21,8 @@ from trt_wan.runtime.networks.transformer import WindowCondition, encode_motion,
 from trt_wan.runtime.networks.vae import decode, encode
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.opening.model import OpenModel, open_model
-from trt_wan.runtime.pipeline import _Step
-from trt_wan.runtime.preparation import Prepared, prepare
+from trt_wan.runtime.pipeline import _Step, prepared_for
+from trt_wan.runtime.preparation import Pictures, Prepared
 from trt_wan.runtime.sampling.grids import schedule
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.video.clips import open_clips
@@ -150,6 +150,8 @@ def reference_latent(
         total, weights = np.zeros_like(latent), np.zeros(latents + 1)
         for number, window in enumerate(windows):
             slots = [0, *(k + 1 for k in window)]
+            prompts = [text.strip() for text in task.prompt.split("|")]
+            prompt = prompts[min(int(max(slots) * len(prompts) / (latents + 1)), len(prompts) - 1)]
             face = None
             if motion is not None:
                 frames = [4 * window[0]] + [4 * k - 3 + c for k in window[1:] for c in range(4)]
@@ -165,7 +167,7 @@ def reference_latent(
                 model,
                 latent[:, slots].astype(np.float32),
                 prepared.times[step],
-                prepared.contexts[0],
+                prepared.contexts.of(prompt),
                 under,
                 prepared.rope,
             )
@@ -175,7 +177,7 @@ def reference_latent(
                     model,
                     latent[:, slots].astype(np.float32),
                     prepared.times[step],
-                    prepared.contexts[1],
+                    prepared.contexts.of(task.negative_prompt),
                     blank,
                     prepared.rope,
                 )
@@ -193,7 +195,12 @@ CASES: dict[str, dict[str, Any]] = {
     "static_standard": {},
     "uniform_standard": {"fuse": "pyramid"},
     "uniform_looped": {},
-    "everything": {"face": True, "mode": "replace", "guidance": 2.0},
+    "everything": {
+        "face": True,
+        "mode": "replace",
+        "guidance": 2.0,
+        "prompt": "he sits | he runs | he falls",
+    },
     "hybrid": {"window": 21, "overlap": 5},  # a window of 21 frames, then one of 17
 }
 
@@ -210,8 +217,8 @@ def test_context_windows_equal_full_length_loops(model: OpenModel, long_clips: P
     assert made.shape[1] == LONG
     inner = model.begin(task, PLAN.width, PLAN.height, LONG, silent)
     with open_clips(task.inputs, task.history) as clips:
-        texts, timesteps = model.texts(inner, task, silent), schedule(task.grid, 2, task.shift).timesteps
-        prepared = prepare(inner, texts, clips.reference, list(timesteps))
+        features = model.texts(inner, task, silent)
+        prepared = prepared_for(inner, task, features, task.texts, Pictures(clips.reference))
     generator, carried, decoded = CpuGenerator(task.seed), None, []
     windows = [(0, 21), (16, 17)] if case == "hybrid" else [(0, 33)]
     for (start, count), state in zip(windows, states, strict=True):
@@ -259,7 +266,8 @@ def test_the_wrappers_context_windows(model: OpenModel, clips: Path) -> None:
     noise[:, 5] = noise[:, generator.permutation(1)[0]]
     with open_clips(task.inputs, task.history) as opened:
         levels = schedule(task.grid, 2, task.shift)
-        prepared = prepare(inner, model.texts(inner, task, silent), opened.reference, list(levels.timesteps))
+        features = model.texts(inner, task, silent)
+        prepared = prepared_for(inner, task, features, task.texts, Pictures(opened.reference))
         pose = encode(inner, opened.pose.window(range(17)).transpose(3, 0, 1, 2) / np.float32(127.5) - 1)
     grey = encode(inner, np.zeros((3, 17, PLAN.height, PLAN.width), np.float32))
     unknown = np.concatenate([np.zeros((4, *grey.shape[1:]), np.float32), grey])
@@ -271,7 +279,12 @@ def test_the_wrappers_context_windows(model: OpenModel, clips: Path) -> None:
             condition = np.concatenate([prepared.reference, unknown[:, behind]], axis=1)
             under = WindowCondition(condition, pose[:, behind], one, None, one)
             v = velocity(
-                inner, latent[:, window], prepared.times[step], prepared.contexts[0], under, prepared.rope
+                inner,
+                latent[:, window],
+                prepared.times[step],
+                prepared.contexts.of(task.prompt),
+                under,
+                prepared.rope,
             )
             made_of.append(v)
         first, second = np.array([1, 1, 1, 1, 0]), np.array([0, 1, 1, 1, 1])

@@ -18,6 +18,7 @@ from trt_wan.runtime.job import Lora
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import (
     WindowCondition,
+    embed_image,
     encode_context,
     encode_time,
     rope_tables,
@@ -38,7 +39,7 @@ def velocity(tiny_home: Path) -> Callable[[Any], Array]:
     def run(tensors: Mapping[str, Array]) -> Array:
         executor = OnnxRuntimeExecutor(graphs, BoundWeights({"transformer": tensors}))
         model = Model(TINY, PLAN, executor, {})
-        context = encode_context(model, inputs["text"], inputs["image"])
+        context = encode_context(model, inputs["text"], embed_image(model, inputs["image"]))
         window = WindowCondition(inputs["condition"], inputs["pose"], one, None, one)
         time, rope = encode_time(model, 500), rope_tables(TINY, PLAN)
         return velocity_of(model, inputs["latent"], time, context, window, rope)

@@ -132,7 +132,7 @@ def least_vram(folders: Clips, task: Job) -> float:
         plan = replace(PLAN, precision="fp8")
         contracts = networks(TINY, plan)
         scratch = sizes._executors[plan].scratch_bytes
-        arena = activation_bytes(TINY, plan, False, task.steps)
+        arena = activation_bytes(TINY, plan, task.load)
         with pytest.raises(MemoryShort):
             plan_residency(TINY, contracts, arena, scratch, 0)
         whole = plan_residency(TINY, contracts, arena, scratch, 1 << 40)

@@ -11,8 +11,10 @@ ones' frames. Half a level of an 8-bit picture is 4e-3.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,7 +33,8 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 from trt_wan.engines.checkpoint import required_tensors
 from trt_wan.engines.config import TINY
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.guidance import ClipVision, Nag, per_step
+from trt_wan.runtime.job import DEFAULT_PROMPT, Inputs, Job
 from trt_wan.runtime.networks.image_encoder import MEAN, STD
 from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.settings import Settings, WeightFiles
@@ -130,6 +133,53 @@ def job(folder: Path, **changes: object) -> Job:
     return Job(inputs=Inputs.from_folder(folder, mode), **settings)  # type: ignore[arg-type]
 
 
+class Changing:
+    """diffusers' callback after every step: sets the guidance of the next step, and after the last one of a
+    segment the prompts of the next.
+    """
+
+    def __init__(self, pipeline: WanAnimatePipeline, task: Job) -> None:
+        self.pipeline, self.schedule, self.segment = pipeline, per_step(task.guidance, STEPS), 0
+        self.prompts, self.negatives = (
+            [text.strip() for text in prompt.split("|")] for prompt in (task.prompt, task.negative_prompt)
+        )
+
+    def __call__(self, pipeline: WanAnimatePipeline, i: int, t: object, given: object) -> dict[str, object]:
+        pipeline._guidance_scale = self.schedule[(i + 1) % STEPS]
+        if i + 1 < STEPS:
+            return {}
+        self.segment += 1
+        texts = (texts[min(self.segment, len(texts) - 1)] for texts in (self.prompts, self.negatives))
+        guided = max(self.schedule) > 1
+        embeds = pipeline.encode_prompt(next(texts), next(texts), guided, max_sequence_length=512)
+        return dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=True))
+
+
+class NagProcessor:
+    """Cross-attention of diffusers with NAG, as addons_spec.md 3 writes it."""
+
+    def __init__(self, nag: Nag, tokens: torch.Tensor) -> None:
+        self.nag, self.tokens = nag, tokens
+
+    def __call__(
+        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *_: Any
+    ) -> torch.Tensor:
+        image, text = encoder_hidden_states[:, :-512], encoder_hidden_states[:, -512:]
+        q = attn.norm_q(attn.to_q(hidden_states))
+
+        def attended(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            heads = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+            return torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+        s, tau, alpha = self.nag.scale, self.nag.tau, self.nag.alpha
+        zp, zn = (attended(attn.norm_k(attn.to_k(x)), attn.to_v(x)) for x in (text, self.tokens))
+        g = s * zp - (s - 1) * zn
+        norm_g, norm_p = (x.abs().sum(-1, keepdim=True) for x in (g, zp))
+        g = torch.where(norm_g / norm_p > tau, g * tau * norm_p / (norm_g + 1e-7), g)
+        shown = attended(attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image))
+        return attn.to_out[1](attn.to_out[0](alpha * g + (1 - alpha) * zp + shown))
+
+
 def run_diffusers(pipeline: WanAnimatePipeline, task: Job) -> Array:
     def pictures(path: Path | None) -> list[Image.Image] | None:
         if path is None:
@@ -138,6 +188,7 @@ def run_diffusers(pipeline: WanAnimatePipeline, task: Job) -> Array:
         return [Image.fromarray(frame) for frame in clip.window(range(clip.frames))]
 
     mask = pictures(task.inputs.mask)
+    schedule, changing = per_step(task.guidance, STEPS), Changing(pipeline, task)
     result = pipeline(
         image=Image.open(task.inputs.reference),
         pose_video=pictures(task.inputs.pose),
@@ -147,15 +198,16 @@ def run_diffusers(pipeline: WanAnimatePipeline, task: Job) -> Array:
         mask_video=[frame.getchannel(0).point(lambda level: 255 * (level >= 128)) for frame in mask]
         if mask
         else None,
-        prompt=task.prompt,
-        negative_prompt=task.negative_prompt,
+        prompt=changing.prompts[0],
+        negative_prompt=changing.negatives[0],
+        callback_on_step_end=changing,
         height=HEIGHT,
         width=WIDTH,
         segment_frame_length=WINDOW,
         num_inference_steps=STEPS,
         mode=task.mode,
         prev_segment_conditioning_frames=task.overlap,
-        guidance_scale=task.guidance,
+        guidance_scale=schedule[0],
         generator=torch.Generator("cpu").manual_seed(task.seed),
         output_type="pt",
     ).frames[0]
@@ -188,6 +240,70 @@ def test_frames_equal_diffusers(
     # Each piece is 4 frames or what of them the output keeps; the first of a window is one.
     assert {piece.shape[1] for piece in pieces} <= {1, 2, 3, 4} and len(pieces) >= frames / 4
     ours, theirs = np.concatenate(pieces, axis=1).clip(-1, 1), run_diffusers(diffusers_pipeline, task)
+    require_same(ours, theirs, frames)
+
+
+def require_same(ours: Array, theirs: Array, frames: int) -> None:
     assert ours.shape == theirs.shape == (3, frames, HEIGHT, WIDTH)
     assert theirs.std() > 0.05 and np.abs(theirs).mean() < 0.95, "the oracle's frames are degenerate"
     assert np.abs(ours - theirs).max() <= TOLERANCE
+
+
+def frames_of(model: OpenModel, task: Job) -> Array:
+    return np.concatenate(list(model.pieces(task)), axis=1).clip(-1, 1)
+
+
+def test_guidance_by_step_and_prompts_that_travel(
+    diffusers_pipeline: WanAnimatePipeline, model: OpenModel, clips: dict[int, Path]
+) -> None:
+    """diffusers scales by the first value in every step that it guides."""
+    travel = {"prompt": "he walks | he sits | he dances", "negative_prompt": "blurred | dark"}
+    task = job(clips[30], guidance=(3.0, 1.0, 3.0), **travel)
+    ours = frames_of(model, task)
+    require_same(ours, run_diffusers(diffusers_pipeline, task), 30)
+    other = frames_of(model, replace(task, prompt="he walks | he sits | he sits"))
+    np.testing.assert_array_equal(other[:, :25], ours[:, :25])
+    assert np.abs(other - ours)[:, 25:].max() > 100 * TOLERANCE
+
+
+def test_nag(diffusers_pipeline: WanAnimatePipeline, model: OpenModel, clips: dict[int, Path]) -> None:
+    transformer = diffusers_pipeline.transformer
+    task = job(clips[13], nag=Nag("blurred", scale=4, tau=1.5, alpha=0.5))
+    with torch.no_grad():
+        features, _ = diffusers_pipeline.encode_prompt(
+            "blurred", do_classifier_free_guidance=False, max_sequence_length=512
+        )
+        tokens = transformer.condition_embedder.text_embedder(features)
+    before = [block.attn2.processor for block in transformer.blocks]
+    for block in transformer.blocks:
+        block.attn2.processor = NagProcessor(task.nag, tokens)
+    theirs = run_diffusers(diffusers_pipeline, task)
+    for block, processor in zip(transformer.blocks, before, strict=True):
+        block.attn2.processor = processor
+    ours = frames_of(model, task)
+    require_same(ours, theirs, 13)
+    plain = frames_of(model, replace(task, nag=None))
+    assert np.abs(plain - ours).max() > 100 * TOLERANCE
+    same = frames_of(model, replace(task, nag=Nag("blurred", scale=1)))
+    np.testing.assert_allclose(same, plain, atol=TOLERANCE)
+
+
+def test_no_clip_picture_an_empty_prompt_and_no_face(
+    diffusers_pipeline: WanAnimatePipeline,
+    model: OpenModel,
+    clips: dict[int, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image = TINY.image
+    zeros = torch.zeros(1, image.tokens, image.dim)
+    monkeypatch.setattr(diffusers_pipeline, "encode_image", lambda picture, device: zeros)
+    task = job(clips[13], clip_vision=ClipVision(off=True), prompt="")
+    ours = frames_of(model, task)
+    require_same(ours, run_diffusers(diffusers_pipeline, task), 13)
+    no_face = replace(task, face_strength=0)
+    made = [ours, *(frames_of(model, other) for other in (no_face, replace(task, clip_vision=ClipVision())))]
+    made.append(frames_of(model, replace(task, prompt=DEFAULT_PROMPT)))
+    apart = [np.abs(a - b).max() for k, a in enumerate(made) for b in made[:k]]
+    assert min(apart) > 100 * TOLERANCE, apart
+    without = replace(no_face, inputs=replace(task.inputs, face=None), face_strength=1)
+    np.testing.assert_array_equal(frames_of(model, without), made[1])

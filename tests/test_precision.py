@@ -27,7 +27,20 @@ OTHER_LINEARS = (
     r"|vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])\.weight"
 )
 # What is passed on in the activation's type: everything else that goes in or out is float32 (or an index).
-ACTIVATIONS = {"q", "k", "v", "attended", "text_k", "text_v", "image_k", "image_v", "face_k", "face_v"} | {
+ACTIVATIONS = {
+    "q",
+    "k",
+    "v",
+    "attended",
+    "text_k",
+    "text_v",
+    "image_k",
+    "image_v",
+    "face_k",
+    "face_v",
+    "nag_k",
+    "nag_v",
+} | {
     "cross_q",
     "cross_attended",
 }

@@ -23,13 +23,20 @@ from trt_wan.errors import MemoryShort
 from trt_wan.runtime import pipeline
 from trt_wan.runtime.context.settings import Context
 from trt_wan.runtime.executors import Array, BlendPart
-from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.guidance import Nag
+from trt_wan.runtime.job import Inputs, Job, Load
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.text_encoder import encode_texts
 from trt_wan.runtime.networks.tokenizer import byte_tokenizer
 from trt_wan.runtime.opening import activation_memory as rehearsal
 from trt_wan.runtime.opening.activation_memory import activation_bytes
-from trt_wan.runtime.opening.residency import BLOCK, CONTEXT_BYTES, Residency, plan_residency
+from trt_wan.runtime.opening.residency import (
+    BLOCK,
+    CONTEXT_BYTES,
+    Residency,
+    passing_bytes,
+    plan_residency,
+)
 from trt_wan.runtime.video.clips import Clips
 from trt_wan.runtime.weights.random import RandomWeights
 from trt_wan.runtime.weights.streaming import SLOTS
@@ -112,9 +119,13 @@ class BlankClip:
         return np.zeros((len(indices), *self.size, 3), np.uint8)
 
 
-def counted(
-    plan: Plan, guidance: float, steps: int, windows: int, context: Context | None = None, more: int = 0
-) -> int:
+def a_job(plan: Plan, steps: int, context: Context | None = None, **settings: Any) -> Job:
+    inputs = Inputs(Path("ref"), Path("pose"), Path("face"))
+    window = plan.frames if context is None else Job.window
+    return Job(inputs, window=window, overlap=1, steps=steps, context=context, **settings)
+
+
+def counted(plan: Plan, job: Job, windows: int, more: int = 0) -> int:
     """The peak of a whole job with all clips, through the pipeline that a GPU runs."""
     executor = Counting()
     weights = {part: RandomWeights(TINY, part, 0) for part in PARTS}
@@ -125,8 +136,8 @@ def counted(
         def begin(self, job: Job, *_: Any) -> Model:
             return model
 
-        def texts(self, model: Model, job: Job, progress: Any) -> list[Array]:
-            return encode_texts(model, tokenizer, job.prompts)
+        def texts(self, model: Model, job: Job, progress: Any) -> dict[str, Array]:
+            return dict(zip(job.texts, encode_texts(model, tokenizer, job.texts), strict=True))
 
     clip, face = BlankClip(plan.height, plan.width), BlankClip(512, 512)
     frames = plan.frames + (windows - 1) * (plan.frames - 1) + more
@@ -134,14 +145,6 @@ def counted(
     size = plan.width, plan.height
     reference = np.zeros((plan.height, plan.width, 3), np.uint8)
     clips = Clips(reference, *blank, *size, frames=frames, rate=Fraction(16))
-    job = Job(
-        Inputs(Path("ref"), Path("pose"), Path("face")),
-        window=plan.frames if context is None else Job.window,
-        overlap=1,
-        steps=steps,
-        guidance=guidance,
-        context=context,
-    )
     made = sum(window.shape[1] for window in pipeline.stream_pieces(job, Opened(), clips=clips))
     assert made == frames
     return executor.peak
@@ -151,13 +154,24 @@ PLANS = [Plan(64, 48, 5, "bf16"), Plan(16, 16, 33, "fp8"), Plan(128, 128, 13), P
 each_plan = pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.width}x{p.height}x{p.frames}")
 
 
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"guidance": 3.0},
+    {"nag": Nag("blurred")},
+    {"prompt": "a | b | c | d", "guidance": 3.0, "nag": Nag("e | f | g | h"), "negative_prompt": "i|j|k|l"},
+]
+
+
 @each_plan
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_the_rehearsal_is_the_pipeline(monkeypatch: pytest.MonkeyPatch, plan: Plan, guidance: float) -> None:
+@pytest.mark.parametrize("settings", KINDS)
+def test_the_rehearsal_is_the_pipeline(
+    monkeypatch: pytest.MonkeyPatch, plan: Plan, settings: dict[str, Any]
+) -> None:
     monkeypatch.setattr(rehearsal, "STEPS", 6)
     monkeypatch.setattr(rehearsal, "WINDOWS", 4)
     monkeypatch.setattr(rehearsal, "MARGIN", 0)
-    assert activation_bytes(TINY, plan, guidance > 1, 6) == counted(plan, guidance, 6, 4)
+    job = a_job(plan, 6, **settings)
+    assert activation_bytes(TINY, plan, job.load) == counted(plan, job, 4)
 
 
 @each_plan
@@ -167,32 +181,59 @@ def test_the_rehearsal_is_the_pipeline(monkeypatch: pytest.MonkeyPatch, plan: Pl
 def test_activation_bytes_do_for_every_job(
     monkeypatch: pytest.MonkeyPatch, plan: Plan, guidance: float, steps: int, windows: int
 ) -> None:
-    needed = counted(plan, guidance, steps, windows)
-    assert needed <= activation_bytes(TINY, plan, guidance > 1, steps) <= 1.03 * needed
+    job = a_job(plan, steps, guidance=guidance)
+    needed = counted(plan, job, windows)
+    assert needed <= activation_bytes(TINY, plan, job.load) <= 1.03 * needed
 
 
 @pytest.mark.parametrize("plan", PLANS[::3], ids=lambda p: f"{p.width}x{p.height}x{p.frames}")
-@pytest.mark.parametrize(("guidance", "more"), [(1.0, 4), (3.0, 200)])
-def test_activation_bytes_do_for_context_windows(plan: Plan, guidance: float, more: int) -> None:
-    """The whole latent, its fused velocity and one part, whatever the number of parts."""
-    context = Context(frames=plan.frames, overlap=4)
-    whole = Job(Inputs(Path("r"), Path("p"), None), context=context).context_plan(plan.frames + more)
-    needed = counted(plan, guidance, 5, 1, context, more)
-    planned = activation_bytes(TINY, plan, guidance > 1, 5, whole)
+@pytest.mark.parametrize(
+    ("guidance", "more", "prompt"), [(1.0, 4, "a"), (3.0, 200, "a"), (3.0, 60, "a | b | c")]
+)
+def test_activation_bytes_do_for_context_windows(plan: Plan, guidance: float, more: int, prompt: str) -> None:
+    """The whole latent, its fused velocity and one part, whatever the number of parts; all prompts."""
+    job = a_job(plan, 5, Context(frames=plan.frames, overlap=4), guidance=guidance, prompt=prompt)
+    needed = counted(plan, job, 1, more)
+    planned = activation_bytes(TINY, plan, job.load, job.context_plan(plan.frames + more))
     assert needed <= planned <= 1.03 * needed
 
 
-def test_activation_bytes_grow_with_size_and_guidance() -> None:
+def test_activation_bytes_grow_with_size_guidance_and_prompts() -> None:
     plans = [Plan(256, 256, 13), Plan(832, 480, 13), Plan(832, 480, 33), Plan(1280, 720, 33)]
-    plain, guided = ([activation_bytes(TINY, plan, g, 4) for plan in plans] for g in (False, True))
-    assert plain == sorted(set(plain)) and guided == sorted(set(guided))
-    assert all(more > less for more, less in zip(guided, plain, strict=True))
+    loads = [
+        Load(4),
+        Load(4, guided=True, contexts=2),
+        Load(4, True, nag=True, contexts=3),
+        Load(4, True, True, 9),
+    ]
+    sizes = [activation_bytes(TINY, plan, loads[1]) for plan in plans]
+    kinds = [activation_bytes(TINY, plans[0], load) for load in loads]
+    assert sizes == sorted(set(sizes)) and kinds == sorted(set(kinds))
+
+
+def test_the_memory_of_prompts_at_full_size() -> None:
+    """Keys and values of 40 blocks in bf16: 512 text tokens for each prompt, 257 image tokens once. Prompts
+    that travel are held one at a time, however many they are, beside three sets of weights.
+    """
+    plan = Plan(832, 480, 77, "fp8")
+    one, three = (activation_bytes(ANIMATE_14B, plan, Load(4, contexts=n)) for n in (1, 3))
+    assert three - one == pytest.approx(2 * 40 * 512 * 5120 * 2 * 2, rel=0.05)
+    travel = activation_bytes(ANIMATE_14B, plan, a_job(plan, 4, prompt="a | b | c | d").load)
+    assert travel == pytest.approx(one, rel=0.05)
+    contracts = networks(ANIMATE_14B, plan)
+    spare = passing_bytes(contracts)
+    assert spare == pytest.approx(3 * 4 * 5120**2, rel=0.01)
+    fits = [
+        plan_residency(ANIMATE_14B, contracts, one, GB, 1000 * GB, False, extra).total for extra in (0, spare)
+    ]
+    assert fits[1] - fits[0] == spare
+    assert plan_residency(ANIMATE_14B, contracts, one, GB, fits[0], False, spare).streamed
 
 
 def test_rehearsing_the_full_model_takes_little() -> None:
     """Of host memory mostly the face crops, 80 of 3 MB, which `encode_face` fills up and copies."""
     resident, start = _most_resident(), time.perf_counter()
-    needed = activation_bytes(ANIMATE_14B, Plan(832, 480, 77, "fp8"), guided=True, steps=4)
+    needed = activation_bytes(ANIMATE_14B, Plan(832, 480, 77, "fp8"), Load(4, True, contexts=2))
     assert 4 * GB < needed < 7 * GB
     assert time.perf_counter() - start < 2
     assert _most_resident() - resident < 450 << 20

@@ -25,6 +25,7 @@ from trt_wan.engines.config import TINY
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import SOURCE
+from trt_wan.runtime.job import Load
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.opening import activation_memory
@@ -574,7 +575,7 @@ def test_no_sampler_needs_more_memory_than_is_planned(monkeypatch: pytest.Monkey
     for name in SAMPLERS:
         executor = activation_memory._Rehearsal()
         model = Model(TINY, Plan(64, 48, 13), executor, {})
-        activation_memory._rehearse(model, guided=False, steps=10, context=None, sampler=name)
+        activation_memory._rehearse(model, Load(10), None, sampler=name)
         peaks[name] = executor.arena.peak
     assert max(peaks.values()) == peaks["unipc"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from on_gpu import require_gpu
 
-from trt_wan.runtime.device import finite
+from trt_wan.runtime.device import dot, finite
 from trt_wan.runtime.device.kernels import compile_source
 from trt_wan.runtime.device.slots import NAMES, SOURCE, runs
 from trt_wan.runtime.executors import Executor
@@ -94,6 +94,14 @@ def test_blend_adds_in_the_order_given_to_the_last_bit(executor: Executor) -> No
     np.testing.assert_allclose(blended[:, 2], exact, rtol=1e-5, atol=1e-4)
 
 
+def test_dot(executor: Executor) -> None:
+    x, y = array(40_000), array(40_000)  # more numbers than the threads of a launch
+    exact = float(np.vdot(x.astype(np.float64), y.astype(np.float64)))
+    for given in (x, y), (executor.place(x), executor.place(y)):
+        assert executor.dot(*given) == pytest.approx(exact, rel=1e-12, abs=1e-6)
+        assert executor.dot(*given) == executor.dot(*given)
+
+
 def test_blend_goes_on_where_it_ended(executor: Executor) -> None:
     """A part at a time, so that no two parts are held at once."""
     parts = [([0, 1, 2], [1.0, 0.5, 0.1], array(3)), ([1, 2, 3], [0.5, 0.9, 1.0], array(3))]
@@ -109,7 +117,7 @@ def test_runs() -> None:
 
 
 def test_kernels_compile(nvrtc: None) -> None:
-    for source, names in ((SOURCE, NAMES), (finite.SOURCE, finite.NAMES)):
+    for source, names in ((SOURCE, NAMES), (finite.SOURCE, finite.NAMES), (dot.SOURCE, dot.NAMES)):
         for capability in ((8, 0), (9, 0), (12, 0)):
             code = bytes(compile_source(source, capability).code)
             assert all(name.encode() in code for name in names)

@@ -12,6 +12,7 @@ from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.transformer import (
     WindowCondition,
+    embed_image,
     encode_blank_face,
     encode_context,
     encode_face,
@@ -37,7 +38,7 @@ def run_ours(
     face = encode_blank_face(model) if inputs["face"] is None else encode_face(model, inputs["face"])
     one = np.ones(1, np.float32)
     window = WindowCondition(inputs["condition"], inputs["pose"], one, face, one)
-    context = encode_context(model, inputs["text"], inputs["image"])
+    context = encode_context(model, inputs["text"], embed_image(model, inputs["image"]))
     time = encode_time(model, t)
     return velocity(model, inputs["latent"], time, context, window, rope_tables(TINY, plan))
 
@@ -94,7 +95,7 @@ def test_face_and_pose_strength(make_model: MakeModel, weights: dict[str, Array]
     plan = Plan(64, 96, 5)  # whose graphs are there from the test above
     inputs = random_inputs(plan, seed=2)
     model = make_model(TINY, plan, {"transformer": weights | {ORTHONORMAL: orthonormal(weights[DIRECTION])}})
-    context = encode_context(model, inputs["text"], inputs["image"])
+    context = encode_context(model, inputs["text"], embed_image(model, inputs["image"]))
     time, rope = encode_time(model, 500), rope_tables(TINY, plan)
     face = encode_face(model, inputs["face"])
     no_pose = np.zeros_like(inputs["pose"])

@@ -63,7 +63,7 @@ def step_flops(model: ModelConfig, plan: Plan) -> int:
 
 
 def calls(model: ModelConfig, plan: Plan, steps: int) -> dict[str, Calls]:
-    """Returns calls by network for a job without guidance in the mode animate, with pose and face clips."""
+    """Returns calls by network for a job without guidance and NAG, in the mode animate with pose and face."""
     c = model.transformer
     vae_chunks = (plan.latent_frames - 1) // plan.vae_chunk
     return {
@@ -84,6 +84,7 @@ def calls(model: ModelConfig, plan: Plan, steps: int) -> dict[str, Calls]:
         "attention": Calls(step=c.layers),
         "attn_out": Calls(step=c.layers),
         "cross_attention": Calls(step=c.layers),
+        "cross_attention_nag": Calls(),
         "ffn": Calls(step=c.layers),
         "fuser": Calls(step=c.fusers),
         "head": Calls(step=1),
@@ -151,6 +152,8 @@ def _flops(name: str, model: ModelConfig, plan: Plan) -> tuple[int, int, int]:
             return 2 * tokens * 2 * d * d, 0, 0
         case "cross_attention":
             return 0, 4 * tokens * (text.length + image_keys) * d, 0
+        case "cross_attention_nag":
+            return 0, 4 * tokens * (2 * text.length + image_keys) * d, 0
         case "ffn":
             return 2 * tokens * (d * d + 2 * d * c.ffn_dim), 0, 0
         case "fuser":

@@ -28,6 +28,7 @@ GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "attention": block.attention,
     "attn_out": block.attn_out,
     "cross_attention": block.cross_attention,
+    "cross_attention_nag": block.cross_attention_nag,
     "ffn": block.ffn,
     "fuser": face.fuser,
     "head": head.head,

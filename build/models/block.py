@@ -1,5 +1,5 @@
 """A transformer block, cut before and after each attention: `attn_in`, `attention`, `attn_out`,
-`cross_attention`, `ffn`. `context_kv` runs once per job.
+`cross_attention` (or `cross_attention_nag`), `ffn`. `context_kv` runs once per prompt.
 
 Rows of the modulation, in order: shift, scale, gate of self-attention; shift, scale, gate of the FFN
 (model_spec.md 1.4).
@@ -106,6 +106,38 @@ def cross_attention(
 ) -> tuple[Tensor]:
     q = split_heads(cross_q, model.transformer.heads)
     return (merge_heads(attend(q, text_k, text_v) + attend_any(q, image_k, image_v)),)
+
+
+def cross_attention_nag(
+    cross_q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    image_k: Tensor,
+    image_v: Tensor,
+    nag_k: Tensor,
+    nag_v: Tensor,
+    nag_scale: Tensor,
+    nag_tau: Tensor,
+    nag_alpha: Tensor,
+    *,
+    w: Weights,
+    model: ModelConfig,
+    plan: Plan,
+) -> tuple[Tensor]:
+    q = split_heads(cross_q, model.transformer.heads)
+    positive, negative = (merge_heads(attend(q, k, v)).float() for k, v in ((text_k, text_v), (nag_k, nag_v)))
+    text = normalised_guidance(positive, negative, nag_scale, nag_tau, nag_alpha)
+    return ((text + merge_heads(attend_any(q, image_k, image_v)).float()).to(activation(plan)),)
+
+
+def normalised_guidance(
+    positive: Tensor, negative: Tensor, scale: Tensor, tau: Tensor, alpha: Tensor
+) -> Tensor:
+    """NAG in float32 on [tokens, channels]; a token's norm is over all heads (addons_spec.md 3)."""
+    guided = scale * positive - (scale - 1) * negative
+    size, usual = (x.abs().sum(-1, keepdim=True) for x in (guided, positive))
+    guided = guided * (tau * usual / (size + 1e-7)).clamp_max(1)
+    return alpha * guided + (1 - alpha) * positive
 
 
 def ffn(

@@ -27,6 +27,10 @@ class Executor(Protocol):
         """The sum of coefficient·array in float32, added in the order given: the samplers' arithmetic."""
         ...
 
+    def dot(self, x: Array, y: Array) -> float:
+        """The sum of the products of two float32 arrays, in float64. Waits for it."""
+        ...
+
     def take(self, array: Array, slots: Sequence[int]) -> Array:
         """Slots of an array [channels, slots, h, w], in the order given; a slot may be repeated."""
         ...

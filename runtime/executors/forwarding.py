@@ -19,6 +19,9 @@ class ForwardingExecutor:
     def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
         return self.executor.combine(terms)
 
+    def dot(self, x: Array, y: Array) -> float:
+        return self.executor.dot(x, y)
+
     def take(self, array: Array, slots: Sequence[int]) -> Array:
         return self.executor.take(array, slots)
 

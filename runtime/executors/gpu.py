@@ -12,6 +12,7 @@ import numpy as np
 
 from trt_wan.engines.contract import Network
 from trt_wan.runtime.device import slots as on_slots
+from trt_wan.runtime.device.dot import dot
 from trt_wan.runtime.device.finite import is_finite
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu
 from trt_wan.runtime.executors import Array, BlendPart
@@ -23,17 +24,17 @@ class GpuExecutor:
     """`segments` are by network, all of one size; `weights` are shared with other sizes."""
 
     def __init__(self, gpu: Gpu, segments: Mapping[str, Segment], weights: DeviceWeights) -> None:
-        self.gpu, self._segments, self.weights = gpu, segments, weights
+        self.gpu, self.segments, self.weights = gpu, dict(segments), weights
         self._scratch: Any = None
 
     @property
     def scratch_bytes(self) -> int:
         """Bytes that the largest segment needs; all share them."""
-        return max(1, *(segment.scratch_bytes for segment in self._segments.values()))
+        return max(1, *(segment.scratch_bytes for segment in self.segments.values()))
 
     def start(self, scratch: int) -> None:
         """Call before a job: `scratch` is the address of at least `scratch_bytes`."""
-        for segment in self._segments.values():
+        for segment in self.segments.values():
             segment.start(scratch)
 
     def start_alone(self, arena: int) -> None:
@@ -47,6 +48,9 @@ class GpuExecutor:
 
     def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
         return cast(Array, self.gpu.combine(terms))
+
+    def dot(self, x: Array, y: Array) -> float:
+        return dot(self.gpu, x, y)
 
     def take(self, array: Array, slots: Sequence[int]) -> Array:
         return cast(Array, on_slots.take(self.gpu, array, slots))
@@ -73,12 +77,12 @@ class GpuExecutor:
         outputs = [self.gpu.empty(t.shape, t.dtype) for t in network.outputs]
         arrays = given | self.weights.bind(network, n)
         arrays |= {t.name: array for t, array in zip(network.outputs, outputs, strict=True)}
-        self._segments[network.name].enqueue({name: array.address for name, array in arrays.items()})
+        self.segments[network.name].enqueue({name: array.address for name, array in arrays.items()})
         self.weights.used(network, n)
         return cast(tuple[Array, ...], tuple(outputs))
 
     def settle(self) -> None:
-        for segment in self._segments.values():
+        for segment in self.segments.values():
             segment.settle()
 
     def _on_device(self, value: Any, network: Network, name: str) -> DeviceArray:

@@ -69,6 +69,9 @@ class OnnxRuntimeExecutor:
     def combine(self, terms: Sequence[tuple[float, Array]]) -> Array:
         return combine_fp32(terms)
 
+    def dot(self, x: Array, y: Array) -> float:
+        return float(np.vdot(np.asarray(x, np.float64), np.asarray(y, np.float64)))
+
     def take(self, array: Array, slots: Sequence[int]) -> Array:
         return array[:, list(slots)]
 

@@ -15,9 +15,39 @@ STD = np.array((0.26862954, 0.26130258, 0.27577711)).reshape(3, 1, 1)
 CUBIC = -0.75  # the free parameter of the cubic kernel (Keys 1981); torch and OpenCV use this value, PIL -0.5
 
 
-def encode_image(model: Model, canvas: Array) -> NDArray[np.float32]:
-    """Returns features [257, dim] of a picture [3, H, W] in [-1, 1]."""
-    (hidden,) = model.run("image_encoder_embed", clip_pixels(canvas, model.config.image.size))
+def encode_image(model: Model, canvas: Array, tiles: int = 0, ratio: float = 0.5) -> NDArray[np.float32]:
+    """Returns features [257, dim] of a picture [3, H, W] in [-1, 1].
+
+    With `tiles` the picture is also seen in tiles x tiles parts, each as large as the whole. The grid of
+    their patches is averaged down to that of the whole picture, and so are their class tokens. The result is
+    the mean of the whole picture at weight `ratio` and of the tiles at weight 1 (addons_spec.md 5.2, but for
+    the layer: the one that the transformer was trained with).
+    """
+    size = model.config.image.size
+    whole = _features(model, clip_pixels(canvas, size))
+    if not tiles:
+        return whole
+    pixels = clip_pixels(canvas, size * tiles)
+    rows = [pixels[:, i * size : (i + 1) * size] for i in range(tiles)]
+    parts = np.stack(
+        [
+            [
+                _features(model, np.ascontiguousarray(row[..., j * size : (j + 1) * size]))
+                for j in range(tiles)
+            ]
+            for row in rows
+        ]
+    )  # [tiles, tiles, 257, dim]
+    side = size // model.config.image.patch
+    grid = parts[:, :, 1:].reshape(tiles, tiles, side, side, -1).transpose(0, 2, 1, 3, 4)
+    pooled = grid.reshape(side, tiles, side, tiles, -1).mean((1, 3)).reshape(side * side, -1)
+    tiled = np.concatenate((parts[:, :, :1].mean((0, 1)), pooled))
+    features: NDArray[np.float32] = (ratio * whole + tiled) / np.float32(ratio + 1)
+    return features
+
+
+def _features(model: Model, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    (hidden,) = model.run("image_encoder_embed", pixels)
     for n in range(model.config.image.layers_used):
         (hidden,) = model.run("image_encoder_layer", hidden, n=n)
     return np.asarray(hidden, np.float32)

@@ -56,14 +56,22 @@ def encode_time(model: Model, timestep: float) -> tuple[Array, Array]:
     return embedding, modulation
 
 
-def encode_context(model: Model, text: Array, image: Array) -> PerLayer:
-    """Per block: text_k, text_v, image_k, image_v, from features of text [512, …] and image [257, …]."""
+def embed_image(model: Model, image: Array) -> Array:
+    """Image tokens [257, dim] of CLIP's features [257, …]."""
+    (tokens,) = model.run("image_embed", image)
+    return tokens
+
+
+def encode_context(model: Model, text: Array, image_tokens: Array, image: PerLayer | None = None) -> PerLayer:
+    """Per block: text_k, text_v, image_k, image_v, from features of text [512, …] and image tokens. `image`
+    are image_k and image_v of these tokens, if an earlier context has them: they are shared.
+    """
     (text_tokens,) = model.run("text_embed", text)
-    (image_tokens,) = model.run("image_embed", image)
-    return [
-        model.run("context_kv", text_tokens, image_tokens, n=n)
-        for n in range(model.config.transformer.layers)
-    ]
+    made = []
+    for n in range(model.config.transformer.layers):
+        layer = model.run("context_kv", text_tokens, image_tokens, n=n)
+        made.append(layer if image is None else (*layer[:2], *image[n]))
+    return made
 
 
 def encode_face(model: Model, face: Array) -> PerLayer:
@@ -103,15 +111,18 @@ def velocity(
     context: PerLayer,
     window: WindowCondition,
     rope: tuple[Array, Array],
+    cross_attention: str = "cross_attention",
 ) -> Array:
-    """The flow velocity, noise - x0, of `latent` [16, T1, h, w]; same shape."""
+    """The flow velocity, noise - x0, of `latent` [16, T1, h, w]; same shape. `cross_attention` is the network
+    that attends to `context`.
+    """
     c = model.config.transformer
     time_embedding, time_modulation = time
     (x,) = model.run("patch_embed", latent, window.condition, window.pose_latent, window.pose_strength)
     for n in range(c.layers):
         (attended,) = model.run("attention", *model.run("attn_in", x, time_modulation, *rope, n=n))
         x, cross_q = model.run("attn_out", x, attended, time_modulation, n=n)
-        (attended,) = model.run("cross_attention", cross_q, *context[n])
+        (attended,) = model.run(cross_attention, cross_q, *context[n])
         (x,) = model.run("ffn", x, attended, time_modulation, n=n)
         if window.face is not None and n % c.fuser_interval == 0:
             i = n // c.fuser_interval

@@ -17,13 +17,16 @@ from trt_wan.engines.shape import Plan
 from trt_wan.runtime.conditioning import Strengths, WindowClips, encode_window
 from trt_wan.runtime.context.parts import ContextPlan, Part
 from trt_wan.runtime.context.predict import predict_latents
-from trt_wan.runtime.denoise import Branch, Predict, denoise, predict_window
+from trt_wan.runtime.denoise import Predict, denoise, predict_window
 from trt_wan.runtime.device.arena import Arena, Span
 from trt_wan.runtime.executors import Array, BlendPart
+from trt_wan.runtime.guidance import ClipVision, Nag, StepSettings, Texts
+from trt_wan.runtime.job import Load
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import decode
-from trt_wan.runtime.preparation import prepare
+from trt_wan.runtime.pipeline import branches
+from trt_wan.runtime.preparation import Pictures, prepare
 from trt_wan.runtime.sampling.grids import schedule
 from trt_wan.runtime.sampling.samplers import SAMPLERS
 
@@ -71,6 +74,9 @@ class _Rehearsal:
         held = [self._held(value, "float32") for _, value in terms]
         return cast(Array, _Shape(self.arena, held[0].shape, "float32"))
 
+    def dot(self, x: Array, y: Array) -> float:
+        return 0.0
+
     def take(self, array: Array, slots: Sequence[int]) -> Array:
         return self._like(array, len(slots), str(array.dtype))
 
@@ -100,12 +106,10 @@ class _Rehearsal:
 
 
 @cache
-def activation_bytes(
-    config: ModelConfig, plan: Plan, guided: bool, steps: int, context: ContextPlan | None = None
-) -> int:
+def activation_bytes(config: ModelConfig, plan: Plan, load: Load, context: ContextPlan | None = None) -> int:
     """Bytes of the arena that a job needs with all its clips. `context` is of its longest window."""
     executor = _Rehearsal()
-    _rehearse(Model(config, plan, executor, {}), guided, steps, context and _few(context))
+    _rehearse(Model(config, plan, executor, {}), load, context and _few(context))
     return int(executor.arena.peak * (1 + MARGIN))
 
 
@@ -118,14 +122,18 @@ def _few(plan: ContextPlan) -> ContextPlan:
     return _Few(plan.context, plan.slots, plan.size, plan.compat)
 
 
-def _rehearse(
-    model: Model, guided: bool, steps: int, context: ContextPlan | None, sampler: str = "unipc"
-) -> None:
-    """A job of WINDOWS windows. Every time embedding is taken, but only the first STEPS steps are."""
+def _rehearse(model: Model, load: Load, context: ContextPlan | None, sampler: str = "unipc") -> None:
+    """A job of WINDOWS windows. Every time embedding is taken, but only the first STEPS steps are. Prompts
+    that travel change in every window.
+    """
     config, plan = model.config, model.plan
     text = np.zeros((config.text.length, config.text.dim), np.float32)
-    picture = np.zeros((plan.height, plan.width, 3), np.uint8)
-    prepared = prepare(model, [text] * (1 + guided), picture, [0.0] * steps)
+    windows = [_texts(load, j if load.travels else 0) for j in range(WINDOWS)]
+    more = [f"more {k}" for k in range(load.contexts - len(windows[0].all))]
+    features = {name: text for texts in windows for name in (*texts.all, *more)}
+    pictures = Pictures(np.zeros((plan.height, plan.width, 3), np.uint8))
+    nag, first = Nag("") if load.nag else None, (*windows[0].all, *more)
+    prepared = prepare(model, features, first, pictures, ClipVision(), nag, [0.0] * load.steps, load.guided)
     zero = np.float32(0)
     slots = plan.slots if context is None else context.slots
     count, size = 4 * (slots - 2) + 1, config.motion.size
@@ -136,16 +144,18 @@ def _rehearse(
     def faces(start: int, stop: int) -> Array:
         return np.broadcast_to(zero, (stop - start, 3, size, size))
 
-    def under(window: WindowCondition, part: Part | None) -> Predict:
-        branches = [Branch(context, window) for context in prepared.contexts]
-        return predict_window(model, prepared, branches, 2.0)
-
     noise = np.zeros((config.vae.latent_channels, slots, plan.latent_height, plan.latent_width), zero.dtype)
-    steps = min(steps, STEPS)
+    steps = min(load.steps, STEPS)
+    settings = [StepSettings(1.0 + load.guided, pose=True, face=True)] * steps
     levels = schedule("official", steps, 5.0)
-    for _ in range(WINDOWS):
+    for texts in windows:
         clips = WindowClips(count, frames, faces)
         window = encode_window(model, prepared.reference, clips, frames(0, 1), Strengths())
+        prepared.contexts.use((*texts.all, *more))
+
+        def under(window: WindowCondition, part: Part | None, texts: Texts = texts) -> Predict:
+            return predict_window(model, prepared, branches(prepared, texts, window), settings)
+
         predict = predict_latents(model, window, context, under)
         solver = SAMPLERS[sampler].make(levels, model.executor.combine, lambda: noise)
         start = noise if context is None else model.place(noise)
@@ -155,3 +165,10 @@ def _rehearse(
         del solver, predict, start
         for _ in decode(model, latents):
             pass
+
+
+def _texts(load: Load, window: int) -> Texts:
+    negative, nag = (
+        f"{name} {window}" if used else None for name, used in (("no", load.guided), ("nag", load.nag))
+    )
+    return Texts(f"{window}", negative, nag)

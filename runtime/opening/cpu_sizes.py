@@ -11,6 +11,7 @@ from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.events import Progress
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor, require_memory
+from trt_wan.runtime.job import Load
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.weights.stored import Tensors
 
@@ -32,8 +33,7 @@ class CpuSizes:
     def begin(
         self,
         plan: Plan,
-        guided: bool,
-        steps: int,
+        load: Load,
         context: ContextPlan | None,
         skip: Collection[str],
         progress: Progress,

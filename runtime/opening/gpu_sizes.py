@@ -26,6 +26,7 @@ from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.gpu import GpuExecutor
+from trt_wan.runtime.job import Load
 from trt_wan.runtime.loras.merging import MergingSource
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.opening.activation_memory import activation_bytes
@@ -35,9 +36,11 @@ from trt_wan.runtime.opening.residency import (
     CONTEXT_BYTES,
     KERNELS_BYTES,
     Residency,
+    passing_bytes,
     plan_residency,
 )
 from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
+from trt_wan.runtime.segments.segment import Segment
 from trt_wan.runtime.segments.tensorrt import finish_engines
 from trt_wan.runtime.settings import Settings
 from trt_wan.runtime.weights.on_device import DeviceWeights
@@ -80,8 +83,7 @@ class GpuSizes:
     def begin(
         self,
         plan: Plan,
-        guided: bool,
-        steps: int,
+        load: Load,
         context: ContextPlan | None,
         skip: Collection[str],
         progress: Progress,
@@ -99,10 +101,12 @@ class GpuSizes:
         if plan not in self._models:
             self.weights.prefetch(others)  # while the segments are opened
             self._open(plan, progress)
+        if load.nag:
+            self._open_optional(plan, progress)
         executor = self._executors[plan] = self._executors.pop(plan)
         for old in list(self._executors)[:-MOST_SIZES]:
             del self._executors[old], self._models[old]
-        residency = self._residency(plan, guided, steps, context, executor.scratch_bytes)
+        residency = self._residency(plan, load, context, executor.scratch_bytes)
         if residency.streamed:
             streamed = len({pack.n for pack in residency.streamed})
             text = f"{streamed} of {self._config.transformer.layers} blocks stream from host memory"
@@ -143,24 +147,33 @@ class GpuSizes:
         self._gpu.close()
 
     def _open(self, plan: Plan, progress: Progress) -> None:
-        recipes = recipes_here(self._config, plan, self._machine)
-        chosen = choose_segments(self._config, plan, self._machine, recipes, self._settings, progress)
-        segments = open_segments(chosen, self._config, plan, self._gpu, recipes, progress)
-        executor = GpuExecutor(self._gpu, segments, self.weights)
+        executor = GpuExecutor(self._gpu, self._segments(plan, False, progress), self.weights)
         self._executors[plan] = executor
         observed = self._observe(executor) if self._observe else executor
         self._models[plan] = Model(self._config, plan, observed, self._host)
 
-    def _residency(
-        self, plan: Plan, guided: bool, steps: int, context: ContextPlan | None, scratch: int
-    ) -> Residency:
+    def _open_optional(self, plan: Plan, progress: Progress) -> None:
+        """Opens the optional networks of a size that is open, once."""
+        names = {network.name for network in networks(self._config, plan).values() if network.optional}
+        if not names <= self._executors[plan].segments.keys():
+            self._executors[plan].segments |= self._segments(plan, True, progress)
+
+    def _segments(self, plan: Plan, optional: bool, progress: Progress) -> dict[str, Segment]:
+        """The segments of the networks that are optional, or of all others."""
+        recipes = recipes_here(self._config, plan, self._machine)
+        settings = self._settings
+        chosen = choose_segments(self._config, plan, self._machine, recipes, settings, progress, optional)
+        return open_segments(chosen, self._config, plan, self._gpu, recipes, progress)
+
+    def _residency(self, plan: Plan, load: Load, context: ContextPlan | None, scratch: int) -> Residency:
         """Keeps a larger arena and scratch of an earlier job, unless a block must stream for them."""
-        arena = activation_bytes(self._config, plan, guided, steps, context)
+        arena = activation_bytes(self._config, plan, load, context)
         contracts = self._models[plan].networks
+        spare = passing_bytes(contracts) if load.travels else 0
 
         def planned(arena: int, scratch: int) -> Residency:
             return plan_residency(
-                self._config, contracts, arena, scratch, self._budget, self._settings.keep_encoders
+                self._config, contracts, arena, scratch, self._budget, self._settings.keep_encoders, spare
             )
 
         least = planned(arena, scratch)
@@ -211,11 +224,15 @@ def choose_segments(
     recipes: Mapping[Engine, Recipe],
     settings: Settings,
     progress: Progress,
+    optional: bool = False,
 ) -> dict[str, Candidate]:
-    """The candidate for every network; reports the choice and its reason where there are several."""
+    """The candidate for every network, without those that are optional, or for these alone. Reports the
+    choice and its reason where there are several.
+    """
     require_tier(settings.tier, plan.precision)
     chosen, unmeasured = {}, 0
-    for network in networks(config, plan):
+    contracts = networks(config, plan)
+    for network in (name for name, row in contracts.items() if row.optional == optional):
         rows = candidates(network, plan.precision, machine)
         graph = recipes[Engine(network)].engine.source
         choice = choose(

@@ -33,7 +33,7 @@ from trt_wan.runtime.events import Note, Progress, StageStarted, silent
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.onnxruntime import require_memory
 from trt_wan.runtime.finite import Broken, explained, is_finite
-from trt_wan.runtime.job import Job, Lora
+from trt_wan.runtime.job import Job, Load, Lora
 from trt_wan.runtime.loras.lora_file import open_lora
 from trt_wan.runtime.loras.loras import Loras
 from trt_wan.runtime.networks.model import Model
@@ -57,6 +57,8 @@ RANDOM_SEED = 0
 MOST_EXPANSION = 18  # tokens of a character: U+FDFA becomes 18 letters
 HostWeights = Mapping[Part, Mapping[str, Array]]
 TEXT_ENCODER = "text_encoder_layer"
+IMAGE_ENCODER = ["image_encoder_embed", "image_encoder_layer"]
+MOST_TEXTS = 16  # encoded at a time: more would take more memory than the contexts, for which there is room
 
 
 class Sizes(Protocol):
@@ -70,8 +72,7 @@ class Sizes(Protocol):
     def begin(
         self,
         plan: Plan,
-        guided: bool,
-        steps: int,
+        load: Load,
         context: ContextPlan | None,
         skip: Collection[str],
         progress: Progress,
@@ -270,15 +271,15 @@ class OpenModel:
 
     def begin(self, job: Job, width: int, height: int, frames: int, progress: Progress) -> Model:
         plan = Plan(width, height, job.model_window, self.precision)
-        found = {prompt: self._cache.find(prompt) for prompt in job.prompts}
-        self._features = {prompt: features for prompt, features in found.items() if features is not None}
-        for prompt in found:
-            self._report_cut(prompt, progress)
-        known = len(self._features) == len(found)
+        found = {text: self._cache.find(text) for text in job.texts}
+        self._features = {text: features for text, features in found.items() if features is not None}
+        for text in found:
+            self._report_cut(text, progress)
+        skip = [TEXT_ENCODER] if len(self._features) == len(found) else []
+        skip += IMAGE_ENCODER if job.clip_vision.off else []
         self._merge(job.loras, progress)
         context = job.context_plan(job.windows(frames).length(0))
-        skip = [TEXT_ENCODER] if known else []
-        return self._sizes.begin(plan, job.guided, job.schedule.steps, context, skip, progress)
+        return self._sizes.begin(plan, job.load, context, skip, progress)
 
     def _merge(self, loras: Sequence[Lora], progress: Progress) -> None:
         """Everything that a job computes from the transformer's weights it computes anew, so that the weights
@@ -300,19 +301,23 @@ class OpenModel:
             data = {"tokens": tokens, "read": tokenizer.length, "prompt": prompt}
             progress(Note(f"{text} It begins: {shown(prompt)}", "prompt_cut", data))
 
-    def texts(self, model: Model, job: Job, progress: Progress) -> list[Array]:
-        new = [prompt for prompt in dict.fromkeys(job.prompts) if prompt not in self._features]
+    def texts(self, model: Model, job: Job, progress: Progress) -> Mapping[str, Array]:
+        new = [text for text in job.texts if text not in self._features]
         if new:
             progress(StageStarted("text"))
-        made = encode_texts(model, self._weights.tokenizer, new) if new else []
+        for start in range(0, len(new), MOST_TEXTS):
+            self._encode(model, new[start : start + MOST_TEXTS])
+        return self._features
+
+    def _encode(self, model: Model, texts: Sequence[str]) -> None:
+        made = encode_texts(model, self._weights.tokenizer, texts)
         if not all(map(is_finite, made)):
             raise explained(
-                model, Broken("the prompt", lambda model: encode_texts(model, self._weights.tokenizer, new))
+                model, Broken("the prompt", lambda model: encode_texts(model, self._weights.tokenizer, texts))
             )
-        for prompt, features in zip(new, made, strict=True):
-            self._features[prompt] = features
-            self._cache.store(prompt, features)
-        return [self._features[prompt] for prompt in job.prompts]
+        for text, features in zip(texts, made, strict=True):
+            self._features[text] = features
+            self._cache.store(text, features)
 
     def close(self) -> None:
         """Call between jobs. A second call does nothing."""

@@ -35,10 +35,18 @@ class Residency:
     streamed: list[Pack]  # in the order of a step; empty if everything fits
     slots: int  # bytes of the slots they stream through
     passing: tuple[str, ...] = BEFORE_THE_STEPS  # networks whose weights are freed before the steps
+    spare: int = 0  # for weights that come again between two windows
 
     @property
     def total(self) -> int:
-        return self.arena + self.scratch + self.resident + self.slots
+        return self.arena + self.scratch + self.resident + self.slots + self.spare
+
+
+def passing_bytes(networks: Mapping[str, Network]) -> int:
+    """Bytes of weights on the GPU at a time when contexts are computed between two windows: a set that runs,
+    one that the GPU may still use, and one that is loaded.
+    """
+    return 3 * max(Pack.of(networks[name], 0).size for name in ("text_embed", "context_kv"))
 
 
 def plan_residency(
@@ -48,6 +56,7 @@ def plan_residency(
     scratch: int,
     budget: int,
     keep_encoders: bool = False,
+    spare: int = 0,
 ) -> Residency:
     """Keeps as many blocks as fit into `budget` bytes, which do not include the CUDA context.
 
@@ -63,13 +72,13 @@ def plan_residency(
         return everything
     blocks = [Pack.of(networks[name], n) for n in range(config.transformer.layers) for name in BLOCK]
     others = sum(size for name, size in sizes.items() if name not in (*BLOCK, *BEFORE_THE_STEPS))
-    whole = Residency(arena, scratch, others + sum(pack.size for pack in blocks), [], 0)
+    whole = Residency(arena, scratch, others + sum(pack.size for pack in blocks), [], 0, spare=spare)
     if whole.total <= budget:
         return whole
     slots = SLOTS * max(pack.size for pack in blocks)
     for kept in range(len(blocks) - len(BLOCK), -1, -len(BLOCK)):
         resident = others + sum(pack.size for pack in blocks[:kept])
-        partial = Residency(arena, scratch, resident, blocks[kept:], slots)
+        partial = Residency(arena, scratch, resident, blocks[kept:], slots, spare=spare)
         if partial.total <= budget:
             return partial
     needed = (partial.total + CONTEXT_BYTES) / 1e9

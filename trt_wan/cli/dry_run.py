@@ -68,8 +68,9 @@ def _evaluations(job: "Job", windows: "Windows") -> int:
     total = 0
     for j in range(windows.total):
         plan = job.context_plan(windows.length(j))
-        total += sum(1 if plan is None else len(plan.parts(step)) for step in range(job.schedule.steps))
-    return total * len(job.prompts)
+        for step, settings in enumerate(job.step_settings):
+            total += settings.passes * (1 if plan is None else len(plan.parts(step)))
+    return total
 
 
 def _engines(needs: Needs) -> str:
@@ -112,7 +113,7 @@ def _on_gpu(basis: "Basis", plan: "Plan", job: "Job", windows: "Windows", with_g
     assert basis.place is not None, "a job on the CPU"
     (gpu, flavour), config, settings = basis.place, basis.weights.config, basis.settings
     context = job.context_plan(windows.length(0))
-    arena = activation_bytes(config, plan, job.guided, job.schedule.steps, context)
+    arena = activation_bytes(config, plan, job.load, context)
     budget = gpu.free_bytes() if settings.vram is None else settings.vram * 1e9
     table = networks(config, plan)
     residency = plan_residency(config, table, arena, 0, int(budget) - CONTEXT_BYTES, settings.keep_encoders)

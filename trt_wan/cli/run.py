@@ -17,6 +17,7 @@ from trt_wan.cli.context_options import context_options, take_context
 from trt_wan.cli.continue_options import continue_options
 from trt_wan.cli.cut_options import cut_of, cut_options
 from trt_wan.cli.dry_run import Told, forecast
+from trt_wan.cli.guidance_options import guidance_options, guidance_values, guided, with_guidance
 from trt_wan.cli.missing import require_graphs
 from trt_wan.cli.output_options import output_options, quality_of
 from trt_wan.cli.prepared import FILE as FILE_OF_ORIGIN
@@ -37,6 +38,7 @@ from trt_wan.cli.report import Report
 from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
 from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError, shown, some_of, with_commands
+from trt_wan.runtime.guidance import ClipVision, Nag
 from trt_wan.runtime.presets import PRESETS
 from trt_wan.runtime.sampling.grids import GRIDS
 from trt_wan.runtime.sampling.samplers import SAMPLERS
@@ -80,7 +82,7 @@ class RunOptions:
     prompt: str | None = None
     negative_prompt: str | None = None
     steps: int | None = None
-    guidance: float | None = None
+    guidance: float | tuple[float, ...] | None = None
     seed: int | None = None
     sampler: str | None = None
     grid: str | None = None
@@ -94,6 +96,13 @@ class RunOptions:
     cut: "Cut | None" = None
     start_frame: Path | None = None
     extend: Path | None = None
+    nag: Nag | None = None
+    cfg_zero_star: bool = False
+    clip_vision: ClipVision = ClipVision()
+    pose_start: float | None = None
+    pose_end: float | None = None
+    face_start: float | None = None
+    face_end: float | None = None
     context: "Context | None" = None
     compat: "Compat | None" = None
     trim_to_shortest: bool = False
@@ -124,7 +133,8 @@ class RunOptions:
         """Files and folders that are only read."""
         named = [getattr(self, name) for name in (*PARTS, "tokenizer", "start_frame", "extend")]
         loras = [lora.file for lora in self.loras]
-        return [*self.weights, *loras, *(path for path in (*named, self.init) if path is not None)]
+        named += [self.clip_vision.second, self.init]
+        return [*self.weights, *loras, *(path for path in named if path is not None)]
 
     def settings(self) -> "Settings":
         """A command runs one job, so no weights are kept for another."""
@@ -250,11 +260,21 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     + "; ".join(f"{preset.name}: {preset.about}" for preset in PRESETS.values())
     + ".",
 )
-@click.option("--prompt", help="Default: the one the model was trained with.")
+@click.option(
+    "--prompt",
+    help="Default: the one the model was trained with. Several with | between them: one for each window, or "
+    "each from a time on, '0:00 he walks | 0:05 he dances'.",
+)
 @click.option("--negative-prompt", help="Read only with a guidance above 1.")
 @click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps per window.")
 @click.option(
-    "--guidance", type=float, default=1.0, show_default=True, help="Above 1 every step costs twice."
+    "--guidance",
+    callback=guidance_values,
+    default="1.0",
+    show_default=True,
+    metavar="FLOAT[,FLOAT…]",
+    help="Above 1 a step costs twice. A list has a value for each step, and its last one stays: 5,1 guides "
+    "the first step alone.",
 )
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="The noise is that of PyTorch's CPU generator."
@@ -289,6 +309,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.option(
     "--face-strength", type=float, default=1.0, show_default=True, help="0 leaves the face clip aside."
 )
+@guidance_options
 @sampling_options
 @reference_background
 @click.option(
@@ -428,7 +449,7 @@ def run(
     refuse_unused_sampling()
     context = take_context(given)
     compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
-    made = with_preset(report, given.pop("preset"), given)
+    made = with_guidance(with_preset(report, given.pop("preset"), given))
     options = RunOptions(**made, context=context, compat=compat)
     if paste_back and options.mode == "animate":
         raise UsageError(
@@ -441,7 +462,7 @@ def run(
             "For another video each time use --seed $RANDOM. PyTorch's negative seeds are large ones: here "
             f"--seed {options.seed % 2**64}.",
         )
-    if options.negative_prompt is not None and not (options.guidance or 1) > 1:
+    if options.negative_prompt is not None and not guided(options.guidance):
         raise UsageError(
             "Without guidance --negative-prompt would do nothing.", "Add --guidance 5, or leave it out."
         )

@@ -14,9 +14,14 @@ SECTIONS = {
         *("context", "context_frames", "context_stride", "context_overlap", "context_fuse", "freenoise"),
     ),
     "Sampling": (
-        *("preset", "prompt", "negative_prompt", "steps", "guidance", "seed", "sampler", "grid", "shift"),
-        *("pose_strength", "face_strength", "sigmas", "init", "denoise_strength", "start_step", "end_step"),
+        *("preset", "prompt", "steps", "seed", "sampler", "grid", "shift"),
+        *("sigmas", "init", "denoise_strength", "start_step", "end_step"),
         *("colour_match", "colour_anchor"),
+    ),
+    "Guidance": (
+        *("guidance", "negative_prompt", "cfg_zero_star", "nag_prompt", "nag_scale", "nag_tau", "nag_alpha"),
+        *("pose_strength", "pose_start", "pose_end", "face_strength", "face_start", "face_end"),
+        *("clip_image_2", "clip_strength", "clip_strength_2", "clip_tiles", "clip_tile_ratio", "no_clip"),
     ),
     "People": (
         *("person", "point", "box", "keypoints", "detector", "pose", "hands", "head", "face", "face_padding"),
