@@ -92,7 +92,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What acts at one step."""
+    """The guidance of one step, and which conditions act there."""
 
     guidance: float
     pose: bool

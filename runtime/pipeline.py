@@ -449,7 +449,7 @@ class _StepClock:
         self.wait, self.steps, self.windows = model.executor.wait, job.schedule.steps, windows
         self.progress, self.should_stop = progress, should_stop
         self.settings = job.step_settings
-        self.durations: list[float] = []  # of one pass of the transformer
+        self.durations: list[float] = []  # one pass of the transformer
 
     def stop_before_next(self) -> None:
         """Call before a network outside the steps."""

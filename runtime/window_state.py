@@ -16,5 +16,5 @@ class WindowState:
     done: int
     carried: Array  # the last decoded frames [3, overlap, H, W], in [-1, 1]
     generator: GeneratorState
-    latent: Array  # of the window just finished, [16, slots, h, w]; slot 0 is the reference's
-    colours: Array | None = None  # float64: what Matching knows of the windows so far (colour.py)
+    latent: Array  # the finished window's, [16, slots, h, w]; slot 0 is the reference's
+    colours: Array | None = None  # float64: the figures of Matching so far (colour.py)

@@ -1,1 +1,1 @@
-"""What a run leaves beside its video: the record of how it was made, and finished windows to go on from."""
+"""Files beside a video: the record of how it was made, and finished windows to go on from."""

@@ -59,7 +59,7 @@ def record_of(
 
 
 def versions(basis: Basis) -> dict[str, str]:
-    """Of everything that may decide bits."""
+    """Versions of everything that may decide bits."""
     found = {"trt-wan": __version__}
     for package in PACKAGES:
         try:

@@ -39,7 +39,7 @@ class Record:
     paths: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self, with_paths: bool) -> str:
-        """JSON: of a line for metadata, of many with the paths."""
+        """JSON: one line for metadata, many lines with the paths."""
         values = {name: getattr(self, name) for name in _FIELDS if with_paths or name != "paths"}
         return json.dumps(
             {KEY: FORMAT, **values}, ensure_ascii=False, sort_keys=True, indent=1 if with_paths else None
@@ -68,7 +68,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Difference:
-    name: str  # of a setting, or the role of a file
+    name: str  # a setting's, or the role of a file
     before: Any
     now: Any
     group: str  # the part of the record

@@ -39,7 +39,7 @@ MOST_TOLD = 4  # differences in a message
 
 @dataclass(frozen=True)
 class Kept:
-    """What a run goes on from."""
+    """The end of the partial file, and the state there."""
 
     settled: Settled
     state: WindowState

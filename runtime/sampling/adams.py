@@ -18,7 +18,7 @@ class SaOdeStable(Stepping):
 
     def __init__(self, schedule: Schedule, combine: Combine, draw: Draw) -> None:
         super().__init__(schedule, combine, draw)
-        self._velocities: list[Latent] = []  # of the last three steps, the latest first
+        self._velocities: list[Latent] = []  # from the last three steps, the latest first
         self._smooth: Latent = None
 
     def step(self, i: int, latent: Latent, velocity: Latent) -> Latent:

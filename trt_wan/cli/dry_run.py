@@ -1,4 +1,4 @@
-"""`run --dry-run`: what a job would make and need, from what exists already. Nothing is computed or written.
+"""`run --dry-run`: a forecast of a job from the files and figures that exist already. Nothing is computed or written.
 
 Memory of a GPU is counted as before a job, without the scratch of the engines, which they tell when they are
 opened. Time is that of the networks alone: the measured time of each chosen candidate as often as a job calls
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Needs:
-    """Of one machine. None where it cannot be known before graphs and engines are made."""
+    """The needs on one machine. None where it cannot be known before graphs and engines are made."""
 
     place: str
     memory: int  # bytes
@@ -64,7 +64,7 @@ def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int) -
 
 
 def _evaluations(job: "Job", windows: "Windows") -> int:
-    """Of the transformer: for each step, prompt and context window of all windows."""
+    """Calls of the transformer: for each step, prompt and context window of all windows."""
     total = 0
     for j in range(windows.total):
         plan = job.context_plan(windows.length(j))

@@ -39,7 +39,7 @@ MOST_TOLD = 5
 
 @dataclass(frozen=True)
 class Lasting:
-    """What a run does about what it leaves: the record's options, and the run that it repeats or resumes."""
+    """The options for the record of a run, and the run that it repeats or resumes."""
 
     options: Mapping[str, Any] = field(default_factory=dict)  # names of files without folders
     paths: Mapping[str, Any] = field(default_factory=dict)  # options that name files, with folders
@@ -54,7 +54,7 @@ class Repeated:
     record: "Record"
 
     def check(self, report: Report, now: "Record", given: Mapping[str, Any]) -> None:
-        """Raises UsageError for what differs without having been asked for; notes for the rest."""
+        """Raises UsageError for differences that were not asked for; notes for the rest."""
         asked: list[Difference] = []
         unasked: list[Difference] = []
         for difference in self.record.differences(now):
@@ -75,7 +75,7 @@ class Repeated:
 
 
 def _meant(given: Mapping[str, Any]) -> set[str]:
-    """A picture and a clip stand for --inputs; a preset for what it sets."""
+    """A picture and a clip stand for --inputs; a preset for its settings."""
     from trt_wan.runtime.presets import RECIPE_FIELDS
 
     meant = {"inputs"} if "reference" in given else set()
@@ -106,7 +106,7 @@ def this_command(*more: str) -> str:
 
 
 def given_options() -> dict[str, Any]:
-    """What was typed, by the parameters' names."""
+    """The typed options, by the parameters' names."""
     given: dict[str, Any] = click.get_current_context().meta.get(GIVEN, {})
     return given
 
