@@ -1,4 +1,4 @@
-"""The parts that all samplers share: their levels, the sum of latents, fresh noise, and the order of the steps."""
+"""The parts that all samplers share: levels, the sum of latents, fresh noise, and the order of the steps."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""`run --dry-run`: a forecast of a job from the files and figures that exist already. Nothing is computed or written.
+"""`run --dry-run`: a forecast from files and figures that exist already. Nothing is computed or written.
 
 Memory of a GPU is counted as before a job, without the scratch of the engines, which they tell when they are
 opened. Time is that of the networks alone: the measured time of each chosen candidate as often as a job calls
