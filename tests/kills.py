@@ -160,9 +160,12 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
     for path, digest in kept.items():
         moment.check(path.exists() and _hash(path) == digest, f"{path.name} was changed by the next start")
     kept_too = {path.with_name(f"{path.name}.state") for path in kept}
+    if killed_late:  # the next start is refused: it changes nothing
+        kept_too |= {here / ".out.mp4.lock", here / "out.partial.mp4.state"}
     for path in sorted(here.rglob("*")):
         moment.check(
-            path in {*kept, *kept_too} or not _is_leftover(path), f"left over: {path.relative_to(here)}"
+            not kept_too.isdisjoint({path, path.parent}) or path in kept or not _is_leftover(path),
+            f"left over: {path.relative_to(here)}",
         )
     if not moment.faults:
         shutil.rmtree(here)

@@ -53,8 +53,11 @@ class Velocity:
         self.executor.weights = BoundWeights(dict(weights))
         model = Model(SMALL, PLAN, self.executor, {"text_encoder": weights["text_encoder"]})
         text, image, pose = (self._features(model, of, part) for of in ENCODERS)
-        context, one = transformer.encode_context(model, text, image), np.ones(1, np.float32)
-        face = transformer._fuser_keys(model, self.motion)
+        context, one = (
+            transformer.encode_context(model, text, transformer.embed_image(model, image)),
+            np.ones(1, np.float32),
+        )
+        face = transformer.fuser_keys(model, self.motion)
         window = transformer.WindowCondition(self.condition, pose, one, face, one)
         time, rope = transformer.encode_time(model, 500), transformer.rope_tables(SMALL, PLAN)
         return np.asarray(transformer.velocity(model, self.latent, time, context, window, rope))

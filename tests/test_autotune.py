@@ -622,6 +622,7 @@ def test_a_build_goes_on_without_what_cannot_be_built(bare: set[Engine]) -> None
     assert {event.engines for event in events if isinstance(event, EngineReady)} == {25}
 
 
+@pytest.mark.long
 def test_a_build_goes_on_without_a_network_that_few_jobs_run(bare: set[Engine]) -> None:
     bare.add(Engine("cross_attention_nag"))
     report = compile_engines(TINY, PLAN, "current", RTX, lambda event: None, machine=H200)
@@ -643,6 +644,7 @@ def test_a_place_that_nobody_can_take_ends_the_build(bare: set[Engine]) -> None:
     build(lambda row: None if row.name == "cudnn" else no_library(row))
 
 
+@pytest.mark.long
 def test_an_engine_without_rivals_ends_the_build(bare: set[Engine]) -> None:
     bare.add(Engine("head"))
     with pytest.raises(GraphError, match="head asks for 68 GB"):

@@ -74,7 +74,7 @@ def test_the_calls_of_a_job_are_those_of_the_cost_table(result: dict[str, Any]) 
         counted[row["name"]] += row["calls"]
     counted.pop("sampler")
     expected = {name: n.step * 2 + n.window + n.job for name, n in calls(TINY, PLAN, steps=2).items()}
-    assert counted == expected
+    assert counted == {name: count for name, count in expected.items() if count}
     profiled = {row["name"]: row["calls"] for row in result["steps"]["networks"]}
     assert {name: n.step for name, n in calls(TINY, PLAN, 2).items() if n.step}.items() <= profiled.items()
 

@@ -29,6 +29,7 @@ from trt_wan.errors import WeightsError
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.tokenizer import load_sentencepiece, load_tokenizer_json
 from trt_wan.runtime.weights.checkpoint import Checkpoint, orthonormal
+from trt_wan.runtime.weights.find_files import files_below
 from trt_wan.runtime.weights.find_tokenizer import find_tokenizer
 from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.random import random_weights
@@ -833,3 +834,12 @@ def test_rows_are_those_of_the_table(tmp_path: Path) -> None:
     rows = checkpoint.rows("shared.weight", [49, 0, 0, 7])
     np.testing.assert_array_equal(rows, table[[49, 0, 0, 7]].astype(np.float32))
     assert type(rows) is np.ndarray and rows.dtype == np.float32
+
+
+def test_a_search_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As --weights / would have none."""
+    monkeypatch.setattr("trt_wan.runtime.weights.find_files.MOST_FILES", 3)
+    for name in "abcd":
+        (tmp_path / f"{name}.bin").touch()
+    with pytest.raises(WeightsError, match="has more than 3 files below it"):
+        list(files_below([tmp_path]))

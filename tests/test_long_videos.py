@@ -322,4 +322,4 @@ def test_a_step_is_computed_again_from_the_files(model: OpenModel, long_clips: P
             latent = np.zeros((16, slots, PLAN.latent_height, PLAN.latent_width), np.float32)
             carried = None if window == 0 else np.zeros((3, 1, PLAN.height, PLAN.width), np.float32)
             texts = model.texts(inner, task, silent)
-            _Step(task, opened, texts, window, carried, 1, latent)(inner)
+            _Step(task, opened, texts, window, 0, carried, 1, latent)(inner)

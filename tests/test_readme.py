@@ -174,10 +174,16 @@ def test_the_first_page_with_files_of_ones_own(
     write_reference(tmp_path / "character.png", (64, 48))
     write_clip(tmp_path / "dance.mp4", 15, (64, 48), codec="libx264")
     lines = first_page()[3:]
-    assert lines[0] == ["--version"] and len(lines) == 4
+    assert lines[0] == ["--version"] and lines[-1][0] == "join" and len(lines) == 6
     run_lines([lines[0]])
     small = ["--window", "13", "--steps", "1"]
     run_lines(
-        [[*words, *small, *([] if "--inputs" in words else ["--size", "64x48"])] for words in lines[1:]]
+        [
+            [*("5" if word == "10s" else word for word in words), *small]
+            + ([] if "--inputs" in words else ["--size", "64x48"])
+            for words in lines[1:-1]
+        ]
     )
-    assert {"out.mp4", "again.mp4", "swapped.mp4", "out.inputs"} <= {path.name for path in tmp_path.iterdir()}
+    run_lines([lines[-1]])
+    made = {"out.mp4", "again.mp4", "swapped.mp4", "more.mp4", "whole.mp4", "out.inputs"}
+    assert made <= {path.name for path in tmp_path.iterdir()}

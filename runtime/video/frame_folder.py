@@ -60,7 +60,7 @@ def _name(number: int) -> str:
 
 def require_free(path: Path, overwrite: bool) -> None:
     """Raises OutputError for a folder that may not be replaced: only one of numbered PNGs can be."""
-    if not path.parent.is_dir() or (path.exists() and not path.is_dir()):
+    if not path.name or not path.parent.is_dir() or (path.exists() and not path.is_dir()):
         raise OutputError(
             f"{path} cannot be a folder of frames.", "Name a folder that can be made in one that exists."
         )

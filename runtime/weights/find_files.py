@@ -28,6 +28,7 @@ LONGEST_PATH = 90  # characters of one of several paths in a message
 OTHER_KINDS = {"loras", "upscale_models", "controlnet", "embeddings"}  # folders in a ComfyUI
 LIKE_A_PART = ("wan", "animate", "vae", "t5", "clip")  # in the names of files that may hold a part
 SKIPPED = ("__pycache__", ".git")
+MOST_FILES = 100_000  # below a folder; far more than people have models
 Identity = tuple[int, int]  # device and number of a file
 
 
@@ -223,10 +224,17 @@ def _size(path: Path) -> int:
 def files_below(folders: Sequence[Path]) -> Iterator[Path]:
     """All files below, through links to other folders (models live on another disk), each folder once."""
     seen: set[Identity | Path] = set()
+    count = 0
     for folder in folders:
         for parent, inner, names in os.walk(folder, followlinks=True):
             if not _new(Path(parent), seen):
                 inner.clear()
                 continue
+            count += len(names)
+            if count > MOST_FILES:
+                raise WeightsError(
+                    f"{folder} has more than {MOST_FILES} files below it.",
+                    "Name the folder of the models alone.",
+                )
             inner[:] = sorted(name for name in inner if name not in SKIPPED)
             yield from (Path(parent, name) for name in sorted(names))

@@ -37,7 +37,7 @@ from trt_wan.cli.repeating import Lasting, RepeatableCommand, given_options, las
 from trt_wan.cli.report import Report
 from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
 from trt_wan.cli.stopping import stop_at_a_safe_point
-from trt_wan.errors import TrtWanError, UsageError, shown, some_of, with_commands
+from trt_wan.errors import TrtWanError, UsageError, WeightsError, shown, some_of, with_commands
 from trt_wan.runtime.guidance import ClipVision, Nag
 from trt_wan.runtime.presets import PRESETS
 from trt_wan.runtime.sampling.grids import GRIDS
@@ -220,7 +220,10 @@ def _loras_in(folder: Path) -> str:
     """The LoRAs in a folder, in a sentence after its name."""
     from trt_wan.runtime.preset_loras import loras_below
 
-    names = [str(path.relative_to(folder)) for path in loras_below(folder)]
+    try:
+        names = [str(path.relative_to(folder)) for path in loras_below(folder)]
+    except WeightsError:  # too many files
+        return ""
     return f", with the LoRAs {some_of(names)}" if names else ", without a LoRA in it"
 
 
