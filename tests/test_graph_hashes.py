@@ -14,7 +14,13 @@ from trt_wan.engines.store.graphs import require_graphs
 HINT = "raise GRAPHS_VERSION in its contracts, then run: python tests/graph_hashes.py"
 
 
-@pytest.mark.parametrize("kind", graph_hashes.HASHES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.long if kind == "sam2" else ())  # its graphs change rarely
+        for kind in graph_hashes.HASHES
+    ],
+)
 def test_graphs_are_those_of_their_version(
     kind: str, tmp_path: Path, tiny_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

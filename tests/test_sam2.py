@@ -209,6 +209,7 @@ def test_a_clip_with_two_prompted_frames(folder: Path) -> None:
     assert all(found.score > 0 for found in got)
 
 
+@pytest.mark.long
 def test_frames_without_the_object(folder: Path) -> None:
     """Masks are then all -1024; pointers and memories still differ from frame to frame."""
     got = compare("sam2.1_tiny", folder, 4, prompts((0,)), score=-3.0)
