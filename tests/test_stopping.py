@@ -48,13 +48,15 @@ def test_a_helper_ends_with_its_build_in_the_middle_of_a_graph(tmp_path: Path) -
     started = tmp_path / "started"
     here = str(Path(__file__).parent)
     code = f"import sys; sys.path.insert(0, {here!r}); from trt_wan.build import beside; beside.main()"
-    helper = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    errors = tmp_path / "errors"
+    with errors.open("wb") as told:
+        helper = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=told)
     assert helper.stdin is not None
     helper.stdin.write(pickle.dumps(stay) + f'["a graph", "{started}"]\n'.encode())
     helper.stdin.flush()
     end = time.monotonic() + 30
     while not started.exists():
-        assert time.monotonic() < end and helper.poll() is None
+        assert time.monotonic() < end and helper.poll() is None, errors.read_text()
         time.sleep(0.01)
     helper.stdin.close()
     assert helper.wait(5) == 0
