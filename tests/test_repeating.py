@@ -86,6 +86,21 @@ def test_a_video_is_repeated_byte_for_byte(finished: Made) -> None:
     output.unlink()
 
 
+def test_options_of_every_kind_are_repeated(finished: Made, tmp_path: Path) -> None:
+    """Those whose meaning depends on being given too: --window with --context."""
+    video = tmp_path / "long.mp4"
+    inputs = ("--inputs", str(finished.folder / "out.inputs"), "--weights", str(finished.folder / "weights"))
+    window = ("--window", str(PLAN.frames + 4), "--context", "static_standard", "--context-overlap", "4")
+    windows = (*window, "--context-frames", str(PLAN.frames), "--no-freenoise")
+    steps = ("--steps", "2", "--sampler", "lcm", "--guidance", "2,1", "--pose-end", "50", "--seed", "4")
+    options = (*windows, *steps, "--colour-match", "mkl:0.5", "--start", "1", "--crf", "30")
+    first = invoke("run", *inputs, "-o", str(video), *options)
+    assert first.exit_code == 0, first.output
+    result, output = again(video)
+    assert result.exit_code == 0, result.output
+    assert output.read_bytes() == video.read_bytes()
+
+
 def test_the_metadata_names_files_without_folders(finished: Made) -> None:
     with av.open(str(finished.video)) as container:
         comment = container.metadata["comment"]

@@ -1,16 +1,15 @@
 """`--colour-match` and `--colour-anchor`, as one value of the job."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from trt_wan.cli.options import group
 from trt_wan.errors import UsageError
 
 if TYPE_CHECKING:
     from trt_wan.runtime.colour import Colour
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 METHODS = (
     "mkl",
     "hm",
@@ -54,10 +53,7 @@ COLOUR = (
 )
 
 
-def colour_options(function: Function) -> Function:
-    for option in reversed(COLOUR):
-        function = option(function)
-    return function
+colour_options = group(COLOUR)
 
 
 def colour_of(match: tuple[str, float] | None, anchor: str | None) -> "Colour | None":

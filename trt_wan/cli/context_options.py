@@ -1,10 +1,10 @@
 """The options of `trt-wan run` about context windows."""
 
-from collections.abc import Callable
 from typing import Any
 
 import click
 
+from trt_wan.cli.options import group, is_given
 from trt_wan.errors import UsageError
 from trt_wan.runtime.context.settings import FUSES, SCHEDULES, Context
 
@@ -57,10 +57,7 @@ NAMES = {
 }
 
 
-def context_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
+context_options = group(OPTIONS)
 
 
 def take_context(given: dict[str, Any]) -> Context | None:
@@ -68,16 +65,11 @@ def take_context(given: dict[str, Any]) -> Context | None:
     schedule = given.pop("context")
     settings = {field: given.pop(name) for name, field in NAMES.items()}
     if schedule is None:
-        if named := [name for name in NAMES if _is_given(name)]:
+        if named := [name for name in NAMES if is_given(name)]:
             option = f"--{named[0].replace('_', '-')}"
             raise UsageError(
                 f"Without context windows {option} would do nothing.",
                 f"Add --context static_standard, or leave out {option}.",
             )
         return None
-    return Context(schedule, **settings, whole=not _is_given("window"))
-
-
-def _is_given(name: str) -> bool:
-    source = click.get_current_context().get_parameter_source(name)
-    return source is click.core.ParameterSource.COMMANDLINE
+    return Context(schedule, **settings, whole=not is_given("window"))

@@ -1,12 +1,11 @@
 """`--start-frame` and `--extend` of `run`."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from trt_wan.cli.options import group
+
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 CONTINUE = (
@@ -23,7 +22,4 @@ CONTINUE = (
 )
 
 
-def continue_options(function: Function) -> Function:
-    for option in reversed(CONTINUE):
-        function = option(function)
-    return function
+continue_options = group(CONTINUE)

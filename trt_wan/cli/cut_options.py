@@ -1,16 +1,14 @@
 """`--start` and `--end` of `run` and `preprocess`."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from trt_wan.cli.options import group
 from trt_wan.errors import UsageError
 
 if TYPE_CHECKING:
     from trt_wan.runtime.video.cut import Cut, Mark
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _mark(ctx: click.Context, param: click.Parameter, value: str | None) -> "Mark | None":
@@ -40,10 +38,7 @@ CUT = (
 )
 
 
-def cut_options(function: Function) -> Function:
-    for option in reversed(CUT):
-        function = option(function)
-    return function
+cut_options = group(CUT)
 
 
 def cut_of(start: "Mark | None", end: "Mark | None") -> "Cut | None":

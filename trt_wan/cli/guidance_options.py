@@ -1,15 +1,13 @@
 """The options of `run` about guidance: schedules, NAG, strengths over the steps, and the pictures of CLIP."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from trt_wan.cli.options import group
 from trt_wan.errors import UsageError, shown
 from trt_wan.runtime.guidance import ClipVision, Nag
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def guidance_values(ctx: click.Context, param: click.Parameter, value: str) -> float | tuple[float, ...]:
@@ -87,10 +85,7 @@ OPTIONS = [
 ]
 
 
-def guidance_options(function: Function) -> Function:
-    for option in reversed(OPTIONS):
-        function = option(function)
-    return function
+guidance_options = group(OPTIONS)
 
 
 def with_guidance(given: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """`--codec`, `--crf` and `--frames` of `run`."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
+
+from trt_wan.cli.options import group
 
 if TYPE_CHECKING:
     from trt_wan.runtime.video.encoder import Quality
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 CODECS = ("h264", "hevc", "av1", "vp9", "prores")  # a test compares them with the runtime's
 
 OUTPUT = (
@@ -33,10 +33,7 @@ OUTPUT = (
 )
 
 
-def output_options(function: Function) -> Function:
-    for option in reversed(OUTPUT):
-        function = option(function)
-    return function
+output_options = group(OUTPUT)
 
 
 def quality_of(output: Path, codec: str | None, crf: int | None) -> "Quality":

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from trt_wan.cli.command import command
 from trt_wan.cli.cut_options import cut_of, cut_options
 from trt_wan.cli.missing import require_exporters
+from trt_wan.cli.options import group
 from trt_wan.cli.report import Report
 from trt_wan.cli.sections import SectionedCommand
 from trt_wan.cli.sizes import size
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from trt_wan.preprocess.job import PreprocessJob
     from trt_wan.preprocess.stages import Networks, Stages
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 Planned = Callable[[int, int], Callable[[], None]]
 NETWORK = click.Path(path_type=Path)  # a file or a folder, checked when it is opened
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -125,10 +125,7 @@ reference_background = click.option(
 )
 
 
-def preparing_options(function: Function) -> Function:
-    for option in reversed(PREPARING):
-        function = option(function)
-    return function
+preparing_options = group(PREPARING)
 
 
 @click.command(cls=SectionedCommand, short_help="Prepare the clips of a job.")

@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import click
-
 from trt_wan.cli.command import note
+from trt_wan.cli.options import is_typed
 from trt_wan.cli.report import Report
 from trt_wan.runtime.presets import RECIPE_FIELDS, differences, preset_named
 
@@ -19,12 +18,8 @@ def with_preset(report: Report, name: str | None, given: dict[str, Any]) -> dict
     from trt_wan.runtime.preset_loras import find_loras
     from trt_wan.runtime.weights_folders import searched_folders
 
-    preset, context = preset_named(name), click.get_current_context()
-    own = {
-        field
-        for field in RECIPE_FIELDS
-        if context.get_parameter_source(field) is click.core.ParameterSource.COMMANDLINE
-    }
+    preset = preset_named(name)
+    own = {field for field in RECIPE_FIELDS if is_typed(field)}
     recipe = {field: getattr(preset.recipe, field) for field in RECIPE_FIELDS if field not in own}
     won = {field: given[field] for field in own if given[field] != getattr(preset.recipe, field)}
     loras = given["loras"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.command import note
+from trt_wan.cli.options import is_given
 from trt_wan.cli.preprocess import PREPARING_NAMES
 from trt_wan.cli.report import Report
 from trt_wan.cli.sections import SectionedCommand
@@ -134,7 +135,9 @@ def lasting(made: Mapping[str, Any], inputs: Path, **chosen: Any) -> Lasting:
             paths[name] = _absolute(values[name])
             if name not in SEARCHED:
                 options[name] = _without_folder(values[name])
-        elif (value := parameter.type_cast_value(context, values[name])) != parameter.default:
+        elif (value := parameter.type_cast_value(context, values[name])) != parameter.default or (
+            name == "window" and "context" in values and is_given(name)  # with context windows it says more
+        ):
             options[name] = list(value) if isinstance(value, tuple) else value
     return Lasting(options, paths, **chosen)
 

@@ -19,6 +19,7 @@ from trt_wan.cli.cut_options import cut_of, cut_options
 from trt_wan.cli.dry_run import Told, forecast
 from trt_wan.cli.guidance_options import guidance_options, guidance_values, guided, with_guidance
 from trt_wan.cli.missing import require_graphs
+from trt_wan.cli.options import is_typed
 from trt_wan.cli.output_options import output_options, quality_of
 from trt_wan.cli.prepared import FILE as FILE_OF_ORIGIN
 from trt_wan.cli.prepared import is_from, origin
@@ -705,10 +706,9 @@ def _refuse_preparing(reference: Path | None) -> None:
     given = "REFERENCE and CLIP" if reference else ""
     context = click.get_current_context()
     for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
         if parameter.name == "compat" and context.params["compat"] == "kijai":
             continue  # it is about the windows too
-        if parameter.name in PREPARING_NAMES and source is click.core.ParameterSource.COMMANDLINE:
+        if parameter.name in PREPARING_NAMES and is_typed(parameter.name):
             off = context.params[parameter.name] is False
             given = given or (parameter.secondary_opts if off else parameter.opts)[0]
     if given:

@@ -1,11 +1,10 @@
 """The options of `trt-wan run` that choose noise levels one by one, and a part of the steps."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
+from trt_wan.cli.options import group, is_typed
 from trt_wan.errors import UsageError
 
 REPLACED = ("steps", "grid", "shift")  # by --sigmas
@@ -18,8 +17,8 @@ def _levels(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
         raise click.BadParameter(f"{value!r} is not a list of numbers, such as 1,0.94,0.83,0.62,0.") from None
 
 
-def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    options = [
+sampling_options = group(
+    [
         click.option(
             "--sigmas",
             callback=_levels,
@@ -41,21 +40,14 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--start-step", type=int, default=0, show_default=True, help="The first step to run."),
         click.option("--end-step", type=int, help="The step to stop before; noise stays in the picture."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+)
 
 
 def refuse_unused_sampling() -> None:
     """Raises UsageError for options that --sigmas replaces."""
-    context = click.get_current_context()
-    given = [name for name in REPLACED if _is_given(context, name)]
-    if given and context.params["sigmas"]:
+    given = [name for name in REPLACED if is_typed(name)]
+    if given and click.get_current_context().params["sigmas"]:
         raise UsageError(
             f"--sigmas names every noise level, so --{given[0]} would do nothing.",
             f"Leave out --sigmas, or --{given[0]}.",
         )
-
-
-def _is_given(context: click.Context, name: str) -> bool:
-    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
