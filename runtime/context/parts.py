@@ -7,7 +7,7 @@ slot's noise. With linear weights its velocity counts 0 there; with pyramid it l
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -79,7 +79,7 @@ def free_noise(noise: Array, size: int, overlap: int, generator: CpuGenerator) -
         noise[:, to : to + count] = noise[:, to - size + order]
 
 
-@cache
+@lru_cache(maxsize=64)  # more than the steps of a usual job
 def _parts(plan: ContextPlan, step: int) -> tuple[Part, ...]:
     slots, raw = _wrappers(plan, step) if plan.compat else _balanced(plan, step)
     sums = np.zeros(plan.slots)

@@ -4,6 +4,7 @@ import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from trt_wan.errors import UsageError, shown
@@ -121,6 +122,7 @@ GRIDS = {
 }
 
 
+@lru_cache(maxsize=16)  # a job asks for it at every prompt of a window
 def schedule(grid: str, steps: int, shift: float) -> Schedule:
     """The levels of `grid`, moved towards noise: sigma -> shift·sigma / (1 + (shift-1)·sigma).
 

@@ -12,7 +12,7 @@ CONTINUE = (
     click.option(
         "--start-frame",
         type=FILE,
-        help="A picture of the output's size: the video goes on from it, with the clip's first frame.",
+        help="A picture of the output's size before the clip's first frame; it is not in the output.",
     ),
     click.option(
         "--extend",

@@ -44,7 +44,7 @@ PERCENT = [
 OPTIONS = [
     click.option(
         "--nag-prompt",
-        help="Normalised attention guidance: a negative prompt without guidance, at 1 % of the time.",
+        help="Normalised attention guidance: a negative prompt without a second pass.",
     ),
     click.option("--nag-scale", type=float, show_default=f"{Nag.scale:g}", help="How strong it is."),
     click.option("--nag-tau", type=float, show_default=f"{Nag.tau:g}", help="How far it may go."),
