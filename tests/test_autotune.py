@@ -629,6 +629,7 @@ def test_a_build_goes_on_without_a_network_that_few_jobs_run(bare: set[Engine]) 
     assert [row.name for row in report.engines if row.state != "built"] == ["cross_attention_nag"]
 
 
+@pytest.mark.long
 def test_a_place_that_nobody_can_take_ends_the_build(bare: set[Engine]) -> None:
     """The 8-bit attention that is left is no exact one; a library that is here is."""
     bare |= {Engine("attention"), Engine("attention", "sm89")}

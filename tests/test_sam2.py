@@ -299,6 +299,7 @@ def test_objects_do_not_see_each_other(folder: Path) -> None:
         np.testing.assert_array_equal(both[number], logits((number,))[number])
 
 
+@pytest.mark.long
 def test_places_that_are_not_used_change_nothing(folder: Path) -> None:
     """In a graph with more room the same frames give the same masks, whatever lies in the masked places."""
     c = config("sam2.1_tiny")

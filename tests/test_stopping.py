@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from slow_export import stay
 
 from trt_wan.cli.command import _told
 from trt_wan.cli.stopping import ignored, interrupts
@@ -35,12 +36,6 @@ def test_a_signal_changes_nothing_when_the_result_is_told() -> None:
     with ignored():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def stay(name: str, path: Path) -> None:
-    """Stands for an export."""
-    path.write_text(name)
-    time.sleep(60)
 
 
 def test_a_helper_ends_with_its_build_in_the_middle_of_a_graph(tmp_path: Path) -> None:
