@@ -32,6 +32,7 @@ from trt_wan.engines.store.engines import ensure
 from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.errors import GraphError
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
+from trt_wan.runtime.guidance import Nag
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.opening.model import open_model
 from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
@@ -61,7 +62,7 @@ def calls(gpu: Any, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("inputs")
     inputs = Inputs.from_folder(prepare(folder, write_sound(folder / "sound.m4a", 1)), "animate")
     settings = Settings(executor="onnxruntime")
-    job = Job(inputs, window=PLAN.frames, steps=2)
+    job = Job(inputs, window=PLAN.frames, steps=2, guidance=2.0, nag=Nag("dark"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnnxRuntimeExecutor, "run", recorded)
         patch.setenv("TRT_WAN_HOME", str(tiny_home))
