@@ -98,12 +98,14 @@ def _set_aside(caches: list[Array], last: bool) -> None:
 
 
 def mixed(one: Array, other: Array, axis: int, size: int) -> Array:
-    """Two tiles, float32, as one array with `size` positions along an axis. Where they overlap the second
-    gains on the first linearly.
+    """Two tiles, float32, as one array with `size` positions along an axis. In the middle half of their
+    overlap the second takes over linearly. The quarter next to a cut is not used: there the zeros beyond it
+    show (tests/test_vae_tiles.py: a seam over the whole overlap was off by 6 % of the deviation, the middle
+    half is by 0.2 %).
     """
     overlap = one.shape[axis] + other.shape[axis] - size
-    steps = ((np.arange(overlap) + 0.5) / overlap).astype(np.float32)
-    gain = steps.reshape(-1, *(1,) * (one.ndim - 1 - axis))
+    share = (2 * (np.arange(overlap) + 0.5) / overlap - 0.5).clip(0, 1).astype(np.float32)
+    gain = share.reshape(-1, *(1,) * (one.ndim - 1 - axis))
     (before, out), (into, after) = np.split(one, [-overlap], axis), np.split(other, [overlap], axis)
     middle = np.add(out, np.multiply(gain, np.subtract(into, out)))
     return np.concatenate((before, middle, after), axis)
