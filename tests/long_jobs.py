@@ -36,6 +36,9 @@ from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.render import render
 from trt_wan.runtime.settings import Settings, WeightFiles
 
+_READ = Monitor.open().read
+BEFORE = _READ().memory_bytes if _READ else None  # bytes in use on the GPU: peaks are above it
+
 
 def run(model: OpenModel, job: Job, output: Path, base: Mapping[str, Any]) -> None:
     """Runs a job and prints its line."""
@@ -48,7 +51,7 @@ def run(model: OpenModel, job: Job, output: Path, base: Mapping[str, Any]) -> No
         elif isinstance(event, StepDone):
             steps.append(event.seconds)
 
-    with Monitor.open() as monitor:
+    with replace(Monitor.open(), before=BEFORE) as monitor:
         began = time.perf_counter()
         rendered = render(job, model, output, overwrite=True, progress=watch)
         ended = time.perf_counter()
@@ -67,6 +70,7 @@ def run(model: OpenModel, job: Job, output: Path, base: Mapping[str, Any]) -> No
         "gap": [round(sum(steps[k : k + count]) - count * median, 3) for k in range(0, len(steps), count)],
         "writing_seconds": round(rendered.writing_seconds, 3),
         "peak_gpu_gb": round(usage.peak_memory_bytes / 1e9, 3) if usage.peak_memory_bytes else None,
+        "lowest_clock_mhz": usage.lowest_clock_mhz,
         "peak_host_gb": round(peak_bytes() / 1e9, 3),
     }
     print(json.dumps(line), flush=True)

@@ -6,6 +6,7 @@ first.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,13 @@ def calls(gpu: Any, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("inputs")
     inputs = Inputs.from_folder(prepare(folder, write_sound(folder / "sound.m4a", 1)), "animate")
     settings = Settings(executor="onnxruntime")
-    job = Job(inputs, window=PLAN.frames, steps=2, guidance=2.0, nag=Nag("dark"))
+    job = Job(inputs, window=PLAN.frames, steps=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnnxRuntimeExecutor, "run", recorded)
         patch.setenv("TRT_WAN_HOME", str(tiny_home))
         with open_model(WeightFiles(random="tiny"), settings) as model:
             list(model.pieces(job))
+            list(model.pieces(replace(job, nag=Nag("dark"))))
     assert set(found) == set(networks(TINY, PLAN))
     return found
 

@@ -54,8 +54,8 @@ def folders(gpu: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clip
     base = tmp_path_factory.mktemp("jobs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRT_WAN_HOME", str(base / "home"))
-        for plan in (PLAN, OTHER):
-            build_graphs(TINY, replace(plan, precision="fp8"), lambda name, seconds: None)
+        for plan in (PLAN, replace(PLAN, precision="fp8"), replace(OTHER, precision="fp8")):
+            build_graphs(TINY, plan, lambda name, seconds: None)
         prepare(base / "first", write_sound(base / "tone.m4a", 1))
         (base / "other").mkdir()
         write_reference(base / "other/src_ref.png", (OTHER.width, OTHER.height))
