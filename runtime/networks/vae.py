@@ -23,8 +23,8 @@ Span = tuple[int, int]
 Half = Literal["encode", "decode"]
 
 # Latents of a segment, so that the host's memory does not grow with the clip. It holds the segment's frames,
-# at most 0.9 GB at 1280x720, and between two segments the caches of both tiles, 4.8 GB there in bf16. The usual
-# windows of 77 and 81 frames are one segment.
+# at most 0.9 GB at 1280x720, and between two segments the caches of both tiles, 4.8 GB there in bf16.
+# Windows of 77 and 81 frames are one segment.
 SEGMENT = 20
 
 
