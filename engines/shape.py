@@ -12,6 +12,8 @@ from trt_wan.errors import UsageError, shown
 MOST_SIDE, MOST_PIXELS = 8192, 4096 * 2304  # of a video; a larger one fits into no machine's memory
 MOST_FRAMES = 4089  # of a window: the official model's rotary table has 1024 positions, one a slot
 MOST_TOKENS = 1_000_000  # 6.6 times those of 161 frames at 1280x720
+# Latents that the two tiles of the VAE share: the middle of the seam is 64 pixels from the edges of both.
+TILE_OVERLAP = 16
 
 
 def require_possible_size(width: int, height: int) -> None:
@@ -95,3 +97,26 @@ class Plan:
     @property
     def tokens(self) -> int:
         return self.slots * self.tokens_per_slot
+
+    @property
+    def vae_tile(self) -> "VaeTile | None":
+        """The shape of both tiles into which the VAE cuts the longer side where GPU memory is short. They
+        share TILE_OVERLAP latents, or two more. None for a side that is too short to be cut.
+        """
+        longer = max(self.width, self.height)
+        side = 16 * -(-(longer // 8 + TILE_OVERLAP) // 4)
+        if side >= longer:
+            return None
+        width, height = (side, self.height) if self.width == longer else (self.width, side)
+        rest = self.frames, self.precision, self.vae_chunk, self.face_batch
+        return VaeTile(width, height, *rest, whole=(self.width, self.height))
+
+
+@dataclass(frozen=True)
+class VaeTile(Plan):
+    """A tile of the VAE. The VAE's networks are its only ones."""
+
+    whole: tuple[int, int] = (0, 0)  # width and height of the picture that is cut
+
+    def build_command(self, model: str) -> tuple[str, ...]:
+        return (*Plan(*self.whole, self.frames, self.precision).build_command(model), "--vae-tiles")

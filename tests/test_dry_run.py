@@ -1,6 +1,7 @@
 """`run --dry-run` tells the windows and the needs of a job, and makes nothing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,15 @@ def test_the_memory_of_a_gpu_is_planned_as_before_a_job(place: Path) -> None:
     assert 0.7e9 < roomy["memory"] < 1e9, "mostly the context"
     with pytest.raises(MemoryShort, match="even if all blocks stream"):
         forecast(a_basis(0.7e9), JOB, 64, 48, 40)
+
+
+def test_memory_that_does_with_the_vae_in_tiles(place: Path) -> None:
+    job = replace(JOB, window=9, guidance=1.0)
+    whole = forecast(a_basis(0.807e9), job, 512, 128, 40)[1]
+    text, tiled = forecast(a_basis(0.79e9), job, 512, 128, 40)
+    assert not whole["vae_tiles"]
+    assert tiled["vae_tiles"] and "the VAE computes in two tiles" in text
+    assert len(tiled["missing_graphs"]) == len(whole["missing_graphs"]) + 4
 
 
 def test_time_is_that_of_every_call_of_the_measured_networks() -> None:

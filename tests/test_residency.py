@@ -18,13 +18,14 @@ from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contract import Network
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.precision import Precision
-from trt_wan.engines.shape import Plan
+from trt_wan.engines.shape import Plan, VaeTile
 from trt_wan.errors import MemoryShort
 from trt_wan.runtime import pipeline
 from trt_wan.runtime.context.settings import Context
 from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.guidance import Nag
 from trt_wan.runtime.job import Inputs, Job, Load
+from trt_wan.runtime.networks import vae
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.text_encoder import encode_texts
 from trt_wan.runtime.networks.tokenizer import byte_tokenizer
@@ -125,11 +126,11 @@ def a_job(plan: Plan, steps: int, context: Context | None = None, **settings: An
     return Job(inputs, window=window, overlap=1, steps=steps, context=context, **settings)
 
 
-def counted(plan: Plan, job: Job, windows: int, more: int = 0) -> int:
+def counted(plan: Plan, job: Job, windows: int, more: int = 0, tile: VaeTile | None = None) -> int:
     """The peak of a whole job with all clips, through the pipeline that a GPU runs."""
     executor = Counting()
     weights = {part: RandomWeights(TINY, part, 0) for part in PARTS}
-    model = Model(TINY, plan, executor, weights)
+    model = Model(TINY, plan, executor, weights, tile)
     tokenizer = byte_tokenizer(TINY.text.vocabulary, TINY.text.length)
 
     class Opened:
@@ -172,6 +173,18 @@ def test_the_rehearsal_is_the_pipeline(
     monkeypatch.setattr(rehearsal, "MARGIN", 0)
     job = a_job(plan, 6, **settings)
     assert activation_bytes(TINY, plan, job.load) == counted(plan, job, 4)
+
+
+@pytest.mark.parametrize("plan", [Plan(512, 144, 9, "fp8"), Plan(64, 320, 13)], ids=["wide", "tall"])
+def test_the_rehearsal_of_tiles_is_the_pipeline(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
+    monkeypatch.setattr(rehearsal, "WINDOWS", 4)
+    monkeypatch.setattr(rehearsal, "MARGIN", 0)
+    monkeypatch.setattr(vae, "SEGMENT", 1)  # caches leave the device, and come back
+    job, tile = a_job(plan, 4), plan.vae_tile
+    assert tile is not None
+    needed = activation_bytes(TINY, plan, job.load, None, tile)
+    assert needed == counted(plan, job, 4, tile=tile)
+    assert needed < 0.9 * activation_bytes(TINY, plan, job.load)
 
 
 @each_plan
@@ -228,6 +241,13 @@ def test_the_memory_of_prompts_at_full_size() -> None:
     ]
     assert fits[1] - fits[0] == spare
     assert plan_residency(ANIMATE_14B, contracts, one, GB, fits[0], False, spare).streamed
+
+
+def test_tiles_of_the_full_model_take_what_the_transformer_takes() -> None:
+    """The peak of a job is a whole decoder's, or with tiles the transformer's: more tiles save nothing."""
+    plan = Plan(832, 480, 77, "fp8")
+    needed = [activation_bytes(ANIMATE_14B, plan, Load(4), None, tile) for tile in (None, plan.vae_tile)]
+    assert [n / GB for n in needed] == pytest.approx([4.70, 3.51], abs=0.02)
 
 
 def test_rehearsing_the_full_model_takes_little() -> None:

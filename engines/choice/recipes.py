@@ -23,7 +23,8 @@ from trt_wan.errors import UsageError
 
 def engine_names(model: ModelConfig, plan: Plan) -> tuple[str, ...]:
     """One engine per network, and the candidates that are built without a graph."""
-    return (*networks(model, plan), *((ATTENTION_FP8,) if PRECISIONS[plan.precision].fp8 else ()))
+    names = tuple(networks(model, plan))
+    return (*names, ATTENTION_FP8) if PRECISIONS[plan.precision].fp8 and "attention" in names else names
 
 
 def engines_of(model: ModelConfig, plan: Plan, machine: Machine) -> tuple[Engine, ...]:

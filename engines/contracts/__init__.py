@@ -28,7 +28,7 @@ from trt_wan.engines.contracts import (
     vae_decode,
     vae_encode,
 )
-from trt_wan.engines.shape import Plan
+from trt_wan.engines.shape import Plan, VaeTile
 
 # Raise it whenever an exported graph computes something else or has other inputs or outputs: exported graphs
 # are kept under this number. tests/test_graph_hashes.py finds a change that was forgotten.
@@ -37,7 +37,9 @@ GRAPHS_VERSION = 2
 
 @cache
 def networks(model: ModelConfig, plan: Plan) -> Mapping[str, Network]:
-    """Every network of `model` at the shapes of `plan`, by name, in the order a run first needs them."""
+    """Every network of `model` at the shapes of `plan`, by name, in the order a run first needs them. A tile
+    has those of the VAE alone.
+    """
     rows = (
         text_encoder.network(model),
         image_encoder.embed(model),
@@ -63,4 +65,5 @@ def networks(model: ModelConfig, plan: Plan) -> Mapping[str, Network]:
         vae_decode.first(model, plan),
         vae_decode.next_chunk(model, plan),
     )
-    return MappingProxyType({network.name: at_precision(network, plan.precision) for network in rows})
+    used = (network for network in rows if network.part == "vae" or not isinstance(plan, VaeTile))
+    return MappingProxyType({network.name: at_precision(network, plan.precision) for network in used})

@@ -12,18 +12,26 @@ from contextlib import contextmanager
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.shape import Plan
+from trt_wan.engines.shape import Plan, VaeTile
 from trt_wan.runtime.executors import Array, Executor, Observe
 
 
 class Model:
-    """`weights` are those that the host itself reads: umT5's token embedding and final norm."""
+    """`weights` are those that the host itself reads: umT5's token embedding and final norm. With `tile` the
+    VAE's networks have that shape, and networks/vae.py computes in tiles.
+    """
 
     def __init__(
-        self, config: ModelConfig, plan: Plan, executor: Executor, weights: Mapping[Part, Mapping[str, Array]]
+        self,
+        config: ModelConfig,
+        plan: Plan,
+        executor: Executor,
+        weights: Mapping[Part, Mapping[str, Array]],
+        tile: VaeTile | None = None,
     ) -> None:
         self.config, self.plan, self.executor, self.weights = config, plan, executor, weights
-        self.networks = networks(config, plan)
+        self.tile = tile
+        self.networks = {**networks(config, plan), **({} if tile is None else networks(config, tile))}
         self._kept: dict[str, Array] = {}
         self._before_each: Callable[[], None] | None = None
 

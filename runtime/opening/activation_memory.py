@@ -13,7 +13,7 @@ import numpy as np
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
-from trt_wan.engines.shape import Plan
+from trt_wan.engines.shape import Plan, VaeTile
 from trt_wan.runtime.conditioning import Strengths, WindowClips, encode_window
 from trt_wan.runtime.context.parts import ContextPlan, Part
 from trt_wan.runtime.context.predict import predict_latents
@@ -106,10 +106,18 @@ class _Rehearsal:
 
 
 @cache
-def activation_bytes(config: ModelConfig, plan: Plan, load: Load, context: ContextPlan | None = None) -> int:
-    """Bytes of the arena that a job needs with all its clips. `context` is of its longest window."""
+def activation_bytes(
+    config: ModelConfig,
+    plan: Plan,
+    load: Load,
+    context: ContextPlan | None = None,
+    tile: VaeTile | None = None,
+) -> int:
+    """Bytes of the arena that a job needs with all its clips. `context` is of its longest window; with `tile`
+    the VAE computes in tiles.
+    """
     executor = _Rehearsal()
-    _rehearse(Model(config, plan, executor, {}), load, context and _few(context))
+    _rehearse(Model(config, plan, executor, {}, tile), load, context and _few(context))
     return int(executor.arena.peak * (1 + MARGIN))
 
 

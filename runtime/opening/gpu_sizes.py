@@ -3,9 +3,11 @@
 Weights, arena and scratch are one each. Before a job the weights are planned anew: a job that needs a larger
 arena makes more blocks stream, a smaller one brings them back. Segments hold no weights; the sizes used last
 are kept.
+
+The VAE computes in tiles (networks/vae.py) for jobs that do not fit otherwise, and for no others.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -17,10 +19,11 @@ from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.precision import Precision
-from trt_wan.engines.shape import Plan
+from trt_wan.engines.shape import Plan, VaeTile
 from trt_wan.engines.store.engine_id import Recipe
+from trt_wan.engines.store.graphs import graph_set
 from trt_wan.engines.store.measurements import read_figures
-from trt_wan.errors import GpuFault, UsageError, shell_command, with_commands
+from trt_wan.errors import GpuFault, MemoryShort, UsageError, shell_command, with_commands
 from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, silent
@@ -50,6 +53,7 @@ from trt_wan.runtime.weights.sources import WeightSource
 from trt_wan.runtime.weights.stored import Tensors
 
 MOST_SIZES = 4  # whose segments are kept
+ExportTiles = Callable[[VaeTile, Progress], None]  # exports the graphs of a tile
 
 
 class GpuSizes:
@@ -62,7 +66,9 @@ class GpuSizes:
         source: WeightSource,
         settings: Settings,
         observe: Observe | None,
+        export_tiles: ExportTiles | None = None,
     ) -> None:
+        self._export_tiles = export_tiles
         self._gpu, self._machine = gpu, machine_of(gpu, flavour)
         self._config, self._host, self._settings, self._observe = config, host, settings, observe
         # The CUDA context exists, so free memory lacks it already; --vram counts it.
@@ -71,7 +77,7 @@ class GpuSizes:
         )
         self._budget = int(total)
         self.weights = DeviceWeights(gpu, source)
-        self._executors: dict[Plan, GpuExecutor] = {}  # the size used last comes last
+        self._executors: dict[Plan, GpuExecutor] = {}  # the one used last comes last; a tile has its own
         self._models: dict[Plan, Model] = {}
         self._scratch: tuple[Any, int] | None = None  # buffer, bytes
         self._slots = 0  # bytes that blocks stream through
@@ -110,10 +116,17 @@ class GpuSizes:
             self._open(plan, progress)
         if load.nag:
             self._open_optional(plan, progress)
-        executor = self._executors[plan] = self._executors.pop(plan)
+        self._executors[plan] = self._executors.pop(plan)
+        opened: Plan = plan
+        try:
+            residency = self._residency(plan, load, context, self._executors[plan].scratch_bytes)
+        except MemoryShort as short:
+            if (tile := plan.vae_tile) is None:
+                raise
+            residency, opened = self._in_tiles(plan, tile, load, context, short, progress), tile
+        executor = self._executors[opened]
         for old in list(self._executors)[:-MOST_SIZES]:
             del self._executors[old], self._models[old]
-        residency = self._residency(plan, load, context, executor.scratch_bytes)
         if residency.streamed:
             streamed = len({pack.n for pack in residency.streamed})
             text = f"{streamed} of {self._config.transformer.layers} blocks stream from host memory"
@@ -126,7 +139,7 @@ class GpuSizes:
         self._slots = residency.slots
         room = self._budget - residency.arena - residency.scratch - residency.slots
         self.weights.prefetch([*others, *blocks], room)
-        return self._models[plan]
+        return self._models[opened]
 
     def change(self, transformer: Tensors, changed: Collection[str]) -> None:
         table = networks(self._config, Plan()).values()  # weights do not depend on the plan
@@ -154,11 +167,51 @@ class GpuSizes:
             self._scratch = None
         self._gpu.close()
 
-    def _open(self, plan: Plan, progress: Progress) -> None:
-        executor = GpuExecutor(self._gpu, self._segments(plan, False, progress), self.weights)
-        self._executors[plan] = executor
+    def _in_tiles(
+        self,
+        plan: Plan,
+        tile: VaeTile,
+        load: Load,
+        context: ContextPlan | None,
+        short: MemoryShort,
+        progress: Progress,
+    ) -> Residency:
+        """Opens the tile for a job that raised `short`. Raises MemoryShort if that does not help, or if the
+        tile's graphs are missing and cannot be exported from here.
+        """
+        config, whole, vae = self._config, self._executors[plan], networks(self._config, tile)
+        others = {name: segment for name, segment in whole.segments.items() if name not in vae}
+        scratch = max(segment.scratch_bytes for segment in others.values())
+        self._residency(plan, load, context, scratch, tile)  # before anything is opened or asked for
+        if not graph_set(config, tile).complete():
+            if self._export_tiles is None:
+                raise _would_fit(short, tile.build_command(config.name)) from short
+            self._export_tiles(tile, progress)
+        if tile not in self._models:
+            self._open(plan, progress, tile)
+        executor = self._executors[tile] = self._executors.pop(tile)
+        executor.segments |= others  # the size may have been opened anew, or have optional ones by now
+        residency = self._residency(plan, load, context, executor.scratch_bytes, tile)
+        arenas = [activation_bytes(config, plan, load, context, cut) for cut in (None, tile)]
+        saved = (arenas[0] + whole.scratch_bytes - arenas[1] - executor.scratch_bytes) / 1e9
+        size = f"{tile.width}x{tile.height}"
+        progress(
+            Note(
+                f"The VAE computes in two tiles of {size}, which takes {saved:.1f} GB less: memory is short. "
+                "The picture differs a little from one computed whole.",
+                "vae_tiles",
+                {"tile": size, "saved_gb": round(saved, 2)},
+            )
+        )
+        return residency
+
+    def _open(self, plan: Plan, progress: Progress, tile: VaeTile | None = None) -> None:
+        """With `tile` only the VAE's segments are opened."""
+        opened = tile or plan
+        executor = GpuExecutor(self._gpu, self._segments(opened, False, progress), self.weights)
+        self._executors[opened] = executor
         observed = self._observe(executor) if self._observe else executor
-        self._models[plan] = Model(self._config, plan, observed, self._host)
+        self._models[opened] = Model(self._config, plan, observed, self._host, tile)
 
     def _open_optional(self, plan: Plan, progress: Progress) -> None:
         """Opens the optional networks of a size that is open, once."""
@@ -173,15 +226,23 @@ class GpuSizes:
         chosen = choose_segments(self._config, plan, self._machine, recipes, settings, progress, optional)
         return open_segments(chosen, self._config, plan, self._gpu, recipes, progress)
 
-    def _residency(self, plan: Plan, load: Load, context: ContextPlan | None, scratch: int) -> Residency:
+    def _residency(
+        self,
+        plan: Plan,
+        load: Load,
+        context: ContextPlan | None,
+        scratch: int,
+        tile: VaeTile | None = None,
+    ) -> Residency:
         """Keeps a larger arena and scratch of an earlier job, unless a block must stream for them."""
-        arena = activation_bytes(self._config, plan, load, context)
-        contracts = self._models[plan].networks
+        arena = activation_bytes(self._config, plan, load, context, tile)
+        contracts = networks(self._config, plan)
         spare = passing_bytes(contracts) if load.travels else 0
 
         def planned(arena: int, scratch: int) -> Residency:
+            keep = self._settings.keep_encoders
             return plan_residency(
-                self._config, contracts, arena, scratch, self._budget, self._settings.keep_encoders, spare
+                self._config, contracts, arena, scratch, self._budget, keep, spare, tile is not None
             )
 
         least = planned(arena, scratch)
@@ -198,6 +259,11 @@ class GpuSizes:
                 self._scratch = None
             self._scratch = self._gpu.allocate(size), size
         return int(self._scratch[0].handle)
+
+
+def _would_fit(short: MemoryShort, command: tuple[str, ...]) -> MemoryShort:
+    text = f"{short.hint} Or have the VAE compute in two tiles, with which it fits; export their graphs once:"
+    return MemoryShort(short.message, with_commands(text, shell_command(command)), command)
 
 
 def build_engines(

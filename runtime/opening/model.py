@@ -40,7 +40,13 @@ from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.text_encoder import encode_texts
 from trt_wan.runtime.networks.tokenizer import Tokenizer, byte_tokenizer
 from trt_wan.runtime.opening.cpu_sizes import CpuSizes
-from trt_wan.runtime.opening.gpu_sizes import GpuSizes, build_engines, chosen_candidates, require_tier
+from trt_wan.runtime.opening.gpu_sizes import (
+    ExportTiles,
+    GpuSizes,
+    build_engines,
+    chosen_candidates,
+    require_tier,
+)
 from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.text_cache import TextCache
@@ -156,14 +162,18 @@ class Basis:
     precision: Precision
     settings: Settings
 
-    def open(self, observe: Observe | None = None) -> "OpenModel":
-        """Call when nothing else takes GPU memory: the model counts the free bytes."""
+    def open(self, observe: Observe | None = None, export_tiles: ExportTiles | None = None) -> "OpenModel":
+        """Call when nothing else takes GPU memory: the model counts the free bytes. `export_tiles` is called
+        for a job that fits with the VAE in tiles alone; without it such a job raises MemoryShort where the
+        tile's graphs are missing.
+        """
         opened = self.weights
         sizes: Sizes
         if self.place is None:
             sizes = CpuSizes(opened.config, opened.host, observe)
         else:
-            sizes = GpuSizes(*self.place, opened.config, opened.host, opened.source, self.settings, observe)
+            config, host, source = opened.config, opened.host, opened.source
+            sizes = GpuSizes(*self.place, config, host, source, self.settings, observe, export_tiles)
         return OpenModel(opened, self.precision, sizes, self.settings)
 
     def require_loras(self, loras: Sequence[Lora]) -> None:

@@ -65,11 +65,13 @@ def plan_residency(
     budget: int,
     keep_encoders: bool = False,
     spare: int = 0,
+    tiled: bool = False,
 ) -> Residency:
     """Keeps as many blocks as fit into `budget` bytes, which do not include the CUDA context.
 
     With `keep_encoders` the networks of BEFORE_THE_STEPS keep their weights if all weights fit. Raises
-    MemoryShort, with the --vram that would do, if `budget` is too small even when all blocks stream.
+    MemoryShort, with the --vram that would do, if `budget` is too small even when all blocks stream. `tiled`:
+    the VAE computes in tiles, which the error says.
     """
     sizes = weight_bytes(networks)
     everything = Residency(arena, scratch, sum(sizes.values()), [], 0, ())
@@ -87,8 +89,9 @@ def plan_residency(
         if partial.total <= budget:
             return partial
     needed = (partial.total + CONTEXT_BYTES) / 1e9
+    tiles = " and the VAE computes in tiles" if tiled else ""
     raise MemoryShort(
-        f"This job needs {needed:.1f} GB of GPU memory even if all blocks stream; "
+        f"This job needs {needed:.1f} GB of GPU memory even if all blocks stream{tiles}; "
         f"{(budget + CONTEXT_BYTES) / 1e9:.1f} GB are to be used.",
         f"Use --vram {needed + 0.1:.1f}, or a smaller size or window.",
     )

@@ -86,6 +86,11 @@ def _targets(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     metavar="NAME|FILE",
     help="Build SAM2's engines instead, for a model such as base_plus or for the model in a file.",
 )
+@click.option(
+    "--vae-tiles",
+    is_flag=True,
+    help="Build the VAE in two tiles instead, for jobs that do not fit into GPU memory otherwise.",
+)
 @click.option("--dry-run", is_flag=True, help="List what exists and what would be built; build nothing.")
 @command
 def build(
@@ -100,6 +105,7 @@ def build(
     measure: bool | None,
     check: bool,
     sam2: str | None,
+    vae_tiles: bool,
     dry_run: bool,
 ) -> Any:
     """Build the engines of one size and window length for this machine's GPU, or for named ones.
@@ -117,23 +123,25 @@ def build(
     trt-wan build --sam2 base_plus
     """
     if check:
-        if sam2 is not None or targets or measure is not None or dry_run:
+        if sam2 is not None or targets or measure is not None or vae_tiles or dry_run:
             raise UsageError(
                 "--check compares the engines of this machine, and builds those that it needs.",
-                "Leave out --sam2, --target, --measure and --dry-run.",
+                "Leave out --sam2, --target, --measure, --vae-tiles and --dry-run.",
             )
         return _check(report, model, size, window, precision, flavour)
     if sam2 is not None:
         from trt_wan.cli.build_sam2 import build_sam2_for
 
-        if precision is not None or measure:
+        if precision is not None or measure or vae_tiles:
             raise UsageError(
-                "SAM2's engines are fp16, and they have no candidates to measure.",
-                "Leave out --precision and --measure.",
+                "SAM2's engines are fp16, and they have no VAE and no candidates to measure.",
+                "Leave out --precision, --measure and --vae-tiles.",
             )
         return build_sam2_for(report, sam2, targets, flavour, dry_run)
     window = WINDOW if window is None else window
-    return build_for(report, model, size or SIZE, window, precision, targets, flavour, measure, dry_run)
+    return build_for(
+        report, model, size or SIZE, window, precision, targets, flavour, measure, dry_run, vae_tiles
+    )
 
 
 def build_for(
@@ -146,12 +154,15 @@ def build_for(
     flavour: str | None = None,
     measure: bool | None = None,
     dry_run: bool = False,
+    vae_tiles: bool = False,
 ) -> tuple[Result, Data]:
     """The result and the data of `trt-wan build`. `measure`: see build/goals.py."""
     from trt_wan.build.goals import goals_here, named_goal
     from trt_wan.engines.shape import Plan
 
     plan = Plan(*size, window)  # refuses a bad size before anything is looked for
+    if vae_tiles:
+        plan, measure = _tile_of(plan, measure), False
     goals = (
         [named_goal(plan, precision, target, flavour) for target in targets]
         if targets
@@ -162,6 +173,17 @@ def build_for(
     if not goals:
         return _graphs(report, model, replace(plan, precision=precision or "fp32"), dry_run)
     return _engines(report, model, goals, measure, dry_run)
+
+
+def _tile_of(plan: "Plan", measure: bool | None) -> "Plan":
+    if measure:
+        raise UsageError("The VAE has no candidates to measure.", "Leave --measure out.")
+    if plan.vae_tile is None:
+        raise UsageError(
+            f"The VAE of {plan.width}x{plan.height} cannot be cut: a tile would be as large as the whole.",
+            "Leave --vae-tiles out.",
+        )
+    return plan.vae_tile
 
 
 def _graphs(report: Report, model: str, plan: "Plan", dry_run: bool) -> tuple[Result, Data]:

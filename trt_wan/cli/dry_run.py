@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trt_wan.cli.report import readable_bytes, table
 
 if TYPE_CHECKING:
-    from trt_wan.engines.shape import Plan
+    from trt_wan.engines.shape import Plan, VaeTile
     from trt_wan.runtime.job import Job
     from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.windows import Windows
@@ -24,6 +24,7 @@ class Needs:
     place: str
     memory: int  # bytes
     streamed_blocks: int = 0
+    vae_tiles: bool = False
     engines: tuple[str, ...] | None = ()  # that would be built
     seconds: float | None = None  # of the measured networks
     unmeasured: tuple[str, ...] | None = None  # networks
@@ -44,6 +45,8 @@ def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int) -
     plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
     graphs = graph_set(config, plan).missing()
     needs = _on_cpu(basis, plan) if basis.place is None else _on_gpu(basis, plan, job, windows, not graphs)
+    if needs.vae_tiles and plan.vae_tile is not None:
+        graphs += graph_set(config, plan.vae_tile).missing()
     data = {
         **{"frames": frames, "width": width, "height": height, "windows": windows.total},
         **{"window": windows.length(0), "overlap": job.overlap, "steps": job.schedule.steps},
@@ -85,7 +88,8 @@ def _engines(needs: Needs) -> str:
 
 def _memory(needs: Needs) -> str:
     streamed = f"; {needs.streamed_blocks} blocks stream from the host" if needs.streamed_blocks else ""
-    return f"at least {readable_bytes(needs.memory)} of {needs.place}{streamed}"
+    tiles = "; the VAE computes in two tiles" if needs.vae_tiles else ""
+    return f"at least {readable_bytes(needs.memory)} of {needs.place}{streamed}{tiles}"
 
 
 def _time(needs: Needs) -> str:
@@ -108,23 +112,34 @@ def _on_gpu(basis: "Basis", plan: "Plan", job: "Job", windows: "Windows", with_g
     from trt_wan.engines.contracts import networks
     from trt_wan.engines.store.engines import find
     from trt_wan.engines.store.measurements import read_figures
+    from trt_wan.errors import MemoryShort
     from trt_wan.runtime.events import silent
     from trt_wan.runtime.opening.activation_memory import activation_bytes
     from trt_wan.runtime.opening.gpu_sizes import choose_segments
-    from trt_wan.runtime.opening.residency import CONTEXT_BYTES, plan_residency
+    from trt_wan.runtime.opening.residency import CONTEXT_BYTES, Residency, plan_residency
     from trt_wan.runtime.opening.segments import machine_of
 
     assert basis.place is not None, "a job on the CPU"
     (gpu, flavour), config, settings = basis.place, basis.weights.config, basis.settings
     context = job.context_plan(windows.length(0))
-    arena = activation_bytes(config, plan, job.load, context)
-    budget = gpu.free_bytes() if settings.vram is None else settings.vram * 1e9
-    table = networks(config, plan)
-    residency = plan_residency(config, table, arena, 0, int(budget) - CONTEXT_BYTES, settings.keep_encoders)
+    budget = int(gpu.free_bytes() if settings.vram is None else settings.vram * 1e9) - CONTEXT_BYTES
+
+    def planned(tile: "VaeTile | None") -> Residency:
+        arena = activation_bytes(config, plan, job.load, context, tile)
+        keep, tiled = settings.keep_encoders, tile is not None
+        return plan_residency(config, networks(config, plan), arena, 0, budget, keep, tiled=tiled)
+
+    tiles = False
+    try:
+        residency = planned(None)
+    except MemoryShort:
+        if not (tiles := plan.vae_tile is not None):
+            raise
+        residency = planned(plan.vae_tile)
     memory = residency.total + CONTEXT_BYTES
     streamed = len({pack.n for pack in residency.streamed})
     if not with_graphs:
-        return Needs(gpu.name, memory, streamed, None)
+        return Needs(gpu.name, memory, streamed, tiles, None)
     machine = machine_of(gpu, flavour)
     recipes = recipes_here(config, plan, machine)
     chosen = choose_segments(config, plan, machine, recipes, settings, silent)
@@ -136,7 +151,7 @@ def _on_gpu(basis: "Basis", plan: "Plan", job: "Job", windows: "Windows", with_g
         if figure is not None and figure.ms is not None:
             times[network] = figure.ms / 1000
     seconds, unmeasured = _seconds(basis, plan, job, windows, times)
-    return Needs(gpu.name, memory, streamed, missing, seconds, unmeasured)
+    return Needs(gpu.name, memory, streamed, tiles, missing, seconds, unmeasured)
 
 
 def _seconds(

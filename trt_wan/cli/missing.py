@@ -13,6 +13,9 @@ from trt_wan.errors import GraphError, shell_command, with_commands
 from trt_wan.install import install_command
 
 if TYPE_CHECKING:
+    from trt_wan.engines.shape import VaeTile
+    from trt_wan.runtime.events import Progress
+    from trt_wan.runtime.opening.gpu_sizes import ExportTiles
     from trt_wan.runtime.opening.model import Basis
 
 EXPORTERS = ("torch", "onnx", "onnxscript")
@@ -45,6 +48,24 @@ def require_graphs(
 
         note(report, f"The graphs of {graphs.title}, are exported first, once.", "exporting_graphs")
         export_graphs(config, plan, report.progress)
+
+    return export
+
+
+def tile_exporter(basis: "Basis", build: bool) -> "ExportTiles | None":
+    """Exports the graphs of the VAE's tiles for a job that needs them. None where it cannot, or must not."""
+    if not build or lacking_exporters():
+        return None
+
+    def export(tile: "VaeTile", progress: "Progress") -> None:
+        from trt_wan.build.compile import export_graphs
+        from trt_wan.runtime.events import Note
+
+        text = (
+            "The job fits into GPU memory with the VAE in two tiles. Their graphs are exported first, once."
+        )
+        progress(Note(text, "exporting_graphs"))
+        export_graphs(basis.weights.config, tile, progress)
 
     return export
 

@@ -18,7 +18,7 @@ from trt_wan.cli.continue_options import continue_options
 from trt_wan.cli.cut_options import cut_of, cut_options
 from trt_wan.cli.dry_run import Told, forecast
 from trt_wan.cli.guidance_options import guidance_options, guidance_values, guided, with_guidance
-from trt_wan.cli.missing import require_graphs
+from trt_wan.cli.missing import require_graphs, tile_exporter
 from trt_wan.cli.options import is_typed
 from trt_wan.cli.output_options import output_options, quality_of
 from trt_wan.cli.prepared import FILE as FILE_OF_ORIGIN
@@ -566,7 +566,7 @@ def render_prepared(
         if kept_of(output) and not lasting.resume:
             text = with_commands("An earlier run can be gone on with:", this_command("--resume"))
             note(report, text, "can_resume")
-        with basis.open() as model:
+        with basis.open(export_tiles=tile_exporter(basis, options.build)) as model:
             stop = until_the_model_is_closed.enter_context(stop_at_a_safe_point())
             try:
                 result = render(
