@@ -442,6 +442,7 @@ def run(
     the same options. Graphs of this size that are missing are exported first.
     """
     from trt_wan.runtime.job import unused_clips
+    from trt_wan.runtime.kept.windows import forget_finished
     from trt_wan.runtime.video.frame_folder import require_free
     from trt_wan.runtime.video.sound import require_sound
     from trt_wan.runtime.video.target import refuse_inputs, require_audible
@@ -474,6 +475,8 @@ def run(
     refuse_inputs(output, [*files, *(inputs.glob("src_*") if inputs else ())])
     written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
     written |= {"quality": quality_of(output, codec, crf), "frames": frames}
+    if not dry_run:
+        forget_finished(output)
     if frames is not None:
         require_free(frames, overwrite)
     if audio is not None:
