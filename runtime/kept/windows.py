@@ -29,7 +29,7 @@ from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.kept.record import Record, from_values, read_record, sidecar_of
 from trt_wan.runtime.video.container import measure
 from trt_wan.runtime.video.kinds import KINDS
-from trt_wan.runtime.video.target import beside, explained, lock_of
+from trt_wan.runtime.video.target import beside, explained, lock_of, redo_folder
 from trt_wan.runtime.video.working_file import Settled, beginning
 from trt_wan.runtime.window_state import WindowState
 
@@ -98,6 +98,7 @@ def forget_finished(output: Path) -> None:
                 if _is_finished(place, folder):
                     _partial_of(folder).unlink(missing_ok=True)
                     shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(redo_folder(place), ignore_errors=True)
             lock.unlink(missing_ok=True)
 
 

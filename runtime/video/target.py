@@ -128,6 +128,11 @@ def lock_of(place: Path) -> Path:
     return place.with_name(f".{place.name}.lock")
 
 
+def redo_folder(place: Path) -> Path:
+    """The folder in which the parts of the video `place`, a resolved path, are made (redo.py)."""
+    return place.with_name(f".{place.name}.redo")
+
+
 def joining(partial: Path) -> Path:
     """The name of the final video while it is made of `partial`."""
     return partial.with_name(f".{partial.stem}.joining{partial.suffix}")
@@ -159,6 +164,7 @@ def missing_parents(path: Path) -> list[Path]:
 def _kept(place: Path) -> list[Path]:
     """Partial files that hold something. The others are of killed runs, for the lock is ours, and go."""
     kept = []
+    shutil.rmtree(redo_folder(place), ignore_errors=True)
     for path in beside(place):
         _quietly(joining(path).unlink)
         if path.stat().st_size <= PROBE and has_no_piece(path.read_bytes()):
