@@ -11,17 +11,40 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from av.audio.stream import AudioStream
 from av.packet import Packet
 
 from trt_wan.errors import InputError
 from trt_wan.runtime.video.container import open_container, video_stream
 from trt_wan.runtime.video.join import append, numbered, stream_form
 from trt_wan.runtime.video.kinds import KINDS
-from trt_wan.runtime.video.sound import Sound
+from trt_wan.runtime.video.pieces import codec_delay, is_mp4, set_times
+from trt_wan.runtime.video.sound import Sound, seconds
 from trt_wan.runtime.video.target import sync
 from trt_wan.runtime.video.working_file import WorkingFile
 
+HEADER = 1 << 20  # bytes of a Matroska file in which its header ends
+NANOSECOND = Fraction(1, 10**9)
 WHOLE = "Name the file as trt-wan wrote it, or render all of it anew: leave out --redo."
+
+
+class _Same(Sound):
+    """The packets of a finished video. Matroska has their times in milliseconds, and not all durations."""
+
+    def _copied(self) -> "Iterator[Packet[AudioStream]]":
+        muxer = KINDS[self.path.suffix.lower()].muxer
+        if is_mp4(muxer):
+            yield from super()._copied()
+            return
+        with self.path.open("rb") as file:
+            hidden = codec_delay(muxer, memoryview(file.read(HEADER)))
+        codec = self._input.codec_context
+        for packet in self._demuxed():
+            if seconds(packet) < -hidden:  # by rounding: the header hides all that is earlier
+                set_times(packet, *2 * (round(-hidden / NANOSECOND),), NANOSECOND)
+            if not packet.duration and codec.frame_size:
+                packet.duration = round(Fraction(codec.frame_size, codec.sample_rate) / packet.time_base)
+            yield packet
 
 
 def require_cuts(video: Path, places: Collection[int], rate: Fraction) -> None:
@@ -66,7 +89,7 @@ def splice(
     with ExitStack() as stack:
         opened = {path: stack.enter_context(open_container(path)) for path in (video, *parts.values())}
         streams = {path: video_stream(container, path) for path, container in opened.items()}
-        if sound := Sound.of(video, kind):
+        if sound := _Same.of(video, kind):
             stack.callback(sound.close)
         working = folder / f"spliced{output.suffix}"
         file = WorkingFile(working, kind, rate, streams[video], sound, comment=comment)

@@ -146,8 +146,11 @@ def this_command(*more: str) -> str:
 
 def given_options() -> dict[str, Any]:
     """The typed options, by the parameters' names. With --redo the seed is no option of the whole video."""
-    given: dict[str, Any] = click.get_current_context().meta.get(GIVEN, {})
-    return {name: value for name, value in given.items() if name != "seed"} if given.get("redo") else given
+    return _of_the_whole(click.get_current_context().meta.get(GIVEN, {}))
+
+
+def _of_the_whole(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name != "seed" or not given.get("redo")}
 
 
 def lasting(made: Mapping[str, Any], inputs: Path, **chosen: Any) -> Lasting:
@@ -212,7 +215,7 @@ def repeat(ctx: click.Context, param: click.Parameter, value: Path | None) -> Re
     values: dict[str, Any] = {}
     missing = []
     known = {parameter.name: parameter for parameter in ctx.command.params}
-    skipped = OWN | set(given) | ({"inputs"} if given.get("reference") else set())
+    skipped = OWN | set(_of_the_whole(given)) | ({"inputs"} if given.get("reference") else set())
     prepared = {"inputs": f"{value.stem}.inputs"}
     for name, typed in {**prepared, **record.options, **with_folders}.items():
         if name in skipped or name not in known:
