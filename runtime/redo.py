@@ -48,6 +48,7 @@ from trt_wan.runtime.window_state import WindowState
 # Frames over which a new window fades into the old frames at its end: those of one latent, the shortest span
 # that the model itself changes by.
 FADE = LATENT
+OF_ALL = {"short_last_window", "unused_prompts"}  # codes of notes about all windows
 AT_A_TIME = 16  # frames of the video that are read together
 
 
@@ -318,7 +319,7 @@ def _told(job: Job, windows: int, progress: Progress) -> Progress:
 
     def told(event: Event) -> None:
         if isinstance(event, Note):
-            if event.text in notes:
+            if event.text in notes or event.code in OF_ALL:
                 return
             notes.add(event.text)
         if isinstance(event, StepDone):

@@ -40,16 +40,16 @@ def forecast(
     width: int,
     height: int,
     frames: int,
-    known: int = 0,
     again: "Sequence[Again] | None" = None,
 ) -> Told:
-    """`known` frames come before the clips' `frames`. `again`: the only windows that are rendered, if a
-    finished video has the others. Raises MemoryShort.
-    """
+    """`again`: the only windows that are rendered, if a finished video has the others. Raises MemoryShort."""
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.graphs import graph_set
+    from trt_wan.runtime.pipeline import short_last_window
+    from trt_wan.runtime.video.continued import frames_before
 
-    windows = job.windows(known + frames)
+    before = frames_before(job.inputs, job.overlap, width, height)
+    windows = job.windows(frames + (0 if before is None else len(before)))
     numbers = range(windows.total) if again is None else [one.j for one in again]
     lengths = [windows.length(j) for j in numbers]
     plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
@@ -82,6 +82,7 @@ def forecast(
         ("what", "forecast"),
         ("video", f"{frames} frames, {width}x{height}"),
         ("windows", f"{windows.total} of {per_window}"),
+        *([("", note.text)] if again is None and (note := short_last_window(windows)) else []),
         *(("again", one.text) for one in again or ()),
         ("transformer", f"{data['evaluations']} evaluations, {plan.tokens} tokens each, {basis.precision}"),
         ("graphs", f"{len(graphs)} would be exported" if graphs else "are there"),

@@ -708,7 +708,6 @@ def _forecast(
     """Raises TrtWanError as the run itself would."""
     from trt_wan.runtime.opening.model import open_basis
     from trt_wan.runtime.video.clips import open_clips
-    from trt_wan.runtime.video.continued import frames_before
     from trt_wan.runtime.video.target import check_target
 
     width, height, frames = size
@@ -716,11 +715,11 @@ def _forecast(
     basis = open_basis(options.weight_files(), options.settings(), report.progress)
     basis.require_loras(job.loras)
     require_graphs(report, basis, width, height, job.model_window, options.build)
-    before, again = frames_before(job.inputs, job.overlap, width, height), None
+    again = None
     if redo is not None:
         with open_clips(job.inputs, job.history) as clips:
             again = redo.planned(job, clips)
-    return forecast(basis, job, width, height, frames, 0 if before is None else len(before), again)
+    return forecast(basis, job, width, height, frames, again)
 
 
 def _refuse_preparing(reference: Path | None) -> None:
