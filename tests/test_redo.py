@@ -319,6 +319,8 @@ def test_a_stopped_one_leaves_everything_as_it_was(
 def test_a_video_in_its_own_place(model: OpenModel, folder: Path, video: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.mp4"
     copy.write_bytes(video.read_bytes())
+    (tmp_path / ".copy.mp4.redo").mkdir()  # left over by a process that was killed
+    (tmp_path / ".copy.mp4.redo" / "window-3.mp4").touch()
     old = read_frames(video)
     new = again(model, job_of(folder), copy, copy, {3: 5}, overwrite=True)
     assert (new[:25] == old[:25]).all() and not (new[25:] == old[25:]).all()

@@ -247,6 +247,13 @@ def test_what_cannot_be_rendered_again_is_refused(
     )
 
 
+def test_a_window_of_other_clips_is_refused(finished: Made, copied: Path) -> None:
+    write_clip(copied.parent / "out.inputs" / "src_pose.mp4", colour=(1, 200, 3))
+    result, output = again(copied, "--weights", str(finished.folder / "weights"), "--redo", "1")
+    assert result.exit_code == 2 and not output.exists()
+    assert "nothing else of out.mp4: the pose src_pose.mp4 has other content" in error_of(result)["message"]
+
+
 def test_redo_asks_for_a_video_and_leave_to_replace_it(finished: Made, tmp_path: Path) -> None:
     video = str(finished.video)
     result = invoke("run", "--from", video, "--redo", "1", "--json")

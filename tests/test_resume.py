@@ -171,6 +171,7 @@ def test_the_remains_of_a_process_that_was_killed_after_its_last_rename(
         patch.setattr(kept, "remove", lambda partial: None)
         place.run(Chained(), name=name)
     lock.touch()
+    (place.folder / f".{name}.redo").mkdir()  # of a process that replaced the video (redo.py)
     if has_partial:
         shutil.copy(place.folder / name, partial)
     before = contents(place.folder)
