@@ -11,7 +11,7 @@ the video; negative numbers are those of the frames that it continues.
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -95,8 +95,8 @@ def windows_again(job: Job, seeds: Mapping[int, int], frames: int, known: int) -
         tied = 0 if j == windows.total - 1 or number + 1 in seeds else job.overlap
         if len(span) <= tied:
             raise UsageError(
-                f"Window {number} has {len(span)} frames, and the next goes on from the last {tied} of "
-                "them, so nothing of it can be rendered again.",
+                f"Window {number} has {len(span)} new frames, and the next window goes on from {tied}: none "
+                "of them can change alone.",
                 f"Render both again: --redo {number},{number + 1}",
             )
         made.append(Again(j, span, seeds[number], tied))
@@ -197,17 +197,18 @@ def _render(
             beside.check()
             return should_stop()
 
-        left = len(span)
-        pieces = model.pieces(
-            job, clips=clips, progress=told, should_stop=stop, begin_from=state, keep=lambda state: None
-        )
-        with closing(pieces):  # type: ignore[type-var]  # a generator
-            while left:  # the pieces of later windows are never asked for
-                piece = next(pieces)
-                left -= piece.shape[1]
+        def end(state: WindowState) -> None:
+            raise _WindowEnds
+
+        pieces = model.pieces(job, clips=clips, progress=told, should_stop=stop, begin_from=state, keep=end)
+        with suppress(_WindowEnds):
+            for piece in pieces:
                 beside.put(piece)
-        assert not left, "a piece of another window"
     return beside.busy_seconds
+
+
+class _WindowEnds(Exception):
+    """Ends a stream with its first window."""
 
 
 def faded(frames: Iterable[Picture], count: int, old: Pixels, tied: int) -> Iterator[Picture]:

@@ -269,7 +269,7 @@ def test_a_video_that_continues_another(model: OpenModel, folder: Path, tmp_path
         assert state.carried is not None and (state.carried == whole[:, 4 * j : 4 * j + 9]).all()
     new = again(model, job, video, tmp_path / "new.mp4", {1: 5, 2: 5, 3: 5})
     assert new.shape == old.shape and not (new == old).all(axis=(1, 2, 3)).any()
-    with pytest.raises(UsageError, match="Window 2 has 4 frames, and the next goes on from the last 9"):
+    with pytest.raises(UsageError, match="Window 2 has 4 new frames, and the next window goes on from 9"):
         windows_again(job, {2: 1}, 12, 9)
 
 
