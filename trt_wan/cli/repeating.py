@@ -20,7 +20,6 @@ from trt_wan.cli.sections import SectionedCommand
 from trt_wan.errors import InputError, UsageError, shell_command, with_commands
 
 if TYPE_CHECKING:
-    from trt_wan.cli.redo_options import Redo
     from trt_wan.runtime.kept.record import Difference, Record
     from trt_wan.runtime.kept.redone import Redone
 
@@ -49,7 +48,6 @@ class Lasting:
     resume: bool = False
     sidecar: bool = True
     repeated: "Repeated | None" = None
-    redo: "Redo | None" = None
 
 
 @dataclass(frozen=True)

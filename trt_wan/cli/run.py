@@ -451,7 +451,7 @@ def run(
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
     long = {name: given.pop(name) for name in ("resume", "sidecar", "repeated")}
-    redo = long["redo"] = redo_of(given.pop("redo"), long["repeated"], given)
+    redo = redo_of(given.pop("redo"), long["repeated"], given)
     given["colour"] = colour_of(given.pop("colour_match"), given.pop("colour_anchor"))
     given["cut"] = cut_of(given.pop("start"), given.pop("end"))
     refuse_unused_sampling()
@@ -495,7 +495,7 @@ def run(
         if unused := unused_clips(inputs, options.mode):  # type: ignore[arg-type]  # click has checked it
             note(report, f"Not used in the mode {options.mode}: {', '.join(unused)}.")
         return render_prepared(
-            report, inputs, output, options, **written, lasting=lasting(made, inputs, **long)
+            report, inputs, output, options, **written, lasting=lasting(made, inputs, **long), redo=redo
         )
     if reference is None or clip is None:
         raise UsageError(
@@ -536,6 +536,7 @@ def render_prepared(
     frames: Path | None = None,
     basis: "Basis | None" = None,
     lasting: Lasting = Lasting(sidecar=False),  # noqa: B008  (frozen)
+    redo: Redo | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Makes the video of the prepared clips in `folder`, and before it the graphs that are missing.
 
@@ -563,7 +564,6 @@ def render_prepared(
         ExitStack() as until_the_model_is_closed,
     ):
         frames_before(job.inputs, job.overlap, clips.width, clips.height, clips.rate)  # to refuse it now
-        redo = lasting.redo
         again = [] if redo is None else redo.planned(job, clips)
         basis = basis or open_basis(files, settings, report.progress)
         basis.require_loras(job.loras)
