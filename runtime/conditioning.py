@@ -41,23 +41,28 @@ def cells(person: Array) -> Array:
     return person[:, ::8, ::8]
 
 
-def known_mask(carried: int, person: Array) -> Array:
+def known_mask(carried: int, person: Array, ending: int = 0) -> Array:
     """The four mask channels of the window's own slots, [4, T, h, w].
 
-    `carried` frames at the start are known. `person` [F, h, w] in 0…1 is 1 on the person, or everywhere where
-    there is no mask; values between 0 and 1 stay as they are (model_spec.md 2.1).
+    `carried` frames at the start and `ending` frames at the end are known. `person` [F, h, w] in 0…1 is 1 on
+    the person, or everywhere where there is no mask; values between 0 and 1 stay as they are (model_spec.md
+    2.1).
     """
     known = 1 - person.astype(np.float32)
     known[:carried] = 1
+    known[len(known) - ending :] = 1
     first_four = np.repeat(known[:1], 3, axis=0)  # the first latent frame is one pixel frame, four times
     grouped = np.concatenate((first_four, known)).reshape(-1, 4, *known.shape[1:])
     return np.ascontiguousarray(grouped.transpose(1, 0, 2, 3))
 
 
-def condition_frames(plan: Plan, carried: Array | None, background: Read | None) -> Read:
-    """The window's known pixels [3, frames, H, W]: carried frames, then background, grey where there is
-    none.
+def condition_frames(
+    plan: Plan, carried: Array | None, background: Read | None, ending: Array | None = None, count: int = 0
+) -> Read:
+    """The known pixels [3, frames, H, W] of a window of `count` frames: carried frames, background, `ending`;
+    grey where there is none. Only `ending` needs the count.
     """
+    ending_at = count if ending is None else count - ending.shape[1]
 
     def read(start: int, stop: int) -> Array:
         frames = (
@@ -68,6 +73,9 @@ def condition_frames(plan: Plan, carried: Array | None, background: Read | None)
         if carried is not None and start < carried.shape[1]:
             known = carried[:, start:stop]
             frames = np.concatenate((known, frames[:, known.shape[1] :]), axis=1)
+        if ending is not None and stop > ending_at:
+            known = ending[:, max(start - ending_at, 0) : stop - ending_at]
+            frames = np.concatenate((frames[:, : stop - start - known.shape[1]], known), axis=1)
         return frames
 
     return read
@@ -92,6 +100,7 @@ class WindowClips:
     person: Array | None = None  # `cells`, [frames, h, w], 0 or 1
     soft: int = 0  # pixels of the mask clip that are neither black nor white
     init: Read | None = None  # [3, frames, H, W]
+    ending: Array | None = None  # known frames at the end [3, r, H, W], for a window before a finished one
 
 
 @dataclass(frozen=True)
@@ -115,14 +124,17 @@ def encode_window(
 ) -> WindowLatents:
     """`carried` are the last frames of the window before, [3, r, H, W]."""
     plan, count = model.plan, clips.frames
-    read = condition_frames(plan, carried, clips.background)
-    if clips.background is None and carried is None and count == plan.frames:
+    read = condition_frames(plan, carried, clips.background, clips.ending, count)
+    grey = clips.background is None and carried is None and clips.ending is None
+    if grey and count == plan.frames:
         latent = model.kept("grey clip", lambda: encode_read(model, read, count))
     else:
         latent = encode_read(model, read, count)
     everywhere = np.broadcast_to(np.float32(1), (count, plan.latent_height, plan.latent_width))
     known = known_mask(
-        0 if carried is None else carried.shape[1], everywhere if clips.person is None else clips.person
+        0 if carried is None else carried.shape[1],
+        everywhere if clips.person is None else clips.person,
+        0 if clips.ending is None else clips.ending.shape[1],
     )
     condition = np.concatenate((reference, np.concatenate((known, latent))), axis=1)
     pose = np.zeros_like(latent) if clips.pose is None else encode_read(model, clips.pose, count)

@@ -326,7 +326,7 @@ class _Step:
         if self.job.context is None:
             return self._compute(model, self.clips)
         with open_clips(self.job.inputs, self.job.history) as clips:  # the first frames are gone
-            self._compute(model, clips)
+            self._compute(model, replace(clips, endings=self.clips.endings))
 
     def _compute(self, model: Model, clips: Clips) -> None:
         job, j = self.job, self.window
@@ -348,7 +348,8 @@ def _signals(job: Job, clips: Clips, j: int, known: int) -> WindowClips:
     indices, masked = (
         shifted(numbers, known, clips.lead) for numbers in (windows.indices(j), windows.mask_indices(j))
     )
-    return window_clips(clips, indices, job.mode == "replace", masked)
+    made = window_clips(clips, indices, job.mode == "replace", masked)
+    return replace(made, ending=clips.endings.get(j))
 
 
 def window_clips(

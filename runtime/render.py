@@ -93,6 +93,8 @@ def render(
         held.enter_context(claimed(output, progress))
         clips = clips or held.enter_context(open_clips(job.inputs, job.history))
         kept = kept_windows.find(output, record, progress) if resume and record is not None else None
+        if resume and record is not None:
+            kept_windows.forget_begun(output, record, job.windows(clips.frames).keep(0).stop, progress)
         settled = kept.settled if kept is not None else None
         audible = sound or own_sound(clips)
         writer = VideoWriter(
@@ -105,8 +107,8 @@ def render(
             quality=quality or Quality(),
             sound_start=clips.start,
             settled=settled,
+            comment=record.text(with_paths=False) if record is not None else "",
         )
-        writer.comment = record.text(with_paths=False) if record is not None else ""
         begin_from = kept.state if kept is not None else None
         folder = None
         try:

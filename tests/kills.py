@@ -148,10 +148,10 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
     told = (here / "stderr").read_text(errors="replace")
     moment.check("Traceback" not in told, f"traceback: {told[-600:]}")
     CHECKS[moment.kind](base, moment, here, finished)
-    kept = {path: _hash(path) for path in here.glob("out.partial*.mp4") if _played(path)}
+    kept = {path: _hash(path) for path in here.glob("out.partial*.mp4") if not finished and _played(path)}
     if moment.kind == "resume":
         command = [*command, "--resume"]
-        kept = kept if finished else {}  # nothing may be left
+        kept = {}  # nothing may be left
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
     there = again.returncode == 1 and finished and EXISTS.search(again.stdout) is not None
     moment.check(
@@ -161,8 +161,6 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
     for path, digest in kept.items():
         moment.check(path.exists() and _hash(path) == digest, f"{path.name} was changed by the next start")
     kept_too = {path.with_name(f"{path.name}.state") for path in kept}
-    if killed_late:  # the next start is refused: it changes nothing
-        kept_too |= {here / ".out.mp4.lock", here / "out.partial.mp4.state"}
     for path in sorted(here.rglob("*")):
         moment.check(
             not kept_too.isdisjoint({path, path.parent}) or path in kept or not _is_leftover(path),

@@ -2,7 +2,9 @@
 tiny model each.
 """
 
+import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -171,3 +173,102 @@ def test_large_weights_are_known_by_samples(tmp_path: Path) -> None:
         with copy.open("r+b") as file:
             file.seek(place)
             file.write(b"\0")
+
+
+def test_a_window_is_rendered_again_and_again(finished: Made, tmp_path: Path) -> None:
+    """The record has every window's seed and the file that it went into; the whole video's seed stays."""
+    new, old = tmp_path / "new.mp4", read_frames(finished.video)
+    result = invoke("run", "--from", str(finished.video), "--redo", "2", "-o", str(new), "--json")
+    assert result.exit_code == 0, result.output
+    assert "window 2, frames 13 to 19, from seed 4." in notes(result, "redo")[0], "the next after 3"
+    frames, record = read_frames(new), read_record(new)
+    assert (frames[:13] == old[:13]).all() and not (frames[13:] == old[13:]).all(axis=(1, 2, 3)).any()
+    step = {"seeds": {"2": 4}, "of": dict(identity(finished.video))}
+    assert record.video["redone"] == [step] and (record.job["seed"], record.options["seed"]) == (3, 3)
+    kept = new.read_bytes()
+
+    refused, again = invoke("run", "--from", str(new), "-o", str(tmp_path / "no.mp4"), "--json"), None
+    assert (
+        refused.exit_code == 2
+        and "rendered again (2): one run cannot repeat it" in error_of(refused)["message"]
+    )
+    for line in error_of(refused)["hint"].splitlines()[1:]:
+        command = shlex.split(line)
+        again = Path(command[-1] if Path(command[-1]).is_absolute() else tmp_path / command[-1])
+        result = invoke(*(str(tmp_path / word) if word.endswith(".mp4") else word for word in command[1:]))
+        assert result.exit_code == 0, result.output
+    assert again is not None and (read_frames(again) == frames).all()
+    assert read_record(again).video["redone"][0]["seeds"] == {"2": 4}
+
+    result = invoke("run", "--from", str(new), "--redo", "1", "--redo", "2", "--seed", "8", "-y", "--json")
+    assert result.exit_code == 0, result.output
+    assert not (read_frames(new) == frames).all(axis=(1, 2, 3)).any()
+    record = read_record(new)
+    assert record.video["redone"] == [
+        step,
+        {"seeds": {"1": 8, "2": 8}, "of": {**identity_of(kept), "name": "new.mp4"}},
+    ]
+    assert record.paths and (record.job["seed"], record.options["seed"]) == (3, 3), (
+        "the .json beside it is new too"
+    )
+
+
+def identity_of(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("--redo", "3"), 2, "no window 3: the video has windows 1 to 2"),
+        (("--redo", "1,0"), 2, "no window 0: the video has windows 1 to 2"),
+        (("--redo", "-1"), 2, "'-1' is not the number of a window"),
+        (("--redo", "1", "--steps", "1"), 2, "nothing else of out.mp4: steps 2 (now 1)"),
+        (("--redo", "1", "--resume"), 2, "--resume would do nothing with --redo"),
+        (("--redo", "1", "--frames", "pictures"), 2, "--frames would do nothing with --redo"),
+        (("--redo", "1", "-o", "out.mkv"), 2, "kind .mp4 (now .mkv)"),
+    ],
+)
+def test_what_cannot_be_rendered_again_is_refused(
+    finished: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    code: int,
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat() for path in finished.folder.iterdir()}
+    output = () if "-o" in options else ("-o", "new.mp4")
+    result = invoke("run", "--from", str(finished.video), *output, *options, "--json")
+    assert result.exit_code == code and says in error_of(result)["message"], result.output
+    assert (
+        not list(tmp_path.iterdir()) and {path: path.stat() for path in finished.folder.iterdir()} == before
+    )
+
+
+def test_a_window_of_other_clips_is_refused(finished: Made, copied: Path) -> None:
+    write_clip(copied.parent / "out.inputs" / "src_pose.mp4", colour=(1, 200, 3))
+    result, output = again(copied, "--weights", str(finished.folder / "weights"), "--redo", "1")
+    assert result.exit_code == 2 and not output.exists()
+    assert "nothing else of out.mp4: the pose src_pose.mp4 has other content" in error_of(result)["message"]
+
+
+def test_redo_asks_for_a_video_and_leave_to_replace_it(finished: Made, tmp_path: Path) -> None:
+    video = str(finished.video)
+    result = invoke("run", "--from", video, "--redo", "1", "--json")
+    assert result.exit_code == 1 and "out.mp4 exists already" in error_of(result)["message"]
+    record = str(finished.video.with_suffix(".json"))
+    result = invoke("run", "--from", record, "--redo", "1", "-o", str(tmp_path / "a.mp4"), "--json")
+    assert result.exit_code == 2 and "is the record of a video" in error_of(result)["message"]
+    result = invoke("run", "a.png", "a.mp4", "--redo", "1", "-o", str(tmp_path / "a.mp4"), "--json")
+    assert result.exit_code == 2 and finished.video.read_bytes() == finished.bytes
+
+
+def test_a_forecast_of_windows_that_are_rendered_again(finished: Made) -> None:
+    options = ("--redo", "1", "--seed", "6", "-o", "new.mp4", "--dry-run", "--json")
+    result = invoke("run", "--from", str(finished.video), *options)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout.splitlines()[-1])["data"]
+    assert told["redo"] == [{"window": 1, "frames": [0, 13], "seed": 6, "tied": 1}]
+    assert (told["evaluations"], told["windows"]) == (2, 2)

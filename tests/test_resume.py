@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tiny_job import PLAN, prepare, write_sound
 
+from trt_wan.engines.store.locks import held
 from trt_wan.errors import OutputError, Stopped, TrtWanError, UsageError
 from trt_wan.runtime.events import Event, Note, Progress, WindowDone
 from trt_wan.runtime.executors import Array
@@ -121,8 +122,8 @@ def test_a_video_gone_on_with_has_the_same_bytes(
     model = Chained()
     assert place.run(model, resume=True) == whole[False]
     assert model.made == 4 - (abs(stops[-1]) - 1), "finished windows are not made again"
-    left = {"out.partial.mp4"} if stops == (1,) else set()  # a window that was not finished
-    assert place.names() == {"out.mp4", "out.json", *left}
+    assert place.names() == {"out.mp4", "out.json"}
+    assert ("replaced_partial" in place.codes) == (stops == (1,)), "a window that was not finished"
     assert read_record(place.folder / "out.mp4") == RECORD
 
 
@@ -141,6 +142,53 @@ def test_without_resume_what_was_kept_stays(place: Place, whole: dict[bool, byte
 
 def test_with_nothing_kept_a_run_begins_at_the_first_frame(place: Place, whole: dict[bool, bytes]) -> None:
     assert place.run(Chained(), resume=True) == whole[False] and "kept_nothing" in place.codes
+
+
+def test_a_begun_file_that_may_hold_more_than_a_part_of_this_job_stays(place: Place) -> None:
+    """That of another job; one with more frames than the first window whose state is gone; one that was begun
+    without --resume.
+    """
+    other = replace(RECORD, job={"seed": 8})
+    place.stopped(1, record=other)
+    place.stopped(3)
+    shutil.rmtree(place.folder / "out.partial-2.mp4.state")
+    before = contents(place.folder)
+    place.run(Chained(), resume=True)
+    assert before.items() <= contents(place.folder).items() and "replaced_partial" not in place.codes
+    place.stopped(1, name="new.mp4", record=other)
+    place.run(Chained(), name="new.mp4", record=other)
+    assert {"new.mp4", "new.partial.mp4"} < place.names()
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif"])
+@pytest.mark.parametrize("has_partial", [False, True])
+def test_the_remains_of_a_process_that_was_killed_after_its_last_rename(
+    place: Place, monkeypatch: pytest.MonkeyPatch, name: str, has_partial: bool
+) -> None:
+    partial = place.folder / f"out.partial{'.mp4' if name.endswith('f') else name[3:]}"
+    state, lock = kept.folder_of(partial), place.folder / f".{name}.lock"
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "remove", lambda partial: None)
+        place.run(Chained(), name=name)
+    lock.touch()
+    (place.folder / f".{name}.redo").mkdir()  # of a process that replaced the video (redo.py)
+    if has_partial:
+        shutil.copy(place.folder / name, partial)
+    before = contents(place.folder)
+    assert (state / "state.json").exists()
+    with held(lock, wait=False):
+        kept.forget_finished(place.folder / name)
+        assert contents(place.folder) == before, "another run is at it"
+    lock.touch()
+    kept.forget_finished(place.folder / name)
+    assert place.names() == {name, "out.json"}
+    other = Place(place.clips, place.folder / "other")
+    other.folder.mkdir()
+    other.stopped(3, name=name, record=replace(RECORD, job={"seed": 8}))
+    shutil.copytree(kept.folder_of(other.folder / partial.name), state)
+    before = contents(place.folder)
+    kept.forget_finished(place.folder / name)
+    assert contents(place.folder) == before, "a state of another job"
 
 
 def test_the_state_of_this_job_is_found_among_others(place: Place, whole: dict[bool, bytes]) -> None:

@@ -537,8 +537,9 @@ def test_a_video_that_is_gone_on_with_is_that_of_one_process(tmp_path: Path, suf
     sound = make_sound(tmp_path / "sound.mkv", 3, codec)
 
     def part(path: Path, settled: Settled | None, last: int) -> Settled | None:
-        with VideoWriter(path, WIDTH, HEIGHT, Fraction(25), sound, settled=settled) as writer:
-            writer.comment = "made by a test"
+        with VideoWriter(
+            path, WIDTH, HEIGHT, Fraction(25), sound, settled=settled, comment="made by a test"
+        ) as writer:
             for frame in range(writer.frames, last):
                 writer.write(np.full((HEIGHT, WIDTH, 3), grey(frame), np.uint8))
                 if frame + 1 in (13, 25, 37, 40):

@@ -11,10 +11,10 @@ import dataclasses
 import hashlib
 import io
 import json
-import re
 import shutil
 import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -23,10 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.engines.store.files import replace_atomically
-from trt_wan.errors import OutputError, UsageError
+from trt_wan.engines.store.locks import held
+from trt_wan.errors import InputError, OutputError, UsageError
 from trt_wan.runtime.events import Note, Progress
-from trt_wan.runtime.kept.record import Record, from_values
-from trt_wan.runtime.video.target import explained, working_suffix
+from trt_wan.runtime.kept.record import Record, from_values, read_record, sidecar_of
+from trt_wan.runtime.video.container import measure
+from trt_wan.runtime.video.kinds import KINDS
+from trt_wan.runtime.video.target import beside, explained, lock_of, redo_folder
 from trt_wan.runtime.video.working_file import Settled, beginning
 from trt_wan.runtime.window_state import WindowState
 
@@ -78,13 +81,60 @@ def remove(partial: Path) -> None:
 
 def kept_of(output: Path) -> list[Path]:
     """The folders of states beside `output`."""
+    return [path for path in beside(output, STATE) if path.is_dir()]
+
+
+def forget_finished(output: Path) -> None:
+    """Removes the remains of a process that was killed after it gave the video `output` its name: the lock,
+    and the state after its last window. Where another process has the lock, nothing is touched.
+    """
     place = output.resolve()
-    pattern = re.compile(
-        rf"{re.escape(place.stem)}\.partial(-\d+)?{re.escape(working_suffix(place) + STATE)}"
-    )
-    if not place.parent.is_dir():
-        return []
-    return sorted(path for path in place.parent.iterdir() if pattern.fullmatch(path.name) and path.is_dir())
+    lock, folders = lock_of(place), kept_of(output)
+    if not place.is_file() or not (lock.exists() or folders):
+        return
+    with suppress(OSError), held(lock, wait=False) as ours:
+        if ours:
+            for folder in folders:
+                if _is_finished(place, folder):
+                    _partial_of(folder).unlink(missing_ok=True)
+                    shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(redo_folder(place), ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def _is_finished(video: Path, folder: Path) -> bool:
+    """Whether `video` has all that this state could go on with."""
+    try:
+        index = _read_index(folder)
+        if index.record.text(with_paths=False) != _record_of(video).text(with_paths=False):
+            return False
+        return not _partial_of(folder).exists() or index.settled.pictures == len(measure(video).used)
+    except (OutputError, InputError):
+        return False
+
+
+def _record_of(video: Path) -> Record:
+    """A GIF's is only in the file beside it."""
+    kind = KINDS.get(video.suffix.lower())
+    return read_record(sidecar_of(video) if kind and kind.is_gif else video)
+
+
+def forget_begun(output: Path, record: Record, window: int, progress: Progress) -> None:
+    """Removes partial files of this very job that have no finished window: at most the `window` frames of the
+    first, and no state. Call before a job that was to go on from them begins anew.
+    """
+    for partial in beside(output):
+        if (folder_of(partial) / INDEX).exists():
+            continue
+        with suppress(InputError, OSError):
+            if len(measure(partial).used) <= window and not read_record(partial).differences(record):
+                partial.unlink()
+                text = f"{partial.name} had no finished window of this job and is replaced."
+                progress(Note(text, "replaced_partial", {"file": str(partial)}))
+
+
+def _partial_of(folder: Path) -> Path:
+    return folder.with_name(folder.name.removesuffix(STATE))
 
 
 def find(output: Path, record: Record, progress: Progress) -> Kept | None:
@@ -110,7 +160,7 @@ def find(output: Path, record: Record, progress: Progress) -> Kept | None:
         raise refused[-1]
     done, folder, index = max(found, key=lambda item: item[0])
     state = _read_state(folder, index)
-    partial = folder.with_name(folder.name.removesuffix(STATE))
+    partial = _partial_of(folder)
     _require_partial(partial, folder, index.settled)
     if others := index.record.other_versions(record):
         text = f"{partial.name} was begun with {', '.join(others)}: bits may differ."

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from trt_wan.errors import InputError, with_commands
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.events import Note
+from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Inputs
 from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.pictures import read_transparent
@@ -45,6 +46,9 @@ class Clips:
     cut: Cut | None = None  # by numbers of frames
     lead: int = 0  # frames before the first that is used, which can be read too: numbers begin with them
     init: AnyClip | None = None
+    endings: Mapping[int, Array] = field(
+        default_factory=dict
+    )  # frames [3, r, H, W] that end a window (redo.py)
 
     def close(self) -> None:
         for clip in (self.pose, self.face, self.background, self.mask, self.init):

@@ -3,7 +3,7 @@ cannot be cut at a picture's time.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
@@ -52,7 +52,7 @@ def join_videos(parts: Sequence[Path], output: Path, overwrite: bool = False) ->
         opened = [stack.enter_context(open_container(part)) for part in parts]
         streams = [video_stream(source, part) for source, part in zip(opened, parts, strict=True)]
         _require_alike(
-            parts, [(*_form(stream), each.rate) for stream, each in zip(streams, found, strict=True)]
+            parts, [(*stream_form(stream), each.rate) for stream, each in zip(streams, found, strict=True)]
         )
         codec = streams[0].codec_context.codec.canonical_name
         if codec not in kind.codecs:
@@ -68,9 +68,8 @@ def join_videos(parts: Sequence[Path], output: Path, overwrite: bool = False) ->
             file = WorkingFile(partial, kind, rate, streams[0], sound)
             stack.callback(partial.unlink, missing_ok=True)
             stack.callback(file.close)
-            for pictures in _pieces(opened, streams, counts, rate):
-                end = (file.pictures + len(pictures)) / rate
-                file.append(pictures, [] if sound is None else sound.until(end))
+            for source, stream in zip(opened, streams, strict=True):
+                append(file, numbered(source, stream, file.pictures, rate), sound)
             target = joining(partial)
             stack.callback(target.unlink, missing_ok=True)
             file.join(target)
@@ -79,7 +78,7 @@ def join_videos(parts: Sequence[Path], output: Path, overwrite: bool = False) ->
     return sum(counts), rate
 
 
-def _form(stream: VideoStream) -> tuple[Any, ...]:
+def stream_form(stream: VideoStream) -> tuple[Any, ...]:
     codec = stream.codec_context
     return codec.codec.canonical_name, codec.width, codec.height, codec.pix_fmt, bytes(codec.extradata or b"")
 
@@ -96,31 +95,35 @@ def _require_alike(parts: Sequence[Path], forms: Sequence[tuple[Any, ...]]) -> N
             )
 
 
-def _pieces(
-    opened: Sequence[InputContainer], streams: Sequence[VideoStream], counts: Sequence[int], rate: Fraction
-) -> Iterator[list["Packet[Any]"]]:
-    """Packets in decoding order, whose pts are their numbers in all parts together. No piece has a gap."""
-    before = 0
-    for source, stream, count in zip(opened, streams, counts, strict=True):
-        waiting: list[Packet[Any]] = []
-        latest = before - 1
-        packets = [
-            packet for packet in source.demux(stream) if packet.pts is not None and not packet.is_discard
-        ]
-        first = min(packet.pts or 0 for packet in packets)
-        done = before
-        for packet in packets:
-            assert packet.pts is not None
-            number = before + round((packet.pts - first) * packet.time_base * rate)
-            set_times(packet, number, None, 1 / rate)
-            waiting.append(packet)
-            latest = max(latest, number)
-            if len(waiting) >= PIECE and latest == done + len(waiting) - 1:
-                yield waiting
-                done, waiting = done + len(waiting), []
-        if waiting:
-            yield waiting
-        before += count
+def numbered(
+    source: InputContainer, stream: VideoStream, first: int, rate: Fraction
+) -> Iterator["Packet[Any]"]:
+    """The packets of a file in decoding order. Their pts are their numbers in display order, from `first`."""
+    packets = [p for p in source.demux(stream) if p.pts is not None and not p.is_discard]
+    start = min(packet.pts or 0 for packet in packets)
+    for packet in packets:
+        assert packet.pts is not None
+        set_times(packet, first + round((packet.pts - start) * packet.time_base * rate), None, 1 / rate)
+        yield packet
+
+
+def append(file: WorkingFile, packets: Iterable["Packet[Any]"], sound: Sound | None) -> None:
+    """Appends numbered packets, with the sound up to their end, in pieces without a gap in display order."""
+    waiting: list[Packet[Any]] = []
+    latest = -1
+
+    def write() -> None:
+        end = (file.pictures + len(waiting)) / file.rate
+        file.append(waiting, [] if sound is None else sound.until(end))
+        waiting.clear()
+
+    for packet in packets:
+        waiting.append(packet)
+        latest = max(latest, packet.pts or 0)
+        if len(waiting) >= PIECE and latest == file.pictures + len(waiting) - 1:
+            write()
+    if waiting:
+        write()
 
 
 class JoinedSound(Sound):

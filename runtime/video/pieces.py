@@ -35,12 +35,15 @@ def is_mp4(muxer: str) -> bool:
     return muxer in ("mp4", "mov")
 
 
-def header(muxer: str, first: Mapping[Stream, "Packet[Any]"]) -> memoryview:
-    """`first` has the first packet of every stream: some codecs' headers are made from it."""
+def header(muxer: str, first: Mapping[Stream, "Packet[Any]"], comment: str = "") -> memoryview:
+    """`first` has the first packet of every stream: some codecs' headers are made from it. `comment` is
+    for the metadata.
+    """
     times = {packet: (packet.pts, packet.dts, packet.time_base) for packet in first.values()}
     for number, packet in enumerate(first.values()):
         set_times(packet, 0, -MOST_DELAY if number == 0 else 0, packet.time_base)
-    made = _muxed(muxer, {s: [p] for s, p in first.items()}, _HEADER if is_mp4(muxer) else _CLUSTERS)
+    options = _HEADER if is_mp4(muxer) else _CLUSTERS
+    made = _muxed(muxer, {s: [p] for s, p in first.items()}, options, comment)
     for packet, (pts, dts, time_base) in times.items():
         set_times(packet, pts, dts, time_base)
     ends = (start for name, start, _ in _parts(muxer, made) if name in (b"moof", _CLUSTER))
@@ -105,9 +108,12 @@ class _Collected(bytearray):
     write = bytearray.extend
 
 
-def _muxed(muxer: str, streams: Mapping[Stream, Packets], options: dict[str, str]) -> memoryview:
+def _muxed(
+    muxer: str, streams: Mapping[Stream, Packets], options: dict[str, str], comment: str = ""
+) -> memoryview:
     made = _Collected()
     with av.open(made, "w", format=muxer, options=options) as output:
+        output.metadata.update({"comment": comment} if comment else {})
         outputs = [add_stream(output, muxer, stream) for stream in streams]
         for stream, packets in zip(outputs, streams.values(), strict=True):
             mux(output, stream, packets)

@@ -87,7 +87,7 @@ def claimed(output: Path, progress: Progress = silent) -> Iterator[None]:
         with explained(output):
             for folder in reversed(missing_parents(place.parent)):
                 stack.callback(_quietly, folder.rmdir)
-            lock = place.with_name(f".{place.name}.lock")
+            lock = lock_of(place)
             if not stack.enter_context(held(lock, wait=False)):
                 raise OutputError(
                     f"Another run is writing {output}.", "Wait until it has ended, or choose another output."
@@ -112,6 +112,25 @@ def partial_names(path: Path) -> Iterator[Path]:
     for number in count(1):
         suffix = working_suffix(place)
         yield place.with_name(f"{place.stem}.partial{f'-{number}' if number > 1 else ''}{suffix}")
+
+
+def beside(output: Path, more: str = "") -> list[Path]:
+    """The partial files of `output` that are there, or what is named like one with `more` behind it."""
+    place = output.resolve()
+    pattern = re.compile(rf"{re.escape(place.stem)}\.partial(-\d+)?{re.escape(working_suffix(place) + more)}")
+    if not place.parent.is_dir():
+        return []
+    return sorted(path for path in place.parent.iterdir() if pattern.fullmatch(path.name))
+
+
+def lock_of(place: Path) -> Path:
+    """The lock of the video `place`, a resolved path."""
+    return place.with_name(f".{place.name}.lock")
+
+
+def redo_folder(place: Path) -> Path:
+    """The folder in which the parts of the video `place`, a resolved path, are made (redo.py)."""
+    return place.with_name(f".{place.name}.redo")
 
 
 def joining(partial: Path) -> Path:
@@ -144,15 +163,14 @@ def missing_parents(path: Path) -> list[Path]:
 
 def _kept(place: Path) -> list[Path]:
     """Partial files that hold something. The others are of killed runs, for the lock is ours, and go."""
-    pattern = re.compile(rf"{re.escape(place.stem)}\.partial(-\d+)?{re.escape(working_suffix(place))}")
     kept = []
-    for path in sorted(place.parent.iterdir()):
-        if pattern.fullmatch(path.name):
-            _quietly(joining(path).unlink)
-            if path.stat().st_size <= PROBE and has_no_piece(path.read_bytes()):
-                _quietly(path.unlink)
-            else:
-                kept.append(path)
+    shutil.rmtree(redo_folder(place), ignore_errors=True)
+    for path in beside(place):
+        _quietly(joining(path).unlink)
+        if path.stat().st_size <= PROBE and has_no_piece(path.read_bytes()):
+            _quietly(path.unlink)
+        else:
+            kept.append(path)
     return kept
 
 

@@ -63,12 +63,13 @@ class WorkingFile:
         video: VideoStream,
         sound: Sound | None,
         settled: Settled | None = None,
+        comment: str = "",
     ) -> None:
         """Creates `path`, which must not exist, or goes on from `settled`, whose bytes it must begin with.
 
-        `video` is a template for streams (Encoding.open).
+        `video` is a template for streams (Encoding.open). `comment` is for the metadata.
         """
-        self.path, self.rate = path, rate
+        self.path, self.rate, self._comment = path, rate, comment
         self.pictures = 0
         self._muxer, self._video, self._sound = kind.muxer, video, sound
         self._codec_delay = Fraction(0)  # seconds of sound that a Matroska header hides
@@ -125,10 +126,8 @@ class WorkingFile:
     def sync(self) -> None:
         os.fsync(self._file.fileno())
 
-    def join(self, target: Path, comment: str = "") -> None:
-        """Writes the final video to `target`, with `comment` in its metadata. Its sound ends with the last
-        picture. Raises OSError.
-        """
+    def join(self, target: Path) -> None:
+        """Writes the final video to `target`. Its sound ends with the last picture. Raises OSError."""
         end = self.pictures / self.rate - self._codec_delay  # of the sound, in seconds
         options = self._mp4_options() if is_mp4(self._muxer) else MATROSKA
         with (
@@ -136,7 +135,7 @@ class WorkingFile:
             av.open(str(self.path.absolute())) as source,
             av.open(str(target.absolute()), "w", format=self._muxer, options=options) as output,
         ):
-            output.metadata.update({"comment": comment} if comment else {})
+            output.metadata.update({"comment": self._comment} if self._comment else {})
             templates = [*source.streams][: 2 if self._has_sound else 1]
             streams = [add_stream(output, self._muxer, stream) for stream in templates]
             codec = streams[0].codec_context
@@ -182,7 +181,7 @@ class WorkingFile:
         first: dict[Stream, Packet[Any]] = {self._video: pictures[0]}
         if self._sound is not None and self._sound.first is not None:
             first[self._sound.stream] = self._sound.first
-        made = header(self._muxer, first)
+        made = header(self._muxer, first, self._comment)
         self._write(made)
         if self._sound is not None and not is_mp4(self._muxer):  # for an mp4 see join
             self._codec_delay = codec_delay(self._muxer, made)

@@ -47,19 +47,19 @@ class VideoWriter:
         quality: Quality = DEFAULT_QUALITY,
         sound_start: Fraction = Fraction(0),
         settled: Settled | None = None,
+        comment: str = "",
     ) -> None:
         """Creates the partial file at once: a target that cannot be written fails before the computing. With
         `settled`, goes on from there: all other arguments must be the same as those of the earlier writer.
 
         The first sound stream of the file `sound` is used, if it has one. Time 0 is `sound_start`
         seconds after the start of its picture.
-        A GIF has none.
+        A GIF has none. `comment` is for the metadata, of the partial file too.
         """
         assert width % 2 == 0 and height % 2 == 0, f"4:2:0 needs even sizes, got {width}x{height}"
         self.path, self.overwrite = path, overwrite
         self.width, self.height, self.rate = width, height, rate
         self.frames = 0 if settled is None else settled.pictures
-        self.comment = ""  # for the metadata of the final file
         self.kept = 0  # frames in the partial file after abandon()
         self._scaler = VideoReformatter()
         self._coded: list[Packet[Any]] = []  # pictures that the file lacks, in decoding order
@@ -70,7 +70,7 @@ class VideoWriter:
         try:
             with explained(path):
                 check_target(path, overwrite)
-                self._start(sound, sound_start, quality, settled)
+                self._start(sound, sound_start, quality, settled, comment)
         except BaseException:
             self.abandon(keep=False)
             raise
@@ -158,7 +158,12 @@ class VideoWriter:
         self.abandon(keep=True)
 
     def _start(
-        self, sound: Path | None, sound_start: Fraction, quality: Quality, settled: Settled | None
+        self,
+        sound: Path | None,
+        sound_start: Fraction,
+        quality: Quality,
+        settled: Settled | None,
+        comment: str,
     ) -> None:
         kind = KINDS[self.path.suffix.lower()]
         self._encoding = quality.encoding(kind, self.width, self.height, self.rate)
@@ -169,11 +174,15 @@ class VideoWriter:
             self.partial = next(partial_names(self.path)).with_name(settled.name)
             if self._sound is not None:
                 self._sound.until(self.frames / self.rate)  # which the file has
-            self._file = WorkingFile(self.partial, kind, self.rate, self._encoder, self._sound, settled)
+            self._file = WorkingFile(
+                self.partial, kind, self.rate, self._encoder, self._sound, settled, comment
+            )
             return
         for partial in partial_names(self.path):
             with suppress(FileExistsError):  # kept from an earlier run
-                self._file = WorkingFile(partial, kind, self.rate, self._encoder, self._sound)
+                self._file = WorkingFile(
+                    partial, kind, self.rate, self._encoder, self._sound, comment=comment
+                )
                 self.partial = partial
                 break
 
@@ -207,7 +216,7 @@ class VideoWriter:
         """A file beside the partial one that has all of it, as it will stay."""
         target = joining(self.partial)
         try:
-            self._opened.join(target, self.comment)
+            self._opened.join(target)
             sync(target)
         except BaseException:
             target.unlink(missing_ok=True)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from trt_wan.cli.report import readable_bytes, table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from trt_wan.engines.shape import Plan, VaeTile
     from trt_wan.runtime.job import Job
     from trt_wan.runtime.opening.model import Basis
-    from trt_wan.runtime.windows import Windows
+    from trt_wan.runtime.redo import Again
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,15 @@ class Needs:
 Told = tuple[str, dict[str, Any]]  # a table for people, and its data
 
 
-def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int) -> Told:
-    """Raises MemoryShort."""
+def forecast(
+    basis: "Basis",
+    job: "Job",
+    width: int,
+    height: int,
+    frames: int,
+    again: "Sequence[Again] | None" = None,
+) -> Told:
+    """`again`: the only windows that are rendered, if a finished video has the others. Raises MemoryShort."""
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.graphs import graph_set
     from trt_wan.runtime.pipeline import short_last_window
@@ -42,25 +51,42 @@ def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int) -
 
     before = frames_before(job.inputs, job.overlap, width, height)
     windows = job.windows(frames + (0 if before is None else len(before)))
+    numbers = range(windows.total) if again is None else [one.j for one in again]
+    lengths = [windows.length(j) for j in numbers]
     plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
     graphs = graph_set(config, plan).missing()
-    needs = _on_cpu(basis, plan) if basis.place is None else _on_gpu(basis, plan, job, windows, not graphs)
+    needs = (
+        _on_cpu(basis, plan)
+        if basis.place is None
+        else _on_gpu(basis, plan, job, windows.length(0), lengths, not graphs)
+    )
     if needs.vae_tiles and plan.vae_tile is not None:
         graphs += graph_set(config, plan.vae_tile).missing()
     data = {
         **{"frames": frames, "width": width, "height": height, "windows": windows.total},
         **{"window": windows.length(0), "overlap": job.overlap, "steps": job.schedule.steps},
-        "evaluations": _evaluations(job, windows),
+        "evaluations": _evaluations(job, lengths),
         **{"precision": basis.precision, "missing_graphs": list(graphs)},
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(needs).items()},
     }
+    if again is not None:
+        data["redo"] = [
+            {
+                "window": one.j + 1,
+                "frames": [one.frames.start, one.frames.stop],
+                "seed": one.seed,
+                "tied": one.tied,
+            }
+            for one in again
+        ]
     carried = f", {job.overlap} of them carried on" if windows.total > 1 else ""
     per_window = f"{windows.length(0)} frames{carried}, {job.schedule.steps} steps"
     rows = [
         ("what", "forecast"),
         ("video", f"{frames} frames, {width}x{height}"),
         ("windows", f"{windows.total} of {per_window}"),
-        *([("", note.text)] if (note := short_last_window(windows)) else []),
+        *([("", note.text)] if again is None and (note := short_last_window(windows)) else []),
+        *(("again", one.text) for one in again or ()),
         ("transformer", f"{data['evaluations']} evaluations, {plan.tokens} tokens each, {basis.precision}"),
         ("graphs", f"{len(graphs)} would be exported" if graphs else "are there"),
         ("engines", _engines(needs)),
@@ -70,11 +96,11 @@ def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int) -
     return table(rows), data
 
 
-def _evaluations(job: "Job", windows: "Windows") -> int:
-    """Calls of the transformer: for each step, prompt and context window of all windows."""
+def _evaluations(job: "Job", lengths: "Sequence[int]") -> int:
+    """Calls of the transformer: for each step, prompt and context window of windows of `lengths` frames."""
     total = 0
-    for j in range(windows.total):
-        plan = job.context_plan(windows.length(j))
+    for length in lengths:
+        plan = job.context_plan(length)
         for step, settings in enumerate(job.step_settings):
             total += settings.passes * (1 if plan is None else len(plan.parts(step)))
     return total
@@ -105,7 +131,14 @@ def _on_cpu(basis: "Basis", plan: "Plan") -> Needs:
     return Needs("host memory", least_memory(basis.weights.config, plan))
 
 
-def _on_gpu(basis: "Basis", plan: "Plan", job: "Job", windows: "Windows", with_graphs: bool) -> Needs:
+def _on_gpu(
+    basis: "Basis",
+    plan: "Plan",
+    job: "Job",
+    longest: int,
+    lengths: "Sequence[int]",
+    with_graphs: bool,
+) -> Needs:
     from trt_wan.engines.choice.candidates import Engine
     from trt_wan.engines.choice.choose import place_of
     from trt_wan.engines.choice.recipes import recipes_here
@@ -121,7 +154,7 @@ def _on_gpu(basis: "Basis", plan: "Plan", job: "Job", windows: "Windows", with_g
 
     assert basis.place is not None, "a job on the CPU"
     (gpu, flavour), config, settings = basis.place, basis.weights.config, basis.settings
-    context = job.context_plan(windows.length(0))
+    context = job.context_plan(longest)
     budget = int(gpu.free_bytes() if settings.vram is None else settings.vram * 1e9) - CONTEXT_BYTES
 
     def planned(tile: "VaeTile | None") -> Residency:
@@ -150,19 +183,23 @@ def _on_gpu(basis: "Basis", plan: "Plan", job: "Job", windows: "Windows", with_g
         figure = read_figures(place_of(recipes[Engine(network)].engine.source, machine)).get(row.name)
         if figure is not None and figure.ms is not None:
             times[network] = figure.ms / 1000
-    seconds, unmeasured = _seconds(basis, plan, job, windows, times)
+    seconds, unmeasured = _seconds(basis, plan, job, lengths, times)
     return Needs(gpu.name, memory, streamed, tiles, missing, seconds, unmeasured)
 
 
 def _seconds(
-    basis: "Basis", plan: "Plan", job: "Job", windows: "Windows", times: dict[str, float]
+    basis: "Basis",
+    plan: "Plan",
+    job: "Job",
+    lengths: "Sequence[int]",
+    times: dict[str, float],
 ) -> tuple[float | None, tuple[str, ...]]:
     """The time of the networks in `times`, seconds a call, and the others that run in steps or windows."""
     from trt_wan.benchmarks.work.cost import calls
 
     total, unmeasured = 0.0, []
-    evaluations = _evaluations(job, windows)
-    spans = sum(-(-windows.length(j) // plan.frames) for j in range(windows.total))
+    evaluations = _evaluations(job, lengths)
+    spans = sum(-(-length // plan.frames) for length in lengths)
     for network, count in calls(basis.weights.config, plan, job.schedule.steps).items():
         if network in times:
             total += times[network] * (count.step * evaluations + count.window * spans + count.job)

@@ -17,16 +17,17 @@ from trt_wan.cli.options import is_given
 from trt_wan.cli.preprocess import PREPARING_NAMES
 from trt_wan.cli.report import Report
 from trt_wan.cli.sections import SectionedCommand
-from trt_wan.errors import InputError, UsageError
+from trt_wan.errors import InputError, UsageError, shell_command, with_commands
 
 if TYPE_CHECKING:
     from trt_wan.runtime.kept.record import Difference, Record
+    from trt_wan.runtime.kept.redone import Redone
 
 # Options that decide no bit, or belong to one run.
 OWN = {
     *("output", "overwrite", "resume", "sidecar", "repeated", "dry_run", "as_json", "quiet", "build", "vram"),
     "frames",
-    *("text_cache", "preset", "reference", "clip", *(PREPARING_NAMES - {"compat"})),
+    *("text_cache", "preset", "reference", "clip", "redo", *(PREPARING_NAMES - {"compat"})),
 }
 # Files that are found without being named.
 SEARCHED = ("weights", "transformer", "vae", "text_encoder", "image_encoder", "tokenizer")
@@ -54,25 +55,60 @@ class Repeated:
     path: Path
     record: "Record"
 
-    def check(self, report: Report, now: "Record", given: Mapping[str, Any]) -> None:
-        """Raises UsageError for differences that were not asked for; notes for the rest."""
+    def check(self, report: Report, now: "Record", given: Mapping[str, Any], redo: bool = False) -> None:
+        """Raises UsageError for differences that were not asked for, with `redo` for all. Notes others."""
+        from trt_wan.runtime.kept.redone import plain, redone_of
+
+        steps = redone_of(self.record)
+        numbers = ", ".join(map(str, sorted({number for step in steps for number in step.seeds})))
         asked: list[Difference] = []
         unasked: list[Difference] = []
-        for difference in self.record.differences(now):
+        for difference in plain(self.record).differences(now):
             names = {difference.name.split()[0], OPTION_OF.get(difference.name, "weights")}
             is_asked = difference.group == "model" or not names.isdisjoint({*given, *_meant(given)})
             (asked if is_asked else unasked).append(difference)
+        if redo and (other := [each for each in (*asked, *unasked) if each.group != "model"]):
+            raise UsageError(
+                f"--redo changes the seed of windows and nothing else of {self.path.name}: {_told(other)}.",
+                "Give the same files and no other options, or leave out --redo.",
+            )
         if unasked:
             raise UsageError(
                 f"This would not repeat {self.path.name}: {_told(unasked)}.",
                 "Give the same files, or the options that you want to change.",
             )
+        if steps and not redo:
+            if not asked and "seed" not in given:
+                raise self._not_at_once(numbers, steps)
+            text = (
+                f"{self.path.name} has windows that were rendered again ({numbers}): here all are of one run."
+            )
+            note(report, text, "at_once", windows=numbers)
         if asked:
             text = f"Not the same as {self.path.name}: {_told(asked)}."
             note(report, text, "not_repeated", differences=[difference.text for difference in asked])
         if others := self.record.other_versions(now):
             text = f"{self.path.name} was made with {', '.join(others)}: bits may differ."
             note(report, text, "other_versions", versions=others)
+
+    def _not_at_once(self, numbers: str, steps: "Sequence[Redone]") -> UsageError:
+        """The hint has the commands that do repeat it, in order."""
+        last = self.path.stem
+        files = [f"{last}.{k}{self.path.suffix}" for k in range(len(steps))] + [
+            f"{last}.again{self.path.suffix}"
+        ]
+        seed = str(self.record.job.get("seed", 0))
+        commands: list[tuple[str, ...]] = [("run", "--from", str(self.path), "--seed", seed, "-o", files[0])]
+        for step, before, after in zip(steps, files, files[1:], strict=False):
+            redo: tuple[str, ...] = ("--redo", ",".join(map(str, step.seeds)))
+            seeds = {str(seed) for seed in step.seeds.values()}
+            if len(seeds) == 1:  # else they follow from those before
+                redo += ("--seed", *seeds)
+            commands.append(("run", "--from", before, *redo, "-o", after))
+        return UsageError(
+            f"{self.path.name} has windows that were rendered again ({numbers}): one run cannot repeat it.",
+            with_commands("Repeat the runs that made it:", *map(shell_command, commands)),
+        )
 
 
 def _meant(given: Mapping[str, Any]) -> set[str]:
@@ -107,9 +143,12 @@ def this_command(*more: str) -> str:
 
 
 def given_options() -> dict[str, Any]:
-    """The typed options, by the parameters' names."""
-    given: dict[str, Any] = click.get_current_context().meta.get(GIVEN, {})
-    return given
+    """The typed options, by the parameters' names. With --redo the seed is no option of the whole video."""
+    return _of_the_whole(click.get_current_context().meta.get(GIVEN, {}))
+
+
+def _of_the_whole(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name != "seed" or not given.get("redo")}
 
 
 def lasting(made: Mapping[str, Any], inputs: Path, **chosen: Any) -> Lasting:
@@ -174,7 +213,7 @@ def repeat(ctx: click.Context, param: click.Parameter, value: Path | None) -> Re
     values: dict[str, Any] = {}
     missing = []
     known = {parameter.name: parameter for parameter in ctx.command.params}
-    skipped = OWN | set(given) | ({"inputs"} if given.get("reference") else set())
+    skipped = OWN | set(_of_the_whole(given)) | ({"inputs"} if given.get("reference") else set())
     prepared = {"inputs": f"{value.stem}.inputs"}
     for name, typed in {**prepared, **record.options, **with_folders}.items():
         if name in skipped or name not in known:
@@ -193,6 +232,8 @@ def repeat(ctx: click.Context, param: click.Parameter, value: Path | None) -> Re
         raise click.BadParameter(
             f"Not found: {'; '.join(missing)}. Name what is in another place with these options.", ctx, param
         )
+    if given.get("redo") and "output" not in given:
+        values["output"] = str(value)
     ctx.default_map = values
     return Repeated(value, record)
 

@@ -34,6 +34,7 @@ from trt_wan.cli.preprocess import (
     reference_background,
 )
 from trt_wan.cli.preset import with_preset
+from trt_wan.cli.redo_options import Redo, redo_of, redo_option
 from trt_wan.cli.repeating import Lasting, RepeatableCommand, given_options, lasting, repeat, this_command
 from trt_wan.cli.report import Report
 from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
@@ -404,6 +405,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     metavar="VIDEO",
     help="Use the files and options of this video of trt-wan, or of its .json; options that are given win.",
 )
+@redo_option
 @click.option(
     "--sidecar/--no-sidecar",
     default=True,
@@ -442,12 +444,14 @@ def run(
     the same options. Graphs of this size that are missing are exported first.
     """
     from trt_wan.runtime.job import unused_clips
+    from trt_wan.runtime.kept.windows import forget_finished
     from trt_wan.runtime.video.frame_folder import require_free
     from trt_wan.runtime.video.sound import require_sound
     from trt_wan.runtime.video.target import refuse_inputs, require_audible
 
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
     long = {name: given.pop(name) for name in ("resume", "sidecar", "repeated")}
+    redo = redo_of(given.pop("redo"), long["repeated"], given)
     given["colour"] = colour_of(given.pop("colour_match"), given.pop("colour_anchor"))
     given["cut"] = cut_of(given.pop("start"), given.pop("end"))
     refuse_unused_sampling()
@@ -466,6 +470,8 @@ def run(
             "For another video each time use --seed $RANDOM. PyTorch's negative seeds are large ones: here "
             f"--seed {options.seed % 2**64}.",
         )
+    if redo is not None:
+        options = replace(options, seed=redo.record.job.get("seed"))  # that of the other windows
     if options.negative_prompt is not None and not guided(options.guidance):
         raise UsageError(
             "Without guidance --negative-prompt would do nothing.", "Add --guidance 5, or leave it out."
@@ -474,6 +480,8 @@ def run(
     refuse_inputs(output, [*files, *(inputs.glob("src_*") if inputs else ())])
     written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
     written |= {"quality": quality_of(output, codec, crf), "frames": frames}
+    if not dry_run:
+        forget_finished(output)
     if frames is not None:
         require_free(frames, overwrite)
     if audio is not None:
@@ -483,11 +491,11 @@ def run(
         _refuse_preparing(reference)
         if dry_run:
             job = options.job(options.inputs(inputs))
-            return _forecast(report, job, output, options, overwrite, _size_of(job))
+            return _forecast(report, job, output, options, overwrite, _size_of(job), redo)
         if unused := unused_clips(inputs, options.mode):  # type: ignore[arg-type]  # click has checked it
             note(report, f"Not used in the mode {options.mode}: {', '.join(unused)}.")
         return render_prepared(
-            report, inputs, output, options, **written, lasting=lasting(made, inputs, **long)
+            report, inputs, output, options, **written, lasting=lasting(made, inputs, **long), redo=redo
         )
     if reference is None or clip is None:
         raise UsageError(
@@ -528,6 +536,7 @@ def render_prepared(
     frames: Path | None = None,
     basis: "Basis | None" = None,
     lasting: Lasting = Lasting(sidecar=False),  # noqa: B008  (frozen)
+    redo: Redo | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Makes the video of the prepared clips in `folder`, and before it the graphs that are missing.
 
@@ -538,6 +547,7 @@ def render_prepared(
     from trt_wan.runtime.kept.record import as_values
     from trt_wan.runtime.kept.windows import kept_of
     from trt_wan.runtime.opening.model import open_basis
+    from trt_wan.runtime.redo import redo as render_again
     from trt_wan.runtime.render import own_sound, render
     from trt_wan.runtime.video.clips import open_clips
     from trt_wan.runtime.video.continued import frames_before
@@ -554,6 +564,7 @@ def render_prepared(
         ExitStack() as until_the_model_is_closed,
     ):
         frames_before(job.inputs, job.overlap, clips.width, clips.height, clips.rate)  # to refuse it now
+        again = [] if redo is None else redo.planned(job, clips)
         basis = basis or open_basis(files, settings, report.progress)
         basis.require_loras(job.loras)
         require_graphs(report, basis, clips.width, clips.height, job.model_window, options.build)()
@@ -562,31 +573,35 @@ def render_prepared(
         sound = audio or own_sound(clips)
         record = record_of(job, clips, basis, sound, written, lasting.options, lasting.paths)
         if lasting.repeated is not None:
-            lasting.repeated.check(report, record, given_options())
-        if kept_of(output) and not lasting.resume:
+            lasting.repeated.check(report, record, given_options(), redo is not None)
+        if redo is not None:
+            redo.tell(report, again)
+            record = redo.in_record(record)
+        if kept_of(output) and not lasting.resume and redo is None:
             text = with_commands("An earlier run can be gone on with:", this_command("--resume"))
             note(report, text, "can_resume")
         with basis.open(export_tiles=tile_exporter(basis, options.build)) as model:
             stop = until_the_model_is_closed.enter_context(stop_at_a_safe_point())
             try:
-                result = render(
-                    job,
-                    model,
-                    output,
-                    clips=clips,
-                    sound=audio,
-                    overwrite=overwrite,
-                    paste_back=paste_back,
-                    quality=quality,
-                    frames=frames,
-                    record=record,
-                    sidecar=lasting.sidecar,
-                    resume=lasting.resume,
-                    progress=stop.watching(report.progress),
-                    should_stop=stop.asked,
-                )
+                shared: Any = {
+                    "clips": clips,
+                    "overwrite": overwrite,
+                    "paste_back": paste_back,
+                    "quality": quality,
+                    "record": record,
+                    "sidecar": lasting.sidecar,
+                    "progress": stop.watching(report.progress),
+                    "should_stop": stop.asked,
+                }
+                if redo is not None:
+                    result = render_again(job, model, output, redo.video, again, **shared)
+                else:
+                    long: Any = {"sound": audio, "frames": frames, "resume": lasting.resume}
+                    result = render(job, model, output, **long, **shared)
             except TrtWanError as error:
-                if kept_of(output) and not isinstance(error, UsageError):
+                if redo is not None:
+                    error.add_hint(f"{redo.video} is as it was.")
+                elif kept_of(output) and not isinstance(error, UsageError):
                     error.add_hint(
                         with_commands("Go on after the last finished window:", this_command("--resume"))
                     )
@@ -688,9 +703,11 @@ def _forecast(
     options: RunOptions,
     overwrite: bool,
     size: tuple[int, int, int],
+    redo: Redo | None = None,
 ) -> Told:
     """Raises TrtWanError as the run itself would."""
     from trt_wan.runtime.opening.model import open_basis
+    from trt_wan.runtime.video.clips import open_clips
     from trt_wan.runtime.video.target import check_target
 
     width, height, frames = size
@@ -698,7 +715,11 @@ def _forecast(
     basis = open_basis(options.weight_files(), options.settings(), report.progress)
     basis.require_loras(job.loras)
     require_graphs(report, basis, width, height, job.model_window, options.build)
-    return forecast(basis, job, width, height, frames)
+    again = None
+    if redo is not None:
+        with open_clips(job.inputs, job.history) as clips:
+            again = redo.planned(job, clips)
+    return forecast(basis, job, width, height, frames, again)
 
 
 def _refuse_preparing(reference: Path | None) -> None:

@@ -8,7 +8,7 @@ SECTIONS = {
         *("inputs", "output", "overwrite", "mode", "size", "fit", "rate", "start", "end"),
         *("window", "overlap", "audio", "reference_background", "trim_to_shortest", "paste_back"),
         *("start_frame", "extend", "codec", "crf", "frames"),
-        *("dry_run", "resume", "repeated", "sidecar"),
+        *("dry_run", "resume", "repeated", "redo", "sidecar"),
     ),
     "Context windows": (
         *("context", "context_frames", "context_stride", "context_overlap", "context_fuse", "freenoise"),
