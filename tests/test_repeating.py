@@ -3,8 +3,9 @@ tiny model each.
 """
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from trt_wan.cli.main import cli
 from trt_wan.runtime.kept import made
 from trt_wan.runtime.kept.identity import LARGE, identity, is_same
 from trt_wan.runtime.kept.record import read_record
+from trt_wan.runtime.opening.model import Basis
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 OPTIONS = ("--window", str(PLAN.frames), "--steps", "2", "--seed", "3", "--sampler", "euler")
@@ -171,3 +173,63 @@ def test_large_weights_are_known_by_samples(tmp_path: Path) -> None:
         with copy.open("r+b") as file:
             file.seek(place)
             file.write(b"\0")
+
+
+GIVEN = (
+    "--nag-prompt worse --nag-scale 3",
+    "--clip-tiles 2",
+    "--clip-image-2 {all}/src_ref.png --clip-strength 0.3",
+    "--colour-match mkl",
+    f"--context static_standard --context-frames {PLAN.frames} --context-overlap 4",
+    "--start 1 --end 0.5",
+    "--start-frame {all}/src_ref.png",
+    "--mode replace --inputs {all} --paste-back",
+    "--inputs {all} --reference-background grey",
+    "--compat kijai",
+    "--sigmas 1,0.5",
+    "--audio {all}/src_pose.mp4 --codec hevc",
+    "--guidance 5,1 --negative-prompt worse --cfg-zero-star",
+    "--random-weights tiny",
+)
+
+
+@pytest.mark.parametrize("options", GIVEN)
+def test_whatever_a_given_option_changes_was_asked_for(
+    finished: Made, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a setting has another name than its option, and where options leave no room for each other."""
+    monkeypatch.setattr(Basis, "open", raises(RuntimeError("opened")))
+    given = options.format(all=finished.folder / "all").split()
+    result, _ = again(finished.video, *given)
+    assert "opened" in error_of(result)["message"], error_of(result)
+    assert notes(result, "not_repeated")
+
+
+def raises(error: Exception) -> Callable[..., None]:
+    def call(*_: object) -> None:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("options", "steps", {"a": 1}),
+        ("options", "seed", [1, 2]),
+        ("options", "loras", "abc"),
+        ("paths", "options", [1]),
+        ("paths", "options", {"inputs": 5}),
+        ("paths", "options", {"inputs": "a" * 5000}),
+    ],
+)
+def test_a_record_of_strange_values_is_refused(
+    finished: Made, tmp_path: Path, part: str, name: str, value: object
+) -> None:
+    record = json.loads(finished.video.with_suffix(".json").read_text())
+    record[part][name] = value
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(record))
+    result, _ = again(changed)
+    assert result.exit_code == 2, result.output
+    assert re.search("is no value of --|Not found: ", error_of(result)["message"])
