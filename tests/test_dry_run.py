@@ -60,8 +60,22 @@ def test_clips_that_are_not_prepared(place: Path) -> None:
     assert set(place.rglob("*")) == before
 
 
+def test_the_frames_before_the_clip_and_those_of_whole_windows_count(place: Path) -> None:
+    told = dry_run("--inputs", "clips", "--window", "13", "--compat", "kijai")
+    assert (told["frames"], told["windows"]) == (37, 3), "40 frames are rounded down to 37"
+    told = dry_run("--inputs", "clips", "--window", "13", "--end", "13", "--extend", "clips/src_pose.mp4")
+    assert (told["frames"], told["windows"]) == (13, 2), "one frame is carried over into the first window"
+
+
 def test_what_the_job_refuses_is_refused(place: Path) -> None:
-    for more, code in ((["--window", "12"], 2), (["--seed", "x"], 2), (["-o", "no/out.mp4"], 1)):
+    for more, code in (
+        (["--window", "12"], 2),
+        (["--seed", "x"], 2),
+        (["-o", "no/out.mp4"], 1),
+        (["--extend", "clips/src_face.mp4"], 1),
+        (["--start-frame", "character.png"], 1),
+        (["--init", "dance.mp4", "--start-step", "1"], 1),
+    ):
         arguments = [
             "run",
             "--inputs",

@@ -197,7 +197,7 @@ GIVEN = (
 def test_whatever_a_given_option_changes_was_asked_for(
     finished: Made, options: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a setting has another name than its option, and where options leave no room for each other."""
+    """Also where a setting has another name than its option, and where options exclude each other."""
     monkeypatch.setattr(Basis, "open", raises(RuntimeError("opened")))
     given = options.format(all=finished.folder / "all").split()
     result, _ = again(finished.video, *given)

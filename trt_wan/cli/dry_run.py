@@ -32,12 +32,13 @@ class Needs:
 Told = tuple[str, dict[str, Any]]  # a table for people, and its data
 
 
-def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int) -> Told:
-    """Raises MemoryShort."""
+def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int, known: int = 0) -> Told:
+    """`known` frames, which the video goes on from, come before the clip's. Raises MemoryShort."""
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.graphs import graph_set
 
-    windows = job.windows(frames)
+    windows = job.windows(known + frames)
+    frames = windows.kept_frames - known
     plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
     graphs = graph_set(config, plan).missing()
     needs = _on_cpu(basis, plan) if basis.place is None else _on_gpu(basis, plan, job, windows, not graphs)

@@ -99,7 +99,7 @@ class Repeated:
 
 
 def deciding(name: str) -> set[str]:
-    """The options that decide the part `name` of a record, such as "nag scale" or "inputs cut start value"."""
+    """The options that decide the part `name` of a record, such as "inputs cut start value"."""
     words = name.split()
     part = words[1] if words[0] == "inputs" and len(words) > 1 else words[0]
     return {part, *OPTIONS_OF.get(part, ())}

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -483,7 +484,7 @@ def run(
         _refuse_preparing(reference)
         if dry_run:
             job = options.job(options.inputs(inputs))
-            return _forecast(report, job, output, options, overwrite, _size_of(job))
+            return _forecast(report, job, output, options, overwrite, *_size_of(job))
         if unused := unused_clips(inputs, options.mode):  # type: ignore[arg-type]  # click has checked it
             note(report, f"Not used in the mode {options.mode}: {', '.join(unused)}.")
         return render_prepared(
@@ -503,7 +504,7 @@ def run(
         }
         folder = job.inputs.reference.parent
         size = planned_video(reference, clip, folder, overwrite=overwrite, **shared, **preparing)
-        return _forecast(report, job, output, options, overwrite, size)
+        return _forecast(report, job, output, options, overwrite, *size, preparing["rate"])
     inputs, basis = _prepare_beside(
         report, reference, clip, output, overwrite, preparing, options, long["resume"]
     )
@@ -673,12 +674,12 @@ def _job_to_prepare(output: Path, preparing: dict[str, Any], options: RunOptions
     return options.job(replace(prepared, start_frame=options.start_frame, extend=options.extend))
 
 
-def _size_of(job: "Job") -> tuple[int, int, int]:
-    """Width, height and frames of prepared clips."""
+def _size_of(job: "Job") -> tuple[int, int, int, Fraction]:
+    """Width, height, frames and rate of prepared clips."""
     from trt_wan.runtime.video.clips import open_clips
 
     with open_clips(job.inputs, job.history) as clips:
-        return clips.width, clips.height, clips.frames
+        return clips.width, clips.height, clips.frames, clips.rate
 
 
 def _forecast(
@@ -687,18 +688,25 @@ def _forecast(
     output: Path,
     options: RunOptions,
     overwrite: bool,
-    size: tuple[int, int, int],
+    width: int,
+    height: int,
+    frames: int,
+    rate: Fraction | None,
 ) -> Told:
     """Raises TrtWanError as the run itself would."""
     from trt_wan.runtime.opening.model import open_basis
+    from trt_wan.runtime.video.clips import require_init_size
+    from trt_wan.runtime.video.continued import frames_before
     from trt_wan.runtime.video.target import check_target
 
-    width, height, frames = size
     check_target(output, overwrite)
+    before = frames_before(job.inputs, job.overlap, width, height, rate)
+    if job.inputs.init is not None:
+        require_init_size(job.inputs.init, width, height)
     basis = open_basis(options.weight_files(), options.settings(), report.progress)
     basis.require_loras(job.loras)
     require_graphs(report, basis, width, height, job.model_window, options.build)
-    return forecast(basis, job, width, height, frames)
+    return forecast(basis, job, width, height, frames, 0 if before is None else len(before))
 
 
 def _refuse_preparing(reference: Path | None) -> None:
