@@ -217,6 +217,11 @@ class Job:
         require_strength("pose", self.pose_strength)
         require_strength("face", self.face_strength)
         # Each of these raises UsageError for its own settings.
+        if self.context is not None and self.model_window < 5:
+            raise UsageError(
+                f"The wrapper counts the reference among its {self.context.frames} context frames: too few.",
+                "Use --context-frames 9 or more, or leave out --compat.",
+            )
         Plan(16, 16, self.model_window)
         Windows(1, self.window, self.overlap)
         self._require_long()

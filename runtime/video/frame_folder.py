@@ -1,7 +1,7 @@
 """`--frames`: every frame as a PNG in a folder, beside the video: 00000.png, 00001.png, …
 
-The folder is `<name>.partial` until all frames are there, or `<name>.partial-2` and so on, as the video is named
-(target.py). After a stopped job it stays.
+The folder is `<name>.partial` until all frames are there, or `<name>.partial-2` and so on, as the video is
+named (target.py). After a stopped job it stays.
 """
 
 import os
