@@ -77,14 +77,16 @@ def remove(partial: Path) -> None:
 
 
 def kept_of(output: Path) -> list[Path]:
-    """The folders of states beside `output`."""
+    """The folders of whole states beside `output`."""
     place = output.resolve()
     pattern = re.compile(
         rf"{re.escape(place.stem)}\.partial(-\d+)?{re.escape(working_suffix(place) + STATE)}"
     )
     if not place.parent.is_dir():
         return []
-    return sorted(path for path in place.parent.iterdir() if pattern.fullmatch(path.name) and path.is_dir())
+    return sorted(
+        path for path in place.parent.iterdir() if pattern.fullmatch(path.name) and (path / INDEX).is_file()
+    )
 
 
 def find(output: Path, record: Record, progress: Progress) -> Kept | None:
@@ -93,7 +95,7 @@ def find(output: Path, record: Record, progress: Progress) -> Kept | None:
     Raises UsageError if what was kept is of another job, and names the differences; OutputError if it is
     damaged, incomplete or of a newer version.
     """
-    folders = [folder for folder in kept_of(output) if (folder / INDEX).exists()]
+    folders = kept_of(output)
     if not folders:
         progress(Note("Nothing was kept to go on from: the video begins at its first frame.", "kept_nothing"))
         return None
