@@ -43,6 +43,7 @@ OPTIONS_OF: Mapping[str, Sequence[str]] = {
     "sound": ("inputs", "audio"),
     "kind": ("output",),
     "cut": CUT,
+    "cfg_zero_star": ("guidance",),  # it does nothing without
     "behind": ("reference_background",),
     "nag": ("nag_prompt", *guidance_options.NAG),
     "colour": ("colour_match", "colour_anchor"),

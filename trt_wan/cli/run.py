@@ -467,7 +467,7 @@ def run(
             "For another video each time use --seed $RANDOM. PyTorch's negative seeds are large ones: here "
             f"--seed {options.seed % 2**64}.",
         )
-    if options.negative_prompt is not None and not guided(options.guidance):
+    if is_typed("negative_prompt") and not guided(options.guidance):
         raise UsageError(
             "Without guidance --negative-prompt would do nothing.", "Add --guidance 5, or leave it out."
         )
@@ -476,6 +476,8 @@ def run(
     written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
     written |= {"quality": quality_of(output, codec, crf), "frames": frames}
     if frames is not None:
+        if frames.absolute() == output.absolute():
+            raise UsageError("The frames and the video have the same name.", "Give --frames a folder.")
         require_free(frames, overwrite)
     if audio is not None:
         require_audible(output)
@@ -587,7 +589,8 @@ def render_prepared(
                     should_stop=stop.asked,
                 )
             except TrtWanError as error:
-                if kept_of(output) and not isinstance(error, UsageError):
+                damaged = "--resume" in error.hint  # it would fail in the same way
+                if kept_of(output) and not isinstance(error, UsageError) and not damaged:
                     error.add_hint(
                         with_commands("Go on after the last finished window:", this_command("--resume"))
                     )
