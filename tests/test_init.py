@@ -2,6 +2,7 @@
 diffusers' VAE; what is refused; the command line.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,16 @@ START, STRENGTH = {"start_step": 1}, {"denoise_strength": 0.5}
 def test_what_is_refused(place: Path, init: bool, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         job(place, "init.mp4" if init else None, **settings)
+
+
+@pytest.mark.parametrize("settings", [{"steps": 2}, {"steps": 3}, {"sigmas": (1, 0.5, 0)}, {"steps": 1}])
+def test_the_strength_of_the_hint_leaves_out_a_step(place: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="start from noise alone") as caught:
+        job(place, **settings)
+    found = re.search(r"--denoise-strength (\S+),", caught.value.hint)
+    assert (found is None) == (settings == {"steps": 1})
+    if found is not None:
+        assert job(place, **settings, denoise_strength=float(found[1])).schedule.sigmas[0] < 0.999
 
 
 def test_the_init_clip_has_the_rules_of_the_others(place: Path, tmp_path: Path) -> None:

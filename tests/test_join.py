@@ -97,7 +97,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
             join_videos([first, first], tmp_path / output)
     with pytest.raises(UsageError):
         join_videos([first, first], first, overwrite=True)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -84,8 +84,10 @@ def _form(stream: VideoStream) -> tuple[Any, ...]:
     return codec.codec.canonical_name, codec.width, codec.height, codec.pix_fmt, bytes(codec.extradata or b"")
 
 
-OTHERS = ("another codec", "another width", "another height", "another pixel format")
-OTHERS += ("other settings of the encoder", "another rate")
+OTHERS = (
+    *("another codec", "another width", "another height", "another pixel format"),
+    *("other settings of the encoder", "another rate"),
+)
 
 
 def _require_alike(parts: Sequence[Path], forms: Sequence[tuple[Any, ...]]) -> None:
