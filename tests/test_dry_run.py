@@ -90,6 +90,22 @@ def test_what_the_job_refuses_is_refused(place: Path) -> None:
         assert CliRunner().invoke(cli, arguments).exit_code == code
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--extend", "clips/src_pose.mp4"], "has 29.97 frames per second, and the clips"),
+        (["--init", "clips/src_pose.mp4", "--start-step", "1"], "has 40 frames, and the clips will have 60"),
+    ],
+)
+def test_a_video_that_does_not_fit_is_refused_before_clips_are_made(
+    place: Path, more: list[str], says: str, dry: list[str]
+) -> None:
+    job = ["character.png", "dance.mp4", "--random-weights", "tiny", "-o", "o.mp4", "--size", "64x48"]
+    result = CliRunner().invoke(cli, ["run", *job, *more, *dry])
+    assert result.exit_code == 1 and says in result.stderr and not (place / "o.inputs").exists()
+
+
 def a_basis(free: float) -> Any:
     gpu = SimpleNamespace(name="GPU", capability=(9, 0), driver=13, free_bytes=lambda: free)
     flavour = SimpleNamespace(name="tensorrt_rtx", version="1")

@@ -236,7 +236,9 @@ def test_the_init_clip_has_the_rules_of_the_others(place: Path, tmp_path: Path) 
     with pytest.raises(InputError, match="small.mp4 is 48x48 where 64x48 is needed"):
         open_clips(job(place, "small.mp4", **START).inputs, PLAN.frames)
     with pytest.raises(InputError, match="small.mp4 is 48x48 where 64x48"):
-        require_init_size(place / "small.mp4", PLAN.width, PLAN.height)
+        require_init_size(place / "small.mp4", PLAN.width, PLAN.height, FRAMES)
+    with pytest.raises(InputError, match=f"{FRAMES + 3} frames, and the clips will have {FRAMES}"):
+        require_init_size(place / "long.mp4", PLAN.width, PLAN.height, FRAMES)
     inputs = Inputs.from_folder(place / "clips", "animate", init=place / "long.mp4", trim_to_shortest=True)
     with open_clips(inputs, PLAN.frames) as clips:
         assert clips.frames == FRAMES and clips.init is not None

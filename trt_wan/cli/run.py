@@ -29,6 +29,7 @@ from trt_wan.cli.preprocess import (
     PREPARING_FILES,
     PREPARING_NAMES,
     STDIN,
+    Size,
     planned_video,
     prepare,
     preparing_options,
@@ -506,7 +507,8 @@ def run(
         }
         folder = job.inputs.reference.parent
         size = planned_video(reference, clip, folder, overwrite=overwrite, **shared, **preparing)
-        return _forecast(report, job, output, options, overwrite, *size, preparing["rate"])
+        _require_fit(job, *size)
+        return _forecast(report, job, output, options, overwrite, *size)
     inputs, basis = _prepare_beside(
         report, reference, clip, output, overwrite, preparing, options, long["resume"]
     )
@@ -619,8 +621,6 @@ def _prepare_beside(
     from trt_wan.preprocess.clips import artifacts
     from trt_wan.runtime.events import silent
     from trt_wan.runtime.opening.model import open_basis
-    from trt_wan.runtime.video.clips import require_init_size
-    from trt_wan.runtime.video.continued import frames_before
     from trt_wan.runtime.video.target import check_target, claimed
 
     check_target(output, overwrite)
@@ -631,10 +631,9 @@ def _prepare_beside(
     basis = open_basis(files, settings, report.progress)
     basis.require_loras(job.loras)
 
-    def planned(width: int, height: int) -> Callable[[], None]:
-        frames_before(job.inputs, job.overlap, width, height, preparing["rate"])
-        if options.init is not None:
-            require_init_size(options.init, width, height)
+    def planned(size: Size) -> Callable[[], None]:
+        _require_fit(job, *size)
+        width, height, _, _ = size
         export = require_graphs(report, basis, width, height, job.model_window, options.build)
 
         def make() -> None:
@@ -677,8 +676,18 @@ def _job_to_prepare(output: Path, preparing: dict[str, Any], options: RunOptions
     return options.job(replace(prepared, start_frame=options.start_frame, extend=options.extend))
 
 
-def _size_of(job: "Job") -> tuple[int, int, int, Fraction]:
-    """Width, height, frames and rate of prepared clips."""
+def _require_fit(job: "Job", width: int, height: int, frames: int, rate: Fraction) -> None:
+    """Raises InputError for videos that do not fit to the clips, before those are made."""
+    from trt_wan.runtime.video.clips import require_init_size
+    from trt_wan.runtime.video.continued import frames_before
+
+    frames_before(job.inputs, job.overlap, width, height, rate)
+    if job.inputs.init is not None:
+        require_init_size(job.inputs.init, width, height, frames)
+
+
+def _size_of(job: "Job") -> Size:
+    """The size of prepared clips."""
     from trt_wan.runtime.video.clips import open_clips
 
     with open_clips(job.inputs, job.history) as clips:
@@ -694,18 +703,15 @@ def _forecast(
     width: int,
     height: int,
     frames: int,
-    rate: Fraction | None,
+    rate: Fraction,
 ) -> Told:
     """Raises TrtWanError as the run itself would."""
     from trt_wan.runtime.opening.model import open_basis
-    from trt_wan.runtime.video.clips import require_init_size
     from trt_wan.runtime.video.continued import frames_before
     from trt_wan.runtime.video.target import check_target
 
     check_target(output, overwrite)
     before = frames_before(job.inputs, job.overlap, width, height, rate)
-    if job.inputs.init is not None:
-        require_init_size(job.inputs.init, width, height)
     basis = open_basis(options.weight_files(), options.settings(), report.progress)
     basis.require_loras(job.loras)
     require_graphs(report, basis, width, height, job.model_window, options.build)
