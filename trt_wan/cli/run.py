@@ -620,6 +620,7 @@ def _prepare_beside(
     from trt_wan.engines.store.files import replace_atomically
     from trt_wan.preprocess.clips import artifacts
     from trt_wan.runtime.events import silent
+    from trt_wan.runtime.kept.windows import ANEW, kept_of
     from trt_wan.runtime.opening.model import open_basis
     from trt_wan.runtime.video.target import check_target, claimed
 
@@ -653,6 +654,11 @@ def _prepare_beside(
     if resume and is_from(folder, from_these) and (folder / artifacts.REFERENCE).exists():
         note(report, f"The prepared clips in {folder} are used again.", "prepared_before")
         return folder, basis
+    if resume and from_these is not None and kept_of(output) and (folder / FILE_OF_ORIGIN).exists():
+        raise UsageError(
+            f"The clips in {folder} are of another picture or clip, or were made with other options.",
+            f"Go on with those that the run was begun with. {ANEW}",
+        )
     made, _ = prepare(report, reference, clip, folder, **shared, planned=planned, **preparing)
     if from_these is not None:
         replace_atomically(folder / FILE_OF_ORIGIN, from_these)
