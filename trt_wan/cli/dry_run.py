@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from trt_wan.cli.report import readable_bytes, table
 
 if TYPE_CHECKING:
+    from fractions import Fraction
+
     from trt_wan.engines.shape import Plan
     from trt_wan.runtime.job import Job
     from trt_wan.runtime.opening.model import Basis
@@ -32,11 +34,17 @@ class Needs:
 Told = tuple[str, dict[str, Any]]  # a table for people, and its data
 
 
-def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int, known: int = 0) -> Told:
-    """`known` frames, which the video goes on from, come before the clip's. Raises MemoryShort."""
+def forecast(
+    basis: "Basis", job: "Job", width: int, height: int, frames: int, rate: "Fraction | None" = None
+) -> Told:
+    """`rate` is that of the clips. Raises MemoryShort, and InputError as `frames_before`."""
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.graphs import graph_set
+    from trt_wan.runtime.pipeline import short_last_window
+    from trt_wan.runtime.video.continued import frames_before
 
+    before = frames_before(job.inputs, job.overlap, width, height, rate)
+    known = 0 if before is None else len(before)
     windows = job.windows(known + frames)
     frames = windows.kept_frames - known
     plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
@@ -55,6 +63,7 @@ def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int, k
         ("what", "forecast"),
         ("video", f"{frames} frames, {width}x{height}"),
         ("windows", f"{windows.total} of {per_window}"),
+        *([("", note.text)] if (note := short_last_window(windows)) else []),
         ("transformer", f"{data['evaluations']} evaluations, {plan.tokens} tokens each, {basis.precision}"),
         ("graphs", f"{len(graphs)} would be exported" if graphs else "are there"),
         ("engines", _engines(needs)),

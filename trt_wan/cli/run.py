@@ -487,7 +487,7 @@ def run(
         _refuse_preparing(reference)
         if dry_run:
             job = options.job(options.inputs(inputs))
-            return _forecast(report, job, output, options, overwrite, *_size_of(job))
+            return _forecast(report, job, output, options, overwrite, _size_of(job))
         if unused := unused_clips(inputs, options.mode):  # type: ignore[arg-type]  # click has checked it
             note(report, f"Not used in the mode {options.mode}: {', '.join(unused)}.")
         return render_prepared(
@@ -508,7 +508,7 @@ def run(
         folder = job.inputs.reference.parent
         size = planned_video(reference, clip, folder, overwrite=overwrite, **shared, **preparing)
         _require_fit(job, *size)
-        return _forecast(report, job, output, options, overwrite, *size)
+        return _forecast(report, job, output, options, overwrite, size)
     inputs, basis = _prepare_beside(
         report, reference, clip, output, overwrite, preparing, options, long["resume"]
     )
@@ -706,22 +706,18 @@ def _forecast(
     output: Path,
     options: RunOptions,
     overwrite: bool,
-    width: int,
-    height: int,
-    frames: int,
-    rate: Fraction,
+    size: Size,
 ) -> Told:
     """Raises TrtWanError as the run itself would."""
     from trt_wan.runtime.opening.model import open_basis
-    from trt_wan.runtime.video.continued import frames_before
     from trt_wan.runtime.video.target import check_target
 
+    width, height, frames, rate = size
     check_target(output, overwrite)
-    before = frames_before(job.inputs, job.overlap, width, height, rate)
     basis = open_basis(options.weight_files(), options.settings(), report.progress)
     basis.require_loras(job.loras)
     require_graphs(report, basis, width, height, job.model_window, options.build)
-    return forecast(basis, job, width, height, frames, 0 if before is None else len(before))
+    return forecast(basis, job, width, height, frames, rate)
 
 
 def _refuse_preparing(reference: Path | None) -> None:
