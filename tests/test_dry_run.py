@@ -82,6 +82,12 @@ def test_the_frames_before_the_clip_and_those_of_whole_windows_count(place: Path
     assert (told["frames"], told["windows"]) == (13, 2), "one frame is carried over into the first window"
 
 
+def test_resume_changes_no_forecast_and_a_note_says_so(place: Path) -> None:
+    job = ["--inputs", "clips", "--random-weights", "tiny", "-o", "out.mp4", "--window", "13"]
+    result = CliRunner().invoke(cli, ["run", *job, "--resume", "--dry-run"])
+    assert result.exit_code == 0 and "forecast is of all windows" in result.stderr
+
+
 def test_what_the_job_refuses_is_refused(place: Path) -> None:
     for more, code in (
         (["--window", "12"], 2),

@@ -717,6 +717,12 @@ def _forecast(
     basis = open_basis(options.weight_files(), options.settings(), report.progress)
     basis.require_loras(job.loras)
     require_graphs(report, basis, width, height, job.model_window, options.build)
+    if is_typed("resume"):
+        note(
+            report,
+            "The forecast is of all windows, also of those that --resume goes on after.",
+            "all_windows",
+        )
     return forecast(basis, job, width, height, frames, rate)
 
 
