@@ -26,6 +26,22 @@ def require_possible_size(width: int, height: int) -> None:
         )
 
 
+def require_possible_frames(frames: int, window: str = "window") -> None:
+    """Raises UsageError. `window` is its name, as the message and the option have it."""
+    option = "--context-frames" if window == "context window" else "--window"
+    if frames > MOST_FRAMES:
+        raise UsageError(
+            f"A {window} of {shown(frames)} frames is not possible: {MOST_FRAMES} is the most.",
+            f"Use {option} 77, the official one.",
+        )
+    if frames < 5 or frames % 4 != 1:
+        near = max(5, (frames - 1) // 4 * 4 + 1)
+        raise UsageError(
+            f"A {window} of {shown(frames)} frames is not possible: it must be 4k+1 and at least 5.",
+            f"Use {option} {near} or {option} {near + 4}.",
+        )
+
+
 @dataclass(frozen=True)
 class Plan:
     width: int = 832
@@ -44,17 +60,7 @@ class Plan:
                 raise UsageError(
                     f"The {name} is {value}, which is not a multiple of 16.", f"Use {low} or {low + 16}."
                 )
-        if self.frames > MOST_FRAMES:
-            raise UsageError(
-                f"A window of {shown(self.frames)} frames is not possible: {MOST_FRAMES} is the most.",
-                "Use --window 77, the official one.",
-            )
-        if self.frames < 5 or self.frames % 4 != 1:
-            near = max(5, (self.frames - 1) // 4 * 4 + 1)
-            raise UsageError(
-                f"A window of {shown(self.frames)} frames is not possible: it must be 4k+1 and at least 5.",
-                f"Use --window {near} or --window {near + 4}.",
-            )
+        require_possible_frames(self.frames)
         if self.tokens > MOST_TOKENS:
             raise UsageError(
                 f"{self.frames} frames at {self.width}x{self.height} are {self.tokens} tokens; "

@@ -217,6 +217,11 @@ class Job:
         require_strength("pose", self.pose_strength)
         require_strength("face", self.face_strength)
         # Each of these raises UsageError for its own settings.
+        if self.context is not None and self.model_window < 5:
+            raise UsageError(
+                f"The wrapper counts the reference among its {self.context.frames} context frames: too few.",
+                "Use --context-frames 9 or more, or leave out --compat.",
+            )
         Plan(16, 16, self.model_window)
         Windows(1, self.window, self.overlap)
         self._require_long()
@@ -348,9 +353,12 @@ class Job:
                 "Add --init VIDEO, or leave out --start-step and --denoise-strength.",
             )
         if self.inputs.init is not None and first > MOST_NOISE:
+            whole = sum(level > 0 for level in self.sigmas) or self.steps
+            strength = 0.5 if whole > 2 else 0.25  # less than all steps by the rule of `_first_step`
+            fewer = f"Use --denoise-strength {strength}, or --start-step 1 or later."
             raise UsageError(
                 f"The steps start from noise alone (level {first:g}), so the init video would do nothing.",
-                "Use --denoise-strength 0.5, or --start-step 1 or later.",
+                fewer if whole > 1 else "Use more steps, of which the first is left out: --steps 2.",
             )
 
     @property

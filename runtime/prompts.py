@@ -14,6 +14,8 @@ from trt_wan.errors import UsageError, shown
 
 TIME = re.compile(r"(?:(\d+):)?(\d+):([0-5]\d(?:\.\d+)?)(?=\s|$)")
 
+NEARLY = re.compile(r"\d+:\d\d(?!\d)")  # as 0:90, 0:05x or 0:05: are: meant as a time
+
 Seconds = tuple[float, float]  # from, to: places in the video
 
 
@@ -36,6 +38,12 @@ class Prompts:
             raise UsageError(
                 f"A part between the | of {shown(repr(prompt))} is empty.", "Write a text, or leave a | out."
             )
+        for part, match in zip(parts, found, strict=True):
+            if match is None and NEARLY.match(part):
+                raise UsageError(
+                    f"The prompt {shown(repr(part))} begins with no time that can be read.",
+                    "Write m:ss or h:mm:ss, a space and the text: '0:00 a man walks | 0:05 he dances'.",
+                )
         times = tuple(_seconds(match) for match in found if match)
         if not times:
             return Prompts(texts)

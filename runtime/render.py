@@ -117,7 +117,9 @@ def render(
                 raise without_sound(sound, clips.start)
             if own_sound(clips) and KINDS[output.suffix.lower()].is_gif:
                 progress(Note("A GIF has no sound: that of the clip is left out.", "no_sound"))
-            folder = None if frames is None else FrameFolder(frames, overwrite, first=writer.frames)
+            if frames is not None:
+                unfinished = writer.partial.stem.rpartition(".")[2]  # "partial-2" beside out.partial-2.mp4
+                folder = FrameFolder(frames, overwrite, writer.frames, unfinished)
             windows = _Windows(writer, progress, record)
             seconds = _write(job, model, clips, windows, folder, begin_from, paste_back, should_stop)
             kept_windows.remove(writer.partial)

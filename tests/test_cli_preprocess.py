@@ -437,8 +437,9 @@ def test_a_resumed_run_prepares_nothing_again(
         patch.setattr(OpenModel, "pieces", stopping)
         _, hint = refused(invoke(*RUN_CLIP, "--json"), 130, "interrupted")
     assert f"\n{shlex.join(('trt-wan', *RUN_CLIP, '--json', '--resume'))}\n" in hint
-    message, _ = refused(invoke(*RUN_CLIP, "--person", "1", "--resume", "--json"), 1, "output_unwritable")
-    assert "already" in message
+    other = invoke(*RUN_CLIP, "--person", "1", "--resume", "-y", "--json")
+    message, hint = refused(other, 2, "usage")
+    assert "out.inputs are of another picture or clip" in message and "Leave out --resume" in hint
     result = invoke(*RUN_CLIP, "--resume", "--json")
     assert result.exit_code == 0 and len(fakes) == 1, result.output
     assert {"prepared_before", "resumed"} <= set(notes(result))

@@ -357,7 +357,9 @@ def test_linear_weights_of_two_windows_fade_into_each_other() -> None:
         ({"context": {"stride": 8}}, "context stride of 8 frames is not possible", "--context-stride 4"),
         ({"context": {"overlap": 3}}, "context overlap of 3 frames", "--context-overlap 16"),
         ({"context": {"overlap": 80}}, "context overlap of 80 frames", "from 4 to 76"),
-        ({"context": {"frames": 78}}, "window of 78 frames", "--window 77 or --window 81"),
+        ({"context": {"overlap": 0, "frames": 5}}, "context overlap of 0 frames", "--context-overlap 4."),
+        ({"context": {"frames": 78}}, "window of 78 frames", "--context-frames 77 or --context-frames 81"),
+        ({"context": {"frames": 9001}}, "window of 9001 frames", "--context-frames 77"),
         ({"context": {"schedule": "uniform_looped", "whole": False}}, "needs the whole video", "--window"),
         ({"context": {}, "overlap": 5}, "--overlap would do nothing", "--window"),
         ({"context": {}, "window": 81}, "need no window of 81", "whole=False"),
@@ -377,7 +379,7 @@ def test_linear_weights_of_two_windows_fade_into_each_other() -> None:
             "tear pose and face apart",
             "--compat",
         ),
-        ({"context": {"frames": 5, "overlap": 4}, "compat": "kijai"}, "window of 1 frames", ""),
+        ({"context": {"frames": 5, "overlap": 4}, "compat": "kijai"}, "counts the reference", "frames 9"),
         ({"compat": "kijai", "overlap": 5}, "carries 1 frame, not 5", "--overlap"),
     ],
 )
@@ -409,7 +411,7 @@ def test_options_of_the_command_line() -> None:
     for name in ("--context-frames", "--context-overlap"):
         with pytest.raises(UsageError, match=f"Without context windows {name} would do nothing"):
             options(name, "81")
-    with pytest.raises(UsageError, match="Without context windows --freenoise"):
+    with pytest.raises(UsageError, match="Without context windows --no-freenoise"):
         options("--no-freenoise")
 
 

@@ -76,8 +76,28 @@ def test_clips_that_are_not_prepared(place: Path) -> None:
     assert set(place.rglob("*")) == before
 
 
+def test_the_frames_before_the_clip_and_those_of_whole_windows_count(place: Path) -> None:
+    told = dry_run("--inputs", "clips", "--window", "13", "--compat", "kijai")
+    assert (told["frames"], told["windows"]) == (37, 3), "40 frames are rounded down to 37"
+    told = dry_run("--inputs", "clips", "--window", "13", "--end", "13", "--extend", "clips/src_pose.mp4")
+    assert (told["frames"], told["windows"]) == (13, 2), "one frame is carried over into the first window"
+
+
+def test_resume_changes_no_forecast_and_a_note_says_so(place: Path) -> None:
+    job = ["--inputs", "clips", "--random-weights", "tiny", "-o", "out.mp4", "--window", "13"]
+    result = CliRunner().invoke(cli, ["run", *job, "--resume", "--dry-run"])
+    assert result.exit_code == 0 and "forecast is of all windows" in result.stderr
+
+
 def test_what_the_job_refuses_is_refused(place: Path) -> None:
-    for more, code in ((["--window", "12"], 2), (["--seed", "x"], 2), (["-o", "no/out.mp4"], 1)):
+    for more, code in (
+        (["--window", "12"], 2),
+        (["--seed", "x"], 2),
+        (["-o", "no/out.mp4"], 1),
+        (["--extend", "clips/src_face.mp4"], 1),
+        (["--start-frame", "character.png"], 1),
+        (["--init", "dance.mp4", "--start-step", "1"], 1),
+    ):
         arguments = [
             "run",
             "--inputs",
@@ -90,6 +110,22 @@ def test_what_the_job_refuses_is_refused(place: Path) -> None:
             *more,
         ]
         assert CliRunner().invoke(cli, arguments).exit_code == code
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--extend", "clips/src_pose.mp4"], "has 29.97 frames per second, and the clips"),
+        (["--init", "clips/src_pose.mp4", "--start-step", "1"], "has 40 frames, and the clips will have 60"),
+    ],
+)
+def test_a_video_that_does_not_fit_is_refused_before_clips_are_made(
+    place: Path, more: list[str], says: str, dry: list[str]
+) -> None:
+    job = ["character.png", "dance.mp4", "--random-weights", "tiny", "-o", "o.mp4", "--size", "64x48"]
+    result = CliRunner().invoke(cli, ["run", *job, *more, *dry])
+    assert result.exit_code == 1 and says in result.stderr and not (place / "o.inputs").exists()
 
 
 def a_basis(free: float) -> Any:

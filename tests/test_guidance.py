@@ -115,6 +115,8 @@ def test_strengths_act_from_start_to_end(start: float, end: float, steps: int, e
         ({"face_start": 50, "face_end": 20}, "none is between 50 and 20", "--face-strength 0"),
         ({"prompt": "a | | b"}, "A part between the |", "leave a | out"),
         ({"prompt": "a |"}, "A part between the |", "leave a | out"),
+        ({"prompt": "0:00 a | 0:90 b"}, "'0:90 b' begins with no time", "m:ss or h:mm:ss"),
+        ({"prompt": "0:00: a | 0:05: b"}, "'0:00: a' begins with no time", "a space and the text"),
         ({"prompt": "0:00 a | b"}, "1 of 2 prompts between | begin with a time", "all of them one, or none"),
         ({"prompt": "0:01 a | 0:02 b"}, "The times of the prompts are 0:01, 0:02", "Begin with 0:00"),
         ({"prompt": "0:00 a | 0:05 b | 0:05 c"}, "they must rise", "in the order of their times"),

@@ -19,10 +19,10 @@ INPUTS = Inputs(Path("ref.png"), Path("pose.mp4"), Path("face.mp4"))
 
 
 def job_of(*arguments: str) -> Job:
-    context = run.make_context("run", ["-o", "o.mp4", *arguments])
     known = (*RunOptions.__annotations__, *NAG, *CLIP_VISION, "nag_prompt")
-    given = {name: value for name, value in context.params.items() if name in known}
-    return RunOptions(**with_guidance(given)).job(INPUTS)
+    with run.make_context("run", ["-o", "o.mp4", *arguments]) as context:
+        given = {name: value for name, value in context.params.items() if name in known}
+        return RunOptions(**with_guidance(given)).job(INPUTS)
 
 
 @pytest.fixture
@@ -71,6 +71,7 @@ def test_the_options_of_a_job(picture: Path) -> None:
         (["--guidance", "2,0.5"], "A guidance of 0.5"),
         (["--guidance", "3,2,1", "--steps", "2"], "3 values of guidance for 2 steps"),
         (["--pose-end", "0.5"], "less than a step"),
+        (["--face-strength", "0", "--face-end", "50"], "--face-end would do nothing"),
     ],
 )
 def test_what_would_do_nothing_is_refused(arguments: list[str], says: str) -> None:

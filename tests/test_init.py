@@ -2,6 +2,7 @@
 diffusers' VAE; what is refused; the command line.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,16 @@ def test_what_is_refused(place: Path, init: bool, settings: dict[str, Any], mess
         job(place, "init.mp4" if init else None, **settings)
 
 
+@pytest.mark.parametrize("settings", [{"steps": 2}, {"steps": 3}, {"sigmas": (1, 0.5, 0)}, {"steps": 1}])
+def test_the_strength_of_the_hint_leaves_out_a_step(place: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="start from noise alone") as caught:
+        job(place, **settings)
+    found = re.search(r"--denoise-strength (\S+),", caught.value.hint)
+    assert (found is None) == (settings == {"steps": 1})
+    if found is not None:
+        assert job(place, **settings, denoise_strength=float(found[1])).schedule.sigmas[0] < 0.999
+
+
 def test_the_init_clip_has_the_rules_of_the_others(place: Path, tmp_path: Path) -> None:
     write_clip(place / "long.mp4", frames=FRAMES + 3)
     write_clip(place / "small.mp4", size=(48, 48))
@@ -225,7 +236,9 @@ def test_the_init_clip_has_the_rules_of_the_others(place: Path, tmp_path: Path) 
     with pytest.raises(InputError, match="small.mp4 is 48x48 where 64x48 is needed"):
         open_clips(job(place, "small.mp4", **START).inputs, PLAN.frames)
     with pytest.raises(InputError, match="small.mp4 is 48x48 where 64x48"):
-        require_init_size(place / "small.mp4", PLAN.width, PLAN.height)
+        require_init_size(place / "small.mp4", PLAN.width, PLAN.height, FRAMES)
+    with pytest.raises(InputError, match=f"{FRAMES + 3} frames, and the clips will have {FRAMES}"):
+        require_init_size(place / "long.mp4", PLAN.width, PLAN.height, FRAMES)
     inputs = Inputs.from_folder(place / "clips", "animate", init=place / "long.mp4", trim_to_shortest=True)
     with open_clips(inputs, PLAN.frames) as clips:
         assert clips.frames == FRAMES and clips.init is not None

@@ -83,18 +83,21 @@ def test_a_part_without_sound_is_silent(tmp_path: Path, sound: Path) -> None:
 def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     first = write(tmp_path / "a.mp4", 9, Fraction(25), None)
     others = {
-        "rate": write(tmp_path / "b.mp4", 9, Fraction(24), None),
-        "codec": write(tmp_path / "c.mp4", 9, Fraction(25), None, quality=Quality("hevc")),
+        "other settings of the encoder and another rate": write(tmp_path / "b.mp4", 9, Fraction(24), None),
+        "another codec": write(tmp_path / "c.mp4", 9, Fraction(25), None, quality=Quality("hevc")),
     }
+    others["another codec and another pixel format"] = write(
+        tmp_path / "d.mov", 9, Fraction(25), None, quality=Quality("prores")
+    )
     for name, other in others.items():
-        with pytest.raises(InputError, match=f"another {name}"):
+        with pytest.raises(InputError, match=f"it has {name}"):
             join_videos([first, other], tmp_path / "whole.mp4")
     for output in ("whole.webm", "whole.gif", "a.mp4"):
         with pytest.raises(TrtWanError):
             join_videos([first, first], tmp_path / output)
     with pytest.raises(UsageError):
         join_videos([first, first], first, overwrite=True)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import av
 import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from lengths import faults, make_sound, measured, windows
 from lengths import write as write_greys
 from test_video import SOLIDS, difference, numbered, read_all
@@ -214,3 +215,10 @@ def test_a_folder_of_frames_goes_on(tmp_path: Path) -> None:
     assert all((read_picture(path / f"{k:05}.png") == frames[k]).all() for k in range(4))
     with pytest.raises(OutputError, match="lacks 00000.png"):
         FrameFolder(tmp_path / "other", first=1)
+
+
+def test_the_frames_have_another_name_than_the_video(tmp_path: Path) -> None:
+    """Before, they ended the job after its last frame."""
+    output, model = str(tmp_path / "out.mp4"), ("--random-weights", "tiny")
+    result = CliRunner().invoke(run, ["--inputs", str(tmp_path), "-o", output, "--frames", output, *model])
+    assert result.exit_code == 2 and "have the same name" in result.stderr

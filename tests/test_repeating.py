@@ -4,9 +4,11 @@ tiny model each.
 
 import hashlib
 import json
+import re
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,12 @@ from click.testing import CliRunner, Result
 from tiny_job import PLAN, prepare, read_frames, write_clip, write_sound
 
 from trt_wan.cli.main import cli
+from trt_wan.errors import LONGEST_MESSAGE, OutputError
 from trt_wan.runtime.kept import made
 from trt_wan.runtime.kept.identity import LARGE, identity, is_same
 from trt_wan.runtime.kept.record import read_record
+from trt_wan.runtime.kept.windows import ANEW
+from trt_wan.runtime.opening.model import Basis
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 OPTIONS = ("--window", str(PLAN.frames), "--steps", "2", "--seed", "3", "--sampler", "euler")
@@ -272,3 +277,103 @@ def test_a_forecast_of_windows_that_are_rendered_again(finished: Made) -> None:
     told = json.loads(result.stdout.splitlines()[-1])["data"]
     assert told["redo"] == [{"window": 1, "frames": [0, 13], "seed": 6, "tied": 1}]
     assert (told["evaluations"], told["windows"]) == (2, 2)
+
+
+GIVEN = (
+    "--nag-prompt worse --nag-scale 3",
+    "--clip-tiles 2",
+    "--clip-image-2 {all}/src_ref.png --clip-strength 0.3",
+    "--colour-match mkl",
+    f"--context static_standard --context-frames {PLAN.frames} --context-overlap 4",
+    "--start 1 --end 0.5",
+    "--start-frame {all}/src_ref.png",
+    "--mode replace --inputs {all} --paste-back",
+    "--inputs {all} --reference-background grey",
+    "--compat kijai",
+    "--sigmas 1,0.5",
+    "--audio {all}/src_pose.mp4 --codec hevc",
+    "--guidance 5,1 --negative-prompt worse --cfg-zero-star",
+    "--random-weights tiny",
+)
+
+
+@pytest.mark.parametrize("options", GIVEN)
+def test_whatever_a_given_option_changes_was_asked_for(
+    finished: Made, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a setting has another name than its option, and where options exclude each other."""
+    monkeypatch.setattr(Basis, "open", raises(RuntimeError("opened")))
+    given = options.format(all=finished.folder / "all").split()
+    result, _ = again(finished.video, *given)
+    assert "opened" in error_of(result)["message"], error_of(result)
+    assert notes(result, "not_repeated")
+
+
+def test_without_guidance_what_belongs_to_it_goes(
+    finished: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Basis, "open", raises(RuntimeError("opened")))
+    record = json.loads(finished.video.with_suffix(".json").read_text())
+    guided = {"guidance": "3", "negative_prompt": "worse", "cfg_zero_star": True}
+    record["options"] |= guided
+    record["job"] |= {**guided, "guidance": 3.0}
+    video = tmp_path / "guided.json"
+    video.write_text(json.dumps(record))
+    result, _ = again(video, "--guidance", "1")
+    assert "opened" in error_of(result)["message"], error_of(result)
+
+
+@pytest.mark.parametrize(
+    ("hint", "has_state", "can_go_on"),
+    [("Free some space.", True, True), ("Free some space.", False, False), (ANEW, True, False)],
+)
+def test_an_error_names_the_command_that_goes_on_where_it_can(
+    finished: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hint: str,
+    has_state: bool,
+    can_go_on: bool,
+) -> None:
+    """Not where nothing is kept, as on a full disk, and not where what is kept is damaged."""
+    monkeypatch.setattr(Basis, "open", lambda _: nullcontext())
+    monkeypatch.setattr("trt_wan.runtime.render.render", raises(OutputError("Failed.", hint)))
+    state = tmp_path / "new.partial.mp4.state"
+    state.mkdir()
+    (state / ("state.json" if has_state else "windows-1.npz")).touch()
+    output = ("-o", str(tmp_path / "new.mp4"), "--json")
+    result = invoke("run", "--from", str(finished.video), *output, "--resume")
+    assert ("Go on after" in error_of(result)["hint"]) is can_go_on
+
+
+def raises(error: Exception) -> Callable[..., None]:
+    def call(*_: object, **__: object) -> None:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("options", "steps", {"a": 1}),
+        ("options", "seed", [1, 2]),
+        ("options", "loras", "abc"),
+        ("paths", "options", [1]),
+        ("paths", "options", {"inputs": 5}),
+        ("paths", "options", {"inputs": "a" * 5000}),
+        ("job", "a\x1b[31m" * 900, 1),
+        ("files", "pose", [{"name": "b\n" * 900}]),
+    ],
+)
+def test_a_record_of_strange_values_is_refused(
+    finished: Made, tmp_path: Path, part: str, name: str, value: object
+) -> None:
+    record = json.loads(finished.video.with_suffix(".json").read_text())
+    record[part][name] = value
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(record))
+    result, _ = again(changed)
+    assert result.exit_code == 2, result.output
+    assert re.search("is no value of --|Not found: |would not repeat", message := error_of(result)["message"])
+    assert len(message) < LONGEST_MESSAGE and message.isprintable()

@@ -140,6 +140,15 @@ def test_without_resume_what_was_kept_stays(place: Place, whole: dict[bool, byte
     assert set(after) - set(before) == {"out.mp4", "out.json"} and before.items() <= after.items()
 
 
+def test_without_resume_the_frames_that_were_kept_stay_too(place: Place) -> None:
+    """They are gone on with, also after another run that was stopped."""
+    png = place.folder / "png"
+    place.stopped(3, frames=png)
+    place.stopped(1, frames=png)
+    place.run(Chained(), frames=png, resume=True)
+    assert [path.name for path in sorted(png.iterdir())] == [f"{k:05}.png" for k in range(FRAMES)]
+
+
 def test_with_nothing_kept_a_run_begins_at_the_first_frame(place: Place, whole: dict[bool, bytes]) -> None:
     assert place.run(Chained(), resume=True) == whole[False] and "kept_nothing" in place.codes
 

@@ -17,6 +17,7 @@ A user's mistake is one of these; an `assert` is a mistake of ours.
 """
 
 import shlex
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 MOST_SHOWN = 40  # characters of a value in a message
@@ -34,12 +35,15 @@ def with_commands(sentence: str, *commands: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value of the user's in a message: as it is, or its beginning where it is long."""
+    """A value of the user's in a message: as it is, or its beginning where it is long. Without characters
+    that a terminal would obey: records and files come from strangers too.
+    """
     try:
         text = str(value)
     except ValueError:  # Python writes no integer of more than 4300 digits
         return "a number of thousands of digits"
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
+    text = text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
+    return "".join("�" if unicodedata.category(letter) == "Cc" else letter for letter in text)
 
 
 def some_of(parts: Sequence[str], room: int = 200, most: int = 3) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from trt_wan.engines.shape import Plan
+from trt_wan.engines.shape import require_possible_frames
 from trt_wan.errors import UsageError, shown
 from trt_wan.runtime.fields import check_fields
 
@@ -37,7 +37,7 @@ class Context:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        Plan(16, 16, self.frames)
+        require_possible_frames(self.frames, "context window")
         if not LATENT <= self.stride < 2 * LATENT:
             raise UsageError(
                 f"A context stride of {shown(self.stride)} frames is not possible: 4 to 7 stand for "
@@ -51,10 +51,11 @@ class Context:
             )
         most = (self.latents - 1) * LATENT
         if not LATENT <= self.overlap < most + LATENT:
+            another = f", or another from {LATENT} to {most}" if most > LATENT else ""
             raise UsageError(
                 f"A context overlap of {shown(self.overlap)} frames is not possible: windows have "
                 f"{self.frames}.",
-                f"Use --context-overlap {min(16, most)}, or another from {LATENT} to {most}.",
+                f"Use --context-overlap {min(16, most)}{another}.",
             )
 
     @property

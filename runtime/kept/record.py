@@ -63,7 +63,11 @@ class Record:
         """Sentences' parts such as "numpy 2.1 (now 2.2)"."""
         names = dict.fromkeys((*self.versions, *now.versions))
         pairs = [(name, self.versions.get(name, "none"), now.versions.get(name, "none")) for name in names]
-        return [f"{name} {before} (now {after})" for name, before, after in pairs if before != after]
+        return [
+            f"{shown(name)} {shown(before)} (now {shown(after)})"
+            for name, before, after in pairs
+            if before != after
+        ]
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,11 @@ class Difference:
 
     @property
     def text(self) -> str:
+        name = shown(self.name.replace("_", " "))
         if self.group != FILES:
-            return f"{self.name.replace('_', ' ')} {_value(self.before)} (now {_value(self.now)})"
+            return f"{name} {_value(self.before)} (now {_value(self.now)})"
         other = "has other content" if self.before == self.now else f"(now {_value(self.now)})"
-        return f"the {self.name.replace('_', ' ')} {_value(self.before)} {other}"
+        return f"the {name} {_value(self.before)} {other}"
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Record))

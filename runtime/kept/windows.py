@@ -80,8 +80,8 @@ def remove(partial: Path) -> None:
 
 
 def kept_of(output: Path) -> list[Path]:
-    """The folders of states beside `output`."""
-    return [path for path in beside(output, STATE) if path.is_dir()]
+    """The folders of whole states beside `output`."""
+    return [path for path in beside(output, STATE) if (path / INDEX).is_file()]
 
 
 def forget_finished(output: Path) -> None:
@@ -143,7 +143,7 @@ def find(output: Path, record: Record, progress: Progress) -> Kept | None:
     Raises UsageError if what was kept is of another job, and names the differences; OutputError if it is
     damaged, incomplete or of a newer version.
     """
-    folders = [folder for folder in kept_of(output) if (folder / INDEX).exists()]
+    folders = kept_of(output)
     if not folders:
         progress(Note("Nothing was kept to go on from: the video begins at its first frame.", "kept_nothing"))
         return None

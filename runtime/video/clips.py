@@ -203,10 +203,15 @@ def _require_multiple_of_16(path: Path, shown: str, width: int, height: int) -> 
         )
 
 
-def require_init_size(init: Path, width: int, height: int) -> None:
-    """Raises InputError unless the init clip has the size of the video."""
+def require_init_size(init: Path, width: int, height: int, frames: int) -> None:
+    """Raises InputError unless the init clip has the size and the length of the video."""
     with open_clip(init) as clip:
         _require_size(clip, width, height)
+        if clip.frames != frames:
+            raise InputError(
+                f"{init} has {clip.frames} frames, and the clips will have {frames}.",
+                "Frame k of each must belong to frame k of the driving clip: cut it with --start and --end.",
+            )
 
 
 def _require_size(clip: AnyClip, width: int, height: int) -> None:

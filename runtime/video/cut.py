@@ -82,9 +82,8 @@ class Cut:
                     "Give --start and --end within the clip, or leave them out.",
                 )
         if end <= start:
-            raise InputError(
-                f"No frame of {path} lies between {self.start} and {self.end}.", "Use a later --end."
-            )
+            between = f"between {self.start} and {self.end}" if self.start else f"before {self.end}"
+            raise InputError(f"No frame of {path} lies {between}.", "Use a later --end.")
         return range(start, end)
 
     def _is_after(self, seconds: NDArray[np.float64], end: int) -> bool:

@@ -1,6 +1,7 @@
 """`--frames`: every frame as a PNG in a folder, beside the video: 00000.png, 00001.png, …
 
-The folder is `<name>.partial` until all frames are there. After a stopped job it stays.
+The folder is `<name>.partial` until all frames are there, or `<name>.partial-2` and so on, as the video is
+named (target.py). After a stopped job it stays.
 """
 
 import os
@@ -19,14 +20,17 @@ NUMBERED = re.compile(r"\d{5,}\.png")
 class FrameFolder:
     """`finish()` makes the final folder."""
 
-    def __init__(self, path: Path, overwrite: bool = False, first: int = 0) -> None:
-        """Makes the working folder in place of an earlier one, or with `first` goes on from that frame.
+    def __init__(
+        self, path: Path, overwrite: bool = False, first: int = 0, unfinished: str = "partial"
+    ) -> None:
+        """Makes the working folder `<name>.<unfinished>` in place of an earlier one, or with `first` goes on
+        from that frame.
 
         Raises OutputError, also for an earlier frame that is missing.
         """
-        require_free(path, overwrite)
+        require_free(path, overwrite, unfinished)
         self.path, self.frames = path, first
-        self.partial = path.with_name(f"{path.name}.partial")
+        self.partial = path.with_name(f"{path.name}.{unfinished}")
         there = {file.name for file in self.partial.iterdir()} if self.partial.is_dir() else set()
         kept = {_name(number) for number in range(first)}
         if missing := kept - there:
@@ -58,13 +62,13 @@ def _name(number: int) -> str:
     return f"{number:05}.png"
 
 
-def require_free(path: Path, overwrite: bool) -> None:
+def require_free(path: Path, overwrite: bool, unfinished: str = "partial") -> None:
     """Raises OutputError for a folder that may not be replaced: only one of numbered PNGs can be."""
     if not path.name or not path.parent.is_dir() or (path.exists() and not path.is_dir()):
         raise OutputError(
             f"{path} cannot be a folder of frames.", "Name a folder that can be made in one that exists."
         )
-    for folder in (path, path.with_name(f"{path.name}.partial")):
+    for folder in (path, path.with_name(f"{path.name}.{unfinished}")):
         there = [file.name for file in folder.iterdir()] if folder.is_dir() else []
         if others := [name for name in there if not NUMBERED.fullmatch(name)]:
             raise OutputError(

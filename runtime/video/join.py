@@ -83,14 +83,17 @@ def stream_form(stream: VideoStream) -> tuple[Any, ...]:
     return codec.codec.canonical_name, codec.width, codec.height, codec.pix_fmt, bytes(codec.extradata or b"")
 
 
-NAMES = ("codec", "width", "height", "pixel format", "settings of the encoder", "rate")
+OTHERS = (
+    *("another codec", "another width", "another height", "another pixel format"),
+    *("other settings of the encoder", "another rate"),
+)
 
 
 def _require_alike(parts: Sequence[Path], forms: Sequence[tuple[Any, ...]]) -> None:
     for part, form in zip(parts, forms, strict=True):
-        if different := [name for name, a, b in zip(NAMES, forms[0], form, strict=True) if a != b]:
+        if different := [name for name, a, b in zip(OTHERS, forms[0], form, strict=True) if a != b]:
             raise InputError(
-                f"{part} cannot follow {parts[0]}: it has another {' and another '.join(different[:2])}.",
+                f"{part} cannot follow {parts[0]}: it has {' and '.join(different[:2])}.",
                 "Make both with the same --size, --rate, --codec and --crf.",
             )
 

@@ -66,7 +66,8 @@ def take_context(given: dict[str, Any]) -> Context | None:
     settings = {field: given.pop(name) for name, field in NAMES.items()}
     if schedule is None:
         if named := [name for name in NAMES if is_given(name)]:
-            option = f"--{named[0].replace('_', '-')}"
+            off = "no-" if settings[NAMES[named[0]]] is False else ""
+            option = f"--{off}{named[0].replace('_', '-')}"
             raise UsageError(
                 f"Without context windows {option} would do nothing.",
                 f"Add --context static_standard, or leave out {option}.",

@@ -12,6 +12,7 @@ from trt_wan.cli.report import readable_bytes, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from fractions import Fraction
 
     from trt_wan.engines.shape import Plan, VaeTile
     from trt_wan.runtime.job import Job
@@ -41,16 +42,21 @@ def forecast(
     width: int,
     height: int,
     frames: int,
+    rate: "Fraction | None" = None,
     again: "Sequence[Again] | None" = None,
 ) -> Told:
-    """`again`: the only windows that are rendered, if a finished video has the others. Raises MemoryShort."""
+    """`rate` is that of the clips. `again`: the only windows that are rendered, if a finished video has the
+    others. Raises MemoryShort, and InputError as `frames_before`.
+    """
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.graphs import graph_set
     from trt_wan.runtime.pipeline import short_last_window
     from trt_wan.runtime.video.continued import frames_before
 
-    before = frames_before(job.inputs, job.overlap, width, height)
-    windows = job.windows(frames + (0 if before is None else len(before)))
+    before = frames_before(job.inputs, job.overlap, width, height, rate)
+    known = 0 if before is None else len(before)
+    windows = job.windows(known + frames)
+    frames = windows.kept_frames - known
     numbers = range(windows.total) if again is None else [one.j for one in again]
     lengths = [windows.length(j) for j in numbers]
     plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from trt_wan.cli.options import group
+from trt_wan.cli.options import group, is_typed
 from trt_wan.errors import UsageError, shown
 from trt_wan.runtime.guidance import ClipVision, Nag
 
@@ -98,14 +98,27 @@ def with_guidance(given: dict[str, Any]) -> dict[str, Any]:
     if given["nag_prompt"] is not None:
         made["nag"] = Nag(given["nag_prompt"], **nag)
     elif nag:
-        raise UsageError("Without --nag-prompt the other options of NAG would do nothing.", "Add it.")
+        raise UsageError(
+            "Without --nag-prompt the other options of NAG would do nothing.",
+            "Add --nag-prompt TEXT, or leave them out.",
+        )
     if "tile_ratio" in clip_vision and not clip_vision.get("tiles"):
         raise UsageError("Without --clip-tiles --clip-tile-ratio would do nothing.", "Add --clip-tiles 2.")
     made["clip_vision"] = ClipVision(**clip_vision)
     if made["clip_vision"].second is not None:
         _require_picture(made["clip_vision"].second)
-    if made["cfg_zero_star"] and not guided(made["guidance"]):
-        raise UsageError("Without guidance --cfg-zero-star would do nothing.", "Add --guidance 5.")
+    if not guided(made["guidance"]):
+        if is_typed("cfg_zero_star"):
+            raise UsageError("Without guidance --cfg-zero-star would do nothing.", "Add --guidance 5.")
+        made["cfg_zero_star"] = False  # that of a video of --from
+    for clip in ("pose", "face"):
+        ends = [name for name in (f"{clip}_start", f"{clip}_end") if is_typed(name)]
+        if ends and made[f"{clip}_strength"] == 0:
+            option = f"--{ends[0].replace('_', '-')}"
+            raise UsageError(
+                f"With --{clip}-strength 0 {option} would do nothing.",
+                f"Leave out {option}, or --{clip}-strength.",
+            )
     return made
 
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from trt_wan.preprocess.job import PreprocessJob
     from trt_wan.preprocess.stages import Networks, Stages
 
-Planned = Callable[[int, int], Callable[[], None]]
+Size = tuple[int, int, int, Fraction]  # width, height, frames, frames per second
+Planned = Callable[[Size], Callable[[], None]]
 NETWORK = click.Path(path_type=Path)  # a file or a folder, checked when it is opened
 FILE = click.Path(path_type=Path, dir_okay=False)
 # `-` is stdin. A clip may be a folder of pictures, or a pattern that no file has as its name.
@@ -190,7 +191,7 @@ def prepare(
     output: Path,
     *,
     executor: Any,
-    planned: Planned = lambda width, height: lambda: None,
+    planned: Planned = lambda size: lambda: None,
     **options: Any,
 ) -> tuple[Path, dict[str, Any]]:
     """Makes the folder `output`, and keeps it for this process until the command ends. `options` are those of
@@ -201,7 +202,6 @@ def prepare(
     """
     from trt_wan.preprocess.clips.artifacts import ALL, remove_leftovers
     from trt_wan.preprocess.preprocess import preprocess as make
-    from trt_wan.preprocess.preprocess import video_size
     from trt_wan.preprocess.stages import Networks
     from trt_wan.runtime.video.target import claimed, refuse_inputs
 
@@ -214,7 +214,7 @@ def prepare(
     networks = Networks(**{name: options.pop(name) for name in NETWORKS}, executor=executor)
     with _from_stdin(reference, clip) as (reference, clip):
         job = _job(reference, clip, output, **options)
-        begin = planned(*video_size(job))
+        begin = planned(_size_of(job))
         stages = _open_stages(report, networks, job)
         begin()
         folder = make(job, stages, report.progress)
@@ -222,19 +222,22 @@ def prepare(
     return folder, {"files": made, "seconds": round(time.perf_counter() - start, 2)}
 
 
-def planned_video(reference: Path, clip: Path, output: Path, **options: Any) -> tuple[int, int, int]:
-    """Width, height and frames of the clips that `prepare` would make, with its refusals."""
+def planned_video(reference: Path, clip: Path, output: Path, **options: Any) -> Size:
+    """The size of the clips that `prepare` would make, with its refusals."""
+    plain = {name: value for name, value in options.items() if name not in (*NETWORKS, "executor")}
+    with _from_stdin(reference, clip) as (reference, clip):
+        return _size_of(_job(reference, clip, output, **plain))
+
+
+def _size_of(job: "PreprocessJob") -> Size:
     from trt_wan.preprocess.footage import plan_footage
     from trt_wan.preprocess.observe import unobserved
     from trt_wan.preprocess.preprocess import video_size
     from trt_wan.runtime.video.pictures import read_picture
 
-    plain = {name: value for name, value in options.items() if name not in (*NETWORKS, "executor")}
-    with _from_stdin(reference, clip) as (reference, clip):
-        job = _job(reference, clip, output, **plain)
-        width, height = video_size(job)
-        footage, _ = plan_footage(job, read_picture(job.reference), unobserved)
-    return width, height, len(footage.indices)
+    width, height = video_size(job)
+    footage, _ = plan_footage(job, read_picture(job.reference), unobserved)
+    return width, height, len(footage.indices), footage.rate
 
 
 @contextmanager

@@ -4,6 +4,7 @@ A record has the options that were given to `run`, as they were typed, with thos
 `--from` puts them below the command line's (click's default_map), so an option that is given wins.
 """
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from trt_wan.cli import context_options, guidance_options
 from trt_wan.cli.command import note
 from trt_wan.cli.options import is_given
 from trt_wan.cli.preprocess import PREPARING_NAMES
 from trt_wan.cli.report import Report
 from trt_wan.cli.sections import SectionedCommand
-from trt_wan.errors import InputError, UsageError, shell_command, with_commands
+from trt_wan.errors import InputError, UsageError, shell_command, shown, with_commands
 
 if TYPE_CHECKING:
     from trt_wan.runtime.kept.record import Difference, Record
@@ -31,9 +33,31 @@ OWN = {
 }
 # Files that are found without being named.
 SEARCHED = ("weights", "transformer", "vae", "text_encoder", "image_encoder", "tokenizer")
-# The options that name the file of a role; `inputs` names those of all clips.
-OPTION_OF = {"sound": "audio", "reference": "inputs", "pose": "inputs", "face": "inputs"}
-OPTION_OF |= {"background": "inputs", "mask": "inputs"}
+# The options that decide a part of a record, where its name is not the option's.
+CUT = ("start", "end")
+OPTIONS_OF: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(("reference", "pose", "face", "width", "height", "rate"), ("inputs",)),
+    **dict.fromkeys(("background", "mask"), ("inputs", "mode")),
+    **dict.fromkeys(SEARCHED, ("weights", "random_weights")),
+    **dict.fromkeys(("clip_vision", "second"), tuple(guidance_options.CLIP_VISION)),
+    "frames": ("inputs", "trim_to_shortest", *CUT),
+    "sound": ("inputs", "audio"),
+    "kind": ("output",),
+    "cut": CUT,
+    "cfg_zero_star": ("guidance",),  # it does nothing without
+    "behind": ("reference_background",),
+    "nag": ("nag_prompt", *guidance_options.NAG),
+    "colour": ("colour_match", "colour_anchor"),
+    "context": (*context_options.NAMES, "window"),
+}
+# Options that leave no room for each other: one that is given takes the place of the video's.
+EITHER: Sequence[tuple[Sequence[str], Sequence[str]]] = (
+    (("sigmas",), ("steps", "grid", "shift")),
+    (("start_frame",), ("extend",)),
+    (("denoise_strength",), ("start_step",)),
+    (("random_weights",), SEARCHED),
+    (("no_clip",), [name for name in guidance_options.CLIP_VISION if name != "no_clip"]),
+)
 ARGUMENTS, GIVEN = "trt_wan.arguments", "trt_wan.given"
 TYPED = (str, bool, list, tuple)  # click has a value of its own for an argument that is not there
 MOST_TOLD = 5
@@ -64,8 +88,8 @@ class Repeated:
         asked: list[Difference] = []
         unasked: list[Difference] = []
         for difference in plain(self.record).differences(now):
-            names = {difference.name.split()[0], OPTION_OF.get(difference.name, "weights")}
-            is_asked = difference.group == "model" or not names.isdisjoint({*given, *_meant(given)})
+            is_asked = not deciding(difference.name).isdisjoint({*_displaced(given), *_meant(given)})
+            is_asked |= difference.group == "model"
             (asked if is_asked else unasked).append(difference)
         if redo and (other := [each for each in (*asked, *unasked) if each.group != "model"]):
             raise UsageError(
@@ -109,6 +133,13 @@ class Repeated:
             f"{self.path.name} has windows that were rendered again ({numbers}): one run cannot repeat it.",
             with_commands("Repeat the runs that made it:", *map(shell_command, commands)),
         )
+
+
+def deciding(name: str) -> set[str]:
+    """The options that decide the part `name` of a record, such as "inputs cut start value"."""
+    words = name.split()
+    part = words[1] if words[0] == "inputs" and len(words) > 1 else words[0]
+    return {part, *OPTIONS_OF.get(part, ())}
 
 
 def _meant(given: Mapping[str, Any]) -> set[str]:
@@ -198,7 +229,9 @@ def _without_folder(value: Any) -> Any:
 
 
 def repeat(ctx: click.Context, param: click.Parameter, value: Path | None) -> Repeated | None:
-    """The callback of --from, before all others. Raises BadParameter for files that are nowhere."""
+    """The callback of --from, before all others. Raises BadParameter for files that are nowhere, and for a
+    record that was changed by hand to values which no option has.
+    """
     if value is None or ctx.resilient_parsing:
         return None
     from trt_wan.runtime.kept.record import read_record
@@ -213,21 +246,26 @@ def repeat(ctx: click.Context, param: click.Parameter, value: Path | None) -> Re
     values: dict[str, Any] = {}
     missing = []
     known = {parameter.name: parameter for parameter in ctx.command.params}
-    skipped = OWN | set(_of_the_whole(given)) | ({"inputs"} if given.get("reference") else set())
+    skipped = OWN | _displaced(_of_the_whole(given)) | ({"inputs"} if given.get("reference") else set())
     prepared = {"inputs": f"{value.stem}.inputs"}
-    for name, typed in {**prepared, **record.options, **with_folders}.items():
+    written = [prepared, record.options, with_folders if isinstance(with_folders, dict) else {}]
+    for name, typed in {name: typed for part in written for name, typed in part.items()}.items():
         if name in skipped or name not in known:
             continue
-        if not _names_files(known[name]):
+        option = known[name]
+        if not _is_possible(ctx, option, typed):
+            text = f"{value} has been changed: {shown(typed)!r} is no value of {option.opts[0]}."
+            raise click.BadParameter(f"{text} Give {option.opts[0]} here, or name another video.", ctx, param)
+        if not _names_files(option):
             values[name] = typed
             continue
         names = typed if isinstance(typed, list) else [typed]
-        found = [_found(str(file), name == "loras", folders) for file in names]
+        found = [_found(file, name == "loras", folders) for file in names]
         if None not in found:
             values[name] = found if isinstance(typed, list) else found[0]
         elif name not in SEARCHED:
             lost = [Path(file).name for file, place in zip(names, found, strict=True) if place is None]
-            missing.append(f"{', '.join(lost)} ({known[name].opts[0]})")
+            missing.append(f"{shown(', '.join(lost))} ({option.opts[0]})")
     if missing:
         raise click.BadParameter(
             f"Not found: {'; '.join(missing)}. Name what is in another place with these options.", ctx, param
@@ -238,10 +276,29 @@ def repeat(ctx: click.Context, param: click.Parameter, value: Path | None) -> Re
     return Repeated(value, record)
 
 
+def _displaced(given: Mapping[str, Any]) -> set[str]:
+    """The options that are given, and those of a record that they take the place of."""
+    pairs = [*EITHER, *((two, one) for one, two in EITHER)]
+    return {*given}.union(*(other for one, other in pairs if not given.keys().isdisjoint(one)))
+
+
+def _is_possible(ctx: click.Context, option: click.Parameter, typed: Any) -> bool:
+    """Whether a value of JSON is one that click can convert for `option`."""
+    if _names_files(option):
+        names = typed if isinstance(typed, list) else [typed]
+        return isinstance(typed, list) == option.multiple and all(isinstance(name, str) for name in names)
+    try:
+        option.type_cast_value(ctx, typed)
+    except (TypeError, ValueError, OverflowError, click.BadParameter):
+        return False
+    return True
+
+
 def _found(file: str, with_strength: bool, folders: Sequence[Path]) -> str | None:
     """`file` where it was, else by its name in one of `folders`."""
-    path, colon, strength = (
-        file.rpartition(":") if with_strength and not Path(file).exists() else (file, "", "")
-    )
+    path, colon, strength = file, "", ""
+    if with_strength and not os.path.exists(file):
+        path, colon, strength = file.rpartition(":")
     places = [Path(path), *(folder / Path(path).name for folder in folders)]
-    return next((f"{place}{colon}{strength}" for place in places if place.exists()), None)
+    # Path.exists raises OSError for a name that is too long.
+    return next((f"{place}{colon}{strength}" for place in places if os.path.exists(place)), None)

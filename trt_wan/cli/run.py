@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from trt_wan.cli.preprocess import (
     PREPARING_FILES,
     PREPARING_NAMES,
     STDIN,
+    Size,
     planned_video,
     prepare,
     preparing_options,
@@ -472,7 +474,7 @@ def run(
         )
     if redo is not None:
         options = replace(options, seed=redo.record.job.get("seed"))  # that of the other windows
-    if options.negative_prompt is not None and not guided(options.guidance):
+    if is_typed("negative_prompt") and not guided(options.guidance):
         raise UsageError(
             "Without guidance --negative-prompt would do nothing.", "Add --guidance 5, or leave it out."
         )
@@ -483,6 +485,8 @@ def run(
     if not dry_run:
         forget_finished(output)
     if frames is not None:
+        if frames.absolute() == output.absolute():
+            raise UsageError("The frames and the video have the same name.", "Give --frames a folder.")
         require_free(frames, overwrite)
     if audio is not None:
         require_audible(output)
@@ -511,6 +515,7 @@ def run(
         }
         folder = job.inputs.reference.parent
         size = planned_video(reference, clip, folder, overwrite=overwrite, **shared, **preparing)
+        _require_fit(job, *size)
         return _forecast(report, job, output, options, overwrite, size)
     inputs, basis = _prepare_beside(
         report, reference, clip, output, overwrite, preparing, options, long["resume"]
@@ -601,7 +606,8 @@ def render_prepared(
             except TrtWanError as error:
                 if redo is not None:
                     error.add_hint(f"{redo.video} is as it was.")
-                elif kept_of(output) and not isinstance(error, UsageError):
+                # A hint with --resume is of a state that is damaged: going on would fail in the same way.
+                elif kept_of(output) and not isinstance(error, UsageError) and "--resume" not in error.hint:
                     error.add_hint(
                         with_commands("Go on after the last finished window:", this_command("--resume"))
                     )
@@ -629,9 +635,8 @@ def _prepare_beside(
     from trt_wan.engines.store.files import replace_atomically
     from trt_wan.preprocess.clips import artifacts
     from trt_wan.runtime.events import silent
+    from trt_wan.runtime.kept.windows import ANEW, kept_of
     from trt_wan.runtime.opening.model import open_basis
-    from trt_wan.runtime.video.clips import require_init_size
-    from trt_wan.runtime.video.continued import frames_before
     from trt_wan.runtime.video.target import check_target, claimed
 
     check_target(output, overwrite)
@@ -642,10 +647,9 @@ def _prepare_beside(
     basis = open_basis(files, settings, report.progress)
     basis.require_loras(job.loras)
 
-    def planned(width: int, height: int) -> Callable[[], None]:
-        frames_before(job.inputs, job.overlap, width, height, preparing["rate"])
-        if options.init is not None:
-            require_init_size(options.init, width, height)
+    def planned(size: Size) -> Callable[[], None]:
+        _require_fit(job, *size)
+        width, height, _, _ = size
         export = require_graphs(report, basis, width, height, job.model_window, options.build)
 
         def make() -> None:
@@ -665,6 +669,11 @@ def _prepare_beside(
     if resume and is_from(folder, from_these) and (folder / artifacts.REFERENCE).exists():
         note(report, f"The prepared clips in {folder} are used again.", "prepared_before")
         return folder, basis
+    if resume and from_these is not None and kept_of(output) and (folder / FILE_OF_ORIGIN).exists():
+        raise UsageError(
+            f"The clips in {folder} are of another picture or clip, or were made with other options.",
+            f"Go on with those that the run was begun with. {ANEW}",
+        )
     made, _ = prepare(report, reference, clip, folder, **shared, planned=planned, **preparing)
     if from_these is not None:
         replace_atomically(folder / FILE_OF_ORIGIN, from_these)
@@ -688,12 +697,22 @@ def _job_to_prepare(output: Path, preparing: dict[str, Any], options: RunOptions
     return options.job(replace(prepared, start_frame=options.start_frame, extend=options.extend))
 
 
-def _size_of(job: "Job") -> tuple[int, int, int]:
-    """Width, height and frames of prepared clips."""
+def _require_fit(job: "Job", width: int, height: int, frames: int, rate: Fraction) -> None:
+    """Raises InputError for videos that do not fit to the clips, before those are made."""
+    from trt_wan.runtime.video.clips import require_init_size
+    from trt_wan.runtime.video.continued import frames_before
+
+    frames_before(job.inputs, job.overlap, width, height, rate)
+    if job.inputs.init is not None:
+        require_init_size(job.inputs.init, width, height, frames)
+
+
+def _size_of(job: "Job") -> Size:
+    """The size of prepared clips."""
     from trt_wan.runtime.video.clips import open_clips
 
     with open_clips(job.inputs, job.history) as clips:
-        return clips.width, clips.height, clips.frames
+        return clips.width, clips.height, clips.frames, clips.rate
 
 
 def _forecast(
@@ -702,7 +721,7 @@ def _forecast(
     output: Path,
     options: RunOptions,
     overwrite: bool,
-    size: tuple[int, int, int],
+    size: Size,
     redo: Redo | None = None,
 ) -> Told:
     """Raises TrtWanError as the run itself would."""
@@ -710,16 +729,22 @@ def _forecast(
     from trt_wan.runtime.video.clips import open_clips
     from trt_wan.runtime.video.target import check_target
 
-    width, height, frames = size
+    width, height, frames, rate = size
     check_target(output, overwrite)
     basis = open_basis(options.weight_files(), options.settings(), report.progress)
     basis.require_loras(job.loras)
     require_graphs(report, basis, width, height, job.model_window, options.build)
+    if is_typed("resume"):
+        note(
+            report,
+            "The forecast is of all windows, also of those that --resume goes on after.",
+            "all_windows",
+        )
     again = None
     if redo is not None:
         with open_clips(job.inputs, job.history) as clips:
             again = redo.planned(job, clips)
-    return forecast(basis, job, width, height, frames, again)
+    return forecast(basis, job, width, height, frames, rate, again)
 
 
 def _refuse_preparing(reference: Path | None) -> None:
