@@ -336,7 +336,7 @@ def test_an_error_names_the_command_that_goes_on_where_it_can(
     can_go_on: bool,
 ) -> None:
     """Not where nothing is kept, as on a full disk, and not where what is kept is damaged."""
-    monkeypatch.setattr(Basis, "open", lambda _: nullcontext())
+    monkeypatch.setattr(Basis, "open", lambda *_, **__: nullcontext())
     monkeypatch.setattr("trt_wan.runtime.render.render", raises(OutputError("Failed.", hint)))
     state = tmp_path / "new.partial.mp4.state"
     state.mkdir()
