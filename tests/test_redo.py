@@ -108,7 +108,7 @@ def packets(path: Path) -> dict[str, list[Any]]:
         return {**{kind: sorted(rows) for kind, rows in found.items()}, "duration": [container.duration]}
 
 
-@pytest.mark.parametrize("numbers", [(1,), (2,), (3,), (1, 2), (1, 3)])
+@pytest.mark.parametrize("numbers", [(1,), (2,), (3,), (1, 2), pytest.param((1, 3), marks=pytest.mark.long)])
 def test_other_windows_stay_and_these_are_others(
     model: OpenModel, folder: Path, video: Path, tmp_path: Path, numbers: tuple[int, ...]
 ) -> None:
@@ -178,7 +178,11 @@ def test_mask_of_a_window_with_an_end(ending: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"window": 13, "frames": 13}, {"context": Context(frames=13, overlap=4), "window": 77}]
+    "options",
+    [
+        {"window": 13, "frames": 13},
+        pytest.param({"context": Context(frames=13, overlap=4), "window": 77}, marks=pytest.mark.long),
+    ],
 )
 def test_one_window_is_that_of_a_whole_run(model: OpenModel, tmp_path: Path, options: dict[str, Any]) -> None:
     """Of a loop or of context windows: byte for byte, with the sound."""
@@ -262,6 +266,7 @@ def test_replaced_people_colours_and_pixels_put_back(
     assert corner.mean() < 3 and firsts == [span.start], "masks are those of the same frames"
 
 
+@pytest.mark.long
 def test_a_video_that_continues_another(model: OpenModel, folder: Path, tmp_path: Path) -> None:
     """Its first window goes on from the other's frames; the second window's first known frames too, where the
     first has fewer of its own.
