@@ -2,6 +2,7 @@
 
     python tests/kills.py --moments 1000 --workers 16 --out kills.json
     python tests/kills.py --moments 20 --kinds resume --kill-only --disks 0   # then run --resume: the same
+    python tests/kills.py --moments 60 --kinds resume_hybrid,resume_context,resume_replace --kill-only
 
 By hand (PATIENCE=600 on a busy machine); test_kills.py runs a few moments of each. A moment starts the
 command in a folder of its own, sends SIGKILL, SIGTERM, SIGINT or SIGHUP after a random part of its time,
@@ -36,6 +37,15 @@ import numpy as np
 from tiny_job import TRT_WAN, prepare, write_sound
 
 WINDOW, FRAMES = 13, 40  # four windows
+SMALL_PARTS = ("--context-frames", str(WINDOW), "--context-overlap", "4")
+LOOP = ("--window", str(WINDOW))
+VIDEOS = {  # kinds that write a video: the options of `run`
+    "run": LOOP,
+    "resume": LOOP,
+    "resume_hybrid": ("--window", "17", "--context", "uniform_standard", *SMALL_PARTS),  # three loop windows
+    "resume_context": ("--context", "static_standard", *SMALL_PARTS),
+    "resume_replace": (*LOOP, "--mode", "replace", "--overlap", "5"),
+}
 MISSING = ("head", "face_encoder", "patch_embed", "vae_decode_next", "context_kv")
 BUILD = [*TRT_WAN, "build", "--model", "tiny", "--size", "64x48", "--window", str(WINDOW), "--json"]
 KILL = signal.SIGKILL
@@ -62,17 +72,22 @@ class Base:
             files = [str(self.folder / "character.png"), str(self.folder / "dance.mp4")]
             job = ["--size", "64x48", "--mode", "replace", "--json"]
             return [*child, *files, "-o", str(here / "prepared"), *job]
-        clips, weights = self.folder / "clips", self.folder / "weights"
-        job = ["--window", str(WINDOW), "--steps", "1", "--executor", "onnxruntime", "--json"]
-        return [*TRT_WAN, "run", "--inputs", str(clips), "--weights", str(weights), *job] + [
-            "-o",
-            str(here / "out.mp4"),
-            *self.options,
-        ]
+        files = ["--inputs", str(self.folder / "clips"), "--weights", str(self.folder / "weights")]
+        job = [*VIDEOS[kind], "--steps", "1", "--executor", "onnxruntime", "--json", *self.options]
+        return [*TRT_WAN, "run", *files, *job, "-o", str(here / "out.mp4")]
+
+    def whole(self, kind: str) -> Path:
+        """The folder with the result of the command that was left alone."""
+        return self.folder / _like(kind)
 
     def home(self, kind: str) -> Path:
         """The cache that a moment gets a copy of."""
         return self.short_home if kind == "build" else self.folder / "home"
+
+
+def _like(kind: str) -> str:
+    """The kind whose command is the same."""
+    return "run" if kind == "resume" else kind
 
 
 @dataclass
@@ -103,8 +118,11 @@ def make_base(folder: Path, kinds: Sequence[str], options: tuple[str, ...] = ())
     base, seconds = Base(folder, {}, home, options), {}
     subprocess.run([*TRT_WAN, "weights", "tiny", str(folder / "weights")], check=True, capture_output=True)
     for kind in dict.fromkeys(("build", *kinds)):
-        output = {"run": "resume", "resume": "run"}.get(kind, "")  # both write the same video
-        seconds[kind] = seconds.get(output) or _timed(base.command(kind, folder), environment)
+        whole = base.whole(kind)
+        if not whole.exists():
+            whole.mkdir()
+            seconds[_like(kind)] = _timed(base.command(kind, whole), environment)
+        seconds[kind] = seconds[_like(kind)]
     short = Path(shutil.copytree(home, folder / "short-home"))
     for name in MISSING:
         next(short.glob(f"graphs/*-64x48x{WINDOW}-*/{name}.onnx")).unlink()
@@ -139,7 +157,7 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
             process.wait()
             moment.faults.append(f"did not end in {PATIENCE:.0f} s")
     video = here / "out.mp4"
-    result = {"run": video, "resume": video, "preprocess": here / "prepared" / "src_ref.png"}.get(moment.kind)
+    result = {"preprocess": here / "prepared" / "src_ref.png", "build": None}.get(moment.kind, video)
     killed_late = moment.signal == KILL and result is not None and result.exists()
     finished = moment.returned == 0 or killed_late
     young = moment.part < 0.1  # Python itself was starting: no handler can be there yet
@@ -149,7 +167,7 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
     moment.check("Traceback" not in told, f"traceback: {told[-600:]}")
     CHECKS[moment.kind](base, moment, here, finished)
     kept = {path: _hash(path) for path in here.glob("out.partial*.mp4") if _played(path)}
-    if moment.kind == "resume":
+    if moment.kind.startswith("resume"):
         command = [*command, "--resume"]
         kept = kept if finished else {}  # nothing may be left
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -180,7 +198,7 @@ def _as_a_user_has_it() -> None:
 
 
 def check_run(base: Base, moment: Moment, here: Path, finished: bool) -> None:
-    output, whole = here / "out.mp4", base.folder / "out.mp4"
+    output, whole = here / "out.mp4", base.whole(moment.kind) / "out.mp4"
     moment.check(output.exists() == finished, f"finished: {finished}, final file: {output.exists()}")
     if output.exists():
         moment.check(_hash(output) == _hash(whole), "the final file is another one")
@@ -203,7 +221,7 @@ def check_run(base: Base, moment: Moment, here: Path, finished: bool) -> None:
 
 def check_preprocess(base: Base, moment: Moment, here: Path, finished: bool) -> None:
     """Files under final names are right; src_ref.png, without which clips do not count, comes last."""
-    got, want = (_files(folder / "prepared") for folder in (here, base.folder))
+    got, want = (_files(folder / "prepared") for folder in (here, base.whole("preprocess")))
     moment.check(got.items() <= want.items(), f"other files: {sorted(got.items() - want.items())}")
     moment.check(got == want or not finished and "src_ref.png" not in got, f"{sorted(got)} are there")
 
@@ -236,8 +254,7 @@ def _graphs(home: Path) -> dict[str, str]:
 
 
 CHECKS: dict[str, Callable[[Base, Moment, Path, bool], None]] = {
-    "run": check_run,
-    "resume": check_run,
+    **dict.fromkeys(VIDEOS, check_run),
     "preprocess": check_preprocess,
     "build": check_build,
 }
@@ -257,7 +274,7 @@ def fill_a_disk(base: Base, here: Path, room: int) -> Moment:
         told = json.loads(result.stdout.splitlines()[-1])
         if result.returncode == 0:
             moment.check(
-                _hash(small / "out.mp4") == _hash(base.folder / "out.mp4"), "the file is another one"
+                _hash(small / "out.mp4") == _hash(base.whole("run") / "out.mp4"), "the file is another one"
             )
             return moment
         moment.check(result.returncode == 1, f"returned {result.returncode}")
@@ -339,7 +356,7 @@ def report(done: Sequence[Moment]) -> dict[str, object]:
         "moments": dict(Counter(moment.kind for moment in done)),
         "returned": {kind: dict(Counter(str(m.returned) for m in done if m.kind == kind)) for kind in CHECKS},
         "stopped with finished windows": sum(
-            m.windows > 0 and m.returned != 0 for m in done if m.kind in ("run", "resume")
+            m.windows > 0 and m.returned != 0 for m in done if m.kind in VIDEOS
         ),
         "faulty": len(bad),
         "faults": dict(Counter(f"{m.kind}: {fault[:200]}" for m in bad for fault in m.faults)),
@@ -370,7 +387,7 @@ def main() -> None:
         if given.out is not None:  # a run that is cut off has told its moments so far
             given.out.write_text(json.dumps(report(done), indent=1, default=str))
     for i in range(given.disks if "run" in kinds else 0):
-        size = (base.folder / "out.mp4").stat().st_size
+        size = (base.whole("run") / "out.mp4").stat().st_size
         done.append(fill_a_disk(base, given.folder / f"disk{i}", 4096 + i * 2 * size // max(given.disks, 1)))
     text = json.dumps(report(done), indent=1, default=str)
     print(text)

@@ -50,7 +50,7 @@ def test_a_build_goes_on_where_it_was_killed(base: Base, tmp_path: Path) -> None
 def test_a_full_disk_keeps_what_fits(base: Base, tmp_path: Path, share: float) -> None:
     if not shutil.which("mount") or os.geteuid() != 0:
         pytest.skip("mounting a small tmpfs takes root")
-    size = (base.folder / "out.mp4").stat().st_size
+    size = (base.whole("run") / "out.mp4").stat().st_size
     try:
         moment = fill_a_disk(base, tmp_path / "disk", 70_000 + int(share * size))
     except PermissionError:
