@@ -301,7 +301,9 @@ def read_until(process: "subprocess.Popen[str]", text: str) -> None:
     pytest.fail(f"{text!r} never came:\n{''.join(seen)}")
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "stop", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.long)]
+)
 def test_a_signal_keeps_the_finished_windows(place: Workplace, tmp_path: Path, stop: signal.Signals) -> None:
     output = tmp_path / "out.mp4"
     process = start([*TRT_WAN, *run_arguments(place, output, "--steps", "100")])

@@ -25,9 +25,11 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_home: Path) -> Base:
     ("kind", "part", "number"),
     [
         ("run", 0.75, KILL),
-        ("run", 0.75, signal.SIGTERM),
-        *(("resume", part, KILL) for part in (0.7, 0.85, 0.95)),
+        ("resume", 0.85, KILL),
         ("preprocess", 0.8, KILL),
+        pytest.param("resume", 0.7, KILL, marks=pytest.mark.long),
+        pytest.param("resume", 0.95, KILL, marks=pytest.mark.long),
+        pytest.param("run", 0.75, signal.SIGTERM, marks=pytest.mark.long),
         pytest.param("run", 0.75, signal.SIGINT, marks=pytest.mark.long),
         pytest.param("run", 0.75, signal.SIGHUP, marks=pytest.mark.long),
         pytest.param("run", 0.5, KILL, marks=pytest.mark.long),
