@@ -13,7 +13,10 @@ import io
 import json
 import re
 import shutil
+import struct
 import types
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +38,11 @@ STATE = ".state"  # added to the name of a partial file
 INDEX = "state.json"
 ANEW = "Leave out --resume: then the video begins anew, and what was kept stays."
 MOST_TOLD = 4  # differences in a message
+# Raised by numpy and zipfile for a file that is no .npz, or that lacks an array.
+UNREADABLE = (
+    *(OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 
 
 @dataclass(frozen=True)
@@ -192,7 +200,7 @@ def _read_state(folder: Path, index: _Index) -> WindowState:
             raise ValueError
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             state: WindowState = _unpacked(WindowState, dict(arrays), "state")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise _damaged(folder, f"{index.file} is missing or not what was written") from error
     return state
 
