@@ -65,6 +65,7 @@ from trt_wan.runtime.window_state import WindowState
 from trt_wan.runtime.window_texts import WindowTexts
 from trt_wan.runtime.windows import TRAINED_OVERLAPS, Windows
 
+FEW_OF = 8  # a last window with fewer new frames than this part of it is told of
 MASKS_AT_A_TIME = 16  # frames of the mask clip that are read together
 
 ShouldStop = Callable[[], bool]
@@ -391,6 +392,8 @@ def _long_notes(job: Job, windows: Windows) -> list[Note]:
     if windows.total > 1 and job.overlap not in TRAINED_OVERLAPS:
         text = f"{job.overlap} frames are carried from window to window; the model was trained with 1 and 5."
         notes.append(Note(text, "untrained_overlap", {"overlap": job.overlap}))
+    if note := short_last_window(windows):
+        notes.append(note)
     plan = job.context_plan(windows.length(0))
     if plan is not None:
         counts = sorted({len(plan.parts(step)) for step in range(job.schedule.steps)})
@@ -398,6 +401,19 @@ def _long_notes(job: Job, windows: Windows) -> list[Note]:
         text = f"A step takes {parts} context windows of {job.model_window} frames"
         notes.append(Note(f"{text} over {windows.length(0)}.", "context", {"windows": counts}))
     return notes
+
+
+def short_last_window(windows: Windows) -> Note | None:
+    """What to say where the last window is computed whole for a few frames."""
+    kept = windows.keep(windows.total - 1)
+    new = kept.stop - kept.start
+    if windows.total == 1 or new * FEW_OF > windows.length(windows.total - 1):
+        return None
+    frames = f"{new} frame{'s' * (new > 1)}"
+    text = f"The last of {windows.total} windows adds {frames} and takes as long as any other"
+    return Note(
+        f"{text}; a clip shorter by as many needs a window less.", "short_last_window", {"frames": new}
+    )
 
 
 def _noise_is_left(schedule: Schedule) -> Note:

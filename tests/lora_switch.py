@@ -35,6 +35,9 @@ from trt_wan.runtime.job import Inputs, Job, Lora
 from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.settings import Settings, WeightFiles
 
+_READ = Monitor.open().read
+BEFORE = _READ().memory_bytes if _READ else None  # bytes in use on the GPU: peaks are above it
+
 Row = tuple[str, tuple[Lora, ...]]
 
 
@@ -64,7 +67,7 @@ def run(model: OpenModel, job: Job, case: str, again: bool, base: dict[str, Any]
     sizes: Any = model._sizes
     loader: Any = getattr(sizes, "weights", None)  # the CPU has none
     before = (loader.loaded_bytes, loader.loading_seconds) if loader else (0, 0.0)
-    with Monitor.open() as monitor:
+    with replace(Monitor.open(), before=BEFORE) as monitor:
         began = time.perf_counter()
         for _ in model.pieces(job, progress=watch):
             pass

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from made_clips import write_clip, write_reference
-from tiny_job import PLAN, prepare, write_sound
+from tiny_job import PLAN, RATE, prepare, write_sound
 
 from trt_wan.cli.dry_run import _seconds, forecast
 from trt_wan.cli.main import cli
@@ -50,6 +50,21 @@ def test_prepared_clips(place: Path) -> None:
     assert told["evaluations"] == windows * 3 * 2 and told["memory"] == least_memory(TINY, PLAN)
     assert len(told["missing_graphs"]) > 20 and told["engines"] == [] and told["seconds"] is None
     assert set(place.rglob("*")) == before and not (place.parent / "home").exists()
+
+
+def test_frames_before_the_clip_count(place: Path) -> None:
+    """A clip of 13 frames is one window, unless frames of another video come before it."""
+    write_clip(place / "first.mkv", 9, (64, 48), RATE)
+    short = ("--inputs", "clips", "--window", "13", "--overlap", "5", "--end", "13")
+    assert dry_run(*short)["windows"] == 1
+    assert dry_run(*short, "--extend", "first.mkv")["windows"] == Windows(18, 13, 5).total == 2
+
+
+def test_a_last_window_of_few_frames_is_told(place: Path) -> None:
+    given = ["--random-weights", "tiny", "-o", "out.mp4", "--inputs", "clips", "--window", "13", "--dry-run"]
+    for end, told in (("25", False), ("26", True), ("29", False)):
+        result = CliRunner().invoke(cli, ["run", *given, "--end", end])
+        assert ("The last of 3 windows adds 1 frame and" in result.output) == told, result.output
 
 
 def test_clips_that_are_not_prepared(place: Path) -> None:

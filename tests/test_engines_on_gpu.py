@@ -6,6 +6,7 @@ first.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from trt_wan.engines.store.engines import ensure
 from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.errors import GraphError
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
+from trt_wan.runtime.guidance import Nag
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.opening.model import open_model
 from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
@@ -67,6 +69,7 @@ def calls(gpu: Any, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory) -
         patch.setenv("TRT_WAN_HOME", str(tiny_home))
         with open_model(WeightFiles(random="tiny"), settings) as model:
             list(model.pieces(job))
+            list(model.pieces(replace(job, nag=Nag("dark"))))
     assert set(found) == set(networks(TINY, PLAN))
     return found
 

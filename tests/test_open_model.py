@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,21 +21,24 @@ import pytest
 from tiny_job import FRAMES, PLAN, as_argv, prepare, write_clip, write_reference, write_sound
 
 from trt_wan.cli.run import run
-from trt_wan.engines.config import TINY
+from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.flavour import Flavour
+from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.checksums import SETTLED
 from trt_wan.errors import InputError, Stopped, UsageError
-from trt_wan.runtime.events import Event, Note, StageStarted, StepDone
+from trt_wan.runtime.device.arena import Arena
+from trt_wan.runtime.events import Event, Note, StageStarted, StepDone, silent
 from trt_wan.runtime.executors import Array, Executor
 from trt_wan.runtime.host_memory import peak_bytes
-from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.job import Inputs, Job, Load
 from trt_wan.runtime.opening.gpu_sizes import GpuSizes
 from trt_wan.runtime.opening.model import OpenModel, open_model
-from trt_wan.runtime.opening.residency import CONTEXT_BYTES, KERNELS_BYTES
+from trt_wan.runtime.opening.residency import BEFORE_THE_STEPS, CONTEXT_BYTES, KERNELS_BYTES
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.video import stills as stills_module
 from trt_wan.runtime.video.clips import open_clips
 from trt_wan.runtime.video.reader import Clip
+from trt_wan.runtime.weights.pack import Pack
 from trt_wan.runtime.weights.sources import RandomSource
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 
@@ -333,6 +336,38 @@ def test_the_cuda_context_is_subtracted_once(vram: float | None, budget: int) ->
     flavour = Flavour("tensorrt_rtx", "1.6.1", None, "a test")
     sizes = GpuSizes(gpu, flavour, TINY, {}, RandomSource(0), Settings(vram=vram), None)
     assert sizes._budget == budget
+
+
+@pytest.mark.parametrize(("vram", "passing"), [(None, False), (12.0, True)])
+def test_loading_ahead_of_the_first_size_keeps_to_the_memory(vram: float | None, passing: bool) -> None:
+    """An open model keeps its encoders, if they fit. With --vram 12 all of them were loaded first, and 18 GB
+    were in use on an H200.
+    """
+    gpu: Any = SimpleNamespace(
+        free_bytes=lambda: 141 * 10**9,
+        name="A GPU",
+        driver=13,
+        capability=(9, 0),
+        loads=None,
+        copies=None,
+        arena=Arena(0),
+    )
+    flavour = Flavour("tensorrt_rtx", "1.6.1", None, "a test")
+    sizes = GpuSizes(gpu, flavour, ANIMATE_14B, {}, RandomSource(0), Settings(vram=vram), None)
+    asked: list[tuple[bool, int | None]] = []
+
+    class Weights:
+        def plan(self, streamed: Sequence[Pack], passing: Collection[str]) -> None:
+            self.passing = passing
+
+        def prefetch(self, packs: Sequence[Pack], room: int | None) -> None:
+            asked.append((set(BEFORE_THE_STEPS) <= set(self.passing), room))
+            raise Stopped("enough")
+
+    sizes.weights = Weights()  # type: ignore[assignment]
+    with pytest.raises(Stopped):
+        sizes.begin(Plan(832, 480, 77, "fp8"), Load(), None, [], silent)
+    assert asked == [(passing, sizes._budget)]
 
 
 def test_peak_memory_is_bytes_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:

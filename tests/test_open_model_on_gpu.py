@@ -20,8 +20,10 @@ from trt_wan.engines.config import TINY
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import MemoryShort, Stopped
+from trt_wan.runtime.context.settings import Context
 from trt_wan.runtime.events import Event, Note, StepDone
 from trt_wan.runtime.executors import Array
+from trt_wan.runtime.guidance import Nag
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.opening.model import OpenModel, open_model
@@ -35,6 +37,11 @@ OTHER = Plan(32, 48, 9)
 CYCLES = 20
 SPARE = 8 << 20  # bytes: the driver hands memory out in pieces of 2 MB
 Clips = dict[str, Path]
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "nag": {"nag": Nag("dark", 11.0, 10.0, 1.0), "guidance": 3.0, "cfg_zero_star": True},
+    "context": {"context": Context(frames=PLAN.frames, overlap=4), "window": Job.window},
+    "hybrid": {"context": Context(frames=PLAN.frames, overlap=4, whole=False), "window": 17},
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +54,8 @@ def folders(gpu: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clip
     base = tmp_path_factory.mktemp("jobs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRT_WAN_HOME", str(base / "home"))
-        for plan in (PLAN, OTHER):
-            build_graphs(TINY, replace(plan, precision="fp8"), lambda name, seconds: None)
+        for plan in (PLAN, replace(PLAN, precision="fp8"), replace(OTHER, precision="fp8")):
+            build_graphs(TINY, plan, lambda name, seconds: None)
         prepare(base / "first", write_sound(base / "tone.m4a", 1))
         (base / "other").mkdir()
         write_reference(base / "other/src_ref.png", (OTHER.width, OTHER.height))
@@ -73,6 +80,8 @@ def jobs(folders: Clips) -> list[Job]:
         first,
         job(folders["other"], window=OTHER.frames, seed=3),
         replace(first, prompt="a dancer", guidance=2.0),
+        replace(first, **VARIATIONS["nag"]),
+        replace(first, **VARIATIONS["context"]),
         job(folders["first"], mode="replace"),
         first,
     ]
@@ -114,14 +123,33 @@ def stop_after_a_step(model: OpenModel, task: Job) -> None:
 @pytest.mark.parametrize("keep", [True, False])
 def test_jobs_in_a_row_equal_single_runs(folders: Clips, keep: bool) -> None:
     alone = []
-    for task in jobs(folders)[:4]:
+    *different, again = jobs(folders)
+    for task in different:
         with opened(folders) as single:
             alone.append(frames(single, task))
     with opened(folders, keep_encoders=keep) as model:
-        for k, task in enumerate(jobs(folders)):
+        for k, task in enumerate([*different, again]):
             if k == 2:
                 stop_after_a_step(model, replace(task, steps=4))
             assert np.array_equal(frames(model, task), [*alone, alone[0]][k]), f"job {k}"
+
+
+def test_frames_are_near_those_of_the_cpu(folders: Clips) -> None:
+    """Guidance and context windows are as near as a plain job is, and far from it."""
+    plain = job(folders["first"])
+    tasks = {"plain": plain} | {name: replace(plain, **more) for name, more in VARIATIONS.items()}
+    with opened(folders, executor="onnxruntime", precision=None) as model:
+        wanted = {name: frames(model, task) for name, task in tasks.items()}
+    with opened(folders) as model:
+        made = {name: frames(model, task) for name, task in tasks.items()}
+    off = {name: relative(made[name], want) for name, want in wanted.items()}
+    changes = {name: relative(wanted[name], wanted["plain"]) for name in VARIATIONS}
+    print(off, changes)
+    assert all(off[name] < min(2 * off["plain"], changes[name] / 2) for name in VARIATIONS), (off, changes)
+
+
+def relative(made: Array, wanted: Array) -> float:
+    return float(np.linalg.norm(made - wanted) / np.linalg.norm(wanted))
 
 
 def least_vram(folders: Clips, task: Job) -> float:

@@ -26,7 +26,7 @@ def on_cpu() -> Executor:
 
 def on_gpu() -> Executor:
     gpu = require_gpu()
-    gpu.reserve(1 << 26)
+    gpu.reserve(1 << 28)
     return GpuExecutor(gpu, {}, None)  # type: ignore[arg-type]
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_hub import FakeHub, running
@@ -11,7 +12,7 @@ from fake_hub import FakeHub, running
 from trt_wan.cli.run import RunOptions
 from trt_wan.engines.config import TINY
 from trt_wan.errors import UsageError, WeightsError
-from trt_wan.runtime.events import silent
+from trt_wan.runtime.events import Event, Note, silent
 from trt_wan.runtime.opening.model import open_weights
 from trt_wan.runtime.published.fetch import fetch
 from trt_wan.runtime.published.files import FILES, PublishedFile
@@ -202,3 +203,23 @@ def test_what_is_no_plain_yaml_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_the_folders_of_published_files_are_among_the_kinds() -> None:
     assert {file.folder for file in FILES} <= set(KINDS)
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was skipped without a word, with all that it holds."""
+    write_tiny_weights(tmp_path / "models", seed=0)
+    locked = tmp_path / "models/locked"
+    locked.mkdir()
+    scandir = os.scandir
+
+    def refusing(folder: Any) -> Any:
+        if Path(folder) == locked:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    events: list[Event] = []
+    find_files([tmp_path / "models"], ["vae"], events.append)
+    assert any(f"{locked}: Permission denied" in event.text for event in events if isinstance(event, Note))
+    with pytest.raises(WeightsError, match="locked: Permission denied"):
+        find_files([locked], ["vae"])

@@ -39,11 +39,14 @@ Reader = Callable[[], Sample]
 
 @dataclass
 class Monitor:
-    """with Monitor.open() as monitor: …; then `monitor.usage()`."""
+    """with Monitor.open() as monitor: …; then `monitor.usage()`. Peaks are above `before`, in bytes;
+    None: what is in use at the start.
+    """
 
     source: str
     read: Reader | None
     interval: float = SMI_INTERVAL
+    before: int | None = None
     _samples: list[tuple[float, Sample]] = field(default_factory=list)
     _done: threading.Event = field(default_factory=threading.Event)
 
@@ -73,7 +76,7 @@ class Monitor:
         if not self._samples:
             return Usage(self.source, 0)
         samples = [sample for _, sample in self._samples]
-        before = samples[0].memory_bytes
+        before = samples[0].memory_bytes if self.before is None else self.before
         watts = [s.watts for s in samples if s.watts is not None]
         clocks = [
             s.clock_mhz

@@ -38,6 +38,7 @@ from trt_wan.runtime.opening.residency import (
     Residency,
     passing_bytes,
     plan_residency,
+    weight_bytes,
 )
 from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
 from trt_wan.runtime.segments.segment import Segment
@@ -70,10 +71,10 @@ class GpuSizes:
         )
         self._budget = int(total)
         self.weights = DeviceWeights(gpu, source)
-        self.weights.plan([], () if settings.keep_encoders else BEFORE_THE_STEPS)
         self._executors: dict[Plan, GpuExecutor] = {}  # the size used last comes last
         self._models: dict[Plan, Model] = {}
         self._scratch: tuple[Any, int] | None = None  # buffer, bytes
+        self._slots = 0  # bytes that blocks stream through
 
     @property
     def numerics(self) -> tuple[str, ...]:
@@ -98,8 +99,14 @@ class GpuSizes:
             if network.weights and network.name not in (*BLOCK, *skip)
             for n in range(network.repeats)
         ]
+        if not self._models:
+            keeps = self._settings.keep_encoders and sum(weight_bytes(contracts).values()) <= self._budget
+            self.weights.plan([], () if keeps else BEFORE_THE_STEPS)
         if plan not in self._models:
-            self.weights.prefetch(others)  # while the segments are opened
+            room = (
+                self._budget - self._gpu.arena.size - (self._scratch[1] if self._scratch else 0) - self._slots
+            )
+            self.weights.prefetch(others, room)  # while the segments are opened
             self._open(plan, progress)
         if load.nag:
             self._open_optional(plan, progress)
@@ -116,6 +123,7 @@ class GpuSizes:
         if self._gpu.arena.size != residency.arena:
             self._gpu.reserve(residency.arena)
         executor.start(self._take_scratch(residency.scratch))
+        self._slots = residency.slots
         room = self._budget - residency.arena - residency.scratch - residency.slots
         self.weights.prefetch([*others, *blocks], room)
         return self._models[plan]

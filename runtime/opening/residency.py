@@ -42,6 +42,14 @@ class Residency:
         return self.arena + self.scratch + self.resident + self.slots + self.spare
 
 
+def weight_bytes(networks: Mapping[str, Network]) -> dict[str, int]:
+    """Bytes of all weights of each network."""
+    return {
+        name: sum(Pack.of(network, n).size for n in range(network.repeats))
+        for name, network in networks.items()
+    }
+
+
 def passing_bytes(networks: Mapping[str, Network]) -> int:
     """Bytes of weights on the GPU at a time when contexts are computed between two windows: a set that runs,
     one that the GPU may still use, and one that is loaded.
@@ -63,10 +71,7 @@ def plan_residency(
     With `keep_encoders` the networks of BEFORE_THE_STEPS keep their weights if all weights fit. Raises
     MemoryShort, with the --vram that would do, if `budget` is too small even when all blocks stream.
     """
-    sizes = {
-        name: sum(Pack.of(network, n).size for n in range(network.repeats))
-        for name, network in networks.items()
-    }
+    sizes = weight_bytes(networks)
     everything = Residency(arena, scratch, sum(sizes.values()), [], 0, ())
     if keep_encoders and everything.total <= budget:
         return everything

@@ -6,7 +6,7 @@ too, only of files named like a part.
 """
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +100,12 @@ def missing_parts(folders: Sequence[Path], parts: Collection[Part]) -> list[Part
 
 
 def _search(folders: Sequence[Path], parts: Collection[Part]) -> tuple[dict[Part, list[Path]], list[_Seen]]:
+    unreadable: list[OSError] = []
     with ThreadPoolExecutor(READERS) as readers:
-        seen = list(readers.map(_look, _groups(folders) if parts else ()))
+        seen = list(readers.map(_look, _groups(folders, unreadable.append) if parts else ()))
+    for error in unreadable:
+        path = Path(error.filename)
+        seen.append(_Seen(path, set(), broken=f"the folder {short_path(path)}: {error.strerror}"))
     return {part: [file.path for file in seen if part in file.parts] for part in parts}, seen
 
 
@@ -166,12 +170,14 @@ def _other(path: Path) -> str:
         return ""
 
 
-def _groups(folders: Sequence[Path]) -> Iterator[Sequence[Path]]:
+def _groups(
+    folders: Sequence[Path], unreadable: Callable[[OSError], None] | None = None
+) -> Iterator[Sequence[Path]]:
     """Indexes, then sets of shards without one, then single files, each real file once."""
     indexes: list[Path] = []
     sets: list[Path] = []
     singles: list[Path] = []
-    for path in files_below(folders):
+    for path in files_below(folders, unreadable):
         name = path.name.lower()
         if path.name.endswith(INDEX):
             indexes.append(path)
@@ -221,12 +227,16 @@ def _size(path: Path) -> int:
         return 0
 
 
-def files_below(folders: Sequence[Path]) -> Iterator[Path]:
-    """All files below, through links to other folders (models live on another disk), each folder once."""
+def files_below(
+    folders: Sequence[Path], unreadable: Callable[[OSError], None] | None = None
+) -> Iterator[Path]:
+    """All files below, through links to other folders (models live on another disk), each folder once.
+    `unreadable` is told of folders that cannot be read.
+    """
     seen: set[Identity | Path] = set()
     count = 0
     for folder in folders:
-        for parent, inner, names in os.walk(folder, followlinks=True):
+        for parent, inner, names in os.walk(folder, onerror=unreadable, followlinks=True):
             if not _new(Path(parent), seen):
                 inner.clear()
                 continue

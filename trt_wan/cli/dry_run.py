@@ -36,8 +36,11 @@ def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int) -
     """Raises MemoryShort."""
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.graphs import graph_set
+    from trt_wan.runtime.pipeline import short_last_window
+    from trt_wan.runtime.video.continued import frames_before
 
-    windows = job.windows(frames)
+    before = frames_before(job.inputs, job.overlap, width, height)
+    windows = job.windows(frames + (0 if before is None else len(before)))
     plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
     graphs = graph_set(config, plan).missing()
     needs = _on_cpu(basis, plan) if basis.place is None else _on_gpu(basis, plan, job, windows, not graphs)
@@ -54,6 +57,7 @@ def forecast(basis: "Basis", job: "Job", width: int, height: int, frames: int) -
         ("what", "forecast"),
         ("video", f"{frames} frames, {width}x{height}"),
         ("windows", f"{windows.total} of {per_window}"),
+        *([("", note.text)] if (note := short_last_window(windows)) else []),
         ("transformer", f"{data['evaluations']} evaluations, {plan.tokens} tokens each, {basis.precision}"),
         ("graphs", f"{len(graphs)} would be exported" if graphs else "are there"),
         ("engines", _engines(needs)),
