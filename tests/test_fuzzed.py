@@ -1,15 +1,29 @@
 """Small inputs with which tests/fuzz.py ended a reader, kept as they were found or cut down."""
 
+import hashlib
+import json
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
+import click
+import fuzz
+import numpy as np
 import pytest
 from made_clips import write_clip, write_reference
+from test_resume import RECORD
 
-from trt_wan.errors import InputError
+from trt_wan.cli.main import cli
+from trt_wan.errors import InputError, OutputError, UsageError
+from trt_wan.runtime.events import silent
+from trt_wan.runtime.kept import windows as kept
+from trt_wan.runtime.noise import CpuGenerator
+from trt_wan.runtime.video.cut import Mark
 from trt_wan.runtime.video.pictures import read_picture
 from trt_wan.runtime.video.reader import Clip
+from trt_wan.runtime.video.working_file import Settled
+from trt_wan.runtime.window_state import WindowState
 
 
 @pytest.mark.parametrize("name", [b"xxxx", b"\0\0\0\0", b"fpcm"])
@@ -44,3 +58,69 @@ def test_a_whole_png_is_read(tmp_path: Path, more: bytes) -> None:
     path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
     with pytest.raises(InputError):
         read_picture(path)
+
+
+@pytest.mark.parametrize("kind", ["record", "state", "joined"])
+def test_a_few_damaged_inputs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand of each by hand."""
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path / "home"))
+    outcomes = {k: fuzz.run_one(kind, k, tmp_path / str(k)) for k in range(40)}
+    assert {k: text for k, (outcome, text) in outcomes.items() if outcome not in ("read", "refused")} == {}
+    assert {outcome for outcome, _ in outcomes.values()} == {"read", "refused"}, "damage is seen, not all is"
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "says"),
+    [
+        ("options", "steps", {}, "has a value of --steps that it cannot have: {}"),
+        ("options", "seed", float("inf"), "has a value of --seed that it cannot have: inf"),
+        ("options", "crf", [], "has a value of --crf that it cannot have"),
+        ("options", "audio", 7, "has a value of --audio that it cannot have: 7"),
+        ("options", "loras", [None], "has a value of --lora that it cannot have"),
+        ("options", "loras", ["a.safetensors:0" + "9" * 5000], "a.safetensors:0999"),
+        ("paths", "options", 0.5, "has no record of a run in it"),
+        ("paths", "files", None, "has no record of a run in it"),
+    ],
+)
+def test_a_record_that_was_changed(tmp_path: Path, part: str, name: str, value: Any, says: str) -> None:
+    values = json.loads(fuzz.some_record().text(with_paths=True))
+    values[part][name] = value
+    values["paths"] = values["paths"] if part == "paths" else {}
+    path = tmp_path / "v.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(click.BadParameter) as caught:
+        cli.commands["run"].make_context("run", ["--from", str(path), "-o", str(tmp_path / "o.mp4")])
+    message = caught.value.format_message()
+    assert says in message and len(message) < 500
+
+
+def test_a_long_time_is_cut_in_the_message() -> None:
+    with pytest.raises(UsageError, match="9…' is no frame and no time") as caught:
+        Mark.of("0:00." + "9" * 5000)
+    assert len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize("made", [b"", b"PK\x03\x04 and no more", b"\x93NUMPY"])
+def test_a_state_that_is_no_archive(tmp_path: Path, made: bytes) -> None:
+    """Its checksum is right. zipfile's own errors are no OSError and no ValueError."""
+    partial = tmp_path / "out.partial.mp4"
+    settled = Settled(partial.name, 0, hashlib.sha256().hexdigest(), 13, 1, 0, False, "0")
+    arrays = np.zeros((3, 1, 4, 4), np.float32)
+    kept.save(partial, RECORD, settled, WindowState(1, arrays, CpuGenerator(0).state(), arrays))
+    index = kept.folder_of(partial) / kept.INDEX
+    values = json.loads(index.read_text())
+    values["windows"]["sha256"] = hashlib.sha256(made).hexdigest()
+    index.write_text(json.dumps(values))
+    (index.parent / values["windows"]["file"]).write_bytes(made)
+    with pytest.raises(OutputError, match=r"windows-1\.npz is missing or not what was written"):
+        kept.find(tmp_path / "out.mp4", RECORD, silent)
+
+
+def test_a_long_name_in_a_state_is_cut_in_the_message(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial.mp4"
+    settled = Settled("x" * 5000, 0, "", 13, 1, 0, False, "0")
+    arrays = np.zeros((3, 1, 4, 4), np.float32)
+    kept.save(partial, RECORD, settled, WindowState(1, arrays, CpuGenerator(0).state(), arrays))
+    with pytest.raises(OutputError, match="it is that of xxx") as caught:
+        kept.find(tmp_path / "out.mp4", RECORD, silent)
+    assert len(caught.value.message) < 400

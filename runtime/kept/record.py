@@ -75,10 +75,11 @@ class Difference:
 
     @property
     def text(self) -> str:
+        name = shown(self.name.replace("_", " "))
         if self.group != FILES:
-            return f"{self.name.replace('_', ' ')} {_value(self.before)} (now {_value(self.now)})"
+            return f"{name} {_value(self.before)} (now {_value(self.now)})"
         other = "has other content" if self.before == self.now else f"(now {_value(self.now)})"
-        return f"the {self.name.replace('_', ' ')} {_value(self.before)} {other}"
+        return f"the {name} {_value(self.before)} {other}"
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Record))
@@ -144,6 +145,8 @@ def from_values(values: Any) -> Record | None:
         return None
     made = {name: values.get(name, {}) for name in _FIELDS}
     if not all(isinstance(value, dict) for value in made.values()):
+        return None
+    if not all(isinstance(made["paths"].get(name, {}), dict) for name in ("files", "options")):
         return None
     files = made["files"].values()
     if not all(isinstance(role, list) and all(isinstance(file, dict) for file in role) for role in files):

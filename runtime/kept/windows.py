@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.engines.store.files import replace_atomically
-from trt_wan.errors import OutputError, UsageError
+from trt_wan.errors import OutputError, UsageError, shown
 from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.kept.record import Record, from_values
 from trt_wan.runtime.video.target import explained, working_suffix
@@ -150,7 +150,7 @@ def _read_index(folder: Path) -> _Index:
         if values["format"] != FORMAT or Path(index.file).name != index.file:
             raise ValueError
         if settled.name != folder.name.removesuffix(STATE):
-            raise _damaged(folder, f"it is that of {settled.name}")
+            raise _damaged(folder, f"it is that of {shown(settled.name)}")
         return index
     except OutputError:
         raise
@@ -201,7 +201,7 @@ def _read_state(folder: Path, index: _Index) -> WindowState:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             state: WindowState = _unpacked(WindowState, dict(arrays), "state")
     except UNREADABLE as error:
-        raise _damaged(folder, f"{index.file} is missing or not what was written") from error
+        raise _damaged(folder, f"{shown(index.file)} is missing or not what was written") from error
     return state
 
 

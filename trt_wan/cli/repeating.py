@@ -4,6 +4,7 @@ A record has the options that were given to `run`, as they were typed, with thos
 `--from` puts them below the command line's (click's default_map), so an option that is given wins.
 """
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from trt_wan.cli.options import is_given
 from trt_wan.cli.preprocess import PREPARING_NAMES
 from trt_wan.cli.report import Report
 from trt_wan.cli.sections import SectionedCommand
-from trt_wan.errors import InputError, UsageError
+from trt_wan.errors import InputError, UsageError, shown
 
 if TYPE_CHECKING:
     from trt_wan.runtime.kept.record import Difference, Record
@@ -179,16 +180,19 @@ def repeat(ctx: click.Context, param: click.Parameter, value: Path | None) -> Re
     for name, typed in {**prepared, **record.options, **with_folders}.items():
         if name in skipped or name not in known:
             continue
+        names = typed if isinstance(typed, list) else [typed]
+        if not _can_be(known[name], typed, names, ctx):
+            text = f"{value.name} has a value of {known[name].opts[0]} that it cannot have: {shown(typed)}."
+            raise click.BadParameter(text, ctx, param)
         if not _names_files(known[name]):
             values[name] = typed
             continue
-        names = typed if isinstance(typed, list) else [typed]
-        found = [_found(str(file), name == "loras", folders) for file in names]
+        found = [_found(file, name == "loras", folders) for file in names]
         if None not in found:
             values[name] = found if isinstance(typed, list) else found[0]
         elif name not in SEARCHED:
             lost = [Path(file).name for file, place in zip(names, found, strict=True) if place is None]
-            missing.append(f"{', '.join(lost)} ({known[name].opts[0]})")
+            missing.append(f"{shown(', '.join(lost))} ({known[name].opts[0]})")
     if missing:
         raise click.BadParameter(
             f"Not found: {'; '.join(missing)}. Name what is in another place with these options.", ctx, param
@@ -197,10 +201,21 @@ def repeat(ctx: click.Context, param: click.Parameter, value: Path | None) -> Re
     return Repeated(value, record)
 
 
+def _can_be(parameter: click.Parameter, typed: Any, values: list[Any], ctx: click.Context) -> bool:
+    """False for a value of a kind that a command line does not give: the record has been changed."""
+    if _names_files(parameter):
+        return all(isinstance(value, str) for value in values)
+    try:
+        parameter.type_cast_value(ctx, typed)
+    except (TypeError, ValueError, ArithmeticError, AttributeError):
+        return False
+    return True
+
+
 def _found(file: str, with_strength: bool, folders: Sequence[Path]) -> str | None:
     """`file` where it was, else by its name in one of `folders`."""
     path, colon, strength = (
-        file.rpartition(":") if with_strength and not Path(file).exists() else (file, "", "")
+        file.rpartition(":") if with_strength and not os.path.exists(file) else (file, "", "")
     )
     places = [Path(path), *(folder / Path(path).name for folder in folders)]
-    return next((f"{place}{colon}{strength}" for place in places if place.exists()), None)
+    return next((f"{place}{colon}{strength}" for place in places if os.path.exists(place)), None)
