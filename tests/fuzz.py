@@ -950,7 +950,7 @@ def state(rng: Random, folder: Path) -> None:
 
     from trt_wan.runtime.events import silent
     from trt_wan.runtime.job import Inputs, Job
-    from trt_wan.runtime.kept.windows import find
+    from trt_wan.runtime.kept.windows import CHECKSUM, find, index_text
     from trt_wan.runtime.render import render
 
     source, whole = some_state()
@@ -970,7 +970,8 @@ def state(rng: Random, folder: Path) -> None:
         content = _changed_arrays(rng, arrays) if dice < 0.85 else damaged(rng, arrays.read_bytes())
         arrays.write_bytes(content)
         tree["windows"]["sha256"] = hashlib.sha256(content).hexdigest()
-        index.write_text(json.dumps(tree))
+        del tree[CHECKSUM]
+        index.write_text(index_text(tree))
     output = made / "out.mp4"
     find(output, RECORD, silent)  # refuses most, and opens no clip
     if dice >= 0.7:

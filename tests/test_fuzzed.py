@@ -74,6 +74,7 @@ def test_a_few_damaged_inputs(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
     [
         ("options", "steps", {}, "has a value of --steps that it cannot have: {}"),
         ("options", "seed", float("inf"), "has a value of --seed that it cannot have: inf"),
+        ("options", "guidance", None, "has a value of --guidance that it cannot have: None"),
         ("options", "crf", [], "has a value of --crf that it cannot have"),
         ("options", "audio", 7, "has a value of --audio that it cannot have: 7"),
         ("options", "loras", [None], "has a value of --lora that it cannot have"),
@@ -109,8 +110,9 @@ def test_a_state_that_is_no_archive(tmp_path: Path, made: bytes) -> None:
     kept.save(partial, RECORD, settled, WindowState(1, arrays, CpuGenerator(0).state(), arrays))
     index = kept.folder_of(partial) / kept.INDEX
     values = json.loads(index.read_text())
+    del values[kept.CHECKSUM]
     values["windows"]["sha256"] = hashlib.sha256(made).hexdigest()
-    index.write_text(json.dumps(values))
+    index.write_text(kept.index_text(values))
     (index.parent / values["windows"]["file"]).write_bytes(made)
     with pytest.raises(OutputError, match=r"windows-1\.npz is missing or not what was written"):
         kept.find(tmp_path / "out.mp4", RECORD, silent)

@@ -206,10 +206,9 @@ def _can_be(parameter: click.Parameter, typed: Any, values: list[Any], ctx: clic
     if _names_files(parameter):
         return all(isinstance(value, str) for value in values)
     try:
-        parameter.type_cast_value(ctx, typed)
+        return parameter.type_cast_value(ctx, typed) is not None
     except (TypeError, ValueError, ArithmeticError, AttributeError):
         return False
-    return True
 
 
 def _found(file: str, with_strength: bool, folders: Sequence[Path]) -> str | None:
