@@ -5,10 +5,10 @@
     python tests/kills.py --moments 60 --kinds resume_hybrid,resume_context,resume_replace --kill-only
 
 By hand (PATIENCE=600 on a busy machine); test_kills.py runs a few moments of each. A moment starts the
-command in a folder of its own, sends SIGKILL, SIGTERM, SIGINT or SIGHUP after a random part of its time,
-checks what is on the disk, starts the same command again and compares its result with that of a command
-that was left alone. The networks are tiny; people are made up. One part of the `run` moments fills a small
-tmpfs in place of a signal, where this process may mount one.
+command in a folder of its own, sends SIGKILL, SIGTERM, SIGINT or SIGHUP after a random part of its time (with
+`--by-events`, for a busy machine, of its events), checks what is on the disk, starts the same command again
+and compares its result with that of a command that was left alone. The networks are tiny; people are made up.
+One part of the `run` moments fills a small tmpfs in place of a signal, where this process may mount one.
 """
 
 import argparse
@@ -63,6 +63,7 @@ class Base:
     seconds: dict[str, float]  # of each command, left alone
     short_home: Path  # a cache that lacks a few graphs: a build of them alone is short
     options: tuple[str, ...] = ()  # more of `run`
+    events: dict[str, int] = field(default_factory=dict)  # lines of each command, where they place a moment
 
     def command(self, kind: str, here: Path) -> list[str]:
         if kind == "build":
@@ -105,7 +106,9 @@ class Moment:
             self.faults.append(fault)
 
 
-def make_base(folder: Path, kinds: Sequence[str], options: tuple[str, ...] = ()) -> Base:
+def make_base(
+    folder: Path, kinds: Sequence[str], options: tuple[str, ...] = (), by_events: bool = False
+) -> Base:
     from made_clips import write_clip as write_driving
     from made_clips import write_reference
 
@@ -116,26 +119,28 @@ def make_base(folder: Path, kinds: Sequence[str], options: tuple[str, ...] = ())
     home = folder / "home"
     environment = os.environ | {"TRT_WAN_HOME": str(home), "OMP_NUM_THREADS": "1"}
     base, seconds = Base(folder, {}, home, options), {}
+    events: dict[str, int] = {}
     subprocess.run([*TRT_WAN, "weights", "tiny", str(folder / "weights")], check=True, capture_output=True)
     for kind in dict.fromkeys(("build", *kinds)):
         whole = base.whole(kind)
         if not whole.exists():
             whole.mkdir()
-            seconds[_like(kind)] = _timed(base.command(kind, whole), environment)
-        seconds[kind] = seconds[_like(kind)]
+            seconds[_like(kind)], events[_like(kind)] = _timed(base.command(kind, whole), environment)
+        seconds[kind], events[kind] = seconds[_like(kind)], events[_like(kind)]
     short = Path(shutil.copytree(home, folder / "short-home"))
     for name in MISSING:
         next(short.glob(f"graphs/*-64x48x{WINDOW}-*/{name}.onnx")).unlink()
     if "build" in kinds:
         copy = Path(shutil.copytree(short, folder / "short-copy"))
-        seconds["build"] = _timed(BUILD, environment | {"TRT_WAN_HOME": str(copy)})
-    return Base(folder, seconds, short, options)
+        seconds["build"], events["build"] = _timed(BUILD, environment | {"TRT_WAN_HOME": str(copy)})
+    return Base(folder, seconds, short, options, events if by_events else {})
 
 
-def _timed(command: Sequence[str], environment: dict[str, str]) -> float:
+def _timed(command: Sequence[str], environment: dict[str, str]) -> tuple[float, int]:
+    """Seconds, and lines of stdout."""
     start = time.perf_counter()
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    return time.perf_counter() - start
+    ran = subprocess.run(command, env=environment, check=True, capture_output=True)
+    return time.perf_counter() - start, ran.stdout.count(b"\n")
 
 
 def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
@@ -148,7 +153,7 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
         process = subprocess.Popen(
             command, stdout=out, stderr=err, env=environment, preexec_fn=_as_a_user_has_it
         )
-        time.sleep(moment.part * base.seconds[moment.kind])
+        _wait_for(moment, base, process, here / "stdout")
         process.send_signal(moment.signal)
         try:
             moment.returned = process.wait(PATIENCE)
@@ -189,6 +194,17 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
     if not moment.faults:
         shutil.rmtree(here)
     return moment
+
+
+def _wait_for(moment: Moment, base: Base, process: "subprocess.Popen[bytes]", told: Path) -> None:
+    """Returns when so much of the command's time has passed, or so many of its events and up to 0.3 s."""
+    if moment.kind not in base.events:
+        time.sleep(moment.part * base.seconds[moment.kind])
+        return
+    wanted = moment.part * base.events[moment.kind]
+    while told.read_bytes().count(b"\n") < int(wanted) and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(wanted % 1 * 0.3)
 
 
 def _as_a_user_has_it() -> None:
@@ -373,12 +389,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=86_400, help="stop starting moments after that time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kill-only", action="store_true", help="send SIGKILL and no other signal")
+    parser.add_argument("--by-events", action="store_true", help="place moments by events, not by seconds")
     parser.add_argument("--options", default="", help="more options of run, such as '--overlap 5'")
     parser.add_argument("--folder", type=Path, default=Path("kills"))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     kinds = given.kinds.split(",")
-    base = make_base(given.folder / "base", kinds, tuple(shlex.split(given.options)))
+    base = make_base(given.folder / "base", kinds, tuple(shlex.split(given.options)), given.by_events)
     print(f"left alone: {base.seconds}", file=sys.stderr, flush=True)
     todo = moments(given.moments, kinds, given.seed, (KILL,) if given.kill_only else SIGNALS)
     done: list[Moment] = []
