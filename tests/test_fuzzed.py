@@ -3,6 +3,7 @@
 import hashlib
 import json
 import resource
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from trt_wan.runtime.events import silent
 from trt_wan.runtime.kept import windows as kept
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.video.cut import Mark
+from trt_wan.runtime.video.join import join_videos
+from trt_wan.runtime.video.kinds import KINDS
 from trt_wan.runtime.video.pictures import read_picture
 from trt_wan.runtime.video.reader import Clip
+from trt_wan.runtime.video.sound import Sound, require_sound
 from trt_wan.runtime.video.working_file import Settled
 from trt_wan.runtime.window_state import WindowState
 
@@ -34,6 +38,29 @@ def test_a_clip_of_an_unknown_codec(tmp_path: Path, name: bytes) -> None:
     with pytest.raises(InputError) as caught:
         Clip(path)
     assert str(path) in caught.value.message and caught.value.hint
+
+
+def test_sound_of_an_unknown_codec_is_none_and_said(tmp_path: Path) -> None:
+    """Such a stream has no codec context either: as a job's sound, as --audio and in a part for `join`."""
+    path = write_clip(tmp_path / "c.mp4", 6, (64, 48), codec="libx264", sound=True)
+    assert len(list(tmp_path.iterdir())) == 1
+    good = Path(shutil.copy(path, tmp_path / "good.mp4"))
+    content = path.read_bytes()
+    assert (content.count(b"mp4a"), content.count(b"esds")) == (1, 1)
+    path.write_bytes(content.replace(b"mp4a", b"xxxx").replace(b"esds", b"free"))
+    with Clip(good) as clip:
+        assert clip.has_sound and "unknown_sound" not in {note.code for note in clip.notes}
+    with Clip(path) as clip:
+        assert not clip.has_sound and clip.window([0]).shape == (1, 48, 64, 3)
+        assert "unknown_sound" in {note.code for note in clip.notes}
+    with pytest.raises(InputError, match="has no sound"):
+        require_sound(path)
+    assert Sound.of(path, KINDS[".mp4"]) is None
+    for parts in ((path, good), (path, path)):
+        joined = tmp_path / f"joined{len(set(parts))}.mp4"
+        assert join_videos(parts, joined)[0] == 12
+        with Clip(joined) as clip:
+            assert clip.has_sound == (good in parts) and clip.frames == 12
 
 
 @pytest.mark.parametrize("length", [0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 5000])

@@ -17,7 +17,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from trt_wan.errors import InputError, UsageError
-from trt_wan.runtime.video.container import measure, open_container, video_stream
+from trt_wan.runtime.video.container import measure, open_container, sound_stream, video_stream
 from trt_wan.runtime.video.kinds import KINDS
 from trt_wan.runtime.video.pieces import set_times
 from trt_wan.runtime.video.sound import Sound, audio_encoder, first_time
@@ -131,8 +131,8 @@ class JoinedSound(Sound):
         """`parts` with the times of their ends. None where no part has sound."""
         for path, _ in parts:
             with av.open(str(path.absolute()), metadata_errors="ignore") as source:
-                if source.streams.audio:
-                    return cls(path, parts, audio_encoder(encoder, source.streams.audio[0]))
+                if (stream := sound_stream(source)) is not None:
+                    return cls(path, parts, audio_encoder(encoder, stream))
         return None
 
     def __init__(self, path: Path, parts: Sequence[tuple[Path, Fraction]], stream: Any) -> None:
@@ -171,10 +171,10 @@ class JoinedSound(Sound):
         codec, at = self.stream.codec_context, 0
         silence = np.zeros((codec.layout.nb_channels, count), np.float32)
         with av.open(str(path.absolute()), metadata_errors="ignore") as source:
-            if source.streams.audio:
+            if (stream := sound_stream(source)) is not None:
                 zero = first_time(source)
                 resampler = av.AudioResampler("fltp", codec.layout, codec.sample_rate)
-                for decoded in source.decode(audio=0):
+                for decoded in source.decode(stream):
                     for frame in resampler.resample(decoded):
                         start = round(
                             (Fraction(frame.pts or 0) * (frame.time_base or 0) - zero) * codec.sample_rate
