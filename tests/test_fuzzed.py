@@ -5,13 +5,16 @@ import json
 import resource
 import shutil
 import time
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
 import fuzz
 import numpy as np
 import pytest
+from av.packet import Packet
 from made_clips import write_clip, write_reference
 from test_resume import RECORD
 
@@ -21,7 +24,7 @@ from trt_wan.runtime.events import silent
 from trt_wan.runtime.kept import windows as kept
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.video.cut import Mark
-from trt_wan.runtime.video.join import join_videos
+from trt_wan.runtime.video.join import _pieces, join_videos
 from trt_wan.runtime.video.kinds import KINDS
 from trt_wan.runtime.video.pictures import read_picture
 from trt_wan.runtime.video.reader import Clip
@@ -61,6 +64,17 @@ def test_sound_of_an_unknown_codec_is_none_and_said(tmp_path: Path) -> None:
         assert join_videos(parts, joined)[0] == 12
         with Clip(joined) as clip:
             assert clip.has_sound == (good in parts) and clip.frames == 12
+
+
+def test_a_part_whose_times_are_not_in_its_order_is_refused() -> None:
+    packets = []
+    for pts in reversed(range(10)):
+        packets.append(packet := Packet(b"x"))
+        packet.pts, packet.time_base = pts, Fraction(1, 12)
+    source: Any = SimpleNamespace(name="part.mp4", demux=lambda stream: packets)
+    stream: Any = None
+    with pytest.raises(InputError, match=r"part\.mp4 cannot be joined: its pictures"):
+        list(_pieces([source], [stream], [10], Fraction(12)))
 
 
 @pytest.mark.parametrize("length", [0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 5000])

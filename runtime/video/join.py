@@ -16,10 +16,10 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from trt_wan.errors import InputError, UsageError
-from trt_wan.runtime.video.container import measure, open_container, sound_stream, video_stream
+from trt_wan.errors import InputError, UsageError, with_commands
+from trt_wan.runtime.video.container import measure, open_container, remake, sound_stream, video_stream
 from trt_wan.runtime.video.kinds import KINDS
-from trt_wan.runtime.video.pieces import set_times
+from trt_wan.runtime.video.pieces import MOST_DELAY, set_times
 from trt_wan.runtime.video.sound import Sound, audio_encoder, first_time
 from trt_wan.runtime.video.target import (
     check_target,
@@ -109,9 +109,14 @@ def _pieces(
         ]
         first = min(packet.pts or 0 for packet in packets)
         done = before
-        for packet in packets:
+        for place, packet in enumerate(packets, before):
             assert packet.pts is not None
             number = before + round((packet.pts - first) * packet.time_base * rate)
+            if place - number > MOST_DELAY:
+                raise InputError(
+                    f"{source.name} cannot be joined: its pictures do not have the times of their order.",
+                    with_commands("If a player shows it, convert the file:", remake(Path(source.name))),
+                )
             set_times(packet, number, None, 1 / rate)
             waiting.append(packet)
             latest = max(latest, number)
