@@ -3,20 +3,26 @@
 """
 
 import gc
+import hashlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import pytest
-from tiny_job import BUILD, as_argv
+from filelock import FileLock
+from tiny_job import BUILD, BUILD_ENGINES, BUILD_FP8, PLAN, as_argv
 
 from trt_wan.build.export import export
-from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.config import TINY, ModelConfig
 from trt_wan.engines.contract import Network, Part
+from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
@@ -27,24 +33,11 @@ Weights = Mapping[Part, Mapping[str, Array]]
 
 
 # The files that take longest. They come first, so that no process is left alone with one at the end.
-SLOW = (
-    *(
-        "test_compile.py",
-        "test_export.py",
-        "test_readme.py",
-        "test_sam2_compile.py",
-        "test_sam2.py",
-        "test_graph_hashes.py",
-    ),
-    *(
-        "test_graph_hashes.py",
-        "test_bench_preprocess.py",
-        "test_cli.py",
-        "test_cli_engines.py",
-        "test_bench.py",
-        "test_transformer.py",
-    ),
-)
+SLOW = {
+    *("test_compile.py", "test_export.py", "test_readme.py", "test_sam2_compile.py", "test_sam2.py"),
+    *("test_bench_preprocess.py", "test_cli.py", "test_cli_engines.py", "test_bench.py", "test_pipeline.py"),
+    *("test_open_model.py", "test_kills.py", "test_odd_values.py"),
+}
 
 
 def pytest_configure() -> None:
@@ -94,43 +87,96 @@ def threads() -> Iterator[None]:
 class ExportingExecutor(OnnxRuntimeExecutor):
     """Exports a graph the first time it is run: a test pays for the networks it uses and no others."""
 
-    def __init__(self, graphs: Path, weights: Weights, config: ModelConfig, plan: Plan) -> None:
+    def __init__(
+        self, graphs: Path, weights: Weights, config: ModelConfig, plan: Plan, ready: Path | None
+    ) -> None:
+        """`ready` is a folder with graphs of PLAN."""
         super().__init__(graphs, BoundWeights(weights))
-        self.config, self.plan = config, plan
+        self.config, self.plan, self.ready = config, plan, ready
 
     def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
         path = self.graphs / f"{network.name}.onnx"
         if not path.exists():
-            export(network, self.config, self.plan, path)
+            if self.ready is not None and network == networks(TINY, PLAN)[network.name]:
+                shutil.copy(self.ready / path.name, path)
+            else:
+                export(network, self.config, self.plan, path)
         return super().run(network, n, inputs)
 
 
 @pytest.fixture(scope="session")
-def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """make_model(config, plan, {part: {weight name: array}}) -> Model on ONNX Runtime."""
+def make_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """make_model(config, plan, {part: {weight name: array}}) -> Model on ONNX Runtime. Graphs of PLAN's size
+    are those of `tiny_home`.
+    """
     graphs: dict[tuple[ModelConfig, Plan], Path] = {}
 
     def make(config: ModelConfig, plan: Plan, weights: Weights) -> Model:
         if (config, plan) not in graphs:
             graphs[config, plan] = tmp_path_factory.mktemp("graphs")
-        return Model(config, plan, ExportingExecutor(graphs[config, plan], weights, config, plan), weights)
+        ready = None
+        if config == TINY and replace(plan, frames=PLAN.frames) == PLAN:
+            sets = (request.getfixturevalue("tiny_home") / "graphs").iterdir()
+            (ready,) = (path for path in sets if path.is_dir() and "-fp32-" in path.name)
+        executor = ExportingExecutor(graphs[config, plan], weights, config, plan, ready)
+        return Model(config, plan, executor, weights)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TRT_WAN_HOME with the graphs of tiny_job.PLAN, made by the command that `trt-wan run` asks for.
-
-    Test processes side by side share it: the command waits for the one that is making them.
-    """
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all test processes of a session share."""
     base = tmp_path_factory.getbasetemp()
-    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny-home"
-    built = subprocess.run(
-        as_argv(BUILD), env=os.environ | {"TRT_WAN_HOME": str(home)}, capture_output=True, text=True
-    )
-    assert built.returncode == 0, built.stderr
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def told_by(command: str, home: Path) -> "subprocess.CompletedProcess[str]":
+    """Runs `command` once in a session, with `home` as its TRT_WAN_HOME."""
+    kept = home.with_name(f"{home.name}-{hashlib.sha256(command.encode()).hexdigest()[:8]}.json")
+    with FileLock(f"{home}.lock"):
+        if kept.exists():
+            return subprocess.CompletedProcess(command, 0, *json.loads(kept.read_text()))
+        environment = os.environ | {"TRT_WAN_HOME": str(home)}
+        ran = subprocess.run(as_argv(command), env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        kept.write_text(json.dumps([ran.stdout, ran.stderr]))
+    return ran
+
+
+@pytest.fixture(scope="session")
+def tiny_home(shared: Path) -> Path:
+    """A TRT_WAN_HOME with the graphs of tiny_job.PLAN, made by the command that `trt-wan run` asks for."""
+    told_by(BUILD, home := shared / "tiny-home")
     return home
+
+
+@pytest.fixture(scope="session")
+def tiny_fp8(shared: Path) -> Path:
+    """The same in FP8."""
+    told_by(BUILD_FP8, home := shared / "tiny-fp8")
+    return home
+
+
+@dataclass(frozen=True)
+class Engines:
+    """A TRT_WAN_HOME with FP8 engines for sm89. Tests change a copy of it."""
+
+    home: Path
+    stdout: str
+    told: str  # by the command, which exported one graph and built all engines
+    exported: str  # told by the command that exported all graphs
+
+
+@pytest.fixture(scope="session")
+def tiny_engines(shared: Path, tiny_fp8: Path) -> Engines:
+    home = shared / "tiny-engines"
+    with FileLock(f"{home}.copy"):
+        if not home.exists():
+            shutil.copytree(tiny_fp8, home)
+            next(home.glob("graphs/*/head.onnx")).unlink()
+    ran = told_by(BUILD_ENGINES, home)
+    return Engines(home, ran.stdout, ran.stderr, told_by(BUILD_FP8, tiny_fp8).stderr)
 
 
 @pytest.fixture

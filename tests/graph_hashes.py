@@ -9,9 +9,10 @@ fp16.
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx
 from onnx import numpy_helper
@@ -35,25 +36,26 @@ SAM2_PLAN = Sam2Plan("fp16", batch=2, memories=(7,))
 WAN_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp8")
 
 
-def wan_hashes(folder: Path, ready: Path | None = None) -> Iterator[tuple[str, str]]:
-    """By precision and network; a network that FP8 leaves as it was comes once. `ready` has the graphs in
-    fp32.
-    """
+Ready = Mapping[Precision, Path]  # folders with graphs that are made already
+EMPTY: Ready = MappingProxyType({})
+
+
+def wan_hashes(folder: Path, ready: Ready = EMPTY) -> Iterator[tuple[str, str]]:
+    """By precision and network; a network that FP8 leaves as it was comes once."""
     seen = set()
     for precision in WAN_PRECISIONS:
         plan = replace(PLAN, precision=precision)
         for name, network in contracts.networks(TINY, plan).items():
             if network not in seen:
                 seen.add(network)
-                path = folder / f"{precision}-{name}.onnx"
-                if ready is not None and precision == "fp32":
-                    path = ready / f"{name}.onnx"
+                if precision in ready:
+                    path = ready[precision] / f"{name}.onnx"
                 else:
-                    export(network, TINY, plan, path)
+                    export(network, TINY, plan, path := folder / f"{precision}-{name}.onnx")
                 yield f"{precision} {name}", graph_hash(path)
 
 
-def sam2_hashes(folder: Path, ready: Path | None = None) -> Iterator[tuple[str, str]]:
+def sam2_hashes(folder: Path, ready: Ready = EMPTY) -> Iterator[tuple[str, str]]:
     for name, network in sam2_contracts.networks(SAM2, SAM2_PLAN).items():
         export_sam2(network, SAM2, path := folder / f"{name}.onnx")
         yield name, graph_hash(path)

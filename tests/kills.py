@@ -2,12 +2,13 @@
 
     python tests/kills.py --moments 1000 --workers 16 --out kills.json
     python tests/kills.py --moments 20 --kinds resume --kill-only --disks 0   # then run --resume: the same
+    python tests/kills.py --moments 60 --kinds resume_hybrid,resume_context,resume_replace --kill-only
 
 By hand (PATIENCE=600 on a busy machine); test_kills.py runs a few moments of each. A moment starts the
-command in a folder of its own, sends SIGKILL, SIGTERM, SIGINT or SIGHUP after a random part of its time,
-checks what is on the disk, starts the same command again and compares its result with that of a command
-that was left alone. The networks are tiny; people are made up. One part of the `run` moments fills a small
-tmpfs in place of a signal, where this process may mount one.
+command in a folder of its own, sends SIGKILL, SIGTERM, SIGINT or SIGHUP after a random part of its time (with
+`--by-events`, for a busy machine, of its events), checks what is on the disk, starts the same command again
+and compares its result with that of a command that was left alone. The networks are tiny; people are made up.
+One part of the `run` moments fills a small tmpfs in place of a signal, where this process may mount one.
 """
 
 import argparse
@@ -36,6 +37,15 @@ import numpy as np
 from tiny_job import TRT_WAN, prepare, write_sound
 
 WINDOW, FRAMES = 13, 40  # four windows
+SMALL_PARTS = ("--context-frames", str(WINDOW), "--context-overlap", "4")
+LOOP = ("--window", str(WINDOW))
+VIDEOS = {  # kinds that write a video: the options of `run`
+    "run": LOOP,
+    "resume": LOOP,
+    "resume_hybrid": ("--window", "17", "--context", "uniform_standard", *SMALL_PARTS),  # three loop windows
+    "resume_context": ("--context", "static_standard", *SMALL_PARTS),
+    "resume_replace": (*LOOP, "--mode", "replace", "--overlap", "5"),
+}
 MISSING = ("head", "face_encoder", "patch_embed", "vae_decode_next", "context_kv")
 BUILD = [*TRT_WAN, "build", "--model", "tiny", "--size", "64x48", "--window", str(WINDOW), "--json"]
 KILL = signal.SIGKILL
@@ -53,6 +63,7 @@ class Base:
     seconds: dict[str, float]  # of each command, left alone
     short_home: Path  # a cache that lacks a few graphs: a build of them alone is short
     options: tuple[str, ...] = ()  # more of `run`
+    events: dict[str, int] = field(default_factory=dict)  # lines of each command, where they place a moment
 
     def command(self, kind: str, here: Path) -> list[str]:
         if kind == "build":
@@ -62,17 +73,22 @@ class Base:
             files = [str(self.folder / "character.png"), str(self.folder / "dance.mp4")]
             job = ["--size", "64x48", "--mode", "replace", "--json"]
             return [*child, *files, "-o", str(here / "prepared"), *job]
-        clips, weights = self.folder / "clips", self.folder / "weights"
-        job = ["--window", str(WINDOW), "--steps", "1", "--executor", "onnxruntime", "--json"]
-        return [*TRT_WAN, "run", "--inputs", str(clips), "--weights", str(weights), *job] + [
-            "-o",
-            str(here / "out.mp4"),
-            *self.options,
-        ]
+        files = ["--inputs", str(self.folder / "clips"), "--weights", str(self.folder / "weights")]
+        job = [*VIDEOS[kind], "--steps", "1", "--executor", "onnxruntime", "--json", *self.options]
+        return [*TRT_WAN, "run", *files, *job, "-o", str(here / "out.mp4")]
+
+    def whole(self, kind: str) -> Path:
+        """The folder with the result of the command that was left alone."""
+        return self.folder / _like(kind)
 
     def home(self, kind: str) -> Path:
         """The cache that a moment gets a copy of."""
         return self.short_home if kind == "build" else self.folder / "home"
+
+
+def _like(kind: str) -> str:
+    """The kind whose command is the same."""
+    return "run" if kind == "resume" else kind
 
 
 @dataclass
@@ -90,7 +106,9 @@ class Moment:
             self.faults.append(fault)
 
 
-def make_base(folder: Path, kinds: Sequence[str], options: tuple[str, ...] = ()) -> Base:
+def make_base(
+    folder: Path, kinds: Sequence[str], options: tuple[str, ...] = (), by_events: bool = False
+) -> Base:
     from made_clips import write_clip as write_driving
     from made_clips import write_reference
 
@@ -101,23 +119,28 @@ def make_base(folder: Path, kinds: Sequence[str], options: tuple[str, ...] = ())
     home = folder / "home"
     environment = os.environ | {"TRT_WAN_HOME": str(home), "OMP_NUM_THREADS": "1"}
     base, seconds = Base(folder, {}, home, options), {}
+    events: dict[str, int] = {}
     subprocess.run([*TRT_WAN, "weights", "tiny", str(folder / "weights")], check=True, capture_output=True)
     for kind in dict.fromkeys(("build", *kinds)):
-        output = {"run": "resume", "resume": "run"}.get(kind, "")  # both write the same video
-        seconds[kind] = seconds.get(output) or _timed(base.command(kind, folder), environment)
+        whole = base.whole(kind)
+        if not whole.exists():
+            whole.mkdir()
+            seconds[_like(kind)], events[_like(kind)] = _timed(base.command(kind, whole), environment)
+        seconds[kind], events[kind] = seconds[_like(kind)], events[_like(kind)]
     short = Path(shutil.copytree(home, folder / "short-home"))
     for name in MISSING:
         next(short.glob(f"graphs/*-64x48x{WINDOW}-*/{name}.onnx")).unlink()
     if "build" in kinds:
         copy = Path(shutil.copytree(short, folder / "short-copy"))
-        seconds["build"] = _timed(BUILD, environment | {"TRT_WAN_HOME": str(copy)})
-    return Base(folder, seconds, short, options)
+        seconds["build"], events["build"] = _timed(BUILD, environment | {"TRT_WAN_HOME": str(copy)})
+    return Base(folder, seconds, short, options, events if by_events else {})
 
 
-def _timed(command: Sequence[str], environment: dict[str, str]) -> float:
+def _timed(command: Sequence[str], environment: dict[str, str]) -> tuple[float, int]:
+    """Seconds, and lines of stdout."""
     start = time.perf_counter()
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    return time.perf_counter() - start
+    ran = subprocess.run(command, env=environment, check=True, capture_output=True)
+    return time.perf_counter() - start, ran.stdout.count(b"\n")
 
 
 def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
@@ -130,7 +153,7 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
         process = subprocess.Popen(
             command, stdout=out, stderr=err, env=environment, preexec_fn=_as_a_user_has_it
         )
-        time.sleep(moment.part * base.seconds[moment.kind])
+        _wait_for(moment, base, process, here / "stdout")
         process.send_signal(moment.signal)
         try:
             moment.returned = process.wait(PATIENCE)
@@ -139,7 +162,7 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
             process.wait()
             moment.faults.append(f"did not end in {PATIENCE:.0f} s")
     video = here / "out.mp4"
-    result = {"run": video, "resume": video, "preprocess": here / "prepared" / "src_ref.png"}.get(moment.kind)
+    result = {"preprocess": here / "prepared" / "src_ref.png", "build": None}.get(moment.kind, video)
     killed_late = moment.signal == KILL and result is not None and result.exists()
     finished = moment.returned == 0 or killed_late
     young = moment.part < 0.1  # Python itself was starting: no handler can be there yet
@@ -149,7 +172,7 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
     moment.check("Traceback" not in told, f"traceback: {told[-600:]}")
     CHECKS[moment.kind](base, moment, here, finished)
     kept = {path: _hash(path) for path in here.glob("out.partial*.mp4") if not finished and _played(path)}
-    if moment.kind == "resume":
+    if moment.kind.startswith("resume"):
         command = [*command, "--resume"]
         kept = {}  # nothing may be left
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -171,6 +194,17 @@ def run_moment(base: Base, moment: Moment, here: Path) -> Moment:
     return moment
 
 
+def _wait_for(moment: Moment, base: Base, process: "subprocess.Popen[bytes]", told: Path) -> None:
+    """Returns when so much of the command's time has passed, or so many of its events and up to 0.3 s."""
+    if moment.kind not in base.events:
+        time.sleep(moment.part * base.seconds[moment.kind])
+        return
+    wanted = moment.part * base.events[moment.kind]
+    while told.read_bytes().count(b"\n") < int(wanted) and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(wanted % 1 * 0.3)
+
+
 def _as_a_user_has_it() -> None:
     """Signals that are ignored where this script runs in the background act on the command."""
     for number in SIGNALS[1:]:
@@ -178,7 +212,7 @@ def _as_a_user_has_it() -> None:
 
 
 def check_run(base: Base, moment: Moment, here: Path, finished: bool) -> None:
-    output, whole = here / "out.mp4", base.folder / "out.mp4"
+    output, whole = here / "out.mp4", base.whole(moment.kind) / "out.mp4"
     moment.check(output.exists() == finished, f"finished: {finished}, final file: {output.exists()}")
     if output.exists():
         moment.check(_hash(output) == _hash(whole), "the final file is another one")
@@ -201,7 +235,7 @@ def check_run(base: Base, moment: Moment, here: Path, finished: bool) -> None:
 
 def check_preprocess(base: Base, moment: Moment, here: Path, finished: bool) -> None:
     """Files under final names are right; src_ref.png, without which clips do not count, comes last."""
-    got, want = (_files(folder / "prepared") for folder in (here, base.folder))
+    got, want = (_files(folder / "prepared") for folder in (here, base.whole("preprocess")))
     moment.check(got.items() <= want.items(), f"other files: {sorted(got.items() - want.items())}")
     moment.check(got == want or not finished and "src_ref.png" not in got, f"{sorted(got)} are there")
 
@@ -234,8 +268,7 @@ def _graphs(home: Path) -> dict[str, str]:
 
 
 CHECKS: dict[str, Callable[[Base, Moment, Path, bool], None]] = {
-    "run": check_run,
-    "resume": check_run,
+    **dict.fromkeys(VIDEOS, check_run),
     "preprocess": check_preprocess,
     "build": check_build,
 }
@@ -255,7 +288,7 @@ def fill_a_disk(base: Base, here: Path, room: int) -> Moment:
         told = json.loads(result.stdout.splitlines()[-1])
         if result.returncode == 0:
             moment.check(
-                _hash(small / "out.mp4") == _hash(base.folder / "out.mp4"), "the file is another one"
+                _hash(small / "out.mp4") == _hash(base.whole("run") / "out.mp4"), "the file is another one"
             )
             return moment
         moment.check(result.returncode == 1, f"returned {result.returncode}")
@@ -337,7 +370,7 @@ def report(done: Sequence[Moment]) -> dict[str, object]:
         "moments": dict(Counter(moment.kind for moment in done)),
         "returned": {kind: dict(Counter(str(m.returned) for m in done if m.kind == kind)) for kind in CHECKS},
         "stopped with finished windows": sum(
-            m.windows > 0 and m.returned != 0 for m in done if m.kind in ("run", "resume")
+            m.windows > 0 and m.returned != 0 for m in done if m.kind in VIDEOS
         ),
         "faulty": len(bad),
         "faults": dict(Counter(f"{m.kind}: {fault[:200]}" for m in bad for fault in m.faults)),
@@ -354,12 +387,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=86_400, help="stop starting moments after that time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kill-only", action="store_true", help="send SIGKILL and no other signal")
+    parser.add_argument("--by-events", action="store_true", help="place moments by events, not by seconds")
     parser.add_argument("--options", default="", help="more options of run, such as '--overlap 5'")
     parser.add_argument("--folder", type=Path, default=Path("kills"))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     kinds = given.kinds.split(",")
-    base = make_base(given.folder / "base", kinds, tuple(shlex.split(given.options)))
+    base = make_base(given.folder / "base", kinds, tuple(shlex.split(given.options)), given.by_events)
     print(f"left alone: {base.seconds}", file=sys.stderr, flush=True)
     todo = moments(given.moments, kinds, given.seed, (KILL,) if given.kill_only else SIGNALS)
     done: list[Moment] = []
@@ -368,7 +402,7 @@ def main() -> None:
         if given.out is not None:  # a run that is cut off has told its moments so far
             given.out.write_text(json.dumps(report(done), indent=1, default=str))
     for i in range(given.disks if "run" in kinds else 0):
-        size = (base.folder / "out.mp4").stat().st_size
+        size = (base.whole("run") / "out.mp4").stat().st_size
         done.append(fill_a_disk(base, given.folder / f"disk{i}", 4096 + i * 2 * size // max(given.disks, 1)))
     text = json.dumps(report(done), indent=1, default=str)
     print(text)

@@ -2,16 +2,20 @@
 
     python tests/memory_by_length.py 100,300,1000
     python tests/memory_by_length.py 9000 --modes loop,hybrid
+    python tests/memory_by_length.py 100,1000 --networks tiny     (64x48; the graphs must exist)
 
 Everything runs as in a job, with real clips and a real output, but for the networks: their results are made
-up, so that 832x480 takes no GPU. Each row is a process of its own. `peak` is what test_long_memory.py uses.
+up, so that 832x480 takes no GPU. With `--networks tiny` they are those of the tiny model, and windows are
+short. Each row is a process of its own. `peak` is what test_long_memory.py uses.
 """
 
 import argparse
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,9 +31,12 @@ from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecu
 from trt_wan.runtime.host_memory import peak_bytes
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.pipeline import stream_pieces
 from trt_wan.runtime.render import render
+from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.video.writer import VideoWriter
+from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 MODES: Mapping[str, Mapping[str, Any]] = {
     "loop": {"overlap": 5},
@@ -79,37 +86,51 @@ def write_clips(folder: Path, frames: int, width: int, height: int) -> Path:
     return folder
 
 
-def run(folder: Path, changes: Mapping[str, Any], written: bool) -> None:
+def run(folder: Path, changes: Mapping[str, Any], written: bool, tiny: bool) -> None:
     job = Job(Inputs.from_folder(folder, "replace"), "replace", steps=2, **changes)
-    if written:
-        render(job, Opened(), folder / "out.mp4", overwrite=True)
-    else:
-        assert sum(piece.shape[1] for piece in Opened().pieces(job)) > 0
+    with _tiny(folder) if tiny else nullcontext(Opened()) as model:
+        if written:
+            render(job, model, folder / "out.mp4", overwrite=True)
+        else:
+            assert sum(piece.shape[1] for piece in model.pieces(job)) > 0
     print(peak_bytes())
 
 
-def peak(folder: Path, mode: str, short: bool = False) -> int:
-    """Bytes of a process that renders the clips in `folder`, or with `short` only makes their frames."""
-    command = [sys.executable, __file__, "child", str(folder), mode, *(["--short"] if short else [])]
+def _tiny(folder: Path) -> OpenModel:
+    write_tiny_weights(folder / "weights", seed=0)
+    return open_model(WeightFiles((folder / "weights",)), Settings(executor="onnxruntime", text_cache=False))
+
+
+def peak(folder: Path, mode: str, *options: str) -> int:
+    """Bytes of a process that renders the clips in `folder`. Options: `--unwritten` only makes the frames,
+    `--short` takes short windows, `--tiny` the networks of the tiny model.
+    """
+    command = [sys.executable, __file__, "child", str(folder), mode, *options]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def main(arguments: Sequence[str]) -> None:
     if arguments[0] == "child":
-        short = "--short" in arguments
-        run(Path(arguments[1]), (SHORT if short else MODES)[arguments[2]], written=not short)
+        _, folder, mode, *options = arguments
+        changes = (SHORT if "--short" in options else MODES)[mode]
+        run(Path(folder), changes, "--unwritten" not in options, "--tiny" in options)
         return
     parser = argparse.ArgumentParser()
     parser.add_argument("frames", help="such as 100,300,1000")
     parser.add_argument("--modes", default=",".join(MODES))
-    parser.add_argument("--size", default="832x480")
+    parser.add_argument("--size")
+    parser.add_argument("--networks", choices=("made-up", "tiny"), default="made-up")
     given = parser.parse_args(arguments)
-    width, height = map(int, given.size.split("x"))
+    tiny = given.networks == "tiny"
+    width, height = map(int, (given.size or ("64x48" if tiny else "832x480")).split("x"))
     for frames in map(int, given.frames.split(",")):
         with tempfile.TemporaryDirectory() as name:
             folder = write_clips(Path(name), frames, width, height)
             for mode in given.modes.split(","):
-                print(f"{frames:6} frames  {mode:8} {peak(folder, mode) / 1e6:8.0f} MB", flush=True)
+                start = time.perf_counter()
+                size = peak(folder, mode, *(("--short", "--tiny") if tiny else ()))
+                seconds = time.perf_counter() - start
+                print(f"{frames:6} frames  {mode:8} {size / 1e6:8.0f} MB  {seconds:6.0f} s", flush=True)
 
 
 if __name__ == "__main__":

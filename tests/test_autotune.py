@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from trt_wan.build import autotune as module
+from trt_wan.build import compile as compile_module
 from trt_wan.build.autotune import autotune, event_clock
 from trt_wan.build.compile import compile_engines
 from trt_wan.build.realistic import dequantised, outlier_channels, realistic
@@ -588,6 +589,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[Engine]:
     impossible: set[Engine] = set()
     for name in networks(TINY, PLAN):
         (tmp_path / f"{name}.onnx").write_text(name)
+    monkeypatch.setattr(compile_module, "export_graphs", lambda *arguments: 0)
 
     def compiled(recipe: str, target: Any) -> bytes:
         if Engine(recipe, target) in impossible:
@@ -622,14 +624,12 @@ def test_a_build_goes_on_without_what_cannot_be_built(bare: set[Engine]) -> None
     assert {event.engines for event in events if isinstance(event, EngineReady)} == {25}
 
 
-@pytest.mark.long
 def test_a_build_goes_on_without_a_network_that_few_jobs_run(bare: set[Engine]) -> None:
     bare.add(Engine("cross_attention_nag"))
     report = compile_engines(TINY, PLAN, "current", RTX, lambda event: None, machine=H200)
     assert [row.name for row in report.engines if row.state != "built"] == ["cross_attention_nag"]
 
 
-@pytest.mark.long
 def test_a_place_that_nobody_can_take_ends_the_build(bare: set[Engine]) -> None:
     """The 8-bit attention that is left is no exact one; a library that is here is."""
     bare |= {Engine("attention"), Engine("attention", "sm89")}
@@ -645,7 +645,6 @@ def test_a_place_that_nobody_can_take_ends_the_build(bare: set[Engine]) -> None:
     build(lambda row: None if row.name == "cudnn" else no_library(row))
 
 
-@pytest.mark.long
 def test_an_engine_without_rivals_ends_the_build(bare: set[Engine]) -> None:
     bare.add(Engine("head"))
     with pytest.raises(GraphError, match="head asks for 68 GB"):

@@ -43,8 +43,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ran(tiny_home: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    peers = "--peers diffusers_eager,lightx2v --peer-steps 1"
-    return trt_wan(f"{SHAPE} --steps 3 --rounds 2 --job-steps 2 {peers} --out {out}", tiny_home)
+    options = "--steps 3 --rounds 2 --job-steps 2 --peers lightx2v --peer-steps 1"
+    return trt_wan(f"{SHAPE} {options} --out {out}", tiny_home)
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +94,24 @@ def test_times_add_up(result: dict[str, Any]) -> None:
     assert result["steps"]["bound_seconds"] > 0
 
 
-def test_peers_that_ran_and_those_that_did_not(result: dict[str, Any]) -> None:
-    eager, lightx2v = result["peers"]
-    assert eager["ran"] and [len(seconds) for seconds in eager["rounds"]] == [1, 1]
-    assert eager["settings"]["compilation"] == "none"
+def test_a_peer_that_did_not_run(result: dict[str, Any]) -> None:
+    (lightx2v,) = result["peers"]
     assert not lightx2v["ran"] and "checkout" in lightx2v["reason"]
     assert any(text.startswith("cold start") for text in result["not_measured"])
 
 
+@pytest.mark.long
+def test_a_peer_that_ran(tiny_home: Path, tmp_path: Path) -> None:
+    """80 s, most of them for diffusers' faces in bf16. test_bench_parts.py has made-up peers that ran."""
+    options = "--steps 1 --rounds 2 --job-steps 1 --peers diffusers_eager,lightx2v --peer-steps 1"
+    eager, lightx2v = last_line(trt_wan(f"{SHAPE} {options} --out {tmp_path}", tiny_home))["peers"]
+    assert eager["ran"] and [len(seconds) for seconds in eager["rounds"]] == [1, 1]
+    assert eager["settings"]["compilation"] == "none" and not lightx2v["ran"]
+    assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_files_are_complete(ran: subprocess.CompletedProcess[str], out: Path) -> None:
-    for name in ("waterfall", "stages", "peers"):
+    for name in ("waterfall", "stages"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "tiny 64x48x13" in (out / f"{name}.svg").read_text()
     with (out / "bench.csv").open() as file:

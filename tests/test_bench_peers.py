@@ -26,10 +26,16 @@ def peer() -> DiffusersPeer:
     return DiffusersPeer(make_model(SHAPE, "cpu"), SHAPE, "cpu", {})
 
 
-def test_random_weights_keep_the_model_alive(peer: DiffusersPeer) -> None:
-    """Weights that explode or vanish would time another computation: of NaN, or of zeros."""
+@pytest.fixture(scope="module")
+def stepped(peer: DiffusersPeer) -> torch.Tensor:
+    """A step's result. It takes seconds, most of them for the faces."""
     with torch.inference_mode():
-        velocity = peer.step().float()
+        return peer.step()
+
+
+def test_random_weights_keep_the_model_alive(peer: DiffusersPeer, stepped: torch.Tensor) -> None:
+    """Weights that explode or vanish would time another computation: of NaN, or of zeros."""
+    velocity = stepped.float()
     assert velocity.shape == (1, 16, 3, 6, 8)
     assert velocity.isfinite().all() and 0.05 < float(velocity.std()) < 20
     kinds = {name: p.dtype for name, p in peer.model.named_parameters()}
@@ -37,7 +43,7 @@ def test_random_weights_keep_the_model_alive(peer: DiffusersPeer) -> None:
     assert kinds["blocks.0.scale_shift_table"] == torch.float32  # as from_pretrained leaves it
 
 
-def test_the_module_built_without_memory_is_the_real_one(peer: DiffusersPeer) -> None:
+def test_the_module_built_without_memory_is_the_real_one(peer: DiffusersPeer, stepped: torch.Tensor) -> None:
     """Buffers are not in a state dict: the rotary table and the blur have to be made again."""
     from diffusers import WanAnimateTransformer3DModel
 
@@ -46,17 +52,18 @@ def test_the_module_built_without_memory_is_the_real_one(peer: DiffusersPeer) ->
     inputs = {n: t.float() if t.is_floating_point() else t for n, t in peer.inputs.items()}
     with torch.inference_mode():
         expected = real(**inputs, return_dict=False)[0]
-        error = (peer.step().float() - expected).norm() / expected.norm()
+        error = (stepped.float() - expected).norm() / expected.norm()
     assert error < 0.05  # bf16 against float32
 
 
-def test_a_peer_at_rest_holds_nothing_and_comes_back_the_same(peer: DiffusersPeer) -> None:
+def test_a_peer_at_rest_holds_nothing_and_comes_back_the_same(
+    peer: DiffusersPeer, stepped: torch.Tensor
+) -> None:
     with torch.inference_mode():
-        before = peer.step()
         peer.rest()
         assert sum(p.untyped_storage().size() for p in peer.model.parameters()) == 0
         peer.wake()
-        assert torch.equal(peer.step(), before)
+        assert torch.equal(peer.step(), stepped)
 
 
 def test_fp8_linears_are_near_the_layers_they_replace() -> None:
@@ -91,7 +98,7 @@ def test_fp8_replaces_every_linear_of_blocks_and_adapters() -> None:
 
 
 def test_self_attention_goes_to_the_chosen_kernel_and_nothing_else(
-    peer: DiffusersPeer, monkeypatch: pytest.MonkeyPatch
+    peer: DiffusersPeer, stepped: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = diffusers_model_module()
     monkeypatch.setattr(module, "dispatch_attention_fn", module.dispatch_attention_fn)
@@ -102,10 +109,9 @@ def test_self_attention_goes_to_the_chosen_kernel_and_nothing_else(
         return torch_attention._native(q, k, v)
 
     with torch.inference_mode():
-        expected = peer.step()
         monkeypatch.setattr(torch_attention, "_chosen", torch_attention._chosen)
         torch_attention.use_for_self_attention(attend, SHAPE.plan.tokens)
-        assert torch.equal(peer.step(), expected)
+        assert torch.equal(peer.step(), stepped)
     assert seen == [(1, SHAPE.plan.tokens, 2, 128)] * TINY.transformer.layers
 
 

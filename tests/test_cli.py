@@ -301,19 +301,21 @@ def read_until(process: "subprocess.Popen[str]", text: str) -> None:
     pytest.fail(f"{text!r} never came:\n{''.join(seen)}")
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "stop", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.long)]
+)
 def test_a_signal_keeps_the_finished_windows(place: Workplace, tmp_path: Path, stop: signal.Signals) -> None:
     output = tmp_path / "out.mp4"
-    process = start([*TRT_WAN, *run_arguments(place, output, "--steps", "100")])
-    read_until(process, "window 2/2  denoise 1/100")
+    process = start([*TRT_WAN, *run_arguments(place, output, "--steps", "40")])
+    read_until(process, "window 2/2  denoise 1/40")
     process.send_signal(stop)
     if stop == signal.SIGHUP:
         process.send_signal(stop)  # a terminal and its shell send it both
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and out == ""
-    stopped = re.search(r"Error: Stopped in window 2 of 2, after step (\d+) of 100\.", err)
-    assert stopped and int(stopped[1]) < 100, err
-    assert max(map(int, re.findall(r"denoise (\d+)/100", err)), default=1) == int(stopped[1])
+    stopped = re.search(r"Error: Stopped in window 2 of 2, after step (\d+) of 40\.", err)
+    assert stopped and int(stopped[1]) < 40, err
+    assert max(map(int, re.findall(r"denoise (\d+)/40", err)), default=1) == int(stopped[1])
     partial = tmp_path / "out.partial.mp4"
     assert f"The {FIRST_WINDOW} finished frames are in {partial}." in err
     assert "Go on after the last finished window:\ntrt-wan run" in err and "--resume" in err
@@ -327,7 +329,7 @@ def test_a_signal_keeps_the_finished_windows(place: Workplace, tmp_path: Path, s
 def test_a_killed_run_leaves_its_finished_windows(place: Workplace, tmp_path: Path, suffix: str) -> None:
     """All of them, once they are told. The next run says so, and leaves them alone."""
     output = tmp_path / f"out{suffix}"
-    process = start([*TRT_WAN, *run_arguments(place, output, "--steps", "100")])
+    process = start([*TRT_WAN, *run_arguments(place, output, "--steps", "40")])
     read_until(process, "window 1/2  13 frames finished")
     process.kill()
     process.communicate()

@@ -1,12 +1,13 @@
 """`trt-wan build --target`, `list`, `show` and `rm`, as a user without a GPU has them.
 
-The tiny model is exported and cross-compiled once, by the command; every test works on a copy of that store.
+The tiny model is exported and cross-compiled once, by the commands; every test works on a copy of that store.
 """
 
 import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,13 +16,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner, Result
-from tiny_job import PLAN, TRT_WAN
+from conftest import Engines
+from tiny_job import BUILD_ENGINES, PLAN, TRT_WAN
 
 import trt_wan.build.goals
 import trt_wan.cli.engines
@@ -59,7 +60,7 @@ with FileLock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
 """
-BUILD = ["build", "--model", "tiny", "--size", "64x48", "--window", "13", "--target", "sm89"]
+BUILD = shlex.split(BUILD_ENGINES)[1:]
 
 
 def invoke(*arguments: str, **options: Any) -> Result:
@@ -86,31 +87,18 @@ def states(data: dict[str, Any]) -> dict[str, str]:
     return {row["name"]: row["state"] for row in data["engines"]}
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A store with graphs and engines; what the dry run before said, what the build said and gave."""
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRT_WAN_HOME", str(home))
-        dry = data_of(*BUILD, "--dry-run")
-        untouched = not list(home.iterdir())
-        words = invoke(*BUILD)
-        assert words.exit_code == 0, words.output
-    return SimpleNamespace(home=home, dry=dry, untouched=untouched, words=words)
-
-
 @pytest.fixture
-def store(built: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def store(tiny_engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a copy's engines."""
-    home = shutil.copytree(built.home, tmp_path / "home")
+    home = shutil.copytree(tiny_engines.home, tmp_path / "home")
     monkeypatch.setenv("TRT_WAN_HOME", str(home))
     return home / "engines"
 
 
 @pytest.fixture
-def no_engines(built: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def no_engines(tiny_engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A store that has the graphs alone."""
-    shutil.copytree(built.home / "graphs", tmp_path / "home" / "graphs")
+    shutil.copytree(tiny_engines.home / "graphs", tmp_path / "home" / "graphs")
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path / "home"))
     return tmp_path / "home" / "engines"
 
@@ -124,21 +112,26 @@ def manifest(name: str) -> Manifest:
 # --- build -----------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_names_everything_and_builds_nothing(built: SimpleNamespace) -> None:
-    assert states(built.dry) == dict.fromkeys(NAMES, "missing")
-    assert len(built.dry["missing_graphs"]) == GRAPHS and built.dry["result"] is None
-    assert {(row["target"], row["precision"]) for row in built.dry["engines"]} == {("sm89", "fp8")}
-    assert built.untouched
+def test_a_dry_run_names_everything_and_builds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
+    dry = data_of(*BUILD, "--dry-run")
+    assert states(dry) == dict.fromkeys(NAMES, "missing")
+    assert len(dry["missing_graphs"]) == GRAPHS and dry["result"] is None
+    assert {(row["target"], row["precision"]) for row in dry["engines"]} == {("sm89", "fp8")}
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_build_says_what_it_does_line_by_line(built: SimpleNamespace) -> None:
+def test_a_build_says_what_it_does_line_by_line(tiny_engines: Engines) -> None:
     """FP8 without being asked, since the target has it; the folder alone on stdout."""
-    told = built.words.stderr
-    assert built.words.stdout == f"{built.home / 'engines'}\n"
+    told = tiny_engines.told
+    assert tiny_engines.stdout == f"{tiny_engines.home / 'engines'}\n"
     assert told.startswith("sm89: fp8, tensorrt_rtx ")
     for number, name in enumerate(NAMES, 1):
         assert f"sm89  engine {number}/{len(NAMES)}  {name}  built in " in told
-    assert told.count("exported ") == GRAPHS and f"{len(NAMES)} built in" in told
+    assert told.count("exported ") == 1 and tiny_engines.exported.count("exported ") == GRAPHS
+    assert f"{len(NAMES)} built in" in told
 
 
 def test_a_second_build_finds_all_and_says_so(store: Path) -> None:

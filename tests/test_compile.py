@@ -2,12 +2,13 @@
 without a GPU. Whether an engine computes the right thing takes a GPU to tell.
 
 Two processes fill one store at the same time, one with fp8 engines for two kinds of GPU and one with fp32
-engines for one. bf16 differs from fp8 in three networks, which are compiled here. MODEL is TINY with one
-residual block per level of the VAE instead of two: the same kinds of layers in half the time.
+engines for one. Of the first, the engines that fp32 has too are missing for sm89, and the others are those of
+`tiny_engines`. bf16 differs from fp8 in three networks, which are compiled here.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,7 +17,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import Engines
 from plan_text import fused_attentions, gemms
+from tiny_job import PLAN
 
 from trt_wan.build.compile import compile_engines
 from trt_wan.build.export import export
@@ -36,10 +39,15 @@ from trt_wan.runtime.events import EngineReady, EngineStep, Event
 
 pytest.importorskip("tensorrt_rtx")
 
-MODEL = replace(TINY, vae=replace(TINY.vae, residual_blocks=1))
-PLANS: dict[Precision, Plan] = {p: Plan(64, 48, 5, p) for p in ("fp32", "bf16", "fp8")}
+PLANS: dict[Precision, Plan] = {p: replace(PLAN, precision=p) for p in ("fp32", "bf16", "fp8")}
 TARGETS: tuple[Target, ...] = ("sm89", "sm120")
 STORED: dict[Precision, tuple[Target, ...]] = {"fp32": ("sm89",), "fp8": TARGETS}
+# The networks that are float32 at every precision.
+SAME = {
+    name
+    for name, network in networks(TINY, PLANS["fp8"]).items()
+    if network == networks(TINY, PLANS["fp32"])[name]
+}
 FP8 = ("fp8_e4m3", "fp8_e4m3")
 BF16 = ("bf16", "bf16")
 FP8_GEMMS = {"attn_in": 3, "attn_out": 2, "ffn": 3, "context_kv": 4}
@@ -47,15 +55,14 @@ MEMORY_LIMIT_GB = 8
 
 COMPILE = """
 import json, sys
-from dataclasses import replace
 from trt_wan.build.compile import compile_engines
 from trt_wan.engines.config import TINY
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.flavour import choose_flavour
 
-model, plan = replace(TINY, vae=replace(TINY.vae, residual_blocks=1)), Plan(64, 48, 5, sys.argv[1])
+plan = Plan(64, 48, 13, sys.argv[1])
 for target in sys.argv[2:]:
-    report = compile_engines(model, plan, target, choose_flavour("tensorrt_rtx", None), lambda event: None)
+    report = compile_engines(TINY, plan, target, choose_flavour("tensorrt_rtx", None), lambda event: None)
     built = [row.name for row in report.engines if row.state == "built"]
     print(json.dumps({"built": built, "torch": "torch" in sys.modules}))
 """
@@ -95,9 +102,16 @@ def start(home: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def filled(tmp_path_factory: pytest.TempPathFactory, tiny_home: Path, tiny_engines: Engines) -> Path:
     """A TRT_WAN_HOME with the engines of STORED."""
-    home = tmp_path_factory.mktemp("engines-home")
+    home = tmp_path_factory.mktemp("filled") / "home"
+    shutil.copytree(tiny_engines.home, home)
+    shutil.copytree(tiny_home, home, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRT_WAN_HOME", str(home))
+        for name, recipe in recipes_for("fp8", "sm89").items():
+            if name in SAME:
+                (home / "engines" / f"{recipe.engine.key}.plan").unlink()
     for process in [start(home, precision, *targets) for precision, targets in STORED.items()]:
         _, err = process.communicate()
         assert process.returncode == 0, err
@@ -111,7 +125,7 @@ def home(filled: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def recipes_for(precision: Precision, target: Target) -> dict[str, Recipe]:
-    return recipes(MODEL, PLANS[precision], target, choose_flavour("tensorrt_rtx", None))
+    return recipes(TINY, PLANS[precision], target, choose_flavour("tensorrt_rtx", None))
 
 
 def stored(precision: Precision, target: Target) -> dict[str, bytes]:
@@ -122,11 +136,11 @@ def stored(precision: Precision, target: Target) -> dict[str, bytes]:
 def bf16_plans(folder: Path, target: Target) -> Mapping[str, bytes]:
     """Of the networks that fp8 computes otherwise."""
     plan, plans = PLANS["bf16"], {}
-    for name, network in networks(MODEL, plan).items():
-        if network != networks(MODEL, PLANS["fp8"])[name]:
+    for name, network in networks(TINY, plan).items():
+        if network != networks(TINY, PLANS["fp8"])[name]:
             graph = folder / f"{name}-bf16.onnx"
             if not graph.exists():
-                export(network, MODEL, plan, graph)
+                export(network, TINY, plan, graph)
             flavour = choose_flavour("tensorrt_rtx", None)
             plans[name] = compile_onnx(flavour, graph.read_bytes(), target, lambda *progress: None)
     return plans
@@ -136,8 +150,8 @@ def bf16_plans(folder: Path, target: Target) -> Mapping[str, bytes]:
 def test_every_graph_compiles(home: Path, target: Target) -> None:
     for precision in (precision for precision, targets in STORED.items() if target in targets):
         plans = stored(precision, target)
-        assert list(plans) == list(engine_names(MODEL, PLANS[precision]))
-        assert set(networks(MODEL, PLANS[precision])) <= set(plans) and all(plans.values())
+        assert list(plans) == list(engine_names(TINY, PLANS[precision]))
+        assert set(networks(TINY, PLANS[precision])) <= set(plans) and all(plans.values())
     assert set(bf16_plans(home, target)) == set(FP8_GEMMS)
 
 
@@ -164,14 +178,12 @@ def test_attention_is_one_kernel(home: Path, target: Target) -> None:
 
 def test_what_is_the_same_is_compiled_once(home: Path) -> None:
     """The networks that are float32 at every precision; two processes wanted them at the same time."""
-    in_fp32, in_fp8 = (networks(MODEL, PLANS[precision]) for precision in STORED)
-    same = {name for name in in_fp8 if in_fp8[name] == in_fp32[name]}
-    assert len(same) > 3
+    assert len(SAME) > 3
     fp32, fp8 = (recipes_for(precision, "sm89") for precision in STORED)
-    assert {name for name in fp32 if fp32[name].engine.key == fp8[name].engine.key} == same
+    assert {name for name in fp32 if fp32[name].engine.key == fp8[name].engine.key} == SAME
     made = fp32, fp8, recipes_for("fp8", "sm120")
     keys = [recipe.engine.key for recipes in made for recipe in recipes.values()]
-    assert len(set(keys)) == len(keys) - len(same)
+    assert len(set(keys)) == len(keys) - len(SAME)
     assert {entry.key for entry in entries() if entry.manifest} == set(keys)
 
 
@@ -186,7 +198,7 @@ def test_a_build_goes_on_where_it_was_and_needs_no_torch(home: Path) -> None:
     head.unlink()
     os.truncate(attn_in, 1000)
     flavour = choose_flavour("tensorrt_rtx", None)
-    dry = compile_engines(MODEL, PLANS["fp8"], "sm89", flavour, never, dry_run=True)
+    dry = compile_engines(TINY, PLANS["fp8"], "sm89", flavour, never, dry_run=True)
     assert {row.name for row in dry.engines if row.state == "missing"} == {"head", "attn_in"}
     assert not head.exists()
 
@@ -203,10 +215,8 @@ def test_progress_counts_engines(home: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
     (tmp_path / "graphs").symlink_to(home / "graphs")
     events: list[Event] = []
-    report = compile_engines(
-        MODEL, PLANS["fp32"], "sm89", choose_flavour("tensorrt_rtx", None), events.append
-    )
-    names = engine_names(MODEL, PLANS["fp32"])
+    report = compile_engines(TINY, PLANS["fp32"], "sm89", choose_flavour("tensorrt_rtx", None), events.append)
+    names = engine_names(TINY, PLANS["fp32"])
     done = [event for event in events if isinstance(event, EngineReady)]
     assert [(e.name, e.number) for e in done] == [(name, n) for n, name in enumerate(names, 1)]
     assert [(e.state, e.seconds, e.bytes) for e in done] == [

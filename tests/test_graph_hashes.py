@@ -1,6 +1,7 @@
 """A graph that changes needs a new GRAPHS_VERSION, or users go on with the graphs they exported before."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import graph_hashes
@@ -22,11 +23,14 @@ HINT = "raise GRAPHS_VERSION in its contracts, then run: python tests/graph_hash
     ],
 )
 def test_graphs_are_those_of_their_version(
-    kind: str, tmp_path: Path, tiny_home: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, tiny_home: Path, tiny_fp8: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRT_WAN_HOME", str(tiny_home))
+    ready = {}
+    for precision, home in (("fp32", tiny_home), ("fp8", tiny_fp8)):
+        monkeypatch.setenv("TRT_WAN_HOME", str(home))
+        ready[precision] = require_graphs(TINY, replace(PLAN, precision=precision))
     pinned = json.loads(graph_hashes.PINNED.read_text())[kind]
-    made = dict(graph_hashes.HASHES[kind](tmp_path, require_graphs(TINY, PLAN)))
+    made = dict(graph_hashes.HASHES[kind](tmp_path, ready))
     changed = {name for name in made | pinned["graphs"] if made.get(name) != pinned["graphs"].get(name)}
     assert not changed or graph_hashes.VERSIONS[kind] != pinned["version"], f"{sorted(changed)}: {HINT}"
     assert not changed and graph_hashes.VERSIONS[kind] == pinned["version"], HINT.partition("then ")[2]

@@ -25,9 +25,11 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_home: Path) -> Base:
     ("kind", "part", "number"),
     [
         ("run", 0.75, KILL),
-        ("run", 0.75, signal.SIGTERM),
-        *(("resume", part, KILL) for part in (0.7, 0.85, 0.95)),
+        ("resume", 0.85, KILL),
         ("preprocess", 0.8, KILL),
+        pytest.param("resume", 0.7, KILL, marks=pytest.mark.long),
+        pytest.param("resume", 0.95, KILL, marks=pytest.mark.long),
+        pytest.param("run", 0.75, signal.SIGTERM, marks=pytest.mark.long),
         pytest.param("run", 0.75, signal.SIGINT, marks=pytest.mark.long),
         pytest.param("run", 0.75, signal.SIGHUP, marks=pytest.mark.long),
         pytest.param("run", 0.5, KILL, marks=pytest.mark.long),
@@ -50,7 +52,7 @@ def test_a_build_goes_on_where_it_was_killed(base: Base, tmp_path: Path) -> None
 def test_a_full_disk_keeps_what_fits(base: Base, tmp_path: Path, share: float) -> None:
     if not shutil.which("mount") or os.geteuid() != 0:
         pytest.skip("mounting a small tmpfs takes root")
-    size = (base.folder / "out.mp4").stat().st_size
+    size = (base.whole("run") / "out.mp4").stat().st_size
     try:
         moment = fill_a_disk(base, tmp_path / "disk", 70_000 + int(share * size))
     except PermissionError:

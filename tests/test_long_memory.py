@@ -24,7 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.mark.parametrize("mode", ["loop", "hybrid"])
 def test_memory_does_not_grow_with_length(folders: dict[int, Path], mode: str) -> None:
-    short, long = (peak(folders[frames], mode, short=True) for frames in (SHORT, LONG))
+    short, long = (peak(folders[frames], mode, "--short", "--unwritten") for frames in (SHORT, LONG))
     assert long - short < (LONG - SHORT) * FRAME / 3
 
 

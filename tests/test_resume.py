@@ -247,7 +247,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 def edited(**changes: Any) -> Callable[[Path, Path], None]:
     def act(partial: Path, state: Path) -> None:
         values = json.loads((state / "state.json").read_text())
-        (state / "state.json").write_text(json.dumps({**values, **changes}))
+        del values[kept.CHECKSUM]
+        (state / "state.json").write_text(kept.index_text({**values, **changes}))
+
+    return act
+
+
+def replaced(before: str, after: str) -> Callable[[Path, Path], None]:
+    def act(partial: Path, state: Path) -> None:
+        text = (state / "state.json").read_text()
+        assert before in text
+        (state / "state.json").write_text(text.replace(before, after))
 
     return act
 
@@ -268,6 +278,7 @@ HOSTILE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "cut index": (lambda partial, state: cut(state / "state.json", 100), "is damaged: its state.json"),
     "no index at all": (lambda partial, state: (state / "state.json").write_bytes(b"\0" * 50), "is damaged"),
     "another program's": (lambda partial, state: (state / "state.json").write_text('["a"]'), "is damaged"),
+    "another number": (replaced('"pictures": 25', '"pictures": 24'), "is damaged: its state.json"),
     "deep": (lambda partial, state: (state / "state.json").write_text("[" * 100_000), "is damaged"),
     "wrong types": (edited(windows={"done": "2", "file": 3, "sha256": None}), "is damaged"),
     "another folder's file": (edited(windows={"done": 2, "file": "../x", "sha256": ""}), "is damaged"),

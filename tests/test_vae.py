@@ -25,7 +25,7 @@ from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks import vae
 from trt_wan.runtime.networks.model import Model
 
-WIDTH, HEIGHT, LONGEST = 48, 32, 17
+WIDTH, HEIGHT, LONGEST = 64, 48, 17  # the size of `tiny_home`
 TOLERANCE = 1e-4
 
 MIB = 1 << 20

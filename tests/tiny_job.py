@@ -22,6 +22,9 @@ RATE = Fraction(30000, 1001)
 TRT_WAN = [sys.executable, "-m", "trt_wan"]
 BUILD = "trt-wan build --model tiny --size 64x48 --window 13 --precision fp32"
 
+BUILD_FP8 = BUILD.replace("fp32", "fp8")
+BUILD_ENGINES = BUILD.replace("--precision fp32", "--target sm89")  # in FP8, which the target has
+
 
 def as_argv(command: str) -> list[str]:
     """A command line of ours as a user types it, for subprocess."""

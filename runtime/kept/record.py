@@ -150,6 +150,8 @@ def from_values(values: Any) -> Record | None:
     made = {name: values.get(name, {}) for name in _FIELDS}
     if not all(isinstance(value, dict) for value in made.values()):
         return None
+    if not all(isinstance(made["paths"].get(name, {}), dict) for name in ("files", "options")):
+        return None
     files = made["files"].values()
     if not all(isinstance(role, list) and all(isinstance(file, dict) for file in role) for role in files):
         return None

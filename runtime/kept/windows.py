@@ -1,6 +1,7 @@
 """The state of an unfinished video, beside its partial file, from which a later process goes on.
 
-    out.partial.mp4.state/state.json      the record of the run, the end of the partial file, the state's file
+    out.partial.mp4.state/state.json      the record of the run, the end of the partial file, the name of the
+                                          state's file, and a checksum of these
     out.partial.mp4.state/windows-3.npz   the state after three windows (window_state.py)
 
 After each window the new state is written under a name of its own and synced, then state.json is replaced,
@@ -12,8 +13,11 @@ import hashlib
 import io
 import json
 import shutil
+import struct
 import types
-from collections.abc import Callable, Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +28,7 @@ from numpy.typing import NDArray
 
 from trt_wan.engines.store.files import replace_atomically
 from trt_wan.engines.store.locks import held
-from trt_wan.errors import InputError, OutputError, UsageError
+from trt_wan.errors import InputError, OutputError, UsageError, shown
 from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.kept.record import Record, from_values, read_record, sidecar_of
 from trt_wan.runtime.video.container import measure
@@ -35,9 +39,14 @@ from trt_wan.runtime.window_state import WindowState
 
 FORMAT = 1
 STATE = ".state"  # added to the name of a partial file
-INDEX = "state.json"
+INDEX, CHECKSUM = "state.json", "sha256"
 ANEW = "Leave out --resume: then the video begins anew, and what was kept stays."
 MOST_TOLD = 4  # differences in a message
+# Raised by numpy and zipfile for a file that is no .npz, or that lacks an array.
+UNREADABLE = (
+    *(OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 
 
 @dataclass(frozen=True)
@@ -68,10 +77,19 @@ def save(partial: Path, record: Record, settled: Settled, state: WindowState) ->
     }
     with explained(partial):
         replace_atomically(folder / name, data, sync=True)
-        replace_atomically(folder / INDEX, json.dumps(values, ensure_ascii=False), sync=True)
+        replace_atomically(folder / INDEX, index_text(values), sync=True)
         for old in folder.iterdir():
             if old.name not in (name, INDEX):
                 old.unlink(missing_ok=True)
+
+
+def index_text(values: Mapping[str, Any]) -> str:
+    """state.json: `values` and their checksum."""
+    return json.dumps({**values, CHECKSUM: _checksum(values)}, ensure_ascii=False)
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def remove(partial: Path) -> None:
@@ -184,6 +202,8 @@ def _read_index(folder: Path) -> _Index:
         values = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if isinstance(values["format"], int) and values["format"] > FORMAT:
             raise OutputError(f"{folder} was kept by a newer trt-wan.", f"Update trt-wan. {ANEW}")
+        if values.pop(CHECKSUM) != _checksum(values):
+            raise ValueError
         windows, record = values["windows"], from_values(values["record"])
         settled = Settled(**values["video"])
         index = _Index(record or _missing(), settled, windows["done"], windows["file"], windows["sha256"])
@@ -192,7 +212,7 @@ def _read_index(folder: Path) -> _Index:
         if values["format"] != FORMAT or Path(index.file).name != index.file:
             raise ValueError
         if settled.name != folder.name.removesuffix(STATE):
-            raise _damaged(folder, f"it is that of {settled.name}")
+            raise _damaged(folder, f"it is that of {shown(settled.name)}")
         return index
     except OutputError:
         raise
@@ -242,8 +262,8 @@ def _read_state(folder: Path, index: _Index) -> WindowState:
             raise ValueError
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             state: WindowState = _unpacked(WindowState, dict(arrays), "state")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, f"{index.file} is missing or not what was written") from error
+    except UNREADABLE as error:
+        raise _damaged(folder, f"{shown(index.file)} is missing or not what was written") from error
     return state
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
@@ -94,6 +95,12 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
             stream.codec_context.options = READING
             return stream
     raise InputError(f"{path} has no video in it.", "Give a file with moving pictures.")
+
+
+def sound_stream(container: InputContainer) -> AudioStream | None:
+    """The first audio stream whose codec is known."""
+    known = (stream for stream in container.streams.audio if stream.codec_context is not None)
+    return next(known, None)
 
 
 @dataclass(frozen=True)

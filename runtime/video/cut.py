@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.errors import InputError, UsageError
+from trt_wan.errors import InputError, UsageError, shown
 
 # H:MM:SS.SSS, M:SS, 83.5, 83s. Digits are limited, for Fraction computes with all of them.
 TIME = re.compile(r"(?:(?:(\d{1,3}):)?(\d{1,5}):)?(\d{1,7}(?:\.\d{1,9})?)s?", re.ASCII)
@@ -34,7 +34,7 @@ class Mark:
             hours, minutes, seconds = (Fraction(part or 0) for part in match.groups())
             return Mark(hours * 3600 + minutes * 60 + seconds, True)
         raise UsageError(
-            f"{text!r} is no frame and no time.",
+            f"{shown(text)!r} is no frame and no time.",
             "Write a frame such as 120, or a time such as 5.5, 83s or 1:23.5.",
         )
 

@@ -16,10 +16,10 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from trt_wan.errors import InputError, UsageError
-from trt_wan.runtime.video.container import measure, open_container, video_stream
+from trt_wan.errors import InputError, UsageError, with_commands
+from trt_wan.runtime.video.container import measure, open_container, remake, sound_stream, video_stream
 from trt_wan.runtime.video.kinds import KINDS
-from trt_wan.runtime.video.pieces import set_times
+from trt_wan.runtime.video.pieces import MOST_DELAY, set_times
 from trt_wan.runtime.video.sound import Sound, audio_encoder, first_time
 from trt_wan.runtime.video.target import (
     check_target,
@@ -104,9 +104,15 @@ def numbered(
     """The packets of a file in decoding order. Their pts are their numbers in display order, from `first`."""
     packets = [p for p in source.demux(stream) if p.pts is not None and not p.is_discard]
     start = min(packet.pts or 0 for packet in packets)
-    for packet in packets:
+    for place, packet in enumerate(packets):
         assert packet.pts is not None
-        set_times(packet, first + round((packet.pts - start) * packet.time_base * rate), None, 1 / rate)
+        number = round((packet.pts - start) * packet.time_base * rate)
+        if place - number > MOST_DELAY:
+            raise InputError(
+                f"{source.name} cannot be joined: its pictures do not have the times of their order.",
+                with_commands("If a player shows it, convert the file:", remake(Path(source.name))),
+            )
+        set_times(packet, first + number, None, 1 / rate)
         yield packet
 
 
@@ -137,8 +143,8 @@ class JoinedSound(Sound):
         """`parts` with the times of their ends. None where no part has sound."""
         for path, _ in parts:
             with av.open(str(path.absolute()), metadata_errors="ignore") as source:
-                if source.streams.audio:
-                    return cls(path, parts, audio_encoder(encoder, source.streams.audio[0]))
+                if (stream := sound_stream(source)) is not None:
+                    return cls(path, parts, audio_encoder(encoder, stream))
         return None
 
     def __init__(self, path: Path, parts: Sequence[tuple[Path, Fraction]], stream: Any) -> None:
@@ -177,10 +183,10 @@ class JoinedSound(Sound):
         codec, at = self.stream.codec_context, 0
         silence = np.zeros((codec.layout.nb_channels, count), np.float32)
         with av.open(str(path.absolute()), metadata_errors="ignore") as source:
-            if source.streams.audio:
+            if (stream := sound_stream(source)) is not None:
                 zero = first_time(source)
                 resampler = av.AudioResampler("fltp", codec.layout, codec.sample_rate)
-                for decoded in source.decode(audio=0):
+                for decoded in source.decode(stream):
                     for frame in resampler.resample(decoded):
                         start = round(
                             (Fraction(frame.pts or 0) * (frame.time_base or 0) - zero) * codec.sample_rate

@@ -27,7 +27,14 @@ from numpy.typing import NDArray
 
 from trt_wan.errors import InputError, with_commands
 from trt_wan.runtime.events import Note
-from trt_wan.runtime.video.container import measure, open_container, refuse_size, remake, video_stream
+from trt_wan.runtime.video.container import (
+    measure,
+    open_container,
+    refuse_size,
+    remake,
+    sound_stream,
+    video_stream,
+)
 from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.transparency import COLOURS, over, transparency_note
 
@@ -105,7 +112,10 @@ class Clip(Frames):
         try:
             stream = video_stream(self._container, path)
             stream.thread_type = "AUTO"
-            self.has_sound = bool(self._container.streams.audio)
+            self.has_sound = sound_stream(self._container) is not None
+            if self._container.streams.audio and not self.has_sound:
+                text = f"{path.name} has sound whose codec is unknown: it is left out."
+                self.notes.append(Note(text, "unknown_sound", {"file": str(path)}))
             self._coming: Iterator[VideoFrame] = self._container.decode(stream)
             if self.used.start:
                 stream = self._skip(stream, found.start_pts)

@@ -15,6 +15,7 @@ from av.container import InputContainer
 from av.packet import Packet
 
 from trt_wan.errors import InputError, with_commands
+from trt_wan.runtime.video.container import sound_stream
 from trt_wan.runtime.video.kinds import Kind
 
 SOUND_BIT_RATE = 192_000  # for sound that must be encoded again
@@ -27,7 +28,7 @@ SOUND_RATES = {
 def require_sound(path: Path) -> None:
     """Raises InputError for a file without sound."""
     with _readable(path), av.open(str(path.absolute()), metadata_errors="ignore") as source:
-        if not source.streams.audio:
+        if sound_stream(source) is None:
             raise without_sound(path)
 
 
@@ -52,14 +53,16 @@ class Sound:
         """The sound from `start` on, in seconds after the file's first picture; None where it has none."""
         with _readable(path):
             source = av.open(str(path.absolute()), metadata_errors="ignore")
-            if source.streams.audio and (sound := cls(path, source, kind, start)).first is not None:
+            stream = sound_stream(source)
+            if stream is not None and (sound := cls(path, source, stream, kind, start)).first is not None:
                 return sound
             source.close()
             return None
 
-    def __init__(self, path: Path, source: InputContainer, kind: Kind, start: Fraction) -> None:
-        self.path, self._source = path, source
-        self._input = source.streams.audio[0]
+    def __init__(
+        self, path: Path, source: InputContainer, stream: AudioStream, kind: Kind, start: Fraction
+    ) -> None:
+        self.path, self._source, self._input = path, source, stream
         self._zero = first_time(source) + start
         copied = self._input.codec_context.codec.canonical_name in kind.copied
         self.stream = self._input if copied else audio_encoder(kind.sound, self._input)

@@ -288,10 +288,9 @@ def _is_possible(ctx: click.Context, option: click.Parameter, typed: Any) -> boo
         names = typed if isinstance(typed, list) else [typed]
         return isinstance(typed, list) == option.multiple and all(isinstance(name, str) for name in names)
     try:
-        option.type_cast_value(ctx, typed)
-    except (TypeError, ValueError, OverflowError, click.BadParameter):
+        return option.type_cast_value(ctx, typed) is not None
+    except (TypeError, ValueError, ArithmeticError, AttributeError, click.BadParameter):
         return False
-    return True
 
 
 def _found(file: str, with_strength: bool, folders: Sequence[Path]) -> str | None:
