@@ -24,7 +24,7 @@ from trt_wan.runtime.events import silent
 from trt_wan.runtime.kept import windows as kept
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.video.cut import Mark
-from trt_wan.runtime.video.join import _pieces, join_videos
+from trt_wan.runtime.video.join import join_videos, numbered
 from trt_wan.runtime.video.kinds import KINDS
 from trt_wan.runtime.video.pictures import read_picture
 from trt_wan.runtime.video.reader import Clip
@@ -74,7 +74,7 @@ def test_a_part_whose_times_are_not_in_its_order_is_refused() -> None:
     source: Any = SimpleNamespace(name="part.mp4", demux=lambda stream: packets)
     stream: Any = None
     with pytest.raises(InputError, match=r"part\.mp4 cannot be joined: its pictures"):
-        list(_pieces([source], [stream], [10], Fraction(12)))
+        list(numbered(source, stream, 0, Fraction(12)))
 
 
 @pytest.mark.parametrize("length", [0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 5000])
