@@ -556,7 +556,7 @@ def render_prepared(
         frames_before(job.inputs, job.overlap, clips.width, clips.height, clips.rate)  # to refuse it now
         basis = basis or open_basis(files, settings, report.progress)
         basis.require_loras(job.loras)
-        require_graphs(report, basis, clips.width, clips.height, job.model_window, options.build)()
+        require_graphs(report.progress, basis, clips.width, clips.height, job.model_window, options.build)()
         written = {"kind": output.suffix.lower(), "paste_back": paste_back}
         written |= as_values(quality or Quality())
         sound = audio or own_sound(clips)
@@ -631,7 +631,7 @@ def _prepare_beside(
         frames_before(job.inputs, job.overlap, width, height, preparing["rate"])
         if options.init is not None:
             require_init_size(options.init, width, height)
-        export = require_graphs(report, basis, width, height, job.model_window, options.build)
+        export = require_graphs(report.progress, basis, width, height, job.model_window, options.build)
 
         def make() -> None:
             export()
@@ -697,7 +697,7 @@ def _forecast(
     check_target(output, overwrite)
     basis = open_basis(options.weight_files(), options.settings(), report.progress)
     basis.require_loras(job.loras)
-    require_graphs(report, basis, width, height, job.model_window, options.build)
+    require_graphs(report.progress, basis, width, height, job.model_window, options.build)
     return forecast(basis, job, width, height, frames)
 
 
