@@ -839,8 +839,7 @@ def _video_with(comment: str, path: Path) -> None:
 
     from trt_wan.runtime.video.writer import VideoWriter
 
-    with VideoWriter(path, 64, 48, Fraction(12)) as writer:
-        writer.comment = comment
+    with VideoWriter(path, 64, 48, Fraction(12), comment=comment) as writer:
         writer.write(np.zeros((48, 64, 3), np.uint8))
         writer.finish()
 

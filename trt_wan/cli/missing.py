@@ -7,10 +7,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from trt_wan.cli.command import note
-from trt_wan.cli.report import Report
 from trt_wan.errors import GraphError, shell_command, with_commands
 from trt_wan.install import install_command
+from trt_wan.runtime.events import Note, Progress
 
 if TYPE_CHECKING:
     from trt_wan.engines.shape import VaeTile
@@ -22,7 +21,7 @@ EXPORTERS = ("torch", "onnx", "onnxscript")
 
 
 def require_graphs(
-    report: Report, basis: "Basis", width: int, height: int, window: int, build: bool
+    progress: Progress, basis: "Basis", width: int, height: int, window: int, build: bool
 ) -> Callable[[], None]:
     """Checks that jobs of that size can run here, and returns the function that exports missing graphs.
 
@@ -46,8 +45,8 @@ def require_graphs(
     def export() -> None:
         from trt_wan.build.compile import export_graphs
 
-        note(report, f"The graphs of {graphs.title}, are exported first, once.", "exporting_graphs")
-        export_graphs(config, plan, report.progress)
+        progress(Note(f"The graphs of {graphs.title}, are exported first, once.", "exporting_graphs"))
+        export_graphs(config, plan, progress)
 
     return export
 

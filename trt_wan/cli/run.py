@@ -572,7 +572,7 @@ def render_prepared(
         again = [] if redo is None else redo.planned(job, clips)
         basis = basis or open_basis(files, settings, report.progress)
         basis.require_loras(job.loras)
-        require_graphs(report, basis, clips.width, clips.height, job.model_window, options.build)()
+        require_graphs(report.progress, basis, clips.width, clips.height, job.model_window, options.build)()
         written = {"kind": output.suffix.lower(), "paste_back": paste_back}
         written |= as_values(quality or Quality())
         sound = audio or own_sound(clips)
@@ -650,7 +650,7 @@ def _prepare_beside(
     def planned(size: Size) -> Callable[[], None]:
         _require_fit(job, *size)
         width, height, _, _ = size
-        export = require_graphs(report, basis, width, height, job.model_window, options.build)
+        export = require_graphs(report.progress, basis, width, height, job.model_window, options.build)
 
         def make() -> None:
             export()
@@ -733,7 +733,7 @@ def _forecast(
     check_target(output, overwrite)
     basis = open_basis(options.weight_files(), options.settings(), report.progress)
     basis.require_loras(job.loras)
-    require_graphs(report, basis, width, height, job.model_window, options.build)
+    require_graphs(report.progress, basis, width, height, job.model_window, options.build)
     if is_typed("resume"):
         note(
             report,

@@ -1,0 +1,1 @@
+"""The Python front: `trt_wan.AnimatePipeline`."""
