@@ -97,6 +97,7 @@ def main() -> int:
     parser.add_argument("--steps", default="4")
     parser.add_argument("--modes", default="one,loop,context")
     parser.add_argument("--vram", type=float)
+    parser.add_argument("--tier", default="exact")
     asked = parser.parse_args()
     config, folder = MODELS[asked.model], asked.folder / f"{asked.model}-{asked.transformer}"
     if not (folder / "tokenizer.json").exists():
@@ -112,7 +113,7 @@ def main() -> int:
             write_clip(made / "src_face.mp4", (512, 512), frames, Fraction(16))
         return Inputs.from_folder(made, "animate")
 
-    settings = Settings(vram=asked.vram, text_cache=False)
+    settings = Settings(tier=asked.tier, vram=asked.vram, text_cache=False)
     with open_model(WeightFiles((folder,)), settings) as model:
         plan = Plan(width, height, asked.window, model.precision)
         build_graphs(config, plan, lambda name, seconds: None)
@@ -120,7 +121,13 @@ def main() -> int:
             for mode in asked.modes.split(","):
                 for frames in [asked.window] * 2 if mode == "one" else map(int, asked.frames.split(",")):
                     job = jobs(Job(clips(frames), window=asked.window, steps=steps), mode)
-                    base = {"model": asked.model, "mode": mode, "steps": steps, "vram": asked.vram}
+                    base = {
+                        "model": asked.model,
+                        "mode": mode,
+                        "steps": steps,
+                        "tier": asked.tier,
+                        "vram": asked.vram,
+                    }
                     run(model, job, asked.folder / "out.mp4", base)
     return 0
 
