@@ -24,6 +24,7 @@ from trt_wan.engines.config import TINY, ModelConfig
 from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
+from trt_wan.engines.store.graphs import graph_set
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor
 from trt_wan.runtime.networks.model import Model
@@ -116,8 +117,7 @@ def make_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
             graphs[config, plan] = tmp_path_factory.mktemp("graphs")
         ready = None
         if config == TINY and replace(plan, frames=PLAN.frames) == PLAN:
-            sets = (request.getfixturevalue("tiny_home") / "graphs").iterdir()
-            (ready,) = (path for path in sets if path.is_dir() and "-fp32-" in path.name)
+            ready = request.getfixturevalue("tiny_home") / "graphs" / graph_set(TINY, PLAN).folder.name
         executor = ExportingExecutor(graphs[config, plan], weights, config, plan, ready)
         return Model(config, plan, executor, weights)
 

@@ -375,5 +375,7 @@ def test_a_record_of_strange_values_is_refused(
     changed.write_text(json.dumps(record))
     result, _ = again(changed)
     assert result.exit_code == 2, result.output
-    assert re.search("is no value of --|Not found: |would not repeat", message := error_of(result)["message"])
+    assert re.search(
+        "is no value of --|Not found: |would not repeat|has no record", message := error_of(result)["message"]
+    )
     assert len(message) < LONGEST_MESSAGE and message.isprintable()
