@@ -132,7 +132,8 @@ def a_basis(free: float) -> Any:
     gpu = SimpleNamespace(name="GPU", capability=(9, 0), driver=13, free_bytes=lambda: free)
     flavour = SimpleNamespace(name="tensorrt_rtx", version="1")
     weights = SimpleNamespace(config=TINY)
-    return SimpleNamespace(place=(gpu, flavour), weights=weights, settings=Settings(), precision="bf16")
+    settings = Settings(keep_encoders=False)
+    return SimpleNamespace(place=(gpu, flavour), weights=weights, settings=settings, precision="bf16")
 
 
 def test_the_memory_of_a_gpu_is_planned_as_before_a_job(place: Path) -> None:

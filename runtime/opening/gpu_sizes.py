@@ -35,6 +35,7 @@ from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.opening.residency import (
     BEFORE_THE_STEPS,
+    BETWEEN_WINDOWS,
     BLOCK,
     CONTEXT_BYTES,
     KERNELS_BYTES,
@@ -237,7 +238,7 @@ class GpuSizes:
         """Keeps a larger arena and scratch of an earlier job, unless a block must stream for them."""
         arena = activation_bytes(self._config, plan, load, context, tile)
         contracts = networks(self._config, plan)
-        spare = passing_bytes(contracts) if load.travels else 0
+        spare = passing_bytes(contracts, BETWEEN_WINDOWS) if load.travels else 0
 
         def planned(arena: int, scratch: int) -> Residency:
             keep = self._settings.keep_encoders

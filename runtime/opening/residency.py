@@ -4,7 +4,7 @@ Bytes are counted as the GPU keeps them. Only blocks of the transformer stream, 
 step uses each of them once. Other weights are resident, or are freed before the first step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from trt_wan.engines.config import ModelConfig
@@ -23,6 +23,7 @@ BEFORE_THE_STEPS = (
     "context_kv",
     "time_embed",
 )
+BETWEEN_WINDOWS = ("text_embed", "context_kv")  # of these, those that prompts need which change
 KERNELS_BYTES = 200 << 20  # loaded after the CUDA context is open
 CONTEXT_BYTES = (500 << 20) + KERNELS_BYTES  # context and kernels; measured 0.6 GB on an H200
 
@@ -35,7 +36,7 @@ class Residency:
     streamed: list[Pack]  # in the order of a step; empty if everything fits
     slots: int  # bytes of the slots they stream through
     passing: tuple[str, ...] = BEFORE_THE_STEPS  # networks whose weights are freed before the steps
-    spare: int = 0  # for weights that come again between two windows
+    spare: int = 0  # for weights that pass while the others are there
 
     @property
     def total(self) -> int:
@@ -50,11 +51,11 @@ def weight_bytes(networks: Mapping[str, Network]) -> dict[str, int]:
     }
 
 
-def passing_bytes(networks: Mapping[str, Network]) -> int:
-    """Bytes of weights on the GPU at a time when contexts are computed between two windows: a set that runs,
-    one that the GPU may still use, and one that is loaded.
+def passing_bytes(networks: Mapping[str, Network], names: Collection[str] = BEFORE_THE_STEPS) -> int:
+    """Bytes of weights on the GPU at a time while these networks pass: a set that runs, one that the GPU may
+    still use, and one that is loaded.
     """
-    return 3 * max(Pack.of(networks[name], 0).size for name in ("text_embed", "context_kv"))
+    return 3 * max(Pack.of(networks[name], 0).size for name in names)
 
 
 def plan_residency(
@@ -69,15 +70,18 @@ def plan_residency(
 ) -> Residency:
     """Keeps as many blocks as fit into `budget` bytes, which do not include the CUDA context.
 
-    With `keep_encoders` the networks of BEFORE_THE_STEPS keep their weights if all weights fit. Raises
-    MemoryShort, with the --vram that would do, if `budget` is too small even when all blocks stream. `tiled`:
-    the VAE computes in tiles, which the error says.
+    With `keep_encoders`, in a model that stays open, the networks of BEFORE_THE_STEPS keep their weights if
+    all weights fit; else those pass again in each job, beside the blocks that stay. `spare`: bytes of weights
+    that pass between two windows. Raises MemoryShort, with the --vram that would do, if `budget` is too small
+    even when all blocks stream. `tiled`: the VAE computes in tiles, which the error says.
     """
     sizes = weight_bytes(networks)
     everything = Residency(arena, scratch, sum(sizes.values()), [], 0, ())
     if keep_encoders and everything.total <= budget:
         return everything
     blocks = [Pack.of(networks[name], n) for n in range(config.transformer.layers) for name in BLOCK]
+    if keep_encoders:
+        spare = max(spare, passing_bytes(networks))
     others = sum(size for name, size in sizes.items() if name not in (*BLOCK, *BEFORE_THE_STEPS))
     whole = Residency(arena, scratch, others + sum(pack.size for pack in blocks), [], 0, spare=spare)
     if whole.total <= budget:

@@ -45,6 +45,7 @@ class DeviceWeights:
         self._queue: dict[Key, Pack] = {}
         self._room: int | None = None
         self._leaving: deque[Any] = deque()  # recorded after the last uses of freed packs
+        self._spare: list[tuple[int, Any, Any]] = []  # bytes, buffer of a passing pack, event after its use
         self._thread: threading.Thread | None = None
         self._running = False
         self._loader = Loader(gpu, self._take, self._begin, self._finish)
@@ -135,7 +136,7 @@ class DeviceWeights:
             assert self._streaming is not None
             self._streaming.used(key)
         elif network.name in self.passing:
-            self._forget([key])
+            self._forget([key], spare=True)
             # Memory is free when the GPU gets there: a host that runs ahead would have it all in use at once.
             self._leaving.append(self.gpu.stream.record())
             if len(self._leaving) > LEAVING:
@@ -161,6 +162,7 @@ class DeviceWeights:
             self._drop_streaming()
         with suppress(Exception):
             self._forget(list(self._resident))
+            self._drop_spare()
         self._streamed, self._resident = {}, {}
         self._leaving.clear()
         if self._lockers is not None:
@@ -238,8 +240,11 @@ class DeviceWeights:
             self.gpu.stream.wait(held.event)
             held.joined = True
 
-    def _forget(self, keys: Sequence[Key]) -> None:
-        """Frees resident packs after all work enqueued on the compute stream."""
+    def _forget(self, keys: Sequence[Key], spare: bool = False) -> None:
+        """Frees resident packs after all work enqueued on the compute stream. With `spare` their memory is
+        for the next packs of the queue that pass and have that size: CUDA's pool gave others new memory, 8 GB
+        in all, where the loader was fast.
+        """
         for key in keys:
             held = self._resident.get(key)
             if held is None:
@@ -247,15 +252,40 @@ class DeviceWeights:
             held.done.wait()
             if held.buffer is not None:
                 self._join(held)
-                held.buffer.close(self.gpu.stream)
+                if spare:
+                    with self._changed:
+                        self._spare.append((_bytes(held.pack), held.buffer, self.gpu.stream.record()))
+                else:
+                    held.buffer.close(self.gpu.stream)
             with self._changed:
                 del self._resident[key]
+                self._drop_spare({_bytes(p) for key, p in self._queue.items() if key[0] in self.passing})
                 self._changed.notify_all()
+
+    def _drop_spare(self, needed: Collection[int] = ()) -> None:
+        """Frees the memory of passing packs, but for buffers of the sizes that are needed."""
+        for size, buffer, _ in self._spare:
+            if size not in needed:
+                buffer.close(self.gpu.stream)
+        self._spare = [each for each in self._spare if each[0] in needed]
+
+    def _buffer(self, pack: Pack) -> Any:
+        """Memory that `loads` may write."""
+        size = _bytes(pack)
+        with self._changed:
+            found = next((each for each in self._spare if each[0] == size), None)
+            if found is not None:
+                self._spare.remove(found)
+        if found is None:
+            return self.gpu.allocate(size, self.gpu.loads)
+        self.gpu.loads.wait(found[2])
+        return found[1]
 
     def _idle(self) -> None:
         """Empties the queue and waits until the loader has ended."""
         with self._changed:
             self._queue = {}
+            self._drop_spare()
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
@@ -304,7 +334,7 @@ class DeviceWeights:
                 self._scratch = self.gpu.allocate(largest, self.gpu.loads)
             held.address = int(self._scratch.handle)
             return self.source.pieces(pack)
-        held.buffer = self.gpu.allocate(max(pack.size, ALIGNMENT), self.gpu.loads)
+        held.buffer = self._buffer(pack)
         held.address = int(held.buffer.handle)
         held.arrays = pack.arrays(self.gpu, held.address)
         made = self._made.get(pack.key)
@@ -377,6 +407,10 @@ class _MovedUp:
         assert self.made.memory is not None
         source = self.made.memory.result().address
         place.gpu.copy(place.pack, source, self.made.pack.size, place.gpu.loads)
+
+
+def _bytes(pack: Pack) -> int:
+    return max(pack.size, ALIGNMENT)
 
 
 def _unlock(memory: "Future[PageLocked]") -> None:
