@@ -14,9 +14,7 @@ class WindowState:
     """The state after `done` finished windows. Arrays are float32, on the host."""
 
     done: int
-    carried: (
-        Array | None
-    )  # the last decoded frames [3, overlap, H, W], in [-1, 1]; None before the first window
+    carried: Array | None  # the last decoded frames [3, overlap, H, W], in [-1, 1]; None before window 1
     generator: GeneratorState
     latent: Array  # the finished window's, [16, slots, h, w]; slot 0 is the reference's
     colours: Array | None = None  # float64: the figures of Matching so far (colour.py)
