@@ -56,7 +56,8 @@ class ClipVision:
             ("weight of the whole picture", "clip-tile-ratio", self.tile_ratio),
         ):
             if value is not None:
-                _require(f"CLIP {name}", option, value, 0, MOST_STRENGTH, 0.5)
+                usual = 1 if self.second is None and option == "clip-strength" else 0.5
+                _require(f"CLIP {name}", option, value, 0, MOST_STRENGTH, usual)
         if self.tiles == 1 or not 0 <= self.tiles <= MOST_TILES:
             raise UsageError(
                 f"{shown(self.tiles)} CLIP tiles are not possible.",

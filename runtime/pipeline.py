@@ -40,7 +40,7 @@ from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.finite import Broken, explained, is_finite_sum
 from trt_wan.runtime.guidance import Texts, passes
-from trt_wan.runtime.job import Job
+from trt_wan.runtime.job import MOST_NOISE, Job
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import Read, decode
@@ -162,6 +162,8 @@ def _stream(
         progress(note)
     if schedule.sigmas[-1]:
         progress(_noise_is_left(schedule))
+    if clips.init is None and schedule.sigmas[0] <= MOST_NOISE:
+        progress(_noise_alone(schedule))
     if job.mode == "replace" and clips.face is None:
         progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
     if unneeded := unused_match(job.colour, windows.total, job.inputs.continues):
@@ -422,6 +424,15 @@ def _noise_is_left(schedule: Schedule) -> Note:
         f"The steps end at level {schedule.sigmas[-1]:.3g}: that much noise stays in the picture.",
         "noise_left",
         {"sigma": schedule.sigmas[-1]},
+    )
+
+
+def _noise_alone(schedule: Schedule) -> Note:
+    return Note(
+        f"The steps start at level {schedule.sigmas[0]:.3g} without a video (--init): the model takes noise "
+        "alone for a picture with that much of it.",
+        "noise_alone",
+        {"sigma": schedule.sigmas[0]},
     )
 
 

@@ -266,7 +266,7 @@ def contexts(draw: st.DrawFn) -> tuple[int, Job, int]:
         schedule,
         frames=4 * latents - 3,
         stride=draw(st.integers(4, 7)),
-        overlap=draw(st.integers(4, 4 * latents - 1)),
+        overlap=4 * draw(st.integers(1, latents - 1)),
         fuse=draw(st.sampled_from(list(FUSES))),
         whole=schedule == "uniform_looped" or draw(st.booleans()),
     )
@@ -356,6 +356,8 @@ def test_linear_weights_of_two_windows_fade_into_each_other() -> None:
     [
         ({"context": {"stride": 8}}, "context stride of 8 frames is not possible", "--context-stride 4"),
         ({"context": {"overlap": 3}}, "context overlap of 3 frames", "--context-overlap 16"),
+        ({"context": {"overlap": 14}}, "context overlap of 14 frames", "--context-overlap 12."),
+        ({"context": {"overlap": 13, "frames": 13}}, "context overlap of 13 frames", "--context-overlap 12."),
         ({"context": {"overlap": 80}}, "context overlap of 80 frames", "from 4 to 76"),
         ({"context": {"overlap": 0, "frames": 5}}, "context overlap of 0 frames", "--context-overlap 4."),
         ({"context": {"frames": 78}}, "window of 78 frames", "--context-frames 77 or --context-frames 81"),

@@ -80,6 +80,13 @@ def test_what_would_do_nothing_is_refused(arguments: list[str], says: str) -> No
     assert says in caught.value.message and caught.value.hint
 
 
+def test_the_hint_for_a_clip_strength_names_the_default(picture: Path) -> None:
+    for second, usual in ((None, "1"), (picture, "0.5")):
+        with pytest.raises(UsageError) as caught:
+            ClipVision(second, strength=11)
+        assert caught.value.hint.endswith(f"mostly {usual}.")
+
+
 @pytest.mark.parametrize("value", ["", "high", "2,", "2;1", "1|2"])
 def test_what_is_no_guidance_is_refused(value: str) -> None:
     with pytest.raises(click.BadParameter, match="no list such as 5,1"):

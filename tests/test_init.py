@@ -173,6 +173,16 @@ def test_steps_that_end_early_leave_noise_and_say_so(model: OpenModel, place: Pa
     assert not [e for e in events if isinstance(e, Note) and e.code == "noise_left"]
 
 
+def test_steps_that_start_late_without_a_video_say_so(model: OpenModel, place: Path) -> None:
+    write_clip(place / "short.mp4", frames=PLAN.frames)
+    _, late, _ = run_job(model, job(place, None, "short.mp4", sigmas=(0.8, 0.5)))
+    _, whole, _ = run_job(model, job(place, None, "short.mp4", sigmas=(1, 0.5, 0)))
+    notes = [
+        [e.text for e in told if isinstance(e, Note) and e.code == "noise_alone"] for told in (late, whole)
+    ]
+    assert len(notes[0]) == 1 and "level 0.8 without a video" in notes[0][0] and not notes[1]
+
+
 def test_levels_of_ones_own_are_run(place: Path) -> None:
     """Those of a grid, given one by one, are the same steps; steps, grid and shift are not read."""
     grid = job(place, None)

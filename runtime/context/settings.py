@@ -50,6 +50,11 @@ class Context:
                 "Leave out --window, or use --context uniform_standard.",
             )
         most = (self.latents - 1) * LATENT
+        if self.overlap % LATENT and LATENT < self.overlap < most + LATENT:
+            raise UsageError(
+                f"A context overlap of {self.overlap} frames is not possible: a latent is {LATENT} frames.",
+                f"Use --context-overlap {self.overlap // LATENT * LATENT}.",
+            )
         if not LATENT <= self.overlap < most + LATENT:
             another = f", or another from {LATENT} to {most}" if most > LATENT else ""
             raise UsageError(
