@@ -752,3 +752,21 @@ def test_the_sample_is_consistent() -> None:
     assert (clips["src_pose"].max(axis=-1) > 60)[grown[..., 0]].mean() > 0.01, "a skeleton on the person"
     assert read_picture(folder / "src_ref.png").shape[2] == 3
     assert sum(file.stat().st_size for file in folder.iterdir()) < 600_000
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
+def test_a_long_comment(tmp_path: Path, suffix: str) -> None:
+    """From 32 kB on the header of an mp4 had no length, and looking through it took for ever."""
+    path, comment = tmp_path / f"long{suffix}", "é" * 100_000
+    with VideoWriter(path, 64, 48, Fraction(12), comment=comment) as writer:
+        for k in range(30):
+            writer.write(np.full((48, 64, 3), k, np.uint8))
+        writer.settle()
+        files = [writer.partial]
+        for file in files:
+            with av.open(str(file)) as container:
+                assert {name.lower(): text for name, text in container.metadata.items()}["comment"] == comment
+                assert sum(1 for _ in container.decode(video=0)) == 30
+            if file == writer.partial:
+                writer.finish()
+                files.append(path)

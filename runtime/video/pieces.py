@@ -27,6 +27,7 @@ MATROSKA = {"fflags": "+bitexact"}
 _CLUSTERS = {**MATROSKA, "avoid_negative_ts": "disabled"}
 
 _CLUSTER, _CODEC_DELAY = b"\x1f\x43\xb6\x75", b"\x56\xaa"
+BUFFER = 1 << 15  # bytes, ffmpeg's own
 # Elements that are entered: Segment, Tracks, TrackEntry.
 _MASTERS = (b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b", b"\xae")
 
@@ -112,7 +113,9 @@ def _muxed(
     muxer: str, streams: Mapping[Stream, Packets], options: dict[str, str], comment: str = ""
 ) -> memoryview:
     made = _Collected()
-    with av.open(made, "w", format=muxer, options=options) as output:
+    # ffmpeg goes back to write the length of a header, which it can do in its buffer alone.
+    room = BUFFER + 2 * len(comment.encode())
+    with av.open(made, "w", format=muxer, options=options, buffer_size=room) as output:
         output.metadata.update({"comment": comment} if comment else {})
         outputs = [add_stream(output, muxer, stream) for stream in streams]
         for stream, packets in zip(outputs, streams.values(), strict=True):
@@ -132,5 +135,6 @@ def _parts(muxer: str, data: memoryview) -> Iterator[tuple[bytes, int, int]]:
             name, width = bytes(data[position:id_end]), 9 - data[id_end].bit_length()
             length = int.from_bytes(data[id_end : id_end + width]) & ((1 << 7 * width) - 1)
             end = id_end + width + (0 if name in _MASTERS else length)
+        assert end > position, f"a part without a length at byte {position}"
         yield name, position, end
         position = end
