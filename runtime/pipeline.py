@@ -180,9 +180,9 @@ def _stream(
         first = 0 if begin_from is None else begin_from.done
         prepared = prepared_for(model, job, features, texts.used(min(first, windows.total - 1)), pictures)
     carried: Array | None = None if before is None else to_signal(before)
-    generator = CpuGenerator(job.seed)
     if begin_from is None:
-        _skip_noise(generator, job, windows, (config.vae.latent_channels, *latent_size))
+        slot = config.vae.latent_channels, *latent_size
+        generator = noise_before(job, 0, job.seed, windows.clip_frames, slot)
     else:
         carried = begin_from.carried
         generator = CpuGenerator.from_state(begin_from.generator)
@@ -297,13 +297,19 @@ def _unused_prompts(unused: Sequence[str]) -> Note:
     return Note(f"{text} The first: {shown(unused[0])}", "unused_prompts", {"prompts": list(unused)})
 
 
-def _skip_noise(generator: CpuGenerator, job: Job, windows: Windows, slot: tuple[int, ...]) -> None:
-    """The wrapper draws noise for the whole video first and leaves it aside (kijai_semantics.md 2.4). `slot`
-    is the shape of one of its slots, a multiple of 16 numbers, so slot by slot is the same as all at once.
+def noise_before(job: Job, j: int, seed: int, frames: int, slot: Sequence[int]) -> CpuGenerator:
+    """A generator with the noise for window j of a clip of `frames`. If the sampler draws no noise in its
+    steps, a whole job with that seed has the same here. The wrapper draws noise for the whole video first and
+    leaves it aside (kijai_semantics.md 2.4). `slot` is the shape of a latent's slot, a multiple of 16
+    numbers, so slot by slot is the same as all at once.
     """
-    if job.compat is not None and windows.total > 1:
-        for _ in range((windows.clip_frames - 1) // LATENT + 2):
-            generator.randn(slot)
+    windows = job.windows(frames)
+    lengths = [windows.length(k) for k in range(j)]
+    lengths += [windows.clip_frames] if job.compat is not None and windows.total > 1 else []
+    generator = CpuGenerator(seed)
+    for _ in range(sum((length - 1) // LATENT + 2 for length in lengths)):
+        generator.randn(slot)
+    return generator
 
 
 def _decode_again(latents: Array, model: Model) -> None:

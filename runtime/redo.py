@@ -29,9 +29,8 @@ from trt_wan.runtime.executors import Array
 from trt_wan.runtime.guidance import passes
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.kept.record import Record, write_sidecar
-from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.paste_back import pasted_back
-from trt_wan.runtime.pipeline import ShouldStop, to_pixels, window_clips
+from trt_wan.runtime.pipeline import ShouldStop, noise_before, to_pixels, window_clips
 from trt_wan.runtime.render import ROOM, Rendered, Streaming
 from trt_wan.runtime.video.clips import Clips, open_clips
 from trt_wan.runtime.video.container import measure
@@ -222,19 +221,6 @@ def faded(frames: Iterable[Picture], count: int, old: Pixels, tied: int) -> Iter
         else:
             part = (k + 1) / (fade + 1)
             yield np.rint(frame * (1 - part) + old[k] * part).astype(np.uint8)
-
-
-def noise_before(job: Job, j: int, seed: int, frames: int, slot: Sequence[int]) -> CpuGenerator:
-    """A generator with the noise for window j. `slot` is the shape of a latent's slot, a multiple of 16
-    numbers. If the sampler draws no noise in its steps, a whole job with that seed has the same here.
-    """
-    windows = job.windows(frames)
-    lengths = [windows.length(k) for k in range(j)]
-    lengths += [windows.clip_frames] if job.compat is not None and windows.total > 1 else []
-    generator = CpuGenerator(seed)
-    for _ in range(sum((length - 1) // LATENT + 2 for length in lengths)):
-        generator.randn(slot)
-    return generator
 
 
 @dataclass

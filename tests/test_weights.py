@@ -517,7 +517,7 @@ def test_a_host_that_runs_ahead_does_not_hold_all_passing_packs_at_once(tiny: Pa
 
 
 def test_passing_packs_share_their_memory(tiny: Parts) -> None:
-    """CUDA's pool gives a fast loader new memory for each: 19.9 GB were in use with --vram 12, on an H200."""
+    """Each got new memory here. 19.9 GB were in use with --vram 12 on an H200, perhaps for that reason."""
     gpu, order = LateGpu(), blocks()
     run = job(gpu, tiny, {"text_encoder_layer", "context_kv"})
     for number in range(2):

@@ -14,8 +14,7 @@ import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, cast
 
 from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.config import MODELS, ModelConfig
@@ -25,6 +24,7 @@ from trt_wan.engines.flavour import Flavour, choose_flavour
 from trt_wan.engines.precision import Precision, best_precision, require_fp8
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import EnvironmentBroken, UsageError, shown
+from trt_wan.runtime.closing import Closing
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.device.driver import has_nvidia_gpu
@@ -216,7 +216,7 @@ def open_basis(weights: WeightFiles, settings: Settings, progress: Progress) -> 
     return Basis(opened, place, precision, settings)
 
 
-class OpenModel:
+class OpenModel(Closing):
     """Runs one job at a time. `close` frees all GPU memory; the end of a `with` block closes too."""
 
     def __init__(self, weights: OpenWeights, precision: Precision, sizes: Sizes, settings: Settings) -> None:
@@ -337,14 +337,6 @@ class OpenModel:
         self._sizes.close()
         self._cache.close()
         gc.collect()  # TensorRT's objects and arrays free GPU memory when Python drops them
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_weights(weights: WeightFiles, precision: Precision, progress: Progress) -> OpenWeights:

@@ -6,13 +6,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.errors import InputError, with_commands
+from trt_wan.runtime.closing import Closing
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.events import Note
 from trt_wan.runtime.executors import Array
@@ -29,7 +28,7 @@ MASK_NOISE = 6  # levels that compression adds to black and takes from white
 
 
 @dataclass(frozen=True)
-class Clips:
+class Clips(Closing):
     """Open clips, None for those not given. Frames and rate are the driving clip's. A context manager."""
 
     reference: Pixels  # [h, w, 3], of the size in the file
@@ -46,22 +45,13 @@ class Clips:
     cut: Cut | None = None  # by numbers of frames
     lead: int = 0  # frames before the first that is used, which can be read too: numbers begin with them
     init: AnyClip | None = None
-    endings: Mapping[int, Array] = field(
-        default_factory=dict
-    )  # frames [3, r, H, W] that end a window (redo.py)
+    # By window, known frames [3, r, H, W] at its end (redo.py).
+    endings: Mapping[int, Array] = field(default_factory=dict)
 
     def close(self) -> None:
         for clip in (self.pose, self.face, self.background, self.mask, self.init):
             if clip is not None:
                 clip.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_clips(inputs: Inputs, window: int) -> Clips:

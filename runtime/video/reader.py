@@ -14,8 +14,7 @@ from contextlib import suppress
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import av
 import numpy as np
@@ -26,6 +25,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from trt_wan.errors import InputError, with_commands
+from trt_wan.runtime.closing import Closing
 from trt_wan.runtime.events import Note
 from trt_wan.runtime.video.container import (
     measure,
@@ -55,7 +55,7 @@ QUARTER_TURNS = {0: (False, 1, 1), 90: (True, -1, 1), 180: (False, -1, -1), 270:
 UNTAGGED = 2  # ffmpeg's number for a colour matrix that is not known
 
 
-class Frames:
+class Frames(Closing):
     """Frames of one size, by number, in a context manager. `Clip` and `Stills` (stills.py) find them."""
 
     width: int
@@ -70,14 +70,6 @@ class Frames:
 
     def close(self) -> None:
         """Closes the files, if any are open."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _picture(self, index: int) -> Picture:
         raise NotImplementedError

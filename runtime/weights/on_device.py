@@ -242,8 +242,8 @@ class DeviceWeights:
 
     def _forget(self, keys: Sequence[Key], spare: bool = False) -> None:
         """Frees resident packs after all work enqueued on the compute stream. With `spare` their memory is
-        for the next packs of the queue that pass and have that size: CUDA's pool gave others new memory, 8 GB
-        in all, where the loader was fast.
+        for the next packs of the queue that pass and have that size: a fast loader had taken 8 GB more than
+        these need, on an H200. (That CUDA's pool gave each new memory is a guess.)
         """
         for key in keys:
             held = self._resident.get(key)
@@ -259,7 +259,7 @@ class DeviceWeights:
                     held.buffer.close(self.gpu.stream)
             with self._changed:
                 del self._resident[key]
-                self._drop_spare({_bytes(p) for key, p in self._queue.items() if key[0] in self.passing})
+                self._drop_spare({_bytes(p) for p in self._queue.values() if p.key[0] in self.passing})
                 self._changed.notify_all()
 
     def _drop_spare(self, needed: Collection[int] = ()) -> None:

@@ -16,17 +16,17 @@ from fractions import Fraction
 from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
 from trt_wan.api.media import Media, as_pil, picture_file, video_file
-from trt_wan.cli.missing import require_graphs
+from trt_wan.cli.missing import require_graphs, tile_exporter
 from trt_wan.engines.contract import Part
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError, shown
+from trt_wan.runtime.closing import Closing
 from trt_wan.runtime.events import Event, Progress, StepDone, silent
 from trt_wan.runtime.job import DEFAULT_NEGATIVE_PROMPT, DEFAULT_PROMPT, Inputs, Job, Lora, Mode
 from trt_wan.runtime.opening.model import Basis, OpenModel, open_basis
@@ -59,7 +59,7 @@ class AnimateOutput:
     fps: float
 
 
-class AnimatePipeline:
+class AnimatePipeline(Closing):
     """One model, open until `close` or the end of a `with` block. One call at a time."""
 
     def __init__(self, basis: Basis, progress: Progress = silent) -> None:
@@ -228,14 +228,6 @@ class AnimatePipeline:
         if self._model is not None:
             self._model.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     @property
     def _precision(self) -> Precision:
         return self._basis.precision
@@ -246,7 +238,7 @@ class AnimatePipeline:
             raise UsageError("This pipeline is closed.", "Make another with from_pretrained.")
         require_graphs(self._progress, self._basis, plan.width, plan.height, plan.frames, build=True)()
         if self._model is None:
-            self._model = self._basis.open()
+            self._model = self._basis.open(export_tiles=tile_exporter(self._basis, build=True))
         return self._model
 
     def _prepared(

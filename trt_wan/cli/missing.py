@@ -13,7 +13,6 @@ from trt_wan.runtime.events import Note, Progress
 
 if TYPE_CHECKING:
     from trt_wan.engines.shape import VaeTile
-    from trt_wan.runtime.events import Progress
     from trt_wan.runtime.opening.gpu_sizes import ExportTiles
     from trt_wan.runtime.opening.model import Basis
 
@@ -56,9 +55,8 @@ def tile_exporter(basis: "Basis", build: bool) -> "ExportTiles | None":
     if not build or lacking_exporters():
         return None
 
-    def export(tile: "VaeTile", progress: "Progress") -> None:
+    def export(tile: "VaeTile", progress: Progress) -> None:
         from trt_wan.build.compile import export_graphs
-        from trt_wan.runtime.events import Note
 
         text = (
             "The job fits into GPU memory with the VAE in two tiles. Their graphs are exported first, once."
