@@ -82,8 +82,8 @@ def ask(process: Process, request: Request, *counted: type, holder: object = Non
     try:
         return process.ask(request, progress, comfy.model_management.processing_interrupted, holder)
     except Stopped:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        raise
+        comfy.model_management.interrupt_current_processing(False)
+        raise comfy.model_management.InterruptProcessingException() from None
 
 
 def _counts(event: Event) -> tuple[int, int]:

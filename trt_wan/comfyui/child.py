@@ -12,6 +12,7 @@ import tempfile
 import threading
 import traceback
 from contextlib import ExitStack
+from fractions import Fraction
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO, cast
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from trt_wan.api.media import picture_file, video_file
-from trt_wan.api.pipeline import RATE, AnimatePipeline
+from trt_wan.api.pipeline import AnimatePipeline
 from trt_wan.comfyui.messages import (
     Animate,
     Build,
@@ -46,7 +47,7 @@ from trt_wan.runtime.presets import preset_named
 from trt_wan.runtime.video.reader import Clip
 
 Stamps = dict[Path, tuple[int, int]]
-STILL = {"background_video", "mask_video"}  # one picture of these stands for all frames
+STILL = {"image", "background_video", "mask_video"}  # of these one frame is a picture
 WHITE = 128  # the least level of the person in a mask
 
 
@@ -134,7 +135,7 @@ class Child:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             reference = picture_file(request.media["image"].copied()[0], "image", folder)
-            rate = request.options.get("rate") or RATE
+            rate = Fraction(request.rate).limit_denominator(1001)
             clip = video_file(request.media["driving_video"].copied(), "driving_video", folder, rate)
             choice = PersonChoice(request.person, request.point)
             options = {**request.options, "choice": choice, "mask": MaskShape(grow=request.grow)}
@@ -225,6 +226,7 @@ def main() -> None:
         request = requests.get()
         if isinstance(request, Taken):
             child.blocks.close()
+            write(Done(None), answers)
         else:
             child.answer(request)
 

@@ -1,5 +1,5 @@
-"""Writes the folder `trt-wan` into a ComfyUI's custom_nodes. It imports the package, which ComfyUI's Python has
-to have.
+"""Writes the folder `trt-wan` into a ComfyUI's custom_nodes. It imports the package, which has to be in
+ComfyUI's Python.
 """
 
 import shutil

@@ -50,6 +50,7 @@ class Preprocess:
     media: Mapping[str, Frames]
     mode: str
     size: tuple[int, int]  # width, height
+    rate: float  # frames per second of driving_video
     options: Mapping[str, Any]
     person: int | None
     point: tuple[float, float] | None

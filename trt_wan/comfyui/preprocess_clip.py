@@ -87,7 +87,7 @@ class PreprocessClip(io.ComfyNode):  # type: ignore[misc]
         segmenter: str = "auto",
         **networks: str,
     ) -> io.NodeOutput:
-        options: dict[str, Any] = {"rate": fps, "segmenter": segmenter}
+        options: dict[str, Any] = {"segmenter": segmenter}
         options |= {name: detection_path(file) for name, file in networks.items() if file != NONE}
         options |= {} if retarget == OFF else {"retarget": retarget}
         with told(), shared({"image": reference_image[:1], "driving_video": driving_video}) as media:
@@ -95,6 +95,7 @@ class PreprocessClip(io.ComfyNode):  # type: ignore[misc]
                 media,
                 mode,
                 (width, height),
+                fps,
                 options,
                 person or None,
                 None if min(point_x, point_y) < 0 else (point_x, point_y),

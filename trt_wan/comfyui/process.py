@@ -16,7 +16,7 @@ from trt_wan.comfyui.messages import Done, Failed, Request, Stop, Taken, read, w
 from trt_wan.comfyui.shared_frames import Frames
 from trt_wan.errors import InputError, OutputError, Stopped, TrtWanError, UsageError, WeightsError
 from trt_wan.runtime.closing import Closing
-from trt_wan.runtime.events import Progress, silent
+from trt_wan.runtime.events import Event, Progress, silent
 
 GRACE = 60.0  # seconds for a request that was stopped to end by itself: a step of the 14B takes up to 30
 LOOK = 0.1  # seconds between looks at ComfyUI's interrupt
@@ -67,23 +67,37 @@ class Process(Closing):
         should_stop: Callable[[], bool] = lambda: False,
         holder: object = None,
     ) -> Any:
-        """The answer to `request`, its Frames copied. Raises Stopped after `should_stop`, ProcessDied, and
-        RequestFailed with the error of the process.
+        """The answer to `request`, its Frames copied. Raises ProcessDied, RequestFailed with the error of the
+        process, Stopped after `should_stop`, and what `progress` raises, as ComfyUI's progress bar does after
+        an interrupt; the request is stopped then.
         """
+        raised: list[Exception] = []
+
+        def watched(event: Event) -> None:
+            if not raised:
+                try:
+                    progress(event)
+                except Exception as error:
+                    raised.append(error)
+
         with self._lock:
             self.holder = holder
             if self._running is None or self._running.popen.poll() is not None:
                 self.close()
                 self._running = _Running()
             try:
-                answer = self._running.talk(request, progress, should_stop, self._grace)
-            except BaseException:
+                answer = self._running.talk(
+                    request, watched, lambda: bool(raised) or should_stop(), self._grace
+                )
+            except BaseException as error:
                 self.close()
-                raise
-            if isinstance(answer, Done):
-                return answer.value
-            if answer.code not in HARMLESS:
+                raise (raised[0] if raised else error) from None
+            if isinstance(answer, Failed) and answer.code not in HARMLESS:
                 self.close()
+        if raised:
+            raise raised[0]
+        if isinstance(answer, Done):
+            return answer.value
         raise Stopped(answer.message) if answer.code == Stopped.code else RequestFailed(answer)
 
     def close(self) -> None:
@@ -129,6 +143,7 @@ class _Running(Closing):
             if isinstance(answer, Done):
                 value = _copied(answer.value)
                 self._send(Taken())
+                self._answers.get()  # None, or Done when the frames are freed
                 return Done(value)
             progress(answer)
 

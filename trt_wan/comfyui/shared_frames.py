@@ -4,6 +4,7 @@ other copies the frames out.
 
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -42,9 +43,13 @@ class Block(Closing):
     """
 
     def __init__(self, shape: tuple[int, ...], frames: Iterable[Pixels]) -> None:
-        self._memory = SharedMemory(create=True, size=max(math.prod(shape), 1))
+        size = max(math.prod(shape), 1)
         try:
-            _require_room(self._memory)
+            self._memory = SharedMemory(create=True, size=size)
+        except OSError as error:
+            raise _short(size) from error
+        try:
+            _allocate(self._memory)
             _fill(self._memory, shape, frames)
         except BaseException:
             self.close()
@@ -62,20 +67,22 @@ def _fill(memory: SharedMemory, shape: tuple[int, ...], frames: Iterable[Pixels]
         np.ndarray(shape, np.uint8, buffer=memory.buf)[k] = frame
 
 
-def _require_room(memory: SharedMemory) -> None:
+def _allocate(memory: SharedMemory) -> None:
     file = SHM / memory.name
-    if not (hasattr(os, "posix_fallocate") and file.exists()):
-        return
-    try:
-        with file.open("r+b") as opened:
-            os.posix_fallocate(opened.fileno(), 0, memory.size)
-    except OSError as error:
-        free = os.statvfs(SHM)
-        raise MemoryShort(
-            f"The frames need {memory.size / 1e9:.2f} GB of shared memory, and {SHM} has "
-            f"{free.f_bavail * free.f_frsize / 1e9:.2f} GB.",
-            f"Make {SHM} larger (a container's --shm-size), or use fewer or smaller frames.",
-        ) from error
+    if hasattr(os, "posix_fallocate") and file.exists():
+        try:
+            with file.open("r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, memory.size)
+        except OSError as error:
+            raise _short(memory.size) from error
+
+
+def _short(size: int) -> MemoryShort:
+    has = f", and {SHM} has {shutil.disk_usage(SHM).free / 1e9:.2f} GB" if SHM.exists() else ""
+    return MemoryShort(
+        f"The frames need {size / 1e9:.2f} GB of shared memory{has}.",
+        f"Make {SHM} larger (a container's --shm-size), or use fewer or smaller frames.",
+    )
 
 
 def _attached(name: str) -> SharedMemory:
