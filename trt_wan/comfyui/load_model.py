@@ -84,17 +84,15 @@ class LoadModel(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no types for
         **files: Any,
     ) -> io.NodeOutput:
         with told():
-            named = {name: files[name] for name in PARTS if files[name] != AUTOMATIC}
-            random = "tiny" if named.get("diffusion_model") == TINY else None
+            random = "tiny" if files["diffusion_model"] == TINY else None
+            named = {PARTS[name]: files[name] for name in PARTS if files[name] not in (AUTOMATIC, TINY)}
             loras = [(files.get(f"lora_{k}", NONE), files.get(f"lora_{k}_strength", 1.0)) for k in SLOTS]
             settings: dict[str, Any] = {"tier": tier}
             settings |= {} if precision == AUTOMATIC else {"precision": precision}
             settings |= {"vram": vram} if vram else {}
             choice = ModelChoice(
                 folders=() if random else folders(),
-                files={}
-                if random
-                else {PARTS[name][0]: path_of(PARTS[name][1], file) for name, file in named.items()},
+                files={part: path_of(folder, file) for (part, folder), file in named.items()},
                 random=random,
                 settings=settings,
                 preset="" if preset == NONE else preset,
