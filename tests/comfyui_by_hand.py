@@ -6,8 +6,8 @@
     python tests/comfyui_by_hand.py /tmp/comfy/ComfyUI --pictures /tmp/pictures
 
 Installs the folder and starts ComfyUI. In Debian's Chromium, opens the example from the template browser
-and runs it with the button. Then by ComfyUI's API: an interrupt, a second run on the open model, a process that
-is killed, "free memory", and at last ComfyUI is killed.
+and runs it with the button. Then by ComfyUI's API: an interrupt, a second run on the open model, a process
+that is killed, "free memory", and at last ComfyUI is killed.
 """
 
 import argparse
