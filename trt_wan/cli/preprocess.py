@@ -22,6 +22,7 @@ from trt_wan.cli.missing import require_exporters
 from trt_wan.cli.options import group
 from trt_wan.cli.report import Report
 from trt_wan.cli.sections import SectionedCommand
+from trt_wan.cli.session import current_models
 from trt_wan.cli.sizes import size
 from trt_wan.errors import GraphError, UsageError, with_commands
 
@@ -276,6 +277,9 @@ def _open_stages(report: Report, networks: "Networks", job: "PreprocessJob") -> 
     """Opens the networks. SAM2's graphs are exported if they are missing."""
     from trt_wan.cli.build_sam2 import build_sam2_for
     from trt_wan.preprocess import stages
+
+    if networks.detector or networks.pose or networks.sam2:
+        current_models().make_room()
 
     def opened() -> "Stages":
         return stages.open_stages(

@@ -40,6 +40,7 @@ from trt_wan.cli.redo_options import Redo, redo_of, redo_option
 from trt_wan.cli.repeating import Lasting, RepeatableCommand, given_options, lasting, repeat, this_command
 from trt_wan.cli.report import Report
 from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
+from trt_wan.cli.session import current_models
 from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError, WeightsError, shown, some_of, with_commands
 from trt_wan.runtime.guidance import ClipVision, Nag
@@ -551,7 +552,6 @@ def render_prepared(
     from trt_wan.runtime.kept.made import record_of
     from trt_wan.runtime.kept.record import as_values
     from trt_wan.runtime.kept.windows import kept_of
-    from trt_wan.runtime.opening.model import open_basis
     from trt_wan.runtime.redo import redo as render_again
     from trt_wan.runtime.render import own_sound, render
     from trt_wan.runtime.video.clips import open_clips
@@ -559,7 +559,7 @@ def render_prepared(
     from trt_wan.runtime.video.encoder import Quality
     from trt_wan.runtime.video.target import check_target, claimed
 
-    start = time.perf_counter()
+    start, models = time.perf_counter(), current_models()
     job = options.job(options.inputs(folder))
     files, settings = options.weight_files(), options.settings()
     check_target(output, overwrite)
@@ -570,7 +570,7 @@ def render_prepared(
     ):
         frames_before(job.inputs, job.overlap, clips.width, clips.height, clips.rate)  # to refuse it now
         again = [] if redo is None else redo.planned(job, clips)
-        basis = basis or open_basis(files, settings, report.progress)
+        basis = basis or models.basis(files, settings, report.progress)
         basis.require_loras(job.loras)
         require_graphs(report.progress, basis, clips.width, clips.height, job.model_window, options.build)()
         written = {"kind": output.suffix.lower(), "paste_back": paste_back}
@@ -585,7 +585,7 @@ def render_prepared(
         if kept_of(output) and not lasting.resume and redo is None:
             text = with_commands("An earlier run can be gone on with:", this_command("--resume"))
             note(report, text, "can_resume")
-        with basis.open(export_tiles=tile_exporter(basis, options.build)) as model:
+        with models.opened(basis, tile_exporter(basis, options.build)) as model:
             stop = until_the_model_is_closed.enter_context(stop_at_a_safe_point())
             try:
                 shared: Any = {
@@ -636,7 +636,6 @@ def _prepare_beside(
     from trt_wan.preprocess.clips import artifacts
     from trt_wan.runtime.events import silent
     from trt_wan.runtime.kept.windows import ANEW, kept_of
-    from trt_wan.runtime.opening.model import open_basis
     from trt_wan.runtime.video.target import check_target, claimed
 
     check_target(output, overwrite)
@@ -644,7 +643,7 @@ def _prepare_beside(
     folder = job.inputs.reference.parent
     files, settings = options.weight_files(), options.settings()
     click.get_current_context().with_resource(claimed(output, silent if resume else report.progress))
-    basis = open_basis(files, settings, report.progress)
+    basis = current_models().basis(files, settings, report.progress)
     basis.require_loras(job.loras)
 
     def planned(size: Size) -> Callable[[], None]:
