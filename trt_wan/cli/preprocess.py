@@ -105,6 +105,12 @@ PREPARING = (
     click.option("--block", type=int, help="Pixels of the mask's blocks, a multiple of 16. Default: 32."),
     click.option("--fill", is_flag=True, help="Fill holes in the mask."),
     click.option(
+        "--mask-paint",
+        type=FILE,
+        help="A picture that corrects the mask of every frame: white adds, black takes away, transparent "
+        "pixels leave it.",
+    ),
+    click.option(
         "--compat",
         type=click.Choice(["official", "kijai"]),
         help="Use the rates, sizes, masks and face crops of the official code or the ComfyUI wrapper. In "
@@ -182,7 +188,15 @@ PREPARING_NAMES = {str(parameter.name) for parameter in preprocess.params} - {
 }
 
 NETWORKS = ("detector", "pose", "sam2", "segmenter")
-PREPARING_FILES = ("edited_reference", "edited_driving", "detector", "pose", "sam2", "keypoints")
+PREPARING_FILES = (
+    "edited_reference",
+    "edited_driving",
+    "detector",
+    "pose",
+    "sam2",
+    "keypoints",
+    "mask_paint",
+)
 
 
 def prepare(
