@@ -110,7 +110,8 @@ def main() -> int:
         start = time.perf_counter()
         subprocess.run([*command, f"--window={given.window}", f"--steps={given.steps}", "-q"], check=True)
         seconds_each.append(time.perf_counter() - start)
-    told(what="one_by_one", jobs=given.commands, each=statistics.median(seconds_each), all=seconds_each)
+    if seconds_each:
+        told(what="one_by_one", jobs=given.commands, each=statistics.median(seconds_each), all=seconds_each)
     return 0
 
 
