@@ -26,6 +26,7 @@ from trt_wan.preprocess.pictures.draw import draw_skeleton
 from trt_wan.preprocess.pictures.face import SIDE as FACE_SIDE
 from trt_wan.preprocess.pictures.face import FaceCropper, PixelBox
 from trt_wan.preprocess.pictures.masks import Mask, as_picture
+from trt_wan.preprocess.pictures.paint import Paint
 from trt_wan.preprocess.pictures.preview import draw_preview, preview_size
 from trt_wan.preprocess.stages import Stages
 from trt_wan.runtime.events import Note, Progress
@@ -54,6 +55,7 @@ class Drawing:
     skeletons: list[Skeleton]  # the driving person's, in pixels of the frame
     poses: list[Skeleton]  # as drawn: retargeted, or the same
     observe: Observe
+    paint: Paint | None = None
 
     @cached_property
     def cropper(self) -> FaceCropper:
@@ -156,7 +158,9 @@ def write_clips(drawing: Drawing, footage: Footage, folder: Path, stages: Stages
         if job.mode == "replace" and not some_mask:
             raise InputError(
                 f"No outline of a person was found in any of the {frames} frames of {job.clip}.",
-                "Use --mode animate, or --segmenter box.",
+                "Use --mode animate, or --segmenter box, or a --mask-paint with less black."
+                if drawing.paint
+                else "Use --mode animate, or --segmenter box.",
             )
         clips.finish(frames)
 
@@ -165,7 +169,8 @@ def _masks(drawing: Drawing, frames: Iterator[Picture], stages: Stages, progress
     assert stages.segmenter is not None, "mode replace needs a segmenter"
     progress(Note(f"Masks are made by {stages.segmenter.name}."))
     outlines = observed(stages.segmenter.outlines(frames, drawing.people), "segment", drawing.observe)
-    masks = drawing.job.mask.of(outlines, len(drawing.people))
+    shape, total = drawing.job.mask, len(drawing.people)
+    masks = shape.of(outlines, total, drawing.paint.over) if drawing.paint else shape.of(outlines, total)
     return observed(masks, "shape masks", drawing.observe)
 
 

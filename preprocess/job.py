@@ -37,6 +37,7 @@ class PreprocessJob:
     edited_reference: Path | None = None  # the same people in a better posture, for their proportions alone
     edited_driving: Path | None = None
     mask: MaskShape = field(default_factory=MaskShape)
+    mask_paint: Path | None = None  # a picture that corrects the mask of every frame (pictures/paint.py)
     hands: bool = True
     head: bool = True
     face: bool = True
@@ -74,6 +75,7 @@ class PreprocessJob:
     def _refuse_what_does_nothing(self) -> None:
         mask = {"grow": self.mask.grow, "block": self.mask.block, "fill": self.mask.fill or None}
         given = [name for name, value in mask.items() if value is not None]
+        given += ["mask-paint"] if self.mask_paint is not None else []
         if self.mode == "animate" and given:
             raise UsageError(
                 f"In the mode animate there is no mask, so --{given[0]} would do nothing.",

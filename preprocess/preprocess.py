@@ -31,6 +31,7 @@ from trt_wan.preprocess.people.fill import fill_gaps
 from trt_wan.preprocess.people.notes import about_frames, is_seen
 from trt_wan.preprocess.people.person import PersonFrame
 from trt_wan.preprocess.people.skeleton import Skeleton, from_keypoints
+from trt_wan.preprocess.pictures.paint import Paint, read_paint
 from trt_wan.preprocess.retarget.rules import retarget
 from trt_wan.preprocess.stages import Stages
 from trt_wan.runtime.events import Note, Progress, silent
@@ -50,6 +51,7 @@ def video_size(job: PreprocessJob) -> Size:
     if job.keypoints is not None:
         found = read_keypoints(job.keypoints, len(footage.indices))
         require_fit(job.keypoints, found, len(footage.indices), sizes.clip)
+    _paint_of(job, sizes)
     return sizes.canvas
 
 
@@ -62,6 +64,7 @@ def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) 
         option = "--reference-background"
         progress(transparency_note(job.reference, picture.opacity, job.behind, option))
     footage, sizes = plan_footage(job, reference, stages.observe, progress)
+    paint = _paint_of(job, sizes)
 
     with ArtifactFolder(job.output, job.overwrite) as folder:
         # 2. Find the people. Clips are drawn from the rounded numbers in keypoints.json, so that a job with
@@ -83,7 +86,7 @@ def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) 
         poses = _retargeted(job, skeletons, found, stages)
 
         # 4. Draw and write all clips, frame by frame.
-        drawing = Drawing(job, sizes, found.frames, people, skeletons, poses, stages.observe)
+        drawing = Drawing(job, sizes, found.frames, people, skeletons, poses, stages.observe, paint)
         write_clips(drawing, footage, folder.making, stages, progress)
         if picture.opacity is None:
             (folder.making / artifacts.REFERENCE).write_bytes(job.reference.read_bytes())
@@ -91,6 +94,10 @@ def preprocess(job: PreprocessJob, stages: Stages, progress: Progress = silent) 
             write_picture(folder.making / artifacts.REFERENCE, reference)
             write_picture(folder.making / artifacts.REFERENCE_MASK, picture.opacity)
         return folder.publish()
+
+
+def _paint_of(job: PreprocessJob, sizes: Sizes) -> Paint | None:
+    return None if job.mask_paint is None else read_paint(job.mask_paint, sizes.frame)
 
 
 def _people_of(

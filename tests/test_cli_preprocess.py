@@ -139,13 +139,15 @@ def test_options_reach_the_job(folder: Path, fakes: list[Networks], monkeypatch:
     options = (
         "--rate 24000/1001 --box 1,2,30.5,40 --mode replace --grow 4 --block 48 --fill --fit pad --no-head"
     )
-    assert invoke(*PREPARE, *options.split(), "--segmenter", "box", "--face-padding", "7").exit_code == 0
+    cut_out(folder / "cut.png")
+    options += " --segmenter box --face-padding 7 --mask-paint cut.png"
+    assert invoke(*PREPARE, *options.split()).exit_code == 0
     (job,) = jobs
     assert (job.rate, job.size, job.fit) == (Fraction(24000, 1001), (64, 48), "pad")
     assert (job.choice.box.x0, job.choice.box.y1) == (1, 40) and job.choice.number is None
     assert (job.mask.grow, job.mask.block, job.mask.fill) == (4, 48, True)
     assert (job.head, job.hands, job.face, job.face_padding) == (False, True, True, 7)
-    assert fakes[0].segmenter == "box"
+    assert fakes[0].segmenter == "box" and job.mask_paint == Path("cut.png")
     assert (
         invoke(*PREPARE, "--point", "3,4.5", "--retarget", "official", "--compat", "official").exit_code == 0
     )
@@ -243,6 +245,13 @@ REFUSALS = {
     ),
     "block in animate": Refusal(
         2, "usage", "there is no mask, so --block", "--mode replace", ("--block", "32")
+    ),
+    "paint in animate": Refusal(
+        2, "usage", "there is no mask, so --mask-paint", "--mode replace", ("--mask-paint", "character.png")
+    ),
+    "paint without holes": Refusal(
+        *(1, "input_unusable", "character.png has no transparent pixels", "PNG"),
+        ("--mode", "replace", "--mask-paint", "character.png"),
     ),
     "sam2 in animate": Refusal(
         2, "usage", "there is no mask, so --sam2", "--mode replace", ("--sam2", "x.pt")

@@ -6,7 +6,7 @@ known that contain part of the hole. The default mask cannot: its blocks lie on 
 and all frames of a latent share one mask. `compat` selects the blocks of the official code or of the wrapper.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -71,13 +71,19 @@ class MaskShape:
                 f"Use --block {below} or --block {below + GRID}.",
             )
 
-    def of(self, outlines: Iterable[Mask], frames: int) -> Iterator[Mask]:
-        """The masks of a clip of `frames` frames. Reads at most six outlines ahead."""
+    def of(
+        self, outlines: Iterable[Mask], frames: int, corrected: Callable[[Mask], Mask] = lambda mask: mask
+    ) -> Iterator[Mask]:
+        """The masks of a clip of `frames` frames. Reads at most six outlines ahead.
+
+        `corrected` changes a grown outline before it becomes blocks, so that they stay on the model's grid.
+        """
         if self.compat == "official":
-            return (official_blocks(official_grow(self._filled(outline))) for outline in outlines)
+            grown = (corrected(official_grow(self._filled(outline))) for outline in outlines)
+            return (official_blocks(outline) for outline in grown)
         pixels = GROW if self.grow is None else self.grow
         block = BLOCK if self.block is None else self.block
-        grown = (grow(self._filled(outline), pixels) for outline in outlines)
+        grown = (corrected(grow(self._filled(outline), pixels)) for outline in outlines)
         if self.compat == "kijai":
             return (kijai_blocks(outline, block) for outline in grown)
         return shared_blocks(grown, frames, block)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.report import Report, Result, StdoutLost, TextReport, report_for
+from trt_wan.cli.session import current_session
 from trt_wan.cli.stopping import forget, ignored, interrupts
 from trt_wan.engines.store.environment import check_environment
 from trt_wan.errors import MemoryShort, OutputError, Stopped, TrtWanError, UsageError, with_commands
@@ -26,7 +27,8 @@ def command(function: Callable[..., tuple[Result, dict[str, Any]]]) -> Callable[
     @click.option("-q", "--quiet", is_flag=True, help="No progress.")
     @wraps(function)
     def wrapped(as_json: bool, quiet: bool, **options: Any) -> None:
-        report = report_for(as_json, quiet)
+        session = current_session()
+        report = session.report if session is not None else report_for(as_json, quiet)
         try:
             with interrupts():
                 for name in check_environment():

@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +22,7 @@ from trt_wan.cli.missing import require_exporters
 from trt_wan.cli.options import group
 from trt_wan.cli.report import Report
 from trt_wan.cli.sections import SectionedCommand
+from trt_wan.cli.session import current_models
 from trt_wan.cli.sizes import size
 from trt_wan.errors import GraphError, UsageError, with_commands
 
@@ -104,6 +105,12 @@ PREPARING = (
     click.option("--block", type=int, help="Pixels of the mask's blocks, a multiple of 16. Default: 32."),
     click.option("--fill", is_flag=True, help="Fill holes in the mask."),
     click.option(
+        "--mask-paint",
+        type=FILE,
+        help="A picture that corrects the mask of every frame: white adds, black takes away, transparent "
+        "pixels leave it.",
+    ),
+    click.option(
         "--compat",
         type=click.Choice(["official", "kijai"]),
         help="Use the rates, sizes, masks and face crops of the official code or the ComfyUI wrapper. In "
@@ -181,7 +188,15 @@ PREPARING_NAMES = {str(parameter.name) for parameter in preprocess.params} - {
 }
 
 NETWORKS = ("detector", "pose", "sam2", "segmenter")
-PREPARING_FILES = ("edited_reference", "edited_driving", "detector", "pose", "sam2", "keypoints")
+PREPARING_FILES = (
+    "edited_reference",
+    "edited_driving",
+    "detector",
+    "pose",
+    "sam2",
+    "keypoints",
+    "mask_paint",
+)
 
 
 def prepare(
@@ -220,6 +235,17 @@ def prepare(
         folder = make(job, stages, report.progress)
     made = [str(folder / name) for name in ALL if (folder / name).exists()]
     return folder, {"files": made, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def refuse_impossible(params: Mapping[str, Any]) -> None:
+    """Raises UsageError for options of `preprocess` that are wrong for every clip. Call in its context."""
+    options = {name: params[name] for name in (*PREPARING_NAMES, "mode", "reference_background", "overwrite")}
+    networks = {name: options.pop(name) for name in NETWORKS}
+    options["cut"] = cut_of(params["start"], params["end"])
+    job = _job(params["reference"], params["clip"], params["output"], **options)
+    from trt_wan.preprocess.stages import Networks
+
+    Networks(**networks).require_used(job.mode, job.needs_people)
 
 
 def planned_video(reference: Path, clip: Path, output: Path, **options: Any) -> Size:
@@ -262,6 +288,9 @@ def _open_stages(report: Report, networks: "Networks", job: "PreprocessJob") -> 
     """Opens the networks. SAM2's graphs are exported if they are missing."""
     from trt_wan.cli.build_sam2 import build_sam2_for
     from trt_wan.preprocess import stages
+
+    if networks.detector or networks.pose or networks.sam2:
+        current_models().make_room()
 
     def opened() -> "Stages":
         return stages.open_stages(

@@ -75,11 +75,13 @@ class JsonReport:
             described["command"] = list(error.command)
         self._line({"schema": SCHEMA, "ok": False, "error": described})
 
-    @staticmethod
-    def _line(value: dict[str, Any]) -> None:
+    def _line(self, value: dict[str, Any]) -> None:
         line = json.dumps(value, ensure_ascii=False)
         if not line.isprintable():  # bytes of a path that are no text: JSON has an escape for them
             line = json.dumps(value)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
         _print(line)
 
 

@@ -27,7 +27,7 @@ SECTIONS = {
         *("person", "point", "box", "keypoints", "detector", "pose", "hands", "head", "face", "face_padding"),
         *("retarget", "edited_reference", "edited_driving", "compat"),
     ),
-    "Masks (mode replace)": ("segmenter", "sam2", "grow", "block", "fill"),
+    "Masks (mode replace)": ("segmenter", "sam2", "grow", "block", "fill", "mask_paint"),
     "Weights": (
         *("weights", "transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "random_weights"),
         *("loras", "text_cache"),

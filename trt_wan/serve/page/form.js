@@ -1,0 +1,252 @@
+// The form: its fields are those of a request, and a request fills it again. It survives a reload.
+
+import { Check } from "./check.js";
+import { attempt, byId, make, setShown, showError } from "./dom.js";
+import { Drop } from "./drop.js";
+import { post } from "./server.js";
+
+const KEPT = "trt-wan form"; // in the browser's storage
+
+export class Form {
+  #form = byId("job"); #isFilling = false; #reference; #clip; #keypoints; #options;
+
+  // `queued` is called with every new video.
+  constructor(options, queued) {
+    this.#options = options;
+    const most = options.limits?.upload ?? Infinity;
+    const changed = () => this.#changed();
+    this.#reference = new Drop(byId("reference"), ["picture"], "The character is a picture.", most, changed);
+    const clip = "The driving clip is a video, or a .zip of prepared clips.";
+    this.#clip = new Drop(byId("clip"), ["clip", "prepared"], clip, most, () => this.#clipChanged());
+    this.#keypoints = new Drop(byId("keypoints"), ["keypoints"], "This is no keypoints.json.", most, changed);
+    this.#describe();
+    this.check = new Check(this, options);
+    this.#form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      attempt(byId("job-error"), () => this.#send(queued), byId("make"));
+    });
+    this.#form.addEventListener("input", changed);
+    byId("sample").addEventListener("click", () => this.#useSample());
+  }
+
+  // --- What the check needs to know
+
+  get clip() {
+    return this.#clip.file;
+  }
+
+  get clipAddress() {
+    return `v1/files/${this.#clip.file.id}/content`;
+  }
+
+  get hasPreparedClips() {
+    return this.#clip.file?.kind === "prepared";
+  }
+
+  get hasKeypoints() {
+    return this.#keypoints.file !== null;
+  }
+
+  choosePoint(point) {
+    this.#field("person").value = "";
+    this.#field("point").value = point;
+    this.#changed();
+  }
+
+  preparing() {
+    return this.#request((field) => "prepares" in field.dataset || field.name === "control_type");
+  }
+
+  // Two requests with the same key make the same clips.
+  preparingKey() {
+    return JSON.stringify(this.preparing());
+  }
+
+  // Shows what is missing, where it is missing.
+  requireFiles() {
+    if (!this.#clip.file) this.#clip.refuse({ message: "Choose the driving clip, or use the sample." });
+    if (!this.#reference.file && !this.hasPreparedClips) {
+      this.#reference.refuse({ message: "Choose a picture of the character, or use the sample." });
+      return false;
+    }
+    return this.#clip.file !== null;
+  }
+
+  // --- Requests
+
+  async #send(queued) {
+    if (!this.requireFiles()) return;
+    this.#showFieldError(null);
+    const fresh = this.check.fresh;
+    const request = fresh
+      ? { ...this.#request((field) => !("prepares" in field.dataset), false), preparation: fresh.id }
+      : this.#request(() => true);
+    try {
+      queued(await post("v1/videos", request));
+    } catch (error) {
+      if (!this.#showFieldError(error)) throw error;
+    }
+  }
+
+  // The fields that `isWanted`, empty ones left out.
+  #request(isWanted, withFiles = true) {
+    const request = {}, extra = {};
+    for (const field of this.#form.elements) {
+      if (!field.name || field.name === "brush" || field.matches(":disabled") || !isWanted(field)) continue;
+      const value = valueOf(field);
+      if (value !== undefined) ("extra" in field.dataset ? extra : request)[field.name] = value;
+    }
+    const loras = [...byId("loras").querySelectorAll("label")].filter((row) => row.control.checked);
+    if (loras.length && isWanted(byId("loras"))) {
+      request.lora = loras.map((row) => ({ name: row.control.value, scale: Number(row.nextElementSibling.value || 1) }));
+    }
+    if (withFiles) {
+      if (this.#reference.file) request.input_reference = this.#reference.file.id;
+      if (this.#clip.file) request.control_reference = this.#clip.file.id;
+      if (this.#keypoints.file) extra.keypoints = this.#keypoints.file.id;
+      if (this.check?.paint && request.control_type === "replace") extra.mask_paint = this.check.paint;
+    }
+    if (Object.keys(extra).length) request.extra_params = extra;
+    return request;
+  }
+
+  // Below the field that it is about. False if it is about none.
+  #showFieldError(error) {
+    for (const place of this.#form.querySelectorAll(".of-field")) place.remove();
+    for (const field of this.#form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
+    if (!error?.param) return false;
+    const drop = { input_reference: this.#reference, control_reference: this.#clip, keypoints: this.#keypoints }[error.param];
+    if (drop) {
+      drop.refuse(error);
+      return true;
+    }
+    const field = this.#field(error.param);
+    if (!(field instanceof HTMLElement)) return false;
+    const place = make("div", { className: "error of-field" });
+    (field.closest("label") ?? field).after(place);
+    showError(place, error);
+    for (let around = field.closest("details"); around; around = around.parentElement.closest("details")) {
+      around.open = true;
+    }
+    field.setAttribute("aria-invalid", "true");
+    field.focus();
+    return true;
+  }
+
+  // --- Filling
+
+  // From the settings of a video or a preparation, or from those that were kept.
+  async fill(settings) {
+    this.#isFilling = true;
+    try {
+      this.#form.reset();
+      const { extra_params: extra = {}, lora = [], ...plain } = settings;
+      for (const [name, value] of Object.entries({ ...plain, ...extra })) setValue(this.#field(name), value);
+      for (const { name, scale } of [lora].flat()) this.#setLora(name, scale);
+      this.check.paint = extra.mask_paint ?? null;
+      await Promise.all([
+        this.#reference.restore(plain.input_reference),
+        this.#clip.restore(plain.control_reference),
+        this.#keypoints.restore(extra.keypoints),
+      ]);
+      this.#adapt();
+      await this.check.restore(plain.preparation);
+    } finally {
+      this.#isFilling = false;
+    }
+    this.#changed();
+  }
+
+  async restore() {
+    let kept;
+    try {
+      kept = JSON.parse(localStorage.getItem(KEPT));
+    } catch {
+      kept = null;
+    }
+    await this.fill(kept ?? {});
+  }
+
+  save() {
+    const preparation = this.check.isRunning ? this.check.preparation.id : this.check.fresh?.id;
+    try {
+      localStorage.setItem(KEPT, JSON.stringify({ ...this.#request(() => true), preparation }));
+    } catch {
+      // Without storage a reload empties the form, and nothing else is lost.
+    }
+  }
+
+  #setLora(name, scale) {
+    const box = [...byId("loras").querySelectorAll("input[type=checkbox]")].find((one) => one.value === name);
+    if (!box) return;
+    box.checked = true;
+    box.closest("label").nextElementSibling.value = scale ?? 1;
+  }
+
+  #useSample() {
+    const { sample, people } = this.#options;
+    this.#reference.restore(sample.reference);
+    this.#clip.restore(people ? sample.clip : sample.prepared);
+  }
+
+  #field(name) {
+    return this.#form.elements.namedItem(name);
+  }
+
+  // --- Changes
+
+  #clipChanged() {
+    if (!this.#isFilling) {
+      this.check.paint = null;
+      this.#field("point").value = this.#field("person").value = "";
+    }
+    this.#changed();
+  }
+
+  #changed() {
+    if (this.#isFilling || !this.check) return;
+    this.#adapt();
+    this.check.render();
+    this.save();
+  }
+
+  // Shows the fields of the mode, and says what the preset is.
+  #adapt() {
+    for (const part of this.#form.querySelectorAll("[data-mode]")) {
+      const isOn = part.dataset.mode === this.#field("control_type").value;
+      setShown(part, isOn);
+      for (const field of part.querySelectorAll("input, select")) field.disabled = !isOn;
+    }
+    const preset = this.#options.presets?.find(({ name }) => name === this.#field("preset").value);
+    byId("preset-about").textContent = preset?.about ?? "";
+  }
+
+  #describe() {
+    const { presets = [], loras = [], defaults = {}, sample } = this.#options;
+    this.#field("preset").append(...presets.map(({ name }) => make("option", { value: name }, name)));
+    const shown = { size: "size", num_inference_steps: "steps", window: "window", guidance_scale: "guidance", flow_shift: "shift" };
+    for (const [field, name] of Object.entries(shown)) this.#field(field).placeholder = defaults[name] ?? "";
+    setShown(byId("sample"), Boolean(sample));
+    setShown(byId("loras"), loras.length > 0);
+    byId("loras").append(
+      ...loras.flatMap((name) => [
+        make("label", { className: "tick" }, make("input", { type: "checkbox", value: name }), " ", name),
+        make("input", { type: "number", step: "any", value: 1, "aria-label": `Strength of ${name}` }),
+      ]),
+    );
+  }
+}
+
+// undefined for a field that says nothing.
+function valueOf(field) {
+  if (field.type === "radio") return field.checked ? field.value : undefined;
+  if (field.type === "checkbox") return field.checked || undefined;
+  const text = field.value.trim();
+  return text === "" ? undefined : field.type === "number" ? Number(text) : text;
+}
+
+function setValue(field, value) {
+  if (!field) return;
+  if (field.type === "checkbox") field.checked = value === true;
+  else field.value = value ?? ""; // of radio buttons as well
+}
