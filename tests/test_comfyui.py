@@ -26,7 +26,7 @@ from trt_wan.api.preparing import prepare as prepare_clips
 from trt_wan.cli.main import cli
 from trt_wan.comfyui import install
 from trt_wan.comfyui.messages import Animate, ModelChoice, Open
-from trt_wan.comfyui.process import Process, ProcessDied, RequestFailed
+from trt_wan.comfyui.process import Process, RequestFailed
 from trt_wan.comfyui.shared_frames import Block
 from trt_wan.errors import MemoryShort, Stopped
 from trt_wan.runtime.colour_transfer import METHODS
@@ -36,6 +36,7 @@ from trt_wan.runtime.opening.model import open_model
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.video.pictures import read_picture
 from trt_wan.runtime.weights.tiny import write_tiny_weights
+from trt_wan.worker.worker import WorkerDied
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"window": PLAN.frames, "steps": 2, "seed": 7}
@@ -327,7 +328,7 @@ def test_a_process_that_dies(comfy: Comfy, quick: dict[str, Any]) -> None:
             os.kill(process.id or 0, signal.SIGKILL)
 
     with Process() as process:
-        with pytest.raises(ProcessDied, match="was killed, as the system does when the memory is full"):
+        with pytest.raises(WorkerDied, match="was killed, as the system does when the memory is full"):
             process.ask(job, kill)
         assert process.id is None
         process.ask(Open(TINY))
