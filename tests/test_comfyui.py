@@ -239,17 +239,19 @@ def test_a_changed_file_is_read_again(comfy: Comfy, quick: dict[str, Any], tmp_p
     try:
         write(5)
         chosen = {"diffusion_model": node("load_model").AUTOMATIC, "preset": "none"}
-        first, before = loading.fingerprint_inputs(**chosen), animate(load(**chosen), quick)
-        assert loading.fingerprint_inputs(**chosen) == first
+        print_of, first = loading.fingerprint_inputs(**chosen), load(**chosen)
+        before, id = animate(first, quick), node("asking").MODEL.id
+        assert loading.fingerprint_inputs(**chosen) == print_of
         write(6)
-        assert loading.fingerprint_inputs(**chosen) != first
-        model = load(**chosen)
-        id, after = node("asking").MODEL.id, animate(model, quick)
+        assert loading.fingerprint_inputs(**chosen) != print_of
+        second = load(**chosen)
+        del first
+        after = animate(second, quick)
         assert not np.array_equal(before, after)
         named = {"diffusion_model": "wan2.2_animate_tiny_fp8_e4m3fn_scaled.safetensors"}
-        second = load(**chosen | named)
-        np.testing.assert_array_equal(animate(second, quick), after)
-        assert node("asking").MODEL.id == id, "another model is opened in the same process"
+        third = load(**chosen | named)
+        np.testing.assert_array_equal(animate(third, quick), after)
+        assert node("asking").MODEL.id == id, "other files are opened in the same process"
         with pytest.raises(Exception, match="fast4"):
             load(**chosen | {"preset": "fast4"})  # its LoRA is missing
     finally:
