@@ -22,13 +22,15 @@ from comfy_standin import Choice, Comfy, ComfyNode, InterruptProcessingException
 from tiny_job import PLAN, prepare, read_frames, write_sound
 
 from trt_wan import __version__
+from trt_wan.api.media import video_file
 from trt_wan.api.preparing import prepare as prepare_clips
 from trt_wan.cli.main import cli
 from trt_wan.comfyui import install
 from trt_wan.comfyui.messages import Animate, ModelChoice, Open
 from trt_wan.comfyui.process import Process, RequestFailed
-from trt_wan.comfyui.shared_frames import Block
+from trt_wan.comfyui.shared_frames import SHM, Block
 from trt_wan.errors import MemoryShort, Stopped
+from trt_wan.preprocess.pictures.masks import MaskShape
 from trt_wan.runtime.colour_transfer import METHODS
 from trt_wan.runtime.events import Event, StepDone, silent
 from trt_wan.runtime.job import Inputs, Job
@@ -260,6 +262,11 @@ def test_a_changed_file_is_read_again(comfy: Comfy, quick: dict[str, Any], tmp_p
                 path.unlink()
 
 
+def blocks() -> set[Path]:
+    """Shared memory of Python's."""
+    return set(SHM.glob("psm_*"))
+
+
 def test_preprocessing(comfy: Comfy, folder: Path, tmp_path: Path) -> None:
     box = np.array([[220, 100, 420, 400, 0.9, 0]], np.float32)
     onnx_nets.detector(comfy.models / "detection" / "yolo.onnx", box)
@@ -267,6 +274,7 @@ def test_preprocessing(comfy: Comfy, folder: Path, tmp_path: Path) -> None:
     frames = np.full((9, 96, 96, 3), 200, np.uint8)
     reference = read_picture(folder / "src_ref.png")[None]
     tensors = {"reference_image": reference, "driving_video": frames}
+    before = blocks()
     made = (
         node("preprocess_clip")
         .PreprocessClip.run(
@@ -282,9 +290,7 @@ def test_preprocessing(comfy: Comfy, folder: Path, tmp_path: Path) -> None:
         )
         .args
     )
-    from trt_wan.api.media import video_file
-    from trt_wan.preprocess.pictures.masks import MaskShape
-
+    assert blocks() == before
     options = {
         "mask": MaskShape(grow=3),
         "detector": comfy.models / "detection" / "yolo.onnx",
@@ -323,7 +329,7 @@ def requests(quick: dict[str, Any]) -> tuple[list[Block], Animate]:
 
 
 def test_a_process_that_dies(comfy: Comfy, quick: dict[str, Any]) -> None:
-    blocks, job = requests(quick)
+    shared, job = requests(quick)
 
     def kill(event: Event) -> None:
         if isinstance(event, StepDone):
@@ -340,7 +346,7 @@ def test_a_process_that_dies(comfy: Comfy, quick: dict[str, Any]) -> None:
     with Process(grace=0) as process, pytest.raises(Stopped):
         process.ask(job, should_stop=lambda: True)
     assert process.id is None
-    for block in blocks:
+    for block in shared:
         block.close()
 
 
@@ -365,13 +371,13 @@ def test_the_process_ends_with_comfyui() -> None:
 
 
 def test_frames_that_do_not_fit() -> None:
-    if not Path("/dev/shm").exists():
+    if not SHM.exists():
         pytest.skip("no /dev/shm")
-    before = set(Path("/dev/shm").iterdir())
-    for size in (shutil.disk_usage("/dev/shm").total + (1 << 30), 1 << 62):
+    before = blocks()
+    for size in (shutil.disk_usage(SHM).total + (1 << 30), 1 << 62):
         with pytest.raises(MemoryShort, match="GB of shared memory, and /dev/shm has"):
             Block((size,), iter(()))
-    assert set(Path("/dev/shm").iterdir()) == before
+    assert blocks() == before
 
 
 def checkout(folder: Path) -> Path:
