@@ -59,7 +59,7 @@ def own_python(comfyui: Path) -> Path | None:
         python = comfyui / name
         if python.exists():
             code = "import trt_wan; print(trt_wan.__version__)"
-            command = [python, "-P", "-c", code]
+            command = [str(python), "-P", "-c", code]
             try:
                 ran = subprocess.run(command, capture_output=True, text=True, cwd=comfyui.anchor or None)
             except OSError:  # it is for another system
