@@ -6,7 +6,7 @@ import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -35,12 +35,17 @@ from trt_wan.serve.store import Full, Store
 from trt_wan.serve.uploads import Accepted, Uploads
 from trt_wan.serve.views import view
 
+if TYPE_CHECKING:
+    from trt_wan.serve.ray_workers import Cluster
+
 FILE_FIELDS = (CHARACTER, DRIVING, *FILE_OPTIONS)
 
 
 class Service:
-    def __init__(self, settings: ServeSettings, workers: "list[Runs]") -> None:
-        self.settings = settings
+    def __init__(
+        self, settings: ServeSettings, workers: "list[Runs]", cluster: "Cluster | None" = None
+    ) -> None:
+        self.settings, self.cluster = settings, cluster
         self.store = Store(settings.data, settings.limits)
         self.live = Live()
         self.metrics = Metrics(
@@ -52,10 +57,14 @@ class Service:
 
     def start(self) -> None:
         self.dispatcher.start()
+        if self.cluster is not None:
+            self.cluster.start(self.dispatcher.add, self.dispatcher.wake)
         self.uploads.prepare()
 
     def close(self) -> None:
         self.dispatcher.close()
+        if self.cluster is not None:
+            self.cluster.close()
         self.uploads.close()
         self.store.close()
 

@@ -37,5 +37,6 @@ class ServeSettings:
     origins: tuple[str, ...] = ()  # other pages that may call it (CORS)
     demo: bool = False
     warm_up: bool = True
+    ray: str | None = None  # the address of a cluster
     name: str = "wan2.2-animate-14b"
     limits: Limits = Limits()
