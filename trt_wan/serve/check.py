@@ -7,7 +7,6 @@ decoder breaks this process alone.
 
 import json
 import os
-import resource
 import sys
 import zipfile
 from collections.abc import Callable
@@ -24,6 +23,7 @@ FORMATS = {".mp4": "mov", ".mkv": "matroska", ".gif": "gif", ".avi": "avi"}  # f
 PREPARED = ("src_ref", "src_pose", "src_face", "src_bg", "src_mask", "preview", "keypoints", "prepared")
 KINDS_INSIDE = (".png", ".mp4", ".json")
 STEP = 1 << 20
+CPUS = 4
 
 
 def suffix_of(head: bytes) -> tuple[str, str]:
@@ -105,9 +105,7 @@ def _require_kind(path: Path) -> None:
         kind, suffix = suffix_of(file.read(16))
         if path.suffix == suffix or (path.suffix, kind) == (".png", "picture"):
             return
-    raise InputError(
-        f"{path.name} in the .zip is no {path.suffix[1:]} file.", "Pack the prepared clips again."
-    )
+    raise InputError(f"{path.name} in the .zip is no {path.suffix[1:]}.", "Pack the prepared clips again.")
 
 
 def _require_few(path: Path, most: int) -> None:
@@ -136,6 +134,8 @@ def _prepared(path: Path, out: Path, limits: dict[str, Any]) -> dict[str, Any]:
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise InputError("The .zip cannot be read.", "Pack the prepared clips again.") from error
     files = sorted(file.name for file in out.iterdir())
+    if "src_ref.png" not in files:
+        raise InputError("The .zip has no src_ref.png.", "Pack the files of `trt-wan preprocess`.")
     for name in files:
         _require_kind(out / name)
     modes = ["animate"]
@@ -190,6 +190,22 @@ def answered(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": {"code": InputError.code, "message": message, "hint": "Make it smaller."}}
 
 
+def _limit(memory: int, seconds: int, file: int) -> None:
+    """Bytes, seconds and bytes of a file of this process. Windows has no such limits: there only the parent's clock counts."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    if sys.platform == "linux":  # decoders start a thread per CPU, each with memory of its own
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])
+    for kind, most in (
+        (resource.RLIMIT_DATA, memory),
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_FSIZE, file),
+    ):
+        resource.setrlimit(kind, (most, most))
+
+
 def main() -> None:
     # Imported before the upload is there: the process waits for it.
     import trt_wan.runtime.job
@@ -200,9 +216,7 @@ def main() -> None:
         return
     task = json.loads(line)
     limits = task["limits"]
-    resource.setrlimit(resource.RLIMIT_AS, (limits["memory"], limits["memory"]))
-    resource.setrlimit(resource.RLIMIT_CPU, (limits["seconds"], limits["seconds"]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limits["upload"], limits["upload"]))
+    _limit(limits["memory"], limits["seconds"], limits["upload"])
     path = Path(task["path"])
     answer = answered(lambda: check(path, Path(task["out"]), limits))
     if "error" in answer:  # without the server's own folders
