@@ -23,8 +23,9 @@ import time
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -727,8 +728,8 @@ KINDS: dict[str, tuple[Case, float]] = {  # with their share
 SLOW = {"slow"}  # kinds that wait more than they work
 
 
-def fault_of(target: Target, answer: Answer) -> str | None:
-    """What is wrong with an answer."""
+def fault_of(answer: Answer, data: Path) -> str | None:
+    """What is wrong with an answer of a server whose data is in that folder."""
     if answer.fine and 200 <= answer.status < 300:
         return None
     if not 400 <= answer.status < 500:
@@ -742,7 +743,7 @@ def fault_of(target: Target, answer: Answer) -> str | None:
         return f"no error of ours: {answer.status} {answer.body[:300]!r}"
     if not error["message"] or len(error["message"]) > 400:
         return f"no sentence: {error['message'][:600]!r}"
-    if any(str(target.server.data) in text for text in texts):
+    if any(str(data) in text for text in texts):
         return f"tells the server's folders: {error}"
     if "is a mistake in trt-wan" in error["hint"] or "Traceback" in error["message"]:
         return f"a mistake: {error}"
@@ -799,7 +800,7 @@ def attack(
     def one(number: int, kind: str) -> None:
         try:
             answer = KINDS[kind][0](Random(f"{seed} {number}"), target)
-            fault = fault_of(target, answer)
+            fault = fault_of(answer, target.server.data)
             seen[kind][answer.status] += 1
         except Exception as error:
             fault = f"{type(error).__name__}: {error}"
@@ -832,13 +833,18 @@ def settle(target: Target) -> list[str]:
     return faults
 
 
-def run(base: Base, data: Path, kinds: Sequence[str], count: int, seed: int) -> list[str]:
-    """Faults."""
+@contextmanager
+def serving_target(base: Base, data: Path) -> Iterator[Target]:
     options = ["--allow-host=127.0.0.1", f"--max-upload={UPLOAD}", "--max-queue=50"]
     with base.serving(data, *options, token=TOKEN) as server:
         prepared = server.upload(base.clips)["id"]
         video = server.ended(server.video(control_reference=prepared, seed=1), PATIENCE * 10)
-        target = Target(server, base, prepared, video["id"])
+        yield Target(server, base, prepared, video["id"])
+
+
+def run(base: Base, data: Path, kinds: Sequence[str], count: int, seed: int) -> list[str]:
+    """Faults."""
+    with serving_target(base, data) as target:
         watch, done = Watch(), threading.Event()
         watching = threading.Thread(target=watch.follow, args=(target, done))
         watching.start()
@@ -850,8 +856,8 @@ def run(base: Base, data: Path, kinds: Sequence[str], count: int, seed: int) -> 
         for kind, statuses in seen.items():
             print(f"{kind}: {dict(sorted(statuses.items()))}")
         print(f"at most: server {watch.server:.0f} MB, child {watch.child:.0f} MB, disk {watch.disk:.0f} MB")
-        if server.process.poll() is not None:
-            return [*faults, f"the server ended with {server.process.returncode}"]
+        if target.server.process.poll() is not None:
+            return [*faults, f"the server ended with {target.server.process.returncode}"]
         return faults + watch.faults() + settle(target)
 
 

@@ -12,6 +12,8 @@ import psutil
 from serving import Server, serving
 from tiny_job import BUILD, PLAN, TRT_WAN, as_argv, prepare, write_sound
 
+from trt_wan.runtime.weights.tiny import write_tiny_weights
+
 PATIENCE = float(os.environ.get("PATIENCE", 60))  # seconds for an end, a step or a job
 WORKER = "trt_wan.worker.child"
 
@@ -22,14 +24,15 @@ class Base:
     home: Path
 
     @classmethod
-    def made(cls, folder: Path) -> "Base":
+    def made(cls, folder: Path, home: Path | None = None) -> "Base":
+        """`home` has the graphs of tiny_job.py."""
         folder = folder.absolute()
-        base = cls(folder, Path(os.environ.get("TRT_WAN_HOME", folder / "home")))
+        base = cls(folder, home or folder / "home")
         if not base.clips.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            subprocess.run(as_argv(BUILD), env=base.environment, check=True, capture_output=True)
-            write_weights = [*TRT_WAN, "weights", "tiny", str(base.weights)]
-            subprocess.run(write_weights, env=base.environment, check=True, capture_output=True)
+            if home is None:
+                subprocess.run(as_argv(BUILD), env=base.environment, check=True, capture_output=True)
+            write_tiny_weights(base.weights, seed=0)
             prepare(folder / "clips", write_sound(folder / "tone.m4a", 2))
             shutil.make_archive(str(folder / "clips"), "zip", folder / "clips")
         return base

@@ -89,8 +89,8 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.mark.long
-def test_a_node_is_lost_and_another_one_joins(cluster: Any, tmp_path: Path) -> None:
-    base = Base.made(tmp_path / "base")
+def test_a_node_is_lost_and_another_one_joins(cluster: Any, tmp_path: Path, tiny_home: Path) -> None:
+    base = Base.made(tmp_path / "base", tiny_home)
     with base.serving(tmp_path / "data", "--ray", cluster.address) as server:
         file = server.upload(base.clips)["id"]
         jobs = []

@@ -191,7 +191,9 @@ def answered(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _limit(memory: int, seconds: int, file: int) -> None:
-    """Bytes, seconds and bytes of a file of this process. Windows has no such limits: there only the parent's clock counts."""
+    """Bytes and seconds of this process, and bytes of a file that it writes. Windows has no such limits:
+    there only the parent's clock counts.
+    """
     if sys.platform == "win32":
         return
     import resource
