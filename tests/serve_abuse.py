@@ -835,7 +835,7 @@ def settle(target: Target) -> list[str]:
 
 @contextmanager
 def serving_target(base: Base, data: Path) -> Iterator[Target]:
-    options = ["--allow-host=127.0.0.1", f"--max-upload={UPLOAD}", "--max-queue=50"]
+    options = ["--allow-host=videos.example.org", f"--max-upload={UPLOAD}", "--max-queue=50"]
     with base.serving(data, *options, token=TOKEN) as server:
         prepared = server.upload(base.clips)["id"]
         video = server.ended(server.video(control_reference=prepared, seed=1), PATIENCE * 10)

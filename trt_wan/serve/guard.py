@@ -111,8 +111,8 @@ class Guard:
         host = headers.get("host", "")
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
         hosts = self._settings.hosts
-        if not hosts and self._settings.token is None:
-            hosts = LOOPBACK
+        if hosts or self._settings.token is None:
+            hosts = (*hosts, *LOOPBACK)
         if hosts and name.strip("[]") not in hosts:
             raise Refused(
                 403,

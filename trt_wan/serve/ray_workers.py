@@ -6,6 +6,7 @@ that all nodes must see the server's data folder under the same path. An actor d
 """
 
 import logging
+import os
 import secrets
 import signal
 import threading
@@ -217,6 +218,7 @@ def _connect(address: str) -> None:
             f"{shown(address)} is an address of Ray Client, over which no actor can be followed.",
             "Start the server on a node of the cluster, with the head's address, such as 10.0.0.1:6379.",
         )
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that starts here
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(None if address == "auto" else address, logging_level="warning")
