@@ -1,77 +1,15 @@
 """Workers that come and go: those of a Ray cluster (trt_wan/serve/ray_workers.py)."""
 
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from serve_base import Base
 from serving import Server, ok
-
-from trt_wan.serve.dispatch import PAUSE, Dispatcher
-from trt_wan.serve.live import Live
-from trt_wan.serve.metrics import Metrics
-from trt_wan.serve.settings import Limits, ServeSettings
-from trt_wan.serve.store import Store
-from trt_wan.worker.worker import Line, WorkerDied
+from test_dispatch import wait_for
 
 KINDS = [(seed, steps) for steps in (1, 2) for seed in (0, 1)]
-
-
-REQUEST = {
-    **dict.fromkeys(("files", "redo", "loras"), []),
-    **dict.fromkeys(("options", "facts", "names"), {}),
-    **dict.fromkeys(("source", "preparation")),
-    "inputs": True,
-    "uploaded": True,
-}
-
-
-class Hand:
-    """A worker that takes a job and keeps it until it is told to end."""
-
-    def __init__(self) -> None:
-        self.starts, self.is_gone = 1, False
-        self.has_job, self.goes_on = threading.Event(), threading.Event()
-
-    def run(self, id: str, arguments: Sequence[str], on_event: Callable[[Line], None]) -> Line:
-        self.has_job.set()
-        assert self.goes_on.wait(10)
-        if self.is_gone:
-            raise WorkerDied(-9)
-        return {"ok": False, "error": {"code": "interrupted", "message": "", "hint": ""}}
-
-    def cancel(self, id: str) -> None:
-        self.goes_on.set()
-
-    def close(self) -> None:
-        self.goes_on.set()
-
-
-def test_a_job_of_a_lost_worker_goes_to_another_one(tmp_path: Path) -> None:
-    with Store(tmp_path, Limits()) as store:
-        (store.jobs / "video_1").mkdir()
-        store.database.add_job("video_1", "video", REQUEST, 9)
-        live, metrics = Live(), Metrics(lambda: 0, lambda: 0, lambda: 0)
-        lost, other = Hand(), Hand()
-        dispatcher = Dispatcher(store, live, metrics, ServeSettings(tmp_path, warm_up=False), [lost])
-        assert dispatcher.state == "starting"
-        dispatcher.start()
-        assert lost.has_job.wait(10)
-        dispatcher.add(other)
-        lost.is_gone = True
-        lost.goes_on.set()
-        assert other.has_job.wait(10)
-        time.sleep(1.5 * PAUSE)  # the thread of the lost worker ends
-        assert (dispatcher.starts, dispatcher.state) == (2, "busy")
-        job = store.database.job("video_1")
-        assert job is not None and (job.status, job.attempts) == ("in_progress", 1)
-        dispatcher.cancel(job)
-        wait_for(lambda: store.database.counts() == {("video", "cancelled"): 1}, 10)
-        dispatcher.close()
-        assert dispatcher._workers == [other]
 
 
 @pytest.fixture
@@ -109,13 +47,6 @@ def test_a_node_is_lost_and_another_one_joins(cluster: Any, tmp_path: Path, tiny
             assert video["status"] == "completed", video["error"]
             assert server.content(video) == base.single(*KINDS[count % len(KINDS)])
     assert lost == 1
-
-
-def wait_for(is_so: Callable[[], bool], seconds: float = 600) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def states(server: Server, status: str) -> list[str]:

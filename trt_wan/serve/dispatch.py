@@ -5,6 +5,7 @@ job in which workers die again and again without a new window fails.
 """
 
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -178,6 +179,7 @@ class Dispatcher:
     def _run(self, job: Job, worker: Runs) -> None:
         folder, database = self._store.folder(job), self._store.database
         result = folder / (OUTPUT if job.kind == "video" else PREPARED)
+        last = result if job.kind == "video" else result / "src_ref.png"  # what gets its name last
         progress = Progress(stage="starting")
         self._live.set(job.id, progress)
         self._tell_waiting()
@@ -200,9 +202,11 @@ class Dispatcher:
             self._live.set(job.id, progress)
 
         try:
-            if result.exists():  # finished, and the server died before it said so
+            if last.exists():  # finished, and the server died before it said so
                 line: Line = {"ok": True, "data": {}}
             else:
+                if job.kind == "preparation":
+                    shutil.rmtree(result, ignore_errors=True)  # a part of its clips
                 again = (
                     job.attempts > 0
                     or bool(list(folder.glob("out.partial*")))
@@ -219,7 +223,8 @@ class Dispatcher:
         except TrtWanError as error:
             self._end(job, "failed", error=told(error, folder, self._store.data), notes=notes)
             return
-        if line["ok"]:
+        # A worker that was thought lost may have finished the job meanwhile.
+        if line["ok"] or (line["error"]["code"] != "interrupted" and last.exists()):
             facts = facts_of(job, result) | {"windows": progress.windows}
             self._end(job, "completed", result=facts, notes=notes)
             return
