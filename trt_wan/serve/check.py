@@ -135,7 +135,7 @@ def _prepared(path: Path, out: Path, limits: dict[str, Any]) -> dict[str, Any]:
         raise InputError("The .zip cannot be read.", "Pack the prepared clips again.") from error
     files = sorted(file.name for file in out.iterdir())
     if "src_ref.png" not in files:
-        raise InputError("The .zip has no src_ref.png.", "Pack the files of `trt-wan preprocess`.")
+        raise InputError("The .zip has no src_ref.png.", "Pack all of the prepared files.")
     for name in files:
         _require_kind(out / name)
     modes = ["animate"]
