@@ -8,10 +8,10 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from trt_wan.errors import TrtWanError, WeightsError
 from trt_wan.serve.database import Job
@@ -20,30 +20,12 @@ from trt_wan.serve.metrics import Metrics
 from trt_wan.serve.orders import OUTPUT, PREPARED, command_of, told
 from trt_wan.serve.settings import ServeSettings
 from trt_wan.serve.store import Store
-from trt_wan.worker.worker import Line, WorkerDied
+from trt_wan.worker.worker import Line, Runs, WorkerDied
 
 MOST_DEATHS = 3  # of workers in one job, without a finished window in between
 MOST_NOTES = 50
 PAUSE = 1.0  # seconds before another worker is started in place of one that died
 log = logging.getLogger("trt_wan.serve")
-
-
-class Runs(Protocol):
-    """Worker (worker/worker.py), or an actor of Ray that has one."""
-
-    def run(self, id: str, arguments: Sequence[str], on_event: Callable[[Line], None]) -> Line: ...
-
-    def cancel(self, id: str) -> None: ...
-
-    def close(self) -> None: ...
-
-    @property
-    def starts(self) -> int: ...
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether it runs nothing more, as when its machine was lost."""
-        ...
 
 
 class Dispatcher:

@@ -22,9 +22,8 @@ import trt_wan
 from trt_wan.engines.store.home import home
 from trt_wan.errors import OutputError, TrtWanError, UsageError, shown, with_commands
 from trt_wan.runtime.closing import Closing
-from trt_wan.serve.dispatch import Runs
 from trt_wan.serve.settings import ServeSettings
-from trt_wan.worker.worker import Line, Worker, WorkerDied
+from trt_wan.worker.worker import Line, Runs, Worker, WorkerDied
 
 EVERY = 2.0  # seconds between two looks at the cluster
 PATIENCE = 60.0  # seconds for a node to look at the data folder
@@ -59,7 +58,7 @@ class Actor:
 
 
 class RayWorker:
-    """The server's side of an actor: `Runs` of dispatch.py."""
+    """The server's side of an actor: `Runs` of worker.py."""
 
     def __init__(self, actor: Any, address: str) -> None:
         self._actor, self._address = actor, address

@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from trt_wan.errors import UsageError, shown
 from trt_wan.serve.database import File, Job, Kind
-from trt_wan.serve.dispatch import Dispatcher, Runs, loras
+from trt_wan.serve.dispatch import Dispatcher, loras
 from trt_wan.serve.fields import FILE_OPTIONS, Fields, fields_from, parsed
 from trt_wan.serve.guard import Refused
 from trt_wan.serve.live import Live
@@ -34,6 +34,7 @@ from trt_wan.serve.settings import ServeSettings
 from trt_wan.serve.store import Full, Store
 from trt_wan.serve.uploads import Accepted, Uploads
 from trt_wan.serve.views import view
+from trt_wan.worker.worker import Runs
 
 if TYPE_CHECKING:
     from trt_wan.serve.ray_workers import Cluster
@@ -43,7 +44,7 @@ FILE_FIELDS = (CHARACTER, DRIVING, *FILE_OPTIONS)
 
 class Service:
     def __init__(
-        self, settings: ServeSettings, workers: "list[Runs]", cluster: "Cluster | None" = None
+        self, settings: ServeSettings, workers: list[Runs], cluster: "Cluster | None" = None
     ) -> None:
         self.settings, self.cluster = settings, cluster
         self.store = Store(settings.data, settings.limits)

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, Protocol
 
 from trt_wan.errors import TrtWanError
 from trt_wan.runtime.closing import Closing
@@ -31,6 +31,24 @@ class WorkerDied(TrtWanError):
         super().__init__(
             f"The process that computes the video ended ({why}).", "The server's log may say more."
         )
+
+
+class Runs(Protocol):
+    """A Worker, or an actor of Ray that has one."""
+
+    def run(self, id: str, arguments: Sequence[str], on_event: Callable[[Line], None]) -> Line: ...
+
+    def cancel(self, id: str) -> None: ...
+
+    def close(self) -> None: ...
+
+    @property
+    def starts(self) -> int: ...
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it runs nothing more, as when its machine was lost."""
+        ...
 
 
 class Worker(Closing):
