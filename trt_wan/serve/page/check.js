@@ -121,7 +121,7 @@ export class Check {
     const [bar, text] = byId("look-progress").children;
     bar.value = progress ?? 0;
     bar.setAttribute("aria-label", "Preparation");
-    text.textContent = position ? `Waiting; ${position} before it` : stage || "Starting";
+    text.textContent = position > 1 ? `Waiting; ${position - 1} before it` : stage || "Starting";
   }
 
   #showFailure() {

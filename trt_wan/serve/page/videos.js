@@ -11,7 +11,7 @@ const ENDED = ["completed", "failed", "cancelled"];
 export class Videos {
   #cards = new Map(); #change; #last = null;
 
-  // `change` is called with the settings of a video that is to be made again with other ones.
+  // `change` is called with the request of a video that is to be made again with other settings.
   constructor(change) {
     this.#change = change;
     byId("older").addEventListener("click", (event) =>
@@ -52,9 +52,17 @@ export class Videos {
     setShown(byId("none"), this.#cards.size === 0);
   }
 
-  change(video) {
-    const { settings, preparation } = video;
-    this.#change({ ...settings, preparation: preparation ?? settings.preparation });
+  change({ settings, uploads = {}, preparation }) {
+    const { mode, loras, ...options } = settings;
+    const { input_reference, control_reference, ...files } = uploads;
+    this.#change({
+      control_type: mode ?? "animate",
+      input_reference,
+      control_reference,
+      preparation,
+      lora: loras.map(({ name, strength }) => ({ name, scale: strength })),
+      extra_params: { ...options, ...files },
+    });
   }
 
   async #read(after) {
@@ -197,23 +205,24 @@ class Card {
 const anySeed = () => Math.floor(Math.random() * 2 ** 31);
 
 function titleOf({ prompt, settings, size, seed }) {
-  const mode = settings?.control_type === "replace" ? "Replace" : "Animate";
+  const mode = settings.mode === "replace" ? "Replace" : "Animate";
   return prompt || `${mode} ${size ?? ""}${seed == null ? "" : `, seed ${seed}`}`;
 }
 
 function shortly({ status, progress, eta, queue_position: position, seconds }) {
-  if (status === "queued") return position ? `${position} before it` : "next";
+  if (status === "queued") return position > 1 ? `${position - 1} before it` : "next";
   if (status === "in_progress") return eta == null ? `${progress} %` : `${clock(eta)} left`;
   return status === "completed" && seconds ? `${seconds} s` : "";
 }
 
 function atLength(video) {
-  if (video.status === "queued") return "It starts when the videos before it are done.";
+  if (video.cancelling) return "It is being cancelled.";
+  if (video.status === "queued") return "It starts when the jobs before it are done.";
   const { stage, window, windows, step, steps, seconds_per_step: pace, eta } = video;
   const parts = [
     stage,
-    windows && `window ${window ?? 1} of ${windows}`,
-    steps && `step ${step ?? 0} of ${steps}`,
+    windows > 0 && `window ${window} of ${windows}`,
+    steps > 0 && `step ${step} of ${steps}`,
     pace && `${pace.toPrecision(2)} s a step`,
     eta != null && `${clock(eta)} left`,
   ];
@@ -221,13 +230,19 @@ function atLength(video) {
 }
 
 function about(video) {
-  const { settings = {}, notes = [] } = video;
-  const { extra_params: extra = {}, ...plain } = settings;
-  const facts = { ...plain, seed: video.seed, size: video.size, ...extra };
+  const { loras, ...settings } = video.settings;
+  const { notes, names, seed, size, frames, fps, redo } = video;
+  const facts = {
+    character: names.input_reference,
+    "driving clip": names.control_reference,
+    size, frames, "frames per second": fps, seed,
+    ...settings,
+    LoRAs: loras.map(({ name, strength }) => `${name} ${strength}`).join(", "),
+    "windows rendered again": redo.join(", "),
+  };
   const rows = Object.entries(facts).filter(([, value]) => value != null && value !== "");
   const list = make("dl", {}, ...rows.flatMap(([name, value]) => [
-    make("dt", {}, name.replaceAll("_", " ")),
-    make("dd", {}, typeof value === "object" ? JSON.stringify(value) : String(value)),
+    make("dt", {}, name.replaceAll("_", " ")), make("dd", {}, String(value)),
   ]));
   const told = notes.length ? make("ul", { className: "notes" }, ...notes.map((note) => make("li", {}, note))) : null;
   return [make("details", {}, make("summary", {}, "Settings"), list, told)];
