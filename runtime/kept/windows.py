@@ -102,6 +102,16 @@ def kept_of(output: Path) -> list[Path]:
     return [path for path in beside(output, STATE) if (path / INDEX).is_file()]
 
 
+def finished_part(output: Path) -> tuple[Path, int] | None:
+    """The partial file of `output` and its bytes up to the last finished window, which play. None: no window
+    is finished.
+    """
+    for folder in kept_of(output):
+        with suppress(OutputError, InputError):
+            return _partial_of(folder), _read_index(folder).settled.size
+    return None
+
+
 def forget_finished(output: Path) -> None:
     """Removes the remains of a process that was killed after it gave the video `output` its name: the lock,
     and the state after its last window. Where another process has the lock, nothing is touched.

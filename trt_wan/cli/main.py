@@ -16,6 +16,7 @@ from trt_wan.cli.join import join
 from trt_wan.cli.preprocess import preprocess
 from trt_wan.cli.pull import pull
 from trt_wan.cli.run import run
+from trt_wan.cli.serve import serve
 from trt_wan.cli.version import show_version
 from trt_wan.cli.weights import weights
 
@@ -35,6 +36,7 @@ def cli() -> None:
 
 SUBCOMMANDS = (
     run,
+    serve,
     doctor,
     pull,
     build,

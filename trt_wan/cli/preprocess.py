@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -235,6 +235,17 @@ def prepare(
         folder = make(job, stages, report.progress)
     made = [str(folder / name) for name in ALL if (folder / name).exists()]
     return folder, {"files": made, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def refuse_impossible(params: Mapping[str, Any]) -> None:
+    """Raises UsageError for options of `preprocess` that are wrong for every clip. Call in its context."""
+    options = {name: params[name] for name in (*PREPARING_NAMES, "mode", "reference_background", "overwrite")}
+    networks = {name: options.pop(name) for name in NETWORKS}
+    options["cut"] = cut_of(params["start"], params["end"])
+    job = _job(params["reference"], params["clip"], params["output"], **options)
+    from trt_wan.preprocess.stages import Networks
+
+    Networks(**networks).require_used(job.mode, job.needs_people)
 
 
 def planned_video(reference: Path, clip: Path, output: Path, **options: Any) -> Size:

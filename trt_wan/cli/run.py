@@ -35,10 +35,11 @@ from trt_wan.cli.preprocess import (
     preparing_options,
     reference_background,
 )
+from trt_wan.cli.preprocess import refuse_impossible as refuse_impossible_clips
 from trt_wan.cli.preset import with_preset
 from trt_wan.cli.redo_options import Redo, redo_of, redo_option
 from trt_wan.cli.repeating import Lasting, RepeatableCommand, given_options, lasting, repeat, this_command
-from trt_wan.cli.report import Report
+from trt_wan.cli.report import Report, TextReport
 from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
 from trt_wan.cli.session import current_models
 from trt_wan.cli.stopping import stop_at_a_safe_point
@@ -455,30 +456,9 @@ def run(
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
     long = {name: given.pop(name) for name in ("resume", "sidecar", "repeated")}
     redo = redo_of(given.pop("redo"), long["repeated"], given)
-    given["colour"] = colour_of(given.pop("colour_match"), given.pop("colour_anchor"))
-    given["cut"] = cut_of(given.pop("start"), given.pop("end"))
-    refuse_unused_sampling()
-    context = take_context(given)
-    compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
-    made = with_guidance(with_preset(report, given.pop("preset"), given))
-    options = RunOptions(**made, context=context, compat=compat)
-    if paste_back and options.mode == "animate":
-        raise UsageError(
-            "In the mode animate there is nothing to paste back.",
-            "Leave out --paste-back, or use --mode replace.",
-        )
-    if options.seed is not None and options.seed < 0:  # -1 is a random seed in other programs
-        raise UsageError(
-            f"The seed {shown(options.seed)} is not a number from 0 to {2**64 - 1}, and none is random.",
-            "For another video each time use --seed $RANDOM. PyTorch's negative seeds are large ones: here "
-            f"--seed {options.seed % 2**64}.",
-        )
+    made, options = _chosen(report, given, preparing, paste_back)
     if redo is not None:
         options = replace(options, seed=redo.record.job.get("seed"))  # that of the other windows
-    if is_typed("negative_prompt") and not guided(options.guidance):
-        raise UsageError(
-            "Without guidance --negative-prompt would do nothing.", "Add --guidance 5, or leave it out."
-        )
     files = [reference, clip, audio, *options.files(), *(preparing[name] for name in PREPARING_FILES)]
     refuse_inputs(output, [*files, *(inputs.glob("src_*") if inputs else ())])
     written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
@@ -528,6 +508,54 @@ def run(
     except TrtWanError as error:
         error.add_hint(f"The prepared clips can be used again: --inputs {shlex.quote(str(inputs))}")
         raise
+
+
+def _chosen(
+    report: Report, given: dict[str, Any], preparing: Mapping[str, Any], paste_back: bool
+) -> tuple[dict[str, Any], RunOptions]:
+    """The values of all options about the model and the job, with those of a preset. Raises TrtWanError."""
+    given["colour"] = colour_of(given.pop("colour_match"), given.pop("colour_anchor"))
+    given["cut"] = cut_of(given.pop("start"), given.pop("end"))
+    refuse_unused_sampling()
+    context = take_context(given)
+    compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
+    made = with_guidance(with_preset(report, given.pop("preset"), given))
+    options = RunOptions(**made, context=context, compat=compat)
+    if paste_back and options.mode == "animate":
+        raise UsageError(
+            "In the mode animate there is nothing to paste back.",
+            "Leave out --paste-back, or use --mode replace.",
+        )
+    if options.seed is not None and options.seed < 0:  # -1 is a random seed in other programs
+        raise UsageError(
+            f"The seed {shown(options.seed)} is not a number from 0 to {2**64 - 1}, and none is random.",
+            "For another video each time use --seed $RANDOM. PyTorch's negative seeds are large ones: here "
+            f"--seed {options.seed % 2**64}.",
+        )
+    if is_typed("negative_prompt") and not guided(options.guidance):
+        raise UsageError(
+            "Without guidance --negative-prompt would do nothing.", "Add --guidance 5, or leave it out."
+        )
+    return made, options
+
+
+def refuse_impossible(params: Mapping[str, Any]) -> None:
+    """Raises TrtWanError for options of `run` that are wrong for every clip. Call in its context."""
+    given = dict(params)
+    reference, _ = given.pop("reference"), given.pop("clip")
+    if given.pop("inputs") is not None:
+        _refuse_preparing(reference)
+    for name in ("as_json", "quiet", "repeated", "resume", "sidecar", "redo", "audio"):
+        given.pop(name)
+    for name in ("overwrite", "dry_run", "frames"):
+        given.pop(name)
+    output, codec, crf, paste_back = (given.pop(name) for name in ("output", "codec", "crf", "paste_back"))
+    preparing = {name: given.pop(name) for name in PREPARING_NAMES}
+    _, options = _chosen(TextReport(quiet=True), given, preparing, paste_back)
+    quality_of(output, codec, crf)
+    _job_to_prepare(output, preparing, options)
+    if reference is not None:
+        refuse_impossible_clips(params)
 
 
 def render_prepared(

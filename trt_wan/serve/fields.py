@@ -1,0 +1,280 @@
+"""The fields of a request, and the command line that they stand for.
+
+Every option of `trt-wan run` and `trt-wan preprocess` that concerns one video is a field of `extra_params`,
+with the option's own name and its checks. Options about the machine, the model and places on the disk belong
+to the server's operator.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from pydantic import BaseModel, ConfigDict, Field
+
+from trt_wan.cli.preprocess import preprocess
+from trt_wan.cli.run import run
+from trt_wan.errors import UsageError, shown
+from trt_wan.serve.database import Kind
+
+COMMANDS: Mapping[Kind, click.Command] = {"video": run, "preparation": preprocess}
+# Options that name files: a request gives the id of an upload.
+FILE_OPTIONS = (
+    *("clip_image_2", "init", "start_frame", "extend", "audio"),
+    *("keypoints", "edited_reference", "edited_driving", "mask_paint"),
+)
+# Options of the server's operator, and those that the server sets itself.
+MODEL_OPTIONS = (
+    *("weights", "transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "random_weights"),
+    *("executor", "precision", "tier", "flavour", "vram", "segments", "text_cache", "build"),
+)
+NETWORK_OPTIONS = ("detector", "pose", "sam2")
+OWN = (
+    *(
+        "reference",
+        "clip",
+        "inputs",
+        "output",
+        "overwrite",
+        "resume",
+        "dry_run",
+        "repeated",
+        "redo",
+        "sidecar",
+    ),
+    *("frames", "codec", "loras", "as_json", "quiet", "mode"),
+)
+Name = str  # of an option, with underscores
+Value = str | int | float | bool | list[str | int | float]
+
+
+class Fields(BaseModel):
+    """What vLLM-Omni's and SGLang's clients call these fields (POST /v1/videos)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    control_type: Literal["animate", "replace"] | None = Field(
+        None, description="The mode. Default: animate."
+    )
+    input_reference: str | None = Field(
+        None, description="The character: an upload, the id of a file, or a data: URL."
+    )
+    control_reference: str | None = Field(
+        None, description="The driving video, or a .zip of prepared clips: an upload, an id, or a data: URL."
+    )
+    size: str | None = Field(None, description="Width and height of the video, such as 832x480.")
+    extra_params: dict[str, Any] | None = Field(
+        None, description='Options of the command line by their names, such as {"grow": 20}.'
+    )
+    source: str | None = Field(
+        None, description="A job of the same kind: its files and settings, changed by this one."
+    )
+    model: str | None = Field(None, description="The name in /v1/models.")
+    user: str | None = Field(None, description="Not used.")
+
+
+class VideoFields(Fields):
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    preparation: str | None = Field(None, description="Prepared clips: the id of a finished preparation.")
+    preset: str | None = None
+    seed: int | None = Field(None, ge=0)
+    num_inference_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = None
+    flow_shift: float | None = None
+    fps: float | None = Field(None, gt=0, description="Frames per second, for clips that are prepared.")
+    num_frames: int | None = Field(None, ge=1, description="Frames of the driving clip that are used.")
+    seconds: str | None = Field(None, description="Seconds of the driving clip that are used at most.")
+    lora: str | dict[str, Any] | list[Any] | None = Field(
+        None, description='LoRAs that the server has: "name", {"name", "scale"}, or a list of them.'
+    )
+    redo: list[int] | None = Field(None, description="With source: render only these windows again, from 1.")
+
+
+OPTION_OF = {
+    "control_type": "mode",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "flow_shift": "shift",
+    "fps": "rate",
+    **{name: name for name in ("prompt", "negative_prompt", "preset", "seed", "size")},
+}
+
+
+def options_of(kind: Kind) -> dict[Name, click.Option]:
+    """The options that a request may give."""
+    closed = {*OWN, *MODEL_OPTIONS, *NETWORK_OPTIONS}
+    return {
+        str(option.name): option
+        for option in COMMANDS[kind].params
+        if isinstance(option, click.Option) and option.name not in closed
+    }
+
+
+def options_given(kind: Kind, fields: Fields) -> dict[Name, Value]:
+    """The options in a request's fields and in its extra_params. Raises UsageError."""
+    known = options_of(kind)
+    given: dict[Name, Value] = {}
+    for field, option in OPTION_OF.items():
+        if (value := getattr(fields, field, None)) is not None:
+            given[option] = value
+    for name, value in (fields.extra_params or {}).items():
+        option = name.replace("-", "_").lstrip("_")
+        if option not in known:
+            near = get_close_matches(option, known, 3)
+            hint = f"Nearest: {', '.join(near)}." if near else "GET /v1/options lists them."
+            raise UsageError(f"There is no option {shown(name)!r} for a {kind}.", hint)
+        if option in given:
+            raise UsageError(f"{shown(name)} is given twice.", "Give it in one place.")
+        given[option] = _checked(name, value)
+    return given
+
+
+def _checked(name: str, value: Any) -> Value:
+    values = value if isinstance(value, list) else [value]
+    if len(values) <= 1000 and all(isinstance(one, str | int | float) for one in values):
+        return value  # type: ignore[no-any-return]
+    raise UsageError(f"{shown(name)} is no text, number, true or false, or list of these.", "Correct it.")
+
+
+def require_text(texts: Mapping[str, Any], most: int) -> None:
+    """Raises UsageError for texts that are too long, or that no file or process can have."""
+    for name, value in texts.items():
+        if isinstance(value, Mapping):
+            require_text(
+                {str(key): text for key, text in value.items()} | {"a name": "".join(map(str, value))}, most
+            )
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                if len(text) > most:
+                    raise UsageError(
+                        f"{shown(name)} has {len(text)} characters, and the server takes {most}.",
+                        "Shorten it.",
+                    )
+                if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+                    raise UsageError(f"{shown(name)} has characters that are no text.", "Correct it.")
+
+
+def typed(option: click.Option, value: Value) -> Iterator[str]:
+    """The arguments that give `option` this value. `--name=value`: a value may begin with a dash."""
+    long = max(option.opts, key=len)
+    if option.is_flag:
+        if not isinstance(value, bool):
+            raise UsageError(f"{long} is true or false, not {shown(value)}.", "Correct it.")
+        if value != option.default:
+            # A flag with one name is off unless it is given, as --no-text-cache turns something off.
+            yield long if value or not option.secondary_opts else option.secondary_opts[0]
+        return
+    if isinstance(value, bool):
+        raise UsageError(f"{long} needs a value, not {str(value).lower()}.", "Correct it.")
+    values = value if isinstance(value, list) else [value]
+    for text in values if option.multiple else [",".join(map(_text, values))]:
+        yield f"{long}={_text(text)}"
+
+
+def _text(value: str | int | float) -> str:
+    return value if isinstance(value, str) else f"{value:.17g}" if isinstance(value, float) else str(value)
+
+
+def arguments(kind: Kind, options: Mapping[Name, Value]) -> list[str]:
+    known = options_of(kind) | {
+        str(option.name): option
+        for option in COMMANDS[kind].params
+        if isinstance(option, click.Option) and option.name in ("mode", "redo")
+    }
+    return [text for name, value in options.items() for text in typed(known[name], value)]
+
+
+def loras_given(value: Any) -> list[dict[str, Any]]:
+    """`{"name", "strength"}` each. Raises UsageError."""
+    if isinstance(value, str):
+        text = value.strip()
+        value = parsed(text, "lora") if text[:1] in ("{", "[") else text
+    made = []
+    for one in value if isinstance(value, list) else [value]:
+        entry = {"name": one} if isinstance(one, str) else one
+        if not isinstance(entry, Mapping):
+            raise UsageError(
+                "lora is no name, and no list of names.", 'Such as {"name": "distill", "scale": 1}.'
+            )
+        name = next((entry[key] for key in ("name", "lora_name", "path", "lora_path") if key in entry), None)
+        strength = next((entry[key] for key in ("strength", "scale", "weight") if key in entry), 1.0)
+        if not isinstance(name, str) or isinstance(strength, bool) or not isinstance(strength, int | float):
+            raise UsageError("A LoRA has a name and a scale.", 'Such as {"name": "distill", "scale": 1}.')
+        made.append({"name": name, "strength": float(strength)})
+    return made
+
+
+def lora_argument(lora: Mapping[str, Any], files: Mapping[str, Path]) -> str:
+    """Raises UsageError for a LoRA that the server does not have."""
+    name = lora["name"]
+    found = files.get(name) or next((file for key, file in files.items() if Path(key).stem == name), None)
+    if found is None:
+        near = get_close_matches(name, files, 3) or list(files)[:3]
+        hint = f"It has: {', '.join(near)}." if near else "It has none: they lie in the folders of --weights."
+        raise UsageError(f"The server has no LoRA {shown(name)!r}.", hint)
+    return f"--lora={found}:{lora['strength']!r}"
+
+
+def parsed(text: str, name: str) -> Any:
+    """A value of JSON. Raises UsageError."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name} is not JSON.", "Correct it.") from error
+
+
+def fields_from(kind: Kind, values: Mapping[str, Any]) -> Fields:
+    """From a form or JSON. A form has texts alone. Raises UsageError."""
+    model: type[Fields] = VideoFields if kind == "video" else Fields
+    made = {}
+    for name, value in values.items():
+        if name not in model.model_fields:
+            near = get_close_matches(name, model.model_fields, 3)
+            raise UsageError(
+                f"There is no field {shown(name)!r}.",
+                f"Nearest: {', '.join(near)}."
+                if near
+                else "Options of the command line go into extra_params.",
+            )
+        made[name] = _from_text(name, value) if isinstance(value, str) else value
+    try:
+        return model.model_validate(made)
+    except ValueError as error:
+        raise UsageError(*_told(error)) from error
+
+
+def _from_text(name: str, text: str) -> Any:
+    if name in ("extra_params", "redo"):
+        return parsed(text, name) if text.strip() else None
+    if name in ("seed", "num_inference_steps", "num_frames", "guidance_scale", "flow_shift", "fps"):
+        number: type[int] | type[float] = float if name in ("guidance_scale", "flow_shift", "fps") else int
+        try:
+            return number(text)
+        except ValueError as error:
+            raise UsageError(f"{name} is no number: {shown(text)!r}.", "Correct it.") from error
+    return text
+
+
+def _told(error: ValueError) -> tuple[str, str]:
+    """The first fault that pydantic found."""
+    from pydantic import ValidationError
+
+    assert isinstance(error, ValidationError)
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{shown(place)}: {first['msg']}.", "Correct it."
+
+
+def require_possible(kind: Kind, argv: Sequence[str]) -> None:
+    """Raises UsageError as the command would for its options alone. Reads headers of LoRAs, nothing else."""
+    from trt_wan.cli.preprocess import refuse_impossible as refuse_preparing
+    from trt_wan.cli.run import refuse_impossible
+
+    try:
+        with COMMANDS[kind].make_context(f"trt-wan {COMMANDS[kind].name}", list(argv)) as context:
+            (refuse_impossible if kind == "video" else refuse_preparing)(context.params)
+    except click.UsageError as error:
+        raise UsageError(error.format_message()) from error

@@ -1,0 +1,353 @@
+"""From a request to a job in the queue: its folder, its options, its command line.
+
+    jobs/ID/reference.png clip.mp4    the uploads, under names of ours; files of options too
+    jobs/ID/inputs/                   prepared clips, of a .zip, a preparation or an earlier video
+    jobs/ID/source.mp4                the video whose windows are rendered again
+    jobs/ID/out.mp4, out.inputs/      the result
+    jobs/ID/prepared/                 the result of a preparation
+
+Files are hard links: a job needs no other one's folder.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trt_wan.errors import TrtWanError, UsageError, shown
+from trt_wan.serve.database import Job, Kind
+from trt_wan.serve.fields import (
+    FILE_OPTIONS,
+    Fields,
+    VideoFields,
+    arguments,
+    lora_argument,
+    loras_given,
+    options_given,
+    require_possible,
+    require_text,
+)
+from trt_wan.serve.settings import Limits, ServeSettings
+
+OUTPUT, PREPARED, INPUTS, SOURCE = "out.mp4", "prepared", "inputs", "source.mp4"
+PREFIX: Mapping[Kind, str] = {"video": "video_", "preparation": "prep_"}
+CHARACTER, DRIVING = "input_reference", "control_reference"
+KIND_OF = {
+    CHARACTER: ("picture",),
+    DRIVING: ("clip", "prepared"),
+    "keypoints": ("keypoints",),
+    "audio": ("sound", "clip"),
+    **dict.fromkeys(
+        ("clip_image_2", "start_frame", "mask_paint", "edited_reference", "edited_driving"), ("picture",)
+    ),
+    **dict.fromkeys(("init", "extend"), ("clip",)),
+}
+NOUNS = {
+    "picture": "a picture",
+    "clip": "a video",
+    "prepared": "a .zip of prepared clips",
+    "sound": "a sound",
+}
+NAME_OF = {CHARACTER: "reference", DRIVING: "clip"}
+# Options of the preprocessing: with one of them, an earlier job's prepared clips cannot be used again.
+SHAPES_CLIPS = ("mode", "size", "fit", "rate", "start", "end", "reference_background", "compat")
+
+
+@dataclass(frozen=True)
+class Given:
+    """An upload, or a file that was uploaded before."""
+
+    facts: dict[str, Any]
+    content: Path
+    clips: Path
+    filename: str = ""
+
+
+@dataclass
+class Order:
+    """What is known of a job before it exists."""
+
+    kind: Kind
+    options: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)  # by the name in the job's folder
+    inputs: Path | None = None  # a folder of prepared clips
+    uploaded: bool = False  # whether these came as a .zip
+    facts: dict[str, Any] = field(default_factory=dict)  # width, height, frames, fps of the clip
+    names: dict[str, str] = field(default_factory=dict)  # of the uploads, as the client calls them
+    loras: list[dict[str, Any]] = field(default_factory=list)
+    redo: list[int] = field(default_factory=list)
+    source: str | None = None
+    preparation: str | None = None
+
+
+def new_id(kind: Kind) -> str:
+    return PREFIX[kind] + secrets.token_hex(12)
+
+
+def order_of(
+    kind: Kind,
+    fields: Fields,
+    given: Mapping[str, Given],
+    settings: ServeSettings,
+    source: tuple[Job, Path] | None,
+    preparation: tuple[Job, Path] | None,
+) -> Order:
+    """`given` are uploads by field. `source` and `preparation` come with folders. Raises TrtWanError."""
+    require_text(fields.model_dump(), settings.limits.text)
+    _require_kinds(given)
+    order = Order(kind)
+    options = options_given(kind, fields)
+    if source is not None:
+        _take_over(order, *source)
+    order.options |= options
+    for name in given:
+        if name in FILE_OPTIONS:
+            order.options.pop(name, None)
+    if isinstance(fields, VideoFields):
+        _of_a_video(order, fields, source)
+    if preparation is not None:
+        _from_preparation(order, *preparation, options)
+    _with_uploads(order, given, changed=[name for name in options if _shapes_clips(name)])
+    if order.inputs is not None and not order.uploaded:  # made by an earlier job, with these options
+        order.options = {
+            name: value
+            for name, value in order.options.items()
+            if name in ("mode", "compat") or name in options or not _shapes_clips(name)
+        }
+    if source is None and preparation is None:
+        for name, value in settings.defaults.items():
+            if name in _known(kind, order) and name not in order.options:
+                order.options[name] = value
+    _require_clips(order)
+    _require_limits(order, settings.limits)
+    return order
+
+
+def _shapes_clips(name: str) -> bool:
+    from trt_wan.cli.preprocess import PREPARING_NAMES
+
+    return name in SHAPES_CLIPS or name in PREPARING_NAMES
+
+
+def _known(kind: Kind, order: Order) -> set[str]:
+    """The defaults that a job of that kind can take."""
+    from trt_wan.serve.fields import options_of
+
+    known = set(options_of(kind))
+    return {name for name in known if not _shapes_clips(name)} if order.inputs is not None else known
+
+
+def _require_kinds(given: Mapping[str, Given]) -> None:
+    for name, upload in given.items():
+        kinds = KIND_OF[name]
+        if upload.facts["kind"] not in kinds:
+            wanted = " or ".join(NOUNS.get(kind, kind) for kind in kinds)
+            raise UsageError(
+                f"{name} is {NOUNS.get(upload.facts['kind'], 'a file of keypoints')}.", f"Give {wanted}."
+            )
+
+
+def _take_over(order: Order, source: Job, folder: Path) -> None:
+    request = source.request
+    order.options |= request["options"]
+    order.loras, order.names = request["loras"], dict(request["names"])
+    order.facts, order.source = request["facts"], source.id
+    order.preparation, order.uploaded = request["preparation"], request["uploaded"]
+    order.files |= {name: folder / name for name in request["files"] if name != SOURCE}
+    if request["inputs"]:
+        order.inputs = folder / INPUTS
+    elif order.kind == "video" and (folder / "out.inputs").is_dir():
+        order.inputs = folder / "out.inputs"
+
+
+def _of_a_video(order: Order, fields: VideoFields, source: tuple[Job, Path] | None) -> None:
+    if fields.lora is not None:
+        order.loras = loras_given(fields.lora)
+    ends = [name for name in ("num_frames", "seconds") if getattr(fields, name) is not None]
+    if ends and ("end" in (fields.extra_params or {}) or len(ends) > 1):
+        raise UsageError("num_frames, seconds and end all say where the clip ends.", "Give one of them.")
+    if fields.num_frames is not None:
+        order.options["end"] = str(fields.num_frames)
+    if fields.seconds is not None:
+        try:
+            seconds = float(fields.seconds)
+        except ValueError as error:
+            raise UsageError(f"seconds is no number: {shown(fields.seconds)}.", "Such as 4.") from error
+        if not 0 < seconds < 1e6:
+            raise UsageError(f"{seconds:g} seconds are not possible.", "Such as 4.")
+        order.options["end"] = f"{seconds:g}s"
+    if not fields.redo:
+        return
+    if source is None or source[0].status != "completed":
+        raise UsageError("redo renders windows of a finished video again.", "Give source, the id of one.")
+    if other := sorted(fields.model_fields_set - {"redo", "source", "seed", "model", "user"}):
+        raise UsageError(
+            f"redo changes the seed of windows and nothing else: {', '.join(other)}.", "Leave it out."
+        )
+    order.redo = fields.redo
+    if "seed" not in fields.model_fields_set:
+        order.options.pop("seed", None)
+    order.files[SOURCE] = source[1] / OUTPUT
+
+
+def _from_preparation(order: Order, job: Job, folder: Path, options: Mapping[str, Any]) -> None:
+    if job.status != "completed":
+        raise UsageError(f"{job.id} is {job.status.replace('_', ' ')}.", "Wait until it is completed.")
+    mode = job.request["options"].get("mode", "animate")
+    if options.get("mode", mode) != mode:
+        raise UsageError(f"The clips were prepared for the mode {mode}.", "Prepare them for the other one.")
+    if doubled := [name for name in options if _shapes_clips(name) and name != "mode"]:
+        raise UsageError(f"The clips are prepared, so {doubled[0]} would do nothing.", "Leave it out.")
+    order.preparation, order.inputs, order.uploaded = job.id, folder / PREPARED, False
+    order.options["mode"] = mode
+    order.facts = {name: job.result[name] for name in ("width", "height", "frames", "fps")}
+    order.names = dict(job.request["names"])
+    order.files = {}
+
+
+def _with_uploads(order: Order, given: Mapping[str, Given], changed: list[str]) -> None:
+    driving = given.get(DRIVING)
+    if order.inputs is not None and order.source is not None and not order.redo:
+        if (CHARACTER in given or driving is not None or changed) and order.files:
+            order.inputs = None  # made from these files anew
+    for name, upload in given.items():
+        order.names[name] = upload.filename
+        if upload.facts["kind"] == "prepared":
+            order.inputs, order.facts, order.uploaded = upload.clips, upload.facts, True
+            order.files = {}
+            continue
+        file = f"{NAME_OF.get(name, name)}{upload.facts['suffix']}"
+        order.files = {key: path for key, path in order.files.items() if Path(key).stem != Path(file).stem}
+        order.files[file] = upload.content
+        if name == DRIVING:
+            order.facts = upload.facts
+    if driving is not None and driving.facts["kind"] == "clip" and order.source is None:
+        order.inputs = None
+
+
+def _require_clips(order: Order) -> None:
+    stems = {Path(name).stem for name in order.files}
+    if order.inputs is not None:
+        if order.kind == "preparation":
+            raise UsageError("These clips are prepared already.", "Give them to /v1/videos.")
+        if "reference" in stems and not order.source:
+            raise UsageError("The prepared clips come with their picture.", "Leave out input_reference.")
+        return
+    for stem, name, noun in (("reference", CHARACTER, "a picture"), ("clip", DRIVING, "a driving video")):
+        if stem not in stems:
+            raise UsageError(
+                f"There is no {name}.", f"Give {noun}: an upload, the id of a file, or a data: URL."
+            )
+
+
+def _require_limits(order: Order, limits: Limits) -> None:
+    """Raises UsageError, in the words of the options."""
+    from trt_wan.cli.sizes import size_of
+
+    options = order.options
+    for name, most in (
+        ("steps", limits.steps),
+        ("window", limits.window),
+        ("context_frames", limits.window),
+        ("clip_tiles", 2),
+    ):
+        value = options.get(name)
+        if isinstance(value, int | float) and value > most:
+            raise UsageError(f"{name} {shown(value)} is more than this server's {most}.", "Use less.")
+    if len(str(options.get("sigmas", ""))) > 2000:
+        raise UsageError("The list of sigmas is too long.", "Use fewer.")
+    if "size" in options:
+        width, height = size_of(str(options["size"]))
+        if width * height > limits.pixels:
+            raise UsageError(
+                f"{width}x{height} is more than this server's {limits.pixels} pixels.", "Use a smaller size."
+            )
+    if rate := options.get("rate"):
+        from fractions import Fraction
+
+        try:
+            frames = order.facts.get("frames", 0) / order.facts.get("fps", 30) * float(Fraction(str(rate)))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            return  # the option itself refuses it
+        if frames > limits.frames:
+            raise UsageError(
+                f"At {shown(rate)} frames per second the clip has {frames:.0f} frames, and the server takes "
+                f"{limits.frames}.",
+                "Use a lower rate.",
+            )
+
+
+def place(order: Order, folder: Path) -> dict[str, Any]:
+    """Links the order's files into `folder` and returns the request for the database. Raises OSError."""
+    folder.mkdir(parents=True)
+    for name, path in order.files.items():
+        os.link(path, folder / name)
+    if order.inputs is not None:
+        shutil.copytree(order.inputs, folder / INPUTS, copy_function=os.link)
+    return {
+        "options": order.options,
+        "files": sorted(order.files),
+        "inputs": order.inputs is not None,
+        "uploaded": order.uploaded,
+        "facts": order.facts,
+        "names": order.names,
+        "loras": order.loras,
+        "redo": order.redo,
+        "source": order.source,
+        "preparation": order.preparation,
+    }
+
+
+def command_of(
+    kind: Kind,
+    request: Mapping[str, Any],
+    folder: Path,
+    settings: ServeSettings,
+    loras: Mapping[str, Path],
+    again: bool,
+) -> list[str]:
+    """The arguments of trt-wan that do the job. Raises UsageError."""
+    files = {Path(name).stem: folder / name for name in request["files"]}
+    options = dict(request["options"])
+    made: list[str] = []
+    if kind == "preparation":
+        made += ["preprocess", str(files["reference"]), str(files["clip"]), "-o", str(folder / PREPARED)]
+        made += [*settings.preparing]
+        return made + arguments(kind, options) + _file_arguments(files)
+    made += ["run"]
+    if request["redo"]:
+        made += ["--from", str(files["source"]), f"--redo={','.join(map(str, request['redo']))}"]
+        made += [f"--inputs={folder / INPUTS}", "-o", str(folder / OUTPUT), *settings.model]
+        seed = options.get("seed")
+        return made + ([] if seed is None else [f"--seed={seed}"]) + ["--no-sidecar"]
+    if request["inputs"]:
+        made += [f"--inputs={folder / INPUTS}"]
+    else:
+        made += [str(files["reference"]), str(files["clip"]), *settings.preparing]
+    made += ["-o", str(folder / OUTPUT), *settings.model, "--no-sidecar"]
+    made += arguments(kind, options) + _file_arguments(files)
+    made += [lora_argument(lora, loras) for lora in request["loras"]]
+    return made + (["--resume"] if again else [])
+
+
+def _file_arguments(files: Mapping[str, Path]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={path}" for name, path in files.items() if name in FILE_OPTIONS]
+
+
+def require_possible_order(kind: Kind, command: list[str], redo: bool) -> None:
+    """Raises TrtWanError for options that are wrong for every clip."""
+    if not redo:  # its options are in the video
+        require_possible(kind, command[1:])
+
+
+def told(error: TrtWanError, folder: Path, data: Path) -> dict[str, Any]:
+    """An error for clients, without the server's folders."""
+
+    def clean(text: str) -> str:
+        lines = text.replace(f"{folder}/", "").splitlines()
+        return "\n".join(line for line in lines if str(data) not in line)
+
+    return {"code": error.code, "message": clean(error.message), "hint": clean(error.hint)}
