@@ -96,7 +96,8 @@ export class Check {
     const isPrepared = this.#form.hasPreparedClips;
     byId("check-about").textContent = this.#about(isPrepared);
     byId("look").textContent = preparation ? "Look again" : "Find the person";
-    setShown(byId("look"), !isPrepared && !isRunning);
+    setShown(byId("looking"), (!isPrepared && this.#canLook) || isRunning);
+    setShown(byId("look"), !isRunning);
     setShown(byId("look-cancel"), isRunning);
     setShown(byId("look-progress"), isRunning);
     if (isRunning) this.#showProgress();
@@ -106,11 +107,15 @@ export class Check {
     if (isDone) this.#showFound();
   }
 
+  get #canLook() {
+    return this.options.people || this.#form.hasKeypoints;
+  }
+
   #about(isPrepared) {
     if (isPrepared) return "The pose and the mask are in the prepared clips.";
-    if (!this.options.people && !this.#form.hasKeypoints) {
-      const ways = "Use the sample, prepared clips, or an edited keypoints.json (in the settings below).";
-      return `This server cannot find people. ${this.options.people_hint ?? ""} ${ways}`;
+    if (!this.#canLook) {
+      const ways = "Here you can use the sample, prepared clips, or an edited keypoints.json (in the settings below).";
+      return `${this.options.people_hint}\n${ways}`;
     }
     if (this.preparation?.status === "completed" && !this.fresh) return "The settings have changed since this preview.";
     return "See the person, the pose and the mask before the long step.";

@@ -3,7 +3,7 @@
 import { Check } from "./check.js";
 import { attempt, byId, make, setShown, showError } from "./dom.js";
 import { Drop } from "./drop.js";
-import { post } from "./server.js";
+import { get, post } from "./server.js";
 
 const KEPT = "trt-wan form"; // in the browser's storage
 const MODE = "control_type"; // all other fields are options of the command line, by their names
@@ -142,7 +142,7 @@ export class Form {
 
   // --- Filling
 
-  // From a request: one that was kept, or that of a video.
+  // From a request that was kept.
   async fill(request) {
     this.#isFilling = true;
     try {
@@ -165,6 +165,16 @@ export class Form {
       this.#isFilling = false;
     }
     this.#changed();
+  }
+
+  // From a video, and the preparation that made its clips.
+  async fillFrom({ settings, uploads, preparation }) {
+    const made = preparation && (await get(`v1/preparations/${preparation}`).catch(() => null));
+    const { mode, loras, ...options } = { ...made?.settings, ...settings };
+    const { input_reference, control_reference, ...files } = { ...made?.uploads, ...uploads };
+    const lora = loras.map(({ name, strength }) => ({ name, scale: strength }));
+    const extra_params = { ...options, ...files };
+    await this.fill({ [MODE]: mode ?? "animate", input_reference, control_reference, preparation: made?.id, lora, extra_params });
   }
 
   async restore() {

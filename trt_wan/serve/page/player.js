@@ -13,7 +13,7 @@ export function pair(driving, result) {
   return make(
     "div",
     { className: "pair" },
-    make("figure", {}, follower, make("figcaption", {}, "Driving clip")),
+    make("figure", {}, follower, make("figcaption", {}, "Driven by")),
     make("figure", {}, leader, make("figcaption", {}, "Video")),
   );
 }

@@ -9,11 +9,11 @@ const WORDS = { queued: "Waiting", in_progress: "Running", completed: "Done", fa
 const ENDED = ["completed", "failed", "cancelled"];
 
 export class Videos {
-  #cards = new Map(); #change; #last = null;
+  #cards = new Map(); #last = null;
 
-  // `change` is called with the request of a video that is to be made again with other settings.
+  // `change` is called with a video that is to be made again with other settings.
   constructor(change) {
-    this.#change = change;
+    this.change = change;
     byId("older").addEventListener("click", (event) =>
       attempt(byId("none"), () => this.#read(`&after=${this.#last}`), event.target),
     );
@@ -27,14 +27,16 @@ export class Videos {
     }
   }
 
-  update(video) {
+  // A video of an event is newer than those of the same second that are here.
+  update(video, isNew = true) {
     const card = this.#cards.get(video.id);
     if (card) return card.update(video);
     const made = new Card(video, this);
     this.#cards.set(video.id, made);
-    const later = [...this.#cards.values()].filter((other) => other.video.created_at < video.created_at);
-    const next = later.sort((one, other) => other.video.created_at - one.video.created_at)[0];
-    byId("list").insertBefore(made.element, next?.element ?? null);
+    const before = video.created_at + (isNew ? 1 : 0);
+    const next = [...byId("list").children].find((element) => element.created < before);
+    made.element.created = video.created_at;
+    byId("list").insertBefore(made.element, next ?? null);
     setShown(byId("none"), false);
   }
 
@@ -52,22 +54,9 @@ export class Videos {
     setShown(byId("none"), this.#cards.size === 0);
   }
 
-  change({ settings, uploads = {}, preparation }) {
-    const { mode, loras, ...options } = settings;
-    const { input_reference, control_reference, ...files } = uploads;
-    this.#change({
-      control_type: mode ?? "animate",
-      input_reference,
-      control_reference,
-      preparation,
-      lora: loras.map(({ name, strength }) => ({ name, scale: strength })),
-      extra_params: { ...options, ...files },
-    });
-  }
-
   async #read(after) {
     const { data, has_more: hasMore } = await get(`v1/videos?limit=${PAGE}&order=desc${after}`);
-    data.forEach((video) => this.update(video));
+    data.forEach((video) => this.update(video, false));
     this.#last = data.at(-1)?.id ?? this.#last;
     setShown(byId("older"), hasMore ?? data.length === PAGE);
     const newest = data.find(({ status }) => status === "completed");
@@ -127,7 +116,8 @@ class Card {
   #fill() {
     const { video } = this;
     if (!this.element.open) return;
-    if (video.status === "in_progress" && video.frames_done > this.#frames) this.#showPreview();
+    const { status, frames, frames_done: done } = video;
+    if (status === "in_progress" && done > this.#frames && done < frames) this.#showPreview();
     if (this.#told === video.status) return;
     this.#told = video.status;
     showError(this.error, video.status === "failed" ? video.error : null);
@@ -206,7 +196,7 @@ const anySeed = () => Math.floor(Math.random() * 2 ** 31);
 
 function titleOf({ prompt, settings, size, seed }) {
   const mode = settings.mode === "replace" ? "Replace" : "Animate";
-  return prompt || `${mode} ${size ?? ""}${seed == null ? "" : `, seed ${seed}`}`;
+  return prompt || [mode, size, `seed ${seed}`].filter(Boolean).join(", ");
 }
 
 function shortly({ status, progress, eta, queue_position: position, seconds }) {
@@ -222,7 +212,7 @@ function atLength(video) {
   const parts = [
     stage,
     windows > 0 && `window ${window} of ${windows}`,
-    steps > 0 && `step ${step} of ${steps}`,
+    stage === "denoising" && steps > 0 && `step ${step} of ${steps}`,
     pace && `${pace.toPrecision(2)} s a step`,
     eta != null && `${clock(eta)} left`,
   ];
