@@ -19,7 +19,7 @@ from trt_wan.runtime.kept.windows import finished_part
 from trt_wan.runtime.presets import PRESETS
 from trt_wan.serve.database import Job, Kind
 from trt_wan.serve.dispatch import loras
-from trt_wan.serve.fields import Fields, VideoFields, options_of
+from trt_wan.serve.fields import FieldError, Fields, VideoFields, options_of
 from trt_wan.serve.guard import COOKIE, Guard, Refused, error_body, is_token
 from trt_wan.serve.orders import CHARACTER, DRIVING, INPUTS, OUTPUT, PREPARED
 from trt_wan.serve.service import Service
@@ -69,7 +69,8 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(TrtWanError)
     async def told(request: Request, error: TrtWanError) -> Response:
         status = STATUS.get(error.code, 400)
-        return JSONResponse(error_body(status, error.code, error.message, error.hint), status)
+        param = error.param if isinstance(error, FieldError) else None
+        return JSONResponse(error_body(status, error.code, error.message, error.hint, param), status)
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
@@ -85,8 +86,8 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        text = f"{shown('.'.join(map(str, first['loc'][1:])))}: {first['msg']}."
-        return JSONResponse(error_body(400, "usage", text), 400)
+        param = ".".join(map(str, first["loc"][1:]))
+        return JSONResponse(error_body(400, "usage", f"{shown(param)}: {first['msg']}.", param=param), 400)
 
     @app.exception_handler(OSError)
     async def disk(request: Request, error: OSError) -> Response:

@@ -50,6 +50,14 @@ Name = str  # of an option, with underscores
 Value = str | int | float | bool | list[str | int | float]
 
 
+class FieldError(UsageError):
+    """`param` is the name of the field or option at fault."""
+
+    def __init__(self, param: str, message: str, hint: str = "Correct it.") -> None:
+        super().__init__(message, hint)
+        self.param = param
+
+
 class Fields(BaseModel):
     """What vLLM-Omni's and SGLang's clients call these fields (POST /v1/videos)."""
 
@@ -125,9 +133,9 @@ def options_given(kind: Kind, fields: Fields) -> dict[Name, Value]:
         if option not in known:
             near = get_close_matches(option, known, 3)
             hint = f"Nearest: {', '.join(near)}." if near else "GET /v1/options lists them."
-            raise UsageError(f"There is no option {shown(name)!r} for a {kind}.", hint)
+            raise FieldError(name, f"There is no option {shown(name)!r} for a {kind}.", hint)
         if option in given:
-            raise UsageError(f"{shown(name)} is given twice.", "Give it in one place.")
+            raise FieldError(name, f"{shown(name)} is given twice.", "Give it in one place.")
         given[option] = _checked(name, value)
     return given
 
@@ -136,25 +144,27 @@ def _checked(name: str, value: Any) -> Value:
     values = value if isinstance(value, list) else [value]
     if len(values) <= 1000 and all(isinstance(one, str | int | float) for one in values):
         return value  # type: ignore[no-any-return]
-    raise UsageError(f"{shown(name)} is no text, number, true or false, or list of these.", "Correct it.")
+    raise FieldError(name, f"{shown(name)} is no text, number, true or false, or list of these.")
 
 
-def require_text(texts: Mapping[str, Any], most: int) -> None:
-    """Raises UsageError for texts that are too long, or that no file or process can have."""
-    for name, value in texts.items():
-        if isinstance(value, Mapping):
-            require_text(
-                {str(key): text for key, text in value.items()} | {"a name": "".join(map(str, value))}, most
+def require_text(name: str, value: Any, most: int) -> None:
+    """Raises FieldError for texts in `value` that are too long, or that no file or process can have."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            require_text(name, key, most)
+            require_text(str(key), inner, most)
+    elif isinstance(value, list):
+        for inner in value:
+            require_text(name, inner, most)
+    elif isinstance(value, str):
+        if len(value) > most:
+            raise FieldError(
+                name,
+                f"{shown(name)} has {len(value)} characters, and the server takes {most}.",
+                "Shorten it.",
             )
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str):
-                if len(text) > most:
-                    raise UsageError(
-                        f"{shown(name)} has {len(text)} characters, and the server takes {most}.",
-                        "Shorten it.",
-                    )
-                if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-                    raise UsageError(f"{shown(name)} has characters that are no text.", "Correct it.")
+        if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise FieldError(name, f"{shown(name)} has characters that are no text.")
 
 
 def typed(option: click.Option, value: Value) -> Iterator[str]:
@@ -162,13 +172,13 @@ def typed(option: click.Option, value: Value) -> Iterator[str]:
     long = max(option.opts, key=len)
     if option.is_flag:
         if not isinstance(value, bool):
-            raise UsageError(f"{long} is true or false, not {shown(value)}.", "Correct it.")
+            raise FieldError(str(option.name), f"{long} is true or false, not {shown(value)}.")
         if value != option.default:
             # A flag with one name is off unless it is given, as --no-text-cache turns something off.
             yield long if value or not option.secondary_opts else option.secondary_opts[0]
         return
     if isinstance(value, bool):
-        raise UsageError(f"{long} needs a value, not {str(value).lower()}.", "Correct it.")
+        raise FieldError(str(option.name), f"{long} needs a value, not {str(value).lower()}.")
     values = value if isinstance(value, list) else [value]
     for text in values if option.multiple else [",".join(map(_text, values))]:
         yield f"{long}={_text(text)}"
@@ -214,7 +224,7 @@ def lora_argument(lora: Mapping[str, Any], files: Mapping[str, Path]) -> str:
     if found is None:
         near = get_close_matches(name, files, 3) or list(files)[:3]
         hint = f"It has: {', '.join(near)}." if near else "It has none: they lie in the folders of --weights."
-        raise UsageError(f"The server has no LoRA {shown(name)!r}.", hint)
+        raise FieldError("lora", f"The server has no LoRA {shown(name)!r}.", hint)
     return f"--lora={found}:{lora['strength']!r}"
 
 
@@ -223,7 +233,7 @@ def parsed(text: str, name: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{name} is not JSON.", "Correct it.") from error
+        raise FieldError(name, f"{name} is not JSON.") from error
 
 
 def fields_from(kind: Kind, values: Mapping[str, Any]) -> Fields:
@@ -233,7 +243,8 @@ def fields_from(kind: Kind, values: Mapping[str, Any]) -> Fields:
     for name, value in values.items():
         if name not in model.model_fields:
             near = get_close_matches(name, model.model_fields, 3)
-            raise UsageError(
+            raise FieldError(
+                name,
                 f"There is no field {shown(name)!r}.",
                 f"Nearest: {', '.join(near)}."
                 if near
@@ -243,7 +254,7 @@ def fields_from(kind: Kind, values: Mapping[str, Any]) -> Fields:
     try:
         return model.model_validate(made)
     except ValueError as error:
-        raise UsageError(*_told(error)) from error
+        raise _told(error) from error
 
 
 def _from_text(name: str, text: str) -> Any:
@@ -254,18 +265,18 @@ def _from_text(name: str, text: str) -> Any:
         try:
             return number(text)
         except ValueError as error:
-            raise UsageError(f"{name} is no number: {shown(text)!r}.", "Correct it.") from error
+            raise FieldError(name, f"{name} is no number: {shown(text)!r}.") from error
     return text
 
 
-def _told(error: ValueError) -> tuple[str, str]:
+def _told(error: ValueError) -> FieldError:
     """The first fault that pydantic found."""
     from pydantic import ValidationError
 
     assert isinstance(error, ValidationError)
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"]))
-    return f"{shown(place)}: {first['msg']}.", "Correct it."
+    return FieldError(place, f"{shown(place)}: {first['msg']}.")
 
 
 def require_possible(kind: Kind, argv: Sequence[str]) -> None:
@@ -277,4 +288,5 @@ def require_possible(kind: Kind, argv: Sequence[str]) -> None:
         with COMMANDS[kind].make_context(f"trt-wan {COMMANDS[kind].name}", list(argv)) as context:
             (refuse_impossible if kind == "video" else refuse_preparing)(context.params)
     except click.UsageError as error:
-        raise UsageError(error.format_message()) from error
+        param = getattr(error, "param", None)
+        raise FieldError(getattr(param, "name", None) or "", error.format_message(), "") from error

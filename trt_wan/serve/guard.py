@@ -43,10 +43,12 @@ class Refused(Exception):
         return error_body(self.status, self.code, self.message, self.hint)
 
 
-def error_body(status: int, code: str, message: str, hint: str = "") -> dict[str, Any]:
-    """The form of OpenAI's errors, with our code and hint."""
+def error_body(
+    status: int, code: str, message: str, hint: str = "", param: str | None = None
+) -> dict[str, Any]:
+    """The form of OpenAI's errors, with our code and hint. `param` is the field or option at fault."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"code": code, "message": message, "hint": hint, "type": kind, "param": None}}
+    return {"error": {"code": code, "message": message, "hint": hint, "type": kind, "param": param}}
 
 
 class Guard:

@@ -21,6 +21,7 @@ from trt_wan.errors import TrtWanError, UsageError, shown
 from trt_wan.serve.database import Job, Kind
 from trt_wan.serve.fields import (
     FILE_OPTIONS,
+    FieldError,
     Fields,
     VideoFields,
     arguments,
@@ -64,6 +65,7 @@ class Given:
     content: Path
     clips: Path
     filename: str = ""
+    id: str | None = None  # of a file that stays
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Order:
     uploaded: bool = False  # whether these came as a .zip
     facts: dict[str, Any] = field(default_factory=dict)  # width, height, frames, fps of the clip
     names: dict[str, str] = field(default_factory=dict)  # of the uploads, as the client calls them
+    uploads: dict[str, str] = field(default_factory=dict)  # ids of the files among them
     loras: list[dict[str, Any]] = field(default_factory=list)
     redo: list[int] = field(default_factory=list)
     source: str | None = None
@@ -96,7 +99,9 @@ def order_of(
     preparation: tuple[Job, Path] | None,
 ) -> Order:
     """`given` are uploads by field. `source` and `preparation` come with folders. Raises TrtWanError."""
-    require_text(fields.model_dump(), settings.limits.text)
+    for name, value in fields.model_dump().items():
+        if name not in (CHARACTER, DRIVING):  # looked up already
+            require_text(name, value, settings.limits.text)
     _require_kinds(given)
     order = Order(kind)
     options = options_given(kind, fields)
@@ -145,8 +150,10 @@ def _require_kinds(given: Mapping[str, Given]) -> None:
         kinds = KIND_OF[name]
         if upload.facts["kind"] not in kinds:
             wanted = " or ".join(NOUNS.get(kind, kind) for kind in kinds)
-            raise UsageError(
-                f"{name} is {NOUNS.get(upload.facts['kind'], 'a file of keypoints')}.", f"Give {wanted}."
+            raise FieldError(
+                name,
+                f"{name} is {NOUNS.get(upload.facts['kind'], 'a file of keypoints')}.",
+                f"Give {wanted}.",
             )
 
 
@@ -154,6 +161,7 @@ def _take_over(order: Order, source: Job, folder: Path) -> None:
     request = source.request
     order.options |= request["options"]
     order.loras, order.names = request["loras"], dict(request["names"])
+    order.uploads = dict(request["uploads"])
     order.facts, order.source = request["facts"], source.id
     order.preparation, order.uploaded = request["preparation"], request["uploaded"]
     order.files |= {name: folder / name for name in request["files"] if name != SOURCE}
@@ -168,24 +176,32 @@ def _of_a_video(order: Order, fields: VideoFields, source: tuple[Job, Path] | No
         order.loras = loras_given(fields.lora)
     ends = [name for name in ("num_frames", "seconds") if getattr(fields, name) is not None]
     if ends and ("end" in (fields.extra_params or {}) or len(ends) > 1):
-        raise UsageError("num_frames, seconds and end all say where the clip ends.", "Give one of them.")
+        raise FieldError(
+            ends[0], "num_frames, seconds and end all say where the clip ends.", "Give one of them."
+        )
     if fields.num_frames is not None:
         order.options["end"] = str(fields.num_frames)
     if fields.seconds is not None:
         try:
             seconds = float(fields.seconds)
         except ValueError as error:
-            raise UsageError(f"seconds is no number: {shown(fields.seconds)}.", "Such as 4.") from error
+            raise FieldError(
+                "seconds", f"seconds is no number: {shown(fields.seconds)}.", "Such as 4."
+            ) from error
         if not 0 < seconds < 1e6:
-            raise UsageError(f"{seconds:g} seconds are not possible.", "Such as 4.")
+            raise FieldError("seconds", f"{seconds:g} seconds are not possible.", "Such as 4.")
         order.options["end"] = f"{seconds:g}s"
     if not fields.redo:
         return
     if source is None or source[0].status != "completed":
-        raise UsageError("redo renders windows of a finished video again.", "Give source, the id of one.")
+        raise FieldError(
+            "redo", "redo renders windows of a finished video again.", "Give source, the id of one."
+        )
     if other := sorted(fields.model_fields_set - {"redo", "source", "seed", "model", "user"}):
-        raise UsageError(
-            f"redo changes the seed of windows and nothing else: {', '.join(other)}.", "Leave it out."
+        raise FieldError(
+            other[0],
+            f"redo changes the seed of windows and nothing else: {', '.join(other)}.",
+            "Leave it out.",
         )
     order.redo = fields.redo
     if "seed" not in fields.model_fields_set:
@@ -195,16 +211,22 @@ def _of_a_video(order: Order, fields: VideoFields, source: tuple[Job, Path] | No
 
 def _from_preparation(order: Order, job: Job, folder: Path, options: Mapping[str, Any]) -> None:
     if job.status != "completed":
-        raise UsageError(f"{job.id} is {job.status.replace('_', ' ')}.", "Wait until it is completed.")
+        raise FieldError(
+            "preparation", f"{job.id} is {job.status.replace('_', ' ')}.", "Wait until it is completed."
+        )
     mode = job.request["options"].get("mode", "animate")
     if options.get("mode", mode) != mode:
-        raise UsageError(f"The clips were prepared for the mode {mode}.", "Prepare them for the other one.")
+        raise FieldError(
+            "control_type", f"The clips were prepared for the mode {mode}.", "Prepare them for the other one."
+        )
     if doubled := [name for name in options if _shapes_clips(name) and name != "mode"]:
-        raise UsageError(f"The clips are prepared, so {doubled[0]} would do nothing.", "Leave it out.")
+        raise FieldError(
+            doubled[0], f"The clips are prepared, so {doubled[0]} would do nothing.", "Leave it out."
+        )
     order.preparation, order.inputs, order.uploaded = job.id, folder / PREPARED, False
     order.options["mode"] = mode
     order.facts = {name: job.result[name] for name in ("width", "height", "frames", "fps")}
-    order.names = dict(job.request["names"])
+    order.names, order.uploads = dict(job.request["names"]), dict(job.request["uploads"])
     order.files = {}
 
 
@@ -215,6 +237,9 @@ def _with_uploads(order: Order, given: Mapping[str, Given], changed: list[str]) 
             order.inputs = None  # made from these files anew
     for name, upload in given.items():
         order.names[name] = upload.filename
+        order.uploads.pop(name, None)
+        if upload.id is not None:
+            order.uploads[name] = upload.id
         if upload.facts["kind"] == "prepared":
             order.inputs, order.facts, order.uploaded = upload.clips, upload.facts, True
             order.files = {}
@@ -232,14 +257,16 @@ def _require_clips(order: Order) -> None:
     stems = {Path(name).stem for name in order.files}
     if order.inputs is not None:
         if order.kind == "preparation":
-            raise UsageError("These clips are prepared already.", "Give them to /v1/videos.")
+            raise FieldError(DRIVING, "These clips are prepared already.", "Give them to /v1/videos.")
         if "reference" in stems and not order.source:
-            raise UsageError("The prepared clips come with their picture.", "Leave out input_reference.")
+            raise FieldError(
+                CHARACTER, "The prepared clips come with their picture.", "Leave out input_reference."
+            )
         return
     for stem, name, noun in (("reference", CHARACTER, "a picture"), ("clip", DRIVING, "a driving video")):
         if stem not in stems:
-            raise UsageError(
-                f"There is no {name}.", f"Give {noun}: an upload, the id of a file, or a data: URL."
+            raise FieldError(
+                name, f"There is no {name}.", f"Give {noun}: an upload, the id of a file, or a data: URL."
             )
 
 
@@ -256,14 +283,16 @@ def _require_limits(order: Order, limits: Limits) -> None:
     ):
         value = options.get(name)
         if isinstance(value, int | float) and value > most:
-            raise UsageError(f"{name} {shown(value)} is more than this server's {most}.", "Use less.")
+            raise FieldError(name, f"{name} {shown(value)} is more than this server's {most}.", "Use less.")
     if len(str(options.get("sigmas", ""))) > 2000:
-        raise UsageError("The list of sigmas is too long.", "Use fewer.")
+        raise FieldError("sigmas", "The list of sigmas is too long.", "Use fewer.")
     if "size" in options:
         width, height = size_of(str(options["size"]))
         if width * height > limits.pixels:
-            raise UsageError(
-                f"{width}x{height} is more than this server's {limits.pixels} pixels.", "Use a smaller size."
+            raise FieldError(
+                "size",
+                f"{width}x{height} is more than this server's {limits.pixels} pixels.",
+                "Use a smaller size.",
             )
     if rate := options.get("rate"):
         from fractions import Fraction
@@ -273,7 +302,8 @@ def _require_limits(order: Order, limits: Limits) -> None:
         except (ValueError, ZeroDivisionError, OverflowError):
             return  # the option itself refuses it
         if frames > limits.frames:
-            raise UsageError(
+            raise FieldError(
+                "rate",
                 f"At {shown(rate)} frames per second the clip has {frames:.0f} frames, and the server takes "
                 f"{limits.frames}.",
                 "Use a lower rate.",
@@ -294,6 +324,7 @@ def place(order: Order, folder: Path) -> dict[str, Any]:
         "uploaded": order.uploaded,
         "facts": order.facts,
         "names": order.names,
+        "uploads": order.uploads,
         "loras": order.loras,
         "redo": order.redo,
         "source": order.source,

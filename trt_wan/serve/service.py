@@ -113,7 +113,7 @@ class Service:
         if isinstance(one, str) and not one.startswith("data:"):
             file = self.file(one)
             folder = self.store.files / file.id
-            return Given(file.facts, self.store.content(file), folder / "clips", file.filename)
+            return Given(file.facts, self.store.content(file), folder / "clips", file.filename, file.id)
         accepted = await stack.enter_async_context(self.uploads.accepted(one))
         self.metrics.uploaded.inc(accepted.facts["bytes"])
         return Given(accepted.facts, accepted.content, accepted.clips, accepted.filename)

@@ -41,6 +41,7 @@ def view(job: Job, store: Store, progress: Progress | None, model: str) -> dict[
         "fps": facts.get("fps"),
         "settings": {**request["options"], "loras": request["loras"]},
         "names": request["names"],
+        "uploads": request["uploads"],
         "source": request["source"],
         "redo": request["redo"],
     }
