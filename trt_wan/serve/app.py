@@ -89,6 +89,13 @@ def _add_errors(app: FastAPI) -> None:
         param = ".".join(map(str, first["loc"][1:]))
         return JSONResponse(error_body(400, "usage", f"{shown(param)}: {first['msg']}.", param=param), 400)
 
+    @app.exception_handler(500)
+    async def mistake(request: Request, error: Exception) -> Response:
+        text = f"{type(error).__name__}: {error}"
+        return JSONResponse(
+            error_body(500, "failed", text[:400], "This is a mistake in trt-wan: please report it."), 500
+        )
+
     @app.exception_handler(OSError)
     async def disk(request: Request, error: OSError) -> Response:
         full = error.errno in (28, 122)  # ENOSPC, EDQUOT
@@ -213,10 +220,11 @@ def _add_videos(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/videos/{id}/driving", response_class=FileResponse, **tag)
     def driving(id: str) -> Response:
-        """The driving clip; of prepared clips the pose."""
+        """The preview of the prepared clips, in step with the video; else the driving clip or the pose."""
         folder = service.store.folder(service.job("video", id))
-        found = [*folder.glob("clip.*"), folder / INPUTS / "src_pose.mp4", folder / INPUTS / "src_face.mp4"]
-        return _file(found)
+        made = (folder / "out.inputs", folder / INPUTS)
+        previews = [inputs / "preview.mp4" for inputs in made]
+        return _file([*previews, *folder.glob("clip.*"), made[1] / "src_pose.mp4", made[1] / "src_face.mp4"])
 
     @app.get("/v1/videos/{id}/reference", response_class=FileResponse, **tag)
     def reference(id: str) -> Response:

@@ -202,7 +202,8 @@ class Dispatcher:
             self._end(job, "failed", error=told(error, folder, self._store.data), notes=notes)
             return
         if line["ok"]:
-            self._end(job, "completed", result=facts_of(job, result), notes=notes)
+            facts = facts_of(job, result) | {"windows": progress.windows}
+            self._end(job, "completed", result=facts, notes=notes)
             return
         fault = TrtWanError(line["error"]["message"], line["error"]["hint"])
         fault.code = line["error"]["code"]

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trt_wan.errors import TrtWanError, UsageError, shown
+import click
+
+from trt_wan.errors import TrtWanError, shown
 from trt_wan.serve.database import Job, Kind
 from trt_wan.serve.fields import (
     FILE_OPTIONS,
@@ -122,7 +124,7 @@ def order_of(
             for name, value in order.options.items()
             if name in ("mode", "compat") or name in options or not _shapes_clips(name)
         }
-    if source is None and preparation is None:
+    if source is None:
         for name, value in settings.defaults.items():
             if name in _known(kind, order) and name not in order.options:
                 order.options[name] = value
@@ -287,7 +289,10 @@ def _require_limits(order: Order, limits: Limits) -> None:
     if len(str(options.get("sigmas", ""))) > 2000:
         raise FieldError("sigmas", "The list of sigmas is too long.", "Use fewer.")
     if "size" in options:
-        width, height = size_of(str(options["size"]))
+        try:
+            width, height = size_of(str(options["size"]))
+        except click.BadParameter as error:
+            raise FieldError("size", error.message) from error
         if width * height > limits.pixels:
             raise FieldError(
                 "size",

@@ -62,7 +62,8 @@ def _of_a_video(job: Job, facts: dict[str, Any], model: str) -> dict[str, Any]:
         f"{job.result['width']}x{job.result['height']}" if "width" in job.result else options.get("size", "")
     )
     return {
-        **dict.fromkeys(("window", "windows", "step", "steps", "frames_done"), 0),
+        **dict.fromkeys(("window", "step", "steps", "frames_done"), 0),
+        "windows": job.result.get("windows", 0),
         **dict.fromkeys(("seconds_per_step", "eta", "expires_at", "remixed_from_video_id"), None),
         "model": model,
         "prompt": options.get("prompt"),

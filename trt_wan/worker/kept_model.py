@@ -1,12 +1,13 @@
 """The model of the last command, which stays open for the next one with the same files and settings."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from trt_wan.errors import InputError, Stopped, UsageError, WeightsError
-from trt_wan.runtime.events import Progress
+from trt_wan.runtime.events import Event, Note, Progress
 from trt_wan.runtime.opening.gpu_sizes import ExportTiles
 from trt_wan.runtime.opening.model import Basis, OpenModel, open_basis
 from trt_wan.runtime.settings import Settings, WeightFiles
@@ -30,7 +31,7 @@ class KeptModel:
         if self._basis is not None and (key != self._key or _stamps(self._basis) != self._stamps):
             self.close()
         if self._basis is None:
-            self._basis = open_basis(*key, progress)
+            self._basis = open_basis(*key, _logged)
             self._key, self._stamps = key, _stamps(self._basis)
         return self._basis
 
@@ -61,6 +62,12 @@ class KeptModel:
         if self._model is not None:
             model, self._model = self._model, None
             model.close()
+
+
+def _logged(event: Event) -> None:
+    """Notes about the machine and the weights concern no single command."""
+    if isinstance(event, Note):
+        print(event.text, file=sys.stderr, flush=True)
 
 
 def _stamps(basis: Basis) -> Stamps:
