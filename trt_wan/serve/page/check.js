@@ -60,6 +60,7 @@ export class Check {
     this.#key = this.#form.preparingKey();
     this.preparation = preparation;
     this.render();
+    this.#form.save();
   }
 
   async restore(id) {
@@ -74,10 +75,7 @@ export class Check {
     if (!this.#form.requireFiles()) return;
     await attempt(
       byId("look-error"),
-      async () => {
-        this.adopt(await post("v1/preparations", this.#form.preparing()));
-        this.#form.save();
-      },
+      () => this.#form.atField(async () => this.adopt(await post("v1/preparations", this.#form.preparing()))),
       byId("look"),
     );
   }

@@ -85,7 +85,8 @@ export class Drop {
     if (file.kind === "picture") {
       this.#shown.append(make("img", { src: address, alt: "" }));
     } else if (file.kind === "clip") {
-      this.#shown.append(make("video", { src: address, muted: true, controls: true, playsInline: true, preload: "metadata" }));
+      const video = { src: address, muted: true, controls: true, playsInline: true, preload: "metadata" };
+      this.#shown.append(make("video", { ...video, "aria-label": file.filename }));
     }
     const facts = [
       file.width && `${file.width}×${file.height}`,

@@ -78,7 +78,6 @@ export class Form {
 
   async #send(queued) {
     if (!this.requireFiles()) return;
-    this.#showFieldError(null);
     const { fresh } = this.check;
     const isMade = (field) => !("prepares" in field.dataset);
     const request = fresh
@@ -86,8 +85,14 @@ export class Form {
       : this.hasPreparedClips
         ? this.#request(isMade, ["control_reference"])
         : this.#request(() => true);
+    await this.atField(async () => queued(await post("v1/videos", request)));
+  }
+
+  // Shows an error of `work` below the field that it is about; one that is about none is thrown.
+  async atField(work) {
+    this.#showFieldError(null);
     try {
-      queued(await post("v1/videos", request));
+      await work();
     } catch (error) {
       if (!this.#showFieldError(error)) throw error;
     }
@@ -117,7 +122,6 @@ export class Form {
     return request;
   }
 
-  // Below the field that it is about. False if it is about none.
   #showFieldError(error) {
     for (const place of this.#form.querySelectorAll(".of-field")) place.remove();
     for (const field of this.#form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");

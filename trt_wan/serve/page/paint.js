@@ -113,13 +113,17 @@ export class Painting {
 
   #stroke(from, to) {
     const context = this.#context;
-    context.strokeStyle = this.brush.erases ? "black" : "white";
+    context.fillStyle = context.strokeStyle = this.brush.erases ? "black" : "white";
     context.lineWidth = this.brush.size;
-    context.lineCap = "round";
     context.beginPath();
     context.moveTo(...from);
     context.lineTo(...to);
     context.stroke();
+    for (const [x, y] of [from, to]) { // a line without a length has no round ends
+      context.beginPath();
+      context.arc(x, y, this.brush.size / 2, 0, 2 * Math.PI);
+      context.fill();
+    }
   }
 
   // The brush as a ring, at its place on the screen.

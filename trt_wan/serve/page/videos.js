@@ -107,7 +107,7 @@ class Card {
       announce(`${titleOf(video)}: ${this.state.textContent}.`);
       if (video.status === "completed") this.element.open = true;
     } else if (Math.floor(before.progress / 25) !== Math.floor(video.progress / 25)) {
-      announce(`${video.progress} %`);
+      announce(`${titleOf(video)}: ${video.progress} %.`);
     }
     this.#fill();
   }
