@@ -7,7 +7,6 @@ decoder breaks this process alone.
 
 import json
 import os
-import resource
 import sys
 import zipfile
 from collections.abc import Callable
@@ -23,6 +22,7 @@ PREPARED = ("src_ref", "src_pose", "src_face", "src_bg", "src_mask", "preview", 
 KINDS_INSIDE = (".png", ".mp4", ".json")
 MOST_INSIDE = 4_000_000_000  # bytes of all clips in a .zip
 STEP = 1 << 20
+CPUS = 4
 
 
 def suffix_of(head: bytes) -> tuple[str, str]:
@@ -162,6 +162,22 @@ def answered(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": {"code": InputError.code, "message": message, "hint": "Make it smaller."}}
 
 
+def _limit(memory: int, seconds: int) -> None:
+    """Bytes and seconds of this process. Windows has no such limits: there only the parent's clock counts."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    if sys.platform == "linux":  # decoders start a thread per CPU, each with memory of its own
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])
+    for kind, most in (
+        (resource.RLIMIT_DATA, memory),
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_FSIZE, MOST_INSIDE),
+    ):
+        resource.setrlimit(kind, (most, most))
+
+
 def main() -> None:
     # Imported before the upload is there: the process waits for it.
     import trt_wan.runtime.job
@@ -172,9 +188,7 @@ def main() -> None:
         return
     task = json.loads(line)
     limits = task["limits"]
-    resource.setrlimit(resource.RLIMIT_AS, (limits["memory"], limits["memory"]))
-    resource.setrlimit(resource.RLIMIT_CPU, (limits["seconds"], limits["seconds"]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_INSIDE, MOST_INSIDE))
+    _limit(limits["memory"], limits["seconds"])
     path = Path(task["path"])
     answer = answered(lambda: check(path, Path(task["out"]), limits))
     if "error" in answer:  # without the server's own folders

@@ -66,7 +66,7 @@ def listen(settings: ServeSettings, host: str, port: int, report: Report) -> str
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{opened.getsockname()[1]}/"
     note(report, f"Serving on {address}, data in {settings.data}. Ctrl-C stops.", "serving", address=address)
-    logging.getLogger("trt_wan").setLevel(logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     config = uvicorn.Config(
         make_app(service),
         http=Protocol,

@@ -23,7 +23,7 @@ class Limits:
     text: int = 20_000  # characters of a prompt
     idle: float = 30.0  # seconds without a byte from a client
     check_seconds: float = 60.0  # to decode an upload
-    check_memory: int = 3_000 * MB  # bytes of address space
+    check_memory: int = 3_000 * MB  # bytes of memory of its own
 
 
 @dataclass(frozen=True)

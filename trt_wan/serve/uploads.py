@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -22,8 +23,9 @@ from trt_wan.errors import InputError, TrtWanError, UsageError, shown
 from trt_wan.serve.settings import Limits
 
 AT_ONCE = 2  # uploads that are checked at the same time
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # threads take address space
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 STEP = 1 << 20
+log = logging.getLogger("trt_wan.serve")
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Uploads:
             if not any((folder / "clips").iterdir()):
                 (folder / "clips").rmdir()
             return answer["facts"]  # type: ignore[no-any-return]
+        log.warning("The check of an upload ended with %s", process.returncode)
         raise InputError(
             f"{shown(name)} breaks its decoder, or needs more memory or time than the server gives a file.",
             "Encode it again.",
