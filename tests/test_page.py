@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,32 @@ def looked(page: Page) -> None:
     expect(page.locator("#look-progress")).to_be_visible()
     expect(page.locator("#look-progress")).to_be_hidden(timeout=30_000)
     expect(page.locator("#found")).to_be_visible()
+
+
+def test_a_wrong_token(browser: Browser, server: Server) -> None:
+    page = browser.new_page()
+    page.goto(server.address)
+    page.get_by_label("Token").fill("another token")
+    page.get_by_role("button", name="Log in").click()
+    expect(page.locator("#login-error")).to_contain_text("The token is wrong.")
+    expect(page.locator("#main")).to_be_hidden()
+    page.close()
+
+
+@pytest.mark.skipif(find_spec("mediapipe") is not None, reason="people can be found here")
+def test_a_server_that_cannot_find_people(browser: Browser, tmp_path: Path) -> None:
+    """It says so, and goes on with the sample's prepared clips."""
+    with serving(tmp_path / "data", tmp_path / "home", "--demo", "--no-warm-up") as demo:
+        page = browser.new_page()
+        page.goto(demo.address)
+        expect(page.locator("#check-about")).to_contain_text("This server has nothing to find people with.")
+        expect(page.locator("#look")).to_be_hidden()
+        page.get_by_role("button", name="Use the sample").click()
+        expect(page.locator("#clip")).to_contain_text("prepared.zip 320×192, 21 frames")
+        page.get_by_role("button", name="Make the video").click()
+        page.locator(".video").get_by_role("button", name="Cancel").click()
+        expect(page.locator(".video")).to_have_attribute("data-status", "cancelled")
+        page.close()
 
 
 def test_the_whole_way(desktop: Page, server: Server, files: Path, tmp_path: Path) -> None:

@@ -166,7 +166,10 @@ export class Check {
     const video = byId(place).querySelector("video");
     const range = byId(`${place}-time`);
     range.addEventListener("input", () => (video.currentTime = range.value * (video.duration || 0)));
-    video.addEventListener("loadedmetadata", () => (range.value = 0));
+    video.addEventListener("loadedmetadata", () => {
+      range.value = 0;
+      byId(place).style.setProperty("--shape", video.videoWidth / video.videoHeight);
+    });
   }
 
   #point(event) {

@@ -19,11 +19,13 @@ export class Videos {
     );
   }
 
-  // All that the server has: call after a connection, for events in between are lost.
+  // The newest that the server has: call after a connection, for events in between are lost.
   async refresh() {
-    const seen = await this.#read("");
-    for (const [id, card] of this.#cards) {
-      if (!seen.has(id) && !card.hasEnded) this.remove(id);
+    const listed = await this.#read("");
+    const oldest = listed.at(-1)?.created_at ?? 0;
+    const ids = new Set(listed.map(({ id }) => id));
+    for (const [id, { video }] of this.#cards) {
+      if (!ids.has(id) && video.created_at > oldest) this.remove(id);
     }
   }
 
@@ -61,7 +63,7 @@ export class Videos {
     setShown(byId("older"), hasMore ?? data.length === PAGE);
     const newest = data.find(({ status }) => status === "completed");
     if (!after && newest) this.#cards.get(newest.id).element.open = true;
-    return new Set(data.map(({ id }) => id));
+    return data;
   }
 }
 
