@@ -10,7 +10,12 @@ const MODE = "control_type"; // all other fields are options of the command line
 const OTHERS = "others"; // and this one has those without a field
 
 export class Form {
-  #form = byId("job"); #isFilling = false; #reference; #clip; #keypoints; #options;
+  #form = byId("job");
+  #isFilling = false;
+  #reference;
+  #clip;
+  #keypoints;
+  #options;
 
   // `queued` is called with every new video.
   constructor(options, queued) {
@@ -56,7 +61,7 @@ export class Form {
   }
 
   preparing() {
-    return this.#request((field) => "prepares" in field.dataset || field.name === MODE);
+    return this.#request((name) => name === MODE || this.#prepares(name));
   }
 
   // Two requests with the same key make the same clips.
@@ -79,11 +84,11 @@ export class Form {
   async #send(queued) {
     if (!this.requireFiles()) return;
     const { fresh } = this.check;
-    const isMade = (field) => !("prepares" in field.dataset);
+    const afterwards = (name) => !this.#prepares(name);
     const request = fresh
-      ? { ...this.#request(isMade, []), preparation: fresh.id }
+      ? { ...this.#request(afterwards, []), preparation: fresh.id }
       : this.hasPreparedClips
-        ? this.#request(isMade, ["control_reference"])
+        ? this.#request(afterwards, ["control_reference"])
         : this.#request(() => true);
     await this.atField(async () => queued(await post("v1/videos", request)));
   }
@@ -98,18 +103,26 @@ export class Form {
     }
   }
 
-  // The fields that `isWanted`, and the files of these names; what is empty is left out.
+  // Whether the option decides the prepared clips.
+  #prepares(name) {
+    return name in this.#options.options.preparation;
+  }
+
+  // The fields whose names are wanted, and these files; what is empty is left out.
   #request(isWanted, files = ["input_reference", "control_reference", "keypoints", "mask_paint"]) {
-    const request = {}, extra = {};
+    const request = {},
+      extra = {};
     for (const field of this.#form.elements) {
-      if (!field.name || [OTHERS, "brush"].includes(field.name) || field.matches(":disabled") || !isWanted(field)) continue;
-      const value = valueOf(field);
+      const isOption = field.name && ![OTHERS, "brush"].includes(field.name) && !field.matches(":disabled");
+      const value = isOption ? valueOf(field) : undefined;
       if (value !== undefined) (field.name === MODE ? request : extra)[field.name] = value;
     }
-    if (isWanted(this.#field(OTHERS))) Object.assign(extra, optionsIn(this.#field(OTHERS).value));
+    Object.assign(extra, optionsIn(this.#field(OTHERS).value));
+    for (const name of Object.keys(extra)) if (!isWanted(name)) delete extra[name];
     const loras = [...byId("loras").querySelectorAll("label")].filter((row) => row.control.checked);
-    if (loras.length && isWanted(byId("loras"))) {
-      request.lora = loras.map((row) => ({ name: row.control.value, scale: Number(row.nextElementSibling.value || 1) }));
+    if (loras.length && isWanted("lora")) {
+      const strength = (row) => Number(row.nextElementSibling.value || 1);
+      request.lora = loras.map((row) => ({ name: row.control.value, scale: strength(row) }));
     }
     const ids = {
       input_reference: this.#reference.file?.id,
@@ -126,9 +139,13 @@ export class Form {
     for (const place of this.#form.querySelectorAll(".of-field")) place.remove();
     for (const field of this.#form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
     if (!error?.param) return false;
-    const drop = { input_reference: this.#reference, control_reference: this.#clip, keypoints: this.#keypoints }[error.param];
-    if (drop) {
-      drop.refuse(error);
+    const drops = {
+      input_reference: this.#reference,
+      control_reference: this.#clip,
+      keypoints: this.#keypoints,
+    };
+    if (error.param in drops) {
+      drops[error.param].refuse(error);
       return true;
     }
     const field = this.#field(error.param);
@@ -155,7 +172,8 @@ export class Form {
       const { keypoints, mask_paint: paint, ...options } = extra;
       const others = Object.entries(options).filter(([name]) => !this.#field(name));
       this.#field(OTHERS).value = others.map((one) => one.join(" ")).join("\n");
-      for (const [name, value] of Object.entries({ ...plain, ...options })) setValue(this.#field(name), value);
+      for (const [name, value] of Object.entries({ ...plain, ...options }))
+        setValue(this.#field(name), value);
       for (const { name, scale } of lora) this.#setLora(name, scale);
       this.check.paint = paint ?? null;
       await Promise.all([
@@ -177,8 +195,14 @@ export class Form {
     const { mode, loras, ...options } = { ...made?.settings, ...settings };
     const { input_reference, control_reference, ...files } = { ...made?.uploads, ...uploads };
     const lora = loras.map(({ name, strength }) => ({ name, scale: strength }));
-    const extra_params = { ...options, ...files };
-    await this.fill({ [MODE]: mode ?? "animate", input_reference, control_reference, preparation: made?.id, lora, extra_params });
+    await this.fill({
+      [MODE]: mode ?? "animate",
+      input_reference,
+      control_reference,
+      preparation: made?.id,
+      lora,
+      extra_params: { ...options, ...files },
+    });
   }
 
   async restore() {
@@ -241,7 +265,7 @@ export class Form {
       setShown(part, isOn);
       for (const field of part.querySelectorAll("input, select")) field.disabled = !isOn;
     }
-    for (const part of [byId("reference"), byId("preparing"), byId("size")]) setShown(part, !this.hasPreparedClips);
+    for (const id of ["reference", "preparing", "size"]) setShown(byId(id), !this.hasPreparedClips);
     const preset = this.#options.presets?.find(({ name }) => name === this.#field("preset").value);
     byId("preset-about").textContent = preset?.about ?? "";
   }
@@ -250,7 +274,7 @@ export class Form {
     const { presets = [], loras = [], defaults = {}, sample } = this.#options;
     this.#field("preset").append(...presets.map(({ name }) => make("option", { value: name }, name)));
     for (const name of ["size", "steps", "window"]) this.#field(name).placeholder = defaults[name] ?? "";
-    if (presets.some(({ name }) => name === defaults.preset)) this.#field("preset").firstElementChild.textContent = `${defaults.preset} (default)`;
+    if (defaults.preset) this.#field("preset").firstElementChild.textContent = `${defaults.preset} (default)`;
     setShown(byId("sample"), Boolean(sample));
     setShown(byId("loras"), loras.length > 0);
     byId("loras").append(
@@ -272,12 +296,17 @@ function valueOf(field) {
 
 // Lines such as `sampler euler`, `--crf 12` or, for a flag, `freenoise false`.
 function optionsIn(text) {
-  const lines = text.split("\n").map((line) => line.trim().replace(/^--/, "")).filter(Boolean);
-  return Object.fromEntries(lines.map((line) => {
-    const [name, ...rest] = line.split(/[\s=]+/);
-    const value = rest.join(" ");
-    return [name.replaceAll("-", "_"), { "": true, true: true, false: false }[value] ?? value];
-  }));
+  const lines = text
+    .split("\n")
+    .map((line) => line.trim().replace(/^--/, ""))
+    .filter(Boolean);
+  return Object.fromEntries(
+    lines.map((line) => {
+      const [name, ...rest] = line.split(/[\s=]+/);
+      const value = rest.join(" ");
+      return [name.replaceAll("-", "_"), { "": true, true: true, false: false }[value] ?? value];
+    }),
+  );
 }
 
 function setValue(field, value) {

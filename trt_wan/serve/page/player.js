@@ -5,8 +5,20 @@ import { make } from "./dom.js";
 const APART = 0.08; // seconds, about two frames
 
 export function pair(driving, result) {
-  const follower = make("video", { src: driving, muted: true, playsInline: true, preload: "metadata", tabIndex: -1 });
-  const leader = make("video", { src: result, controls: true, loop: true, playsInline: true, preload: "metadata" });
+  const follower = make("video", {
+    src: driving,
+    muted: true,
+    playsInline: true,
+    preload: "metadata",
+    tabIndex: -1,
+  });
+  const leader = make("video", {
+    src: result,
+    controls: true,
+    loop: true,
+    playsInline: true,
+    preload: "metadata",
+  });
   leader.setAttribute("aria-label", "The video");
   follower.setAttribute("aria-label", "The driving clip, which plays along");
   follow(leader, follower);
@@ -20,7 +32,8 @@ export function pair(driving, result) {
 
 function follow(leader, follower) {
   const meet = () => {
-    if (Math.abs(follower.currentTime - leader.currentTime) > APART) follower.currentTime = leader.currentTime;
+    if (Math.abs(follower.currentTime - leader.currentTime) > APART)
+      follower.currentTime = leader.currentTime;
   };
   const play = () => {
     meet();

@@ -8,7 +8,10 @@ export class Refused extends Error {
   }
 }
 
-const UNREACHABLE = { message: "The server cannot be reached.", hint: "Check that trt-wan serve is running." };
+const UNREACHABLE = {
+  message: "The server cannot be reached.",
+  hint: "Check that trt-wan serve is running.",
+};
 
 function refusal(status, text) {
   try {
@@ -73,7 +76,10 @@ export function listen({ began, lost, changed }) {
 
 // A server that was started again may want another token: then the page begins anew, and asks for it.
 async function again(listener) {
-  const error = await get("v1/options").then(() => null, (refused) => refused);
+  const error = await get("v1/options").then(
+    () => null,
+    (refused) => refused,
+  );
   if (error?.status === 401) location.reload();
   else listen(listener);
 }

@@ -5,11 +5,18 @@ import { pair } from "./player.js";
 import { get, post, remove } from "./server.js";
 
 const PAGE = 30; // videos that are listed at a time
-const WORDS = { queued: "Waiting", in_progress: "Running", completed: "Done", failed: "Failed", cancelled: "Cancelled" };
+const WORDS = {
+  queued: "Waiting",
+  in_progress: "Running",
+  completed: "Done",
+  failed: "Failed",
+  cancelled: "Cancelled",
+};
 const ENDED = ["completed", "failed", "cancelled"];
 
 export class Videos {
-  #cards = new Map(); #last = null;
+  #cards = new Map();
+  #last = null;
 
   // `change` is called with a video that is to be made again with other settings.
   constructor(change) {
@@ -68,7 +75,9 @@ export class Videos {
 }
 
 class Card {
-  #list; #told = ""; #frames = 0;
+  #list;
+  #told = "";
+  #frames = 0;
 
   constructor(video, list) {
     this.#list = list;
@@ -78,7 +87,15 @@ class Card {
       "details",
       { className: "video", open: !ENDED.includes(video.status) },
       make("summary", {}, part("span", "state"), part("span", "title"), part("span", "left")),
-      make("div", { className: "body" }, part("div", "doing"), part("div", "shown"), part("div", "error"), part("div", "row"), part("div", "about")),
+      make(
+        "div",
+        { className: "body" },
+        part("div", "doing"),
+        part("div", "shown"),
+        part("div", "error"),
+        part("div", "row"),
+        part("div", "about"),
+      ),
     );
     this.bar = make("progress", { max: 100, "aria-label": "Progress" });
     this.told = make("p");
@@ -123,7 +140,8 @@ class Card {
     if (this.#told === video.status) return;
     this.#told = video.status;
     showError(this.error, video.status === "failed" ? video.error : null);
-    if (video.status === "completed") this.shown.replaceChildren(pair(`${this.#address}/driving`, `${this.#address}/content`));
+    if (video.status === "completed")
+      this.shown.replaceChildren(pair(`${this.#address}/driving`, `${this.#address}/content`));
     else if (this.hasEnded) this.shown.replaceChildren();
     this.row.replaceChildren(...this.#actions());
     this.about.replaceChildren(...about(video));
@@ -135,13 +153,18 @@ class Card {
     this.#frames = this.video.frames_done;
     const video = make("video", {
       src: `${this.#address}/preview?frames=${this.#frames}`,
-      muted: true, loop: true, playsInline: true, controls: true, autoplay: !calm.matches,
+      muted: true,
+      loop: true,
+      playsInline: true,
+      controls: true,
+      autoplay: !calm.matches,
     });
     video.setAttribute("aria-label", "The finished part of the video");
     const place = () => {
       const last = this.shown.querySelector("video");
       if (last) video.currentTime = last.currentTime;
-      if (!this.hasEnded) this.shown.replaceChildren(make("figure", {}, video, make("figcaption", {}, "Finished so far")));
+      if (!this.hasEnded)
+        this.shown.replaceChildren(make("figure", {}, video, make("figcaption", {}, "Finished so far")));
     };
     video.addEventListener("loadeddata", place, { once: true });
   }
@@ -155,7 +178,11 @@ class Card {
     const change = button("Change settings", () => this.#list.change(this.video));
     const away = button("Delete", () => this.#delete(), "link");
     if (this.video.status !== "completed") return [change, away];
-    const download = make("a", { href: `${this.#address}/content`, download: `${this.video.id}.mp4`, className: "button" }, "Download");
+    const download = make(
+      "a",
+      { href: `${this.#address}/content`, download: `${this.video.id}.mp4`, className: "button" },
+      "Download",
+    );
     return [download, button("Another seed", () => this.#again({ seed: anySeed() })), change, away];
   }
 
@@ -174,7 +201,12 @@ class Card {
     const { windows, window_starts: starts, fps } = this.video;
     const boxes = Array.from({ length: windows }, (_, k) => {
       const from = starts && fps ? ` (from ${clock(starts[k] / fps)})` : "";
-      return make("label", { className: "tick" }, make("input", { type: "checkbox", value: k + 1 }), ` ${k + 1}${from}`);
+      return make(
+        "label",
+        { className: "tick" },
+        make("input", { type: "checkbox", value: k + 1 }),
+        ` ${k + 1}${from}`,
+      );
     });
     const place = make("div", { className: "error" });
     const again = async () => {
@@ -182,12 +214,20 @@ class Card {
       if (!redo.length) throw Object.assign(new Error("Choose the windows to render again."), { hint: "" });
       await this.#again({ redo });
     };
-    const send = make("button", { type: "button", onclick: (event) => attempt(place, again, event.currentTarget) }, "Redo");
+    const send = make(
+      "button",
+      { type: "button", onclick: (event) => attempt(place, again, event.currentTarget) },
+      "Redo",
+    );
     return make(
       "details",
       {},
       make("summary", {}, "Redo single windows"),
-      make("p", { className: "aside" }, "They are rendered again with another seed, and the others are copied."),
+      make(
+        "p",
+        { className: "aside" },
+        "They are rendered again with another seed, and the others are copied.",
+      ),
       make("div", { className: "row", role: "group", "aria-label": "Windows" }, ...boxes, send),
       place,
     );
@@ -227,15 +267,25 @@ function about(video) {
   const facts = {
     character: names.input_reference,
     "driving clip": names.control_reference,
-    size, frames, "frames per second": fps, seed,
+    size,
+    frames,
+    "frames per second": fps,
+    seed,
     ...settings,
     LoRAs: loras.map(({ name, strength }) => `${name} ${strength}`).join(", "),
     "windows rendered again": redo.join(", "),
   };
   const rows = Object.entries(facts).filter(([, value]) => value != null && value !== "");
-  const list = make("dl", {}, ...rows.flatMap(([name, value]) => [
-    make("dt", {}, name.replaceAll("_", " ")), make("dd", {}, String(value)),
-  ]));
-  const told = notes.length ? make("ul", { className: "notes" }, ...notes.map((note) => make("li", {}, note))) : null;
+  const list = make(
+    "dl",
+    {},
+    ...rows.flatMap(([name, value]) => [
+      make("dt", {}, name.replaceAll("_", " ")),
+      make("dd", {}, String(value)),
+    ]),
+  );
+  const told = notes.length
+    ? make("ul", { className: "notes" }, ...notes.map((note) => make("li", {}, note)))
+    : null;
   return [make("details", {}, make("summary", {}, "Settings"), list, told)];
 }
