@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,15 @@ from trt_wan.runtime.presets import PRESETS, Preset
 from trt_wan.runtime.published.files import ALL, FEW_STEPS, FILES, spoken_size
 from trt_wan.runtime.video.reader import Clip
 from trt_wan.runtime.weights.tiny import write_tiny_weights
+from trt_wan.serve.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "serving.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def test_ci_runs_the_readme_test_command() -> None:
@@ -36,12 +39,13 @@ def test_ci_runs_the_readme_test_command() -> None:
     assert test_command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("text", "least"), [(README, 20), (GUIDE, 3)], ids=["README", "serving"])
+def test_commands_parse(text: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    lines = [line.split("#")[0] for block in blocks("sh") for line in block.splitlines()]
+    lines = [line.split("#")[0] for block in blocks("sh", text) for line in block.splitlines()]
     commands = [shlex.split(line) for line in lines if line.startswith("trt-wan ")]
     commands = [words for words in commands if words[1:] != ["--version"]]  # would end the test
-    assert len(commands) >= 20
+    assert len(commands) >= least
     for _, name, *arguments in commands:
         for argument in arguments:  # what is named has to be there
             if argument.endswith("/"):
@@ -49,6 +53,18 @@ def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             elif Path(argument).suffix in (".png", ".mp4", ".onnx", ".safetensors", ".json"):
                 Path(argument).touch()
         cli.commands[name].make_context(name, arguments)
+
+
+def test_the_guide_to_serving_names_what_there_is() -> None:
+    metrics = Metrics(lambda: 0, lambda: 0, lambda: 0).text().decode()
+    for name in re.findall(r"`(trt_wan_\w+)`", GUIDE):
+        assert f"\n# TYPE {name} " in metrics, name
+    options = {option for parameter in cli.commands["serve"].params for option in parameter.opts}
+    for option in re.findall(r"^\| `(--[a-z-]+)`", GUIDE, re.MULTILINE):
+        assert option in options
+    copied = re.findall(r"^COPY (\w+) \1$", (ROOT / "Containerfile").read_text(), re.MULTILINE)
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
+    assert set(copied) == set(packages["wheel"]["packages"])
 
 
 def as_table(*rows: tuple[str, ...]) -> str:

@@ -73,6 +73,11 @@ def _options(source: click.Command, names: tuple[str, ...]) -> list[click.Parame
     help="Open the model with one step at --size before the first job. Default: where there is a GPU.",
 )
 @click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Run jobs on the GPUs of a Ray cluster: its head, as 10.0.0.1:6379, or auto: the one here.",
+)
+@click.option(
     "--demo", is_flag=True, help="The tiny model with random weights and the sample: tries everything."
 )
 @command
@@ -92,6 +97,7 @@ def serve(
     max_pixels: int,
     max_steps: int,
     warm_up: bool | None,
+    ray: str | None,
     demo: bool,
     **given: Any,
 ) -> Any:
@@ -104,7 +110,9 @@ def serve(
 
     Jobs wait in a queue on the disk. A server that is stopped or killed goes on where it was.
     """
-    _require_packages()
+    _require_packages("serve", PACKAGES)
+    if ray is not None:
+        _require_packages("ray", ("ray",))
     from trt_wan.engines.store.home import home
     from trt_wan.runtime.device.driver import has_nvidia_gpu
     from trt_wan.serve.main import listen
@@ -133,6 +141,7 @@ def serve(
         hosts=allow_host,
         origins=tuple(origin.rstrip("/") for origin in allow_origin),
         demo=demo,
+        ray=ray,
         warm_up=(demo or has_nvidia_gpu()) if warm_up is None else warm_up,
         limits=Limits(
             upload=max_upload * MB,
@@ -155,13 +164,13 @@ serve.params += [
 ]
 
 
-def _require_packages() -> None:
+def _require_packages(extra: str, packages: tuple[str, ...]) -> None:
     from importlib.util import find_spec
 
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+    if missing := [name for name in packages if find_spec(name) is None]:
         raise EnvironmentBroken(
             f"The server's packages are not installed: {', '.join(missing)}.",
-            with_commands("Install them:", install_command("serve")),
+            with_commands("Install them:", install_command(extra)),
         )
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from trt_wan.errors import InputError, TrtWanError, shown
 
 # By their first bytes: ffmpeg would also open playlists, which name other files.
 PICTURES = ((b"\x89PNG\r\n\x1a\n", ".png"), (b"\xff\xd8\xff", ".jpg"))
-CLIPS = ((b"\x1a\x45\xdf\xa3", ".mkv"), (b"GIF8", ".gif"))
+CLIPS = ((b"\x1a\x45\xdf\xa3", ".mkv"), (b"GIF87a", ".gif"), (b"GIF89a", ".gif"))
+FORMATS = {".mp4": "mov", ".mkv": "matroska", ".gif": "gif", ".avi": "avi"}  # ffmpeg's names
 PREPARED = ("src_ref", "src_pose", "src_face", "src_bg", "src_mask", "preview", "keypoints", "prepared")
 KINDS_INSIDE = (".png", ".mp4", ".json")
-MOST_INSIDE = 4_000_000_000  # bytes of all clips in a .zip
 STEP = 1 << 20
 CPUS = 4
 
@@ -58,7 +59,7 @@ def check(path: Path, out: Path, limits: dict[str, Any]) -> dict[str, Any]:
     if kind == "picture":
         return facts | _picture(path, limits)
     if kind == "clip":
-        return facts | _clip(path, limits)
+        return facts | _clip(path, suffix, limits)
     if kind == "prepared":
         return facts | _prepared(path, out, limits)
     if kind == "sound":
@@ -74,9 +75,10 @@ def _picture(path: Path, limits: dict[str, Any]) -> dict[str, Any]:
     return {"width": pixels.shape[1], "height": pixels.shape[0]}
 
 
-def _clip(path: Path, limits: dict[str, Any]) -> dict[str, Any]:
+def _clip(path: Path, suffix: str, limits: dict[str, Any]) -> dict[str, Any]:
     from trt_wan.runtime.video.reader import Clip
 
+    _require_format(path, suffix)
     _require_few(path, limits["frames"])
     with Clip(path) as clip:
         _require_pixels(clip.width, clip.height, limits["clip_pixels"])
@@ -84,6 +86,26 @@ def _clip(path: Path, limits: dict[str, Any]) -> dict[str, Any]:
             clip.window([index])
         facts = {"width": clip.width, "height": clip.height, "frames": clip.frames}
         return facts | {"fps": float(clip.rate), "has_sound": clip.has_sound}
+
+
+def _require_format(path: Path, suffix: str) -> None:
+    """Raises InputError for a file that ffmpeg takes for something else, such as a list of other files."""
+    from trt_wan.runtime.video.container import open_container
+
+    with open_container(path) as container:
+        if FORMATS[suffix] not in container.format.name.split(","):
+            raise InputError("The clip is not what its first bytes say.", "Encode it again.")
+
+
+def _require_kind(path: Path) -> None:
+    """Raises InputError for a file in a .zip with another one's beginning: ffmpeg would open a list of files
+    under any name.
+    """
+    with path.open("rb") as file, suppress(InputError):
+        kind, suffix = suffix_of(file.read(16))
+        if path.suffix == suffix or (path.suffix, kind) == (".png", "picture"):
+            return
+    raise InputError(f"{path.name} in the .zip is no {path.suffix[1:]}.", "Pack the prepared clips again.")
 
 
 def _require_few(path: Path, most: int) -> None:
@@ -108,10 +130,14 @@ def _prepared(path: Path, out: Path, limits: dict[str, Any]) -> dict[str, Any]:
 
     try:
         with zipfile.ZipFile(path) as archive:
-            _unpack(archive, out)
+            _unpack(archive, out, limits["upload"])
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise InputError("The .zip cannot be read.", "Pack the prepared clips again.") from error
     files = sorted(file.name for file in out.iterdir())
+    if "src_ref.png" not in files:
+        raise InputError("The .zip has no src_ref.png.", "Pack all of the prepared files.")
+    for name in files:
+        _require_kind(out / name)
     modes = ["animate"]
     if any(name.startswith("src_bg") for name in files) and any(
         name.startswith("src_mask") for name in files
@@ -119,6 +145,7 @@ def _prepared(path: Path, out: Path, limits: dict[str, Any]) -> dict[str, Any]:
         modes.append("replace")
     for name in files:
         if name.endswith(".mp4"):
+            _require_format(out / name, ".mp4")
             _require_few(out / name, limits["frames"])
     facts: dict[str, Any] = {}
     for mode in modes:
@@ -135,8 +162,9 @@ def _prepared(path: Path, out: Path, limits: dict[str, Any]) -> dict[str, Any]:
     return facts | {"files": files, "modes": modes}
 
 
-def _unpack(archive: zipfile.ZipFile, out: Path) -> None:
-    left = MOST_INSIDE
+def _unpack(archive: zipfile.ZipFile, out: Path, most: int) -> None:
+    """The known files, of at most so many bytes together."""
+    left = most
     for entry in archive.infolist()[:1000]:
         name = entry.filename.replace("\\", "/").rpartition("/")[2]
         stem, suffix = os.path.splitext(name)
@@ -147,7 +175,7 @@ def _unpack(archive: zipfile.ZipFile, out: Path) -> None:
                 left -= len(data)
                 if left < 0:
                     raise InputError(
-                        f"The clips in the .zip are larger than {MOST_INSIDE} bytes.", "Pack fewer."
+                        f"The clips in the .zip are larger than {most / 1e6:g} MB.", "Pack fewer."
                     )
                 target.write(data)
 
@@ -162,8 +190,10 @@ def answered(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": {"code": InputError.code, "message": message, "hint": "Make it smaller."}}
 
 
-def _limit(memory: int, seconds: int) -> None:
-    """Bytes and seconds of this process. Windows has no such limits: there only the parent's clock counts."""
+def _limit(memory: int, seconds: int, file: int) -> None:
+    """Bytes and seconds of this process, and bytes of a file that it writes. Windows has no such limits:
+    there only the parent's clock counts.
+    """
     if sys.platform == "win32":
         return
     import resource
@@ -173,7 +203,7 @@ def _limit(memory: int, seconds: int) -> None:
     for kind, most in (
         (resource.RLIMIT_DATA, memory),
         (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_FSIZE, MOST_INSIDE),
+        (resource.RLIMIT_FSIZE, file),
     ):
         resource.setrlimit(kind, (most, most))
 
@@ -188,7 +218,7 @@ def main() -> None:
         return
     task = json.loads(line)
     limits = task["limits"]
-    _limit(limits["memory"], limits["seconds"])
+    _limit(limits["memory"], limits["seconds"], limits["upload"])
     path = Path(task["path"])
     answer = answered(lambda: check(path, Path(task["out"]), limits))
     if "error" in answer:  # without the server's own folders

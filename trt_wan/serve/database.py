@@ -97,7 +97,7 @@ class Database:
             return self.job(id)
 
     def job(self, id: str) -> Job | None:
-        found = self._rows("SELECT * FROM jobs WHERE id = ?", (id,))
+        found = self._rows("SELECT * FROM jobs WHERE id = ?", (_plain(id),))
         return _job(found[0]) if found else None
 
     def jobs(
@@ -185,7 +185,7 @@ class Database:
         return found
 
     def file(self, id: str) -> File | None:
-        found = self._rows("SELECT * FROM files WHERE id = ?", (id,))
+        found = self._rows("SELECT * FROM files WHERE id = ?", (_plain(id),))
         return File(**_values(found[0])) if found else None
 
     def files(self, limit: int) -> list[File]:
@@ -208,6 +208,11 @@ class Database:
         """Returns the number of rows that it changed."""
         with self._lock, closing(self._connection.execute(query, values)) as cursor:
             return cursor.rowcount
+
+
+def _plain(id: str) -> str:
+    """SQLite takes no surrogates, which a client may send."""
+    return id.encode(errors="replace").decode()
 
 
 def _job(row: sqlite3.Row) -> Job:

@@ -41,7 +41,12 @@ def _add(service: "Service", filename: str) -> str:
     facts = check(
         source,
         folder / "clips",
-        {"frames": limits.frames, "pixels": limits.pixels, "clip_pixels": limits.clip_pixels},
+        {
+            "upload": limits.upload,
+            "frames": limits.frames,
+            "pixels": limits.pixels,
+            "clip_pixels": limits.clip_pixels,
+        },
     )
     accepted = Accepted(folder, filename, facts)
     source.rename(accepted.content)

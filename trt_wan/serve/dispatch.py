@@ -5,12 +5,13 @@ job in which workers die again and again without a new window fails.
 """
 
 import logging
+import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from trt_wan.errors import TrtWanError, WeightsError
 from trt_wan.serve.database import Job
@@ -19,7 +20,7 @@ from trt_wan.serve.metrics import Metrics
 from trt_wan.serve.orders import OUTPUT, PREPARED, command_of, told
 from trt_wan.serve.settings import ServeSettings
 from trt_wan.serve.store import Store
-from trt_wan.worker.worker import Line, WorkerDied
+from trt_wan.worker.worker import Line, Runs, WorkerDied
 
 MOST_DEATHS = 3  # of workers in one job, without a finished window in between
 MOST_NOTES = 50
@@ -27,41 +28,35 @@ PAUSE = 1.0  # seconds before another worker is started in place of one that die
 log = logging.getLogger("trt_wan.serve")
 
 
-class Runs(Protocol):
-    """Worker (worker/worker.py), or an actor of Ray that has one."""
-
-    def run(self, id: str, arguments: Sequence[str], on_event: Callable[[Line], None]) -> Line: ...
-
-    def cancel(self, id: str) -> None: ...
-
-    def close(self) -> None: ...
-
-    @property
-    def starts(self) -> int: ...
-
-
 class Dispatcher:
     def __init__(
         self, store: Store, live: Live, metrics: Metrics, settings: ServeSettings, workers: Sequence[Runs]
     ) -> None:
         self._store, self._live, self._metrics, self._settings = store, live, metrics, settings
-        self._workers = workers
+        self._workers: list[Runs] = []
         self._running: dict[str, Runs] = {}
         self._deleted: set[str] = set()
         self._change = threading.Condition()
         self._closing = False
-        self._warm: set[int] = set()  # numbers of workers
-        self._threads = [
-            threading.Thread(target=self._work, args=(number, worker), daemon=True)
-            for number, worker in enumerate(workers)
-        ]
+        self._warm: set[Runs] = set()
+        self._first, self._threads = workers, list[threading.Thread]()
+        self._starts = 0  # of workers that are gone
 
     def start(self) -> None:
         for job in self._store.database.begin_again():
             if job.cancelling:
                 self._end(job, "cancelled")
-        for thread in self._threads:
-            thread.start()
+        for worker in self._first:
+            self.add(worker)
+
+    def add(self, worker: Runs) -> None:
+        """Gives jobs to this worker, until it is gone."""
+        with self._change:
+            self._workers.append(worker)
+            self._threads.append(
+                threading.Thread(target=self._work, args=(len(self._threads), worker), daemon=True)
+            )
+            self._threads[-1].start()
 
     def close(self) -> None:
         """Jobs in progress go on when the server starts again."""
@@ -75,18 +70,18 @@ class Dispatcher:
 
     @property
     def state(self) -> str:
-        if len(self._warm) < len(self._workers):
+        if not self._warm:
             return "starting"
         return "busy" if self._running else "ready"
 
     @property
     def starts(self) -> int:
-        return sum(worker.starts for worker in self._workers)
+        return self._starts + sum(worker.starts for worker in self._workers)
 
     def wake(self) -> None:
-        """A job was added."""
+        """A job was added, or a worker is gone."""
         with self._change:
-            self._change.notify()
+            self._change.notify_all()
 
     def cancel(self, job: Job) -> Job | None:
         """The job as it is now; None if it is gone."""
@@ -126,9 +121,14 @@ class Dispatcher:
                 self._warm_up(number, worker)
             except Exception:
                 log.exception("The warm-up failed")
-        self._warm.add(number)
+        self._warm.add(worker)
         while True:
             with self._change:
+                if worker.is_gone:
+                    self._workers.remove(worker)
+                    self._warm.discard(worker)
+                    self._starts += worker.starts
+                    return
                 job = None if self._closing else self._store.database.take_next()
                 if job is None:
                     if self._closing:
@@ -148,7 +148,8 @@ class Dispatcher:
                 self._end(job, "failed", error=told(fault, self._store.folder(job), self._store.data))
             finally:
                 with self._change:
-                    self._running.pop(job.id, None)
+                    if self._running.get(job.id) is worker:  # another one may have it by now
+                        del self._running[job.id]
 
     def _warm_up(self, number: int, worker: Runs) -> None:
         from trt_wan.serve.warm_up import warm_up
@@ -160,6 +161,7 @@ class Dispatcher:
     def _run(self, job: Job, worker: Runs) -> None:
         folder, database = self._store.folder(job), self._store.database
         result = folder / (OUTPUT if job.kind == "video" else PREPARED)
+        last = result if job.kind == "video" else result / "src_ref.png"  # what gets its name last
         progress = Progress(stage="starting")
         self._live.set(job.id, progress)
         self._tell_waiting()
@@ -182,9 +184,11 @@ class Dispatcher:
             self._live.set(job.id, progress)
 
         try:
-            if result.exists():  # finished, and the server died before it said so
+            if last.exists():  # finished, and the server died before it said so
                 line: Line = {"ok": True, "data": {}}
             else:
+                if job.kind == "preparation":
+                    shutil.rmtree(result, ignore_errors=True)  # a part of its clips
                 again = (
                     job.attempts > 0
                     or bool(list(folder.glob("out.partial*")))
@@ -201,7 +205,8 @@ class Dispatcher:
         except TrtWanError as error:
             self._end(job, "failed", error=told(error, folder, self._store.data), notes=notes)
             return
-        if line["ok"]:
+        # A worker that was thought lost may have finished the job meanwhile.
+        if line["ok"] or (line["error"]["code"] != "interrupted" and last.exists()):
             facts = facts_of(job, result) | {"windows": progress.windows}
             self._end(job, "completed", result=facts, notes=notes)
             return
@@ -230,8 +235,10 @@ class Dispatcher:
                 job, "failed", error=told(death, self._store.folder(job), self._store.data), notes=notes
             )
             return
-        self._store.database.change(job.id, status="queued", attempts=deaths, notes=notes)
         self._live.set(job.id, None)
+        self._store.database.change(job.id, status="queued", attempts=deaths, notes=notes)
+        self._live.tell(job.id)
+        self.wake()
         time.sleep(PAUSE)
 
     def _end(self, job: Job, status: str, **values: Any) -> None:

@@ -4,14 +4,16 @@ Without a token the server listens on this machine alone, where any web page tha
 requests too: a request from a browser must name this server as its host, and its page as its origin.
 """
 
+import asyncio
 import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
-from trt_wan.serve.settings import LOOPBACK, ServeSettings
+from trt_wan.serve.settings import LOOPBACK, Limits, ServeSettings
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -23,6 +25,8 @@ COOKIE = "trt_wan_token"
 OPEN_PATHS = ("/", "/health", "/session", "/favicon.ico")
 PAGE = "/page/"
 SLOW_AFTER, LEAST_RATE = 60.0, 1000.0  # seconds, bytes per second
+LINGER = 5.0  # seconds in which a refused client may finish what it sends
+TOGETHER = 4  # requests of the largest size that may arrive at a time
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
@@ -47,6 +51,7 @@ def error_body(
     status: int, code: str, message: str, hint: str = "", param: str | None = None
 ) -> dict[str, Any]:
     """The form of OpenAI's errors, with our code and hint. `param` is the field or option at fault."""
+    message, hint = (text.encode(errors="replace").decode() for text in (message, hint))  # no surrogates
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"code": code, "message": message, "hint": hint, "type": kind, "param": param}}
 
@@ -54,6 +59,7 @@ def error_body(
 class Guard:
     def __init__(self, app: App, settings: ServeSettings, count: Callable[[str, str, int], None]) -> None:
         self._app, self._settings, self._count = app, settings, count
+        self._arriving = {"bytes": 0}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,6 +71,7 @@ class Guard:
         origin = headers.get("origin")
         allowed = origin if origin in self._settings.origins else None
         sent = 0
+        body = Body(headers, receive, self._settings.limits, self._arriving)
 
         async def answer(message: Message) -> None:
             nonlocal sent
@@ -78,6 +85,10 @@ class Guard:
                 ]
                 route = getattr(scope.get("route"), "path", "other")
                 self._count(scope["method"], route, sent)
+            if message["type"] == "http.response.body" and sent >= 400 and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                await body.drop_rest()
+                message = {"type": "http.response.body"}
             await send(message)
 
         try:
@@ -85,11 +96,14 @@ class Guard:
             if allowed and scope["method"] == "OPTIONS":
                 await _send_json(answer, 200, {})
                 return
-            await self._app(scope, self._limited(headers, receive), answer)
+            body.require_small()
+            await self._app(scope, body.receive, answer)
         except Refused as refused:
             if sent:
                 raise
             await _send_json(answer, refused.status, refused.as_error(), close=True)
+        finally:
+            body.forget()
 
     def _require_allowed(
         self, scope: Scope, headers: Mapping[str, str], origin: str | None, allowed: str | None
@@ -97,8 +111,8 @@ class Guard:
         host = headers.get("host", "")
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
         hosts = self._settings.hosts
-        if not hosts and self._settings.token is None:
-            hosts = LOOPBACK
+        if hosts or self._settings.token is None:
+            hosts = (*hosts, *LOOPBACK)
         if hosts and name.strip("[]") not in hosts:
             raise Refused(
                 403,
@@ -124,40 +138,61 @@ class Guard:
                 401, "unauthorised", "The token is missing or wrong.", "Send it: Authorization: Bearer TOKEN"
             )
 
-    def _limited(self, headers: Mapping[str, str], receive: Receive) -> Receive:
-        most, idle = self._settings.limits.upload, self._settings.limits.idle
-        promised = headers.get("content-length", "0")
-        if promised.isascii() and promised.isdigit() and int(promised[:20]) > most:
-            raise _too_large(most)
-        got, start = 0, time.monotonic()
-        complete = False
 
-        async def limited() -> Message:
-            import asyncio
+class Body:
+    """The body of a request as it arrives, counted. `arriving` are the bytes of all requests."""
 
-            nonlocal got, complete
-            if complete:
-                return await receive()  # waits for the client to go
-            try:
-                message = await asyncio.wait_for(receive(), idle)
-            except TimeoutError:
-                raise _too_slow() from None
-            if message["type"] == "http.request":
-                got += len(message.get("body", b""))
-                complete = not message.get("more_body", False)
-                if got > most:
-                    raise _too_large(most)
-                seconds = time.monotonic() - start
-                if not complete and seconds > SLOW_AFTER and got < seconds * LEAST_RATE:
-                    raise _too_slow()
-            return message
+    def __init__(
+        self, headers: Mapping[str, str], receive: Receive, limits: Limits, arriving: dict[str, int]
+    ) -> None:
+        self._receive, self._limits, self._arriving = receive, limits, arriving
+        self._promised = headers.get("content-length", "0")
+        self._ended = self._promised == "0" and "transfer-encoding" not in headers
+        self._got, self._start = 0, time.monotonic()
 
-        return limited
+    def require_small(self) -> None:
+        """Raises Refused for a body whose length is told, and too large."""
+        if self._promised.isascii() and self._promised.isdigit():
+            if int(self._promised[:20]) > self._limits.upload:
+                raise _too_large(self._limits.upload)
+
+    async def receive(self) -> Message:
+        """Raises Refused."""
+        if self._ended:
+            return await self._receive()  # the body is empty, or waits for the client to go
+        try:
+            message = await asyncio.wait_for(self._receive(), self._limits.idle)
+        except TimeoutError:
+            raise _too_slow() from None
+        if message["type"] == "http.request":
+            size = len(message.get("body", b""))
+            self._got += size
+            self._arriving["bytes"] += size
+            self._ended = not message.get("more_body", False)
+            if self._got > self._limits.upload:
+                raise _too_large(self._limits.upload)
+            if self._arriving["bytes"] > TOGETHER * self._limits.upload:
+                raise Refused(429, "server_full", "Too much is being uploaded.", "Try again later.")
+            seconds = time.monotonic() - self._start
+            if not self._ended and seconds > SLOW_AFTER and self._got < seconds * LEAST_RATE:
+                raise _too_slow()
+        return message
+
+    async def drop_rest(self) -> None:
+        """Reads what a refused client still sends: it would miss an answer whose connection is closed."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                while not self._ended:
+                    message = await self._receive()
+                    self._ended = message["type"] != "http.request" or not message.get("more_body", False)
+
+    def forget(self) -> None:
+        self._arriving["bytes"] -= self._got
 
 
 def is_token(given: str | None, token: str) -> bool:
     """In a time that does not depend on how much of it is right."""
-    return given is not None and hmac.compare_digest(given.encode(), token.encode())
+    return given is not None and hmac.compare_digest(given.encode(errors="replace"), token.encode())
 
 
 def _token(headers: Mapping[str, str]) -> str | None:

@@ -12,7 +12,6 @@ from trt_wan.cli.command import note
 from trt_wan.cli.report import Report
 from trt_wan.errors import OutputError, Stopped, with_commands
 from trt_wan.serve.app import make_app
-from trt_wan.serve.dispatch import Runs
 from trt_wan.serve.service import Service
 from trt_wan.serve.settings import ServeSettings
 from trt_wan.worker.worker import Worker
@@ -55,14 +54,15 @@ class Protocol(H11Protocol):
             self.transport.close()
 
 
-def workers_of(settings: ServeSettings) -> list[Runs]:
-    return [Worker()]
-
-
 def listen(settings: ServeSettings, host: str, port: int, report: Report) -> str:
     """Serves until a signal ends it, and returns a sentence. Raises TrtWanError."""
     opened = _socket(host, port)
-    service = Service(settings, workers_of(settings))
+    if settings.ray is None:
+        service = Service(settings, [Worker()])
+    else:
+        from trt_wan.serve.ray_workers import Cluster
+
+        service = Service(settings, [], Cluster(settings.ray, settings))
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{opened.getsockname()[1]}/"
     note(report, f"Serving on {address}, data in {settings.data}. Ctrl-C stops.", "serving", address=address)

@@ -12,8 +12,10 @@ from starlette.requests import Request
 from trt_wan.errors import UsageError, shown
 from trt_wan.serve.guard import Refused
 
-MOST_FIELDS, MOST_FILES = 100, 12
+MOST_FIELDS, MOST_FILES = 50, 12
+MOST_FIELD = 1_000_000  # bytes of a field that is no file
 MOST_JSON = 64_000_000  # bytes; with data: URLs
+MOST_VALUES = 100_000  # in JSON; 64 MB of empty lists would take gigabytes
 DEEPEST = 20  # levels of JSON
 
 
@@ -32,7 +34,7 @@ async def read(request: Request) -> AsyncIterator[tuple[dict[str, Any], dict[str
             "Send multipart/form-data.",
         )
     try:
-        form = await request.form(max_files=MOST_FILES, max_fields=MOST_FIELDS, max_part_size=MOST_JSON)
+        form = await request.form(max_files=MOST_FILES, max_fields=MOST_FIELDS, max_part_size=MOST_FIELD)
     except HTTPException as error:
         raise UsageError("The form cannot be read.", str(error.detail)) from error
     try:
@@ -62,6 +64,8 @@ async def _json(request: Request) -> dict[str, Any]:
                 f"JSON has at most {MOST_JSON / 1e6:g} MB here.",
                 "Upload files to /v1/files.",
             )
+    if sum(map(body.count, (b",", b":", b"[", b"{"))) > MOST_VALUES:
+        raise UsageError(f"JSON has at most {MOST_VALUES} values here.", "Send fewer.")
     try:
         values = json.loads(bytes(body), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

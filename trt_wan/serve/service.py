@@ -6,7 +6,7 @@ import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from trt_wan.errors import UsageError, shown
 from trt_wan.serve.database import File, Job, Kind
-from trt_wan.serve.dispatch import Dispatcher, Runs, loras
+from trt_wan.serve.dispatch import Dispatcher, loras
 from trt_wan.serve.fields import FILE_OPTIONS, Fields, fields_from, parsed
 from trt_wan.serve.guard import Refused
 from trt_wan.serve.live import Live
@@ -34,13 +34,19 @@ from trt_wan.serve.settings import ServeSettings
 from trt_wan.serve.store import Full, Store
 from trt_wan.serve.uploads import Accepted, Uploads
 from trt_wan.serve.views import view
+from trt_wan.worker.worker import Runs
+
+if TYPE_CHECKING:
+    from trt_wan.serve.ray_workers import Cluster
 
 FILE_FIELDS = (CHARACTER, DRIVING, *FILE_OPTIONS)
 
 
 class Service:
-    def __init__(self, settings: ServeSettings, workers: "list[Runs]") -> None:
-        self.settings = settings
+    def __init__(
+        self, settings: ServeSettings, workers: list[Runs], cluster: "Cluster | None" = None
+    ) -> None:
+        self.settings, self.cluster = settings, cluster
         self.store = Store(settings.data, settings.limits)
         self.live = Live()
         self.metrics = Metrics(
@@ -52,10 +58,14 @@ class Service:
 
     def start(self) -> None:
         self.dispatcher.start()
+        if self.cluster is not None:
+            self.cluster.start(self.dispatcher.add, self.dispatcher.wake)
         self.uploads.prepare()
 
     def close(self) -> None:
         self.dispatcher.close()
+        if self.cluster is not None:
+            self.cluster.close()
         self.uploads.close()
         self.store.close()
 

@@ -33,9 +33,10 @@ class ServeSettings:
     preparing: tuple[str, ...] = ()  # options of `preprocess` that every job gets: detector, pose, sam2
     defaults: Mapping[str, Any] = field(default_factory=dict)  # options for jobs that do not name them
     token: str | None = None
-    hosts: tuple[str, ...] = ()  # names under which browsers may reach the server; empty: the loopback's
+    hosts: tuple[str, ...] = ()  # names under which browsers may reach the server, besides the loopback's
     origins: tuple[str, ...] = ()  # other pages that may call it (CORS)
     demo: bool = False
     warm_up: bool = True
+    ray: str | None = None  # the address of a cluster
     name: str = "wan2.2-animate-14b"
     limits: Limits = Limits()

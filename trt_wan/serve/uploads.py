@@ -104,6 +104,7 @@ class Uploads:
             "out": str(folder / "clips"),
             "name": name,
             "limits": {
+                "upload": limits.upload,
                 "frames": limits.frames,
                 "pixels": limits.pixels,
                 "clip_pixels": limits.clip_pixels,

@@ -5,17 +5,15 @@ weights and keeps the features of the usual prompt, so that the first client wai
 import shutil
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trt_wan.serve.settings import ServeSettings
-
-if TYPE_CHECKING:
-    from trt_wan.serve.dispatch import Runs
+from trt_wan.worker.worker import Runs
 
 RATE = Fraction(30)
 
 
-def warm_up(id: str, worker: "Runs", settings: ServeSettings, place: Path) -> dict[str, Any] | None:
+def warm_up(id: str, worker: Runs, settings: ServeSettings, place: Path) -> dict[str, Any] | None:
     """The outcome as the worker tells it."""
     from trt_wan.cli.sizes import size_of
 

@@ -9,8 +9,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, Protocol
 
 from trt_wan.errors import TrtWanError
 from trt_wan.runtime.closing import Closing
@@ -24,6 +25,7 @@ class WorkerDied(TrtWanError):
     code = "worker_died"
 
     def __init__(self, returncode: int) -> None:
+        self.returncode = returncode
         signal = -returncode
         why = SIGNALS.get(signal, f"signal {signal}") if returncode < 0 else f"exit code {returncode}"
         super().__init__(
@@ -31,7 +33,27 @@ class WorkerDied(TrtWanError):
         )
 
 
+class Runs(Protocol):
+    """A Worker, or an actor of Ray that has one."""
+
+    def run(self, id: str, arguments: Sequence[str], on_event: Callable[[Line], None]) -> Line: ...
+
+    def cancel(self, id: str) -> None: ...
+
+    def close(self) -> None: ...
+
+    @property
+    def starts(self) -> int: ...
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it runs nothing more, as when its machine was lost."""
+        ...
+
+
 class Worker(Closing):
+    is_gone = False  # another process takes the place of one that died
+
     def __init__(self, environment: Mapping[str, str] = {}) -> None:  # noqa: B006  (never changed)
         self._environment = {**os.environ, **environment}
         self._process: subprocess.Popen[str] | None = None
@@ -44,6 +66,15 @@ class Worker(Closing):
         """Runs `trt-wan ARGUMENTS` and returns the last line of its --json: `ok` with `data`, or `error`.
         `on_event` gets the lines before it. Raises WorkerDied.
         """
+        with closing(self.lines(id, arguments)) as lines:
+            for line in lines:
+                if "schema" in line:
+                    return line
+                on_event(line)
+        raise AssertionError("no last line")
+
+    def lines(self, id: str, arguments: Sequence[str]) -> Generator[Line, None, None]:
+        """Runs `trt-wan ARGUMENTS` and yields the lines of its --json. Raises WorkerDied."""
         process = self._ready()
         with self._write:
             self._running = id
@@ -51,12 +82,14 @@ class Worker(Closing):
             self._send({"id": id, "arguments": list(arguments)})
             assert process.stdout is not None
             for text in process.stdout:
+                if not text.endswith("\n"):
+                    break  # the process died in the middle of it
                 line = json.loads(text)
                 if line["id"] != id:
                     continue
+                yield line
                 if "schema" in line:
-                    return line  # type: ignore[no-any-return]
-                on_event(line)
+                    return
             raise WorkerDied(process.wait())
         except BrokenPipeError as error:
             raise WorkerDied(process.wait()) from error
