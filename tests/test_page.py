@@ -98,6 +98,23 @@ def queued(page: Page, press: Callable[[], None]) -> Locator:
     return page.locator(".video").first
 
 
+def drop(page: Page, *paths: Path) -> None:
+    """Drops the files anywhere on the page."""
+    kinds = {".png": "image/png", ".mp4": "video/mp4"}
+    dropped = [(path.name, kinds[path.suffix], list(path.read_bytes())) for path in paths]
+    transfer = page.evaluate_handle(
+        """(files) => {
+          const transfer = new DataTransfer();
+          for (const [name, type, bytes] of files) {
+            transfer.items.add(new File([new Uint8Array(bytes)], name, { type }));
+          }
+          return transfer;
+        }""",
+        dropped,
+    )
+    page.dispatch_event("#job-title", "drop", {"dataTransfer": transfer})
+
+
 def newest(server: Server, kind: str = "preparations") -> dict[str, Any]:
     return server.client.get(f"/v1/{kind}").json()["data"][0]  # type: ignore[no-any-return]
 
@@ -165,8 +182,7 @@ def test_the_whole_way(desktop: Page, server: Server, files: Path, tmp_path: Pat
     expect(page.locator("#clip-error")).to_have_text("Choose the driving clip, or use the sample.")
     page.set_input_files("#clip-file", files / "character.png")
     expect(page.locator("#clip-error")).to_contain_text("The driving clip is a video")
-    page.set_input_files("#clip-file", files / "clip.mp4")
-    page.set_input_files("#reference-file", files / "character.png")
+    drop(page, files / "clip.mp4", files / "character.png")
     expect(page.locator("#clip")).to_contain_text("clip.mp4 160×120, 20 frames, 12 a second")
     expect(page.locator("#reference img")).to_be_visible()
     page.get_by_label("Replace").check()

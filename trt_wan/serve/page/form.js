@@ -34,6 +34,8 @@ export class Form {
     });
     this.#form.addEventListener("input", changed);
     byId("sample").addEventListener("click", () => this.#useSample());
+    document.addEventListener("dragover", (event) => event.preventDefault());
+    document.addEventListener("drop", (event) => this.#dropped(event));
   }
 
   // --- What the check needs to know
@@ -229,6 +231,16 @@ export class Form {
     if (!box) return;
     box.checked = true;
     box.closest("label").nextElementSibling.value = scale ?? 1;
+  }
+
+  // Files that are dropped beside the places for them; the browser would leave the page and show them.
+  #dropped(event) {
+    if (event.defaultPrevented) return;
+    event.preventDefault();
+    for (const file of event.dataTransfer.files) {
+      const isPicture = file.type.startsWith("image/") && file.type !== "image/gif";
+      (isPicture ? this.#reference : this.#clip).take(file);
+    }
   }
 
   #useSample() {
