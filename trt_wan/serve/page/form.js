@@ -20,7 +20,7 @@ export class Form {
   // `queued` is called with every new video.
   constructor(options, queued) {
     this.#options = options;
-    const most = options.limits?.upload ?? Infinity;
+    const most = options.limits.upload;
     const changed = () => this.#changed();
     this.#reference = new Drop(byId("reference"), ["picture"], "The character is a picture.", most, changed);
     const clip = "The driving clip is a video, or a .zip of prepared clips.";
@@ -278,12 +278,12 @@ export class Form {
       for (const field of part.querySelectorAll("input, select")) field.disabled = !isOn;
     }
     for (const id of ["reference", "preparing", "size"]) setShown(byId(id), !this.hasPreparedClips);
-    const preset = this.#options.presets?.find(({ name }) => name === this.#field("preset").value);
+    const preset = this.#options.presets.find(({ name }) => name === this.#field("preset").value);
     byId("preset-about").textContent = preset?.about ?? "";
   }
 
   #describe() {
-    const { presets = [], loras = [], defaults = {}, sample } = this.#options;
+    const { presets, loras, defaults, sample } = this.#options;
     this.#field("preset").append(...presets.map(({ name }) => make("option", { value: name }, name)));
     for (const name of ["size", "steps", "window"]) this.#field(name).placeholder = defaults[name] ?? "";
     if (defaults.preset) this.#field("preset").firstElementChild.textContent = `${defaults.preset} (default)`;
