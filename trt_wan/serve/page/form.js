@@ -292,7 +292,7 @@ export class Form {
     byId("loras").append(
       ...loras.flatMap((name) => [
         make("label", { className: "tick" }, make("input", { type: "checkbox", value: name }), " ", name),
-        make("input", { type: "number", step: "any", value: 1, "aria-label": `Strength of ${name}` }),
+        make("input", { type: "number", step: "any", defaultValue: 1, "aria-label": `Strength of ${name}` }),
       ]),
     );
   }
