@@ -22,7 +22,7 @@ from trt_wan.runtime.guidance import (
     require_strength,
 )
 from trt_wan.runtime.noise import CpuGenerator
-from trt_wan.runtime.prompts import Prompts
+from trt_wan.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_PROMPT, Prompts
 from trt_wan.runtime.sampling.grids import Schedule, schedule, schedule_of
 from trt_wan.runtime.sampling.samplers import SAMPLERS
 from trt_wan.runtime.video.cut import Cut
@@ -33,16 +33,6 @@ Mode = Literal["animate", "replace"]
 
 MOST_LORA_STRENGTH = 100
 MOST_NOISE = 0.999  # level from which on nothing of a video is left
-
-# Wan2.2-Animate was trained with it ("the person in the video is making movements"); others work, less well.
-DEFAULT_PROMPT = "视频中的人在做动作"
-# The negative prompt shared by all Wan models; only read when guidance is above 1.
-DEFAULT_NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
-    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
-    "三条腿，背景人很多，倒着走"
-)
-
 
 BACKGROUNDS, MASKS = ("src_bg.mp4", "src_bg.png"), ("src_mask.mp4", "src_mask.png")
 

@@ -12,6 +12,15 @@ from dataclasses import dataclass
 
 from trt_wan.errors import UsageError, shown
 
+# Wan2.2-Animate was trained with it ("the person in the video is making movements"); others work, less well.
+DEFAULT_PROMPT = "视频中的人在做动作"
+# The negative prompt shared by all Wan models; only read when guidance is above 1.
+DEFAULT_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+    "三条腿，背景人很多，倒着走"
+)
+
 TIME = re.compile(r"(?:(\d+):)?(\d+):([0-5]\d(?:\.\d+)?)(?=\s|$)")
 
 NEARLY = re.compile(r"\d+:\d\d(?!\d)")  # as 0:90, 0:05x or 0:05: are: meant as a time

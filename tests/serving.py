@@ -65,7 +65,8 @@ def error(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
 def serving(data: Path, home: Path, *options: str, token: str | None = None) -> Iterator[Server]:
     """The server, until the end of the block."""
     command = [*TRT_WAN, "serve", "--json", "--data", str(data), "--port", "0", *options]
-    command += [f"--window={PLAN.frames}"] if "--demo" not in options else []
+    if not any(option.startswith(("--window", "--demo")) for option in options):
+        command.append(f"--window={PLAN.frames}")
     environment = os.environ | {"TRT_WAN_HOME": str(home), "OMP_NUM_THREADS": "1"}
     environment |= {"TRT_WAN_TOKEN": token} if token else {}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)

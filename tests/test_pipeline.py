@@ -35,9 +35,10 @@ from trt_wan.engines.checkpoint import required_tensors
 from trt_wan.engines.config import TINY
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.guidance import ClipVision, Nag, per_step
-from trt_wan.runtime.job import DEFAULT_PROMPT, Inputs, Job
+from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.networks.image_encoder import MEAN, STD
 from trt_wan.runtime.opening.model import OpenModel, open_model
+from trt_wan.runtime.prompts import DEFAULT_PROMPT
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.video.reader import Clip
 from trt_wan.runtime.video.writer import VideoWriter

@@ -16,13 +16,17 @@ from urllib.request import url2pathname
 NAME = "trt-wan"
 
 
-def install_command(extra: str) -> str:
-    """A shell command, on one line. `extra` is a key of [project.optional-dependencies] in pyproject.toml."""
+def install_command(extra: str, python: Path | None = None) -> str:
+    """A shell command, on one line. `extra` is a key of [project.optional-dependencies] in pyproject.toml.
+    With `python` the command installs trt-wan itself too, into another Python than this one.
+    """
+    pip = ["pip"] if python is None else [str(python), "-m", "pip"]
     try:
         installed = distribution(NAME)
     except PackageNotFoundError:  # a checkout on PYTHONPATH
-        return shlex.join(["pip", "install", "-e", f"{Path(__file__).parents[1]}[{extra}]"])
-    tool = ["uv", "pip"] if (installed.read_text("INSTALLER") or "").strip() == "uv" else ["pip"]
+        return shlex.join([*pip, "install", "-e", f"{Path(__file__).parents[1]}[{extra}]"])
+    has_uv = (installed.read_text("INSTALLER") or "").strip() == "uv"
+    tool = ["uv", "pip"] if has_uv and python is None else pip
     where = _where(installed, extra) or _packages(installed, extra)
     return shlex.join([*tool, "install", *where])
 

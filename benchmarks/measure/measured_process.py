@@ -31,8 +31,9 @@ from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone
 from trt_wan.runtime.executors import Executor, Observe
 from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.host_memory import peak_bytes
-from trt_wan.runtime.job import DEFAULT_PROMPT, Inputs, Job, Mode
+from trt_wan.runtime.job import Inputs, Job, Mode
 from trt_wan.runtime.opening.model import OpenModel, open_model
+from trt_wan.runtime.prompts import DEFAULT_PROMPT
 from trt_wan.runtime.render import render
 from trt_wan.runtime.settings import Settings, WeightFiles
 

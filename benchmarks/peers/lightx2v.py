@@ -19,7 +19,7 @@ from pathlib import Path
 from trt_wan.benchmarks.measure.sample_clips import write_clips
 from trt_wan.benchmarks.peers.child import WARM_UP, NotRun, Peer, main
 from trt_wan.benchmarks.peers.shape import Shape
-from trt_wan.runtime.job import DEFAULT_NEGATIVE_PROMPT, DEFAULT_PROMPT
+from trt_wan.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_PROMPT
 
 CONFIG = "configs/wan22/wan_animate.json"
 STEP = re.compile(r"Run Dit every step cost ([0-9.]+) seconds")

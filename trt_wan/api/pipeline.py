@@ -9,9 +9,8 @@
 Nothing is computed here: a call becomes a `Job`, which the open model streams.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from fractions import Fraction
 from os import PathLike, fspath
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from trt_wan.api.media import Media, as_pil, picture_file, video_file
+from trt_wan.api.names import RENAMED, unknown_setting
 from trt_wan.cli.missing import require_graphs, tile_exporter
 from trt_wan.engines.contract import Part
 from trt_wan.engines.precision import Precision
@@ -28,31 +28,24 @@ from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError, shown
 from trt_wan.runtime.closing import Closing
 from trt_wan.runtime.events import Event, Progress, StepDone, silent
-from trt_wan.runtime.job import DEFAULT_NEGATIVE_PROMPT, DEFAULT_PROMPT, Inputs, Job, Lora, Mode
+from trt_wan.runtime.job import Inputs, Job, Lora, Mode
 from trt_wan.runtime.opening.model import Basis, OpenModel, open_basis
+from trt_wan.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_PROMPT
 from trt_wan.runtime.render import render
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.video.clips import open_clips
 
 AnyPath = str | PathLike[str]
 StepCallback = Callable[["AnimatePipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
-OutputType = Literal["np", "pil", "path"]
+OutputType = Literal["np", "uint8", "pil", "path"]
 RATE = Fraction(30)  # frames per second of frames that have none: that of the official preprocessing
-# diffusers' names for fields of Job.
-RENAMED = {
-    "num_inference_steps": "steps",
-    "guidance_scale": "guidance",
-    "flow_shift": "shift",
-    "segment_frame_length": "window",
-    "prev_segment_conditioning_frames": "overlap",
-}
 OWN = ("inputs", "loras", "prompt", "negative_prompt", "mode", "seed", *RENAMED.values())  # not in `more`
 
 
 @dataclass(frozen=True, eq=False)
 class AnimateOutput:
-    """`frames` has one video, as diffusers' pipelines give it: float32 [F, H, W, 3] from 0 to 1, a list of
-    PIL pictures, or the path of the file.
+    """`frames` has one video, as diffusers' pipelines give it: float32 [F, H, W, 3] from 0 to 1 ("np"),
+    uint8 of 0 to 255 ("uint8"), a list of PIL pictures ("pil"), or the path of the file ("path").
     """
 
     frames: Sequence[Any]
@@ -90,7 +83,7 @@ class AnimatePipeline(Closing):
         )
         unknown = settings.keys() - {field.name for field in fields(Settings)}
         if unknown:
-            raise _unknown(unknown, [field.name for field in fields(Settings)])
+            raise unknown_setting(unknown, [field.name for field in fields(Settings)])
         return cls(open_basis(weights, Settings(**settings), progress), progress)
 
     def __call__(
@@ -138,7 +131,7 @@ class AnimatePipeline(Closing):
         """
         _require_output(output_type, output)
         if unknown := more.keys() - {field.name for field in fields(Job)} | more.keys() & set(OWN):
-            raise _unknown(unknown, [field.name for field in fields(Job) if field.name not in OWN])
+            raise unknown_setting(unknown, [field.name for field in fields(Job) if field.name not in OWN])
         settings = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
@@ -198,6 +191,8 @@ class AnimatePipeline(Closing):
                 shown_rate = float(opened.rate)
         if output_type == "pil":
             return AnimateOutput([as_pil(frames)], shown_rate)
+        if output_type == "uint8":
+            return AnimateOutput([frames], shown_rate)
         return AnimateOutput([frames.astype(np.float32) / 255], shown_rate)
 
     def load_lora(self, file: AnyPath, strength: float = 1.0) -> None:
@@ -229,6 +224,11 @@ class AnimatePipeline(Closing):
             self._model.close()
 
     @property
+    def files(self) -> frozenset[Path]:
+        """The files of the weights and of the tokenizer. Random weights have none."""
+        return frozenset(file for files in self._basis.weights.files.values() for file in files)
+
+    @property
     def _precision(self) -> Precision:
         return self._basis.precision
 
@@ -252,28 +252,17 @@ class AnimatePipeline(Closing):
         preprocess: Mapping[str, Any] | None,
         folder: Path,
     ) -> Inputs:
-        from trt_wan.preprocess.job import SIZE, PreprocessJob
-        from trt_wan.preprocess.preprocess import preprocess as make
-        from trt_wan.preprocess.stages import Networks, open_stages
+        from trt_wan.api.preparing import prepare
+        from trt_wan.preprocess.job import SIZE
 
         if doubled := clips.keys() - {"init"}:
             raise UsageError(
                 f"driving_video and {min(doubled)}_video are given together.",
                 "Give the clips that are prepared, or the video from which to make them.",
             )
-        options = dict(preprocess or {})
-        own = {"reference", "clip", "output", "mode", "size", "overwrite"}
-        networks = {field.name for field in fields(Networks)}
-        known = {field.name for field in fields(PreprocessJob)} - own
-        if unknown := options.keys() - known - networks:
-            raise _unknown(unknown, sorted(known | networks))
         size = (SIZE[0] if width is None else width, SIZE[1] if height is None else height)
-        if options.get("rate") is not None:
-            options["rate"] = Fraction(options["rate"]).limit_denominator(1001)
-        chosen = Networks(**{name: options.pop(name) for name in networks & options.keys()})
-        job = PreprocessJob(reference, clip, folder / "prepared", mode=mode, size=size, **options)
-        stages = open_stages(chosen, mode, job.compat, needs_people=job.needs_people, progress=self._progress)
-        return Inputs.from_folder(make(job, stages, self._progress), mode, init=clips.get("init"))
+        made = prepare(reference, clip, folder / "prepared", mode, size, preprocess or {}, self._progress)
+        return Inputs.from_folder(made, mode, init=clips.get("init"))
 
     def _watching(self, job: Job, callback: StepCallback | None) -> Progress:
         if callback is None:
@@ -295,7 +284,9 @@ class AnimatePipeline(Closing):
 
 def _require_output(output_type: str, output: AnyPath | None) -> None:
     if output_type not in get_args(OutputType):
-        raise UsageError(f"There is no output_type {shown(repr(output_type))}.", 'Use "np", "pil" or "path".')
+        raise UsageError(
+            f"There is no output_type {shown(repr(output_type))}.", 'Use "np", "uint8", "pil" or "path".'
+        )
     if (output_type == "path") != (output is not None):
         raise UsageError(
             'output_type="path" and output belong together.', 'Give output="video.mp4" with it, or neither.'
@@ -336,9 +327,3 @@ def _seed(generator: Any) -> int:
             'Give a seed, or torch.Generator("cpu").manual_seed(seed).',
         )
     return seed
-
-
-def _unknown(names: Iterable[str], known: Sequence[str]) -> UsageError:
-    name = min(names)
-    near = get_close_matches(RENAMED.get(name, name), known, 3) or known[:8]
-    return UsageError(f"There is no setting {shown(name)!r} here.", f"Nearest: {', '.join(near)}.")

@@ -8,6 +8,7 @@ import click
 
 from trt_wan.cli.bench import bench
 from trt_wan.cli.build import build
+from trt_wan.cli.comfyui import comfyui
 from trt_wan.cli.command import Group
 from trt_wan.cli.demo import demo
 from trt_wan.cli.doctor import doctor
@@ -48,6 +49,7 @@ SUBCOMMANDS = (
     remove_engines,
     weights,
     demo,
+    comfyui,
 )
 for subcommand in SUBCOMMANDS:
     cli.add_command(subcommand)

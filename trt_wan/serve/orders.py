@@ -351,7 +351,7 @@ def command_of(
     made: list[str] = []
     if kind == "preparation":
         made += ["preprocess", str(files["reference"]), str(files["clip"]), "-o", str(folder / PREPARED)]
-        made += [*settings.preparing]
+        made += _networks(settings, options, files)
         return made + arguments(kind, options) + _file_arguments(files)
     made += ["run"]
     if request["redo"]:
@@ -362,11 +362,21 @@ def command_of(
     if request["inputs"]:
         made += [f"--inputs={folder / INPUTS}"]
     else:
-        made += [str(files["reference"]), str(files["clip"]), *settings.preparing]
+        made += [str(files["reference"]), str(files["clip"]), *_networks(settings, options, files)]
     made += ["-o", str(folder / OUTPUT), *settings.model, "--no-sidecar"]
     made += arguments(kind, options) + _file_arguments(files)
     made += [lora_argument(lora, loras) for lora in request["loras"]]
     return made + (["--resume"] if again else [])
+
+
+def _networks(settings: ServeSettings, options: Mapping[str, Any], files: Mapping[str, Path]) -> list[str]:
+    """The operator's networks that this job uses: the others would be refused."""
+    unused = set()
+    if "keypoints" in files and options.get("retarget", "off") == "off":
+        unused |= {"--detector", "--pose"}
+    if options.get("mode", "animate") == "animate" or options.get("segmenter") in ("box", "mediapipe"):
+        unused.add("--sam2")
+    return [argument for argument in settings.preparing if argument.partition("=")[0] not in unused]
 
 
 def _file_arguments(files: Mapping[str, Path]) -> list[str]:

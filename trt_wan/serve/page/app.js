@@ -19,8 +19,8 @@ async function start() {
   setShown(byId("main"), true);
   describe(options);
 
-  const videos = new Videos(async (settings) => {
-    await form.fill(settings);
+  const videos = new Videos(async (video) => {
+    await form.fillFrom(video);
     byId("job").scrollIntoView();
     byId("job").elements.namedItem("prompt").focus();
   });

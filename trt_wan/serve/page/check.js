@@ -7,7 +7,11 @@ import { get, post, upload } from "./server.js";
 const address = (preparation, name) => `v1/preparations/${preparation.id}/files/${name}`;
 
 export class Check {
-  #form; #key = ""; #view = "preview"; #shown = ""; #painting;
+  #form;
+  #key = "";
+  #view = "preview";
+  #shown = "";
+  #painting;
   preparation = null; // the last one that was asked for
   paint = null; // the id of the painted picture
 
@@ -26,20 +30,27 @@ export class Check {
     this.#followRange("people");
     this.#followRange("painting");
     byId("people").addEventListener("click", (event) => this.#point(event));
-    byId("people").querySelector("video").addEventListener("error", () =>
-      showError(byId("look-error"), {
-        message: "This browser cannot show the clip.",
-        hint: "Give the person's number or point in the settings below.",
-      }),
-    );
-    byId("painting").querySelector("video").addEventListener("loadedmetadata", (event) => {
-      this.#painting.resize(event.target.videoWidth, event.target.videoHeight);
-      this.#painting.load(this.paint && `v1/files/${this.paint}/content`).catch(() => {});
-    });
+    byId("people")
+      .querySelector("video")
+      .addEventListener("error", () =>
+        showError(byId("look-error"), {
+          message: "This browser cannot show the clip.",
+          hint: "Give the person's number or point in the settings below.",
+        }),
+      );
+    byId("painting")
+      .querySelector("video")
+      .addEventListener("loadedmetadata", (event) => {
+        this.#painting.resize(event.target.videoWidth, event.target.videoHeight);
+        this.#painting.load(this.paint && `v1/files/${this.paint}/content`).catch(() => {});
+      });
     for (const radio of document.getElementsByName("brush")) {
       radio.addEventListener("change", () => (this.#painting.brush.erases = radio.value === "erase"));
     }
-    byId("brush-size").addEventListener("input", (event) => (this.#painting.brush.size = +event.target.value));
+    byId("brush-size").addEventListener(
+      "input",
+      (event) => (this.#painting.brush.size = +event.target.value),
+    );
     byId("paint-undo").addEventListener("click", () => this.#painting.undo());
     byId("paint-clear").addEventListener("click", () => this.#painting.clear());
     byId("paint-apply").addEventListener("click", (event) => this.#usePaint(event.target));
@@ -48,7 +59,9 @@ export class Check {
   // The finished preparation, if it was made from what the form has now.
   get fresh() {
     const { preparation } = this;
-    return preparation?.status === "completed" && this.#key === this.#form.preparingKey() ? preparation : null;
+    return preparation?.status === "completed" && this.#key === this.#form.preparingKey()
+      ? preparation
+      : null;
   }
 
   get isRunning() {
@@ -60,6 +73,7 @@ export class Check {
     this.#key = this.#form.preparingKey();
     this.preparation = preparation;
     this.render();
+    this.#form.save();
   }
 
   async restore(id) {
@@ -74,10 +88,7 @@ export class Check {
     if (!this.#form.requireFiles()) return;
     await attempt(
       byId("look-error"),
-      async () => {
-        this.adopt(await post("v1/preparations", this.#form.preparing()));
-        this.#form.save();
-      },
+      () => this.#form.atField(async () => this.adopt(await post("v1/preparations", this.#form.preparing()))),
       byId("look"),
     );
   }
@@ -86,7 +97,8 @@ export class Check {
     if (preparation.id !== this.preparation?.id) return;
     const before = this.preparation.status;
     this.preparation = preparation;
-    if (before !== preparation.status && preparation.status === "completed") announce("The preview is ready.");
+    if (before !== preparation.status && preparation.status === "completed")
+      announce("The preview is ready.");
     this.render();
   }
 
@@ -96,7 +108,8 @@ export class Check {
     const isPrepared = this.#form.hasPreparedClips;
     byId("check-about").textContent = this.#about(isPrepared);
     byId("look").textContent = preparation ? "Look again" : "Find the person";
-    setShown(byId("look"), !isPrepared && !isRunning);
+    setShown(byId("looking"), (!isPrepared && this.#canLook) || isRunning);
+    setShown(byId("look"), !isRunning);
     setShown(byId("look-cancel"), isRunning);
     setShown(byId("look-progress"), isRunning);
     if (isRunning) this.#showProgress();
@@ -106,13 +119,19 @@ export class Check {
     if (isDone) this.#showFound();
   }
 
+  get #canLook() {
+    return this.options.people || this.#form.hasKeypoints;
+  }
+
   #about(isPrepared) {
     if (isPrepared) return "The pose and the mask are in the prepared clips.";
-    if (!this.options.people && !this.#form.hasKeypoints) {
-      const ways = "Use the sample, prepared clips, or an edited keypoints.json (in the settings below).";
-      return `This server cannot find people. ${this.options.people_hint ?? ""} ${ways}`;
+    if (!this.#canLook) {
+      const ways =
+        "Here you can use the sample, prepared clips, or an edited keypoints.json (in the settings below).";
+      return `${this.options.people_hint}\n${ways}`;
     }
-    if (this.preparation?.status === "completed" && !this.fresh) return "The settings have changed since this preview.";
+    if (this.preparation?.status === "completed" && !this.fresh)
+      return "The settings have changed since this preview.";
     return "See the person, the pose and the mask before the long step.";
   }
 
@@ -121,7 +140,7 @@ export class Check {
     const [bar, text] = byId("look-progress").children;
     bar.value = progress ?? 0;
     bar.setAttribute("aria-label", "Preparation");
-    text.textContent = position ? `Waiting; ${position} before it` : stage || "Starting";
+    text.textContent = position > 1 ? `Waiting; ${position - 1} before it` : stage || "Starting";
   }
 
   #showFailure() {
@@ -148,7 +167,8 @@ export class Check {
     for (const tab of document.querySelectorAll("[data-view]")) {
       tab.setAttribute("aria-pressed", String(tab.dataset.view === view));
     }
-    for (const panel of document.querySelectorAll("[data-panel]")) setShown(panel, panel.dataset.panel === view);
+    for (const panel of document.querySelectorAll("[data-panel]"))
+      setShown(panel, panel.dataset.panel === view);
     if (view !== "preview") byId("preview").pause();
     if (view === "person") this.#load("people", this.#form.clipAddress);
     if (view === "paint") this.#load("painting", address(this.preparation, "preview.mp4"));
@@ -163,7 +183,10 @@ export class Check {
     const video = byId(place).querySelector("video");
     const range = byId(`${place}-time`);
     range.addEventListener("input", () => (video.currentTime = range.value * (video.duration || 0)));
-    video.addEventListener("loadedmetadata", () => (range.value = 0));
+    video.addEventListener("loadedmetadata", () => {
+      range.value = 0;
+      byId(place).style.setProperty("--shape", video.videoWidth / video.videoHeight);
+    });
   }
 
   #point(event) {

@@ -4,7 +4,11 @@ import { announce, attempt, make, megabytes, showError } from "./dom.js";
 import { get, upload } from "./server.js";
 
 export class Drop {
-  #place; #input; #error; #shown; #uploads = 0;
+  #place;
+  #input;
+  #error;
+  #shown;
+  #uploads = 0;
   file = null; // as the server describes it
 
   // `kinds` are the file's kinds that fit, with the sentence for others; `changed` is called after every change.
@@ -19,7 +23,8 @@ export class Drop {
       event.preventDefault();
       place.classList.add("over");
     });
-    for (const end of ["dragleave", "drop"]) place.addEventListener(end, () => place.classList.remove("over"));
+    for (const end of ["dragleave", "drop"])
+      place.addEventListener(end, () => place.classList.remove("over"));
     place.addEventListener("drop", (event) => {
       event.preventDefault();
       this.#take(event.dataTransfer.files[0]);
@@ -85,7 +90,8 @@ export class Drop {
     if (file.kind === "picture") {
       this.#shown.append(make("img", { src: address, alt: "" }));
     } else if (file.kind === "clip") {
-      this.#shown.append(make("video", { src: address, muted: true, controls: true, playsInline: true, preload: "metadata" }));
+      const video = { src: address, muted: true, controls: true, playsInline: true, preload: "metadata" };
+      this.#shown.append(make("video", { ...video, "aria-label": file.filename }));
     }
     const facts = [
       file.width && `${file.width}×${file.height}`,
@@ -93,7 +99,11 @@ export class Drop {
       file.fps && `${+file.fps.toFixed(2)} a second`,
       file.kind === "prepared" && "prepared clips",
     ].filter(Boolean);
-    const away = make("button", { type: "button", className: "link", onclick: () => this.set(null) }, "Remove");
+    const away = make(
+      "button",
+      { type: "button", className: "link", onclick: () => this.set(null) },
+      "Remove",
+    );
     away.setAttribute("aria-label", `Remove ${file.filename}`);
     this.#shown.append(make("p", {}, make("b", {}, file.filename), " ", facts.join(", "), " ", away));
   }

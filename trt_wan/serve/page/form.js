@@ -3,12 +3,19 @@
 import { Check } from "./check.js";
 import { attempt, byId, make, setShown, showError } from "./dom.js";
 import { Drop } from "./drop.js";
-import { post } from "./server.js";
+import { get, post } from "./server.js";
 
 const KEPT = "trt-wan form"; // in the browser's storage
+const MODE = "control_type"; // all other fields are options of the command line, by their names
+const OTHERS = "others"; // and this one has those without a field
 
 export class Form {
-  #form = byId("job"); #isFilling = false; #reference; #clip; #keypoints; #options;
+  #form = byId("job");
+  #isFilling = false;
+  #reference;
+  #clip;
+  #keypoints;
+  #options;
 
   // `queued` is called with every new video.
   constructor(options, queued) {
@@ -54,7 +61,7 @@ export class Form {
   }
 
   preparing() {
-    return this.#request((field) => "prepares" in field.dataset || field.name === "control_type");
+    return this.#request((name) => name === MODE || this.#prepares(name));
   }
 
   // Two requests with the same key make the same clips.
@@ -76,48 +83,69 @@ export class Form {
 
   async #send(queued) {
     if (!this.requireFiles()) return;
-    this.#showFieldError(null);
-    const fresh = this.check.fresh;
+    const { fresh } = this.check;
+    const afterwards = (name) => !this.#prepares(name);
     const request = fresh
-      ? { ...this.#request((field) => !("prepares" in field.dataset), false), preparation: fresh.id }
-      : this.#request(() => true);
+      ? { ...this.#request(afterwards, []), preparation: fresh.id }
+      : this.hasPreparedClips
+        ? this.#request(afterwards, ["control_reference"])
+        : this.#request(() => true);
+    await this.atField(async () => queued(await post("v1/videos", request)));
+  }
+
+  // Shows an error of `work` below the field that it is about; one that is about none is thrown.
+  async atField(work) {
+    this.#showFieldError(null);
     try {
-      queued(await post("v1/videos", request));
+      await work();
     } catch (error) {
       if (!this.#showFieldError(error)) throw error;
     }
   }
 
-  // The fields that `isWanted`, empty ones left out.
-  #request(isWanted, withFiles = true) {
-    const request = {}, extra = {};
+  // Whether the option decides the prepared clips.
+  #prepares(name) {
+    return name in this.#options.options.preparation;
+  }
+
+  // The fields whose names are wanted, and these files; what is empty is left out.
+  #request(isWanted, files = ["input_reference", "control_reference", "keypoints", "mask_paint"]) {
+    const request = {},
+      extra = {};
     for (const field of this.#form.elements) {
-      if (!field.name || field.name === "brush" || field.matches(":disabled") || !isWanted(field)) continue;
-      const value = valueOf(field);
-      if (value !== undefined) ("extra" in field.dataset ? extra : request)[field.name] = value;
+      const isOption = field.name && ![OTHERS, "brush"].includes(field.name) && !field.matches(":disabled");
+      const value = isOption ? valueOf(field) : undefined;
+      if (value !== undefined) (field.name === MODE ? request : extra)[field.name] = value;
     }
+    Object.assign(extra, optionsIn(this.#field(OTHERS).value));
+    for (const name of Object.keys(extra)) if (!isWanted(name)) delete extra[name];
     const loras = [...byId("loras").querySelectorAll("label")].filter((row) => row.control.checked);
-    if (loras.length && isWanted(byId("loras"))) {
-      request.lora = loras.map((row) => ({ name: row.control.value, scale: Number(row.nextElementSibling.value || 1) }));
+    if (loras.length && isWanted("lora")) {
+      const strength = (row) => Number(row.nextElementSibling.value || 1);
+      request.lora = loras.map((row) => ({ name: row.control.value, scale: strength(row) }));
     }
-    if (withFiles) {
-      if (this.#reference.file) request.input_reference = this.#reference.file.id;
-      if (this.#clip.file) request.control_reference = this.#clip.file.id;
-      if (this.#keypoints.file) extra.keypoints = this.#keypoints.file.id;
-      if (this.check?.paint && request.control_type === "replace") extra.mask_paint = this.check.paint;
-    }
+    const ids = {
+      input_reference: this.#reference.file?.id,
+      control_reference: this.#clip.file?.id,
+      keypoints: this.#keypoints.file?.id,
+      mask_paint: request[MODE] === "replace" ? this.check?.paint : null,
+    };
+    for (const name of files) if (ids[name]) (name.endsWith("reference") ? request : extra)[name] = ids[name];
     if (Object.keys(extra).length) request.extra_params = extra;
     return request;
   }
 
-  // Below the field that it is about. False if it is about none.
   #showFieldError(error) {
     for (const place of this.#form.querySelectorAll(".of-field")) place.remove();
     for (const field of this.#form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
     if (!error?.param) return false;
-    const drop = { input_reference: this.#reference, control_reference: this.#clip, keypoints: this.#keypoints }[error.param];
-    if (drop) {
-      drop.refuse(error);
+    const drops = {
+      input_reference: this.#reference,
+      control_reference: this.#clip,
+      keypoints: this.#keypoints,
+    };
+    if (error.param in drops) {
+      drops[error.param].refuse(error);
       return true;
     }
     const field = this.#field(error.param);
@@ -135,19 +163,23 @@ export class Form {
 
   // --- Filling
 
-  // From the settings of a video or a preparation, or from those that were kept.
-  async fill(settings) {
+  // From a request that was kept.
+  async fill(request) {
     this.#isFilling = true;
     try {
       this.#form.reset();
-      const { extra_params: extra = {}, lora = [], ...plain } = settings;
-      for (const [name, value] of Object.entries({ ...plain, ...extra })) setValue(this.#field(name), value);
-      for (const { name, scale } of [lora].flat()) this.#setLora(name, scale);
-      this.check.paint = extra.mask_paint ?? null;
+      const { extra_params: extra = {}, lora = [], ...plain } = request;
+      const { keypoints, mask_paint: paint, ...options } = extra;
+      const others = Object.entries(options).filter(([name]) => !this.#field(name));
+      this.#field(OTHERS).value = others.map((one) => one.join(" ")).join("\n");
+      for (const [name, value] of Object.entries({ ...plain, ...options }))
+        setValue(this.#field(name), value);
+      for (const { name, scale } of lora) this.#setLora(name, scale);
+      this.check.paint = paint ?? null;
       await Promise.all([
         this.#reference.restore(plain.input_reference),
         this.#clip.restore(plain.control_reference),
-        this.#keypoints.restore(extra.keypoints),
+        this.#keypoints.restore(keypoints),
       ]);
       this.#adapt();
       await this.check.restore(plain.preparation);
@@ -155,6 +187,22 @@ export class Form {
       this.#isFilling = false;
     }
     this.#changed();
+  }
+
+  // From a video, and the preparation that made its clips.
+  async fillFrom({ settings, uploads, preparation }) {
+    const made = preparation && (await get(`v1/preparations/${preparation}`).catch(() => null));
+    const { mode, loras, ...options } = { ...made?.settings, ...settings };
+    const { input_reference, control_reference, ...files } = { ...made?.uploads, ...uploads };
+    const lora = loras.map(({ name, strength }) => ({ name, scale: strength }));
+    await this.fill({
+      [MODE]: mode ?? "animate",
+      input_reference,
+      control_reference,
+      preparation: made?.id,
+      lora,
+      extra_params: { ...options, ...files },
+    });
   }
 
   async restore() {
@@ -185,7 +233,7 @@ export class Form {
 
   #useSample() {
     const { sample, people } = this.#options;
-    this.#reference.restore(sample.reference);
+    if (people) this.#reference.restore(sample.reference);
     this.#clip.restore(people ? sample.clip : sample.prepared);
   }
 
@@ -213,10 +261,11 @@ export class Form {
   // Shows the fields of the mode, and says what the preset is.
   #adapt() {
     for (const part of this.#form.querySelectorAll("[data-mode]")) {
-      const isOn = part.dataset.mode === this.#field("control_type").value;
+      const isOn = part.dataset.mode === this.#field(MODE).value;
       setShown(part, isOn);
       for (const field of part.querySelectorAll("input, select")) field.disabled = !isOn;
     }
+    for (const id of ["reference", "preparing", "size"]) setShown(byId(id), !this.hasPreparedClips);
     const preset = this.#options.presets?.find(({ name }) => name === this.#field("preset").value);
     byId("preset-about").textContent = preset?.about ?? "";
   }
@@ -224,8 +273,8 @@ export class Form {
   #describe() {
     const { presets = [], loras = [], defaults = {}, sample } = this.#options;
     this.#field("preset").append(...presets.map(({ name }) => make("option", { value: name }, name)));
-    const shown = { size: "size", num_inference_steps: "steps", window: "window", guidance_scale: "guidance", flow_shift: "shift" };
-    for (const [field, name] of Object.entries(shown)) this.#field(field).placeholder = defaults[name] ?? "";
+    for (const name of ["size", "steps", "window"]) this.#field(name).placeholder = defaults[name] ?? "";
+    if (defaults.preset) this.#field("preset").firstElementChild.textContent = `${defaults.preset} (default)`;
     setShown(byId("sample"), Boolean(sample));
     setShown(byId("loras"), loras.length > 0);
     byId("loras").append(
@@ -243,6 +292,21 @@ function valueOf(field) {
   if (field.type === "checkbox") return field.checked || undefined;
   const text = field.value.trim();
   return text === "" ? undefined : field.type === "number" ? Number(text) : text;
+}
+
+// Lines such as `sampler euler`, `--crf 12` or, for a flag, `freenoise false`.
+function optionsIn(text) {
+  const lines = text
+    .split("\n")
+    .map((line) => line.trim().replace(/^--/, ""))
+    .filter(Boolean);
+  return Object.fromEntries(
+    lines.map((line) => {
+      const [name, ...rest] = line.split(/[\s=]+/);
+      const value = rest.join(" ");
+      return [name.replaceAll("-", "_"), { "": true, true: true, false: false }[value] ?? value];
+    }),
+  );
 }
 
 function setValue(field, value) {

@@ -4,7 +4,12 @@ const SNAPSHOTS = 30; // strokes that can be taken back
 const STEP = 8; // pixels of the canvas that an arrow key moves the brush
 
 export class Painting {
-  #canvas; #context; #past = []; #last = null; #spot = null; #ring;
+  #canvas;
+  #context;
+  #past = [];
+  #last = null;
+  #spot = null;
+  #ring;
   brush = { size: 40, erases: false };
 
   constructor(place) {
@@ -17,7 +22,8 @@ export class Painting {
     this.#canvas.addEventListener("pointerdown", (event) => this.#begin(event));
     this.#canvas.addEventListener("pointermove", (event) => this.#move(event));
     this.#canvas.addEventListener("pointerleave", () => (this.#ring.hidden = true));
-    for (const end of ["pointerup", "pointercancel"]) this.#canvas.addEventListener(end, () => (this.#last = null));
+    for (const end of ["pointerup", "pointercancel"])
+      this.#canvas.addEventListener(end, () => (this.#last = null));
     this.#canvas.addEventListener("keydown", (event) => this.#key(event));
     this.#canvas.addEventListener("blur", () => (this.#ring.hidden = true));
   }
@@ -113,13 +119,18 @@ export class Painting {
 
   #stroke(from, to) {
     const context = this.#context;
-    context.strokeStyle = this.brush.erases ? "black" : "white";
+    context.fillStyle = context.strokeStyle = this.brush.erases ? "black" : "white";
     context.lineWidth = this.brush.size;
-    context.lineCap = "round";
     context.beginPath();
     context.moveTo(...from);
     context.lineTo(...to);
     context.stroke();
+    for (const [x, y] of [from, to]) {
+      // a line without a length has no round ends
+      context.beginPath();
+      context.arc(x, y, this.brush.size / 2, 0, 2 * Math.PI);
+      context.fill();
+    }
   }
 
   // The brush as a ring, at its place on the screen.

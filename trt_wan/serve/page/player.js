@@ -5,22 +5,35 @@ import { make } from "./dom.js";
 const APART = 0.08; // seconds, about two frames
 
 export function pair(driving, result) {
-  const follower = make("video", { src: driving, muted: true, playsInline: true, preload: "metadata", tabIndex: -1 });
-  const leader = make("video", { src: result, controls: true, loop: true, playsInline: true, preload: "metadata" });
+  const follower = make("video", {
+    src: driving,
+    muted: true,
+    playsInline: true,
+    preload: "metadata",
+    tabIndex: -1,
+  });
+  const leader = make("video", {
+    src: result,
+    controls: true,
+    loop: true,
+    playsInline: true,
+    preload: "metadata",
+  });
   leader.setAttribute("aria-label", "The video");
   follower.setAttribute("aria-label", "The driving clip, which plays along");
   follow(leader, follower);
   return make(
     "div",
     { className: "pair" },
-    make("figure", {}, follower, make("figcaption", {}, "Driving clip")),
+    make("figure", {}, follower, make("figcaption", {}, "Driven by")),
     make("figure", {}, leader, make("figcaption", {}, "Video")),
   );
 }
 
 function follow(leader, follower) {
   const meet = () => {
-    if (Math.abs(follower.currentTime - leader.currentTime) > APART) follower.currentTime = leader.currentTime;
+    if (Math.abs(follower.currentTime - leader.currentTime) > APART)
+      follower.currentTime = leader.currentTime;
   };
   const play = () => {
     meet();

@@ -8,7 +8,10 @@ export class Refused extends Error {
   }
 }
 
-const UNREACHABLE = { message: "The server cannot be reached.", hint: "Check that trt-wan serve is running." };
+const UNREACHABLE = {
+  message: "The server cannot be reached.",
+  hint: "Check that trt-wan serve is running.",
+};
 
 function refusal(status, text) {
   try {
@@ -64,9 +67,19 @@ export function listen({ began, lost, changed }) {
   source.onopen = began;
   source.onerror = () => {
     lost();
-    if (source.readyState === EventSource.CLOSED) setTimeout(() => listen({ began, lost, changed }), 2000);
+    if (source.readyState === EventSource.CLOSED) setTimeout(() => again({ began, lost, changed }), 2000);
   };
   for (const kind of ["video", "preparation", "deleted"]) {
     source.addEventListener(kind, (event) => changed(kind, JSON.parse(event.data)));
   }
+}
+
+// A server that was started again may want another token: then the page begins anew, and asks for it.
+async function again(listener) {
+  const error = await get("v1/options").then(
+    () => null,
+    (refused) => refused,
+  );
+  if (error?.status === 401) location.reload();
+  else listen(listener);
 }

@@ -5,36 +5,47 @@ import { pair } from "./player.js";
 import { get, post, remove } from "./server.js";
 
 const PAGE = 30; // videos that are listed at a time
-const WORDS = { queued: "Waiting", in_progress: "Running", completed: "Done", failed: "Failed", cancelled: "Cancelled" };
+const WORDS = {
+  queued: "Waiting",
+  in_progress: "Running",
+  completed: "Done",
+  failed: "Failed",
+  cancelled: "Cancelled",
+};
 const ENDED = ["completed", "failed", "cancelled"];
 
 export class Videos {
-  #cards = new Map(); #change; #last = null;
+  #cards = new Map();
+  #last = null;
 
-  // `change` is called with the settings of a video that is to be made again with other ones.
+  // `change` is called with a video that is to be made again with other settings.
   constructor(change) {
-    this.#change = change;
+    this.change = change;
     byId("older").addEventListener("click", (event) =>
       attempt(byId("none"), () => this.#read(`&after=${this.#last}`), event.target),
     );
   }
 
-  // All that the server has: call after a connection, for events in between are lost.
+  // The newest that the server has: call after a connection, for events in between are lost.
   async refresh() {
-    const seen = await this.#read("");
-    for (const [id, card] of this.#cards) {
-      if (!seen.has(id) && !card.hasEnded) this.remove(id);
+    const listed = await this.#read("");
+    const oldest = listed.at(-1)?.created_at ?? 0;
+    const ids = new Set(listed.map(({ id }) => id));
+    for (const [id, { video }] of this.#cards) {
+      if (!ids.has(id) && video.created_at > oldest) this.remove(id);
     }
   }
 
-  update(video) {
+  // A video of an event is newer than those of the same second that are here.
+  update(video, isNew = true) {
     const card = this.#cards.get(video.id);
     if (card) return card.update(video);
     const made = new Card(video, this);
     this.#cards.set(video.id, made);
-    const later = [...this.#cards.values()].filter((other) => other.video.created_at < video.created_at);
-    const next = later.sort((one, other) => other.video.created_at - one.video.created_at)[0];
-    byId("list").insertBefore(made.element, next?.element ?? null);
+    const before = video.created_at + (isNew ? 1 : 0);
+    const next = [...byId("list").children].find((element) => element.created < before);
+    made.element.created = video.created_at;
+    byId("list").insertBefore(made.element, next ?? null);
     setShown(byId("none"), false);
   }
 
@@ -52,24 +63,21 @@ export class Videos {
     setShown(byId("none"), this.#cards.size === 0);
   }
 
-  change(video) {
-    const { settings, preparation } = video;
-    this.#change({ ...settings, preparation: preparation ?? settings.preparation });
-  }
-
   async #read(after) {
     const { data, has_more: hasMore } = await get(`v1/videos?limit=${PAGE}&order=desc${after}`);
-    data.forEach((video) => this.update(video));
+    data.forEach((video) => this.update(video, false));
     this.#last = data.at(-1)?.id ?? this.#last;
     setShown(byId("older"), hasMore ?? data.length === PAGE);
     const newest = data.find(({ status }) => status === "completed");
     if (!after && newest) this.#cards.get(newest.id).element.open = true;
-    return new Set(data.map(({ id }) => id));
+    return data;
   }
 }
 
 class Card {
-  #list; #told = ""; #frames = 0;
+  #list;
+  #told = "";
+  #frames = 0;
 
   constructor(video, list) {
     this.#list = list;
@@ -79,7 +87,15 @@ class Card {
       "details",
       { className: "video", open: !ENDED.includes(video.status) },
       make("summary", {}, part("span", "state"), part("span", "title"), part("span", "left")),
-      make("div", { className: "body" }, part("div", "doing"), part("div", "shown"), part("div", "error"), part("div", "row"), part("div", "about")),
+      make(
+        "div",
+        { className: "body" },
+        part("div", "doing"),
+        part("div", "shown"),
+        part("div", "error"),
+        part("div", "row"),
+        part("div", "about"),
+      ),
     );
     this.bar = make("progress", { max: 100, "aria-label": "Progress" });
     this.told = make("p");
@@ -110,7 +126,7 @@ class Card {
       announce(`${titleOf(video)}: ${this.state.textContent}.`);
       if (video.status === "completed") this.element.open = true;
     } else if (Math.floor(before.progress / 25) !== Math.floor(video.progress / 25)) {
-      announce(`${video.progress} %`);
+      announce(`${titleOf(video)}: ${video.progress} %.`);
     }
     this.#fill();
   }
@@ -119,11 +135,13 @@ class Card {
   #fill() {
     const { video } = this;
     if (!this.element.open) return;
-    if (video.status === "in_progress" && video.frames_done > this.#frames) this.#showPreview();
+    const { status, frames, frames_done: done } = video;
+    if (status === "in_progress" && done > this.#frames && done < frames) this.#showPreview();
     if (this.#told === video.status) return;
     this.#told = video.status;
     showError(this.error, video.status === "failed" ? video.error : null);
-    if (video.status === "completed") this.shown.replaceChildren(pair(`${this.#address}/driving`, `${this.#address}/content`));
+    if (video.status === "completed")
+      this.shown.replaceChildren(pair(`${this.#address}/driving`, `${this.#address}/content`));
     else if (this.hasEnded) this.shown.replaceChildren();
     this.row.replaceChildren(...this.#actions());
     this.about.replaceChildren(...about(video));
@@ -135,13 +153,18 @@ class Card {
     this.#frames = this.video.frames_done;
     const video = make("video", {
       src: `${this.#address}/preview?frames=${this.#frames}`,
-      muted: true, loop: true, playsInline: true, controls: true, autoplay: !calm.matches,
+      muted: true,
+      loop: true,
+      playsInline: true,
+      controls: true,
+      autoplay: !calm.matches,
     });
     video.setAttribute("aria-label", "The finished part of the video");
     const place = () => {
       const last = this.shown.querySelector("video");
       if (last) video.currentTime = last.currentTime;
-      if (!this.hasEnded) this.shown.replaceChildren(make("figure", {}, video, make("figcaption", {}, "Finished so far")));
+      if (!this.hasEnded)
+        this.shown.replaceChildren(make("figure", {}, video, make("figcaption", {}, "Finished so far")));
     };
     video.addEventListener("loadeddata", place, { once: true });
   }
@@ -155,7 +178,11 @@ class Card {
     const change = button("Change settings", () => this.#list.change(this.video));
     const away = button("Delete", () => this.#delete(), "link");
     if (this.video.status !== "completed") return [change, away];
-    const download = make("a", { href: `${this.#address}/content`, download: `${this.video.id}.mp4`, className: "button" }, "Download");
+    const download = make(
+      "a",
+      { href: `${this.#address}/content`, download: `${this.video.id}.mp4`, className: "button" },
+      "Download",
+    );
     return [download, button("Another seed", () => this.#again({ seed: anySeed() })), change, away];
   }
 
@@ -174,7 +201,12 @@ class Card {
     const { windows, window_starts: starts, fps } = this.video;
     const boxes = Array.from({ length: windows }, (_, k) => {
       const from = starts && fps ? ` (from ${clock(starts[k] / fps)})` : "";
-      return make("label", { className: "tick" }, make("input", { type: "checkbox", value: k + 1 }), ` ${k + 1}${from}`);
+      return make(
+        "label",
+        { className: "tick" },
+        make("input", { type: "checkbox", value: k + 1 }),
+        ` ${k + 1}${from}`,
+      );
     });
     const place = make("div", { className: "error" });
     const again = async () => {
@@ -182,12 +214,20 @@ class Card {
       if (!redo.length) throw Object.assign(new Error("Choose the windows to render again."), { hint: "" });
       await this.#again({ redo });
     };
-    const send = make("button", { type: "button", onclick: (event) => attempt(place, again, event.currentTarget) }, "Redo");
+    const send = make(
+      "button",
+      { type: "button", onclick: (event) => attempt(place, again, event.currentTarget) },
+      "Redo",
+    );
     return make(
       "details",
       {},
       make("summary", {}, "Redo single windows"),
-      make("p", { className: "aside" }, "They are rendered again with another seed, and the others are copied."),
+      make(
+        "p",
+        { className: "aside" },
+        "They are rendered again with another seed, and the others are copied.",
+      ),
       make("div", { className: "row", role: "group", "aria-label": "Windows" }, ...boxes, send),
       place,
     );
@@ -197,23 +237,24 @@ class Card {
 const anySeed = () => Math.floor(Math.random() * 2 ** 31);
 
 function titleOf({ prompt, settings, size, seed }) {
-  const mode = settings?.control_type === "replace" ? "Replace" : "Animate";
-  return prompt || `${mode} ${size ?? ""}${seed == null ? "" : `, seed ${seed}`}`;
+  const mode = settings.mode === "replace" ? "Replace" : "Animate";
+  return prompt || [mode, size, `seed ${seed}`].filter(Boolean).join(", ");
 }
 
 function shortly({ status, progress, eta, queue_position: position, seconds }) {
-  if (status === "queued") return position ? `${position} before it` : "next";
+  if (status === "queued") return position > 1 ? `${position - 1} before it` : "next";
   if (status === "in_progress") return eta == null ? `${progress} %` : `${clock(eta)} left`;
   return status === "completed" && seconds ? `${seconds} s` : "";
 }
 
 function atLength(video) {
-  if (video.status === "queued") return "It starts when the videos before it are done.";
+  if (video.cancelling) return "It is being cancelled.";
+  if (video.status === "queued") return "It starts when the jobs before it are done.";
   const { stage, window, windows, step, steps, seconds_per_step: pace, eta } = video;
   const parts = [
     stage,
-    windows && `window ${window ?? 1} of ${windows}`,
-    steps && `step ${step ?? 0} of ${steps}`,
+    windows > 0 && `window ${window} of ${windows}`,
+    stage === "denoising" && steps > 0 && `step ${step} of ${steps}`,
     pace && `${pace.toPrecision(2)} s a step`,
     eta != null && `${clock(eta)} left`,
   ];
@@ -221,14 +262,30 @@ function atLength(video) {
 }
 
 function about(video) {
-  const { settings = {}, notes = [] } = video;
-  const { extra_params: extra = {}, ...plain } = settings;
-  const facts = { ...plain, seed: video.seed, size: video.size, ...extra };
+  const { loras, ...settings } = video.settings;
+  const { notes, names, seed, size, frames, fps, redo } = video;
+  const facts = {
+    character: names.input_reference,
+    "driving clip": names.control_reference,
+    size,
+    frames,
+    "frames per second": fps,
+    seed,
+    ...settings,
+    LoRAs: loras.map(({ name, strength }) => `${name} ${strength}`).join(", "),
+    "windows rendered again": redo.join(", "),
+  };
   const rows = Object.entries(facts).filter(([, value]) => value != null && value !== "");
-  const list = make("dl", {}, ...rows.flatMap(([name, value]) => [
-    make("dt", {}, name.replaceAll("_", " ")),
-    make("dd", {}, typeof value === "object" ? JSON.stringify(value) : String(value)),
-  ]));
-  const told = notes.length ? make("ul", { className: "notes" }, ...notes.map((note) => make("li", {}, note))) : null;
+  const list = make(
+    "dl",
+    {},
+    ...rows.flatMap(([name, value]) => [
+      make("dt", {}, name.replaceAll("_", " ")),
+      make("dd", {}, String(value)),
+    ]),
+  );
+  const told = notes.length
+    ? make("ul", { className: "notes" }, ...notes.map((note) => make("li", {}, note)))
+    : null;
   return [make("details", {}, make("summary", {}, "Settings"), list, told)];
 }
