@@ -75,6 +75,7 @@ def opened(browser: Browser, server: Server, **options: Any) -> Iterator[Page]:
     page.get_by_label("Token").fill(TOKEN)
     page.get_by_role("button", name="Log in").click()
     expect(page.get_by_role("heading", name="New video")).to_be_visible()
+    expect(page.locator("#list")).to_have_attribute("aria-busy", "false")
     yield page
     page.close()
     assert not wrong
