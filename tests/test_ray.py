@@ -9,6 +9,10 @@ from serve_base import Base
 from serving import Server, ok
 from test_dispatch import wait_for
 
+from trt_wan import __version__
+from trt_wan.errors import OutputError, UsageError
+from trt_wan.serve.settings import ServeSettings
+
 KINDS = [(seed, steps) for steps in (1, 2) for seed in (0, 1)]
 
 
@@ -47,6 +51,32 @@ def test_a_node_is_lost_and_another_one_joins(cluster: Any, tmp_path: Path, tiny
             assert video["status"] == "completed", video["error"]
             assert server.content(video) == base.single(*KINDS[count % len(KINDS)])
     assert lost == 1
+
+
+@pytest.mark.long
+def test_every_node_must_see_the_data(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trt_wan.serve import ray_workers
+
+    for seen, fault in (((__version__, None), "does not see"), (("0.0", None), "has trt-wan 0.0, not")):
+        monkeypatch.setattr(ray_workers, "_seen", lambda path, seen=seen: seen)
+        try:
+            with pytest.raises(OutputError, match=fault):
+                ray_workers.Cluster(cluster.address, ServeSettings(tmp_path))
+        finally:
+            ray_workers.ray.shutdown()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cluster_that_is_not_there_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    from trt_wan.serve.ray_workers import Cluster
+
+    for address, text in (
+        ("ray://10.0.0.1:10001", "address of Ray Client"),
+        ("127.0.0.1:1", "No Ray cluster"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            Cluster(address, ServeSettings(tmp_path))
 
 
 def states(server: Server, status: str) -> list[str]:

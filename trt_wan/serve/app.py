@@ -12,6 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 import trt_wan
 from trt_wan.errors import TrtWanError, UsageError, shown
@@ -95,6 +96,10 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(
             error_body(500, "failed", text[:400], "This is a mistake in trt-wan: please report it."), 500
         )
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)
 
     @app.exception_handler(OSError)
     async def disk(request: Request, error: OSError) -> Response:

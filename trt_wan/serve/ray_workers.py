@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -132,8 +133,8 @@ class Cluster(Closing):
         while not self._closing.is_set():
             try:
                 self._look()
-            except RayError as error:
-                log.warning("The Ray cluster does not answer: %s", error)
+            except Exception:
+                log.exception("The Ray cluster cannot be looked at")
             self._closing.wait(EVERY)
 
     def _look(self) -> None:
@@ -183,7 +184,8 @@ class Cluster(Closing):
             look = ray.remote(_seen).options(num_cpus=0, scheduling_strategy=here)
             version, text = ray.get(look.remote(str(probe)), timeout=PATIENCE)
         except RayError as error:
-            return f"The node {node['NodeManagerAddress']} cannot run trt-wan: {str(error).splitlines()[-1]}"
+            why = str(error).strip().rpartition("\n")[2]
+            return f"The node {node['NodeManagerAddress']} cannot run trt-wan: {shown(why)}"
         finally:
             probe.unlink()
         if version != trt_wan.__version__:
@@ -217,15 +219,30 @@ def _connect(address: str) -> None:
             f"{shown(address)} is an address of Ray Client, over which no actor can be followed.",
             "Start the server on a node of the cluster, with the head's address, such as 10.0.0.1:6379.",
         )
+    if address != "auto":
+        _require_listener(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that starts here
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(None if address == "auto" else address, logging_level="warning")
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-        raise UsageError(
-            f"No Ray cluster can be joined at {shown(address)}: {str(error).partition(chr(10))[0][:200]}",
-            with_commands("Start one on its first machine:", "ray start --head --port 6379"),
-        ) from error
+        raise _no_cluster(address, str(error).partition("\n")[0][:200]) from error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _require_listener(address: str) -> None:
+    """Raises UsageError. Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from error
+
+
+def _no_cluster(address: str, why: str) -> UsageError:
+    return UsageError(
+        f"No Ray cluster can be joined at {shown(address)}: {why}",
+        with_commands("Start one on its first machine:", "ray start --head --port 6379"),
+    )
