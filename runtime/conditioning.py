@@ -6,7 +6,9 @@ it is to be made. Grey (0) stands for "unknown", black (-1) for a hole in a know
 different to the model.
 """
 
-from dataclasses import dataclass, replace
+import hashlib
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -83,7 +85,8 @@ def condition_frames(
 
 def encode_reference(model: Model, canvas: Pixels) -> Array:
     """Slot 0 of the condition, [20, 1, h, w]: mask 1, and the reference encoded as a video of one frame."""
-    latent = encode(model, to_signal(canvas[None]))
+    key = "reference", hashlib.blake2b(canvas.tobytes()).digest()
+    latent = model.remembered(key, lambda: encode(model, to_signal(canvas[None])))
     return np.concatenate((np.ones((4, *latent.shape[1:]), np.float32), latent))
 
 
@@ -101,6 +104,8 @@ class WindowClips:
     soft: int = 0  # pixels of the mask clip that are neither black nor white
     init: Read | None = None  # [3, frames, H, W]
     ending: Array | None = None  # known frames at the end [3, r, H, W], for a window before a finished one
+    # Of pose, face and background, all that decides their pixels: a job with the same need not encode them.
+    keys: Mapping[str, Hashable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,12 @@ def encode_window(
     """`carried` are the last frames of the window before, [3, r, H, W]."""
     plan, count = model.plan, clips.frames
     read = condition_frames(plan, carried, clips.background, clips.ending, count)
-    grey = clips.background is None and carried is None and clips.ending is None
-    if grey and count == plan.frames:
+    alone = carried is None and clips.ending is None
+    if alone and clips.background is None and count == plan.frames:
         latent = model.kept("grey clip", lambda: encode_read(model, read, count))
     else:
-        latent = encode_read(model, read, count)
+        key = clips.keys.get("background") if alone else None
+        latent = model.remembered(key, lambda: encode_read(model, read, count))
     everywhere = np.broadcast_to(np.float32(1), (count, plan.latent_height, plan.latent_width))
     known = known_mask(
         0 if carried is None else carried.shape[1],
@@ -137,10 +143,11 @@ def encode_window(
         0 if clips.ending is None else clips.ending.shape[1],
     )
     condition = np.concatenate((reference, np.concatenate((known, latent))), axis=1)
-    pose = np.zeros_like(latent) if clips.pose is None else encode_read(model, clips.pose, count)
-    motion: Array | None = None
-    if clips.face is not None and strengths.face > 0:  # at 0 the fusers would add nothing
-        motion = encode_motion(model, clips.face, count)
+    pose, motion = np.zeros_like(latent), None
+    if (read_pose := clips.pose) is not None:
+        pose = model.remembered(clips.keys.get("pose"), lambda: encode_read(model, read_pose, count))
+    if (read_face := clips.face) is not None and strengths.face > 0:  # at 0 the fusers would add nothing
+        motion = model.remembered(clips.keys.get("face"), lambda: encode_motion(model, read_face, count))
     strengths = replace(strengths, pose=0.0 if clips.pose is None else strengths.pose)
     return WindowLatents(condition, pose, motion, strengths)
 

@@ -5,7 +5,7 @@ the open model only as `Opened`; opening/model.py is one.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -59,6 +59,7 @@ from trt_wan.runtime.video.clips import (
 )
 from trt_wan.runtime.video.continued import frames_before, shifted
 from trt_wan.runtime.video.pictures import read_transparent
+from trt_wan.runtime.video.reader import Clip
 from trt_wan.runtime.video.stills import AnyClip
 from trt_wan.runtime.video.transparency import colour
 from trt_wan.runtime.window_state import WindowState
@@ -379,7 +380,18 @@ def window_clips(
         background = _reader(clips.background, indices)
         person, soft = _person(clips.mask, indices if mask_indices is None else mask_indices)
     init = None if clips.init is None else _reader(clips.init, indices)
-    return WindowClips(len(indices), pose, face, background, person, soft, init)
+    named = {"pose": clips.pose, "face": clips.face, "background": clips.background}
+    keys = {name: _key(name, clip, indices) for name, clip in named.items()}
+    return WindowClips(len(indices), pose, face, background, person, soft, init, keys=keys)
+
+
+def _key(name: str, clip: AnyClip | None, indices: Sequence[int]) -> Hashable:
+    """The file and the frames; None for a clip that is no single file."""
+    if not isinstance(clip, Clip):
+        return None
+    file = clip.path.stat()
+    used = tuple(clip.used[index] for index in indices)
+    return name, file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, used
 
 
 def _reader(clip: AnyClip, indices: Sequence[int]) -> Read:

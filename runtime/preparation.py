@@ -5,6 +5,7 @@ are computed when a window first needs them. activation_memory.py runs the same 
 numbers.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -108,8 +109,9 @@ def prepare(
 def _image_features(model: Model, canvas: Pixels, clip_vision: ClipVision) -> Array:
     if clip_vision.off:
         return np.zeros((model.config.image.tokens, model.config.image.dim), np.float32)
-    signal = to_signal(canvas[None])[:, 0]
-    return encode_image(model, signal, clip_vision.tiles, clip_vision.tile_ratio)
+    tiles, ratio = clip_vision.tiles, clip_vision.tile_ratio
+    key = "image", hashlib.blake2b(canvas.tobytes()).digest(), tiles, ratio
+    return model.remembered(key, lambda: encode_image(model, to_signal(canvas[None])[:, 0], tiles, ratio))
 
 
 def _image_tokens(model: Model, images: Sequence[Array], clip_vision: ClipVision) -> Array:

@@ -19,23 +19,23 @@ import pytest
 import torch
 from click.testing import CliRunner
 from comfy_standin import Choice, Comfy, ComfyNode, InterruptProcessingException, Number, Widget
-from tiny_job import PLAN, prepare, read_frames, write_sound
+from tiny_job import PLAN, as_argv, prepare, read_frames, write_sound
 
 from trt_wan import __version__
+from trt_wan.api.media import video_file
 from trt_wan.api.preparing import prepare as prepare_clips
 from trt_wan.cli.main import cli
 from trt_wan.comfyui import install
 from trt_wan.comfyui.messages import Animate, ModelChoice, Open
-from trt_wan.comfyui.process import Process, ProcessDied, RequestFailed
-from trt_wan.comfyui.shared_frames import Block
+from trt_wan.comfyui.process import Process, RequestFailed
+from trt_wan.comfyui.shared_frames import SHM, Block
 from trt_wan.errors import MemoryShort, Stopped
+from trt_wan.preprocess.pictures.masks import MaskShape
 from trt_wan.runtime.colour_transfer import METHODS
 from trt_wan.runtime.events import Event, StepDone, silent
-from trt_wan.runtime.job import Inputs, Job
-from trt_wan.runtime.opening.model import open_model
-from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.video.pictures import read_picture
 from trt_wan.runtime.weights.tiny import write_tiny_weights
+from trt_wan.worker.worker import WorkerDied
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"window": PLAN.frames, "steps": 2, "seed": 7}
@@ -91,13 +91,15 @@ def quick(media: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def wanted(folder: Path, tiny_home: Path) -> Any:
-    """The job's frames without ComfyUI."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRT_WAN_HOME", str(tiny_home))
-        job = Job(Inputs.from_folder(folder, "animate"), **SHORT)  # type: ignore[arg-type]
-        with open_model(WeightFiles(random="tiny"), Settings(executor="onnxruntime")) as model:
-            return np.stack(list(model.stream(job)))
+def wanted(folder: Path, comfy: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The frames of `trt-wan run`: of another process with as many threads, which decide the last bits."""
+    out = tmp_path_factory.mktemp("run")
+    options = " ".join(f"--{name} {value}" for name, value in SHORT.items())
+    command = (
+        f"trt-wan run --inputs {folder} --random-weights tiny {options} -o {out}/a.mp4 --frames {out}/frames"
+    )
+    subprocess.run(as_argv(command), check=True, capture_output=True)
+    return np.stack([read_picture(path) for path in sorted((out / "frames").iterdir())])
 
 
 def load(**chosen: Any) -> Any:
@@ -215,7 +217,7 @@ def test_dropping_the_model_frees_it(comfy: Comfy, quick: dict[str, Any]) -> Non
     assert process.id == id and id is not None
     animate(second, quick, keep_open=False)
     assert process.id is None and not psutil.pid_exists(id)
-    animate(second, quick)
+    second = load()
     assert process.id is not None
     del second
     assert process.id is None
@@ -238,23 +240,29 @@ def test_a_changed_file_is_read_again(comfy: Comfy, quick: dict[str, Any], tmp_p
     try:
         write(5)
         chosen = {"diffusion_model": node("load_model").AUTOMATIC, "preset": "none"}
-        first, before = loading.fingerprint_inputs(**chosen), animate(load(**chosen), quick)
-        assert loading.fingerprint_inputs(**chosen) == first
+        print_of, first = loading.fingerprint_inputs(**chosen), load(**chosen)
+        before, id = animate(first, quick), node("asking").MODEL.id
+        assert loading.fingerprint_inputs(**chosen) == print_of
         write(6)
-        assert loading.fingerprint_inputs(**chosen) != first
-        model = load(**chosen)
-        id, after = node("asking").MODEL.id, animate(model, quick)
-        assert not np.array_equal(before, after)
+        assert loading.fingerprint_inputs(**chosen) != print_of
+        second = load(**chosen)
+        del first
+        assert not np.array_equal(animate(second, quick), before)
         named = {"diffusion_model": "wan2.2_animate_tiny_fp8_e4m3fn_scaled.safetensors"}
-        second = load(**chosen | named)
-        np.testing.assert_array_equal(animate(second, quick), after)
-        assert node("asking").MODEL.id == id, "another model is opened in the same process"
+        third = load(**chosen | named)
+        assert node("asking").MODEL.id == id, "other files are opened in the same process"
+        assert third.choice.files["transformer"].parent.name == "diffusion_models"
         with pytest.raises(Exception, match="fast4"):
             load(**chosen | {"preset": "fast4"})  # its LoRA is missing
     finally:
         for name in set(places.values()):
             for path in (comfy.models / name).iterdir():
                 path.unlink()
+
+
+def blocks() -> set[Path]:
+    """Shared memory of Python's."""
+    return set(SHM.glob("psm_*"))
 
 
 def test_preprocessing(comfy: Comfy, folder: Path, tmp_path: Path) -> None:
@@ -264,6 +272,7 @@ def test_preprocessing(comfy: Comfy, folder: Path, tmp_path: Path) -> None:
     frames = np.full((9, 96, 96, 3), 200, np.uint8)
     reference = read_picture(folder / "src_ref.png")[None]
     tensors = {"reference_image": reference, "driving_video": frames}
+    before = blocks()
     made = (
         node("preprocess_clip")
         .PreprocessClip.run(
@@ -279,9 +288,7 @@ def test_preprocessing(comfy: Comfy, folder: Path, tmp_path: Path) -> None:
         )
         .args
     )
-    from trt_wan.api.media import video_file
-    from trt_wan.preprocess.pictures.masks import MaskShape
-
+    assert blocks() == before
     options = {
         "mask": MaskShape(grow=3),
         "detector": comfy.models / "detection" / "yolo.onnx",
@@ -320,14 +327,14 @@ def requests(quick: dict[str, Any]) -> tuple[list[Block], Animate]:
 
 
 def test_a_process_that_dies(comfy: Comfy, quick: dict[str, Any]) -> None:
-    blocks, job = requests(quick)
+    shared, job = requests(quick)
 
     def kill(event: Event) -> None:
         if isinstance(event, StepDone):
             os.kill(process.id or 0, signal.SIGKILL)
 
     with Process() as process:
-        with pytest.raises(ProcessDied, match="was killed, as the system does when the memory is full"):
+        with pytest.raises(WorkerDied, match="was killed, as the system does when the memory is full"):
             process.ask(job, kill)
         assert process.id is None
         process.ask(Open(TINY))
@@ -337,7 +344,7 @@ def test_a_process_that_dies(comfy: Comfy, quick: dict[str, Any]) -> None:
     with Process(grace=0) as process, pytest.raises(Stopped):
         process.ask(job, should_stop=lambda: True)
     assert process.id is None
-    for block in blocks:
+    for block in shared:
         block.close()
 
 
@@ -362,13 +369,13 @@ def test_the_process_ends_with_comfyui() -> None:
 
 
 def test_frames_that_do_not_fit() -> None:
-    if not Path("/dev/shm").exists():
+    if not SHM.exists():
         pytest.skip("no /dev/shm")
-    before = set(Path("/dev/shm").iterdir())
-    for size in (shutil.disk_usage("/dev/shm").total + (1 << 30), 1 << 62):
+    before = blocks()
+    for size in (shutil.disk_usage(SHM).total + (1 << 30), 1 << 62):
         with pytest.raises(MemoryShort, match="GB of shared memory, and /dev/shm has"):
             Block((size,), iter(()))
-    assert set(Path("/dev/shm").iterdir()) == before
+    assert blocks() == before
 
 
 def checkout(folder: Path) -> Path:
@@ -390,9 +397,10 @@ def test_install_and_upgrade(tmp_path: Path) -> None:
     assert (target / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     assert {path.name for path in (target / "example_workflows").iterdir()} >= {p.name for p in WORKFLOWS}
     (target / "old.py").touch()
+    (comfyui / "custom_nodes" / ".trt-wan-killed.disabled").mkdir()
     assert installed(str(comfyui)).exit_code == 0
     assert not (target / "old.py").exists() and (target / "__init__.py").exists()
-    assert [path.name for path in (comfyui / "custom_nodes").iterdir()] == ["trt-wan"]
+    assert [path.name for path in (comfyui / "custom_nodes").iterdir()] == ["trt-wan"], "no leftovers"
 
 
 def test_install_refuses(tmp_path: Path) -> None:
@@ -416,6 +424,8 @@ def test_another_python_is_told(tmp_path: Path) -> None:
     assert ran.exit_code == 0
     (line,) = (line for line in ran.stderr.splitlines() if "-m pip install" in line)
     assert line.startswith(f"{python} -m pip install ") and "[build]" in line
+    python.write_bytes(b"MZ")  # a program of Windows
+    assert "pip install" in installed(str(comfyui)).stderr
     python.write_text(f"#!/bin/sh\necho {__version__}\n")
     assert "pip install" not in installed(str(comfyui)).stderr
 

@@ -234,9 +234,41 @@ def test_the_grey_clip_is_encoded_once_a_size(folders: Clips) -> None:
     with opened(folders, observe=observe) as model:
         first = frames(model, task)
         encoded = watched[0].ran["vae_encode_next"]
+        (folders["other"] / "src_pose.mp4").touch()
         again = frames(model, task)
         assert watched[0].ran["vae_encode_next"] - encoded == encoded // 2  # the pose clip alone
     assert np.array_equal(first, again)
+
+
+def test_a_job_with_the_same_clips_encodes_none_of_them(folders: Clips) -> None:
+    """Pose, face, background and reference are encoded once; other frames, or a changed file, are encoded."""
+    watched: list[Counting] = []
+
+    def observe(executor: Executor) -> Any:
+        watched.append(Counting(executor))
+        return watched[0]
+
+    first, other_seed = (job(folders["first"], mode="replace", seed=seed) for seed in (1, 2))
+    encoders = ("vae_encode_first", "vae_encode_next", "motion_encoder", "image_encoder_layer")
+
+    def ran() -> list[int]:
+        return [watched[0].ran[name] for name in encoders]
+
+    with opened(folders) as model:
+        wanted = frames(model, other_seed)
+    with opened(folders, observe=observe) as model:
+        frames(model, first)
+        whole = ran()
+        assert min(whole) > 0
+        assert np.array_equal(frames(model, other_seed), wanted)
+        carried = [now - before for now, before in zip(ran(), whole, strict=True)]
+        assert carried[2:] == [0, 0] and carried[1] == (PLAN.frames - 1) // 4, (
+            "the second window's background"
+        )
+        before = ran()
+        (folders["first"] / "src_face.mp4").touch()
+        frames(model, other_seed)
+        assert ran()[2] > before[2]
 
 
 # --- Faults that were there ------------------------------------------------------------------------------

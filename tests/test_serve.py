@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import re
 import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -25,6 +27,8 @@ from trt_wan.serve.check import suffix_of
 from trt_wan.serve.database import Database
 from trt_wan.serve.fields import options_given, options_of
 from trt_wan.serve.guard import is_token
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,21 @@ def test_the_openai_client_makes_a_video(server: Server, prepared: str, wanted: 
     with pytest.raises(openai.NotFoundError):
         client.videos.retrieve(video.id)
     assert not (server.data / "jobs" / video.id).exists()
+
+
+def test_the_example_of_the_readme(server: Server, clips: Path, tmp_path: Path) -> None:
+    """With prepared clips, which bring their picture, in place of a clip in which people must be found."""
+    (example,) = re.findall(r"```python\n(import openai\n.*?)```", README, re.DOTALL)
+    zipped(clips, tmp_path / "clips").rename(tmp_path / "dance.mp4")
+    for written, here in (
+        ("http://127.0.0.1:8000/", server.address),
+        ('    input_reference=open("character.png", "rb"),\n', ""),
+        ('"num_inference_steps": 4', '"num_inference_steps": 1'),
+    ):
+        assert written in example
+        example = example.replace(written, here)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", example], cwd=tmp_path, check=True)
+    assert len(read_frames(tmp_path / "out.mp4")) == FRAMES
 
 
 def test_a_video_has_the_bits_of_run(server: Server, prepared: str, wanted: bytes, tmp_path: Path) -> None:

@@ -64,6 +64,15 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def stamp(file: Path) -> tuple[int, int]:
+    """Size, and time of change in ns, which tell whether a file is the same. (-1, 0) for a missing one."""
+    try:
+        found = file.stat()
+    except OSError:
+        return (-1, 0)
+    return found.st_size, found.st_mtime_ns
+
+
 def forget_partials(folder: Path) -> None:
     """Removes the files in `folder` that killed processes left. Call under the lock of all its writers."""
     for path in folder.glob(f"*{PARTIAL}"):

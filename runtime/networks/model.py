@@ -6,14 +6,19 @@ Inputs go in the contract's order; `n` is the number of the set of weights (the 
 arrays or arrays of the executor; `np.asarray` of a result brings it to the host.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+
+import numpy as np
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan, VaeTile
 from trt_wan.runtime.executors import Array, Executor, Observe
+
+MOST_REMEMBERED = 256 * 10**6  # bytes of the host
 
 
 class Model:
@@ -33,6 +38,7 @@ class Model:
         self.tile = tile
         self.networks = {**networks(config, plan), **({} if tile is None else networks(config, tile))}
         self._kept: dict[str, Array] = {}
+        self._remembered: OrderedDict[Hashable, Array] = OrderedDict()  # the one used last comes last
         self._before_each: Callable[[], None] | None = None
 
     def run(self, name: str, *inputs: Array, n: int = 0) -> tuple[Array, ...]:
@@ -64,6 +70,22 @@ class Model:
         if name not in self._kept:
             self._kept[name] = make()
         return self._kept[name]
+
+    def remembered(self, key: Hashable, make: Callable[[], Array]) -> Array:
+        """Returns the host array of `key`, which an earlier job of this size may have made: `key` decides all
+        of its bits. None is the key of an array that no other job can use.
+        """
+        if key is None:
+            return make()
+        if key in self._remembered:
+            self._remembered.move_to_end(key)
+            return self._remembered[key]
+        made = make()
+        if np.isfinite(made.sum()):  # others are computed again, to find the layer
+            self._remembered[key] = made
+        while sum(array.nbytes for array in self._remembered.values()) > MOST_REMEMBERED:
+            self._remembered.popitem(last=False)
+        return made
 
     @contextmanager
     def checked(self, before_each: Callable[[], None]) -> Iterator[None]:

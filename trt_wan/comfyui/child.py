@@ -38,6 +38,7 @@ from trt_wan.comfyui.messages import (
 from trt_wan.comfyui.shared_frames import Block, Frames, Pixels
 from trt_wan.engines.contract import Part
 from trt_wan.engines.precision import Precision
+from trt_wan.engines.store.files import stamp
 from trt_wan.errors import Stopped, TrtWanError
 from trt_wan.runtime.colour import Colour
 from trt_wan.runtime.events import Event
@@ -187,16 +188,7 @@ def _without_loras(choice: ModelChoice) -> ModelChoice:
 
 
 def _stamps(pipe: AnimatePipeline) -> Stamps:
-    """Size and time of change of every file of the weights; of a missing one (-1, 0)."""
-    return {file: _stamp(file) for file in pipe.files}
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    try:
-        found = file.stat()
-    except OSError:
-        return (-1, 0)
-    return found.st_size, found.st_mtime_ns
+    return {file: stamp(file) for file in pipe.files}
 
 
 def _read(child: Child, requests: SimpleQueue[Request | Taken], folder: Path) -> None:

@@ -36,6 +36,8 @@ def install(comfyui: Path) -> Path:
     if target.exists() and not _is_ours(target):
         raise UsageError(f"{target} is there and is not ours.", "Move it away first.")
     try:
+        for left in nodes.glob(f".{NAME}-*{UNUSED}"):  # by a killed process
+            shutil.rmtree(left)
         making = Path(tempfile.mkdtemp(prefix=f".{NAME}-", suffix=UNUSED, dir=nodes))
         try:
             _write(making / "new")
@@ -57,7 +59,11 @@ def own_python(comfyui: Path) -> Path | None:
         python = comfyui / name
         if python.exists():
             code = "import trt_wan; print(trt_wan.__version__)"
-            ran = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, cwd=Path("/"))
+            command = [str(python), "-P", "-c", code]
+            try:
+                ran = subprocess.run(command, capture_output=True, text=True, cwd=comfyui.anchor or None)
+            except OSError:  # it is for another system
+                return python
             return None if ran.stdout.strip() == __version__ else python
     return None
 

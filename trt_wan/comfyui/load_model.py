@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from trt_wan.comfyui.asking import CATEGORY, ChosenModel, TrtWanModel, told
 from trt_wan.comfyui.messages import ModelChoice, Open
-from trt_wan.comfyui.model_files import FOLDERS, LORAS, PARTS, files_in, folders, path_of, stamp
+from trt_wan.comfyui.model_files import LORAS, PARTS, files_in, folders, path_of, stamps
 from trt_wan.runtime.presets import PRESETS
 from trt_wan.runtime.published.files import FAST4
 
@@ -105,5 +105,4 @@ class LoadModel(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no types for
     @classmethod
     def fingerprint_inputs(cls, **chosen: Any) -> Any:
         """Changes with the files in the model folders; then the node runs again."""
-        files = [(folder, file, *stamp(folder, file)) for folder in FOLDERS for file in files_in(folder)]
-        return repr(files)
+        return repr(stamps())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import folder_paths
 
+from trt_wan.engines.store.files import stamp
 from trt_wan.errors import UsageError
 
 # By input: the part of the model, and ComfyUI's folder of its files.
@@ -35,12 +36,10 @@ def folders() -> tuple[Path, ...]:
     return tuple(path for path in named if path.is_dir())
 
 
-def stamp(folder: str, file: str) -> tuple[int, int]:
-    try:
-        found = path_of(folder, file).stat()
-    except (OSError, UsageError):
-        return (-1, 0)
-    return found.st_size, found.st_mtime_ns
+def stamps() -> list[tuple[str, int, int]]:
+    """Path, size and time of change of every file of which the model may consist."""
+    found = {folder_paths.get_full_path(folder, file) for folder in FOLDERS for file in files_in(folder)}
+    return sorted((path, *stamp(Path(path))) for path in found if path is not None)
 
 
 def detection_files() -> list[str]:

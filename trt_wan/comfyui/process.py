@@ -17,24 +17,13 @@ from trt_wan.comfyui.shared_frames import Frames
 from trt_wan.errors import InputError, OutputError, Stopped, TrtWanError, UsageError, WeightsError
 from trt_wan.runtime.closing import Closing
 from trt_wan.runtime.events import Event, Progress, silent
+from trt_wan.worker.worker import WorkerDied
 
 GRACE = 60.0  # seconds for a request that was stopped to end by itself: a step of the 14B takes up to 30
 LOOK = 0.1  # seconds between looks at ComfyUI's interrupt
 # The model stays usable after these.
 HARMLESS = {error.code for error in (Stopped, UsageError, InputError, WeightsError, OutputError)}
-SIGNALS = {9: "it was killed, as the system does when the memory is full", 11: "a segmentation fault"}
-
-
-class ProcessDied(TrtWanError):
-    code = "process_died"
-
-    def __init__(self, returncode: int) -> None:
-        why = SIGNALS.get(-returncode, f"signal {-returncode}")
-        why = why if returncode < 0 else f"exit code {returncode}"
-        super().__init__(
-            f"The process that computes the video ended ({why}).",
-            "ComfyUI's log may say more. The next run starts another process.",
-        )
+DIED = "ComfyUI's log may say more. The next run starts another process."
 
 
 class RequestFailed(TrtWanError):
@@ -67,7 +56,7 @@ class Process(Closing):
         should_stop: Callable[[], bool] = lambda: False,
         holder: object = None,
     ) -> Any:
-        """The answer to `request`, its Frames copied. Raises ProcessDied, RequestFailed with the error of the
+        """The answer to `request`, its Frames copied. Raises WorkerDied, RequestFailed with the error of the
         process, Stopped after `should_stop`, and what `progress` raises, as ComfyUI's progress bar does after
         an interrupt; the request is stopped then.
         """
@@ -137,7 +126,7 @@ class _Running(Closing):
             except Empty:
                 continue
             if answer is None:
-                raise ProcessDied(self.popen.wait())
+                raise WorkerDied(self.popen.wait(), DIED)
             if isinstance(answer, Failed):
                 return answer
             if isinstance(answer, Done):

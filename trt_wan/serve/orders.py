@@ -243,6 +243,10 @@ def _with_uploads(order: Order, given: Mapping[str, Given], changed: list[str]) 
         if upload.id is not None:
             order.uploads[name] = upload.id
         if upload.facts["kind"] == "prepared":
+            if doubled := [name for name in given if _shapes_clips(name)]:
+                raise FieldError(
+                    doubled[0], f"The clips are prepared, so {doubled[0]} would do nothing.", "Leave it out."
+                )
             order.inputs, order.facts, order.uploaded = upload.clips, upload.facts, True
             order.files = {}
             continue
@@ -361,6 +365,7 @@ def command_of(
         return made + ([] if seed is None else [f"--seed={seed}"]) + ["--no-sidecar"]
     if request["inputs"]:
         made += [f"--inputs={folder / INPUTS}"]
+        files = {name: path for name, path in files.items() if not _shapes_clips(name)}
     else:
         made += [str(files["reference"]), str(files["clip"]), *_networks(settings, options, files)]
     made += ["-o", str(folder / OUTPUT), *settings.model, "--no-sidecar"]

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from trt_wan.engines.store.files import stamp
 from trt_wan.errors import InputError, Stopped, UsageError, WeightsError
 from trt_wan.runtime.events import Event, Note, Progress
 from trt_wan.runtime.opening.gpu_sizes import ExportTiles
@@ -73,12 +74,4 @@ def _logged(event: Event) -> None:
 def _stamps(basis: Basis) -> Stamps:
     """Size and time of change of every file of the weights."""
     files = {file for named in basis.weights.files.values() for file in named}
-    return {file: _stamp(file) for file in files}
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    try:
-        found = file.stat()
-    except OSError:
-        return (-1, 0)
-    return found.st_size, found.st_mtime_ns
+    return {file: stamp(file) for file in files}

@@ -24,13 +24,11 @@ SIGNALS = {9: "it was killed, as the system does when the memory is full", 11: "
 class WorkerDied(TrtWanError):
     code = "worker_died"
 
-    def __init__(self, returncode: int) -> None:
+    def __init__(self, returncode: int, hint: str = "The server's log may say more.") -> None:
         self.returncode = returncode
         signal = -returncode
         why = SIGNALS.get(signal, f"signal {signal}") if returncode < 0 else f"exit code {returncode}"
-        super().__init__(
-            f"The process that computes the video ended ({why}).", "The server's log may say more."
-        )
+        super().__init__(f"The process that computes the video ended ({why}).", hint)
 
 
 class Runs(Protocol):

@@ -9,7 +9,6 @@ const address = (preparation, name) => `v1/preparations/${preparation.id}/files/
 export class Check {
   #form;
   #key = "";
-  #view = "preview";
   #shown = "";
   #painting;
   preparation = null; // the last one that was asked for
@@ -114,7 +113,7 @@ export class Check {
     setShown(byId("look-progress"), isRunning);
     if (isRunning) this.#showProgress();
     if (preparation?.status === "failed") this.#showFailure();
-    const isDone = preparation?.status === "completed" && !isPrepared;
+    const isDone = preparation?.status === "completed" && this.#form.clip !== null && !isPrepared;
     setShown(byId("found"), isDone);
     if (isDone) this.#showFound();
   }
@@ -138,7 +137,7 @@ export class Check {
   #showProgress() {
     const { progress, stage, queue_position: position } = this.preparation;
     const [bar, text] = byId("look-progress").children;
-    bar.value = progress ?? 0;
+    bar.value = progress;
     bar.setAttribute("aria-label", "Preparation");
     text.textContent = position > 1 ? `Waiting; ${position - 1} before it` : stage || "Starting";
   }
@@ -158,12 +157,11 @@ export class Check {
     const preview = byId("preview");
     preview.src = address(this.preparation, "preview.mp4");
     preview.autoplay = !calm.matches;
-    byId("look-notes").replaceChildren(...(this.preparation.notes ?? []).map((note) => make("li", {}, note)));
+    byId("look-notes").replaceChildren(...this.preparation.notes.map((note) => make("li", {}, note)));
     this.#open("preview");
   }
 
   #open(view) {
-    this.#view = view;
     for (const tab of document.querySelectorAll("[data-view]")) {
       tab.setAttribute("aria-pressed", String(tab.dataset.view === view));
     }

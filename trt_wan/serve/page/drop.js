@@ -18,7 +18,7 @@ export class Drop {
     this.#error = place.querySelector(".error");
     this.#shown = place.querySelector(".shown");
     Object.assign(this, { kinds, wrong, most, changed });
-    this.#input.addEventListener("change", () => this.#take(this.#input.files[0]));
+    this.#input.addEventListener("change", () => this.take(this.#input.files[0]));
     place.addEventListener("dragover", (event) => {
       event.preventDefault();
       place.classList.add("over");
@@ -27,7 +27,7 @@ export class Drop {
       place.addEventListener(end, () => place.classList.remove("over"));
     place.addEventListener("drop", (event) => {
       event.preventDefault();
-      this.#take(event.dataTransfer.files[0]);
+      this.take(event.dataTransfer.files[0]);
     });
   }
 
@@ -56,7 +56,8 @@ export class Drop {
     }
   }
 
-  async #take(chosen) {
+  // Sends a file of the user's.
+  async take(chosen) {
     if (!chosen) return;
     const bar = make("progress", { max: 1, value: 0, "aria-label": `Sending ${chosen.name}` });
     const number = ++this.#uploads;

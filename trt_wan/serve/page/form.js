@@ -20,7 +20,7 @@ export class Form {
   // `queued` is called with every new video.
   constructor(options, queued) {
     this.#options = options;
-    const most = options.limits?.upload ?? Infinity;
+    const most = options.limits.upload;
     const changed = () => this.#changed();
     this.#reference = new Drop(byId("reference"), ["picture"], "The character is a picture.", most, changed);
     const clip = "The driving clip is a video, or a .zip of prepared clips.";
@@ -34,6 +34,8 @@ export class Form {
     });
     this.#form.addEventListener("input", changed);
     byId("sample").addEventListener("click", () => this.#useSample());
+    document.addEventListener("dragover", (event) => event.preventDefault());
+    document.addEventListener("drop", (event) => this.#dropped(event));
   }
 
   // --- What the check needs to know
@@ -231,6 +233,16 @@ export class Form {
     box.closest("label").nextElementSibling.value = scale ?? 1;
   }
 
+  // Files that are dropped beside the places for them; the browser would leave the page and show them.
+  #dropped(event) {
+    if (event.defaultPrevented) return;
+    event.preventDefault();
+    for (const file of event.dataTransfer.files) {
+      const isPicture = file.type.startsWith("image/") && file.type !== "image/gif";
+      (isPicture ? this.#reference : this.#clip).take(file);
+    }
+  }
+
   #useSample() {
     const { sample, people } = this.#options;
     if (people) this.#reference.restore(sample.reference);
@@ -266,12 +278,12 @@ export class Form {
       for (const field of part.querySelectorAll("input, select")) field.disabled = !isOn;
     }
     for (const id of ["reference", "preparing", "size"]) setShown(byId(id), !this.hasPreparedClips);
-    const preset = this.#options.presets?.find(({ name }) => name === this.#field("preset").value);
+    const preset = this.#options.presets.find(({ name }) => name === this.#field("preset").value);
     byId("preset-about").textContent = preset?.about ?? "";
   }
 
   #describe() {
-    const { presets = [], loras = [], defaults = {}, sample } = this.#options;
+    const { presets, loras, defaults, sample } = this.#options;
     this.#field("preset").append(...presets.map(({ name }) => make("option", { value: name }, name)));
     for (const name of ["size", "steps", "window"]) this.#field(name).placeholder = defaults[name] ?? "";
     if (defaults.preset) this.#field("preset").firstElementChild.textContent = `${defaults.preset} (default)`;
@@ -280,7 +292,7 @@ export class Form {
     byId("loras").append(
       ...loras.flatMap((name) => [
         make("label", { className: "tick" }, make("input", { type: "checkbox", value: name }), " ", name),
-        make("input", { type: "number", step: "any", value: 1, "aria-label": `Strength of ${name}` }),
+        make("input", { type: "number", step: "any", defaultValue: 1, "aria-label": `Strength of ${name}` }),
       ]),
     );
   }

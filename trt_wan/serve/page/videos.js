@@ -67,7 +67,7 @@ export class Videos {
     const { data, has_more: hasMore } = await get(`v1/videos?limit=${PAGE}&order=desc${after}`);
     data.forEach((video) => this.update(video, false));
     this.#last = data.at(-1)?.id ?? this.#last;
-    setShown(byId("older"), hasMore ?? data.length === PAGE);
+    setShown(byId("older"), hasMore);
     const newest = data.find(({ status }) => status === "completed");
     if (!after && newest) this.#cards.get(newest.id).element.open = true;
     return data;
@@ -116,11 +116,11 @@ class Card {
     const before = this.video;
     this.video = video;
     this.element.dataset.status = video.status;
-    this.state.textContent = WORDS[video.status] ?? video.status;
+    this.state.textContent = WORDS[video.status];
     this.title.textContent = titleOf(video);
     this.left.textContent = shortly(video);
     setShown(this.doing, !this.hasEnded);
-    this.bar.value = video.progress ?? 0;
+    this.bar.value = video.progress;
     this.told.textContent = atLength(video);
     if (before.status !== video.status) {
       announce(`${titleOf(video)}: ${this.state.textContent}.`);
@@ -198,9 +198,11 @@ class Card {
   }
 
   #redo() {
-    const { windows, window_starts: starts, fps } = this.video;
+    const { windows, frames, fps, settings } = this.video;
+    const { window = 77, overlap = 1 } = settings; // the command line's defaults; a preset may have others
+    const isKnown = Math.ceil((frames - overlap) / (window - overlap)) === windows;
     const boxes = Array.from({ length: windows }, (_, k) => {
-      const from = starts && fps ? ` (from ${clock(starts[k] / fps)})` : "";
+      const from = isKnown ? ` (from ${clock((k * (window - overlap)) / fps)})` : "";
       return make(
         "label",
         { className: "tick" },
