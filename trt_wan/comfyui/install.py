@@ -80,7 +80,6 @@ def _is_ours(folder: Path) -> bool:
 
 def _publisher(folder: Path) -> Any:
     try:
-        read = tomllib.loads((folder / "pyproject.toml").read_text())
-    except (OSError, ValueError):
+        return tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["comfy"]["PublisherId"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    return read.get("tool", {}).get("comfy", {}).get("PublisherId")
