@@ -22,7 +22,7 @@ export class Videos {
   constructor(change) {
     this.change = change;
     byId("older").addEventListener("click", (event) =>
-      attempt(byId("none"), () => this.#read(`&after=${this.#last}`), event.target),
+      attempt(byId("older-error"), () => this.#read(`&after=${this.#last}`), event.target),
     );
   }
 
@@ -34,6 +34,8 @@ export class Videos {
     for (const [id, { video }] of this.#cards) {
       if (!ids.has(id) && video.created_at > oldest) this.remove(id);
     }
+    setShown(byId("none"), this.#cards.size === 0);
+    byId("list").setAttribute("aria-busy", "false");
   }
 
   // A video of an event is newer than those of the same second that are here.
