@@ -23,6 +23,7 @@ from tiny_job import PLAN, as_argv, prepare, read_frames, write_sound
 
 from trt_wan import __version__
 from trt_wan.api.media import video_file
+from trt_wan.api.names import RENAMED
 from trt_wan.api.preparing import prepare as prepare_clips
 from trt_wan.cli.main import cli
 from trt_wan.comfyui import install
@@ -32,7 +33,10 @@ from trt_wan.comfyui.shared_frames import SHM, Block
 from trt_wan.errors import MemoryShort, Stopped
 from trt_wan.preprocess.pictures.masks import MaskShape
 from trt_wan.runtime.colour_transfer import METHODS
+from trt_wan.runtime.context.settings import Context
 from trt_wan.runtime.events import Event, StepDone, silent
+from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.presets import PRESETS
 from trt_wan.runtime.video.pictures import read_picture
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 from trt_wan.worker.worker import WorkerDied
@@ -193,6 +197,10 @@ def test_errors_are_those_of_the_command_line(comfy: Comfy, quick: dict[str, Any
         assert type(error.value).__name__ == "NodeFailed" and "\n" in str(error.value)
     with pytest.raises(Exception, match="There is no file none.safetensors"):
         load(vae="none.safetensors")
+    clip = {"reference_image": quick["reference_image"], "driving_video": quick["pose_video"]}
+    with pytest.raises(Exception, match="There is no file none.onnx in ComfyUI's folder detection") as error:
+        node("preprocess_clip").PreprocessClip.run(**clip, detector="detection/none.onnx")
+    assert type(error.value).__name__ == "NodeFailed"
     assert process.id == id
 
 
@@ -205,6 +213,30 @@ def test_a_person_is_replaced(comfy: Comfy, quick: dict[str, Any]) -> None:
     given = {**quick, "reference_image": opaque, "background_video": background, "character_mask": mask}
     made = animate(load(), given)
     assert made.shape == (PLAN.frames, PLAN.height, PLAN.width, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, {"steps": 4, "sampler": "lcm", "shift": 8.0, "window": 77, "overlap": 5}),
+        ({"steps": 6, "sampler": "euler"}, {"steps": 6, "sampler": "euler", "overlap": 5}),
+        ({"context": "static_standard"}, {"window": 77, "overlap": 1, "context": Context()}),
+        (
+            {"context": "static_standard", "window": 229},
+            {"window": 229, "overlap": 5, "context": Context(whole=False)},
+        ),
+    ],
+)
+def test_zeros_are_those_of_the_preset(comfy: Comfy, given: dict[str, Any], wanted: dict[str, Any]) -> None:
+    animate = node("animate")
+    zeros = dict.fromkeys(("steps", "guidance", "shift", "window", "overlap"), 0)
+    texts = {"prompt": "a", "negative_prompt": "b", "sampler": animate.AS_PRESET}
+    strengths = {"seed": 7, "pose_strength": 1.0, "face_strength": 1.0}
+    made = animate._settings(PRESETS["native4"].recipe, **zeros | texts | strengths | given)
+    ours = {RENAMED.get(name, name): value for name, value in made.items()}
+    ours["seed"] = ours.pop("generator")
+    job = Job(Inputs(Path("a.png"), Path("b.mp4"), None), **ours)
+    assert {name: getattr(job, name) for name in wanted} == wanted
 
 
 def test_dropping_the_model_frees_it(comfy: Comfy, quick: dict[str, Any]) -> None:

@@ -87,10 +87,10 @@ class PreprocessClip(io.ComfyNode):  # type: ignore[misc]
         segmenter: str = "auto",
         **networks: str,
     ) -> io.NodeOutput:
-        options: dict[str, Any] = {"segmenter": segmenter}
-        options |= {name: detection_path(file) for name, file in networks.items() if file != NONE}
-        options |= {} if retarget == OFF else {"retarget": retarget}
         with told(), shared({"image": reference_image[:1], "driving_video": driving_video}) as media:
+            options: dict[str, Any] = {"segmenter": segmenter}
+            options |= {name: detection_path(file) for name, file in networks.items() if file != NONE}
+            options |= {} if retarget == OFF else {"retarget": retarget}
             request = Preprocess(
                 media,
                 mode,
