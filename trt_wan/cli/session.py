@@ -1,4 +1,4 @@
-"""What commands of one process share, when it runs many: a report of its own, and a model that stays open.
+"""A process that runs many commands gives each of them a report, and all of them a model that stays open.
 
 A process of the command line runs one command and has no session. trt_wan/worker/child.py has one.
 """

@@ -1,4 +1,4 @@
-"""What all nodes do: they pass the computation on to another process, show its progress, and end with
+"""Shared by all nodes: they pass the computation on to another process, show its progress, and end with
 ComfyUI's interrupt or with the sentence that the command line would print.
 """
 

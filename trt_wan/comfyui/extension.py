@@ -1,4 +1,4 @@
-"""What ComfyUI loads."""
+"""The extension that ComfyUI loads."""
 
 from pathlib import Path
 

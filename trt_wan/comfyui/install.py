@@ -23,7 +23,7 @@ PYTHONS = (
 
 
 def install(comfyui: Path) -> Path:
-    """Writes the folder and returns it; an older one of ours is replaced. Raises UsageError for what is no
+    """Writes the folder and returns it; our older one is replaced. Raises UsageError for what is no
     ComfyUI, and OutputError.
     """
     nodes = comfyui / "custom_nodes"

@@ -43,7 +43,7 @@ class Process(Closing):
         self._grace = grace
         self._lock = threading.Lock()
         self._running: _Running | None = None
-        self.holder: object = None  # whoever asked last
+        self.holder: object = None  # the model that asked last
 
     @property
     def id(self) -> int | None:
@@ -57,7 +57,7 @@ class Process(Closing):
         holder: object = None,
     ) -> Any:
         """The answer to `request`, its Frames copied. Raises WorkerDied, RequestFailed with the error of the
-        process, Stopped after `should_stop`, and what `progress` raises, as ComfyUI's progress bar does after
+        process, Stopped after `should_stop`, and exceptions of `progress`, as of the progress bar after
         an interrupt; the request is stopped then.
         """
         raised: list[Exception] = []

@@ -110,7 +110,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _body(fields: type[Fields], files: bool) -> dict[str, Any]:
-    """What a route reads by itself, for the schema."""
+    """The body of a request in the schema: the routes read it themselves."""
     schema = fields.model_json_schema()
     form = json.loads(json.dumps(schema))
     for name in (CHARACTER, DRIVING) if files else ():
@@ -124,7 +124,7 @@ def _body(fields: type[Fields], files: bool) -> dict[str, Any]:
 
 
 def _add_jobs(app: FastAPI, service: Service, kind: Kind, path: str, fields: type[Fields]) -> None:
-    """What videos and preparations have in common."""
+    """The routes that videos and preparations share."""
     tag: dict[str, Any] = {"tags": [f"{kind}s"]}
 
     @app.post(path, openapi_extra=_body(fields, files=True), name=f"create {kind}", **tag)
@@ -393,7 +393,7 @@ def _beginning(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 
 async def _events(service: Service, only: Job | None) -> AsyncIterator[str]:
-    """Server-sent events: of one job its state, every change, and its end; else every change of all."""
+    """Server-sent events about one job, from its state to its end, or about every job."""
     with service.live.listener() as listener:
         if listener is None:
             yield _event(

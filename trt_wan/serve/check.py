@@ -1,4 +1,4 @@
-"""Looks into one upload, in a process of its own: `python -m trt_wan.serve.check`.
+"""Looks into one upload, in a separate process: `python -m trt_wan.serve.check`.
 
 stdin has one line of JSON: `path`, `out` (a folder, for the clips in a .zip) and the limits. stdout gets the
 facts or the error. Everything is decoded here once, with limits of time and memory: a file that breaks a
@@ -124,7 +124,7 @@ def _require_pixels(width: int, height: int, most: int) -> None:
 
 
 def _prepared(path: Path, out: Path, limits: dict[str, Any]) -> dict[str, Any]:
-    """Unpacks the known files of a .zip, wherever in it they lie, and reads all clips to their ends."""
+    """Unpacks the known files of a .zip, from any of its folders, and reads all clips to their ends."""
     from trt_wan.runtime.job import Inputs
     from trt_wan.runtime.video.clips import frames_of, open_clips
 
@@ -198,7 +198,7 @@ def _limit(memory: int, seconds: int, file: int) -> None:
         return
     import resource
 
-    if sys.platform == "linux":  # decoders start a thread per CPU, each with memory of its own
+    if sys.platform == "linux":  # decoders start a thread per CPU, which all take memory
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])
     for kind, most in (
         (resource.RLIMIT_DATA, memory),

@@ -63,7 +63,7 @@ class File:
     filename: str
     purpose: str
     suffix: str
-    facts: dict[str, Any]  # what the check found: kind, bytes, width, height, frames, fps
+    facts: dict[str, Any]  # kind, bytes, width, height, frames, fps
 
 
 class Database:

@@ -22,7 +22,7 @@ from trt_wan.serve.settings import ServeSettings
 from trt_wan.serve.store import Store
 from trt_wan.worker.worker import Line, Runs, WorkerDied
 
-MOST_DEATHS = 3  # of workers in one job, without a finished window in between
+MOST_DEATHS = 3  # workers that die in one job, without a finished window in between
 MOST_NOTES = 50
 PAUSE = 1.0  # seconds before another worker is started in place of one that died
 log = logging.getLogger("trt_wan.serve")
@@ -161,7 +161,7 @@ class Dispatcher:
     def _run(self, job: Job, worker: Runs) -> None:
         folder, database = self._store.folder(job), self._store.database
         result = folder / (OUTPUT if job.kind == "video" else PREPARED)
-        last = result if job.kind == "video" else result / "src_ref.png"  # what gets its name last
+        last = result if job.kind == "video" else result / "src_ref.png"  # this file gets its name last
         progress = Progress(stage="starting")
         self._live.set(job.id, progress)
         self._tell_waiting()

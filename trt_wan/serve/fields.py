@@ -46,7 +46,7 @@ OWN = (
     ),
     *("frames", "codec", "loras", "as_json", "quiet", "mode"),
 )
-Name = str  # of an option, with underscores
+Name = str  # an option's, with underscores
 Value = str | int | float | bool | list[str | int | float]
 
 
@@ -59,7 +59,7 @@ class FieldError(UsageError):
 
 
 class Fields(BaseModel):
-    """What vLLM-Omni's and SGLang's clients call these fields (POST /v1/videos)."""
+    """Named as in the clients of vLLM-Omni and SGLang (POST /v1/videos)."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -25,7 +25,7 @@ COOKIE = "trt_wan_token"
 OPEN_PATHS = ("/", "/health", "/session", "/favicon.ico")
 PAGE = "/page/"
 SLOW_AFTER, LEAST_RATE = 60.0, 1000.0  # seconds, bytes per second
-LINGER = 5.0  # seconds in which a refused client may finish what it sends
+LINGER = 5.0  # seconds in which a refused client may finish its request
 TOGETHER = 4  # requests of the largest size that may arrive at a time
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
@@ -179,7 +179,7 @@ class Body:
         return message
 
     async def drop_rest(self) -> None:
-        """Reads what a refused client still sends: it would miss an answer whose connection is closed."""
+        """Reads the rest of a refused request: its client would miss an answer whose connection is closed."""
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER):
                 while not self._ended:

@@ -1,6 +1,6 @@
 """From a request to a job in the queue: its folder, its options, its command line.
 
-    jobs/ID/reference.png clip.mp4    the uploads, under names of ours; files of options too
+    jobs/ID/reference.png clip.mp4    the uploads, under fixed names; files of options too
     jobs/ID/inputs/                   prepared clips, of a .zip, a preparation or an earlier video
     jobs/ID/source.mp4                the video whose windows are rendered again
     jobs/ID/out.mp4, out.inputs/      the result
@@ -67,12 +67,12 @@ class Given:
     content: Path
     clips: Path
     filename: str = ""
-    id: str | None = None  # of a file that stays
+    id: str | None = None  # None: the file goes with the request
 
 
 @dataclass
 class Order:
-    """What is known of a job before it exists."""
+    """A job before it exists."""
 
     kind: Kind
     options: dict[str, Any] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class Order:
     inputs: Path | None = None  # a folder of prepared clips
     uploaded: bool = False  # whether these came as a .zip
     facts: dict[str, Any] = field(default_factory=dict)  # width, height, frames, fps of the clip
-    names: dict[str, str] = field(default_factory=dict)  # of the uploads, as the client calls them
+    names: dict[str, str] = field(default_factory=dict)  # the uploads' names on the client's disk
     uploads: dict[str, str] = field(default_factory=dict)  # ids of the files among them
     loras: list[dict[str, Any]] = field(default_factory=list)
     redo: list[int] = field(default_factory=list)

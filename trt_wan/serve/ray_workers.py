@@ -1,4 +1,4 @@
-"""`trt-wan serve --ray ADDRESS`: one actor per GPU of a Ray cluster, each with a worker of its own.
+"""`trt-wan serve --ray ADDRESS`: one actor per GPU of a Ray cluster, each with one worker.
 
 Where no node of the cluster has a GPU, every node gets one actor. Nodes that join later get theirs, and a
 node that leaves loses them; the dispatcher gives its job to another one. Jobs travel as command lines, so
@@ -221,7 +221,7 @@ def _connect(address: str) -> None:
         )
     if address != "auto":
         _require_listener(address)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that starts here
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # for a cluster that starts here
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(None if address == "auto" else address, logging_level="warning")

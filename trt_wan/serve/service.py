@@ -1,4 +1,4 @@
-"""What the routes do: a request to a job, with uploads, source and preparation looked up."""
+"""The work behind the routes: a request to a job, with uploads, source and preparation looked up."""
 
 import os
 import secrets

@@ -15,15 +15,15 @@ class Limits:
     disk: int = 100_000 * MB  # bytes of all uploads and results
     free_disk: int = 1_000 * MB  # bytes that stay free on the disk
     queue: int = 500  # jobs that wait
-    frames: int = 5_000  # of a clip, also after --rate
-    pixels: int = 1280 * 720  # of the video
-    clip_pixels: int = 4096 * 2304  # of an upload
+    frames: int = 5_000  # a clip has, also after --rate
+    pixels: int = 1280 * 720  # a frame of the video has
+    clip_pixels: int = 4096 * 2304  # a frame of an upload has
     steps: int = 100
     window: int = 241  # frames
     text: int = 20_000  # characters of a prompt
     idle: float = 30.0  # seconds without a byte from a client
     check_seconds: float = 60.0  # to decode an upload
-    check_memory: int = 3_000 * MB  # bytes of memory of its own
+    check_memory: int = 3_000 * MB  # bytes, to decode an upload
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Uploads: from the request to a checked file under a name of ours."""
+"""Uploads: from the request to a checked file under a fixed name."""
 
 import asyncio
 import base64
@@ -53,7 +53,7 @@ def content_of(folder: Path, suffix: str) -> Path:
 
 
 class Uploads:
-    """`incoming` is a folder on the disk of the results; what a killed server left in it goes."""
+    """`incoming` is a folder on the disk of the results; leftovers of a killed server are removed."""
 
     def __init__(self, incoming: Path, limits: Limits) -> None:
         shutil.rmtree(incoming, ignore_errors=True)

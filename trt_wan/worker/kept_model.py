@@ -14,7 +14,7 @@ from trt_wan.runtime.opening.model import Basis, OpenModel, open_basis
 from trt_wan.runtime.settings import Settings, WeightFiles
 
 HARMLESS = (Stopped, UsageError, InputError, WeightsError)  # the model stays usable after these
-PREPROCESSING_BYTES = 4 * 10**9  # of the GPU, for YOLO, ViTPose-H and SAM2 (an estimate)
+PREPROCESSING_BYTES = 4 * 10**9  # GPU memory for YOLO, ViTPose-H and SAM2 (an estimate)
 Stamps = dict[Path, tuple[int, int]]
 
 

@@ -113,7 +113,7 @@ class Worker(Closing):
             pass  # it has ended
 
     def close(self) -> None:
-        """Ends the process at once; what it finished is on the disk."""
+        """Ends the process at once; its finished windows are on the disk."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
