@@ -390,8 +390,8 @@ def _key(name: str, clip: AnyClip | None, indices: Sequence[int]) -> Hashable:
     if not isinstance(clip, Clip):
         return None
     file = clip.path.stat()
-    used = tuple(clip.used[index] for index in indices)
-    return name, file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, used
+    frames = clip.used, clip.frames == 1 or tuple(indices)  # the first frame of a cut may be deinterlaced
+    return name, file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, len(indices), frames
 
 
 def _reader(clip: AnyClip, indices: Sequence[int]) -> Read:

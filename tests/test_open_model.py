@@ -314,6 +314,7 @@ def test_a_stop_is_looked_at_in_every_stage(folders: Clips, model: OpenModel, st
         if isinstance(event, StepDone):
             steps.append(event)
 
+    (folders["other"] / "src_pose.mp4").touch()  # its encoding is not remembered
     task = job(folders["other"])
     with pytest.raises(Stopped):
         frames(model, task, progress=progress, should_stop=lambda: reached[-1:] == [stage])

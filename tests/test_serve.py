@@ -12,21 +12,33 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import cv2
 import httpx
+import made_clips
+import numpy as np
 import openai
 import pytest
+from click.testing import CliRunner
 from serving import SHORT, Server, error, ok, serving, zipped
-from tiny_job import FRAMES, PLAN, TRT_WAN, prepare, read_frames, write_clip, write_reference, write_sound
+from tiny_job import FRAMES, PLAN, TRT_WAN, prepare, read_frames, write_reference, write_sound
 
+from trt_wan.cli.main import cli
+from trt_wan.errors import OutputError
+from trt_wan.preprocess.clips.keypoints import FoundPeople, write_keypoints
+from trt_wan.preprocess.people.choice import PersonChoice
+from trt_wan.runtime.events import silent
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 from trt_wan.serve.check import suffix_of
 from trt_wan.serve.database import Database
 from trt_wan.serve.fields import options_given, options_of
 from trt_wan.serve.guard import is_token
+from trt_wan.serve.settings import Limits
+from trt_wan.serve.store import Store
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -141,24 +153,36 @@ def test_a_form_with_uploads_of_its_own(server: Server, clips: Path, tmp_path: P
 
 def test_preparing_and_then_a_video(server: Server, tmp_path: Path) -> None:
     """With keypoints in a file no network is needed."""
-    write_clip(tmp_path / "clip.mp4", size=(128, 96), frames=13)
-    write_reference(tmp_path / "ref.png", size=(128, 96))
-    points = {"size": [128, 96], "frames": 13}
-    clip, picture = server.upload(tmp_path / "clip.mp4"), server.upload(tmp_path / "ref.png")
-    assert (clip["kind"], clip["frames"], picture["width"]) == ("clip", 13, 128)
-    job = ok(
-        server.client.post(
-            "/v1/preparations",
-            json={"input_reference": picture["id"], "control_reference": clip["id"], "size": "64x48"},
-        )
-    )
+    size, frames = (128, 96), 13
+    made_clips.write_clip(tmp_path / "clip.mp4", size=size, frames=frames)
+    write_reference(tmp_path / "ref.png", size=size)
+    pictures = read_frames(tmp_path / "clip.mp4")
+    people = list(made_clips.FakePeople().follow(pictures, PersonChoice(), silent))
+    write_keypoints(tmp_path / "keypoints.json", FoundPeople(people, size, None, (64, 48)))
+    names = ("ref.png", "clip.mp4", "keypoints.json")
+    picture, clip, keypoints = (server.upload(tmp_path / name)["id"] for name in names)
+    plain = {"input_reference": picture, "control_reference": clip, "size": "64x48"}
+    answer = server.client.post("/v1/preparations", json=plain)
+    assert find_spec("mediapipe") or "find people" in error(answer)["message"]
+    paint = np.zeros((*size[::-1], 4), np.uint8)
+    paint[:, :64] = 255
+    cv2.imwrite(str(tmp_path / "paint.png"), paint)
+    more = {"mask_paint": server.upload(tmp_path / "paint.png")["id"], "segmenter": "box"}
+    fields = {**plain, "control_type": "replace", "extra_params": {**more, "keypoints": keypoints}}
+    job = ok(server.client.post("/v1/preparations", json=fields))
+    early = server.client.post("/v1/videos", json={**SHORT, "preparation": job["id"]})
+    assert early.status_code == 200 or error(early)["param"] == "preparation"
     done = server.ended(job)
-    if done["status"] == "failed":  # nothing finds people here
-        assert done["error"]["code"] == "usage" and "find people" in done["error"]["message"]
-        assert str(server.data) not in json.dumps(done)
-    assert points
-    refused = server.client.post("/v1/videos", json={**SHORT, "preparation": job["id"]})
-    assert done["status"] == "completed" or error(refused)["param"] == "preparation"
+    assert (done["status"], done["error"], done["frames"]) == ("completed", None, frames)
+    assert {"src_mask.mp4", "src_bg.mp4", "preview.mp4", "keypoints.json"} <= set(done["files"])
+    mask = server.client.get(f"/v1/preparations/{job['id']}/files/src_mask.mp4")
+    (tmp_path / "mask.mp4").write_bytes(mask.content)
+    assert (read_frames(tmp_path / "mask.mp4")[:, :, :28] > 128).all(), "painted"
+    video = server.ended(server.video(preparation=job["id"]))
+    assert (video["status"], video["error"]) == ("completed", None)
+    assert video["settings"]["mode"] == "replace" and video["uploads"]["mask_paint"] == more["mask_paint"]
+    answer = server.client.post("/v1/videos", json={"preparation": job["id"], "extra_params": {"grow": 3}})
+    assert error(answer)["param"] == "grow"
 
 
 def test_again_with_another_seed(server: Server, prepared: str) -> None:
@@ -226,7 +250,7 @@ def test_a_running_job_is_deleted(server: Server, prepared: str) -> None:
 
 
 def test_the_worker_dies_and_the_job_goes_on(server: Server, prepared: str) -> None:
-    job = server.video(control_reference=prepared, num_inference_steps=20)
+    job = server.video(control_reference=prepared, num_inference_steps=10)
     server.until(job, lambda now: now["step"] > 2)
     children = subprocess.run(
         ["pgrep", "-P", str(server.process.pid), "-f", "trt_wan.worker.child"], capture_output=True, text=True
@@ -242,7 +266,7 @@ def test_a_killed_server_goes_on(
     packed = zipped(clips, tmp_path / "clips")
     with serving(tmp_path / "data", tiny_home, "--weights", str(weights)) as server:
         prepared = server.upload(packed)["id"]
-        jobs = [server.video(control_reference=prepared, num_inference_steps=n) for n in (30, 1)]
+        jobs = [server.video(control_reference=prepared, num_inference_steps=n) for n in (12, 1)]
         server.until(jobs[0], lambda now: now["frames_done"] > 0)
         preview = server.client.get(f"/v1/videos/{jobs[0]['id']}/preview")
         server.process.kill()
@@ -255,6 +279,61 @@ def test_a_killed_server_goes_on(
         done = [server.ended(job) for job in jobs]
         assert [job["status"] for job in done] == ["completed", "completed"]
         assert server.client.get(f"/v1/files/{prepared}").status_code == 200
+
+
+def test_clips_that_would_do_nothing_are_refused(server: Server, prepared: str, clips: Path) -> None:
+    """Uploads win over the source's, or are refused: none is left aside, in whatever order they come."""
+    picture = server.upload(clips / "src_ref.png")["id"]
+    clip = server.upload(clips / "src_pose.mp4")["id"]
+    done = server.ended(server.video(control_reference=prepared))
+    source = {"source": done["id"]}
+    for fields, param in (
+        ({"input_reference": picture, "control_reference": prepared}, "input_reference"),
+        ({**source, "input_reference": picture}, "input_reference"),
+        ({**source, "control_reference": clip}, "control_reference"),
+        ({**source, "extra_params": {"mask_paint": picture}}, "mask_paint"),
+        ({**source, "redo": [1], "input_reference": picture}, "input_reference"),
+        ({**source, "redo": [1], "control_reference": prepared}, "control_reference"),
+        ({**source, "redo": []}, "redo"),
+        ({**source, "redo": [3]}, "redo"),
+        ({**source, "redo": [0]}, "redo"),
+        ({"control_reference": prepared, "extra_params": {"steps": "101"}}, "steps"),
+        ({"control_reference": prepared, "extra_params": {"window": "4001"}}, "window"),
+        ({"control_reference": prepared, "extra_params": {"clip_tiles": "16"}}, "clip_tiles"),
+        ({"control_reference": prepared, "seed": 2**64}, "seed"),
+        ({"control_reference": "https://example.org/a.mp4"}, "control_reference"),
+        ({"control_reference": prepared, "\ud800": 1}, "?"),
+    ):
+        assert (
+            error(server.client.post("/v1/videos", content=json.dumps(fields), headers=JSON))["param"]
+            == param
+        )
+    # A picture and a clip in place of the zip: these must be prepared, for which nothing is here.
+    answer = server.client.post(
+        "/v1/videos", json={**source, "input_reference": picture, "control_reference": clip}
+    )
+    assert answer.status_code == 200 or "find people" in error(answer)["message"]
+    for body in ({"file": 5}, {"file": ["x"]}, {"file": {"url": "x"}}, {"purpose": {"a": 1}}):
+        error(server.client.post("/v1/files", json=body))
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def test_lists_and_objects_of_the_openai_client(server: Server, prepared: str) -> None:
+    client = openai.OpenAI(base_url=f"{server.address}v1", api_key="any")
+    more = {"control_reference": prepared, "num_inference_steps": 1, "extra_params": {"pose_strength": 0.5}}
+    first = server.ended({"object": "video", "id": client.videos.create(prompt="", extra_body=more).id})
+    assert first["settings"]["pose_strength"] == "0.5" and first["windows"] == 2
+    again = {"source": first["id"], "redo": [2], "seed": 3}
+    second = server.ended({"object": "video", "id": client.videos.create(prompt="", extra_body=again).id})
+    assert (second["status"], second["redo"]) == ("completed", [2])
+    assert client.models.retrieve("wan2.2-animate-14b").id == "wan2.2-animate-14b"
+
+
+def test_an_end_cuts_prepared_clips(server: Server, prepared: str) -> None:
+    done = server.ended(server.video(control_reference=prepared, num_frames=5))
+    assert (done["status"], done["frames"]) == ("completed", 5)
 
 
 class TestRefusals:
@@ -348,6 +427,40 @@ def test_an_address_for_others_needs_a_token(tmp_path: Path, tiny_home: Path, we
     with serving(tmp_path, tiny_home, *options) as server:
         port = server.address.rstrip("/").rpartition(":")[2]
         assert httpx.get(f"http://127.0.0.1:{port}/v1/videos").status_code == 401
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (("--token", "short"), "8 letters"),
+        (("--token", "пароль-токен"), "ASCII"),
+        (("--steps", "5000"), "steps"),
+        (("--window", "10"), "window"),
+        (("--preset", "fast4"), "LoRA"),
+        (("--max-disk", "nan"), "nan"),
+        (("--allow-origin", "foo"), "origin"),
+        (("--detector", "/nope.onnx"), "nope.onnx"),
+    ],
+)
+def test_settings_that_no_job_could_use(
+    options: tuple[str, ...], told: str, weights: Path, tmp_path: Path
+) -> None:
+    ran = CliRunner().invoke(
+        cli, ["serve", "--data", str(tmp_path / "new"), "--weights", str(weights), *options]
+    )
+    assert ran.exit_code in (1, 2) and told in ran.output and "Traceback" not in ran.output, ran.output
+
+
+def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
+    """The folders of a lost database were removed."""
+    (tmp_path / "jobs" / "important").mkdir(parents=True)
+    with pytest.raises(OutputError, match="no server.sqlite3"):
+        Store(tmp_path, Limits())
+    assert (tmp_path / "jobs" / "important").is_dir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "server.sqlite3").write_bytes(b"no database, as long as a page" * 200)
+    with pytest.raises(OutputError, match="cannot be used"):
+        Store(tmp_path / "other", Limits())
 
 
 def test_one_server_per_folder(server: Server, tiny_home: Path, weights: Path) -> None:

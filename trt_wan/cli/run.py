@@ -539,7 +539,7 @@ def _chosen(
     return made, options
 
 
-def refuse_impossible(params: Mapping[str, Any]) -> None:
+def refuse_impossible(params: Mapping[str, Any]) -> RunOptions:
     """Raises TrtWanError for options of `run` that are wrong for every clip. Call in its context."""
     given = dict(params)
     reference, _ = given.pop("reference"), given.pop("clip")
@@ -556,6 +556,8 @@ def refuse_impossible(params: Mapping[str, Any]) -> None:
     _job_to_prepare(output, preparing, options)
     if reference is not None:
         refuse_impossible_clips(params)
+    options.settings()
+    return options
 
 
 def render_prepared(

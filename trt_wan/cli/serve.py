@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,8 +11,11 @@ from trt_wan.cli.preprocess import preprocess
 from trt_wan.cli.report import Report
 from trt_wan.cli.run import run
 from trt_wan.cli.sections import SectionedCommand
-from trt_wan.errors import EnvironmentBroken, UsageError, with_commands
+from trt_wan.errors import EnvironmentBroken, UsageError, shown, with_commands
 from trt_wan.install import install_command
+
+if TYPE_CHECKING:
+    from trt_wan.serve.settings import ServeSettings
 
 PACKAGES = ("fastapi", "uvicorn", "multipart", "prometheus_client")
 # The options of `run` and `preprocess` that every job gets, and those that a job may choose itself.
@@ -55,7 +58,7 @@ def _options(source: click.Command, names: tuple[str, ...]) -> list[click.Parame
     "--max-upload", type=click.IntRange(1), default=500, show_default=True, help="MB of one request."
 )
 @click.option(
-    "--max-disk", type=click.FloatRange(0.1), default=100.0, show_default=True, help="GB of all jobs."
+    "--max-disk", type=click.IntRange(1, 10**6), default=100, show_default=True, help="GB of all jobs."
 )
 @click.option("--max-queue", type=click.IntRange(1), default=500, show_default=True, help="Jobs that wait.")
 @click.option(
@@ -91,7 +94,7 @@ def serve(
     allow_host: tuple[str, ...],
     allow_origin: tuple[str, ...],
     max_upload: int,
-    max_disk: float,
+    max_disk: int,
     max_queue: int,
     max_frames: int,
     max_pixels: int,
@@ -130,8 +133,17 @@ def serve(
 
         token = secrets.token_urlsafe(24)
         note(report, f"Clients need this token: {token}", "token", token=token)
-    if token is not None and len(token) < 8:
-        raise UsageError("A token of less than 8 characters is guessed in minutes.", "Give a longer --token.")
+    if token is not None and not (len(token) >= 8 and token.isascii() and token.isprintable()):
+        raise UsageError(
+            "A token has at least 8 letters, digits or signs of ASCII: a shorter one is guessed in minutes.",
+            "Give another --token.",
+        )
+    for origin in allow_origin:
+        if not origin.startswith(("http://", "https://")):
+            raise UsageError(f"{shown(origin)} is no origin.", "Such as --allow-origin https://example.org")
+    for name in NETWORKS:
+        if name in typed and not Path(typed[name]).exists():
+            raise UsageError(f"There is no {shown(typed[name])}.", f"Name the file with --{name}.")
     settings = ServeSettings(
         data=(data or home() / "serve").absolute(),
         model=tuple(model),
@@ -145,13 +157,14 @@ def serve(
         warm_up=(demo or has_nvidia_gpu()) if warm_up is None else warm_up,
         limits=Limits(
             upload=max_upload * MB,
-            disk=int(max_disk * 1e9),
+            disk=max_disk * 10**9,
             queue=max_queue,
             frames=max_frames,
             pixels=max_pixels,
             steps=max_steps,
         ),
     )
+    _require_jobs(settings)
     if not demo:
         _require_weights(report, model)
     return listen(settings, host, port, report), {}
@@ -162,6 +175,16 @@ serve.params += [
     *_options(preprocess, NETWORKS),
     *_options(run, DEFAULTS),
 ]
+
+
+def _require_jobs(settings: "ServeSettings") -> None:
+    """Raises UsageError for settings with which every plain job would be refused."""
+    from trt_wan.serve.fields import arguments, require_possible
+    from trt_wan.serve.orders import require_limits
+
+    argv = [*settings.model, *arguments("video", settings.defaults), "-o", "out.mp4"]
+    params, options = require_possible("video", argv)
+    require_limits("video", params, options, {}, settings.limits)
 
 
 def _require_packages(extra: str, packages: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import trt_wan
-from trt_wan.errors import TrtWanError, UsageError, shown
+from trt_wan.errors import InputError, TrtWanError, UsageError, shown
 from trt_wan.runtime.kept.windows import finished_part
 from trt_wan.runtime.presets import PRESETS
 from trt_wan.serve.database import Job, Kind
@@ -42,7 +42,8 @@ def make_app(service: Service) -> FastAPI:
         if service.settings.demo:
             from trt_wan.serve.demo import add_sample
 
-            service.sample = await run_in_threadpool(add_sample, service)
+            with suppress(InputError):  # the operator's limits are smaller than the sample
+                service.sample = await run_in_threadpool(add_sample, service)
         await run_in_threadpool(service.start)
         yield
         await run_in_threadpool(service.close)
@@ -94,7 +95,9 @@ def _add_errors(app: FastAPI) -> None:
     async def mistake(request: Request, error: Exception) -> Response:
         text = f"{type(error).__name__}: {error}"
         return JSONResponse(
-            error_body(500, "failed", text[:400], "This is a mistake in trt-wan: please report it."), 500
+            error_body(500, "failed", text[:400], "This is a mistake in trt-wan: please report it."),
+            500,
+            {"Connection": "close"},
         )
 
     @app.exception_handler(ClientDisconnect)
@@ -268,8 +271,9 @@ def _add_files(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/files", **tag)
     def all(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
-        data = [file_view(file) for file in service.store.database.files(limit)]
-        return {"object": "list", "data": data, "has_more": False}
+        found = service.store.database.files(limit + 1)
+        data = [file_view(file) for file in found[:limit]]
+        return {"object": "list", "data": data, "has_more": len(found) > limit}
 
     @app.get("/v1/files/{id}", **tag)
     def one(id: str) -> dict[str, Any]:
@@ -293,6 +297,12 @@ def _add_information(app: FastAPI, service: Service) -> None:
         model = {"id": settings.name, "object": "model", "created": 0, "owned_by": "trt-wan"}
         return {"object": "list", "data": [model]}
 
+    @app.get("/v1/models/{id}", tags=["models"])
+    def model(id: str) -> dict[str, Any]:
+        if id != settings.name:
+            raise Refused(404, "not_found", f"There is no model {shown(id)}.")
+        return {"id": settings.name, "object": "model", "created": 0, "owned_by": "trt-wan"}
+
     @app.get("/v1/options", tags=["models"])
     def options() -> dict[str, Any]:
         """All that a form for a job needs to know."""
@@ -311,7 +321,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
             "demo": settings.demo,
             "people": hint is None,
             "people_hint": hint,
-            "sample": service.sample,
+            "sample": _still_there(service),
         }
 
     @app.get("/health", tags=["server"])
@@ -326,6 +336,14 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=Response, tags=["server"])
     def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _still_there(service: Service) -> dict[str, str] | None:
+    """The sample's files, unless one was deleted."""
+    sample = service.sample
+    if sample is None or not all(service.store.database.file(id) for id in sample.values()):
+        return None
+    return sample
 
 
 def _described(kind: Any) -> dict[str, Any]:

@@ -64,6 +64,10 @@ def check(path: Path, out: Path, limits: dict[str, Any]) -> dict[str, Any]:
         return facts | _prepared(path, out, limits)
     if kind == "sound":
         return facts | {"has_sound": True}
+    try:
+        json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError("The file of keypoints is not JSON.", "Give a keypoints.json of trt-wan.") from error
     return facts
 
 

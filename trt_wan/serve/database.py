@@ -73,6 +73,9 @@ class Database:
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         self._lock = threading.RLock()
+        version = self._rows("PRAGMA user_version")[0][0]
+        if version > VERSION:
+            raise sqlite3.DatabaseError("it is of a newer trt-wan")
         self._run("PRAGMA journal_mode = WAL")
         self._run("PRAGMA synchronous = FULL")
         with self._lock:

@@ -24,6 +24,7 @@ from trt_wan.worker.worker import Line, Runs, WorkerDied
 
 MOST_DEATHS = 3  # workers that die in one job, without a finished window in between
 MOST_NOTES = 50
+NOT_RESUMED = ("usage", "output_unwritable")  # codes of errors after which --resume cannot work
 PAUSE = 1.0  # seconds before another worker is started in place of one that died
 log = logging.getLogger("trt_wan.serve")
 
@@ -120,7 +121,8 @@ class Dispatcher:
             try:
                 self._warm_up(number, worker)
             except Exception:
-                log.exception("The warm-up failed")
+                if not self._closing:
+                    log.exception("The warm-up failed")
         self._warm.add(worker)
         while True:
             with self._change:
@@ -155,7 +157,7 @@ class Dispatcher:
         from trt_wan.serve.warm_up import warm_up
 
         line = warm_up(f"warm-up-{number}", worker, self._settings, self._store.incoming)
-        if line is not None and not line["ok"]:
+        if line is not None and not line["ok"] and not self._closing:
             log.error("The warm-up failed: %s %s", line["error"]["message"], line["error"]["hint"])
 
     def _run(self, job: Job, worker: Runs) -> None:
@@ -198,6 +200,13 @@ class Dispatcher:
                     job.kind, job.request, folder, self._settings, loras(self._settings), again
                 )
                 line = worker.run(job.id, command, on_event)
+                if again and not line["ok"] and line["error"]["code"] in NOT_RESUMED and not last.exists():
+                    # What was kept is of other weights or damaged: the video begins anew.
+                    notes.append("Its finished windows could not be used: the video begins anew.")
+                    anew = command_of(
+                        job.kind, job.request, folder, self._settings, loras(self._settings), False
+                    )
+                    line = worker.run(job.id, [*anew, "-y"], on_event)
         except WorkerDied as death:
             if not self._closing:
                 self._after_death(job, death, finished > 0, notes)

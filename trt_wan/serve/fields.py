@@ -88,7 +88,7 @@ class VideoFields(Fields):
     negative_prompt: str | None = None
     preparation: str | None = Field(None, description="Prepared clips: the id of a finished preparation.")
     preset: str | None = None
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, le=2**64 - 1)
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = None
     flow_shift: float | None = None
@@ -171,6 +171,7 @@ def typed(option: click.Option, value: Value) -> Iterator[str]:
     """The arguments that give `option` this value. `--name=value`: a value may begin with a dash."""
     long = max(option.opts, key=len)
     if option.is_flag:
+        value = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
         if not isinstance(value, bool):
             raise FieldError(str(option.name), f"{long} is true or false, not {shown(value)}.")
         if value != option.default:
@@ -180,6 +181,8 @@ def typed(option: click.Option, value: Value) -> Iterator[str]:
     if isinstance(value, bool):
         raise FieldError(str(option.name), f"{long} needs a value, not {str(value).lower()}.")
     values = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and not option.multiple and any(isinstance(one, str) for one in value):
+        raise FieldError(str(option.name), f"{long} takes one value, not a list of texts.")
     for text in values if option.multiple else [",".join(map(_text, values))]:
         yield f"{long}={_text(text)}"
 
@@ -251,6 +254,8 @@ def fields_from(kind: Kind, values: Mapping[str, Any]) -> Fields:
                 else "Options of the command line go into extra_params.",
             )
         made[name] = _from_text(name, value) if isinstance(value, str) else value
+        if name == "redo" and isinstance(value, list):  # a form's are texts
+            made[name] = [int(one) if isinstance(one, str) and one.isdecimal() else one for one in value]
     try:
         return model.model_validate(made)
     except ValueError as error:
@@ -279,14 +284,19 @@ def _told(error: ValueError) -> FieldError:
     return FieldError(place, f"{shown(place)}: {first['msg']}.")
 
 
-def require_possible(kind: Kind, argv: Sequence[str]) -> None:
-    """Raises UsageError as the command would for its options alone. Reads headers of LoRAs, nothing else."""
+def require_possible(kind: Kind, argv: Sequence[str]) -> tuple[dict[str, Any], Any]:
+    """The parsed options, and of a video the RunOptions with the preset's. Raises UsageError as the command
+    would for its options alone. Reads headers of LoRAs, nothing else.
+    """
     from trt_wan.cli.preprocess import refuse_impossible as refuse_preparing
     from trt_wan.cli.run import refuse_impossible
 
     try:
         with COMMANDS[kind].make_context(f"trt-wan {COMMANDS[kind].name}", list(argv)) as context:
-            (refuse_impossible if kind == "video" else refuse_preparing)(context.params)
+            if kind == "video":
+                return context.params, refuse_impossible(context.params)
+            refuse_preparing(context.params)
+            return context.params, None
     except click.UsageError as error:
         param = getattr(error, "param", None)
         raise FieldError(getattr(param, "name", None) or "", error.format_message(), "") from error

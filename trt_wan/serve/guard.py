@@ -13,6 +13,7 @@ from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
+from trt_wan.errors import shown
 from trt_wan.serve.settings import LOOPBACK, Limits, ServeSettings
 
 Scope = MutableMapping[str, Any]
@@ -53,7 +54,20 @@ def error_body(
     """The form of OpenAI's errors, with our code and hint. `param` is the field or option at fault."""
     message, hint = (text.encode(errors="replace").decode() for text in (message, hint))  # no surrogates
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"code": code, "message": message, "hint": hint, "type": kind, "param": param}}
+    return {
+        "error": {
+            "code": code,
+            "message": message,
+            "hint": hint,
+            "type": kind,
+            "param": None if param is None else _sendable(param),
+        }
+    }
+
+
+def _sendable(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON has and UTF-8 has not."""
+    return shown(text).encode(errors="replace").decode()
 
 
 class Guard:

@@ -34,9 +34,10 @@ class Progress:
         name = event["event"]
         if name == "StageStarted":
             made = replace(self, stage=STAGES.get(event["stage"], event["stage"]))
-            return (
-                replace(made, windows=event["windows"], window=event["window"]) if event["windows"] else made
-            )
+            if not event["windows"]:
+                return made
+            step = self.step if event["window"] == self.window else 0
+            return replace(made, windows=event["windows"], window=event["window"], step=step)
         if name == "StageProgress":
             stage = STAGES.get(event["stage"], event["stage"])
             done = event["done"] / max(event["total"], 1)
@@ -48,6 +49,8 @@ class Progress:
             done = (event["window"] - 1 + event["step"] / event["steps"]) / event["windows"]
             same = {field: event[field] for field in ("window", "windows", "step", "steps", "eta")}
             return replace(self, **same, seconds_per_step=event["seconds"], percent=min(int(100 * done), 99))
+        if name == "Note" and event["code"] == "resumed":
+            return replace(self, frames_done=event["data"]["frames"])
         if name == "WindowDone":
             return replace(self, frames_done=self.frames_done + event["frames"])
         if name == "GraphExported":

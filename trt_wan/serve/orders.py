@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import click
-
 from trt_wan.errors import TrtWanError, shown
+from trt_wan.runtime.presets import RECIPE_FIELDS
 from trt_wan.serve.database import Job, Kind
 from trt_wan.serve.fields import (
     FILE_OPTIONS,
@@ -109,27 +108,24 @@ def order_of(
     options = options_given(kind, fields)
     if source is not None:
         _take_over(order, *source)
+    if isinstance(fields, VideoFields):
+        if fields.redo is not None:
+            return _redone(order, fields, given, source)
+        _read_end(options, fields)
+        if fields.lora is not None:
+            order.loras = loras_given(fields.lora)
+    if preparation is not None:
+        _from_preparation(order, *preparation)
+    _choose_clips(order, given, options)
     order.options |= options
     for name in given:
-        if name in FILE_OPTIONS:
-            order.options.pop(name, None)
-    if isinstance(fields, VideoFields):
-        _of_a_video(order, fields, source)
-    if preparation is not None:
-        _from_preparation(order, *preparation, options)
-    _with_uploads(order, given, changed=[name for name in options if _shapes_clips(name)])
-    if order.inputs is not None and not order.uploaded:  # made by an earlier job, with these options
-        order.options = {
-            name: value
-            for name, value in order.options.items()
-            if name in ("mode", "compat") or name in options or not _shapes_clips(name)
-        }
+        order.options.pop(name, None)
     if source is None:
+        own_recipe = RECIPE_FIELDS if "preset" in options else ()
         for name, value in settings.defaults.items():
-            if name in _known(kind, order) and name not in order.options:
+            if name in _known(kind, order) and name not in order.options and name not in own_recipe:
                 order.options[name] = value
     _require_clips(order)
-    _require_limits(order, settings.limits)
     return order
 
 
@@ -173,16 +169,15 @@ def _take_over(order: Order, source: Job, folder: Path) -> None:
         order.inputs = folder / "out.inputs"
 
 
-def _of_a_video(order: Order, fields: VideoFields, source: tuple[Job, Path] | None) -> None:
-    if fields.lora is not None:
-        order.loras = loras_given(fields.lora)
-    ends = [name for name in ("num_frames", "seconds") if getattr(fields, name) is not None]
-    if ends and ("end" in (fields.extra_params or {}) or len(ends) > 1):
+def _read_end(options: dict[str, Any], fields: VideoFields) -> None:
+    """num_frames and seconds are other words for the option end."""
+    given = [name for name in ("num_frames", "seconds") if getattr(fields, name) is not None]
+    if len(given) + ("end" in options) > 1:
         raise FieldError(
-            ends[0], "num_frames, seconds and end all say where the clip ends.", "Give one of them."
+            given[0], "num_frames, seconds and end all say where the clip ends.", "Give one of them."
         )
     if fields.num_frames is not None:
-        order.options["end"] = str(fields.num_frames)
+        options["end"] = str(fields.num_frames)
     if fields.seconds is not None:
         try:
             seconds = float(fields.seconds)
@@ -190,73 +185,127 @@ def _of_a_video(order: Order, fields: VideoFields, source: tuple[Job, Path] | No
             raise FieldError(
                 "seconds", f"seconds is no number: {shown(fields.seconds)}.", "Such as 4."
             ) from error
-        if not 0 < seconds < 1e6:
+        if not 0.001 <= seconds < 1e5:
             raise FieldError("seconds", f"{seconds:g} seconds are not possible.", "Such as 4.")
-        order.options["end"] = f"{seconds:g}s"
-    if not fields.redo:
-        return
+        options["end"] = f"{seconds:.3f}s"
+
+
+def _redone(
+    order: Order, fields: VideoFields, given: Mapping[str, Given], source: tuple[Job, Path] | None
+) -> Order:
+    """The source with single windows rendered again."""
     if source is None or source[0].status != "completed":
+        state = "is not named" if source is None else f"is {source[0].status.replace('_', ' ')}"
         raise FieldError(
-            "redo", "redo renders windows of a finished video again.", "Give source, the id of one."
+            "redo", f"redo renders windows of a finished video again: source {state}.", "Name one."
         )
-    if other := sorted(fields.model_fields_set - {"redo", "source", "seed", "model", "user"}):
+    changed = fields.model_fields_set - {"redo", "source", "seed", "model", "user"}
+    changed -= set() if fields.prompt else {"prompt"}  # which OpenAI's client always sends
+    if other := sorted({*changed, *given}):
         raise FieldError(
             other[0],
             f"redo changes the seed of windows and nothing else: {', '.join(other)}.",
             "Leave it out.",
         )
-    order.redo = fields.redo
-    if "seed" not in fields.model_fields_set:
-        order.options.pop("seed", None)
+    windows = source[0].result.get("windows", 0)
+    numbers = fields.redo or []
+    if not numbers or not all(1 <= number <= max(windows, 1) for number in numbers):
+        raise FieldError("redo", f"The video has the windows 1 to {windows}.", "Such as [1].")
+    order.redo = sorted(set(numbers))
+    order.options.pop("seed", None)
+    if fields.seed is not None:
+        order.options["seed"] = fields.seed
     order.files[SOURCE] = source[1] / OUTPUT
+    return order
 
 
-def _from_preparation(order: Order, job: Job, folder: Path, options: Mapping[str, Any]) -> None:
+def _from_preparation(order: Order, job: Job, folder: Path) -> None:
     if job.status != "completed":
-        raise FieldError(
-            "preparation", f"{job.id} is {job.status.replace('_', ' ')}.", "Wait until it is completed."
-        )
-    mode = job.request["options"].get("mode", "animate")
-    if options.get("mode", mode) != mode:
-        raise FieldError(
-            "control_type", f"The clips were prepared for the mode {mode}.", "Prepare them for the other one."
-        )
-    if doubled := [name for name in options if _shapes_clips(name) and name != "mode"]:
-        raise FieldError(
-            doubled[0], f"The clips are prepared, so {doubled[0]} would do nothing.", "Leave it out."
-        )
+        hint = "Prepare the clips again." if job.has_ended else "Wait until it is completed."
+        raise FieldError("preparation", f"{job.id} is {job.status.replace('_', ' ')}.", hint)
     order.preparation, order.inputs, order.uploaded = job.id, folder / PREPARED, False
-    order.options["mode"] = mode
+    order.options["mode"] = job.request["options"].get("mode", "animate")
     order.facts = {name: job.result[name] for name in ("width", "height", "frames", "fps")}
     order.names, order.uploads = dict(job.request["names"]), dict(job.request["uploads"])
     order.files = {}
 
 
-def _with_uploads(order: Order, given: Mapping[str, Given], changed: list[str]) -> None:
+def _choose_clips(order: Order, given: Mapping[str, Given], options: Mapping[str, Any]) -> None:
+    """Prepared clips, or the files to prepare them from: the request's own win over those of the source.
+    Raises FieldError for uploads and options that would do nothing.
+    """
     driving = given.get(DRIVING)
-    if order.inputs is not None and order.source is not None and not order.redo:
-        if (CHARACTER in given or driving is not None or changed) and order.files:
-            order.inputs = None  # made from these files anew
+    if driving is not None and driving.facts["kind"] == "prepared":
+        if order.preparation is not None and order.source is None:
+            raise FieldError(DRIVING, "preparation and control_reference are given together.", "Give one.")
+        _forget_shaping(order)
+        order.inputs, order.facts, order.uploaded, order.preparation = (
+            driving.clips,
+            driving.facts,
+            True,
+            None,
+        )
+        order.files = {name: path for name, path in order.files.items() if _is_beside(Path(name).stem)}
+    elif order.inputs is not None:
+        stems = {Path(name).stem for name in order.files}
+        stems |= {NAME_OF[name] for name in given if name in NAME_OF}
+        changed = [name for name in given if not _is_beside(name)]
+        changed += [
+            name for name in options if _shapes_clips(name) and options[name] != order.options.get(name)
+        ]
+        if changed and {"reference", "clip"} <= stems:
+            order.inputs, order.preparation, order.uploaded = None, None, False
+        elif not order.uploaded:
+            _forget_shaping(order)
+    if order.inputs is not None:
+        _require_use(order, given, options)
     for name, upload in given.items():
         order.names[name] = upload.filename
         order.uploads.pop(name, None)
         if upload.id is not None:
             order.uploads[name] = upload.id
         if upload.facts["kind"] == "prepared":
-            if doubled := [name for name in given if _shapes_clips(name)]:
-                raise FieldError(
-                    doubled[0], f"The clips are prepared, so {doubled[0]} would do nothing.", "Leave it out."
-                )
-            order.inputs, order.facts, order.uploaded = upload.clips, upload.facts, True
-            order.files = {}
             continue
         file = f"{NAME_OF.get(name, name)}{upload.facts['suffix']}"
         order.files = {key: path for key, path in order.files.items() if Path(key).stem != Path(file).stem}
         order.files[file] = upload.content
         if name == DRIVING:
             order.facts = upload.facts
-    if driving is not None and driving.facts["kind"] == "clip" and order.source is None:
-        order.inputs = None
+
+
+def _is_beside(name: str) -> bool:
+    """Whether the file of that name is used beside prepared clips."""
+    return name in FILE_OPTIONS and not _shapes_clips(name)
+
+
+def _forget_shaping(order: Order) -> None:
+    """The options that made the prepared clips, which have their effect already."""
+    order.options = {
+        name: value
+        for name, value in order.options.items()
+        if name in ("mode", "compat") or not _shapes_clips(name)
+    }
+
+
+def _require_use(order: Order, given: Mapping[str, Given], options: Mapping[str, Any]) -> None:
+    from trt_wan.cli.preprocess import PREPARING_NAMES
+
+    unused = [
+        name for name, upload in given.items() if not _is_beside(name) and upload.facts["kind"] != "prepared"
+    ]
+    unused += [name for name in options if name in PREPARING_NAMES - {"compat"}]
+    if unused:
+        raise FieldError(
+            unused[0],
+            f"The clips are prepared, so {unused[0]} would do nothing.",
+            f"Leave it out, or give {CHARACTER} and {DRIVING}, a picture and a clip.",
+        )
+    mode = options.get("mode")
+    possible = order.facts.get("modes") if order.uploaded else [order.options.get("mode", "animate")]
+    if mode is not None and possible is not None and mode not in possible:
+        raise FieldError(
+            "control_type", f"The clips were not prepared for the mode {shown(mode)}.", "Prepare them for it."
+        )
 
 
 def _require_clips(order: Order) -> None:
@@ -264,10 +313,6 @@ def _require_clips(order: Order) -> None:
     if order.inputs is not None:
         if order.kind == "preparation":
             raise FieldError(DRIVING, "These clips are prepared already.", "Give them to /v1/videos.")
-        if "reference" in stems and not order.source:
-            raise FieldError(
-                CHARACTER, "The prepared clips come with their picture.", "Leave out input_reference."
-            )
         return
     for stem, name, noun in (("reference", CHARACTER, "a picture"), ("clip", DRIVING, "a driving video")):
         if stem not in stems:
@@ -276,47 +321,34 @@ def _require_clips(order: Order) -> None:
             )
 
 
-def _require_limits(order: Order, limits: Limits) -> None:
-    """Raises UsageError, in the words of the options."""
-    from trt_wan.cli.sizes import size_of
-
-    options = order.options
-    for name, most in (
-        ("steps", limits.steps),
-        ("window", limits.window),
-        ("context_frames", limits.window),
-        ("clip_tiles", 2),
-    ):
-        value = options.get(name)
-        if isinstance(value, int | float) and value > most:
-            raise FieldError(name, f"{name} {shown(value)} is more than this server's {most}.", "Use less.")
-    if len(str(options.get("sigmas", ""))) > 2000:
-        raise FieldError("sigmas", "The list of sigmas is too long.", "Use fewer.")
-    if "size" in options:
-        try:
-            width, height = size_of(str(options["size"]))
-        except click.BadParameter as error:
-            raise FieldError("size", error.message) from error
-        if width * height > limits.pixels:
-            raise FieldError(
-                "size",
-                f"{width}x{height} is more than this server's {limits.pixels} pixels.",
-                "Use a smaller size.",
-            )
-    if rate := options.get("rate"):
-        from fractions import Fraction
-
-        try:
-            frames = order.facts.get("frames", 0) / order.facts.get("fps", 30) * float(Fraction(str(rate)))
-        except (ValueError, ZeroDivisionError, OverflowError):
-            return  # the option itself refuses it
-        if frames > limits.frames:
-            raise FieldError(
-                "rate",
-                f"At {shown(rate)} frames per second the clip has {frames:.0f} frames, and the server takes "
-                f"{limits.frames}.",
-                "Use a lower rate.",
-            )
+def require_limits(
+    kind: Kind, params: Mapping[str, Any], options: Any, facts: Mapping[str, Any], limits: Limits
+) -> None:
+    """Raises FieldError. `params` are the parsed options, `options` those of run with its preset's."""
+    if options is not None:
+        context = options.context.frames if options.context is not None else 0
+        for name, value, most in (
+            ("steps", max(options.steps or 0, len(options.sigmas)), limits.steps),
+            ("window", options.window or 0, limits.window),
+            ("context_frames", context, limits.window),
+            ("clip_tiles", options.clip_vision.tiles, 2),
+        ):
+            if value > most:
+                raise FieldError(name, f"{name} {value} is more than this server's {most}.", "Use less.")
+    width, height = params["size"] if "modes" not in facts else (facts["width"], facts["height"])
+    if width * height > limits.pixels:
+        raise FieldError(
+            "size",
+            f"{width}x{height} is more than this server's {limits.pixels} pixels.",
+            "Use a smaller size.",
+        )
+    frames = facts.get("frames", 0)
+    if params["rate"] is not None:
+        frames = frames / facts.get("fps", 30) * float(params["rate"])
+    if frames > limits.frames:
+        raise FieldError(
+            "rate", f"The clip has {frames:.0f} frames, and the server takes {limits.frames}.", "Cut it."
+        )
 
 
 def place(order: Order, folder: Path) -> dict[str, Any]:
@@ -388,10 +420,13 @@ def _file_arguments(files: Mapping[str, Path]) -> list[str]:
     return [f"--{name.replace('_', '-')}={path}" for name, path in files.items() if name in FILE_OPTIONS]
 
 
-def require_possible_order(kind: Kind, command: list[str], redo: bool) -> None:
-    """Raises TrtWanError for options that are wrong for every clip."""
-    if not redo:  # its options are in the video
-        require_possible(kind, command[1:])
+def require_possible_order(
+    kind: Kind, command: list[str], request: Mapping[str, Any], limits: Limits
+) -> None:
+    """Raises TrtWanError for options that are wrong for every clip, and for those above the limits."""
+    if not request["redo"]:  # its options are in the video
+        params, options = require_possible(kind, command[1:])
+        require_limits(kind, params, options, request["facts"], limits)
 
 
 def told(error: TrtWanError, folder: Path, data: Path) -> dict[str, Any]:

@@ -3,18 +3,23 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from trt_wan.errors import shell_command, with_commands
-from trt_wan.install import install_command
+from trt_wan.errors import UsageError
+
+NONE = "This server has nothing to find people with."
+HINT = (
+    "Send prepared clips, or keypoints. Its operator can install the extra mediapipe, or start it with "
+    "--detector and --pose."
+)
 
 
 def people_hint(preparing: Sequence[str]) -> str | None:
-    """How to make it possible; None where it is."""
+    """None where people can be found."""
     given = {text.partition("=")[0] for text in preparing}
-    if {"--detector", "--pose"} <= given or find_spec("mediapipe") is not None:
-        return None
-    start = shell_command(("serve", "--detector", "yolov10m.onnx", "--pose", "vitpose.onnx"))
-    return with_commands(
-        "This server has nothing to find people with. Its operator can install MediaPipe, or name networks:",
-        install_command("mediapipe"),
-        start,
-    )
+    found = {"--detector", "--pose"} <= given or find_spec("mediapipe") is not None
+    return None if found else f"{NONE} {HINT}"
+
+
+def require_people(preparing: Sequence[str]) -> None:
+    """Raises UsageError."""
+    if people_hint(preparing) is not None:
+        raise UsageError(NONE, HINT)

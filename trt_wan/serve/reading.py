@@ -30,7 +30,7 @@ async def read(request: Request) -> AsyncIterator[tuple[dict[str, Any], dict[str
         raise Refused(
             415,
             "media_type",
-            f"{shown(kind) or 'Nothing'} is no form and no JSON.",
+            f"The content type {shown(kind)!r} is no form and no JSON.",
             "Send multipart/form-data.",
         )
     try:
@@ -41,7 +41,10 @@ async def read(request: Request) -> AsyncIterator[tuple[dict[str, Any], dict[str
         values: dict[str, Any] = {}
         files: dict[str, UploadFile] = {}
         for name, value in form.multi_items():
-            name = name.removesuffix("[]")
+            key, bracket, inner = name.removesuffix("]").partition("[")
+            if bracket and isinstance(value, str):  # lists and objects of OpenAI's client
+                _add(values, key, inner, value)
+                continue
             if name in values or name in files:
                 raise UsageError(f"{shown(name)} is given twice.", "Give it once.")
             if isinstance(value, UploadFile):
@@ -51,6 +54,17 @@ async def read(request: Request) -> AsyncIterator[tuple[dict[str, Any], dict[str
         yield values, files
     finally:
         await form.close()
+
+
+def _add(values: dict[str, Any], name: str, inner: str, value: str) -> None:
+    """`name[]=value` to a list, `name[inner]=value` to an object."""
+    made = values.setdefault(name, {} if inner else [])
+    if isinstance(made, dict) and inner and inner not in made:
+        made[inner] = value
+    elif isinstance(made, list) and not inner:
+        made.append(value)
+    else:
+        raise UsageError(f"{shown(name)} is given twice.", "Give it once.")
 
 
 async def _json(request: Request) -> dict[str, Any]:

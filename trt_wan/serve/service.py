@@ -15,7 +15,7 @@ from starlette.requests import Request
 from trt_wan.errors import UsageError, shown
 from trt_wan.serve.database import File, Job, Kind
 from trt_wan.serve.dispatch import Dispatcher, loras
-from trt_wan.serve.fields import FILE_OPTIONS, Fields, fields_from, parsed
+from trt_wan.serve.fields import FILE_OPTIONS, FieldError, Fields, fields_from, parsed
 from trt_wan.serve.guard import Refused
 from trt_wan.serve.live import Live
 from trt_wan.serve.metrics import Metrics
@@ -29,6 +29,7 @@ from trt_wan.serve.orders import (
     place,
     require_possible_order,
 )
+from trt_wan.serve.people import require_people
 from trt_wan.serve.reading import read
 from trt_wan.serve.settings import ServeSettings
 from trt_wan.serve.store import Full, Store
@@ -104,6 +105,8 @@ class Service:
         extra = dict(fields.extra_params or {})
         named = {CHARACTER: fields.input_reference, DRIVING: fields.control_reference}
         named |= {name: values[name] for name in FILE_OPTIONS if name in values}
+        if doubled := sorted(named.keys() & extra.keys()):
+            raise FieldError(doubled[0], f"{doubled[0]} is given twice.", "Give it once.")
         named |= {name: extra.pop(name) for name in FILE_OPTIONS if name in extra}
         if fields.extra_params is not None:
             fields.extra_params = extra
@@ -142,7 +145,9 @@ class Service:
             request = place(order, folder)
             known = loras(self.settings) if order.loras else {}
             command = command_of(kind, request, folder, self.settings, known, again=False)
-            require_possible_order(kind, command, bool(order.redo))
+            require_possible_order(kind, command, request, self.settings.limits)
+            if order.inputs is None and "keypoints.json" not in request["files"]:
+                require_people(self.settings.preparing)
             os.replace(folder, self.store.jobs / id)
             job = self.store.database.add_job(id, kind, request, self.settings.limits.queue)
             if job is None:
@@ -166,7 +171,7 @@ class Service:
         """Raises TrtWanError, Refused."""
         await run_in_threadpool(self.store.require_room)
         async with read(request) as (values, files):
-            one = files.get("file") or values.get("file")
+            one = files.get("file") or _text(values, "file")
             if one is None:
                 raise UsageError("There is no field file.", "Send a form with the upload as file.")
             if unknown := sorted(
@@ -174,7 +179,7 @@ class Service:
             ):
                 raise UsageError(f"There is no field {shown(unknown[0])!r}.", "A form has file and purpose.")
             async with self._accepted(one) as accepted:
-                purpose = str(values.get("purpose", ""))[:100]
+                purpose = _text(values, "purpose")[:100]
                 id = f"file_{secrets.token_hex(12)}"
                 return await run_in_threadpool(self.store.keep, accepted, id, purpose)
 
@@ -185,6 +190,13 @@ class Service:
             yield accepted
 
 
+def _text(values: Mapping[str, Any], name: str) -> str:
+    value = values.get(name, "")
+    if not isinstance(value, str):
+        raise FieldError(name, f"{name} is no text.")
+    return value
+
+
 def _reference(name: str, value: Any) -> str:
     """An id or a data: URL, also in the objects that vLLM-Omni's clients send."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
@@ -193,6 +205,8 @@ def _reference(name: str, value: Any) -> str:
         inner = [value[key] for key in ("file_id", "image_url", "video_url", "url") if key in value]
         value = inner[0] if inner else None
         value = value.get("url") if isinstance(value, Mapping) else value
+    if isinstance(value, str) and value.startswith(("http://", "https://")):
+        raise FieldError(name, "The server fetches no URLs.", "Upload the file.")
     if not isinstance(value, str) or not value or "\0" in value:
         raise UsageError(f"{name} names no file.", "Give an upload, the id of a file, or a data: URL.")
     return value

@@ -5,6 +5,7 @@ server.sqlite3   jobs/ID/   files/ID/   incoming/ (unfinished uploads)   server.
 
 import os
 import shutil
+import sqlite3
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,17 @@ class Full(TrtWanError):
     code = "server_full"
 
 
+def _require_ours(data: Path, database: Path) -> None:
+    """Folders without a row are removed: those of a lost database, or of another program, must not be."""
+    if not database.exists() and any(
+        path.name not in ("server.lock", "lost+found") for path in data.iterdir()
+    ):
+        raise OutputError(
+            f"{data} has files, and no server.sqlite3 of a server.",
+            "Put the database of this folder back, or give the server an empty folder: --data DIR",
+        )
+
+
 class Store(Closing):
     """Raises OutputError if another server has the folder."""
 
@@ -35,7 +47,14 @@ class Store(Closing):
             data.mkdir(parents=True, exist_ok=True)
             if not self._held.enter_context(held(data / "server.lock", wait=False)):
                 raise OutputError(f"Another server uses {data}.", "Stop it, or give this one another --data.")
-            self.database = Database(data / "server.sqlite3")
+            file = data / "server.sqlite3"
+            _require_ours(data, file)
+            self.database = Database(file)
+        except sqlite3.Error as error:
+            raise OutputError(
+                f"{data / 'server.sqlite3'} cannot be used: {error}.",
+                "Put a copy of it there, or give the server another folder: --data DIR",
+            ) from error
         except OSError as error:
             raise OutputError(
                 f"{data} cannot be used: {error.strerror}.", "Give the server another folder: --data DIR"
