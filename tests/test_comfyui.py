@@ -204,6 +204,7 @@ def test_errors_are_those_of_the_command_line(comfy: Comfy, quick: dict[str, Any
     assert process.id == id
 
 
+@pytest.mark.long
 def test_a_person_is_replaced(comfy: Comfy, quick: dict[str, Any]) -> None:
     """Background and mask, a mask without the dimension of frames, and RGBA."""
     background = torch.rand(1, PLAN.height, PLAN.width, 3)
@@ -239,6 +240,7 @@ def test_zeros_are_those_of_the_preset(comfy: Comfy, given: dict[str, Any], want
     assert {name: getattr(job, name) for name in wanted} == wanted
 
 
+@pytest.mark.long
 def test_dropping_the_model_frees_it(comfy: Comfy, quick: dict[str, Any]) -> None:
     """ComfyUI drops the value of the socket when memory is to be freed, or another workflow runs."""
     process = node("asking").MODEL
@@ -255,6 +257,7 @@ def test_dropping_the_model_frees_it(comfy: Comfy, quick: dict[str, Any]) -> Non
     assert process.id is None
 
 
+@pytest.mark.long
 def test_a_changed_file_is_read_again(comfy: Comfy, quick: dict[str, Any], tmp_path: Path) -> None:
     places = {
         "wan2.2": "diffusion_models",
@@ -339,6 +342,7 @@ def test_preprocessing(comfy: Comfy, folder: Path, tmp_path: Path) -> None:
     assert comfy.shown and all(done <= total for done, total in comfy.shown)
 
 
+@pytest.mark.long
 def test_a_build(comfy: Comfy, tiny_home: Path) -> None:
     model = load()
     size = {"width": PLAN.width, "height": PLAN.height, "window": PLAN.frames}

@@ -135,6 +135,7 @@ def looked(page: Page, press: Callable[[], None]) -> None:
     expect(page.locator("#found")).to_be_visible()
 
 
+@pytest.mark.long
 def test_a_wrong_token(browser: Browser, server: Server) -> None:
     page = browser.new_page()
     page.goto(server.address)
@@ -161,6 +162,7 @@ def test_a_server_that_cannot_find_people(browser: Browser, tmp_path: Path) -> N
         page.close()
 
 
+@pytest.mark.long
 def test_a_lost_connection(desktop: Page, server: Server, files: Path) -> None:
     """Events that are refused and torn are asked for again; what happened meanwhile is shown."""
     page = desktop
@@ -326,6 +328,7 @@ FOCUSED = """() => {
 }"""
 
 
+@pytest.mark.long
 def test_with_the_keyboard_alone(desktop: Page, server: Server, files: Path) -> None:
     """The whole way; the focus is always seen, has a name, and comes round. The system's own dialog, which
     chooses files, is no part of the page.

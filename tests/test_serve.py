@@ -126,6 +126,7 @@ def test_a_video_has_the_bits_of_run(server: Server, prepared: str, wanted: byte
     assert (read_frames(tmp_path / "served.mp4") == read_frames(tmp_path / "run.mp4")).all()
 
 
+@pytest.mark.long
 def test_ranges_of_the_video(server: Server, prepared: str) -> None:
     job = server.ended(server.video(control_reference=prepared))
     whole = server.content(job)
@@ -134,6 +135,7 @@ def test_ranges_of_the_video(server: Server, prepared: str) -> None:
     assert part.headers["content-type"] == "video/mp4"
 
 
+@pytest.mark.long
 def test_sync_returns_the_video(server: Server, clips: Path, prepared: str) -> None:
     answer = server.client.post(
         "/v1/videos/sync", data={"control_reference": prepared, "num_inference_steps": "1"}
@@ -185,6 +187,7 @@ def test_preparing_and_then_a_video(server: Server, tmp_path: Path) -> None:
     assert error(answer)["param"] == "grow"
 
 
+@pytest.mark.long
 def test_again_with_another_seed(server: Server, prepared: str) -> None:
     first = server.ended(server.video(control_reference=prepared, seed=5, prompt="one"))
     second = server.ended(server.video(source=first["id"], seed=6))
@@ -238,6 +241,7 @@ def test_a_waiting_and_a_running_job_are_cancelled(server: Server, prepared: str
     assert server.ended(server.video(control_reference=prepared))["status"] == "completed"
 
 
+@pytest.mark.long
 def test_a_running_job_is_deleted(server: Server, prepared: str) -> None:
     job = server.video(control_reference=prepared, num_inference_steps=60)
     server.until(job, lambda now: now["step"] > 0)
@@ -249,6 +253,7 @@ def test_a_running_job_is_deleted(server: Server, prepared: str) -> None:
     assert not (server.data / "jobs" / job["id"]).exists()
 
 
+@pytest.mark.long
 def test_the_worker_dies_and_the_job_goes_on(server: Server, prepared: str) -> None:
     job = server.video(control_reference=prepared, num_inference_steps=10)
     server.until(job, lambda now: now["step"] > 2)
