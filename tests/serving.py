@@ -42,6 +42,7 @@ class Server:
             now = ok(self.client.get(f"/v1/{job['object']}s/{job['id']}"))
             if is_so(now):
                 return now
+            assert now["status"] in ("queued", "in_progress"), now
             time.sleep(0.05)
         raise AssertionError(f"after {seconds} s: {now}")
 

@@ -300,6 +300,7 @@ def blocks() -> set[Path]:
     return set(SHM.glob("psm_*"))
 
 
+@pytest.mark.long
 def test_preprocessing(comfy: Comfy, folder: Path, tmp_path: Path) -> None:
     box = np.array([[220, 100, 420, 400, 0.9, 0]], np.float32)
     onnx_nets.detector(comfy.models / "detection" / "yolo.onnx", box)

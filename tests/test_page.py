@@ -146,6 +146,7 @@ def test_a_wrong_token(browser: Browser, server: Server) -> None:
     page.close()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("mediapipe") is not None, reason="people can be found here")
 def test_a_server_that_cannot_find_people(browser: Browser, tmp_path: Path) -> None:
     """It says so, and goes on with the sample's prepared clips."""

@@ -59,7 +59,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_home: Path, weights: Path) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("data"), tiny_home, "--weights", str(weights)) as made:
+    with serving(
+        tmp_path_factory.mktemp("data"), tiny_home, "--weights", str(weights), "--max-steps=999"
+    ) as made:
         yield made
 
 
@@ -228,8 +230,8 @@ def test_events_tell_every_change(server: Server, prepared: str) -> None:
 
 
 def test_a_waiting_and_a_running_job_are_cancelled(server: Server, prepared: str) -> None:
-    running = server.video(control_reference=prepared, num_inference_steps=60)
-    waiting = server.video(control_reference=prepared, num_inference_steps=60)
+    running = server.video(control_reference=prepared, num_inference_steps=900)
+    waiting = server.video(control_reference=prepared, num_inference_steps=900)
     assert waiting["queue_position"] is not None
     ended = ok(server.client.post(f"/v1/videos/{waiting['id']}/cancel"))
     assert ended["status"] == "cancelled"
@@ -243,7 +245,7 @@ def test_a_waiting_and_a_running_job_are_cancelled(server: Server, prepared: str
 
 @pytest.mark.long
 def test_a_running_job_is_deleted(server: Server, prepared: str) -> None:
-    job = server.video(control_reference=prepared, num_inference_steps=60)
+    job = server.video(control_reference=prepared, num_inference_steps=900)
     server.until(job, lambda now: now["step"] > 0)
     assert ok(server.client.delete(f"/v1/videos/{job['id']}"))["deleted"]
     for _ in range(200):
@@ -271,7 +273,7 @@ def test_a_killed_server_goes_on(
     packed = zipped(clips, tmp_path / "clips")
     with serving(tmp_path / "data", tiny_home, "--weights", str(weights)) as server:
         prepared = server.upload(packed)["id"]
-        jobs = [server.video(control_reference=prepared, num_inference_steps=n) for n in (12, 1)]
+        jobs = [server.video(control_reference=prepared, num_inference_steps=n) for n in (100, 1)]
         server.until(jobs[0], lambda now: now["frames_done"] > 0)
         preview = server.client.get(f"/v1/videos/{jobs[0]['id']}/preview")
         server.process.kill()
@@ -302,7 +304,7 @@ def test_clips_that_would_do_nothing_are_refused(server: Server, prepared: str, 
         ({**source, "redo": []}, "redo"),
         ({**source, "redo": [3]}, "redo"),
         ({**source, "redo": [0]}, "redo"),
-        ({"control_reference": prepared, "extra_params": {"steps": "101"}}, "steps"),
+        ({"control_reference": prepared, "extra_params": {"steps": "1000"}}, "steps"),
         ({"control_reference": prepared, "extra_params": {"window": "4001"}}, "window"),
         ({"control_reference": prepared, "extra_params": {"clip_tiles": "16"}}, "clip_tiles"),
         ({"control_reference": prepared, "seed": 2**64}, "seed"),
@@ -348,7 +350,7 @@ class TestRefusals:
             ({"control_reference": prepared, "extra_params": {"output": "/tmp/x.mp4"}}, "output"),
             ({"control_reference": prepared, "extra_params": {"stepps": 3}}, "stepps"),
             ({"control_reference": prepared, "extra_params": {"grow": 5}}, None),
-            ({"control_reference": prepared, "num_inference_steps": 101}, "steps"),
+            ({"control_reference": prepared, "num_inference_steps": 1000}, "steps"),
             ({"control_reference": prepared, "seed": -1}, "seed"),
             ({"control_reference": prepared, "size": "8x8x8"}, "size"),
             ({"control_reference": prepared, "lora": "none"}, "lora"),
