@@ -35,8 +35,9 @@ from trt_wan.runtime.events import silent
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 from trt_wan.serve.check import suffix_of
 from trt_wan.serve.database import Database
-from trt_wan.serve.fields import options_given, options_of
+from trt_wan.serve.fields import FieldError, options_given, options_of
 from trt_wan.serve.guard import is_token
+from trt_wan.serve.orders import require_limits, told
 from trt_wan.serve.settings import Limits
 from trt_wan.serve.store import Store
 
@@ -320,6 +321,7 @@ def test_clips_that_would_do_nothing_are_refused(server: Server, prepared: str, 
         "/v1/videos", json={**source, "input_reference": picture, "control_reference": clip}
     )
     assert answer.status_code == 200 or "find people" in error(answer)["message"]
+    assert "no field file" in error(server.client.post("/v1/files", data={"purpose": "x"}))["message"]
     for body in ({"file": 5}, {"file": ["x"]}, {"file": {"url": "x"}}, {"purpose": {"a": 1}}):
         error(server.client.post("/v1/files", json=body))
 
@@ -327,9 +329,14 @@ def test_clips_that_would_do_nothing_are_refused(server: Server, prepared: str, 
 JSON = {"Content-Type": "application/json"}
 
 
-def test_lists_and_objects_of_the_openai_client(server: Server, prepared: str) -> None:
+def test_lists_and_objects_of_the_openai_client(server: Server, prepared: str, clips: Path) -> None:
     client = openai.OpenAI(base_url=f"{server.address}v1", api_key="any")
     more = {"control_reference": prepared, "num_inference_steps": 1, "extra_params": {"pose_strength": 0.5}}
+    lasting = {"anchor": "created_at", "seconds": 3600}
+    file = client.files.create(
+        file=("a.png", (clips / "src_ref.png").read_bytes()), purpose="user_data", expires_after=lasting
+    )  # type: ignore[arg-type]
+    assert file.filename == "a.png"
     first = server.ended({"object": "video", "id": client.videos.create(prompt="", extra_body=more).id})
     assert first["settings"]["pose_strength"] == "0.5" and first["windows"] == 2
     again = {"source": first["id"], "redo": [2], "seed": 3}
@@ -488,6 +495,21 @@ def test_options_are_those_of_the_command_line() -> None:
 
     fields = VideoFields(num_inference_steps=4, extra_params={"hands": False, "guidance": [5, 1]})
     assert options_given("video", fields) == {"steps": 4, "hands": False, "guidance": [5, 1]}
+
+
+def test_a_message_names_no_folder_of_the_server(tmp_path: Path) -> None:
+    error = OutputError(
+        f"{tmp_path}/jobs/a/clip.mp4 and {tmp_path}/x", f"Look.\ntrt-wan run {tmp_path}/jobs/b"
+    )
+    made = told(error, tmp_path / "jobs" / "a", tmp_path)
+    assert (made["message"], made["hint"]) == ("clip.mp4 and …/x", "Look.")
+
+
+def test_the_size_of_clips_that_were_allowed_before_is_not_asked_again() -> None:
+    params, facts = {"size": (832, 480), "rate": None}, {"frames": 5}
+    require_limits(params, None, facts, None, Limits(pixels=3000))
+    with pytest.raises(FieldError, match="3000 pixels"):
+        require_limits(params, None, facts, (832, 480), Limits(pixels=3000))
 
 
 def test_the_queue_keeps_its_order(tmp_path: Path) -> None:

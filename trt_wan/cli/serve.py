@@ -7,25 +7,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.command import command, note
+from trt_wan.cli.demo import DEMO_STEPS, DEMO_WINDOW, demo_weights
+from trt_wan.cli.options import is_typed
 from trt_wan.cli.preprocess import preprocess
 from trt_wan.cli.report import Report
 from trt_wan.cli.run import run
 from trt_wan.cli.sections import SectionedCommand
 from trt_wan.errors import EnvironmentBroken, UsageError, shown, with_commands
 from trt_wan.install import install_command
+from trt_wan.serve.settings import MODEL, NETWORKS, WEIGHTS
 
 if TYPE_CHECKING:
     from trt_wan.serve.settings import ServeSettings
 
 PACKAGES = ("fastapi", "uvicorn", "multipart", "prometheus_client")
-# The options of `run` and `preprocess` that every job gets, and those that a job may choose itself.
-MODEL = (
-    *("weights", "transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "random_weights"),
-    *("executor", "precision", "tier", "flavour", "vram", "segments", "text_cache"),
-)
-NETWORKS = ("detector", "pose", "sam2")
+# The options that a job may choose itself.
 DEFAULTS = ("preset", "size", "window", "steps")
-DEMO = {"window": 13, "steps": 4, "size": "320x192"}
+DEMO = {"window": DEMO_WINDOW, "steps": DEMO_STEPS, "size": "320x192"}
 
 
 def _options(source: click.Command, names: tuple[str, ...]) -> list[click.Parameter]:
@@ -121,8 +119,7 @@ def serve(
     from trt_wan.serve.main import listen
     from trt_wan.serve.settings import LOOPBACK, MB, Limits, ServeSettings
 
-    context = click.get_current_context()
-    typed = {name: value for name, value in given.items() if _is_given(context, name)}
+    typed = {name: value for name, value in given.items() if is_typed(name)}
     model = _arguments(run, MODEL, typed)
     defaults = {name: _plain(typed[name]) for name in DEFAULTS if name in typed}
     if demo:
@@ -184,7 +181,7 @@ def _require_jobs(settings: "ServeSettings") -> None:
 
     argv = [*settings.model, *arguments("video", settings.defaults), "-o", "out.mp4"]
     params, options = require_possible("video", argv)
-    require_limits("video", params, options, {}, settings.limits)
+    require_limits(params, options, {}, params["size"], settings.limits)
 
 
 def _require_packages(extra: str, packages: tuple[str, ...]) -> None:
@@ -195,11 +192,6 @@ def _require_packages(extra: str, packages: tuple[str, ...]) -> None:
             f"The server's packages are not installed: {', '.join(missing)}.",
             with_commands("Install them:", install_command(extra)),
         )
-
-
-def _is_given(context: click.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source not in (click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP)
 
 
 def _arguments(source: click.Command, names: tuple[str, ...], typed: Mapping[str, Any]) -> list[str]:
@@ -225,18 +217,12 @@ def _plain(value: Any) -> Any:
 
 
 def _demo_model(report: Report, typed: Mapping[str, Any]) -> list[str]:
-    from trt_wan.engines.store.home import home
-    from trt_wan.runtime.weights.tiny import write_tiny_weights
-
-    if given := [name for name in MODEL[:7] if name in typed]:
+    if given := [name for name in WEIGHTS if name in typed]:
         raise UsageError(
             f"The demo has weights of its own, so --{given[0].replace('_', '-')} would do nothing.",
             "Leave out --demo, or the weights.",
         )
-    note(report, "The demo's weights are random, so its picture is noise; it shows that everything runs.")
-    folder = home() / "weights" / "tiny"
-    write_tiny_weights(folder, seed=0)
-    return [f"--weights={folder}"]
+    return [f"--weights={demo_weights(report)}"]
 
 
 def _require_weights(report: Report, model: list[str]) -> None:

@@ -19,9 +19,9 @@ from trt_wan.errors import InputError, TrtWanError, UsageError, shown
 from trt_wan.runtime.kept.windows import finished_part
 from trt_wan.runtime.presets import PRESETS
 from trt_wan.serve.database import Job, Kind
-from trt_wan.serve.dispatch import loras
 from trt_wan.serve.fields import FieldError, Fields, VideoFields, options_of
 from trt_wan.serve.guard import COOKIE, Guard, Refused, error_body, is_token
+from trt_wan.serve.lora_files import loras
 from trt_wan.serve.orders import CHARACTER, DRIVING, INPUTS, OUTPUT, PREPARED
 from trt_wan.serve.service import Service
 from trt_wan.serve.store import Full
@@ -112,11 +112,11 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(error_body(429, Full.code, "The server's disk is full."), 429)
 
 
-def _body(fields: type[Fields], files: bool) -> dict[str, Any]:
+def _body(fields: type[Fields]) -> dict[str, Any]:
     """The body of a request in the schema: the routes read it themselves."""
     schema = fields.model_json_schema()
     form = json.loads(json.dumps(schema))
-    for name in (CHARACTER, DRIVING) if files else ():
+    for name in (CHARACTER, DRIVING):
         form["properties"][name] = {
             "type": "string",
             "format": "binary",
@@ -130,7 +130,7 @@ def _add_jobs(app: FastAPI, service: Service, kind: Kind, path: str, fields: typ
     """The routes that videos and preparations share."""
     tag: dict[str, Any] = {"tags": [f"{kind}s"]}
 
-    @app.post(path, openapi_extra=_body(fields, files=True), name=f"create {kind}", **tag)
+    @app.post(path, openapi_extra=_body(fields), name=f"create {kind}", **tag)
     async def create(request: Request) -> dict[str, Any]:
         return service.shown(await service.create(kind, request))
 
@@ -172,9 +172,7 @@ def _add_jobs(app: FastAPI, service: Service, kind: Kind, path: str, fields: typ
 def _add_videos(app: FastAPI, service: Service) -> None:
     tag: dict[str, Any] = {"tags": ["videos"]}
 
-    @app.post(
-        "/v1/videos/sync", openapi_extra=_body(VideoFields, files=True), response_class=FileResponse, **tag
-    )
+    @app.post("/v1/videos/sync", openapi_extra=_body(VideoFields), response_class=FileResponse, **tag)
     async def sync(request: Request) -> Response:
         """Waits for the video and returns it. A client that goes away cancels it."""
         job = await service.create("video", request)
@@ -292,16 +290,17 @@ def _add_files(app: FastAPI, service: Service) -> None:
 def _add_information(app: FastAPI, service: Service) -> None:
     settings = service.settings
 
+    only = {"id": settings.name, "object": "model", "created": 0, "owned_by": "trt-wan"}
+
     @app.get("/v1/models", tags=["models"])
     def models() -> dict[str, Any]:
-        model = {"id": settings.name, "object": "model", "created": 0, "owned_by": "trt-wan"}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [only]}
 
     @app.get("/v1/models/{id}", tags=["models"])
     def model(id: str) -> dict[str, Any]:
         if id != settings.name:
             raise Refused(404, "not_found", f"There is no model {shown(id)}.")
-        return {"id": settings.name, "object": "model", "created": 0, "owned_by": "trt-wan"}
+        return only
 
     @app.get("/v1/options", tags=["models"])
     def options() -> dict[str, Any]:

@@ -9,11 +9,11 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trt_wan.errors import TrtWanError, WeightsError
+from trt_wan.errors import TrtWanError
+from trt_wan.preprocess.clips import artifacts
 from trt_wan.serve.database import Job
 from trt_wan.serve.live import Live, Progress
 from trt_wan.serve.metrics import Metrics
@@ -163,7 +163,7 @@ class Dispatcher:
     def _run(self, job: Job, worker: Runs) -> None:
         folder, database = self._store.folder(job), self._store.database
         result = folder / (OUTPUT if job.kind == "video" else PREPARED)
-        last = result if job.kind == "video" else result / "src_ref.png"  # this file gets its name last
+        last = result if job.kind == "video" else result / artifacts.REFERENCE  # this file gets its name last
         progress = Progress(stage="starting")
         self._live.set(job.id, progress)
         self._tell_waiting()
@@ -196,16 +196,12 @@ class Dispatcher:
                     or bool(list(folder.glob("out.partial*")))
                     or (folder / "out.inputs").exists()
                 )
-                command = command_of(
-                    job.kind, job.request, folder, self._settings, loras(self._settings), again
-                )
+                command = command_of(job.kind, job.request, folder, self._settings, again)
                 line = worker.run(job.id, command, on_event)
                 if again and not line["ok"] and line["error"]["code"] in NOT_RESUMED and not last.exists():
                     # What was kept is of other weights or damaged: the video begins anew.
                     notes.append("Its finished windows could not be used: the video begins anew.")
-                    anew = command_of(
-                        job.kind, job.request, folder, self._settings, loras(self._settings), False
-                    )
+                    anew = command_of(job.kind, job.request, folder, self._settings, again=False)
                     line = worker.run(job.id, [*anew, "-y"], on_event)
         except WorkerDied as death:
             if not self._closing:
@@ -278,24 +274,6 @@ def facts_of(job: Job, result: Path) -> dict[str, Any]:
     """Width, height, frames and rate of a finished video or of finished clips."""
     from trt_wan.runtime.video.reader import Clip
 
-    path = result
-    if job.kind == "preparation":
-        path = next(result / name for name in ("src_pose.mp4", "src_face.mp4") if (result / name).exists())
-        preview = result / "preview.mp4"
-        path = preview if not (result / "src_pose.mp4").exists() and preview.exists() else path
+    path = result if job.kind == "video" else result / artifacts.POSE
     with Clip(path) as clip:
         return {"width": clip.width, "height": clip.height, "frames": clip.frames, "fps": float(clip.rate)}
-
-
-def loras(settings: ServeSettings) -> dict[str, Path]:
-    """The LoRAs in the folders of the server's weights, by their names there."""
-    from trt_wan.runtime.preset_loras import loras_below
-    from trt_wan.runtime.weights_folders import searched_folders
-
-    named = [Path(text.partition("=")[2]) for text in settings.model if text.startswith("--weights=")]
-    found: dict[str, Path] = {}
-    with suppress(WeightsError):
-        for folder in searched_folders(named):
-            for path in loras_below(folder):
-                found.setdefault(str(path.relative_to(folder)), path)
-    return found

@@ -18,6 +18,7 @@ from trt_wan.cli.preprocess import preprocess
 from trt_wan.cli.run import run
 from trt_wan.errors import UsageError, shown
 from trt_wan.serve.database import Kind
+from trt_wan.serve.settings import MODEL, NETWORKS
 
 COMMANDS: Mapping[Kind, click.Command] = {"video": run, "preparation": preprocess}
 # Options that name files: a request gives the id of an upload.
@@ -25,12 +26,7 @@ FILE_OPTIONS = (
     *("clip_image_2", "init", "start_frame", "extend", "audio"),
     *("keypoints", "edited_reference", "edited_driving", "mask_paint"),
 )
-# Options of the server's operator, and those that the server sets itself.
-MODEL_OPTIONS = (
-    *("weights", "transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "random_weights"),
-    *("executor", "precision", "tier", "flavour", "vram", "segments", "text_cache", "build"),
-)
-NETWORK_OPTIONS = ("detector", "pose", "sam2")
+# Options that the server sets itself.
 OWN = (
     *(
         "reference",
@@ -44,7 +40,7 @@ OWN = (
         "redo",
         "sidecar",
     ),
-    *("frames", "codec", "loras", "as_json", "quiet", "mode"),
+    *("frames", "codec", "loras", "as_json", "quiet", "mode", "build"),
 )
 Name = str  # an option's, with underscores
 Value = str | int | float | bool | list[str | int | float]
@@ -113,7 +109,7 @@ OPTION_OF = {
 
 def options_of(kind: Kind) -> dict[Name, click.Option]:
     """The options that a request may give."""
-    closed = {*OWN, *MODEL_OPTIONS, *NETWORK_OPTIONS}
+    closed = {*OWN, *MODEL, *NETWORKS}
     return {
         str(option.name): option
         for option in COMMANDS[kind].params

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trt_wan.cli.preprocess import PREPARING_NAMES
+from trt_wan.cli.sizes import Size
 from trt_wan.errors import TrtWanError, shown
 from trt_wan.runtime.presets import RECIPE_FIELDS
 from trt_wan.serve.database import Job, Kind
@@ -29,9 +31,11 @@ from trt_wan.serve.fields import (
     lora_argument,
     loras_given,
     options_given,
+    options_of,
     require_possible,
     require_text,
 )
+from trt_wan.serve.lora_files import loras
 from trt_wan.serve.settings import Limits, ServeSettings
 
 OUTPUT, PREPARED, INPUTS, SOURCE = "out.mp4", "prepared", "inputs", "source.mp4"
@@ -54,6 +58,7 @@ NOUNS = {
     "sound": "a sound",
 }
 NAME_OF = {CHARACTER: "reference", DRIVING: "clip"}
+MOST_WINDOWS = 10_000
 # Options of the preprocessing: with one of them, an earlier job's prepared clips cannot be used again.
 SHAPES_CLIPS = ("mode", "size", "fit", "rate", "start", "end", "reference_background", "compat")
 
@@ -130,15 +135,11 @@ def order_of(
 
 
 def _shapes_clips(name: str) -> bool:
-    from trt_wan.cli.preprocess import PREPARING_NAMES
-
     return name in SHAPES_CLIPS or name in PREPARING_NAMES
 
 
 def _known(kind: Kind, order: Order) -> set[str]:
     """The defaults that a job of that kind can take."""
-    from trt_wan.serve.fields import options_of
-
     known = set(options_of(kind))
     return {name for name in known if not _shapes_clips(name)} if order.inputs is not None else known
 
@@ -207,9 +208,10 @@ def _redone(
             f"redo changes the seed of windows and nothing else: {', '.join(other)}.",
             "Leave it out.",
         )
-    windows = source[0].result.get("windows", 0)
+    # 0: the server died before it noted how many there are; then the command refuses a wrong number.
+    windows = source[0].result.get("windows") or MOST_WINDOWS
     numbers = fields.redo or []
-    if not numbers or not all(1 <= number <= max(windows, 1) for number in numbers):
+    if not numbers or not all(1 <= number <= windows for number in numbers):
         raise FieldError("redo", f"The video has the windows 1 to {windows}.", "Such as [1].")
     order.redo = sorted(set(numbers))
     order.options.pop("seed", None)
@@ -239,12 +241,8 @@ def _choose_clips(order: Order, given: Mapping[str, Given], options: Mapping[str
         if order.preparation is not None and order.source is None:
             raise FieldError(DRIVING, "preparation and control_reference are given together.", "Give one.")
         _forget_shaping(order)
-        order.inputs, order.facts, order.uploaded, order.preparation = (
-            driving.clips,
-            driving.facts,
-            True,
-            None,
-        )
+        order.inputs, order.facts = driving.clips, driving.facts
+        order.uploaded, order.preparation = True, None
         order.files = {name: path for name, path in order.files.items() if _is_beside(Path(name).stem)}
     elif order.inputs is not None:
         stems = {Path(name).stem for name in order.files}
@@ -288,8 +286,6 @@ def _forget_shaping(order: Order) -> None:
 
 
 def _require_use(order: Order, given: Mapping[str, Given], options: Mapping[str, Any]) -> None:
-    from trt_wan.cli.preprocess import PREPARING_NAMES
-
     unused = [
         name for name, upload in given.items() if not _is_beside(name) and upload.facts["kind"] != "prepared"
     ]
@@ -322,9 +318,11 @@ def _require_clips(order: Order) -> None:
 
 
 def require_limits(
-    kind: Kind, params: Mapping[str, Any], options: Any, facts: Mapping[str, Any], limits: Limits
+    params: Mapping[str, Any], options: Any, facts: Mapping[str, Any], size: Size | None, limits: Limits
 ) -> None:
-    """Raises FieldError. `params` are the parsed options, `options` those of run with its preset's."""
+    """Raises FieldError. `params` are the parsed options, `options` those of run with its preset's. `size` is
+    that of the video; None: an earlier job was allowed to prepare the clips in it.
+    """
     if options is not None:
         context = options.context.frames if options.context is not None else 0
         for name, value, most in (
@@ -335,11 +333,10 @@ def require_limits(
         ):
             if value > most:
                 raise FieldError(name, f"{name} {value} is more than this server's {most}.", "Use less.")
-    width, height = params["size"] if "modes" not in facts else (facts["width"], facts["height"])
-    if width * height > limits.pixels:
+    if size is not None and size[0] * size[1] > limits.pixels:
         raise FieldError(
             "size",
-            f"{width}x{height} is more than this server's {limits.pixels} pixels.",
+            f"{size[0]}x{size[1]} is more than this server's {limits.pixels} pixels.",
             "Use a smaller size.",
         )
     frames = facts.get("frames", 0)
@@ -378,7 +375,6 @@ def command_of(
     request: Mapping[str, Any],
     folder: Path,
     settings: ServeSettings,
-    loras: Mapping[str, Path],
     again: bool,
 ) -> list[str]:
     """The arguments of trt-wan that do the job. Raises UsageError."""
@@ -402,7 +398,9 @@ def command_of(
         made += [str(files["reference"]), str(files["clip"]), *_networks(settings, options, files)]
     made += ["-o", str(folder / OUTPUT), *settings.model, "--no-sidecar"]
     made += arguments(kind, options) + _file_arguments(files)
-    made += [lora_argument(lora, loras) for lora in request["loras"]]
+    if request["loras"]:  # searching reads the headers of all files
+        found = loras(settings)
+        made += [lora_argument(lora, found) for lora in request["loras"]]
     return made + (["--resume"] if again else [])
 
 
@@ -426,14 +424,16 @@ def require_possible_order(
     """Raises TrtWanError for options that are wrong for every clip, and for those above the limits."""
     if not request["redo"]:  # its options are in the video
         params, options = require_possible(kind, command[1:])
-        require_limits(kind, params, options, request["facts"], limits)
+        facts, size = request["facts"], params["size"]
+        if request["inputs"]:
+            size = (facts["width"], facts["height"]) if request["uploaded"] else None
+        require_limits(params, options, facts, size, limits)
 
 
 def told(error: TrtWanError, folder: Path, data: Path) -> dict[str, Any]:
     """An error for clients, without the server's folders."""
 
-    def clean(text: str) -> str:
-        lines = text.replace(f"{folder}/", "").splitlines()
-        return "\n".join(line for line in lines if str(data) not in line)
-
-    return {"code": error.code, "message": clean(error.message), "hint": clean(error.hint)}
+    message, hint = (text.replace(f"{folder}/", "") for text in (error.message, error.hint))
+    # Commands in a hint that name other folders cannot be run by a client.
+    lines = [line for line in hint.splitlines() if str(data) not in line]
+    return {"code": error.code, "message": message.replace(str(data), "…"), "hint": "\n".join(lines)}

@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from trt_wan.errors import UsageError, shown
 from trt_wan.serve.database import File, Job, Kind
-from trt_wan.serve.dispatch import Dispatcher, loras
+from trt_wan.serve.dispatch import Dispatcher
 from trt_wan.serve.fields import FILE_OPTIONS, FieldError, Fields, fields_from, parsed
 from trt_wan.serve.guard import Refused
 from trt_wan.serve.live import Live
@@ -143,8 +143,7 @@ class Service:
         folder = self.store.incoming / id
         try:
             request = place(order, folder)
-            known = loras(self.settings) if order.loras else {}
-            command = command_of(kind, request, folder, self.settings, known, again=False)
+            command = command_of(kind, request, folder, self.settings, again=False)
             require_possible_order(kind, command, request, self.settings.limits)
             if order.inputs is None and "keypoints.json" not in request["files"]:
                 require_people(self.settings.preparing)
@@ -172,11 +171,9 @@ class Service:
         await run_in_threadpool(self.store.require_room)
         async with read(request) as (values, files):
             one = files.get("file") or _text(values, "file")
-            if one is None:
-                raise UsageError("There is no field file.", "Send a form with the upload as file.")
-            if unknown := sorted(
-                {*files, *values} - {"file", "purpose", "expires_after[anchor]", "expires_after[seconds]"}
-            ):
+            if not one:
+                raise FieldError("file", "There is no field file.", "Send a form with the upload as file.")
+            if unknown := sorted({*files, *values} - {"file", "purpose", "expires_after"}):
                 raise UsageError(f"There is no field {shown(unknown[0])!r}.", "A form has file and purpose.")
             async with self._accepted(one) as accepted:
                 purpose = _text(values, "purpose")[:100]

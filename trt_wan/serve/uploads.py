@@ -44,9 +44,6 @@ class Accepted:
     def clips(self) -> Path:
         return self.folder / "clips"
 
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 def content_of(folder: Path, suffix: str) -> Path:
     return folder / f"content{suffix}"

@@ -118,10 +118,6 @@ class Worker(Closing):
             self._process.kill()
             self._process.wait()
 
-    @property
-    def process_id(self) -> int | None:
-        return None if self._process is None or self._process.poll() is not None else self._process.pid
-
     def _ready(self) -> "subprocess.Popen[str]":
         if self._process is not None and self._process.poll() is None:
             return self._process
