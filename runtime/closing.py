@@ -1,4 +1,4 @@
-"""What has a `close` is closed at the end of a `with` block."""
+"""Objects with a `close`, which the end of a `with` block calls."""
 
 from types import TracebackType
 from typing import Self

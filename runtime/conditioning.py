@@ -104,7 +104,7 @@ class WindowClips:
     soft: int = 0  # pixels of the mask clip that are neither black nor white
     init: Read | None = None  # [3, frames, H, W]
     ending: Array | None = None  # known frames at the end [3, r, H, W], for a window before a finished one
-    # Of pose, face and background, all that decides their pixels: a job with the same need not encode them.
+    # By clip (pose, face, background), all that decides its pixels: jobs with the same need not encode it.
     keys: Mapping[str, Hashable] = field(default_factory=dict)
 
 

@@ -425,7 +425,7 @@ def _long_notes(job: Job, windows: Windows) -> list[Note]:
 
 
 def short_last_window(windows: Windows) -> Note | None:
-    """What to say where the last window is computed whole for a few frames."""
+    """A note for a last window that is computed whole for a few frames."""
     kept = windows.keep(windows.total - 1)
     new = kept.stop - kept.start
     if windows.total == 1 or new * FEW_OF > windows.length(windows.total - 1):

@@ -40,7 +40,7 @@ Reader = Callable[[], Sample]
 @dataclass
 class Monitor:
     """with Monitor.open() as monitor: …; then `monitor.usage()`. Peaks are above `before`, in bytes;
-    None: what is in use at the start.
+    None: the bytes in use at the start.
     """
 
     source: str

@@ -72,8 +72,8 @@ class FaceCropper:
         ]
 
     def cuts(self, frames: Iterable[Picture], skeletons: Sequence[Skeleton]) -> Iterator[Picture | None]:
-        """What `crops` needs of each frame, as the frames come: the pixels of the face, never more than those
-        of a crop. None without a face.
+        """The part of each frame that `crops` needs, as the frames come: the pixels of the face, never more
+        than those of a crop. None without a face.
         """
         for frame, skeleton, box in zip(frames, skeletons, self.boxes(skeletons), strict=True):
             assert frame.shape[:2] == (skeleton.height, skeleton.width), f"{frame.shape} {skeleton.width}"

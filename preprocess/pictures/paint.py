@@ -13,7 +13,7 @@ from trt_wan.preprocess.clips.sizes import Size
 from trt_wan.preprocess.pictures.masks import Mask
 from trt_wan.runtime.video.pictures import read_transparent
 
-HALF = 128  # of 255: pixels from this opacity on are painted, those from this brightness on are white
+HALF = 128  # levels up to 255: pixels from this opacity on are painted, from this brightness on white
 
 
 @dataclass(frozen=True)

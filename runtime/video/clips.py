@@ -40,7 +40,7 @@ class Clips(Closing):
     height: int
     frames: int
     rate: Fraction
-    notes: Sequence[Note] = ()  # what is unusual about the files
+    notes: Sequence[Note] = ()  # about unusual files
     start: Fraction = Fraction(0)  # seconds of the driving clip that are cut off before its first frame
     cut: Cut | None = None  # by numbers of frames
     lead: int = 0  # frames before the first that is used, which can be read too: numbers begin with them

@@ -115,7 +115,7 @@ def partial_names(path: Path) -> Iterator[Path]:
 
 
 def beside(output: Path, more: str = "") -> list[Path]:
-    """The partial files of `output` that are there, or what is named like one with `more` behind it."""
+    """The partial files of `output` that are there, or the paths named like one with `more` behind it."""
     place = output.resolve()
     pattern = re.compile(rf"{re.escape(place.stem)}\.partial(-\d+)?{re.escape(working_suffix(place) + more)}")
     if not place.parent.is_dir():

@@ -1,4 +1,4 @@
-"""What lies behind transparent pixels: a plain colour, for the model takes opaque pictures.
+"""Transparent pixels are put on a plain colour, for the model takes opaque pictures.
 
 Pixels are uint8 [H, W, 3] RGB, opacity is uint8 [H, W], 255 where nothing shines through.
 """

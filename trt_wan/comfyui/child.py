@@ -48,7 +48,7 @@ from trt_wan.runtime.presets import preset_named
 from trt_wan.runtime.video.reader import Clip
 
 Stamps = dict[Path, tuple[int, int]]
-STILL = {"image", "background_video", "mask_video"}  # of these one frame is a picture
+STILL = {"image", "background_video", "mask_video"}  # one frame is a picture here
 WHITE = 128  # the least level of the person in a mask
 
 

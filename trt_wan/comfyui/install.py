@@ -23,8 +23,8 @@ PYTHONS = (
 
 
 def install(comfyui: Path) -> Path:
-    """Writes the folder and returns it; our older one is replaced. Raises UsageError for what is no
-    ComfyUI, and OutputError.
+    """Writes the folder and returns it; our older one is replaced. Raises UsageError for a folder
+    without ComfyUI, and OutputError.
     """
     nodes = comfyui / "custom_nodes"
     if not (nodes.is_dir() and ((comfyui / "folder_paths.py").exists() or (comfyui / "models").is_dir())):

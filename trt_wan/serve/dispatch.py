@@ -41,7 +41,7 @@ class Dispatcher:
         self._closing = False
         self._warm: set[Runs] = set()
         self._first, self._threads = workers, list[threading.Thread]()
-        self._starts = 0  # of workers that are gone
+        self._starts = 0  # counts workers that are gone
 
     def start(self) -> None:
         for job in self._store.database.begin_again():
@@ -199,7 +199,7 @@ class Dispatcher:
                 command = command_of(job.kind, job.request, folder, self._settings, again)
                 line = worker.run(job.id, command, on_event)
                 if again and not line["ok"] and line["error"]["code"] in NOT_RESUMED and not last.exists():
-                    # What was kept is of other weights or damaged: the video begins anew.
+                    # The kept windows are damaged, or of other weights: the video begins anew.
                     notes.append("Its finished windows could not be used: the video begins anew.")
                     anew = command_of(job.kind, job.request, folder, self._settings, again=False)
                     line = worker.run(job.id, [*anew, "-y"], on_event)

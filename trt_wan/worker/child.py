@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def run(arguments: list[str], session: Session, report: ChannelReport) -> None:
-    """Runs one command and reports its outcome, also after a mistake of ours."""
+    """Runs one command and reports its outcome, also after a mistake in trt-wan."""
     try:
         cli.main(arguments, prog_name="trt-wan", standalone_mode=False, obj=session)
     except click.UsageError as error:
