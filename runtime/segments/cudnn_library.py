@@ -1,0 +1,45 @@
+"""cuDNN through nvidia-cudnn-frontend, without torch: the module, and one handle per Gpu on its stream."""
+
+import ctypes
+import weakref
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from trt_wan.errors import EnvironmentBroken, with_commands
+from trt_wan.runtime.device.gpu import Gpu
+
+
+class Handle:
+    """A cuDNN handle on the compute stream. Raises EnvironmentBroken where cuDNN does not start."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        cudnn = load()
+        try:
+            self.handle = cudnn.create_handle()
+        except RuntimeError as error:
+            raise EnvironmentBroken(
+                f"cuDNN does not start ({error}).", with_commands("Run:", "pip install -U nvidia-cudnn-cu13")
+            ) from error
+        weakref.finalize(self, cudnn.destroy_handle, self.handle).atexit = False
+        cudnn.set_stream(self.handle, gpu.handle)
+
+
+def handle(gpu: Gpu) -> Any:
+    return gpu.once(Handle, lambda: Handle(gpu)).handle
+
+
+def load() -> Any:
+    """The frontend's module, bound to cuDNN's library.
+
+    The frontend looks in the interpreter's site-packages, then asks the loader, which knows libraries that
+    are loaded already. So the library is loaded first: pip may have put nvidia-cudnn-cu13 into any folder.
+    """
+    spec = find_spec("nvidia.cudnn") if find_spec("nvidia") else None
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        library = Path(folder) / "lib" / "libcudnn.so.9"
+        if library.exists():
+            ctypes.CDLL(str(library))
+    import cudnn
+
+    return cudnn
