@@ -14,7 +14,6 @@ from kernels_on_cpu import CpuKernels
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
-from trt_wan.engines.shape import Plan
 from trt_wan.runtime.segments.native import vae
 from trt_wan.runtime.segments.native.convolution import ConvShape
 from trt_wan.runtime.segments.native.gemm import Product
@@ -76,7 +75,9 @@ class Kernels:
         self._folder, self._launched = folder, launched
 
     def __call__(self, device: Any, text: str, names: tuple[str, ...]) -> "Kernels":
-        self._kernels = CpuKernels(text.replace(f"THREADS = {vae.THREADS}", f"THREADS = {THREADS}"), self._folder)
+        self._kernels = CpuKernels(
+            text.replace(f"THREADS = {vae.THREADS}", f"THREADS = {THREADS}"), self._folder
+        )
         return self
 
     def launch(self, stream: Any, name: str, blocks: int, threads: int, *arguments: Any) -> None:
@@ -100,9 +101,9 @@ class VaeOnCpu:
         patch.setattr(vae, "Bf16Gemm", Gemm)
         patch.setattr(vae, "CublasLt", object)
 
-    def run(self, network: Network, plan: Plan, values: Mapping[str, Any]) -> dict[str, Any]:
+    def run(self, network: Network, values: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs by name. Outputs and scratch hold NaN before."""
-        segment = vae.Vae(network, self.model, plan, self._gpu)
+        segment = vae.Vae(network, self.model, self._gpu)
         scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)
         made = {}
         for t in network.outputs:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eager_vae import EagerExecutor, random_weights, vae_networks
+from eager_vae import EagerExecutor, random_weights
 from native_on_cpu import VaeOnCpu
 
 from trt_wan.engines.config import TINY
@@ -28,7 +28,10 @@ def test_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(64, 48, 9, "bf16")
     cpu = VaeOnCpu(TINY, tmp_path, monkeypatch)
     weights = random_weights()
-    weights = {n: w.astype("bfloat16").astype(np.float32) if w.ndim > 1 and "gamma" not in n else w for n, w in weights.items()}
+    weights = {
+        n: w.astype("bfloat16").astype(np.float32) if w.ndim > 1 and "gamma" not in n else w
+        for n, w in weights.items()
+    }
     eager = EagerExecutor(TINY, Plan(64, 48, 9), {"vae": weights})
     rng = np.random.default_rng(0)
     for half, given in (("encode", "frames"), ("decode", "latent")):
@@ -43,7 +46,7 @@ def test_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             wanted = list(eager.run(exact, 0, feeds if chunk == "next" else {given: x}))
             feeds = {given: x, **dict(zip(names, ours[1:], strict=False))}
             feeds |= {w.name: weights[w.name] for w in network.weights}
-            made = cpu.run(network, plan, typed(network, feeds))
+            made = cpu.run(network, typed(network, feeds))
             ours = [made[t.name] for t in network.outputs]
             for t, a, b in zip(network.outputs, ours, wanted, strict=True):
                 a = a.astype(np.float32)

@@ -2,12 +2,16 @@
 
 import ctypes
 import weakref
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from trt_wan.errors import EnvironmentBroken, with_commands
+from trt_wan.install import install_command
 from trt_wan.runtime.device.gpu import Gpu
+
+FRONTEND = "nvidia-cudnn-frontend"
 
 
 class Handle:
@@ -40,6 +44,19 @@ def load() -> Any:
         library = Path(folder) / "lib" / "libcudnn.so.9"
         if library.exists():
             ctypes.CDLL(str(library))
-    import cudnn
-
+    try:
+        import cudnn
+    except ImportError as error:
+        raise EnvironmentBroken(
+            f"cuDNN does not load ({error}).", with_commands("Run:", install_command("hopper"))
+        ) from error
     return cudnn
+
+
+def missing() -> str | None:
+    """Why cuDNN cannot be used, in a sentence; None if it can. Imports nothing."""
+    try:
+        distribution(FRONTEND)
+    except PackageNotFoundError:
+        return f"cuDNN needs {FRONTEND}, not installed here (the extra hopper)."
+    return None

@@ -114,7 +114,8 @@ def _axes(shape: ConvShape) -> tuple[Any, ...]:
 
 def _layout(n: int, channels: int, size: list[int]) -> tuple[list[int], list[int]]:
     """Dimensions [n, channels, *size] and strides, the channels innermost."""
-    strides, step = [], channels
+    strides: list[int] = []
+    step = channels
     for extent in reversed(size):
         strides.insert(0, step)
         step *= extent

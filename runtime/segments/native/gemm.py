@@ -91,7 +91,9 @@ class Gemm:
         self._x = self._matrix(io, p.rows, p.inner, p.x_pitch)
         self._y = self._matrix(y, p.rows, p.out)
         self._factor, self._zero = c_float(p.factor), c_float(0)
-        self._algorithm = self._choose(f"{'FP8' if io == _E4M3 else 'bf16'} product of {p.rows}x{p.out}x{p.inner}")
+        self._algorithm = self._choose(
+            f"{'FP8' if io == _E4M3 else 'bf16'} product of {p.rows}x{p.out}x{p.inner}"
+        )
 
     def enqueue(self, x: int, w: int, y: int, workspace: int) -> None:
         """Takes addresses on the device; the workspace has WORKSPACE_BYTES."""

@@ -46,11 +46,10 @@ __device__ constexpr int lanes_for(int vectors, int most = 32) {
 }
 
 // Finishes a convolution and prepares the next one: x = y + bias (+ added + its bias), written to `raw`, and the RMS
-// norm of x over the channels times `gamma`, then SiLU, written to `normed`. All but y and `pixels` may be null. With
-// `width` the pictures in `raw` get room for one more row and column each.
+// norm of x over the channels times `gamma`, then SiLU, written to `normed`. All but y and `pixels` may be null.
 template <int C>
 __device__ void finish(const bf16* y, const float* bias, const bf16* added, const float* added_bias, bf16* raw,
-                       const float* gamma, bf16* normed, i64 pixels, int silu, u32 width, u32 height) {
+                       const float* gamma, bf16* normed, i64 pixels, int silu) {
     constexpr int LANES = lanes_for(C / 8), EACH_LANE = C / 8 / LANES;  // threads of a pixel, vectors of a thread
     const int lane = threadIdx.x % LANES, together = blockDim.x / LANES;
     float b[EACH_LANE][8], g[EACH_LANE][8];
@@ -83,10 +82,8 @@ __device__ void finish(const bf16* y, const float* bias, const bf16* added, cons
                 squares += x[v][i] * x[v][i];
             }
         if (raw && there) {
-            i64 to = pixel;
-            if (width) to += (u32)pixel / width + (u32)pixel / (width * height) * (width + 1);
 #pragma unroll
-            for (int v = 0; v < EACH_LANE; ++v) *(Eight*)(raw + to * C + (v * LANES + lane) * 8) = pack(x[v]);
+            for (int v = 0; v < EACH_LANE; ++v) *(Eight*)(raw + from + v * LANES * 8) = pack(x[v]);
         }
         if (!gamma) continue;
 #pragma unroll
@@ -107,8 +104,8 @@ __device__ void finish(const bf16* y, const float* bias, const bf16* added, cons
 #define FINISH(C) \
     extern "C" __global__ void __launch_bounds__(THREADS) \
     finish_##C(const bf16* y, const float* bias, const bf16* added, const float* added_bias, bf16* raw, \
-               const float* gamma, bf16* normed, i64 pixels, int silu, u32 width, u32 height) { \
-        finish<C>(y, bias, added, added_bias, raw, gamma, normed, pixels, silu, width, height); \
+               const float* gamma, bf16* normed, i64 pixels, int silu) { \
+        finish<C>(y, bias, added, added_bias, raw, gamma, normed, pixels, silu); \
     }
 
 // [rows, columns] to [columns, rows], both multiples of 4; a block per tile, of 16-bit numbers.
@@ -143,16 +140,6 @@ transpose(const bf16* from, bf16* to, i64 rows, i64 columns) {
 
 extern "C" __global__ void zero(Eight* to, i64 vectors) {
     EACH(i, vectors) to[i] = Eight{{0, 0, 0, 0}};
-}
-
-// The last row and column of pictures with `height` rows, `width` columns and `vectors` eights of channels.
-extern "C" __global__ void zero_edges(Eight* to, i64 frames, u32 height, u32 width, u32 vectors) {
-    const u32 edge = height + width - 1;
-    EACH(i, frames * edge * vectors) {
-        const u32 pixel = (u32)i / vectors, frame = pixel / edge, at = pixel % edge;
-        const u32 y = at < width ? height - 1 : at - width, x = at < width ? at : width - 1;
-        to[(((i64)frame * height + y) * width + x) * vectors + (u32)i % vectors] = Eight{{0, 0, 0, 0}};
-    }
 }
 
 // A convolution's weight [out, inner, taps] to [out_wanted, taps, inner_wanted], filled up with zeros.

@@ -18,7 +18,6 @@ from trt_wan.engines.config import ModelConfig, VaeConfig
 from trt_wan.engines.contract import Network
 from trt_wan.engines.contracts import vae_layers
 from trt_wan.engines.contracts.vae_layers import LATENT_MEAN, LATENT_STD, Layer
-from trt_wan.engines.shape import Plan
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import MOST_BLOCKS, Gpu
 from trt_wan.runtime.device.kernels import Module, read_source
@@ -34,7 +33,6 @@ BF16, FLOAT32 = 2, 4  # bytes
 KERNELS = (
     "transpose",
     "zero",
-    "zero_edges",
     "repack",
     "frames_in",
     "frames_out",
@@ -85,8 +83,8 @@ class Unfinished:
 class Vae:
     """One of the VAE's four networks. Nothing in the scratch survives a call."""
 
-    def __init__(self, network: Network, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
-        walk = _Walk(network, model, plan, gpu)
+    def __init__(self, network: Network, model: ModelConfig, gpu: Gpu) -> None:
+        walk = _Walk(network, model, gpu)
         self._steps = walk.steps
         self._offsets, self.scratch_bytes = laid_out(walk.parts)
         self._parts: dict[str, int] = {}
@@ -110,7 +108,7 @@ WEIGHT, WORKSPACE = At("scratch.weight"), At("scratch.workspace")
 class _Walk:
     """Lists the steps of a network. The picture has `frames`, `height`, `width` and `channels` by now."""
 
-    def __init__(self, network: Network, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
+    def __init__(self, network: Network, model: ModelConfig, gpu: Gpu) -> None:
         self.steps: list[Step] = []
         self.parts: dict[str, int] = {}  # bytes, of the scratch
         self._gpu, self._vae = gpu, model.vae
@@ -205,15 +203,10 @@ class _Walk:
         self._last = Unfinished(At(f"{name}.proj.bias"), KEPT)
 
     def _down(self, layer: Layer) -> None:
-        """The zeros to the right and below are in the input: cuDNN pads all sides alike."""
         conv, time_conv = f"{layer.name}.resample.1", f"{layer.name}.time_conv"
-        height, width, c = self.height, self.width, layer.inner
-        self._need(TAKEN, self.frames * (height + 1) * (width + 1) * c * BF16)
-        self._finish(None, TAKEN, padded=True)
-        sizes = np.int64(self.frames), np.uint32(height + 1), np.uint32(width + 1), np.uint32(c // VECTOR)
-        self._each("zero_edges", self.frames * (height + width + 1) * c // VECTOR, TAKEN, *sizes)
-        self.height, self.width = height // 2, width // 2
-        self._conv(conv, c, layer.out, (1, 3, 3), stride=(1, 2, 2))
+        self._finish(None, self._taken(0, layer.inner))
+        self.height, self.width = self.height // 2, self.width // 2
+        self._conv(conv, layer.inner, layer.out, (1, 3, 3), stride=(1, 2, 2), pad=(0, 1, 0, 1))
         if layer.kind == "down2d":
             return
         if self._first:  # goes on with the same picture
@@ -259,9 +252,7 @@ class _Walk:
         self._history(conv, 2)
         self._conv(conv, inner, out, (3, 3, 3))
 
-    def _finish(
-        self, gamma: str | None, to: At, *, silu: bool = True, keep: bool = False, padded: bool = False
-    ) -> None:
+    def _finish(self, gamma: str | None, to: At, *, silu: bool = True, keep: bool = False) -> None:
         """Writes the finished convolution to `to`, normalised where there is a gamma, and to `kept`."""
         last, c = self._last, self.channels
         assert last is not None
@@ -269,11 +260,10 @@ class _Walk:
             self._need(KEPT, self.pixels * c * BF16)
         raw = to if gamma is None else KEPT if keep else 0
         normed = (0, 0) if gamma is None else (At(gamma), to)
-        size = (np.uint32(self.width), np.uint32(self.height)) if padded else (np.uint32(0), np.uint32(0))
         lanes = math.gcd(c // VECTOR, 32)
         blocks = min(-(-self.pixels * lanes // THREADS), MOST_BLOCKS)
         added = last.added or 0, last.added_bias or 0
-        rest = np.int64(self.pixels), np.int32(silu), *size
+        rest = np.int64(self.pixels), np.int32(silu)
         self._launch(f"finish_{c}", blocks, MADE, last.bias, *added, raw, *normed, *rest)
 
     def _conv(
