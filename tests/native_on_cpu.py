@@ -1,4 +1,4 @@
-"""The native VAE on the CPU: its kernels by g++, its convolutions and products by torch, on numpy's memory."""
+"""The native VAE on the CPU: kernels by g++, convolutions and products by torch, on numpy's memory."""
 
 import ctypes
 from collections.abc import Callable, Hashable, Mapping

@@ -1,9 +1,10 @@
 """The VAE without TensorRT: channels-last bf16 convolutions, and native kernels between them.
 
-The arithmetic is that of the graphs in build/models/vae.py: norms, sums and the softmax in float32, tensors in
-bf16. The layers are walked once, which yields a list of steps. A convolution reads `taken`, where the pass before
-it put its input behind the frames of the cache, and writes `made`; `kept` is the residual stream. Weights come
-in the checkpoint's layout and are turned into the convolutions' each time, just before use: 0.15 GB a network.
+The arithmetic is that of the graphs in build/models/vae.py: norms, sums and the softmax in float32, tensors
+in bf16. The layers are walked once, which yields a list of steps. A convolution reads `taken`, where the pass
+before it put its input behind the frames of the cache, and writes `made`; `kept` is the residual stream.
+Weights come in the checkpoint's layout and are turned into the convolutions' just before each use: 0.15 GB a
+network.
 """
 
 import math
@@ -312,7 +313,7 @@ class _Walk:
         self._each("enlarge", count, source, bias, TAKEN, *sizes)
 
     def _history(self, name: str, frames: int) -> None:
-        """The frames of a convolution's cache stand before those in `taken`; the last ones go to the cache."""
+        """Puts a convolution's cache before the frames in `taken`; the last frames go to the cache."""
         count = frames * self.height * self.width
         if self._first:
             self._zero(TAKEN, count * self.channels * BF16)
