@@ -7,6 +7,9 @@
 // Blocks of a cluster share the weights: each loads a part for all.
 //
 // Rows of the weights are permuted so that a thread holds eight neighbouring channels: see conv_hopper.py.
+//
+// PARTS convolutions of the same pixels are computed by one launch. Two: their results are frames in turn. Four: each is one
+// corner of a picture twice as large, and reads from a pixel further up or left.
 
 constexpr int GROUP = 128, WARPS = 8;  // threads of a warpgroup, warps that multiply
 constexpr int ROW = CHUNK * 2;  // bytes
@@ -91,9 +94,12 @@ struct Ring {
     }
 };
 
+// The work of a block. Tiles of the same cluster need the same weights.
 struct Tile {
-    int x, y, frame;
-    __device__ Tile(i64 index, int frames, int across) {
+    int part, frame, x, y;
+    __device__ Tile(int round, int frames, int across) {
+        part = round % PARTS;
+        const int index = round / PARTS * CLUSTER + blockIdx.x % CLUSTER;
         frame = index % frames;
         const int place = index / frames;
         x = place % across * TILE_W, y = place / across * TILE_H;
@@ -116,17 +122,15 @@ __device__ void eight(const float* from, float* to) {
     *(float4*)to = *(const float4*)from, *(float4*)(to + 4) = *(const float4*)(from + 4);
 }
 
-// Adds bias and residual to a pixel's sums, stores them in bf16, and returns the sum of the squares of all that are stored.
-__device__ __forceinline__ float finish(float (&sums)[N / 2], int h, const float* bias, const bf16* residual, bf16* y) {
+// Adds `added` to a pixel's sums, stores them in bf16, and returns the sum of the squares of the stored numbers.
+__device__ __forceinline__ float finish(float (&sums)[N / 2], int h, const bf16* added, bf16* y) {
     float squares = 0;
 #pragma unroll
     for (int g = 0; g < N / 32; ++g) {
-        float add[8], value[8], old[8] = {};
-        asm volatile("" ::: "memory");
-        eight(bias + g * 32, add);
-        if (residual) unpack(*(const uint4*)(residual + g * 32), old);
+        float value[8], old[8] = {};
+        if (added) unpack(*(const uint4*)(added + g * 32), old);
 #pragma unroll
-        for (int c = 0; c < 8; ++c) value[c] = sums[(g * 4 + c / 2) * 4 + h * 2 + c % 2] + add[c] + old[c];
+        for (int c = 0; c < 8; ++c) value[c] = sums[(g * 4 + c / 2) * 4 + h * 2 + c % 2] + old[c];
         const uint4 packed = pack(value);
         if (y) *(uint4*)(y + g * 32) = packed;
         if (NORM) unpack(packed, value);
@@ -140,32 +144,32 @@ __device__ __forceinline__ float finish(float (&sums)[N / 2], int h, const float
     return squares + __shfl_xor_sync(~0u, squares, 2);
 }
 
-// Stores silu(x / |x| * sqrt(COLUMNS) * gamma) of a pixel's values x.
-__device__ __forceinline__ void normalize(float (&x)[N / 2], int h, float squares, const float* gamma, bf16* normed) {
-    const float scale = sqrtf((float)COLUMNS) / fmaxf(sqrtf(squares), 1e-12f);
+// Stores x / |x| * sqrt(COLUMNS) * gamma of a pixel's values x, or silu of that.
+__device__ __forceinline__ void normalize(float (&x)[N / 2], int h, float squares, const float* gamma, bool silu,
+                                          bf16* normed) {
+    const float scale = rsqrtf(fmaxf(squares, 1e-24f)) * sqrtf((float)COLUMNS);
 #pragma unroll
     for (int g = 0; g < N / 32; ++g) {
         float by[8], value[8];
-        asm volatile("" ::: "memory");
         eight(gamma + g * 32, by);
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
             const float v = x[(g * 4 + c / 2) * 4 + h * 2 + c % 2] * scale * by[c];
-            value[c] = __fdividef(v, 1 + __expf(-v));
+            value[c] = silu ? __fdividef(v, 1 + __expf(-v)) : v;
         }
         if (normed) *(uint4*)(normed + g * 32) = pack(value);
     }
 }
 
-// Strides count pixels. residual, y and normed may be null; they have the same strides.
+// added, y and normed may be null. added is dense; the strides of y and normed count pixels.
 #if CLUSTER > 1
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(3 * GROUP, 1)
 #else
 extern "C" __global__ void __launch_bounds__(3 * GROUP, 1)
 #endif
-convolve(const void* pixels, const void* weights, const float* bias, const bf16* residual, bf16* y, const float* gamma,
-         bf16* normed, int frames, int height, int width, int pad_top, int pad_left, int frame_step,
-         int stride_x, int stride_y, int stride_frame) {
+convolve(const void* pixels, const void* weights, const float* bias, const bf16* added, bf16* y,
+         const float* gamma, bf16* normed, int silu, int frames, int height, int width, int pad_top, int pad_left,
+         int frame_step, int stride_x, int stride_y, int stride_frame) {
     extern __shared__ u8 raw[];
     const u32 base = (shared_address(raw) + 1023) & ~1023u;
     const u32 a_at = base, b_at = a_at + A_STAGES * A_STAGE, barriers = b_at + B_STAGES * B_STAGE;
@@ -174,8 +178,8 @@ convolve(const void* pixels, const void* weights, const float* bias, const bf16*
     const int group = threadIdx.x / GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int rank = blockIdx.x % CLUSTER;
     const int across = (width + TILE_W - 1) / TILE_W, down = (height + TILE_H - 1) / TILE_H;
-    const i64 tiles = (i64)across * down * frames;
-    const i64 rounds = (tiles + CLUSTER - 1) / CLUSTER;
+    const int tiles = across * down * frames;
+    const int rounds = (tiles + CLUSTER - 1) / CLUSTER * PARTS;
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < A_STAGES; ++i) barrier_init(a_full + 8 * i, 1), barrier_init(a_empty + 8 * i, WARPS);
@@ -190,8 +194,8 @@ convolve(const void* pixels, const void* weights, const float* bias, const bf16*
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (warp == 0 && lane == 0) {
             Ring a, b;
-            for (i64 round = blockIdx.x / CLUSTER; round < rounds; round += gridDim.x / CLUSTER) {
-                const Tile tile(round * CLUSTER + rank, frames, across);
+            for (int round = blockIdx.x / CLUSTER; round < rounds; round += gridDim.x / CLUSTER) {
+                const Tile tile(round, frames, across);
                 for (int kt = 0; kt < KT; ++kt)
                     for (int chunk = 0; chunk < CHUNKS; ++chunk)
                         for (int s = 0; s < KS; ++s) {
@@ -199,14 +203,16 @@ convolve(const void* pixels, const void* weights, const float* bias, const bf16*
                                 barrier_wait(a_empty + 8 * a.stage, a.parity ^ 1);
                                 barrier_expect(a_full + 8 * a.stage, A_BYTES);
                                 load_pixels(a_at + a.stage * A_STAGE, pixels, a_full + 8 * a.stage, chunk * CHUNK,
-                                            tile.x - pad_left + s, tile.y - pad_top, tile.frame * frame_step + kt);
+                                            tile.x - pad_left + s + (PARTS == 4 ? tile.part % 2 : 0),
+                                            tile.y - pad_top + (PARTS == 4 ? tile.part / 2 : 0),
+                                            tile.frame * frame_step + kt);
                                 a.next(A_STAGES);
                             }
                             for (int r = 0; r < KR; ++r) {
                                 const u32 full = b_full + 8 * b.stage;
                                 barrier_wait(b_empty + 8 * b.stage, b.parity ^ 1);
                                 barrier_expect(full, B_BYTES);
-                                const int row = ((kt * KR + r) * KS + s) * COLUMNS;
+                                const int row = (((tile.part * KT + kt) * KR + r) * KS + s) * COLUMNS;
                                 for (int at = rank * PART; at < rank * PART + PART; at += BOX)
                                     load_weights(b_at + b.stage * B_STAGE + at * ROW, weights, full, chunk * CHUNK, row + at);
                                 b.next(B_STAGES);
@@ -221,8 +227,17 @@ convolve(const void* pixels, const void* weights, const float* bias, const bf16*
         const int quad = lane % 4;
         float sums[MINE][N / 2];
         Ring a, b;
-        for (i64 round = blockIdx.x / CLUSTER; round < rounds; round += gridDim.x / CLUSTER) {
-            int more = 0, done_a = -1, done_b = -1;
+        for (int round = blockIdx.x / CLUSTER; round < rounds; round += gridDim.x / CLUSTER) {
+            const Tile tile(round, frames, across);
+            const int channels = (SPLIT == 2 ? mine * N : 0) + quad * 8;
+#pragma unroll
+            for (int j = 0; j < N / 2; j += 2) {  // both rows of a column begin with its bias
+                const float2 start = *(const float2*)(bias + (PARTS == 2 ? tile.part * COLUMNS : 0) + channels
+                                                      + j / 16 * 32 + j / 4 % 4 * 2);
+#pragma unroll
+                for (int i = 0; i < MINE; ++i) sums[i][j] = start.x, sums[i][j + 1] = start.y;
+            }
+            int done_a = -1, done_b = -1;
             for (int step = 0; step < KT * CHUNKS; ++step)
                 for (int s = 0; s < KS; ++s) {
                     if (!SHIFT || s == 0) barrier_wait(a_full + 8 * a.stage, a.parity);
@@ -238,11 +253,10 @@ convolve(const void* pixels, const void* weights, const float* bias, const bf16*
                             for (int i = 0; i < MINE; ++i) {
                                 const int block = first + i;
                                 const int at = (block / WIDE * 8 * PITCH + block % WIDE * 8) * ROW + k * 32;
-                                wgmma(sums[i], left + (at >> 4), right + (k * 32 >> 4), more | k);
+                                wgmma(sums[i], left + (at >> 4), right + (k * 32 >> 4));
                             }
                         }
                         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                        more = 1;
                         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                         if (done_b >= 0) {
                             if (CLUSTER == 1) {
@@ -268,8 +282,8 @@ convolve(const void* pixels, const void* weights, const float* bias, const bf16*
             } else if (lane < CLUSTER) barrier_arrive_at(b_empty + 8 * done_b, lane);
             if (lane == 0) barrier_arrive(a_empty + 8 * done_a);
 
-            const Tile tile(round * CLUSTER + rank, frames, across);
-            const int channels = (SPLIT == 2 ? mine * N : 0) + quad * 8;
+            const int offset = PARTS == 4 ? tile.part / 2 * (stride_y / 2) + tile.part % 2
+                             : PARTS == 2 ? tile.part * (stride_frame / 2) : 0;
             float squares[MINE][2];  // sums of y's squares by pixel
 #pragma unroll
             for (int i = 0; i < MINE; ++i)
@@ -278,11 +292,11 @@ convolve(const void* pixels, const void* weights, const float* bias, const bf16*
                     const int px = tile.x + (first + i) % WIDE * 8 + lane / 4;
                     const int py = tile.y + (first + i) / WIDE * 8 + warp % 4 * 2 + h;
                     const bool inside = px < width && py < height;
-                    const i64 at = (i64)(tile.frame * stride_frame + py * stride_y + px * stride_x) * COLUMNS + channels;
-                    squares[i][h] = finish(sums[i], h, bias + channels, residual && inside ? residual + at : nullptr,
-                                           y && inside ? y + at : nullptr);
+                    const i64 dense = (i64)((tile.frame * height + py) * width + px) * COLUMNS + channels;
+                    const i64 at = (i64)(tile.frame * stride_frame + py * stride_y + px * stride_x + offset) * COLUMNS + channels;
+                    squares[i][h] = finish(sums[i], h, added && inside ? added + dense : nullptr, y && inside ? y + at : nullptr);
 #if NORM && SPLIT == 1
-                    normalize(sums[i], h, squares[i][h], gamma + channels, inside ? normed + at : nullptr);
+                    normalize(sums[i], h, squares[i][h], gamma + channels, silu, inside ? normed + at : nullptr);
 #endif
                 }
 #if NORM && SPLIT == 2
@@ -301,13 +315,45 @@ convolve(const void* pixels, const void* weights, const float* bias, const bf16*
                     const int px = tile.x + (first + i) % WIDE * 8 + lane / 4;
                     const int py = tile.y + (first + i) / WIDE * 8 + warp % 4 * 2 + h;
                     const bool inside = px < width && py < height;
-                    const i64 at = (i64)(tile.frame * stride_frame + py * stride_y + px * stride_x) * COLUMNS + channels;
+                    const i64 at = (i64)(tile.frame * stride_frame + py * stride_y + px * stride_x + offset) * COLUMNS + channels;
                     const float square = squares[i][h] + halves[(1 - mine) * BLOCKS * 64 + (i * 2 + h) * 32 + row];
-                    normalize(sums[i], h, square, gamma + channels, inside ? normed + at : nullptr);
+                    normalize(sums[i], h, square, gamma + channels, silu, inside ? normed + at : nullptr);
                 }
             asm volatile("bar.sync 1, 256;" ::: "memory");
 #endif
         }
     }
     if (CLUSTER > 1) cluster_sync();  // a block stays while others may write to it
+}
+
+// Weights [PARTS or 1, COLUMNS, INNER, taps] of the checkpoint to [PARTS, taps, COLUMNS, INNER], the columns permuted: a thread
+// of wgmma holds columns 2q and 2q + 1 of every eight and gets channels 8q to 8q + 7 of 32. Four parts: the taps of 3x3 that fall
+// on the same pixel of the smaller picture are added. Behind the weights: the bias, to which `added_bias` is added unless null.
+extern "C" __global__ void __launch_bounds__(256)
+repack_for_hopper(const bf16* from, const float* bias, const float* added_bias, bf16* to) {
+    constexpr int TAPS = KT * KR * KS, GIVEN = PARTS == 4 ? 9 : TAPS;
+    float* bias_to = (float*)(to + (i64)PARTS * TAPS * COLUMNS * INNER);
+    EACH(i, (PARTS == 2 ? 2 : 1) * COLUMNS) bias_to[i] = bias[i] + (added_bias ? added_bias[i] : 0);
+    EACH(i, (PARTS == 2 ? 2 : 1) * COLUMNS * INNER) {
+        const int inner = i % INNER, column = i / INNER % COLUMNS, part = i / INNER / COLUMNS;
+        const int channel = column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;
+        const bf16* w = from + ((i64)(part * COLUMNS + channel) * INNER + inner) * GIVEN;
+        bf16* out = to + ((i64)part * TAPS * COLUMNS + column) * INNER + inner;
+        if (PARTS != 4) {
+            for (int tap = 0; tap < TAPS; ++tap) out[(i64)tap * COLUMNS * INNER] = w[tap];
+            continue;
+        }
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner)
+#pragma unroll
+            for (int tap = 0; tap < 4; ++tap) {
+                float sum = 0;
+#pragma unroll
+                for (int given = 0; given < 9; ++given) {
+                    const int r = (corner / 2 + given / 3 + 1) / 2 - corner / 2, s = (corner % 2 + given % 3 + 1) / 2 - corner % 2;
+                    if (r == tap / 2 && s == tap % 2) sum += widen(w[given]);
+                }
+                store(out + (i64)(corner * 4 + tap) * COLUMNS * INNER, sum);
+            }
+    }
 }

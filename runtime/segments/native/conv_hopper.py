@@ -1,9 +1,9 @@
-"""Convolutions on Hopper by a kernel of our own: channels-last bf16, sums in float32, the next layer's norm fused.
+"""Convolutions on Hopper by a kernel of our own: channels-last bf16, sums in float32, the next norm fused.
 
-x [frames_in, height_in, width_in, inner], y and residual [frames, height, width, out] in bf16, bias and gamma [out] in
-float32. Weights are [t, r, s, out, inner] in bf16 with their rows permuted (`permuted`).
+x is [frames, height, width, inner] in bf16. Weights come in the checkpoint's layout and are repacked first.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,12 @@ from trt_wan.runtime.device.kernels import Module, read_source
 
 SHARED = 227 << 10  # bytes that a block of Hopper may have
 THREADS = 384
+KERNELS = ("convolve", "repack_for_hopper")
 MAP_BYTES = 128
 
 
 @dataclass(frozen=True)
 class ConvShape:
-    """A convolution's sizes; height and width are the output's. Time is not padded: the caller prepends frames."""
-
     frames: int
     height: int
     width: int
@@ -31,16 +30,15 @@ class ConvShape:
     pad: tuple[int, int, int, int] = (1, 1, 1, 1)  # top, bottom, left, right
 
     @property
-    def frames_in(self) -> int:
-        return (self.frames - 1) * self.stride[0] + self.kernel[0]
-
-    @property
-    def height_in(self) -> int:
-        return (self.height - 1) * self.stride[1] + self.kernel[1] - self.pad[0] - self.pad[1]
-
-    @property
-    def width_in(self) -> int:
-        return (self.width - 1) * self.stride[2] + self.kernel[2] - self.pad[2] - self.pad[3]
+    def taken(self) -> tuple[int, int, int]:
+        """Frames, height and width of x."""
+        t, y, x = (
+            (size - 1) * stride + kernel
+            for size, stride, kernel in zip(
+                (self.frames, self.height, self.width), self.stride, self.kernel, strict=True
+            )
+        )
+        return t, y - sum(self.pad[:2]), x - sum(self.pad[2:])
 
 
 @dataclass(frozen=True)
@@ -63,29 +61,19 @@ def wgmma(columns: int) -> str:
     sums = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     return f"""
-__device__ __forceinline__ void wgmma(float (&d)[{count}], u64 a, u64 b, int add) {{
+__device__ __forceinline__ void wgmma(float (&d)[{count}], u64 a, u64 b) {{
     asm volatile(
-        "{{ .reg .pred p; setp.ne.b32 p, %{count + 2}, 0;"
-        " wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{sums}}}, %{count}, %{count + 1}, p, 1, 1, 0, 0; }}"
-        : {operands} : "l"(a), "l"(b), "r"(add));
+        "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16"
+        " {{{sums}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"
+        : {operands} : "l"(a), "l"(b));
 }}
 """
-
-
-def permuted(out: int) -> np.ndarray:
-    """The output channel that each row of the weights holds.
-
-    A thread of wgmma holds columns 2q and 2q + 1 of every eight; in this order it has channels 8q to 8q + 7 of 32.
-    """
-    row = np.arange(out)
-    group, j, q, e = row // 32, row % 32 // 8, row % 8 // 2, row % 2
-    return group * 32 + q * 8 + j * 2 + e
 
 
 class Plan:
     """Macros and sizes of the kernel for a shape and a tiling."""
 
-    def __init__(self, shape: ConvShape, tiling: Tiling, norm: bool) -> None:
+    def __init__(self, shape: ConvShape, tiling: Tiling, norm: bool, parts: int = 1) -> None:
         t, r, s = shape.kernel
         margin = s - 1 if tiling.shift else 0
         self.pitch = tiling.pitch or -(-(tiling.width + margin) // 8) * 8
@@ -118,6 +106,7 @@ class Plan:
             "KR": r,
             "KS": s,
             "NORM": int(norm),
+            "PARTS": parts,
             "BASE_OFFSET": int(tiling.base_offset),
         }
 
@@ -155,46 +144,85 @@ def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...]) -> np
 
 
 class HopperConvolution:
-    """A convolution of one shape. `normed` is silu(rms_norm(y) * gamma)."""
+    """A convolution of one shape, or `parts` of them: see conv_hopper.cu. The shape is that of one part.
+
+    y is [frames, height, width, out] in bf16; with two parts, their frames in turn; with four, one picture
+    twice as high and wide. `normed` is like y: its RMS norm times gamma, perhaps with SiLU.
+    """
 
     def __init__(
-        self, gpu: Any, shape: ConvShape, tiling: Tiling, norm: bool = False, **macros: object
+        self,
+        gpu: Any,
+        shape: ConvShape,
+        tiling: Tiling,
+        norm: bool = False,
+        parts: int = 1,
+        **macros: object,
     ) -> None:
-        self._gpu, self.shape, self._tiling = gpu, shape, tiling
-        self._plan = plan = Plan(shape, tiling, norm)
-        self._module = Module(gpu.device, plan.source, ("convolve",), plan.macros | macros, accelerated=True)
+        self._gpu, self.shape, self._tiling, self._parts = gpu, shape, tiling, parts
+        self._plan = plan = Plan(shape, tiling, norm, parts)
+        self._module = Module(gpu.device, plan.source, KERNELS, plan.macros | macros, accelerated=True)
         self._module.allow_shared("convolve", plan.shared)
         across, down = -(-shape.width // tiling.width), -(-shape.height // tiling.height)
-        rounds = -(-across * down * shape.frames // tiling.cluster)
+        rounds = -(-across * down * shape.frames // tiling.cluster) * parts
         clusters = int(gpu.device.properties.multiprocessor_count) // tiling.cluster
         self._grid = min(rounds, clusters) * tiling.cluster
         self._maps: dict[tuple[int, int], Any] = {}
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the repacked weights, the bias behind them."""
+        return 2 * self._weight_rows * self.shape.inner + 4 * self._biases
+
+    @property
+    def _weight_rows(self) -> int:
+        return self._parts * math.prod(self.shape.kernel) * self.shape.out
+
+    @property
+    def _biases(self) -> int:
+        return (2 if self._parts == 2 else 1) * self.shape.out
+
+    def repack(self, given: int, bias: int, added_bias: int, w: int) -> None:
+        """Turns weights [out, inner, t, r, s] and float32 biases [out] of the checkpoint into this
+        convolution's. `out` counts two parts. added_bias may be 0.
+        """
+        blocks = -(-self._biases * self.shape.inner // 256)
+        self._module.launch(self._gpu.stream, "repack_for_hopper", blocks, 256, given, bias, added_bias, w)
+
     def enqueue(
-        self, x: int, w: int, bias: int, residual: int, y: int, gamma: int = 0, normed: int = 0
+        self,
+        x: int,
+        w: int,
+        added: int,
+        y: int,
+        gamma: int = 0,
+        normed: int = 0,
+        silu: bool = True,
+        room: int = 0,
     ) -> None:
-        """Takes addresses on the device; residual and y may be 0."""
+        """Takes addresses on the device; added and y may be 0. `room` is rows and columns to leave free in y
+        below and right of each picture.
+        """
         shape = self.shape
         maps = self._maps.get((x, w))
         if maps is None:
             maps = self._maps[x, w] = self._gpu.upload(self._both(x, w))
+        bias = w + 2 * self._weight_rows * shape.inner
+        scale, pairs = 1 + (self._parts == 4), 1 + (self._parts == 2)
+        row = scale * shape.width + room
+        strides = scale, scale * row, pairs * row * (scale * shape.height + room)
+        sizes = shape.frames, shape.height, shape.width, shape.pad[0], shape.pad[2], shape.stride[0]
         self._module.launch(
             self._gpu.stream,
             "convolve",
             self._grid,
             THREADS,
-            *(maps.address, maps.address + MAP_BYTES, bias, residual, y, gamma, normed),
-            *map(
-                np.int32,
-                (shape.frames, shape.height, shape.width, shape.pad[0], shape.pad[2], shape.stride[0]),
-            ),
-            *map(np.int32, (1, shape.width, shape.width * shape.height)),
+            *(maps.address, maps.address + MAP_BYTES, bias, added, y, gamma, normed),
+            *map(np.int32, (silu, *sizes, *strides)),
             shared=self._plan.shared,
         )
 
     def _both(self, x: int, w: int) -> Any:
         shape, plan, chunk = self.shape, self._plan, self._tiling.chunk
-        sizes = shape.inner, shape.width_in, shape.height_in, shape.frames_in
-        pixels = tensor_map(x, sizes, (chunk, plan.pitch, plan.a_rows, 1))
-        rows = int(np.prod(shape.kernel)) * shape.out
-        return np.concatenate([pixels, tensor_map(w, (shape.inner, rows), (chunk, plan.box))])
+        pixels = tensor_map(x, (shape.inner, *reversed(shape.taken)), (chunk, plan.pitch, plan.a_rows, 1))
+        return np.concatenate([pixels, tensor_map(w, (shape.inner, self._weight_rows), (chunk, plan.box))])
