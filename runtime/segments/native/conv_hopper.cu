@@ -58,6 +58,8 @@ __device__ void barrier_wait(u32 barrier, int parity) {
 #endif
 }
 
+struct alignas(64) Map { u64 words[16]; };  // CUtensorMap
+
 __device__ void load_pixels(u32 to, const void* map, u32 barrier, int channel, int x, int y, int frame) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
@@ -75,10 +77,6 @@ __device__ void load_weights(u32 to, const void* map, u32 barrier, int channel, 
         ::"r"(to), "l"(map), "r"(barrier), "r"(channel), "r"(row), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
 #endif
 }
-__device__ void map_ready(const void* map) {  // the host wrote it
-    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
-}
-
 // An operand whose rows of ROW bytes are swizzled; groups of eight rows lie `stride` bytes apart.
 __device__ u64 descriptor(u32 address, int stride) {
     return (u64)(address >> 4) | 1ull << 16 | (u64)(stride >> 4) << 32 | LAYOUT << 62;
@@ -167,10 +165,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(3 *
 #else
 extern "C" __global__ void __launch_bounds__(3 * GROUP, 1)
 #endif
-convolve(const void* pixels, const void* weights, const float* bias, const bf16* added, bf16* y,
+convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weight_map, const float* bias, const bf16* added, bf16* y,
          const float* gamma, bf16* normed, int silu, int frames, int height, int width, int pad_top, int pad_left,
          int frame_step, int stride_x, int stride_y, int stride_frame) {
     extern __shared__ u8 raw[];
+    const void *pixels = &pixel_map, *weights = &weight_map;
     const u32 base = (shared_address(raw) + 1023) & ~1023u;
     const u32 a_at = base, b_at = a_at + A_STAGES * A_STAGE, barriers = b_at + B_STAGES * B_STAGE;
     const u32 a_full = barriers, a_empty = a_full + 8 * A_STAGES, b_full = a_empty + 8 * A_STAGES,
@@ -185,7 +184,6 @@ convolve(const void* pixels, const void* weights, const float* bias, const bf16*
         for (int i = 0; i < A_STAGES; ++i) barrier_init(a_full + 8 * i, 1), barrier_init(a_empty + 8 * i, WARPS);
         for (int i = 0; i < B_STAGES; ++i) barrier_init(b_full + 8 * i, 1), barrier_init(b_empty + 8 * i, WARPS * CLUSTER);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        map_ready(pixels), map_ready(weights);
     }
     if (CLUSTER > 1) cluster_sync();
     else __syncthreads();

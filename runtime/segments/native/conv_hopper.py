@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trt_wan.runtime.device.checked import cuda
 from trt_wan.runtime.device.kernels import Module, read_source
 
+Words = NDArray[np.uint64]
+
 SHARED = 227 << 10  # bytes that a block of Hopper may have
 THREADS = 384
 KERNELS = ("convolve", "repack_for_hopper")
-MAP_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Plan:
         return wgmma(self.columns) + read_source(__package__, "conv_hopper.cu")
 
 
-def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...]) -> np.ndarray:
+def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...]) -> Words:
     """A map of a dense bf16 tensor; sizes and box begin with the dimension that is contiguous."""
     from cuda.bindings import driver
 
@@ -167,7 +169,7 @@ class HopperConvolution:
         rounds = -(-across * down * shape.frames // tiling.cluster) * parts
         clusters = int(gpu.device.properties.multiprocessor_count) // tiling.cluster
         self._grid = min(rounds, clusters) * tiling.cluster
-        self._maps: dict[tuple[int, int], Any] = {}
+        self._maps: dict[tuple[int, int], tuple[Words, Words]] = {}
 
     @property
     def weight_bytes(self) -> int:
@@ -204,9 +206,8 @@ class HopperConvolution:
         below and right of each picture.
         """
         shape = self.shape
-        maps = self._maps.get((x, w))
-        if maps is None:
-            maps = self._maps[x, w] = self._gpu.upload(self._both(x, w))
+        if (x, w) not in self._maps:
+            self._maps[x, w] = self._both(x, w)
         bias = w + 2 * self._weight_rows * shape.inner
         scale, pairs = 1 + (self._parts == 4), 1 + (self._parts == 2)
         row = scale * shape.width + room
@@ -217,12 +218,16 @@ class HopperConvolution:
             "convolve",
             self._grid,
             THREADS,
-            *(maps.address, maps.address + MAP_BYTES, bias, added, y, gamma, normed),
+            *(*self._maps[x, w], bias, added, y, gamma, normed),
             *map(np.int32, (silu, *sizes, *strides)),
             shared=self._plan.shared,
         )
 
-    def _both(self, x: int, w: int) -> Any:
+    def _both(self, x: int, w: int) -> tuple[Words, Words]:
         shape, plan, chunk = self.shape, self._plan, self._tiling.chunk
-        pixels = tensor_map(x, (shape.inner, *reversed(shape.taken)), (chunk, plan.pitch, plan.a_rows, 1))
-        return np.concatenate([pixels, tensor_map(w, (shape.inner, self._weight_rows), (chunk, plan.box))])
+        pixels = shape.inner, *reversed(shape.taken)
+        weights = shape.inner, self._weight_rows
+        return (
+            tensor_map(x, pixels, (chunk, plan.pitch, plan.a_rows, 1)),
+            tensor_map(w, weights, (chunk, plan.box)),
+        )
