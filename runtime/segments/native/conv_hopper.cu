@@ -104,6 +104,15 @@ struct Tile {
     }
 };
 
+// Brings a tile of `added` to the L2 cache.
+__device__ void prefetch(Tile tile, const bf16* added, int frames, int height, int width) {
+    const int size = min(TILE_W, width - tile.x) * COLUMNS * 2;
+    for (int y = tile.y; y < min(tile.y + TILE_H, height); ++y) {
+        const bf16* from = added + (i64)((tile.frame * height + y) * width + tile.x) * COLUMNS;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(size) : "memory");
+    }
+}
+
 __device__ void unpack(uint4 from, float* to) {
     const u32 words[4] = {from.x, from.y, from.z, from.w};
 #pragma unroll
@@ -120,15 +129,14 @@ __device__ void eight(const float* from, float* to) {
     *(float4*)to = *(const float4*)from, *(float4*)(to + 4) = *(const float4*)(from + 4);
 }
 
-// Adds `added` to a pixel's sums, stores them in bf16, and returns the sum of the squares of the stored numbers.
-__device__ __forceinline__ float finish(float (&sums)[N / 2], int h, const bf16* added, bf16* y) {
+// Rounds a pixel's sums to bf16, stores them, and returns the sum of their squares.
+__device__ __forceinline__ float finish(float (&sums)[N / 2], int h, bf16* y) {
     float squares = 0;
 #pragma unroll
     for (int g = 0; g < N / 32; ++g) {
-        float value[8], old[8] = {};
-        if (added) unpack(*(const uint4*)(added + g * 32), old);
+        float value[8];
 #pragma unroll
-        for (int c = 0; c < 8; ++c) value[c] = sums[(g * 4 + c / 2) * 4 + h * 2 + c % 2] + old[c];
+        for (int c = 0; c < 8; ++c) value[c] = sums[(g * 4 + c / 2) * 4 + h * 2 + c % 2];
         const uint4 packed = pack(value);
         if (y) *(uint4*)(y + g * 32) = packed;
         if (NORM) unpack(packed, value);
@@ -193,6 +201,7 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
         if (warp == 0 && lane == 0) {
             Ring a, b;
             for (int round = blockIdx.x / CLUSTER; round < rounds; round += gridDim.x / CLUSTER) {
+                if (added) prefetch(Tile(round + gridDim.x / CLUSTER, frames, across), added, frames, height, width);
                 const Tile tile(round, frames, across);
                 for (int kt = 0; kt < KT; ++kt)
                     for (int chunk = 0; chunk < CHUNKS; ++chunk)
@@ -229,11 +238,33 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
             const Tile tile(round, frames, across);
             const int channels = (SPLIT == 2 ? mine * N : 0) + quad * 8;
 #pragma unroll
-            for (int j = 0; j < N / 2; j += 2) {  // both rows of a column begin with its bias
-                const float2 start = *(const float2*)(bias + (PARTS == 2 ? tile.part * COLUMNS : 0) + channels
-                                                      + j / 16 * 32 + j / 4 % 4 * 2);
+            for (int g = 0; g < N / 32; ++g) {
+                float start[8];
+                eight(bias + (PARTS == 2 ? tile.part * COLUMNS : 0) + channels + g * 32, start);
 #pragma unroll
-                for (int i = 0; i < MINE; ++i) sums[i][j] = start.x, sums[i][j + 1] = start.y;
+                for (int i = 0; i < MINE; ++i)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h)
+#pragma unroll
+                        for (int c = 0; c < 8; ++c) sums[i][(g * 4 + c / 2) * 4 + h * 2 + c % 2] = start[c];
+            }
+            if (added) {
+#pragma unroll
+                for (int i = 0; i < MINE; ++i)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const int px = tile.x + (first + i) % WIDE * 8 + lane / 4;
+                        const int py = tile.y + (first + i) / WIDE * 8 + warp % 4 * 2 + h;
+                        if (px >= width || py >= height) continue;
+                        const bf16* from = added + (i64)((tile.frame * height + py) * width + px) * COLUMNS + channels;
+#pragma unroll
+                        for (int g = 0; g < N / 32; ++g) {
+                            float old[8];
+                            unpack(*(const uint4*)(from + g * 32), old);
+#pragma unroll
+                            for (int c = 0; c < 8; ++c) sums[i][(g * 4 + c / 2) * 4 + h * 2 + c % 2] += old[c];
+                        }
+                    }
             }
             int done_a = -1, done_b = -1;
             for (int step = 0; step < KT * CHUNKS; ++step)
@@ -290,9 +321,8 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
                     const int px = tile.x + (first + i) % WIDE * 8 + lane / 4;
                     const int py = tile.y + (first + i) / WIDE * 8 + warp % 4 * 2 + h;
                     const bool inside = px < width && py < height;
-                    const i64 dense = (i64)((tile.frame * height + py) * width + px) * COLUMNS + channels;
                     const i64 at = (i64)(tile.frame * stride_frame + py * stride_y + px * stride_x + offset) * COLUMNS + channels;
-                    squares[i][h] = finish(sums[i], h, added && inside ? added + dense : nullptr, y && inside ? y + at : nullptr);
+                    squares[i][h] = finish(sums[i], h, y && inside ? y + at : nullptr);
 #if NORM && SPLIT == 1
                     normalize(sums[i], h, squares[i][h], gamma + channels, silu, inside ? normed + at : nullptr);
 #endif
