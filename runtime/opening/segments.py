@@ -28,7 +28,7 @@ def missing(candidate: Candidate, capability: Capability) -> str | None:
     if candidate.maker == "native":
         from trt_wan.runtime.segments import native
 
-        return native.missing(capability)
+        return native.missing(candidate.network, capability)
     if candidate.maker == "attention":
         from trt_wan.runtime.segments import attention
 

@@ -13,6 +13,7 @@ from typing import cast
 from trt_wan.errors import EnvironmentBroken, UsageError, with_commands
 from trt_wan.install import install_command
 from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.segments.cudnn_library import FRONTEND
 from trt_wan.runtime.segments.segment import Segment
 
 Capability = tuple[int, int]
@@ -29,7 +30,6 @@ class Provider:
 
 
 ANY_NEWER: Capability = (99, 9)
-FRONTEND = "nvidia-cudnn-frontend"
 
 PROVIDERS = {
     "cudnn": Provider("cudnn", "Cudnn", (FRONTEND,), (8, 0), ANY_NEWER, range(8, 129, 8)),

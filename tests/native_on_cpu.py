@@ -1,0 +1,117 @@
+"""The native VAE on the CPU: its kernels by g++, its convolutions and products by torch, on numpy's memory."""
+
+import ctypes
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from kernels_on_cpu import CpuKernels
+
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contract import Network
+from trt_wan.runtime.segments.native import vae
+from trt_wan.runtime.segments.native.convolution import ConvShape
+from trt_wan.runtime.segments.native.gemm import Product
+
+THREADS = 32
+BARRIERS = ("finish", "transpose", "softmax")
+
+
+def at(address: int, shape: tuple[int, ...], dtype: Any = ml_dtypes.bfloat16) -> Any:
+    """A view of memory."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = (ctypes.c_uint8 * size).from_address(int(address))
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def tensor(address: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(at(address, shape).astype(np.float32))
+
+
+class Convolution:
+    """Rounds its result to bf16, sums in float32."""
+
+    workspace_bytes = 0
+
+    def __init__(self, gpu: Any, shape: ConvShape) -> None:
+        self.shape = shape
+
+    def enqueue(self, x: int, w: int, y: int, workspace: int) -> None:
+        s = self.shape
+        given = tensor(x, (*s.taken, s.inner)).permute(3, 0, 1, 2)[None]
+        top, bottom, left, right = s.pad
+        given = torch.nn.functional.pad(given, (left, right, top, bottom))
+        weight = tensor(w, (s.out, *s.kernel, s.inner)).permute(0, 4, 1, 2, 3)
+        made = torch.nn.functional.conv3d(given, weight, stride=s.stride)[0].permute(1, 2, 3, 0)
+        at(y, (s.frames, s.height, s.width, s.out))[:] = made.numpy()
+
+
+class Gemm:
+    def __init__(self, gpu: Any, library: Any, product: Product, float32: bool) -> None:
+        self.product, self.y = product, np.float32 if float32 else ml_dtypes.bfloat16
+
+    def enqueue(self, x: int, w: int, y: int, workspace: int) -> None:
+        p = self.product
+        a = _rows(x, p.rows, p.inner, p.x_pitch)
+        b = _rows(w, p.inner, p.out, p.w_pitch) if p.turned else _rows(w, p.out, p.inner, p.w_pitch).T
+        at(y, (p.rows, p.out), self.y)[:] = p.factor * (a @ b)
+
+
+def _rows(address: int, rows: int, columns: int, pitch: int) -> Any:
+    pitch = pitch or columns
+    flat = at(address, ((rows - 1) * pitch + columns,)).astype(np.float32)
+    return np.lib.stride_tricks.as_strided(flat, (rows, columns), (4 * pitch, 4))
+
+
+class Kernels:
+    """In place of kernels.Module, with a few threads per block."""
+
+    def __init__(self, folder: Path, launched: list[str]) -> None:
+        self._folder, self._launched = folder, launched
+
+    def __call__(self, device: Any, text: str, names: tuple[str, ...]) -> "Kernels":
+        self._kernels = CpuKernels(
+            text.replace(f"THREADS = {vae.THREADS}", f"THREADS = {THREADS}"), self._folder
+        )
+        return self
+
+    def launch(self, stream: Any, name: str, blocks: int, threads: int, *arguments: Any) -> None:
+        self._launched.append(name)
+        self._kernels.launch(name, blocks, THREADS, name.split("_")[0] in BARRIERS, *arguments)
+
+
+class VaeOnCpu:
+    """Opens and runs the VAE's networks. `launched` are the kernels of the last run, in order."""
+
+    def __init__(self, model: ModelConfig, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.model, self.launched = model, list[str]()
+        kept: dict[Hashable, Any] = {}
+
+        def once(key: Hashable, make: Callable[[], Any]) -> Any:
+            return kept.setdefault(key, None) or kept.__setitem__(key, make()) or kept[key]
+
+        self._gpu: Any = SimpleNamespace(stream=None, device=None, once=once)
+        patch.setattr(vae, "Module", Kernels(folder, self.launched))
+        patch.setattr(vae, "convolution", Convolution)
+        patch.setattr(vae, "Bf16Gemm", Gemm)
+        patch.setattr(vae, "CublasLt", object)
+
+    def run(self, network: Network, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The outputs by name. Outputs and scratch hold NaN before."""
+        segment = vae.Vae(network, self.model, self._gpu)
+        scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)
+        made = {}
+        for t in network.outputs:
+            size = int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize
+            made[t.name] = np.full(size, 0xFF, np.uint8).view(t.dtype).reshape(t.shape)
+        held = {name: np.ascontiguousarray(value) for name, value in values.items()}
+        addresses = {name: array.ctypes.data for name, array in {**held, **made}.items()}
+        segment.start(scratch.ctypes.data + -scratch.ctypes.data % 256)
+        self.launched.clear()
+        segment.enqueue(addresses)
+        return made
