@@ -15,7 +15,7 @@ from kernels_on_cpu import CpuKernels
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
 from trt_wan.runtime.segments.native import vae
-from trt_wan.runtime.segments.native.convolution import ConvShape
+from trt_wan.runtime.segments.native.conv_hopper import ConvShape
 from trt_wan.runtime.segments.native.gemm import Product
 
 THREADS = 32
@@ -49,6 +49,43 @@ class Convolution:
         weight = tensor(w, (s.out, *s.kernel, s.inner)).permute(0, 4, 1, 2, 3)
         made = torch.nn.functional.conv3d(given, weight, stride=s.stride)[0].permute(1, 2, 3, 0)
         at(y, (s.frames, s.height, s.width, s.out))[:] = made.numpy()
+
+
+class OwnConvolution:
+    """In place of HopperConvolution. It takes the weights where `repack` found them."""
+
+    weight_bytes = 256
+
+    def __init__(self, gpu: Any, shape: ConvShape, tiling: Any, norm: bool, parts: int) -> None:
+        self.shape, self.norm, self.parts = shape, norm, parts
+
+    def repack(self, given: int, bias: int, added_bias: int, w: int) -> None:
+        at(w, (3,), np.int64)[:] = given, bias, added_bias
+
+    def enqueue(self, x: int, w: int, added: int, y: int, gamma: int, normed: int, silu: bool) -> None:
+        s, (given, *biases) = self.shape, at(w, (3,), np.int64)
+        kernel = (1, 3, 3) if self.parts == 4 else s.kernel
+        outs = s.out * (2 if self.parts == 2 else 1)
+        weight = tensor(given, (outs, s.inner, *kernel))
+        bias = sum(torch.from_numpy(at(b, (outs,), np.float32).copy()) for b in biases if b)
+        taken = tensor(x, (*s.taken, s.inner)).permute(3, 0, 1, 2)[None]
+        if self.parts == 4:
+            taken = torch.nn.functional.interpolate(taken, scale_factor=(1, 2, 2), mode="nearest")
+        pad = (0, s.pad[0], s.pad[2])
+        made = torch.nn.functional.conv3d(taken, weight, bias, s.stride, pad)[0].permute(1, 2, 3, 0)
+        if self.parts == 2:
+            made = made.reshape(*made.shape[:3], 2, s.out).permute(0, 3, 1, 2, 4)
+            made = made.reshape(-1, s.height, s.width, s.out)
+        shape = tuple(made.shape)
+        if added:
+            made = made + tensor(added, shape)
+        if y:
+            at(y, shape)[:] = made.numpy()
+        assert self.norm == bool(gamma) == bool(normed)
+        if self.norm:
+            scales = torch.from_numpy(at(gamma, (s.out,), np.float32).copy())
+            made = torch.nn.functional.normalize(made, dim=-1) * s.out**0.5 * scales
+            at(normed, shape)[:] = (torch.nn.functional.silu(made) if silu else made).numpy()
 
 
 class Gemm:
@@ -88,8 +125,8 @@ class Kernels:
 class VaeOnCpu:
     """Opens and runs the VAE's networks. `launched` are the kernels of the last run, in order."""
 
-    def __init__(self, model: ModelConfig, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self.model, self.launched = model, list[str]()
+    def __init__(self, model: ModelConfig, folder: Path, patch: pytest.MonkeyPatch, own: bool) -> None:
+        self.own, self.model, self.launched = own, model, list[str]()
         kept: dict[Hashable, Any] = {}
 
         def once(key: Hashable, make: Callable[[], Any]) -> Any:
@@ -99,11 +136,13 @@ class VaeOnCpu:
         patch.setattr(vae, "Module", Kernels(folder, self.launched))
         patch.setattr(vae, "convolution", Convolution)
         patch.setattr(vae, "Bf16Gemm", Gemm)
+        patch.setattr(vae, "HopperConvolution", OwnConvolution)
+        patch.setattr(vae, "TILINGS", {(i // 12, o // 12, k): t for (i, o, k), t in vae.TILINGS.items()})
         patch.setattr(vae, "CublasLt", object)
 
     def run(self, network: Network, values: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs by name. Outputs and scratch hold NaN before."""
-        segment = vae.Vae(network, self.model, self._gpu)
+        segment = vae.Vae(network, self.model, self._gpu, self.own)
         scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)
         made = {}
         for t in network.outputs:
