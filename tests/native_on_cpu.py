@@ -1,4 +1,4 @@
-"""The native VAE on the CPU: its kernels by g++, its convolutions and products by torch, on numpy's memory."""
+"""The native VAE on the CPU: kernels by g++, convolutions and products by torch, on numpy's memory."""
 
 import ctypes
 from collections.abc import Callable, Hashable, Mapping
@@ -51,6 +51,61 @@ class Convolution:
         at(y, (s.frames, s.height, s.width, s.out))[:] = made.numpy()
 
 
+class Fused:
+    """In place of HopperConvolution. Its weights stay as they are, in float32, the bias behind them."""
+
+    def __init__(self, shape: ConvShape, parts: int, norm: bool) -> None:
+        self.shape, self.parts, self.norm = shape, parts, norm
+        self._out = shape.out * (2 if parts == 2 else 1)
+        self._kernel = (1, 3, 3) if parts == 4 else shape.kernel
+        self._count = self._out * shape.inner * int(np.prod(self._kernel))
+
+    @property
+    def weight_bytes(self) -> int:
+        return 4 * (self._count + self._out)
+
+    def repack(self, given: int, bias: int, added_bias: int, w: int) -> None:
+        made = at(w, (self._count + self._out,), np.float32)
+        made[: self._count] = at(given, (self._count,))
+        made[self._count :] = at(bias, (self._out,), np.float32)
+        if added_bias:
+            made[self._count :] += at(added_bias, (self._out,), np.float32)
+
+    def enqueue(self, x: int, w: int, added: int, y: int, gamma: int, normed: int, silu: bool) -> None:
+        s, packed = self.shape, torch.from_numpy(at(w, (self._count + self._out,), np.float32))
+        given = tensor(x, (*s.taken, s.inner)).permute(3, 0, 1, 2)[None]
+        top, bottom, left, right = s.pad
+        if self.parts == 4:
+            given, top, bottom, left, right = (
+                given.repeat_interleave(2, 3).repeat_interleave(2, 4),
+                1,
+                1,
+                1,
+                1,
+            )
+        given = torch.nn.functional.pad(given, (left, right, top, bottom))
+        weight = packed[: self._count].reshape(self._out, s.inner, *self._kernel)
+        made = torch.nn.functional.conv3d(given, weight, packed[self._count :], s.stride)[0].permute(
+            1, 2, 3, 0
+        )
+        if self.parts == 2:
+            made = torch.stack(made.chunk(2, dim=-1), 1).flatten(0, 1)
+        if added:
+            made = made + tensor(added, tuple(made.shape))
+        made = made.bfloat16().float()
+        assert bool(normed) == self.norm
+        if y:
+            at(y, tuple(made.shape))[:] = made.numpy()
+        if normed:
+            scale = torch.from_numpy(at(gamma, (s.out,), np.float32)) * s.out**0.5
+            made = torch.nn.functional.normalize(made, dim=-1) * scale
+            at(normed, tuple(made.shape))[:] = (torch.nn.functional.silu(made) if silu else made).numpy()
+
+
+def fused(gpu: Any, shape: ConvShape, parts: int, *, norm: bool) -> Fused | None:
+    return Fused(shape, parts, norm) if shape.stride[1:] == (1, 1) and shape.out % 8 == 0 else None
+
+
 class Gemm:
     def __init__(self, gpu: Any, library: Any, product: Product, float32: bool) -> None:
         self.product, self.y = product, np.float32 if float32 else ml_dtypes.bfloat16
@@ -86,9 +141,13 @@ class Kernels:
 
 
 class VaeOnCpu:
-    """Opens and runs the VAE's networks. `launched` are the kernels of the last run, in order."""
+    """Opens and runs the VAE's networks. `launched` are the kernels of the last run, in order. `hopper`: with
+    convolutions that finish themselves.
+    """
 
-    def __init__(self, model: ModelConfig, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, model: ModelConfig, folder: Path, patch: pytest.MonkeyPatch, hopper: bool = False
+    ) -> None:
         self.model, self.launched = model, list[str]()
         kept: dict[Hashable, Any] = {}
 
@@ -98,6 +157,7 @@ class VaeOnCpu:
         self._gpu: Any = SimpleNamespace(stream=None, device=None, once=once)
         patch.setattr(vae, "Module", Kernels(folder, self.launched))
         patch.setattr(vae, "convolution", Convolution)
+        patch.setattr(vae, "fused", fused if hopper else lambda *given, norm: None)
         patch.setattr(vae, "Bf16Gemm", Gemm)
         patch.setattr(vae, "CublasLt", object)
 

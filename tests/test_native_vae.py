@@ -24,9 +24,10 @@ def typed(network: Network, values: dict[str, Any]) -> dict[str, Any]:
     return {t.name: np.asarray(values[t.name]).astype(t.dtype) for t in tensors}
 
 
-def test_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hopper", [False, True])
+def test_walk(hopper: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(64, 48, 9, "bf16")
-    cpu = VaeOnCpu(TINY, tmp_path, monkeypatch)
+    cpu = VaeOnCpu(TINY, tmp_path, monkeypatch, hopper)
     weights = random_weights()
     weights = {
         n: w.astype("bfloat16").astype(np.float32) if w.ndim > 1 and "gamma" not in n else w

@@ -14,8 +14,8 @@ from trt_wan.runtime.segments import cudnn_library
 
 @dataclass(frozen=True)
 class ConvShape:
-    """`frames`, `height` and `width` are of the result. The order of three is time, height, width. `pad` is the
-    zeros around each picture: rows above and below, columns to the left and to the right.
+    """`frames`, `height` and `width` are of the result. The order of three is time, height, width. `pad` is
+    the zeros around each picture: rows above and below, columns to the left and to the right.
     """
 
     frames: int

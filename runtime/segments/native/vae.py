@@ -1,14 +1,15 @@
 """The VAE without TensorRT: channels-last bf16 convolutions, and native kernels between them.
 
-The arithmetic is that of the graphs in build/models/vae.py: norms, sums and the softmax in float32, tensors in
-bf16. The layers are walked once, which yields a list of steps. A convolution reads `taken`, where the pass before
-it put its input behind the frames of the cache, and writes `made`; `kept` is the residual stream. Weights come
-in the checkpoint's layout and are turned into the convolutions' each time, just before use: 0.15 GB a network.
+The arithmetic is that of the graphs in build/models/vae.py: norms, sums and the softmax in float32, tensors
+in bf16. The layers are walked once, which yields a list of steps. A convolution reads `taken`, where the pass
+before it put its input behind the frames of the cache, and writes `made`; `kept` is the residual stream. On
+Hopper most convolutions are postponed to the pass behind them, and one kernel computes both. Weights come in
+the checkpoint's layout and are turned into the convolutions' each time, just before use: 0.15 GB a network.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from trt_wan.engines.contracts.vae_layers import LATENT_MEAN, LATENT_STD, Layer
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import MOST_BLOCKS, Gpu
 from trt_wan.runtime.device.kernels import Module, read_source
+from trt_wan.runtime.segments.native.conv_hopper import UP, fused
 from trt_wan.runtime.segments.native.convolution import ConvShape, convolution
 from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, Bf16Gemm, CublasLt, Product
 
@@ -72,12 +74,23 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Pending:
+    """A convolution that is computed when it is finished. It reads `x`."""
+
+    shape: ConvShape
+    parts: int
+    x: At
+    weight: At
+
+
+@dataclass(frozen=True)
 class Unfinished:
-    """What a convolution wrote to `made`, without its bias; perhaps with something to be added to it."""
+    """A convolution without its bias, in `made` or `pending`; perhaps with something to be added to it."""
 
     bias: At
     added: At | None = None
     added_bias: At | None = None
+    pending: Pending | None = None
 
 
 class Vae:
@@ -101,7 +114,11 @@ class Vae:
         pass
 
 
-KEPT, TAKEN, MADE, SHORTCUT = (At(f"scratch.{name}") for name in ("kept", "taken", "made", "shortcut"))
+KEPT, MADE, SHORTCUT = (At(f"scratch.{name}") for name in ("kept", "made", "shortcut"))
+TAKEN, TAKEN_NEXT = (
+    At("scratch.taken"),
+    At("scratch.taken_next"),
+)  # the kernel that finishes reads one, writes one
 WEIGHT, WORKSPACE = At("scratch.weight"), At("scratch.workspace")
 
 
@@ -117,6 +134,7 @@ class _Walk:
         module = gpu.once((__name__, model.vae), lambda: Module(gpu.device, text, names))
         self._kernel = partial(module.launch, gpu.stream)
         self._last: Unfinished | None = None
+        self._input = TAKEN
 
         given = network.inputs[0]
         self.frames, self.height, self.width = given.shape[1:]
@@ -163,7 +181,7 @@ class _Walk:
             self._take(2, VECTOR)
             cache = 0 if self._first else At(f"{layer.name}.cache")
             picture = self.height * self.width
-            addresses = At("frames"), cache, TAKEN, At(f"{layer.name}.cache_out")
+            addresses = At("frames"), cache, self._input, At(f"{layer.name}.cache_out")
             count = (2 + self.frames) * picture
             self._each("frames_in", count, *addresses, np.int64(self.frames), np.int64(picture))
         self._conv(layer.name, layer.inner, layer.out, (3, 3, 3))
@@ -172,20 +190,21 @@ class _Walk:
         name = layer.name
         self._norm_conv(f"{name}.residual.0", f"{name}.residual.2", layer.inner, layer.out, keep=True)
         self._norm_conv(f"{name}.residual.3", f"{name}.residual.6", layer.out, layer.out)
-        added, bias = KEPT, None
+        assert self._last is not None
+        self._last = replace(self._last, added=KEPT)
         if layer.inner != layer.out:
             shape = ConvShape(self.frames, self.height, self.width, layer.inner, layer.out, (1, 1, 1))
             self._need(SHORTCUT, self.pixels * layer.out * BF16)
             self._multiply(shape, KEPT, At(f"{name}.shortcut.weight"), SHORTCUT)
-            added, bias = SHORTCUT, At(f"{name}.shortcut.bias")
-        self._last = Unfinished(At(f"{name}.residual.6.bias"), added, bias)
+            bias = At(f"{name}.shortcut.bias")
+            self._last = replace(self._last, added=SHORTCUT, added_bias=bias)
 
     def _attention(self, layer: Layer) -> None:
         """One head over the positions of each frame. The scores lie where shortcuts do."""
         name, c, tokens = layer.name, layer.inner, self.height * self.width
         self._finish(f"{name}.norm.gamma", self._taken(0, c), silu=False, keep=True)
         self._need(MADE, 3 * self.pixels * c * BF16)
-        self._gemm(Product(self.pixels, 3 * c, c), TAKEN, At(f"{name}.to_qkv.weight"), MADE)
+        self._gemm(Product(self.pixels, 3 * c, c), self._input, At(f"{name}.to_qkv.weight"), MADE)
         bias = At(f"{name}.to_qkv.bias"), np.int64(self.pixels), np.uint32(3 * c)
         self._each("add_bias", self.pixels * 3 * c // VECTOR, MADE, *bias)
         rows = _share(tokens, SCORES_BYTES // (tokens * (FLOAT32 + BF16)))
@@ -198,8 +217,8 @@ class _Walk:
             for row in range(0, tokens, rows):
                 self._gemm(scored, At(q.name, q.offset + row * 3 * c * BF16), k, SHORTCUT, float32=True)
                 self._launch("softmax", rows, SHORTCUT, weights, np.int64(tokens))
-                self._gemm(mixed, weights, v, At(TAKEN.name, (frame * tokens + row) * c * BF16))
-        self._gemm(Product(self.pixels, c, c), TAKEN, At(f"{name}.proj.weight"), MADE)
+                self._gemm(mixed, weights, v, At(self._input.name, (frame * tokens + row) * c * BF16))
+        self._gemm(Product(self.pixels, c, c), self._input, At(f"{name}.proj.weight"), MADE)
         self._last = Unfinished(At(f"{name}.proj.bias"), KEPT)
 
     def _down(self, layer: Layer) -> None:
@@ -220,21 +239,33 @@ class _Walk:
 
     def _up(self, layer: Layer) -> None:
         conv, time_conv, c = f"{layer.name}.resample.1", f"{layer.name}.time_conv", layer.inner
+        in_parts = fused(self._gpu, self._shape(c, layer.out, *UP), 4, norm=True) is not None
+        if layer.kind == "up3d" and self._first:  # the second chunk sees zeros before it, not the first frame
+            self._zero(At(f"{time_conv}.cache_out"), 2 * self.height * self.width * c * BF16)
         if layer.kind == "up3d" and not self._first:
             self._finish(None, self._taken(2, c))
             self._history(time_conv, 2)
-            self._conv(time_conv, c, 2 * c, (3, 1, 1))
-            self._enlarge(MADE, At(f"{time_conv}.bias"), c, 2)
+            if in_parts:
+                self._postpone(time_conv, self._shape(c, c, (3, 1, 1)), 2)
+                self.frames *= 2
+                self._finish(None, self._taken(0, c))
+            else:
+                self._conv(time_conv, c, 2 * c, (3, 1, 1))
+                self._enlarge(MADE, At(f"{time_conv}.bias"), c, 2)
+        elif in_parts:
+            self._finish(None, self._taken(0, c))
         else:
             self._need(KEPT, self.pixels * c * BF16)
             self._finish(None, KEPT)
-            if layer.kind == "up3d":  # the second chunk sees zeros before it, not the first frame
-                self._zero(At(f"{time_conv}.cache_out"), 2 * self.height * self.width * c * BF16)
             self._enlarge(KEPT, 0, c, 1)
-        self._conv(conv, c, layer.out, (1, 3, 3), pad=(1, 1, 1, 1))
+        if in_parts:
+            self._postpone(conv, self._shape(c, layer.out, *UP), 4)
+            self.height, self.width = 2 * self.height, 2 * self.width
+        else:
+            self._conv(conv, c, layer.out, (1, 3, 3), pad=(1, 1, 1, 1))
 
     def _head(self, layer: Layer, decodes: bool) -> None:
-        self._norm_conv(f"{layer.name}.0", f"{layer.name}.2", layer.inner, layer.out)
+        self._norm_conv(f"{layer.name}.0", f"{layer.name}.2", layer.inner, layer.out, at_once=True)
         if decodes:
             bias = At(f"{layer.name}.2.bias")
             self._each("frames_out", self.pixels, MADE, bias, At("frames"), np.int64(self.pixels))
@@ -246,11 +277,13 @@ class _Walk:
 
     # Parts of layers
 
-    def _norm_conv(self, norm: str, conv: str, inner: int, out: int, keep: bool = False) -> None:
+    def _norm_conv(
+        self, norm: str, conv: str, inner: int, out: int, *, keep: bool = False, at_once: bool = False
+    ) -> None:
         """RMS norm, SiLU, and a causal convolution. `keep`: the input is needed later."""
         self._finish(f"{norm}.gamma", self._taken(2, inner), keep=keep)
         self._history(conv, 2)
-        self._conv(conv, inner, out, (3, 3, 3))
+        self._conv(conv, inner, out, (3, 3, 3), at_once=at_once)
 
     def _finish(self, gamma: str | None, to: At, *, silu: bool = True, keep: bool = False) -> None:
         """Writes the finished convolution to `to`, normalised where there is a gamma, and to `kept`."""
@@ -260,6 +293,9 @@ class _Walk:
             self._need(KEPT, self.pixels * c * BF16)
         raw = to if gamma is None else KEPT if keep else 0
         normed = (0, 0) if gamma is None else (At(gamma), to)
+        if last.pending:
+            self._multiply_and_finish(last, last.pending, raw, normed, silu)
+            return
         lanes = math.gcd(c // VECTOR, 32)
         blocks = min(-(-self.pixels * lanes // THREADS), MOST_BLOCKS)
         added = last.added or 0, last.added_bias or 0
@@ -274,22 +310,52 @@ class _Walk:
         kernel: tuple[int, int, int],
         stride: tuple[int, int, int] = (1, 1, 1),
         pad: tuple[int, int, int, int] | None = None,
+        at_once: bool = False,
     ) -> None:
-        """From `taken` to `made`. The picture has the size of the result already, but for its channels."""
+        """From `taken` to `made`, or postponed unless `at_once`. The picture has the size of the result
+        already, but for its channels.
+        """
         if pad is None:
             pad = (1, 1, 1, 1) if kernel == (3, 3, 3) else (0, 0, 0, 0)
         wide_inner, wide_out = (-(-channels // VECTOR) * VECTOR for channels in (inner, out))
-        shape = ConvShape(
-            self.frames, self.height, self.width, wide_inner, wide_out, kernel, stride=stride, pad=pad
-        )
+        shape = self._shape(wide_inner, wide_out, kernel, pad, stride)
+        exact = (wide_inner, wide_out) == (inner, out)
+        if exact and not at_once and fused(self._gpu, shape, 1, norm=False):
+            self._postpone(name, shape, 1)
+            return
         taps = math.prod(kernel)
         count = wide_out * taps * wide_inner
         self._need(WEIGHT, count * BF16)
         sizes = np.uint32(out), np.uint32(inner), np.uint32(taps), np.int64(wide_out), np.uint32(wide_inner)
         self._each("repack", count // VECTOR, At(f"{name}.weight"), WEIGHT, *sizes)
         self._need(MADE, self.pixels * wide_out * BF16)
-        self._multiply(shape, TAKEN, WEIGHT, MADE)
+        self._multiply(shape, self._input, WEIGHT, MADE)
         self._last, self.channels = Unfinished(At(f"{name}.bias")), out
+
+    def _shape(
+        self,
+        inner: int,
+        out: int,
+        kernel: tuple[int, int, int],
+        pad: tuple[int, int, int, int] = (0, 0, 0, 0),
+        stride: tuple[int, int, int] = (1, 1, 1),
+    ) -> ConvShape:
+        return ConvShape(self.frames, self.height, self.width, inner, out, kernel, stride, pad)
+
+    def _postpone(self, name: str, shape: ConvShape, parts: int) -> None:
+        """Until `_finish`: a convolution from `taken`."""
+        pending = Pending(shape, parts, self._input, At(f"{name}.weight"))
+        self._last, self.channels = Unfinished(At(f"{name}.bias"), pending=pending), shape.out
+
+    def _multiply_and_finish(
+        self, last: Unfinished, pending: Pending, raw: At | int, normed: tuple[At | int, At | int], silu: bool
+    ) -> None:
+        made = fused(self._gpu, pending.shape, pending.parts, norm=normed != (0, 0))
+        assert made is not None
+        self._need(WEIGHT, made.weight_bytes)
+        given = pending.weight, last.bias, last.added_bias or 0
+        self.steps.append(Step(made.repack, (*given, WEIGHT)))
+        self.steps.append(Step(made.enqueue, (pending.x, WEIGHT, last.added or 0, raw, *normed, silu)))
 
     def _multiply(self, shape: ConvShape, x: At, w: At, y: At) -> None:
         made = convolution(self._gpu, shape)
@@ -309,31 +375,33 @@ class _Walk:
         count = self.pixels * parts * channels // VECTOR
         self.frames, self.height, self.width = self.frames * parts, 2 * self.height, 2 * self.width
         self._take(0, channels)
-        self._each("enlarge", count, source, bias, TAKEN, *sizes)
+        self._each("enlarge", count, source, bias, self._input, *sizes)
 
     def _history(self, name: str, frames: int) -> None:
-        """The frames of a convolution's cache stand before those in `taken`; the last ones go to the cache."""
+        """Puts a convolution's cache before the frames in `taken`; the last frames go to the cache."""
         count = frames * self.height * self.width
         if self._first:
-            self._zero(TAKEN, count * self.channels * BF16)
+            self._zero(self._input, count * self.channels * BF16)
         else:
-            self._transpose(At(f"{name}.cache"), TAKEN, self.channels, count)
+            self._transpose(At(f"{name}.cache"), self._input, self.channels, count)
         self._to_cache(name, self.frames, frames)
 
     def _to_cache(self, name: str, start: int, frames: int) -> None:
         """`frames` frames of `taken`."""
         picture = self.height * self.width
-        source = At(TAKEN.name, start * picture * self.channels * BF16)
+        source = At(self._input.name, start * picture * self.channels * BF16)
         self._transpose(source, At(f"{name}.cache_out"), frames * picture, self.channels)
 
     def _taken(self, frames: int, channels: int) -> At:
         """Where the input of a convolution begins that has `frames` frames before it."""
         self._take(frames, channels)
         self.channels = channels
-        return At(TAKEN.name, frames * self.height * self.width * channels * BF16)
+        return At(self._input.name, frames * self.height * self.width * channels * BF16)
 
     def _take(self, before: int, channels: int) -> None:
-        self._need(TAKEN, (before + self.frames) * self.height * self.width * channels * BF16)
+        if self._last and self._last.pending:
+            self._input = TAKEN_NEXT if self._last.pending.x == TAKEN else TAKEN
+        self._need(self._input, (before + self.frames) * self.height * self.width * channels * BF16)
 
     def _need(self, part: At, size: int) -> None:
         self.parts[part.name] = max(size, self.parts.get(part.name, 0))
