@@ -15,7 +15,7 @@ from kernels_on_cpu import CpuKernels
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
 from trt_wan.runtime.segments.native import vae
-from trt_wan.runtime.segments.native.conv_hopper import ConvShape
+from trt_wan.runtime.segments.native.convolution import ConvShape
 from trt_wan.runtime.segments.native.gemm import Product
 
 THREADS = 32
@@ -51,41 +51,59 @@ class Convolution:
         at(y, (s.frames, s.height, s.width, s.out))[:] = made.numpy()
 
 
-class OwnConvolution:
-    """In place of HopperConvolution. It takes the weights where `repack` found them."""
+class Fused:
+    """In place of HopperConvolution. Its weights stay as they are, in float32, the bias behind them."""
 
-    weight_bytes = 256
+    def __init__(self, shape: ConvShape, parts: int, norm: bool) -> None:
+        self.shape, self.parts, self.norm = shape, parts, norm
+        self._out = shape.out * (2 if parts == 2 else 1)
+        self._kernel = (1, 3, 3) if parts == 4 else shape.kernel
+        self._count = self._out * shape.inner * int(np.prod(self._kernel))
 
-    def __init__(self, gpu: Any, shape: ConvShape, tiling: Any, norm: bool, parts: int) -> None:
-        self.shape, self.norm, self.parts = shape, norm, parts
+    @property
+    def weight_bytes(self) -> int:
+        return 4 * (self._count + self._out)
 
     def repack(self, given: int, bias: int, added_bias: int, w: int) -> None:
-        at(w, (3,), np.int64)[:] = given, bias, added_bias
+        made = at(w, (self._count + self._out,), np.float32)
+        made[: self._count] = at(given, (self._count,))
+        made[self._count :] = at(bias, (self._out,), np.float32)
+        if added_bias:
+            made[self._count :] += at(added_bias, (self._out,), np.float32)
 
     def enqueue(self, x: int, w: int, added: int, y: int, gamma: int, normed: int, silu: bool) -> None:
-        s, (given, *biases) = self.shape, at(w, (3,), np.int64)
-        kernel = (1, 3, 3) if self.parts == 4 else s.kernel
-        outs = s.out * (2 if self.parts == 2 else 1)
-        weight = tensor(given, (outs, s.inner, *kernel))
-        bias = sum(torch.from_numpy(at(b, (outs,), np.float32).copy()) for b in biases if b)
-        taken = tensor(x, (*s.taken, s.inner)).permute(3, 0, 1, 2)[None]
+        s, packed = self.shape, torch.from_numpy(at(w, (self._count + self._out,), np.float32))
+        given = tensor(x, (*s.taken, s.inner)).permute(3, 0, 1, 2)[None]
+        top, bottom, left, right = s.pad
         if self.parts == 4:
-            taken = torch.nn.functional.interpolate(taken, scale_factor=(1, 2, 2), mode="nearest")
-        pad = (0, s.pad[0], s.pad[2])
-        made = torch.nn.functional.conv3d(taken, weight, bias, s.stride, pad)[0].permute(1, 2, 3, 0)
+            given, top, bottom, left, right = (
+                given.repeat_interleave(2, 3).repeat_interleave(2, 4),
+                1,
+                1,
+                1,
+                1,
+            )
+        given = torch.nn.functional.pad(given, (left, right, top, bottom))
+        weight = packed[: self._count].reshape(self._out, s.inner, *self._kernel)
+        made = torch.nn.functional.conv3d(given, weight, packed[self._count :], s.stride)[0].permute(
+            1, 2, 3, 0
+        )
         if self.parts == 2:
-            made = made.reshape(*made.shape[:3], 2, s.out).permute(0, 3, 1, 2, 4)
-            made = made.reshape(-1, s.height, s.width, s.out)
-        shape = tuple(made.shape)
+            made = torch.stack(made.chunk(2, dim=-1), 1).flatten(0, 1)
         if added:
-            made = made + tensor(added, shape)
+            made = made + tensor(added, tuple(made.shape))
+        made = made.bfloat16().float()
+        assert bool(normed) == self.norm
         if y:
-            at(y, shape)[:] = made.numpy()
-        assert self.norm == bool(gamma) == bool(normed)
-        if self.norm:
-            scales = torch.from_numpy(at(gamma, (s.out,), np.float32).copy())
-            made = torch.nn.functional.normalize(made, dim=-1) * s.out**0.5 * scales
-            at(normed, shape)[:] = (torch.nn.functional.silu(made) if silu else made).numpy()
+            at(y, tuple(made.shape))[:] = made.numpy()
+        if normed:
+            scale = torch.from_numpy(at(gamma, (s.out,), np.float32)) * s.out**0.5
+            made = torch.nn.functional.normalize(made, dim=-1) * scale
+            at(normed, tuple(made.shape))[:] = (torch.nn.functional.silu(made) if silu else made).numpy()
+
+
+def fused(gpu: Any, shape: ConvShape, parts: int, *, norm: bool) -> Fused:
+    return Fused(shape, parts, norm)
 
 
 class Gemm:
@@ -123,10 +141,14 @@ class Kernels:
 
 
 class VaeOnCpu:
-    """Opens and runs the VAE's networks. `launched` are the kernels of the last run, in order."""
+    """Opens and runs the VAE's networks. `launched` are the kernels of the last run, in order. `own`: with
+    convolutions that finish themselves.
+    """
 
-    def __init__(self, model: ModelConfig, folder: Path, patch: pytest.MonkeyPatch, own: bool) -> None:
-        self.own, self.model, self.launched = own, model, list[str]()
+    def __init__(
+        self, model: ModelConfig, folder: Path, patch: pytest.MonkeyPatch, own: bool = False
+    ) -> None:
+        self.model, self.launched, self._own = model, list[str](), own
         kept: dict[Hashable, Any] = {}
 
         def once(key: Hashable, make: Callable[[], Any]) -> Any:
@@ -135,14 +157,14 @@ class VaeOnCpu:
         self._gpu: Any = SimpleNamespace(stream=None, device=None, once=once)
         patch.setattr(vae, "Module", Kernels(folder, self.launched))
         patch.setattr(vae, "convolution", Convolution)
+        patch.setattr(vae, "fused", fused)
+        patch.setattr(vae, "tiling", lambda shape: shape.stride[1:] == (1, 1) and shape.out % 8 == 0 or None)
         patch.setattr(vae, "Bf16Gemm", Gemm)
-        patch.setattr(vae, "HopperConvolution", OwnConvolution)
-        patch.setattr(vae, "TILINGS", {(i // 12, o // 12, k): t for (i, o, k), t in vae.TILINGS.items()})
         patch.setattr(vae, "CublasLt", object)
 
     def run(self, network: Network, values: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs by name. Outputs and scratch hold NaN before."""
-        segment = vae.Vae(network, self.model, self._gpu, self.own)
+        segment = vae.Vae(network, self.model, self._gpu, self._own)
         scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)
         made = {}
         for t in network.outputs:

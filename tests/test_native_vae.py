@@ -25,7 +25,7 @@ def typed(network: Network, values: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+def test_walk(own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(64, 48, 9, "bf16")
     cpu = VaeOnCpu(TINY, tmp_path, monkeypatch, own)
     weights = random_weights()

@@ -4,43 +4,24 @@ x is [frames, height, width, inner] in bf16. Weights come in the checkpoint's la
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.runtime.device.checked import cuda
+from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import Module, read_source
+from trt_wan.runtime.segments.native.convolution import ConvShape
 
 Words = NDArray[np.uint64]
 
+CAPABILITY = (9, 0)
 SHARED = 227 << 10  # bytes that a block of Hopper may have
 THREADS = 384
+MOST_MAPS = 16
 KERNELS = ("convolve", "repack_for_hopper")
-
-
-@dataclass(frozen=True)
-class ConvShape:
-    frames: int
-    height: int
-    width: int
-    inner: int
-    out: int
-    kernel: tuple[int, int, int] = (3, 3, 3)
-    stride: tuple[int, int, int] = (1, 1, 1)
-    pad: tuple[int, int, int, int] = (1, 1, 1, 1)  # top, bottom, left, right
-
-    @property
-    def taken(self) -> tuple[int, int, int]:
-        """Frames, height and width of x."""
-        t, y, x = (
-            (size - 1) * stride + kernel
-            for size, stride, kernel in zip(
-                (self.frames, self.height, self.width), self.stride, self.kernel, strict=True
-            )
-        )
-        return t, y - sum(self.pad[:2]), x - sum(self.pad[2:])
 
 
 @dataclass(frozen=True)
@@ -55,6 +36,36 @@ class Tiling:
     a_stages: int = 2
     cluster: int = 1
     base_offset: bool = False
+
+
+# Kernel and padding of four parts that together enlarge a picture twice (nearest) and convolve it with 3x3.
+UP: tuple[tuple[int, int, int], tuple[int, int, int, int]] = ((1, 2, 2), (1, 0, 1, 0))
+
+
+def tiling(shape: ConvShape) -> Tiling | None:
+    """The fastest that was measured (docs/log.md); None for shapes that the kernel cannot compute."""
+    if shape.stride[1:] != (1, 1) or shape.inner % 32:
+        return None
+    shift = shape.kernel[2] > 1
+    match shape.out:
+        case 96:
+            return Tiling(32, 16, 32, shift, a_stages=3)
+        case 192 if shape.inner % 64:
+            return Tiling(16, 16, 32, shift, a_stages=3)
+        case 192:
+            return Tiling(16, 16, 64, shift)
+        case 384 if shape.inner % 64 == 0:
+            return Tiling(16, 8, 64, False)
+    return None
+
+
+def fused(gpu: Gpu, shape: ConvShape, parts: int, *, norm: bool) -> "HopperConvolution | None":
+    """The convolution of that shape, built once per Gpu. None if this kernel does not compute it here."""
+    chosen = tiling(shape)
+    if gpu.capability != CAPABILITY or chosen is None:
+        return None
+    made = HopperConvolution
+    return gpu.once((made, shape, parts, norm), lambda: made(gpu, shape, chosen, parts, norm))
 
 
 def wgmma(columns: int) -> str:
@@ -75,7 +86,7 @@ __device__ __forceinline__ void wgmma(float (&d)[{count}], u64 a, u64 b) {{
 class Plan:
     """Macros and sizes of the kernel for a shape and a tiling."""
 
-    def __init__(self, shape: ConvShape, tiling: Tiling, norm: bool, parts: int = 1) -> None:
+    def __init__(self, shape: ConvShape, tiling: Tiling, parts: int, norm: bool) -> None:
         t, r, s = shape.kernel
         margin = s - 1 if tiling.shift else 0
         self.pitch = tiling.pitch or -(-(tiling.width + margin) // 8) * 8
@@ -90,7 +101,6 @@ class Plan:
         self.box = shape.out // tiling.cluster
         if self.box > 256:
             self.box //= 2
-        self.shared = SHARED
         self.columns = shape.out // self.split
         self.macros: dict[str, object] = {
             "TILE_W": tiling.width,
@@ -145,6 +155,12 @@ def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...]) -> Wo
     return np.array([int(word) for word in made.opaque], np.uint64)
 
 
+def _compiled(gpu: Gpu, plan: Plan, macros: Mapping[str, object]) -> Module:
+    module = Module(gpu.device, plan.source, KERNELS, {**plan.macros, **macros}, accelerated=True)
+    module.allow_shared("convolve", SHARED)
+    return module
+
+
 class HopperConvolution:
     """A convolution of one shape, or `parts` of them: see conv_hopper.cu. The shape is that of one part.
 
@@ -154,17 +170,16 @@ class HopperConvolution:
 
     def __init__(
         self,
-        gpu: Any,
+        gpu: Gpu,
         shape: ConvShape,
         tiling: Tiling,
-        norm: bool = False,
         parts: int = 1,
+        norm: bool = False,
         **macros: object,
     ) -> None:
         self._gpu, self.shape, self._tiling, self._parts = gpu, shape, tiling, parts
-        self._plan = plan = Plan(shape, tiling, norm, parts)
-        self._module = Module(gpu.device, plan.source, KERNELS, plan.macros | macros, accelerated=True)
-        self._module.allow_shared("convolve", plan.shared)
+        self._plan = plan = Plan(shape, tiling, parts, norm)
+        self._module = gpu.once((__name__, *plan.macros.values()), lambda: _compiled(gpu, plan, macros))
         across, down = -(-shape.width // tiling.width), -(-shape.height // tiling.height)
         rounds = -(-across * down * shape.frames // tiling.cluster) * parts
         clusters = int(gpu.device.properties.multiprocessor_count) // tiling.cluster
@@ -200,18 +215,17 @@ class HopperConvolution:
         gamma: int = 0,
         normed: int = 0,
         silu: bool = True,
-        room: int = 0,
     ) -> None:
-        """Takes addresses on the device; added and y may be 0. `room` is rows and columns to leave free in y
-        below and right of each picture.
-        """
+        """Takes addresses on the device; added and y may be 0. y may be added."""
         shape = self.shape
         if (x, w) not in self._maps:
+            if len(self._maps) == MOST_MAPS:  # the scratch moves from time to time
+                self._maps.clear()
             self._maps[x, w] = self._both(x, w)
         bias = w + 2 * self._weight_rows * shape.inner
         scale, pairs = 1 + (self._parts == 4), 1 + (self._parts == 2)
-        row = scale * shape.width + room
-        strides = scale, scale * row, pairs * row * (scale * shape.height + room)
+        row = scale * shape.width
+        strides = scale, scale * row, pairs * row * scale * shape.height
         sizes = shape.frames, shape.height, shape.width, shape.pad[0], shape.pad[2], shape.stride[0]
         self._module.launch(
             self._gpu.stream,
@@ -220,7 +234,7 @@ class HopperConvolution:
             THREADS,
             *(*self._maps[x, w], bias, added, y, gamma, normed),
             *map(np.int32, (silu, *sizes, *strides)),
-            shared=self._plan.shared,
+            shared=SHARED,
         )
 
     def _both(self, x: int, w: int) -> tuple[Words, Words]:

@@ -4,12 +4,12 @@ x is [frames, height, width, channels], w is [out, t, r, s, inner], y is like x.
 never padded: a causal convolution gets two more frames than it returns.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from trt_wan.errors import EnvironmentBroken
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.segments import cudnn_library
-from trt_wan.runtime.segments.native.conv_hopper import ConvShape
 
 # Names of cuDNN's plans that are faster than the first of its heuristics, by the channels of x and y and the
 # kernel: of some thirty plans, measured on an H200 with cuDNN 9.19 at 832x480 and 1280x720 (docs/log.md).
@@ -21,6 +21,38 @@ FASTER = {
     (384, 384, (3, 3, 3)): _WIDE,
     (384, 192, (1, 3, 3)): _NARROW,
 }
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """`frames`, `height` and `width` are of the result. The order of three is time, height, width. `pad` is
+    the zeros around each picture: rows above and below, columns to the left and to the right.
+    """
+
+    frames: int
+    height: int
+    width: int
+    inner: int
+    out: int
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int] = (1, 1, 1)
+    pad: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @property
+    def taken(self) -> tuple[int, int, int]:
+        """Frames, height and width of x."""
+        t, y, x = (
+            (size - 1) * stride + kernel
+            for size, stride, kernel in zip(
+                (self.frames, self.height, self.width), self.stride, self.kernel, strict=True
+            )
+        )
+        return t, y - sum(self.pad[:2]), x - sum(self.pad[2:])
+
+    @property
+    def flops(self) -> int:
+        t, r, s = self.kernel
+        return 2 * self.frames * self.height * self.width * self.out * t * r * s * self.inner
 
 
 def convolution(gpu: Gpu, shape: ConvShape) -> "CudnnConvolution":

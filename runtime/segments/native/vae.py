@@ -22,8 +22,8 @@ from trt_wan.engines.contracts.vae_layers import LATENT_MEAN, LATENT_STD, Layer
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import MOST_BLOCKS, Gpu
 from trt_wan.runtime.device.kernels import Module, read_source
-from trt_wan.runtime.segments.native.conv_hopper import ConvShape, HopperConvolution, Tiling
-from trt_wan.runtime.segments.native.convolution import convolution
+from trt_wan.runtime.segments.native.conv_hopper import UP, fused, tiling
+from trt_wan.runtime.segments.native.convolution import ConvShape, convolution
 from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, Bf16Gemm, CublasLt, Product
 
 VECTOR = 8  # channels; of fewer there are zeros
@@ -31,18 +31,6 @@ THREADS = 256
 TILE = 64  # side of the squares that are transposed
 SCORES_BYTES = 128 << 20  # of the attention, computed for some queries at a time
 BF16, FLOAT32 = 2, 4  # bytes
-
-# Of our own convolution, by the channels of x and y and the kernel, measured on an H200 (docs/log.md).
-TILINGS = {
-    (96, 96, (3, 3, 3)): Tiling(32, 16, 32, a_stages=3),
-    (96, 192, (3, 3, 3)): Tiling(16, 16, 32),
-    (192, 192, (3, 3, 3)): Tiling(16, 16, 64),
-    (192, 384, (3, 3, 3)): Tiling(16, 8, 64, shift=False),
-    (384, 384, (3, 3, 3)): Tiling(16, 8, 64, shift=False),
-    (384, 384, (3, 1, 1)): Tiling(16, 8, 64, shift=False, a_stages=3),
-    (384, 192, (1, 2, 2)): Tiling(16, 16, 64),
-    (192, 96, (1, 2, 2)): Tiling(32, 16, 32, a_stages=3),
-}
 
 KERNELS = (
     "transpose",
@@ -266,7 +254,7 @@ class _Walk:
                 self._conv(time_conv, c, 2 * c, (3, 1, 1))
         elif layer.kind == "up3d":  # the second chunk sees zeros before it, not the first frame
             self._zero(At(f"{time_conv}.cache_out"), 2 * self.height * self.width * c * BF16)
-        if not pairs and self._defer(conv, c, layer.out, (1, 2, 2), (1, 0, 1, 0), parts=4):
+        if not pairs and self._defer(conv, c, layer.out, *UP, parts=4):
             self.height, self.width = 2 * self.height, 2 * self.width
         else:
             self._enlarge(c, f"{time_conv}.bias" if pairs else None)
@@ -324,19 +312,17 @@ class _Walk:
         parts: int = 1,
     ) -> bool:
         """Has our kernel compute the convolution with the pass that finishes it. False if it cannot."""
-        if not self._own or (inner, out, kernel) not in TILINGS:
-            return False
         shape = ConvShape(self.frames, self.height, self.width, inner, out, kernel, pad=pad)
+        if not self._own or tiling(shape) is None:
+            return False
         self._last, self.channels = Unfinished(name, own=Own(shape, parts, self.taken)), out
         return True
 
     def _run_own(
         self, own: Own, weights: tuple[Any, ...], added: Any, y: Any, gamma: Any, *normed: Any
     ) -> None:
-        shape, gpu = own.shape, self._gpu
-        tiling, norm = TILINGS[shape.inner, shape.out, shape.kernel], gamma != 0
-        key = shape, norm, own.parts
-        made = gpu.once(key, lambda: HopperConvolution(gpu, shape, tiling, norm, own.parts))
+        made = fused(self._gpu, own.shape, own.parts, norm=gamma != 0)
+        assert made is not None
         self._need(WEIGHT, made.weight_bytes)
         self.steps.append(Step(made.repack, (*weights, WEIGHT)))
         self.steps.append(Step(made.enqueue, (own.x, WEIGHT, added, y, gamma, *normed)))
