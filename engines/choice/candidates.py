@@ -81,7 +81,7 @@ CANDIDATES = (
     Candidate("ffn", "tensorrt", ALL, engine=Engine("ffn")),
     Candidate("ffn", "native", FP8, maker="native"),
     *(Candidate(name, "tensorrt", ALL, engine=Engine(name)) for name in VAE),
-    *(Candidate(name, "cudnn", BF16, maker="native") for name in VAE),
+    *(Candidate(name, made, BF16, maker="native") for name in VAE for made in ("cudnn", "native")),
 )
 SEGMENTS = tuple(dict.fromkeys(candidate.network for candidate in CANDIDATES))
 
@@ -104,7 +104,7 @@ class Default:
 # for 68 GB, the whole score matrix.
 _HOPPER_ATTENTION = ("cudnn", "tensorrt sm89", "tensorrt")
 _NATIVE = ("native", "tensorrt")
-_VAE = ("cudnn", "tensorrt")
+_VAE = ("native", "cudnn", "tensorrt")
 _BLOCK = ("attn_in", "attn_out", "cross_attention", "ffn")
 DEFAULTS = (
     Default("attention", HOPPER, _HOPPER_ATTENTION, ("tensorrt fp8", *_HOPPER_ATTENTION)),
