@@ -28,6 +28,7 @@ from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, Bf16Gemm, Cubl
 
 VECTOR = 8  # channels; of fewer there are zeros
 THREADS = 256
+GATHERED = 32  # channels that vae.cu makes of the encoder's three
 TILE = 64  # side of the squares that are transposed
 SCORES_BYTES = 128 << 20  # of the attention, computed for some queries at a time
 BF16, FLOAT32 = 2, 4  # bytes
@@ -36,7 +37,8 @@ KERNELS = (
     "transpose",
     "zero",
     "repack",
-    "frames_in",
+    "gather",
+    "gather_weight",
     "frames_out",
     "latent_in",
     "latent_out",
@@ -80,6 +82,7 @@ class Own:
     shape: ConvShape
     parts: int
     x: At
+    weight: At
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,10 @@ class Unfinished:
     `own` is set, it will run with the pass that finishes it.
     """
 
-    name: str
+    bias: At
     added: At | None = None
     added_bias: At | None = None
     own: Own | None = None
-
-    @property
-    def bias(self) -> At:
-        return At(f"{self.name}.bias")
 
 
 class Vae:
@@ -122,6 +121,7 @@ class Vae:
 
 KEPT, SHORTCUT = At("scratch.kept"), At("scratch.shortcut")
 WEIGHT, WORKSPACE = At("scratch.weight"), At("scratch.workspace")
+GATHERED_WEIGHT = At("scratch.gathered_weight")
 
 
 class _Walk:
@@ -173,20 +173,25 @@ class _Walk:
     def _latent_in(self, layer: Layer) -> None:
         weights = At(f"{layer.name}.weight"), At(f"{layer.name}.bias")
         to = self._taken(2, layer.out)
-        self._each("latent_in", self.pixels, At("latent"), *weights, to, np.int64(self.pixels))
+        count = self.pixels * layer.out
+        self._each("latent_in", count, At("latent"), *weights, to, np.int64(count))
 
     def _first_conv(self, layer: Layer, decodes: bool) -> None:
-        """The decoder's input is there already."""
+        """The decoder's input is there already. The encoder's has three channels: kernel `gather`."""
         if decodes:
             self._history(layer.name, 2)
-        else:
-            self._take(2, VECTOR)
-            cache = 0 if self._first else At(f"{layer.name}.cache")
-            picture = self.height * self.width
-            addresses = At("frames"), cache, self.taken, At(f"{layer.name}.cache_out")
-            count = (2 + self.frames) * picture
-            self._each("frames_in", count, *addresses, np.int64(self.frames), np.int64(picture))
-        self._conv(layer.name, layer.inner, layer.out, (3, 3, 3))
+            self._conv(layer.name, layer.inner, layer.out, (3, 3, 3))
+            return
+        name, out = layer.name, layer.out
+        cache = 0 if self._first else At(f"{name}.cache")
+        addresses = At("frames"), cache, self._taken(0, GATHERED), At(f"{name}.cache_out")
+        size = np.int64(self.frames), np.uint32(self.height), np.uint32(self.width)
+        self._each("gather", self.pixels, *addresses, *size)
+        self._need(GATHERED_WEIGHT, out * GATHERED * 3 * BF16)
+        self._each("gather_weight", out * GATHERED * 3, At(f"{name}.weight"), GATHERED_WEIGHT, np.int64(out))
+        kernel, pad = (1, 3, 1), (1, 1, 0, 0)
+        if not self._defer(name, GATHERED, out, kernel, pad, weight=GATHERED_WEIGHT):
+            self._conv(name, GATHERED, out, kernel, pad=pad, weight=GATHERED_WEIGHT)
 
     def _residual(self, layer: Layer) -> None:
         name = layer.name
@@ -222,7 +227,7 @@ class _Walk:
                 self._launch("softmax", rows, SHORTCUT, weights, np.int64(tokens))
                 self._gemm(mixed, weights, v, At(self.taken.name, (frame * tokens + row) * c * BF16))
         self._gemm(Product(self.pixels, c, c), self.taken, At(f"{name}.proj.weight"), self.made)
-        self._last = Unfinished(f"{name}.proj", KEPT)
+        self._last = Unfinished(At(f"{name}.proj.bias"), KEPT)
 
     def _down(self, layer: Layer) -> None:
         conv, time_conv = f"{layer.name}.resample.1", f"{layer.name}.time_conv"
@@ -293,8 +298,7 @@ class _Walk:
         by, normed = (0, 0) if gamma is None else (At(gamma), to)
         added, added_bias = last.added or 0, last.added_bias or 0
         if last.own is not None:
-            weights = At(f"{last.name}.weight"), last.bias, added_bias
-            self._run_own(last.own, weights, added, raw, by, normed, silu)
+            self._run_own(last.own, (last.bias, added_bias), added, raw, by, normed, silu)
             self._last = None
             return
         lanes = math.gcd(c // VECTOR, 32)
@@ -310,21 +314,23 @@ class _Walk:
         kernel: tuple[int, int, int],
         pad: tuple[int, int, int, int],
         parts: int = 1,
+        weight: At | None = None,
     ) -> bool:
         """Has our kernel compute the convolution with the pass that finishes it. False if it cannot."""
         shape = ConvShape(self.frames, self.height, self.width, inner, out, kernel, pad=pad)
         if not self._own or tiling(shape) is None:
             return False
-        self._last, self.channels = Unfinished(name, own=Own(shape, parts, self.taken)), out
+        own = Own(shape, parts, self.taken, weight or At(f"{name}.weight"))
+        self._last, self.channels = Unfinished(At(f"{name}.bias"), own=own), out
         return True
 
     def _run_own(
-        self, own: Own, weights: tuple[Any, ...], added: Any, y: Any, gamma: Any, *normed: Any
+        self, own: Own, biases: tuple[Any, ...], added: Any, y: Any, gamma: Any, *normed: Any
     ) -> None:
         made = fused(self._gpu, own.shape, own.parts, norm=gamma != 0)
         assert made is not None
         self._need(WEIGHT, made.weight_bytes)
-        self.steps.append(Step(made.repack, (*weights, WEIGHT)))
+        self.steps.append(Step(made.repack, (own.weight, *biases, WEIGHT)))
         self.steps.append(Step(made.enqueue, (own.x, WEIGHT, added, y, gamma, *normed)))
 
     def _turn(self) -> None:
@@ -338,6 +344,7 @@ class _Walk:
         kernel: tuple[int, int, int],
         stride: tuple[int, int, int] = (1, 1, 1),
         pad: tuple[int, int, int, int] | None = None,
+        weight: At | None = None,
     ) -> None:
         """From `taken` to `made`. The picture has the size of the result already, but for its channels."""
         if pad is None:
@@ -350,10 +357,10 @@ class _Walk:
         count = wide_out * taps * wide_inner
         self._need(WEIGHT, count * BF16)
         sizes = np.uint32(out), np.uint32(inner), np.uint32(taps), np.int64(wide_out), np.uint32(wide_inner)
-        self._each("repack", count // VECTOR, At(f"{name}.weight"), WEIGHT, *sizes)
+        self._each("repack", count // VECTOR, weight or At(f"{name}.weight"), WEIGHT, *sizes)
         self._need(self.made, self.pixels * wide_out * BF16)
         self._multiply(shape, self.taken, WEIGHT, self.made)
-        self._last, self.channels = Unfinished(name), out
+        self._last, self.channels = Unfinished(At(f"{name}.bias")), out
 
     def _multiply(self, shape: ConvShape, x: At, w: At, y: At) -> None:
         made = convolution(self._gpu, shape)
