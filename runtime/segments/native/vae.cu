@@ -109,33 +109,36 @@ __device__ void finish(const bf16* y, const float* bias, const bf16* added, cons
         finish<C>(y, bias, added, added_bias, raw, gamma, normed, pixels, silu); \
     }
 
-// [rows, columns] to [columns, rows], both multiples of 4; a block per tile, of 16-bit numbers.
+// [rows, columns] to [columns, rows], both multiples of 4; a block per tile, of 16-bit numbers. In shared memory a word
+// has two rows of a column. Warps write 4 pairs of rows by 32 columns and read 4 columns by 64 rows, each from 32 banks.
 extern "C" __global__ void __launch_bounds__(THREADS)
 transpose(const bf16* from, bf16* to, i64 rows, i64 columns) {
-    constexpr int SIDE = 64, VECTORS = SIDE / 4, PITCH = SIDE / 2 + 1;  // the odd pitch, in words, spreads a column
+    constexpr int SIDE = 64, PITCH = SIDE / 2 + 1, UNITS = SIDE * SIDE / 8;  // of eight numbers
     __shared__ u32 tile[SIDE * PITCH];
     const i64 high = (rows + SIDE - 1) / SIDE, wide = (columns + SIDE - 1) / SIDE;  // in tiles, the fewer first
     const i64 row = (high < wide ? blockIdx.x % high : blockIdx.x / wide) * SIDE;
     const i64 column = (high < wide ? blockIdx.x / high : blockIdx.x % wide) * SIDE;
 #pragma unroll
-    for (int i = threadIdx.x; i < SIDE * VECTORS; i += THREADS) {
-        const int r = i / VECTORS, c = i % VECTORS * 4;
+    for (int i = threadIdx.x; i < UNITS; i += THREADS) {
+        const int r = i / 64 * 8 + i / 8 % 4 * 2, c = i / 32 % 2 * 32 + i % 8 * 4;
         if (row + r >= rows || column + c >= columns) continue;
-        const Four four = *(const Four*)(from + (row + r) * columns + column + c);
-        tile[r * PITCH + c / 2] = four.x[0], tile[r * PITCH + c / 2 + 1] = four.x[1];
+        const bf16* at = from + (row + r) * columns + column + c;
+        const Four upper = *(const Four*)at, lower = *(const Four*)(at + columns);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            tile[(c + 2 * j) * PITCH + r / 2] = (upper.x[j] & 0xFFFF) | lower.x[j] << 16;
+            tile[(c + 2 * j + 1) * PITCH + r / 2] = upper.x[j] >> 16 | (lower.x[j] & 0xFFFF0000u);
+        }
     }
     __syncthreads();
-    const u16* numbers = (const u16*)tile;
 #pragma unroll
-    for (int i = threadIdx.x; i < SIDE * VECTORS; i += THREADS) {
-        const int c = i / VECTORS, r = i % VECTORS * 4;
-        if (row + r >= rows || column + c >= columns) continue;
-        u32 x[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) x[j] = numbers[(r + j) * PITCH * 2 + c];
-        Four four;
-        four.x[0] = x[0] | x[1] << 16, four.x[1] = x[2] | x[3] << 16;
-        *(Four*)(to + (column + c) * rows + row + r) = four;
+    for (int i = threadIdx.x; i < UNITS; i += THREADS) {
+        const int c = i / 8, r = i % 8 * 8;
+        if (column + c >= columns) continue;
+        const u32* words = tile + c * PITCH + r / 2;
+        bf16* at = to + (column + c) * rows + row + r;
+        if (row + r < rows) *(Four*)at = Four{{words[0], words[1]}};
+        if (row + r + 4 < rows) *(Four*)(at + 4) = Four{{words[2], words[3]}};
     }
 }
 
