@@ -353,35 +353,3 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
     }
     if (CLUSTER > 1) cluster_sync();  // a block stays while others may write to it
 }
-
-// Weights [PARTS or 1, COLUMNS, INNER, taps] of the checkpoint to [PARTS, taps, COLUMNS, INNER], the columns permuted: a thread
-// of wgmma holds columns 2q and 2q + 1 of every eight and gets channels 8q to 8q + 7 of 32. Four parts: the taps of 3x3 that fall
-// on the same pixel of the smaller picture are added. Behind the weights: the bias, to which `added_bias` is added unless null.
-extern "C" __global__ void __launch_bounds__(256)
-repack_for_hopper(const bf16* from, const float* bias, const float* added_bias, bf16* to) {
-    constexpr int TAPS = KT * KR * KS, GIVEN = PARTS == 4 ? 9 : TAPS;
-    float* bias_to = (float*)(to + (i64)PARTS * TAPS * COLUMNS * INNER);
-    EACH(i, (PARTS == 2 ? 2 : 1) * COLUMNS) bias_to[i] = bias[i] + (added_bias ? added_bias[i] : 0);
-    EACH(i, (PARTS == 2 ? 2 : 1) * COLUMNS * INNER) {
-        const int inner = i % INNER, column = i / INNER % COLUMNS, part = i / INNER / COLUMNS;
-        const int channel = column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;
-        const bf16* w = from + ((i64)(part * COLUMNS + channel) * INNER + inner) * GIVEN;
-        bf16* out = to + ((i64)part * TAPS * COLUMNS + column) * INNER + inner;
-        if (PARTS != 4) {
-            for (int tap = 0; tap < TAPS; ++tap) out[(i64)tap * COLUMNS * INNER] = w[tap];
-            continue;
-        }
-#pragma unroll
-        for (int corner = 0; corner < 4; ++corner)
-#pragma unroll
-            for (int tap = 0; tap < 4; ++tap) {
-                float sum = 0;
-#pragma unroll
-                for (int given = 0; given < 9; ++given) {
-                    const int r = (corner / 2 + given / 3 + 1) / 2 - corner / 2, s = (corner % 2 + given % 3 + 1) / 2 - corner % 2;
-                    if (r == tap / 2 && s == tap % 2) sum += widen(w[given]);
-                }
-                store(out + (i64)(corner * 4 + tap) * COLUMNS * INNER, sum);
-            }
-    }
-}

@@ -124,7 +124,7 @@ class Plan:
 
     @property
     def source(self) -> str:
-        return wgmma(self.columns) + read_source(__package__, "conv_hopper.cu")
+        return wgmma(self.columns) + read_source(__package__, "conv_hopper.cu", "conv_hopper_weights.cu")
 
 
 def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...]) -> Words:
