@@ -25,6 +25,8 @@ SHAPES = (
     (ConvShape(4, 120, 208, 384, 192, UP[0], pad=UP[1]), 4),
     (ConvShape(2, 60, 104, 384, 384, (3, 1, 1)), 2),
     (ConvShape(2, 60, 104, 384, 384, (3, 1, 1), (2, 1, 1)), 1),
+    (ConvShape(4, 480, 832, 96, 8, (3, 3, 3), pad=PLANE), 1),
+    (ConvShape(4, 480, 832, 32, 96, (3, 1, 1)), 1),
 )
 
 
@@ -34,9 +36,9 @@ def planned(shape: ConvShape, parts: int, norm: bool = True) -> Plan:
     return Plan(shape, chosen, parts, norm)
 
 
-@pytest.mark.parametrize(("shape", "parts"), [SHAPES[0], SHAPES[5], SHAPES[8]])
+@pytest.mark.parametrize(("shape", "parts"), [SHAPES[0], SHAPES[5], SHAPES[8], SHAPES[11]])
 def test_kernels_compile(nvrtc: None, shape: ConvShape, parts: int) -> None:
-    plan = planned(shape, parts)
+    plan = planned(shape, parts, norm=shape.out > 8)
     code = bytes(compile_source(plan.source, (9, 0), plan.macros, accelerated=True).code)
     for name in conv_hopper.KERNELS:
         assert f".text.{name}".encode() + b"\0" in code
@@ -45,7 +47,7 @@ def test_kernels_compile(nvrtc: None, shape: ConvShape, parts: int) -> None:
 @pytest.mark.parametrize(("shape", "parts"), SHAPES)
 def test_stages_fit_and_suffice(shape: ConvShape, parts: int) -> None:
     """With one stage the warps that multiply would wait for pixels before they return the last ones."""
-    plan = planned(shape, parts)
+    plan = planned(shape, parts, norm=shape.out > 8)
     m: dict[str, Any] = plan.macros
     row = 2 * m["CHUNK"]
     pixels = m["A_STAGES"] * -(-(m["TILE_H"] + m["KR"] - 1) * m["PITCH"] * row // 1024) * 1024
@@ -91,6 +93,38 @@ def test_weights(parts: int, tmp_path: Path) -> None:
         torch.testing.assert_close(ours, expected[:, :, down::2, right::2], rtol=0, atol=0.1)
 
 
+def test_weights_of_few_channels(tmp_path: Path) -> None:
+    """Three colours of nine neighbours are 27 channels; of eight columns five are zero."""
+    rng = np.random.default_rng(0)
+    for shape, given in (
+        (ConvShape(1, 8, 8, 32, 32, (3, 1, 1)), (32, 3)),
+        (ConvShape(1, 8, 8, 32, 8, (3, 3, 3)), (3, 32)),
+    ):
+        plan = Plan(shape, Tiling(8, 16, 32), 1, norm=False, given=given)
+        lines = "".join(f"#define {name} {value}\n" for name, value in plan.macros.items())
+        source = lines + read_source(conv_hopper.__package__, "conv_hopper_weights.cu")
+        folder = tmp_path / str(shape.out)
+        folder.mkdir()
+        w = rng.standard_normal((*given, 3, 3, 3)).astype(ml_dtypes.bfloat16)
+        bias = rng.standard_normal(given[0]).astype(np.float32)
+        count = shape.out * shape.inner * int(np.prod(shape.kernel))
+        made = np.full(2 * count + 4 * shape.out, 0xFF, np.uint8)
+        CpuKernels(source, folder).launch("repack_for_hopper", 3, 64, False, w, bias, 0, made)
+        np.testing.assert_array_equal(made[2 * count :].view(np.float32)[: given[0]], bias)
+        assert not made[2 * count :].view(np.float32)[given[0] :].any()
+        packed = made[: 2 * count].view(ml_dtypes.bfloat16).astype(np.float32)
+        wide = w.astype(np.float32)
+        if given[1] == 3:
+            packed = packed.reshape(3, 1, 4, 4, 2, 32).swapaxes(-4, -3).reshape(3, 32, 32)
+            expected = wide.transpose(2, 0, 1, 3, 4).reshape(3, 32, 27)
+            np.testing.assert_array_equal(packed[:, :, :27], expected)
+            assert not packed[:, :, 27:].any()
+        else:
+            packed = packed.reshape(3, 3, 3, 8, 32)
+            np.testing.assert_array_equal(packed[..., :3, :], wide.transpose(2, 3, 4, 0, 1))
+            assert not packed[..., 3:, :].any()
+
+
 def test_only_hopper_and_fitting_shapes() -> None:
     def gpu(*capability: int) -> Any:
         return SimpleNamespace(capability=capability, once=lambda key, make: key)
@@ -99,7 +133,7 @@ def test_only_hopper_and_fitting_shapes() -> None:
     assert fused(gpu(9, 0), shape, 1, norm=True)
     assert all(fused(gpu(*other), shape, 1, norm=True) is None for other in ((8, 9), (10, 0), (12, 0)))
     for other in (
-        ConvShape(4, 480, 832, 96, 8, (3, 3, 3), pad=PLANE),
+        ConvShape(4, 480, 832, 96, 32, (3, 3, 3), pad=PLANE),
         ConvShape(4, 480, 832, 8, 96, (3, 3, 3), pad=PLANE),
         ConvShape(4, 240, 416, 96, 96, (1, 3, 3), (1, 2, 2), (0, 1, 0, 1)),
     ):
