@@ -181,8 +181,8 @@ class HopperConvolution:
     twice as high and wide. `normed` is like y: its RMS norm times gamma, perhaps with SiLU.
 
     `given` is out and inner of the checkpoint's weights if zeros fill them up. Three given channels become
-    27: channel 9c + 3r + s of a pixel is colour c of its neighbour (r - 1, s - 1). The kernel has taps in time
-    only.
+    27: channel 9c + 3r + s of a pixel is colour c of its neighbour (r - 1, s - 1), and the kernel has taps in
+    time only.
     """
 
     def __init__(
