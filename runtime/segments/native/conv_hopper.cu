@@ -23,7 +23,7 @@ constexpr int BLOCKS = TILE_W * TILE_H / 64;  // of 8x8 pixels
 constexpr int MINE = SPLIT == 2 ? BLOCKS : BLOCKS / 2;  // of a warpgroup
 constexpr int WIDE = TILE_W / 8;
 constexpr u64 LAYOUT = ROW == 128 ? 1 : 2;
-static_assert(INNER % CHUNK == 0 && N % 32 == 0 && B_STAGE % 512 == 0, "sizes");
+static_assert(INNER % CHUNK == 0 && (N % 32 == 0 || (N == 8 && !NORM)) && B_STAGE % (8 * ROW) == 0, "sizes");
 
 __device__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -132,6 +132,7 @@ __device__ void eight(const float* from, float* to) {
 // Rounds a pixel's sums to bf16, stores them, and returns the sum of their squares.
 __device__ __forceinline__ float finish(float (&sums)[N / 2], int h, bf16* y) {
     float squares = 0;
+    if (N == 8 && y) *(u32*)y = pack_bf16(sums[h * 2], sums[h * 2 + 1]);
 #pragma unroll
     for (int g = 0; g < N / 32; ++g) {
         float value[8];
@@ -201,7 +202,7 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
         if (warp == 0 && lane == 0) {
             Ring a, b;
             for (int round = blockIdx.x / CLUSTER; round < rounds; round += gridDim.x / CLUSTER) {
-                if (added) prefetch(Tile(round + gridDim.x / CLUSTER, frames, across), added, frames, height, width);
+                if (N != 8 && added) prefetch(Tile(round + gridDim.x / CLUSTER, frames, across), added, frames, height, width);
                 const Tile tile(round, frames, across);
                 for (int kt = 0; kt < KT; ++kt)
                     for (int chunk = 0; chunk < CHUNKS; ++chunk)
@@ -236,7 +237,13 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
         Ring a, b;
         for (int round = blockIdx.x / CLUSTER; round < rounds; round += gridDim.x / CLUSTER) {
             const Tile tile(round, frames, across);
-            const int channels = (SPLIT == 2 ? mine * N : 0) + quad * 8;
+            const int channels = (SPLIT == 2 ? mine * N : 0) + quad * (N == 8 ? 2 : 8);
+            if (N == 8) {
+#pragma unroll
+                for (int i = 0; i < MINE; ++i)
+#pragma unroll
+                    for (int j = 0; j < N / 2; ++j) sums[i][j] = bias[channels + j % 2];
+            }
 #pragma unroll
             for (int g = 0; g < N / 32; ++g) {
                 float start[8];
@@ -248,7 +255,7 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
 #pragma unroll
                         for (int c = 0; c < 8; ++c) sums[i][(g * 4 + c / 2) * 4 + h * 2 + c % 2] = start[c];
             }
-            if (added) {
+            if (N != 8 && added) {
 #pragma unroll
                 for (int i = 0; i < MINE; ++i)
 #pragma unroll
@@ -274,7 +281,7 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
                         barrier_wait(b_full + 8 * b.stage, b.parity);
                         const u32 from = a_at + a.stage * A_STAGE + (r * PITCH + (SHIFT ? s : 0)) * ROW;
                         const u64 right = descriptor(b_at + b.stage * B_STAGE + (SPLIT == 2 ? mine * N * ROW : 0), 8 * ROW);
-                        const u64 left = descriptor(from, PITCH * ROW) + ((u64)BASE_OFFSET * (from >> 7 & 7) << 49);
+                        const u64 left = descriptor(from, PITCH * ROW);
                         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
                         for (int k = 0; k < CHUNK / 16; ++k) {
@@ -352,36 +359,4 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
         }
     }
     if (CLUSTER > 1) cluster_sync();  // a block stays while others may write to it
-}
-
-// Weights [PARTS or 1, COLUMNS, INNER, taps] of the checkpoint to [PARTS, taps, COLUMNS, INNER], the columns permuted: a thread
-// of wgmma holds columns 2q and 2q + 1 of every eight and gets channels 8q to 8q + 7 of 32. Four parts: the taps of 3x3 that fall
-// on the same pixel of the smaller picture are added. Behind the weights: the bias, to which `added_bias` is added unless null.
-extern "C" __global__ void __launch_bounds__(256)
-repack_for_hopper(const bf16* from, const float* bias, const float* added_bias, bf16* to) {
-    constexpr int TAPS = KT * KR * KS, GIVEN = PARTS == 4 ? 9 : TAPS;
-    float* bias_to = (float*)(to + (i64)PARTS * TAPS * COLUMNS * INNER);
-    EACH(i, (PARTS == 2 ? 2 : 1) * COLUMNS) bias_to[i] = bias[i] + (added_bias ? added_bias[i] : 0);
-    EACH(i, (PARTS == 2 ? 2 : 1) * COLUMNS * INNER) {
-        const int inner = i % INNER, column = i / INNER % COLUMNS, part = i / INNER / COLUMNS;
-        const int channel = column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;
-        const bf16* w = from + ((i64)(part * COLUMNS + channel) * INNER + inner) * GIVEN;
-        bf16* out = to + ((i64)part * TAPS * COLUMNS + column) * INNER + inner;
-        if (PARTS != 4) {
-            for (int tap = 0; tap < TAPS; ++tap) out[(i64)tap * COLUMNS * INNER] = w[tap];
-            continue;
-        }
-#pragma unroll
-        for (int corner = 0; corner < 4; ++corner)
-#pragma unroll
-            for (int tap = 0; tap < 4; ++tap) {
-                float sum = 0;
-#pragma unroll
-                for (int given = 0; given < 9; ++given) {
-                    const int r = (corner / 2 + given / 3 + 1) / 2 - corner / 2, s = (corner % 2 + given % 3 + 1) / 2 - corner % 2;
-                    if (r == tap / 2 && s == tap % 2) sum += widen(w[given]);
-                }
-                store(out + (i64)(corner * 4 + tap) * COLUMNS * INNER, sum);
-            }
-    }
 }

@@ -35,7 +35,6 @@ class Tiling:
     pitch: int = 0  # pixels; 0: the width, with margins rounded up to 8 if `shift`
     a_stages: int = 2
     cluster: int = 1
-    base_offset: bool = False
 
 
 # Kernel and padding of four parts that together enlarge a picture twice (nearest) and convolve it with 3x3.
@@ -48,6 +47,8 @@ def tiling(shape: ConvShape) -> Tiling | None:
         return None
     shift = shape.kernel[2] > 1
     match shape.out:
+        case 8:
+            return Tiling(32, 16, 32, shift, a_stages=4)
         case 96:
             return Tiling(32, 16, 32, shift, a_stages=3)
         case 192 if shape.inner % 64:
@@ -59,13 +60,15 @@ def tiling(shape: ConvShape) -> Tiling | None:
     return None
 
 
-def fused(gpu: Gpu, shape: ConvShape, parts: int, *, norm: bool) -> "HopperConvolution | None":
+def fused(
+    gpu: Gpu, shape: ConvShape, parts: int, *, norm: bool, given: tuple[int, int] | None = None
+) -> "HopperConvolution | None":
     """The convolution of that shape, built once per Gpu. None if this kernel does not compute it here."""
     chosen = tiling(shape)
     if gpu.capability != CAPABILITY or chosen is None:
         return None
     made = HopperConvolution
-    return gpu.once((made, shape, parts, norm), lambda: made(gpu, shape, chosen, parts, norm))
+    return gpu.once((made, shape, parts, norm, given), lambda: made(gpu, shape, chosen, parts, norm, given))
 
 
 def wgmma(columns: int) -> str:
@@ -86,7 +89,16 @@ __device__ __forceinline__ void wgmma(float (&d)[{count}], u64 a, u64 b) {{
 class Plan:
     """Macros and sizes of the kernel for a shape and a tiling."""
 
-    def __init__(self, shape: ConvShape, tiling: Tiling, parts: int, norm: bool) -> None:
+    def __init__(
+        self,
+        shape: ConvShape,
+        tiling: Tiling,
+        parts: int,
+        norm: bool,
+        given: tuple[int, int] | None = None,
+    ) -> None:
+        self.biases = (2 if parts == 2 else 1) * shape.out
+        given_out, given_inner = given or (self.biases, shape.inner)
         t, r, s = shape.kernel
         margin = s - 1 if tiling.shift else 0
         self.pitch = tiling.pitch or -(-(tiling.width + margin) // 8) * 8
@@ -119,12 +131,13 @@ class Plan:
             "KS": s,
             "NORM": int(norm),
             "PARTS": parts,
-            "BASE_OFFSET": int(tiling.base_offset),
+            "GIVEN_OUT": given_out,
+            "GIVEN_INNER": given_inner,
         }
 
     @property
     def source(self) -> str:
-        return wgmma(self.columns) + read_source(__package__, "conv_hopper.cu")
+        return wgmma(self.columns) + read_source(__package__, "conv_hopper.cu", "conv_hopper_weights.cu")
 
 
 def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...]) -> Words:
@@ -166,6 +179,10 @@ class HopperConvolution:
 
     y is [frames, height, width, out] in bf16; with two parts, their frames in turn; with four, one picture
     twice as high and wide. `normed` is like y: its RMS norm times gamma, perhaps with SiLU.
+
+    `given` is out and inner of the checkpoint's weights if zeros fill them up. Three given channels become
+    27: channel 9c + 3r + s of a pixel is colour c of its neighbour (r - 1, s - 1), and the kernel has taps in
+    time only.
     """
 
     def __init__(
@@ -175,10 +192,11 @@ class HopperConvolution:
         tiling: Tiling,
         parts: int = 1,
         norm: bool = False,
+        given: tuple[int, int] | None = None,
         **macros: object,
     ) -> None:
         self._gpu, self.shape, self._tiling, self._parts = gpu, shape, tiling, parts
-        self._plan = plan = Plan(shape, tiling, parts, norm)
+        self._plan = plan = Plan(shape, tiling, parts, norm, given)
         self._module = gpu.once((__name__, *plan.macros.values()), lambda: _compiled(gpu, plan, macros))
         across, down = -(-shape.width // tiling.width), -(-shape.height // tiling.height)
         rounds = -(-across * down * shape.frames // tiling.cluster) * parts
@@ -189,21 +207,17 @@ class HopperConvolution:
     @property
     def weight_bytes(self) -> int:
         """Of the repacked weights, the bias behind them."""
-        return 2 * self._weight_rows * self.shape.inner + 4 * self._biases
+        return 2 * self._weight_rows * self.shape.inner + 4 * self._plan.biases
 
     @property
     def _weight_rows(self) -> int:
         return self._parts * math.prod(self.shape.kernel) * self.shape.out
 
-    @property
-    def _biases(self) -> int:
-        return (2 if self._parts == 2 else 1) * self.shape.out
-
     def repack(self, given: int, bias: int, added_bias: int, w: int) -> None:
         """Turns weights [out, inner, t, r, s] and float32 biases [out] of the checkpoint into this
         convolution's. `out` counts two parts. added_bias may be 0.
         """
-        blocks = -(-self._biases * self.shape.inner // 256)
+        blocks = -(-self._plan.biases * self.shape.inner // 256)
         self._module.launch(self._gpu.stream, "repack_for_hopper", blocks, 256, given, bias, added_bias, w)
 
     def enqueue(
