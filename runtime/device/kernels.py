@@ -24,7 +24,8 @@ def read_source(package: str, *names: str) -> str:
 
 
 SOURCE = read_source(__package__, "arrays.cu")  # its kernels are NAMES
-ATTENTION = read_source(__package__, "attention.cuh")  # to stand in front of a source that attends
+# To stand in front of a source that attends; of an accelerated one for capability 9.0.
+ATTENTION, HOPPER = (read_source(__package__, f"{name}.cuh") for name in ("attention", "hopper"))
 
 
 def compile_source(

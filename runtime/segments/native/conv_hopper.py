@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from trt_wan.runtime.device.checked import cuda
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.kernels import Module, read_source
+from trt_wan.runtime.device.kernels import HOPPER, Module, read_source
 from trt_wan.runtime.segments.native.convolution import ConvShape
 
 Words = NDArray[np.uint64]
@@ -34,7 +34,6 @@ class Tiling:
     shift: bool = True
     pitch: int = 0  # pixels; 0: the width, with margins rounded up to 8 if `shift`
     a_stages: int = 2
-    cluster: int = 1
 
 
 # Kernel and padding of four parts that together enlarge a picture twice (nearest) and convolve it with 3x3.
@@ -113,9 +112,7 @@ class Plan:
         free = SHARED - 1024 - 256 - tiling.a_stages * a - self.split * tiling.width * tiling.height * 4
         self.b_stages = min(free // b, 16)
         assert self.b_stages >= 2, f"{shape} {tiling} needs too much shared memory"
-        self.box = shape.out // tiling.cluster
-        if self.box > 256:
-            self.box //= 2
+        self.box = shape.out // self.split
         self.columns = shape.out // self.split
         self.macros: dict[str, object] = {
             "TILE_W": tiling.width,
@@ -125,7 +122,6 @@ class Plan:
             "SHIFT": int(tiling.shift),
             "A_STAGES": tiling.a_stages,
             "B_STAGES": self.b_stages,
-            "CLUSTER": tiling.cluster,
             "SPLIT": self.split,
             "COLUMNS": shape.out,
             "INNER": shape.inner,
@@ -140,7 +136,8 @@ class Plan:
 
     @property
     def source(self) -> str:
-        return wgmma(self.columns) + read_source(__package__, "conv_hopper.cu", "conv_hopper_weights.cu")
+        kernels = read_source(__package__, "conv_hopper.cu", "conv_hopper_weights.cu")
+        return HOPPER + wgmma(self.columns) + kernels
 
 
 def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...]) -> Words:
@@ -202,9 +199,8 @@ class HopperConvolution:
         self._plan = plan = Plan(shape, tiling, parts, norm, given)
         self._module = gpu.once((__name__, *plan.macros.values()), lambda: _compiled(gpu, plan, macros))
         across, down = -(-shape.width // tiling.width), -(-shape.height // tiling.height)
-        rounds = -(-across * down * shape.frames // tiling.cluster) * parts
-        clusters = int(gpu.device.properties.multiprocessor_count) // tiling.cluster
-        self._grid = min(rounds, clusters) * tiling.cluster
+        processors = int(gpu.device.properties.multiprocessor_count)
+        self._grid = min(across * down * shape.frames * parts, processors)
         self._maps: dict[tuple[int, int], tuple[Words, Words]] = {}
 
     @property
