@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trt_wan.runtime.device.checked import cuda
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.kernels import Module, compile_source, read_source
+from trt_wan.runtime.device.kernels import HOPPER, Module, compile_source, read_source
 from trt_wan.runtime.segments.native.convolution import ConvShape
 
 Words = NDArray[np.uint64]
@@ -36,29 +36,31 @@ class Tiling:
     shift: bool = True
     pitch: int = 0  # pixels; 0: the width, with margins rounded up to 8 if `shift`
     a_stages: int = 2
-    cluster: int = 1
 
 
 # Kernel and padding of four parts that together enlarge a picture twice (nearest) and convolve it with 3x3.
 UP: tuple[tuple[int, int, int], tuple[int, int, int, int]] = ((1, 2, 2), (1, 0, 1, 0))
 
 
-def tiling(shape: ConvShape) -> Tiling | None:
-    """The fastest that was measured (docs/log.md); None for shapes that the kernel cannot compute."""
+def tiling(shape: ConvShape, given: tuple[int, int] | None = None) -> Tiling | None:
+    """The fastest that was measured (docs/log.md); None for shapes that the kernel cannot compute. Eight
+    columns of output are for `given`, see HopperConvolution.
+    """
     if shape.stride[1:] != (1, 1) or shape.inner % 32:
         return None
     shift = shape.kernel[2] > 1
     match shape.out:
-        case 8:
+        case 8 if given:
             return Tiling(32, 16, 32, shift, a_stages=4)
         case 96:
             return Tiling(32, 16, 32, shift, a_stages=3)
         case 192 if shape.inner % 64:
             return Tiling(16, 16, 32, shift, a_stages=3)
         case 192:
-            return Tiling(16, 16, 64, shift)
+            return Tiling(16, 16, 64, shift, pitch=18 if shape.kernel[2] == 3 else 0)
         case 384 if shape.inner % 64 == 0:
-            return Tiling(16, 8, 64, False)
+            tiles = shape.frames * -(-shape.height // 8) * -(-shape.width // 16)
+            return Tiling(16 if tiles > 120 else 8, 8, 64, False, a_stages=3 if shape.kernel[1] == 1 else 2)
     return None
 
 
@@ -66,7 +68,7 @@ def fused(
     gpu: Gpu, shape: ConvShape, parts: int, *, norm: bool, given: tuple[int, int] | None = None
 ) -> "HopperConvolution | None":
     """The convolution of that shape, built once per Gpu. None if this kernel does not compute it here."""
-    chosen = tiling(shape)
+    chosen = tiling(shape, given)
     if gpu.capability != CAPABILITY or chosen is None:
         return None
     made = HopperConvolution
@@ -112,9 +114,7 @@ class Plan:
         free = SHARED - 1024 - 256 - tiling.a_stages * a - self.split * tiling.width * tiling.height * 4
         self.b_stages = min(free // b, 16)
         assert self.b_stages >= 2, f"{shape} {tiling} needs too much shared memory"
-        self.box = shape.out // tiling.cluster
-        if self.box > 256:
-            self.box //= 2
+        self.box = shape.out // self.split
         self.columns = shape.out // self.split
         self.macros: dict[str, object] = {
             "TILE_W": tiling.width,
@@ -124,7 +124,6 @@ class Plan:
             "SHIFT": int(tiling.shift),
             "A_STAGES": tiling.a_stages,
             "B_STAGES": self.b_stages,
-            "CLUSTER": tiling.cluster,
             "SPLIT": self.split,
             "COLUMNS": shape.out,
             "INNER": shape.inner,
@@ -139,7 +138,8 @@ class Plan:
 
     @property
     def source(self) -> str:
-        return wgmma(self.columns) + read_source(__package__, "conv_hopper.cu", "conv_hopper_weights.cu")
+        kernels = read_source(__package__, "conv_hopper.cu", "conv_hopper_weights.cu")
+        return HOPPER + wgmma(self.columns) + kernels
 
 
 def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...]) -> Words:
@@ -215,9 +215,8 @@ class HopperConvolution:
         self._plan = plan = Plan(shape, tiling, parts, norm, given)
         self.kernel = gpu.once((__name__, *plan.macros.values()), lambda: Kernel(gpu, plan, macros))
         across, down = -(-shape.width // tiling.width), -(-shape.height // tiling.height)
-        rounds = -(-across * down * shape.frames // tiling.cluster) * parts
-        clusters = int(gpu.device.properties.multiprocessor_count) // tiling.cluster
-        self._grid = min(rounds, clusters) * tiling.cluster
+        processors = int(gpu.device.properties.multiprocessor_count)
+        self._grid = min(across * down * shape.frames * parts, processors)
         self._maps: dict[tuple[int, int], tuple[Words, Words]] = {}
 
     @property

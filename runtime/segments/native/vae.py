@@ -323,7 +323,7 @@ class _Walk:
     ) -> bool:
         """Has our kernel compute the convolution with the pass that finishes it. False if it cannot."""
         shape = ConvShape(self.frames, self.height, self.width, inner, out, kernel, pad=pad)
-        if not self._own or tiling(shape) is None or out == VECTOR:  # a vector has no norm
+        if not self._own or tiling(shape) is None:
             return False
         own = Own(shape, parts, self.taken, weight or At(f"{name}.weight"))
         self._last, self.channels = Unfinished(At(f"{name}.bias"), own=own), out
@@ -349,10 +349,11 @@ class _Walk:
         does not know the shape.
         """
         shape = ConvShape(self.frames, self.height, self.width, inner, VECTOR, (3, 3, 3), pad=(1, 1, 1, 1))
-        if not self._own or tiling(shape) is None:
+        given = out, inner
+        if not self._own or tiling(shape, given) is None:
             return False
         self._need(self.made, self.pixels * VECTOR * BF16)
-        made = fused(self._gpu, shape, 1, norm=False, given=(out, inner))
+        made = fused(self._gpu, shape, 1, norm=False, given=given)
         self._fused(made, (At(f"{name}.weight"), 0, 0), self.taken, 0, self.made, 0, 0, False)
         return True
 
