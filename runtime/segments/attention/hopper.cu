@@ -1,7 +1,7 @@
 // Self-attention on Hopper (sm_90a): wgmma, bulk copies, a producer and two consumers.
 //
-// A block takes 128 queries of one head. One thread copies tiles of 128 keys and values into a ring; each of two
-// warpgroups computes 64 queries against every tile. The scores of a tile are multiplied while those of the tile before
+// A block takes 128 queries of one head. One thread copies tiles of keys and values into a ring; each of two
+// warpgroups computes 64 queries against every tile of KEYS keys. The scores of a tile are multiplied while those of the tile before
 // are being turned into weights and multiplied with the values. The tiles lie in global memory as they lie in shared
 // memory (pack_q, pack_k, pack_v), so that a tile is one copy.
 //
@@ -10,11 +10,14 @@
 // warpgroups take turns), POLYNOMIALS (of 8 exponentials so many are computed without the special function unit),
 // STAGES, LISTS (1: with lists of tiles), SPIN_LIMIT (clocks that a wait may take; 0: no limit).
 
-constexpr int TILE = 128, DIM = 128;
-constexpr int ROW = 128;                                  // bytes of a row in shared memory, swizzled
-constexpr int MATRIX = TILE * ROW;                        // 128 rows
-constexpr int QK_PARTS = QK == 2 ? 2 : 1, PV_PARTS = PV == 1 ? 2 : 1;  // matrices of a tile
-constexpr int Q_BYTES = QK_PARTS * MATRIX, K_BYTES = Q_BYTES, V_BYTES = PV_PARTS * MATRIX;
+constexpr int QUERIES = 128, DIM = 128;
+constexpr int ROW = 128;                          // bytes of a row of q and k in shared memory, swizzled
+constexpr int PARTS = QK == 2 ? 2 : 1;            // rows of a token of q or k
+constexpr int SLICE = PV == 1 ? 16 : 32;          // keys of v that are multiplied at a time: 32 bytes of each channel
+constexpr int SLICES = KEYS / SLICE, SLICE_BYTES = DIM * 32;
+constexpr int Q_PART = QUERIES * ROW, K_PART = KEYS * ROW;
+constexpr int Q_BYTES = PARTS * Q_PART, K_BYTES = PARTS * K_PART, V_BYTES = SLICES * SLICE_BYTES;
+constexpr int SCORES = KEYS / 2;                  // of a thread
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LIFT = 5.0f;      // weights are at most 2^(LIFT + LAG): E4M3 ends at 448
 constexpr float LAG = 3.0f;       // a row's maximum may be so much larger than the one in use, in powers of two
@@ -55,44 +58,95 @@ __device__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
                  :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
-// Matrix products of a warpgroup. Operands in shared memory have rows of 128 bytes with the 128-byte swizzle.
+// Matrix products of a warpgroup. Operands in shared memory have swizzled rows of 128 or 32 bytes.
 
-__device__ u64 descriptor(u32 address) {
+__device__ u64 descriptor(u32 address) {  // rows of 128 bytes
     return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(8 * ROW >> 4) << 32 | (u64)1 << 62;
+}
+__device__ u64 slice_descriptor(u32 address) {  // rows of 32 bytes
+    return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(8 * 32 >> 4) << 32 | (u64)3 << 62;
 }
 __device__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>
 __device__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory"); }
 
-#define LIST64                                                                                                     \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"  \
-    "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55," \
-    "%56,%57,%58,%59,%60,%61,%62,%63}"
+#define LIST64 \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
+    "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49," \
+    "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
+#define LIST80 \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
+    "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49," \
+    "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73," \
+    "%74,%75,%76,%77,%78,%79}"
+#define LIST88 \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
+    "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49," \
+    "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73," \
+    "%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87}"
+#define LIST96 \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
+    "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49," \
+    "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73," \
+    "%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95}"
 #define EIGHT(c, d, i) \
     c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
-#define ALL64(c, d)                                                                                                \
-    EIGHT(c, d, 0), EIGHT(c, d, 8), EIGHT(c, d, 16), EIGHT(c, d, 24), EIGHT(c, d, 32), EIGHT(c, d, 40),             \
+#define ALL64(c, d) \
+    EIGHT(c, d, 0), EIGHT(c, d, 8), EIGHT(c, d, 16), EIGHT(c, d, 24), EIGHT(c, d, 32), EIGHT(c, d, 40), \
         EIGHT(c, d, 48), EIGHT(c, d, 56)
+#define ALL80(c, d) ALL64(c, d), EIGHT(c, d, 64), EIGHT(c, d, 72)
+#define ALL88(c, d) ALL80(c, d), EIGHT(c, d, 80)
+#define ALL96(c, d) ALL88(c, d), EIGHT(c, d, 88)
+#if KEYS == 128
+#define SHAPE "m64n128"
+#define LIST LIST64
+#define ALL ALL64
+#define A "64"
+#define B "65"
+#define P "66"
+#elif KEYS == 160
+#define SHAPE "m64n160"
+#define LIST LIST80
+#define ALL ALL80
+#define A "80"
+#define B "81"
+#define P "82"
+#elif KEYS == 176
+#define SHAPE "m64n176"
+#define LIST LIST88
+#define ALL ALL88
+#define A "88"
+#define B "89"
+#define P "90"
+#else
+#define SHAPE "m64n192"
+#define LIST LIST96
+#define ALL ALL96
+#define A "96"
+#define B "97"
+#define P "98"
+#endif
 
 // Keeps the compiler from using registers before the products that write them have ended.
+__device__ void settled_scores(float (&d)[SCORES]) { asm volatile("" : ALL("+f", d) :: "memory"); }
+__device__ void settled_scores(int (&d)[SCORES]) { asm volatile("" : ALL("+r", d) :: "memory"); }
 __device__ void settled(float (&d)[64]) { asm volatile("" : ALL64("+f", d) :: "memory"); }
-__device__ void settled(int (&d)[64]) { asm volatile("" : ALL64("+r", d) :: "memory"); }
 
-__device__ void multiply_scores(int (&d)[64], u64 a, u64 b, int sum) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " LIST64 ", %64, %65, p;\n}"
-                 : ALL64("+r", d) : "l"(a), "l"(b), "r"(sum));
+__device__ void multiply_scores(int (&d)[SCORES], u64 a, u64 b, int sum) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\n"
+                 "wgmma.mma_async.sync.aligned." SHAPE "k32.s32.s8.s8 " LIST ", %" A ", %" B ", p;\n}"
+                 : ALL("+r", d) : "l"(a), "l"(b), "r"(sum));
 }
-__device__ void multiply_scores_bf16(float (&d)[64], u64 a, u64 b, int sum) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " LIST64 ", %64, %65, p, 1, 1, 0, 0;\n}"
-                 : ALL64("+f", d) : "l"(a), "l"(b), "r"(sum));
+__device__ void multiply_scores_bf16(float (&d)[SCORES], u64 a, u64 b, int sum) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\n"
+                 "wgmma.mma_async.sync.aligned." SHAPE "k16.f32.bf16.bf16 " LIST ", %" A ", %" B ", p, 1, 1, 0, 0;\n}"
+                 : ALL("+f", d) : "l"(a), "l"(b), "r"(sum));
 }
-__device__ void multiply_scores_e4m3(float (&d)[64], u64 a, u64 b, int sum) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " LIST64 ", %64, %65, p, 1, 1;\n}"
-                 : ALL64("+f", d) : "l"(a), "l"(b), "r"(sum));
+__device__ void multiply_scores_e4m3(float (&d)[SCORES], u64 a, u64 b, int sum) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\n"
+                 "wgmma.mma_async.sync.aligned." SHAPE "k32.f32.e4m3.e4m3 " LIST ", %" A ", %" B ", p, 1, 1;\n}"
+                 : ALL("+f", d) : "l"(a), "l"(b), "r"(sum));
 }
 __device__ void multiply_values(float (&d)[64], const u32 (&a)[4], u64 b, int sum) {
 #if PV == 0
@@ -150,16 +204,16 @@ struct Rows {  // of a thread: two, shared by four threads
 
 // A tile's scores to weights, in place (`weights`); true if what was added up before must be shrunk by `shrink`.
 template <bool FIRST>
-__device__ bool soften(Score (&s)[64], float (&weights)[64], Rows& r, float key_scale, int valid, float (&shrink)[2]) {
-    if (valid < TILE) {
+__device__ bool soften(Score (&s)[SCORES], float (&weights)[SCORES], Rows& r, float key_scale, int valid, float (&shrink)[2]) {
+    if (valid < KEYS) {
         const int column = threadIdx.x % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < 64; ++i)
+        for (int i = 0; i < SCORES; ++i)
             if (i / 4 * 8 + column + i % 2 >= valid) s[i] = least();
     }
     Score most[2] = {s[0], s[2]};
 #pragma unroll
-    for (int i = 0; i < 64; ++i) most[i / 2 % 2] = larger(most[i / 2 % 2], s[i]);
+    for (int i = 0; i < SCORES; ++i) most[i / 2 % 2] = larger(most[i / 2 % 2], s[i]);
     float factor[2], high[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -189,7 +243,7 @@ __device__ bool soften(Score (&s)[64], float (&weights)[64], Rows& r, float key_
         offset[half] = LIFT - r.most[half] - (QK == 0 ? MAGIC * factor[half] : 0.0f);
     float sums[2][2] = {};
 #pragma unroll
-    for (int i = 0; i < 64; ++i) {
+    for (int i = 0; i < SCORES; ++i) {
         const int half = i / 2 % 2;
         const float x = fmaf(number(s[i]), factor[half], offset[half]);
         weights[i] = i / 4 % 8 < POLYNOMIALS ? power_of_2_polynomial(x) : power_of_2(x);
@@ -200,10 +254,9 @@ __device__ bool soften(Score (&s)[64], float (&weights)[64], Rows& r, float key_
     return grown;
 }
 
-constexpr int A_STEPS = PV == 1 ? 8 : 4;
-__device__ void pack(const float (&w)[64], u32 (&a)[A_STEPS][4]) {
+__device__ void pack(const float (&w)[SCORES], u32 (&a)[SLICES][4]) {
 #pragma unroll
-    for (int g = 0; g < A_STEPS; ++g)
+    for (int g = 0; g < SLICES; ++g)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int half = i % 2 * 2;
@@ -217,12 +270,12 @@ __device__ void pack(const float (&w)[64], u32 (&a)[A_STEPS][4]) {
         }
 }
 
-__device__ void scores(Score (&s)[64], u32 q, u32 k) {
+__device__ void scores(Score (&s)[SCORES], u32 q, u32 k) {
 #if QK == 2
 #pragma unroll
     for (int step = 0; step < 8; ++step) {
-        const u32 at = step / 4 * MATRIX + step % 4 * 32;
-        multiply_scores_bf16(s, descriptor(q + at), descriptor(k + at), step > 0);
+        const u32 at = step % 4 * 32;
+        multiply_scores_bf16(s, descriptor(q + step / 4 * Q_PART + at), descriptor(k + step / 4 * K_PART + at), step > 0);
     }
 #else
 #pragma unroll
@@ -236,12 +289,9 @@ __device__ void scores(Score (&s)[64], u32 q, u32 k) {
 #endif
 }
 
-__device__ void values(float (&o)[64], const u32 (&a)[A_STEPS][4], u32 v, bool sum) {
+__device__ void values(float (&o)[64], const u32 (&a)[SLICES][4], u32 v, bool sum) {
 #pragma unroll
-    for (int g = 0; g < A_STEPS; ++g) {
-        const u32 at = PV == 1 ? g / 4 * MATRIX + g % 4 * 32 : g * 32;
-        multiply_values(o, a[g], descriptor(v + at), sum || g > 0);
-    }
+    for (int g = 0; g < SLICES; ++g) multiply_values(o, a[g], slice_descriptor(v + g * SLICE_BYTES), sum || g > 0);
 }
 
 template <int REGISTERS>
@@ -252,15 +302,15 @@ __device__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32
 __device__ void turn_wait(int which) { asm volatile("bar.sync %0, 256;" :: "r"(2 + which) : "memory"); }
 __device__ void turn_give(int which) { asm volatile("bar.arrive %0, 256;" :: "r"(2 + which) : "memory"); }
 
-// q, k [heads, tiles, parts, 128 rows, 128 bytes], v the same transposed; query_scale [heads, tiles * 128] with log2(e);
-// key_scale [heads, tiles]; value_scale and value_mean [heads, 128]; lists [heads, tiles, tiles] and counts
-// [heads, tiles]. out bf16 [tokens, heads * 128]. shift, lse float32 [heads, tokens], or null. Grid (tiles, heads).
+// q [heads, tiles of 128 queries, parts, 128, 128 bytes]; k [heads, tiles of KEYS, parts, KEYS, 128 bytes]; v [heads, tiles,
+// slices, 128 channels, 32 bytes]; query_scale [heads, tiles * 128] with log2(e); key_scale [heads, tiles]; value_scale
+// and value_mean [heads, 128]; lists [heads, tiles of queries, tiles] and counts [heads, tiles of queries]. out bf16 [tokens, heads * 128]. shift, lse float32 [heads, tokens], or null. Grid (tiles of queries, heads).
 extern "C" __global__ void __launch_bounds__(384, 1)
 attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const float* key_scale,
        const float* value_scale, const float* value_mean, const int* lists, const int* counts, const float* shift,
        bf16* out, float* lse, int tokens) {
     extern __shared__ __align__(1024) unsigned char memory[];
-    const int tiles = gridDim.x, heads = gridDim.y, head = blockIdx.y;
+    const int heads = gridDim.y, head = blockIdx.y, tiles = (tokens + KEYS - 1) / KEYS;
     const u32 base = (shared_address(memory) + 1023) & ~1023u;
     const u32 q_at = base, k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
     const u32 barriers = v_at + STAGES * V_BYTES;
@@ -275,7 +325,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    const i64 row = (i64)head * tiles + blockIdx.x;
+    const i64 row = (i64)head * gridDim.x + blockIdx.x;
 #if LISTS
     const int* list = lists + row * tiles;
     const int count = counts[row];
@@ -307,17 +357,17 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         registers_up<240>();
         const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
         const u32 my_q = q_at + group * 64 * ROW;
-        const int first = blockIdx.x * TILE + group * 64 + warp * 16 + lane / 4;
+        const int first = blockIdx.x * QUERIES + group * 64 + warp * 16 + lane / 4;
         const float* scales = key_scale + (i64)head * tiles;
         Rows r;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            r.scale[half] = query_scale[(i64)head * tiles * TILE + first + half * 8];
+            r.scale[half] = query_scale[row * QUERIES + first - blockIdx.x * QUERIES + half * 8];
             r.sum[half] = 0;
         }
-        Score s[64];
-        float w[64], o[64], part[SUMS ? 64 : 1];
-        u32 a[A_STEPS][4];
+        Score s[SCORES];
+        float w[SCORES], o[64], part[SUMS ? 64 : 1];
+        u32 a[SLICES][4];
         float shrink[2] = {1, 1};
 #pragma unroll
         for (int i = 0; i < 64; ++i) o[i] = 0;
@@ -328,7 +378,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             return i;
 #endif
         };
-        auto valid = [&](int tile) { return tokens - tile * TILE; };
+        auto valid = [&](int tile) { return tokens - tile * KEYS; };
         int tile = number_of(0);
         float key = scales[tile];
         barrier_wait(q_full, 0);
@@ -338,16 +388,20 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         scores(s, my_q, k_at);
         products_end();
         products_wait<0>();
-        settled(s);
+        settled_scores(s);
         if (lane == 0) barrier_arrive(k_free);
         soften<true>(s, w, r, key, valid(tile), shrink);
         pack(w, a);
+        int stage = 0, phase = 0;
+        float next_key = count > 1 ? scales[number_of(1)] : 0.0f;
         for (int i = 1; i < count; ++i) {
-            const int stage = i % STAGES, before = (i - 1) % STAGES;
+            const int before = stage, phase_before = phase;
+            if (++stage == STAGES) stage = 0, phase ^= 1;
             tile = number_of(i);
-            key = scales[tile];
-            barrier_wait(k_full + stage * 8, i / STAGES % 2);
-            barrier_wait(v_full + before * 8, (i - 1) / STAGES % 2);
+            key = next_key;
+            if (i + 1 < count) next_key = scales[number_of(i + 1)];
+            barrier_wait(k_full + stage * 8, phase);
+            barrier_wait(v_full + before * 8, phase_before);
             if (TURNS) turn_wait(group);
             products_begin();
             scores(s, my_q, k_at + stage * K_BYTES);
@@ -360,7 +414,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             products_end();
             if (TURNS) turn_give(1 - group);
             products_wait<1>();
-            settled(s);
+            settled_scores(s);
             if (lane == 0) barrier_arrive(k_free + stage * 8);
             const bool grown = soften<false>(s, w, r, key, valid(tile), shrink);
             products_wait<0>();
@@ -378,14 +432,13 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             }
             pack(w, a);
         }
-        const int last = (count - 1) % STAGES;
-        barrier_wait(v_full + last * 8, (count - 1) / STAGES % 2);
+        barrier_wait(v_full + stage * 8, phase);
         if (TURNS) turn_wait(group);
         products_begin();
 #if SUMS
-        values(part, a, v_at + last * V_BYTES, false);
+        values(part, a, v_at + stage * V_BYTES, false);
 #else
-        values(o, a, v_at + last * V_BYTES, true);
+        values(o, a, v_at + stage * V_BYTES, true);
 #endif
         products_end();
         if (TURNS && group == 0) turn_give(1);

@@ -17,8 +17,7 @@ from trt_wan.runtime.device.kernels import Module, read_source
 
 SOURCE = read_source(__package__, "hopper.cu", "tiles.cu")
 NAMES = ("channel_parts", "channels_whole", "pack_q", "pack_k", "pack_v", "correct_mean", "attend")
-TILE = 128  # tokens
-MATRIX = 128 * 128  # bytes
+QUERIES = 128  # of a block
 CHUNK = 256  # tokens of one sum
 MOST_SHARED = 227 << 10
 
@@ -34,32 +33,38 @@ class HopperAttention:
         self, gpu: Gpu, heads: int, tokens: int, head_dim: int, scores: str, values: str, **options: int
     ) -> None:
         assert head_dim == 128, head_dim
-        self._heads, self._tokens, self._tiles = heads, tokens, math.ceil(tokens / TILE)
-        key_bytes, value_bytes = (1 + (scores == "bf16")) * MATRIX, (1 + (values == "bf16")) * MATRIX
+        self._heads, self._tokens = heads, tokens
+        keys = options.get("KEYS", 128)
+        self._tiles, self._query_tiles = math.ceil(tokens / keys), math.ceil(tokens / QUERIES)
+        self._value_shared = 2 * keys * head_dim
+        query_bytes, key_bytes = ((1 + (scores == "bf16")) * rows * head_dim for rows in (QUERIES, keys))
+        value_bytes = (1 + (values == "bf16")) * keys * head_dim
         self._centred = values == "e4m3"
-        free = MOST_SHARED - 1024 - 512 - key_bytes
+        free = MOST_SHARED - 1024 - 512 - query_bytes
         macros = {
             "QK": SCORES[scores],
             "PV": VALUES[values],
-            "SUMS": int(values == "e4m3"),
+            "SUMS": 0,
+            "KEYS": keys,
             "TURNS": 1,
             "POLYNOMIALS": 0,
             "STAGES": min(4, free // (key_bytes + value_bytes)),
             "LISTS": 0,
             "SPIN_LIMIT": 0,
         } | options
-        self._shared = 1024 + 512 + key_bytes + macros["STAGES"] * (key_bytes + value_bytes)
-        module = gpu.once((__name__, *macros.items()), lambda: _compiled(gpu, macros, self._shared))
+        self._shared = 1024 + 512 + query_bytes + macros["STAGES"] * (key_bytes + value_bytes)
+        module = gpu.once((__name__, *macros.items()), lambda: _compiled(gpu, macros, self._shared, self._value_shared))
         self._launch = partial(module.launch, gpu.stream)
         self._chunks = math.ceil(tokens / CHUNK)
-        rows, channels = heads * self._tiles, heads * head_dim * 4
+        queries, tiles = heads * self._query_tiles, heads * self._tiles
+        channels = heads * head_dim * 4
         self._offsets, self.scratch_bytes = laid_out(
             {
-                "q": rows * key_bytes,
-                "k": rows * key_bytes,
-                "v": rows * value_bytes,
-                "query_scale": rows * TILE * 4,
-                "key_scale": rows * 4,
+                "q": queries * query_bytes,
+                "k": tiles * key_bytes,
+                "v": tiles * value_bytes,
+                "query_scale": queries * QUERIES * 4,
+                "key_scale": tiles * 4,
                 "key_mean": channels,
                 "value_mean": channels,
                 "value_scale": channels,
@@ -77,7 +82,7 @@ class HopperAttention:
         self.pack(addresses)
         self._launch(
             "attend",
-            (self._tiles, self._heads),
+            (self._query_tiles, self._heads),
             384,
             *(at[name] for name in ("q", "k", "v", "query_scale", "key_scale", "value_scale", "value_mean")),
             *(0, 0, 0, a["attended"], 0, tokens),
@@ -90,10 +95,12 @@ class HopperAttention:
         self._launch("channel_parts", (self._chunks, self._heads, 2), 256, a["k"], a["v"], at["partial"], tokens)
         means = at["key_mean"], at["value_mean"], at["value_scale"]
         self._launch("channels_whole", (self._heads, 2), 128, at["partial"], *means, chunks, tokens)
-        self._launch("pack_q", grid, 256, a["q"], at["key_mean"], at["q"], at["query_scale"], 0, tokens)
+        self._launch("pack_q", (self._query_tiles, self._heads), 256, a["q"], at["key_mean"], at["q"], at["query_scale"], 0, tokens)
         self._launch("pack_k", grid, 256, a["k"], at["key_mean"], at["k"], at["key_scale"], tokens)
         value = at["value_mean"], at["value_scale"]
-        self._launch("pack_v", grid, 256, a["v"], *value, at["v"], at["sums"], tokens)
+        self._launch(
+            "pack_v", grid, 256, a["v"], *value, at["v"], at["sums"], tokens, shared=self._value_shared
+        )
         if self._centred:
             arguments = at["sums"], *reversed(value), np.int32(self._tiles), tokens
             self._launch("correct_mean", self._heads, 128, *arguments)
@@ -102,7 +109,8 @@ class HopperAttention:
         pass
 
 
-def _compiled(gpu: Gpu, macros: Mapping[str, int], shared: int) -> Module:
+def _compiled(gpu: Gpu, macros: Mapping[str, int], shared: int, value_shared: int) -> Module:
     module = Module(gpu.device, SOURCE, NAMES, macros, accelerated=True)
     module.allow_shared("attend", shared)
+    module.allow_shared("pack_v", value_shared)
     return module

@@ -1,5 +1,5 @@
-// q, k and v as hopper.cu takes them: quantised, in tiles of 128 tokens, rows of 128 bytes whose chunks of 16 bytes are
-// swizzled. Tensors are bf16 [heads, tokens, 128]. Tokens behind the last one are zeros.
+// q, k and v as hopper.cu takes them: quantised, in tiles of 128 queries and KEYS keys, rows of 128 bytes whose
+// chunks of 16 bytes are swizzled, and of 32 bytes for v. Tensors are bf16 [heads, tokens, 128]. Tokens behind the last one are zeros.
 //
 // In 8 bits q has a scale per token, k one per tile, v one per channel. The means over all tokens are subtracted from k,
 // which leaves the softmax as it is, and from v, and added to the result; with it goes the mean of v's rounding errors,
@@ -79,11 +79,11 @@ __device__ void load16(const bf16* from, float (&x)[16]) {
 }
 
 // 16 channels of a row, already scaled, into a tile.
-__device__ void store16(u8* tile, int row, int lane, const float (&x)[16]) {
+__device__ void store16(u8* tile, int part_bytes, int row, int lane, const float (&x)[16]) {
 #if QK == 2
     u32 pairs[8];
     for (int j = 0; j < 8; ++j) pairs[j] = pack_bf16(x[2 * j], x[2 * j + 1]);
-    u8* half = tile + lane / 4 * MATRIX;
+    u8* half = tile + lane / 4 * part_bytes;
     for (int part = 0; part < 2; ++part)
         *(uint4*)(half + chunk_at(row, lane % 4 * 2 + part)) =
             make_uint4(pairs[4 * part], pairs[4 * part + 1], pairs[4 * part + 2], pairs[4 * part + 3]);
@@ -106,8 +106,8 @@ extern "C" __global__ void __launch_bounds__(256)
 pack_q(const bf16* q, const float* key_mean, u8* out, float* scale, float* shift, int tokens) {
     const int lane = threadIdx.x % 8;
     const i64 at = (i64)blockIdx.y * gridDim.x + blockIdx.x;
-    for (int row = threadIdx.x / 8; row < TILE; row += 32) {
-        const int token = blockIdx.x * TILE + row;
+    for (int row = threadIdx.x / 8; row < QUERIES; row += 32) {
+        const int token = blockIdx.x * QUERIES + row;
         float x[16] = {};
         if (token < tokens) load16(q + ((i64)blockIdx.y * tokens + token) * DIM + lane * 16, x);
         float most = 1e-10f, dot = 0;
@@ -120,12 +120,12 @@ pack_q(const bf16* q, const float* key_mean, u8* out, float* scale, float* shift
             dot += __shfl_xor_sync(~0u, dot, other);
         }
         if (lane == 0) {
-            scale[at * TILE + row] = QK == 2 ? LOG2_E : most / LARGEST * LOG2_E;
+            scale[at * QUERIES + row] = QK == 2 ? LOG2_E : most / LARGEST * LOG2_E;
             if (shift && token < tokens) shift[(i64)blockIdx.y * tokens + token] = dot;
         }
         if (QK != 2)
             for (int j = 0; j < 16; ++j) x[j] *= LARGEST / most;
-        store16(out + at * Q_BYTES, row, lane, x);
+        store16(out + at * Q_BYTES, Q_PART, row, lane, x);
     }
 }
 
@@ -135,10 +135,10 @@ pack_k(const bf16* k, const float* key_mean, u8* out, float* scale, int tokens) 
     __shared__ float shared[256];
     const int lane = threadIdx.x % 8;
     const i64 at = (i64)blockIdx.y * gridDim.x + blockIdx.x;
-    float x[TILE / 32][16], most = 1e-10f;
+    float x[KEYS / 32][16], most = 1e-10f;
 #pragma unroll
-    for (int i = 0; i < TILE / 32; ++i) {
-        const int token = blockIdx.x * TILE + threadIdx.x / 8 + i * 32;
+    for (int i = 0; i < KEYS / 32; ++i) {
+        const int token = blockIdx.x * KEYS + threadIdx.x / 8 + i * 32;
         if (token < tokens) load16(k + ((i64)blockIdx.y * tokens + token) * DIM + lane * 16, x[i]);
         for (int j = 0; j < 16; ++j) {
             x[i][j] = token < tokens ? x[i][j] - key_mean[blockIdx.y * DIM + lane * 16 + j] : 0.0f;
@@ -149,49 +149,47 @@ pack_k(const bf16* k, const float* key_mean, u8* out, float* scale, int tokens) 
     const float factor = QK == 2 ? 1.0f : LARGEST / most;
     if (threadIdx.x == 0) scale[at] = 1.0f / factor;
 #pragma unroll
-    for (int i = 0; i < TILE / 32; ++i) {
+    for (int i = 0; i < KEYS / 32; ++i) {
         for (int j = 0; j < 16; ++j) x[i][j] *= factor;
-        store16(out + at * K_BYTES, threadIdx.x / 8 + i * 32, lane, x[i]);
+        store16(out + at * K_BYTES, K_PART, threadIdx.x / 8 + i * 32, lane, x[i]);
     }
 }
 
-// Grid (tiles, heads). A row of a tile is a channel. In E4M3 the keys are in the order in which a thread of hopper.cu
-// holds the weights: position p of 16 is key 8 (p % 4 / 2) + 2 (p / 4) + p % 2.
+// Grid (tiles, heads). A slice of SLICE keys has a row of 32 bytes for every channel. In E4M3 the keys are in the order in
+// which a thread of hopper.cu holds the weights: position p of 16 is key 8 (p % 4 / 2) + 2 (p / 4) + p % 2. Then `sums`
+// [heads, tiles, 128] are the sums of the rounded values.
 extern "C" __global__ void __launch_bounds__(256)
 pack_v(const bf16* v, const float* mean, const float* scale, u8* out, float* sums, int tokens) {
-    __shared__ __align__(16) bf16 tile[TILE][DIM];
+    extern __shared__ __align__(16) bf16 tile[];  // [KEYS, 128]
     __shared__ float halves[256];
     const i64 at = (i64)blockIdx.y * gridDim.x + blockIdx.x;
-    for (int i = threadIdx.x; i < TILE * DIM / 8; i += 256) {
-        const int key = i / (DIM / 8), token = blockIdx.x * TILE + key;
+    for (int i = threadIdx.x; i < KEYS * DIM / 8; i += 256) {
+        const int token = blockIdx.x * KEYS + i / (DIM / 8);
         uint4 eight = make_uint4(0, 0, 0, 0);
         if (token < tokens) eight = *(const uint4*)(v + ((i64)blockIdx.y * tokens + token) * DIM + i % (DIM / 8) * 8);
-        *(uint4*)&tile[key][i % (DIM / 8) * 8] = eight;
+        *(uint4*)&tile[i * 8] = eight;
     }
     __syncthreads();
-    const int channel = threadIdx.x % DIM, there = tokens - blockIdx.x * TILE;
+    const int channel = threadIdx.x % DIM, there = tokens - blockIdx.x * KEYS;
     const float center = mean[blockIdx.y * DIM + channel], factor = 1.0f / scale[blockIdx.y * DIM + channel];
-    auto value = [&](int key) { return key < there ? (widen(tile[key][channel]) - center) * factor : 0.0f; };
-    u8* to = out + at * V_BYTES;
-#if PV == 1
-    for (int chunk = threadIdx.x / DIM; chunk < TILE / 8; chunk += 2) {
-        u32 w[4];
-        for (int j = 0; j < 4; ++j) w[j] = pack_bf16(value(chunk * 8 + 2 * j), value(chunk * 8 + 2 * j + 1));
-        *(uint4*)(to + chunk / 8 * MATRIX + chunk_at(channel, chunk % 8)) = make_uint4(w[0], w[1], w[2], w[3]);
-    }
-#else
+    auto value = [&](int key) { return key < there ? (widen(tile[key * DIM + channel]) - center) * factor : 0.0f; };
     float sum = 0;
-    for (int chunk = threadIdx.x / DIM; chunk < TILE / 16; chunk += 2) {
+    for (int chunk = threadIdx.x / DIM; chunk < SLICES * 2; chunk += 2) {  // of 16 bytes
         u32 w[4];
-        for (int j = 0; j < 4; ++j) {  // positions 4j ... 4j + 3
+        for (int j = 0; j < 4; ++j) {
+#if PV == 1
+            const int key = chunk * 8 + 2 * j;
+            w[j] = pack_bf16(value(key), value(key + 1));
+#else
             const int key = chunk * 16 + 2 * j;
             w[j] = pack_e4m3(value(key), value(key + 1)) | pack_e4m3(value(key + 8), value(key + 9)) << 16;
             for (int byte = 0; byte < 4; ++byte) sum += widen(e4m3{(u8)(w[j] >> 8 * byte)});
+#endif
         }
-        *(uint4*)(to + chunk_at(channel, chunk)) = make_uint4(w[0], w[1], w[2], w[3]);
+        *(uint4*)(out + at * V_BYTES + chunk / 2 * SLICE_BYTES + channel * 32 + ((chunk ^ channel / 4) % 2 << 4)) =
+            make_uint4(w[0], w[1], w[2], w[3]);
     }
     halves[threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.x < DIM) sums[at * DIM + channel] = halves[channel] + halves[channel + DIM];
-#endif
 }
