@@ -15,6 +15,7 @@ constexpr int ROW = 128;                          // bytes of a row of q and k i
 constexpr int PARTS = QK == 2 ? 2 : 1;            // rows of a token of q or k
 constexpr int SLICE = PV == 1 ? 16 : 32;          // keys of v that are multiplied at a time: 32 bytes of each channel
 constexpr int SLICES = KEYS / SLICE, SLICE_BYTES = DIM * 32;
+constexpr int OUT = DIM / 2;                      // sums of a thread
 constexpr int Q_PART = QUERIES * ROW, K_PART = KEYS * ROW;
 constexpr int Q_BYTES = PARTS * Q_PART, K_BYTES = PARTS * K_PART, V_BYTES = SLICES * SLICE_BYTES;
 constexpr int SCORES = KEYS / 2;                  // of a thread
@@ -60,12 +61,10 @@ __device__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
 
 // Matrix products of a warpgroup. Operands in shared memory have swizzled rows of 128 or 32 bytes.
 
-__device__ u64 descriptor(u32 address) {  // rows of 128 bytes
-    return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(8 * ROW >> 4) << 32 | (u64)1 << 62;
-}
-__device__ u64 slice_descriptor(u32 address) {  // rows of 32 bytes
-    return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(8 * 32 >> 4) << 32 | (u64)3 << 62;
-}
+// The lower half of a descriptor has the address in units of 16 bytes, the upper half the layout.
+constexpr u32 ROWS_OF_128 = 1u << 30 | 8 * 128 >> 4, ROWS_OF_32 = 3u << 30 | 8 * 32 >> 4;
+__device__ u32 matrix(u32 address) { return (address & 0x3FFFF) >> 4 | 1u << 16; }
+__device__ u64 descriptor(u32 matrix, u32 layout) { return (u64)layout << 32 | matrix; }
 __device__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>
@@ -131,7 +130,7 @@ __device__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0
 // Keeps the compiler from using registers before the products that write them have ended.
 __device__ void settled_scores(float (&d)[SCORES]) { asm volatile("" : ALL("+f", d) :: "memory"); }
 __device__ void settled_scores(int (&d)[SCORES]) { asm volatile("" : ALL("+r", d) :: "memory"); }
-__device__ void settled(float (&d)[64]) { asm volatile("" : ALL64("+f", d) :: "memory"); }
+__device__ void settled(float (&d)[OUT]) { asm volatile("" : ALL64("+f", d) :: "memory"); }
 
 __device__ void multiply_scores(int (&d)[SCORES], u64 a, u64 b, int sum) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\n"
@@ -148,7 +147,7 @@ __device__ void multiply_scores_e4m3(float (&d)[SCORES], u64 a, u64 b, int sum) 
                  "wgmma.mma_async.sync.aligned." SHAPE "k32.f32.e4m3.e4m3 " LIST ", %" A ", %" B ", p, 1, 1;\n}"
                  : ALL("+f", d) : "l"(a), "l"(b), "r"(sum));
 }
-__device__ void multiply_values(float (&d)[64], const u32 (&a)[4], u64 b, int sum) {
+__device__ void multiply_values(float (&d)[OUT], const u32 (&a)[4], u64 b, int sum) {
 #if PV == 0
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " LIST64
@@ -185,7 +184,7 @@ __device__ Score least() {
 
 __device__ float power_of_2(float x) {
     float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // volatile: before the wait for the values
     return y;
 }
 // Without the special function unit: 2^n by the exponent's bits, 2^f for |f| <= 1/2 as a cubic, off by 1e-4.
@@ -196,6 +195,12 @@ __device__ float power_of_2_polynomial(float x) {
     y = fmaf(y, f, 0.6931471806f);
     y = fmaf(y, f, 1.0f);
     return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
+}
+
+// Never stores, for x is positive. ptxas would else put the work that leads to x behind the next wait for products.
+__device__ void needed(float x, u32 address) {
+    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}"
+                 :: "f"(x), "r"(address) : "memory");
 }
 
 struct Rows {  // of a thread: two, shared by four threads
@@ -271,27 +276,24 @@ __device__ void pack(const float (&w)[SCORES], u32 (&a)[SLICES][4]) {
 }
 
 __device__ void scores(Score (&s)[SCORES], u32 q, u32 k) {
-#if QK == 2
 #pragma unroll
-    for (int step = 0; step < 8; ++step) {
-        const u32 at = step % 4 * 32;
-        multiply_scores_bf16(s, descriptor(q + step / 4 * Q_PART + at), descriptor(k + step / 4 * K_PART + at), step > 0);
-    }
-#else
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
+    for (int step = 0; step < 4 * PARTS; ++step) {
+        const u64 a = descriptor(q + (step / 4 * Q_PART + step % 4 * 32) / 16, ROWS_OF_128);
+        const u64 b = descriptor(k + (step / 4 * K_PART + step % 4 * 32) / 16, ROWS_OF_128);
 #if QK == 0
-        multiply_scores(s, descriptor(q + step * 32), descriptor(k + step * 32), step > 0);
+        multiply_scores(s, a, b, step > 0);
+#elif QK == 1
+        multiply_scores_e4m3(s, a, b, step > 0);
 #else
-        multiply_scores_e4m3(s, descriptor(q + step * 32), descriptor(k + step * 32), step > 0);
+        multiply_scores_bf16(s, a, b, step > 0);
 #endif
     }
-#endif
 }
 
-__device__ void values(float (&o)[64], const u32 (&a)[SLICES][4], u32 v, bool sum) {
+__device__ void values(float (&o)[OUT], const u32 (&a)[SLICES][4], u32 v, bool sum) {
 #pragma unroll
-    for (int g = 0; g < SLICES; ++g) multiply_values(o, a[g], slice_descriptor(v + g * SLICE_BYTES), sum || g > 0);
+    for (int g = 0; g < SLICES; ++g) 
+        multiply_values(o, a[g], descriptor(v + g * SLICE_BYTES / 16, ROWS_OF_32), sum || g > 0);
 }
 
 template <int REGISTERS>
@@ -313,7 +315,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
     const int heads = gridDim.y, head = blockIdx.y, tiles = (tokens + KEYS - 1) / KEYS;
     const u32 base = (shared_address(memory) + 1023) & ~1023u;
     const u32 q_at = base, k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
-    const u32 barriers = v_at + STAGES * V_BYTES;
+    const u32 kept_at = v_at + STAGES * V_BYTES, barriers = kept_at + (FLUSH ? 2 * 64 * DIM * 4 : 0);
     const u32 q_full = barriers, k_full = barriers + 8, k_free = k_full + STAGES * 8, v_full = k_free + STAGES * 8,
               v_free = v_full + STAGES * 8;
     if (threadIdx.x == 0) {
@@ -355,8 +357,9 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         }
     } else {
         registers_up<240>();
-        const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-        const u32 my_q = q_at + group * 64 * ROW;
+        const int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);  // the compiler sees one number a warp
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+        const u32 my_q = matrix(q_at + group * 64 * ROW), all_k = matrix(k_at), all_v = matrix(v_at);
         const int first = blockIdx.x * QUERIES + group * 64 + warp * 16 + lane / 4;
         const float* scales = key_scale + (i64)head * tiles;
         Rows r;
@@ -366,11 +369,11 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             r.sum[half] = 0;
         }
         Score s[SCORES];
-        float w[SCORES], o[64], part[SUMS ? 64 : 1];
+        float w[SCORES], o[OUT], part[SUMS ? OUT : 1];
         u32 a[SLICES][4];
         float shrink[2] = {1, 1};
 #pragma unroll
-        for (int i = 0; i < 64; ++i) o[i] = 0;
+        for (int i = 0; i < OUT; ++i) o[i] = 0;
         auto number_of = [&](int i) {
 #if LISTS
             return list[i];
@@ -385,13 +388,35 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         barrier_wait(k_full, 0);
         if (TURNS && group == 1) turn_give(0);  // the first turn
         products_begin();
-        scores(s, my_q, k_at);
+        scores(s, my_q, all_k);
         products_end();
         products_wait<0>();
         settled_scores(s);
         if (lane == 0) barrier_arrive(k_free);
         soften<true>(s, w, r, key, valid(tile), shrink);
         pack(w, a);
+        // Sums of FLUSH tiles are added up in shared memory: in the tensor core a long sum in E4M3 loses bits.
+        const u32 my_kept = kept_at + group * 64 * DIM * 4 + threadIdx.x % 128 * 16;
+        const float one[2] = {1, 1};
+        auto kept = [&](int add, const float (&factor)[2]) {
+#pragma unroll
+            for (int n = 0; n < 64; n += 4) {
+                float x[4];
+                asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                             : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(my_kept + n * 512) : "memory");
+                for (int e = 0; e < 4; ++e) {
+                    x[e] = x[e] * factor[e / 2] + (add ? o[n + e] : 0.0f);
+                    if (add) o[n + e] = 0;
+                }
+                asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+                             :: "r"(my_kept + n * 512), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+            }
+        };
+        if (FLUSH) {
+#pragma unroll
+            for (int n = 0; n < 64; n += 4)
+                asm volatile("st.shared.v4.f32 [%0], {%1, %1, %1, %1};" :: "r"(my_kept + n * 512), "f"(0.0f) : "memory");
+        }
         int stage = 0, phase = 0;
         float next_key = count > 1 ? scales[number_of(1)] : 0.0f;
         for (int i = 1; i < count; ++i) {
@@ -404,12 +429,12 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             barrier_wait(v_full + before * 8, phase_before);
             if (TURNS) turn_wait(group);
             products_begin();
-            scores(s, my_q, k_at + stage * K_BYTES);
+            scores(s, my_q, all_k + stage * (K_BYTES / 16));
             products_end();
 #if SUMS
-            values(part, a, v_at + before * V_BYTES, false);
+            values(part, a, all_v + before * (V_BYTES / 16), false);
 #else
-            values(o, a, v_at + before * V_BYTES, true);
+            values(o, a, all_v + before * (V_BYTES / 16), true);
 #endif
             products_end();
             if (TURNS) turn_give(1 - group);
@@ -417,28 +442,32 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             settled_scores(s);
             if (lane == 0) barrier_arrive(k_free + stage * 8);
             const bool grown = soften<false>(s, w, r, key, valid(tile), shrink);
+            settled_scores(w);
+            needed(r.sum[0] + r.sum[1], q_full);
             products_wait<0>();
             if (lane == 0) barrier_arrive(v_free + before * 8);
 #if SUMS
             settled(part);
 #pragma unroll
-            for (int n = 0; n < 64; ++n) o[n] += part[n];
+            for (int n = 0; n < OUT; ++n) o[n] += part[n];
 #else
             settled(o);
 #endif
             if (grown) {
 #pragma unroll
                 for (int n = 0; n < 64; ++n) o[n] *= shrink[n / 2 % 2];
+                if (FLUSH) kept(0, shrink);
             }
+            if (FLUSH && i % FLUSH == 0) kept(1, one);
             pack(w, a);
         }
         barrier_wait(v_full + stage * 8, phase);
         if (TURNS) turn_wait(group);
         products_begin();
 #if SUMS
-        values(part, a, v_at + stage * V_BYTES, false);
+        values(part, a, all_v + stage * (V_BYTES / 16), false);
 #else
-        values(o, a, v_at + stage * V_BYTES, true);
+        values(o, a, all_v + stage * (V_BYTES / 16), true);
 #endif
         products_end();
         if (TURNS && group == 0) turn_give(1);
@@ -446,10 +475,19 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
 #if SUMS
         settled(part);
 #pragma unroll
-        for (int n = 0; n < 64; ++n) o[n] += part[n];
+        for (int n = 0; n < OUT; ++n) o[n] += part[n];
 #else
         settled(o);
 #endif
+        if (FLUSH) {
+#pragma unroll
+            for (int n = 0; n < 64; n += 4) {
+                float x[4];
+                asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                             : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(my_kept + n * 512) : "memory");
+                for (int e = 0; e < 4; ++e) o[n + e] += x[e];
+            }
+        }
         const float* means = value_mean + head * DIM + lane % 4 * 2;
         const float* factors = value_scale + head * DIM + lane % 4 * 2;
 #pragma unroll

@@ -40,7 +40,8 @@ class HopperAttention:
         query_bytes, key_bytes = ((1 + (scores == "bf16")) * rows * head_dim for rows in (QUERIES, keys))
         value_bytes = (1 + (values == "bf16")) * keys * head_dim
         self._centred = values == "e4m3"
-        free = MOST_SHARED - 1024 - 512 - query_bytes
+        kept = 2 * 64 * head_dim * 4 if options.get("FLUSH") else 0
+        free = MOST_SHARED - 1024 - 512 - query_bytes - kept
         macros = {
             "QK": SCORES[scores],
             "PV": VALUES[values],
@@ -50,9 +51,10 @@ class HopperAttention:
             "POLYNOMIALS": 0,
             "STAGES": min(4, free // (key_bytes + value_bytes)),
             "LISTS": 0,
+            "FLUSH": 0,
             "SPIN_LIMIT": 0,
         } | options
-        self._shared = 1024 + 512 + query_bytes + macros["STAGES"] * (key_bytes + value_bytes)
+        self._shared = 1024 + 512 + query_bytes + kept + macros["STAGES"] * (key_bytes + value_bytes)
         module = gpu.once((__name__, *macros.items()), lambda: _compiled(gpu, macros, self._shared, self._value_shared))
         self._launch = partial(module.launch, gpu.stream)
         self._chunks = math.ceil(tokens / CHUNK)
