@@ -203,6 +203,15 @@ __device__ void needed(float x, u32 address) {
                  :: "f"(x), "r"(address) : "memory");
 }
 
+__device__ void load_shared(float (&x)[4], u32 from) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(from) : "memory");
+}
+__device__ void store_shared(u32 to, const float (&x)[4]) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+}
+
 struct Rows {  // of a thread: two, shared by four threads
     float most[2], sum[2], scale[2];
 };
@@ -231,6 +240,7 @@ __device__ bool soften(Score (&s)[SCORES], float (&weights)[SCORES], Rows& r, fl
     if (FIRST) {
         r.most[0] = high[0], r.most[1] = high[1];
     } else {
+        shrink[0] = shrink[1] = 1;
         grown = __any_sync(~0u, high[0] > r.most[0] + LAG || high[1] > r.most[1] + LAG);
         if (grown) {
 #pragma unroll
@@ -397,25 +407,19 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         pack(w, a);
         // Sums of FLUSH tiles are added up in shared memory: in the tensor core a long sum in E4M3 loses bits.
         const u32 my_kept = kept_at + group * 64 * DIM * 4 + threadIdx.x % 128 * 16;
-        const float one[2] = {1, 1};
-        auto kept = [&](int add, const float (&factor)[2]) {
+        auto keep = [&]() {  // and shrinks them
 #pragma unroll
             for (int n = 0; n < 64; n += 4) {
                 float x[4];
-                asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                             : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(my_kept + n * 512) : "memory");
-                for (int e = 0; e < 4; ++e) {
-                    x[e] = x[e] * factor[e / 2] + (add ? o[n + e] : 0.0f);
-                    if (add) o[n + e] = 0;
-                }
-                asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
-                             :: "r"(my_kept + n * 512), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+                load_shared(x, my_kept + n * 512);
+                for (int e = 0; e < 4; ++e) x[e] = (x[e] + o[n + e]) * shrink[e / 2], o[n + e] = 0;
+                store_shared(my_kept + n * 512, x);
             }
         };
         if (FLUSH) {
+            const float none[4] = {};
 #pragma unroll
-            for (int n = 0; n < 64; n += 4)
-                asm volatile("st.shared.v4.f32 [%0], {%1, %1, %1, %1};" :: "r"(my_kept + n * 512), "f"(0.0f) : "memory");
+            for (int n = 0; n < 64; n += 4) store_shared(my_kept + n * 512, none);
         }
         int stage = 0, phase = 0;
         float next_key = count > 1 ? scales[number_of(1)] : 0.0f;
@@ -453,12 +457,14 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
 #else
             settled(o);
 #endif
+#if FLUSH
+            if (grown || i % FLUSH == 0) keep();
+#else
             if (grown) {
 #pragma unroll
                 for (int n = 0; n < 64; ++n) o[n] *= shrink[n / 2 % 2];
-                if (FLUSH) kept(0, shrink);
             }
-            if (FLUSH && i % FLUSH == 0) kept(1, one);
+#endif
             pack(w, a);
         }
         barrier_wait(v_full + stage * 8, phase);
@@ -483,8 +489,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
 #pragma unroll
             for (int n = 0; n < 64; n += 4) {
                 float x[4];
-                asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                             : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(my_kept + n * 512) : "memory");
+                load_shared(x, my_kept + n * 512);
                 for (int e = 0; e < 4; ++e) o[n + e] += x[e];
             }
         }
