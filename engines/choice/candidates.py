@@ -67,11 +67,15 @@ CANDIDATES = (
     Candidate("attn_in", "native", FP8, maker="native"),
     Candidate("attention", "tensorrt", ALL, engine=Engine("attention")),
     Candidate("attention", "tensorrt sm89", ALL, engine=Engine("attention", "sm89")),
+    Candidate("attention", "native", BF16, maker="attention"),
     Candidate("attention", "cudnn", BF16, maker="attention"),
     # It imports torch and compiles itself at every start: 14 s on an H200, which it saves in 60 steps.
     Candidate("attention", "flash4", BF16, maker="attention", on_request=True),
     Candidate("attention", "tensorrt fp8", FP8, "fast", engine=Engine(ATTENTION_FP8)),
     Candidate("attention", "cudnn fp8", FP8, "fast", maker="attention"),
+    # int8 scores; their weighted values in bf16, or in E4M3.
+    Candidate("attention", "native int8", FP8, "fast", maker="attention"),
+    Candidate("attention", "native fp8", FP8, "fast", maker="attention"),
     Candidate("attn_out", "tensorrt", ALL, engine=Engine("attn_out")),
     Candidate("attn_out", "native", FP8, maker="native"),
     Candidate("cross_attention", "tensorrt", ALL, engine=Engine("cross_attention")),
@@ -98,11 +102,11 @@ class Default:
 
 # The H200's figures are in docs/log.md. TensorRT-RTX cannot build bf16 attention for it at full size: it asks
 # for 68 GB, the whole score matrix.
-_HOPPER_ATTENTION = ("cudnn", "tensorrt sm89", "tensorrt")
+_HOPPER_ATTENTION = ("native", "cudnn", "tensorrt sm89", "tensorrt")
 _NATIVE = ("native", "tensorrt")
 _BLOCK = ("attn_in", "attn_out", "cross_attention", "ffn")
 DEFAULTS = (
-    Default("attention", HOPPER, _HOPPER_ATTENTION, ("tensorrt fp8", *_HOPPER_ATTENTION)),
+    Default("attention", HOPPER, _HOPPER_ATTENTION, ("native fp8", "tensorrt fp8", *_HOPPER_ATTENTION)),
     Default("attention", None, ("tensorrt",), ("tensorrt fp8", "tensorrt")),
     *(Default(name, HOPPER, _NATIVE, _NATIVE) for name in _BLOCK),
     *(Default(name, None, ("tensorrt",), ("tensorrt",)) for name in _BLOCK),

@@ -1,8 +1,9 @@
-"""Attention by libraries other than TensorRT. Each has a module, imported only when it is chosen.
+"""Attention by kernels of our own and by libraries other than TensorRT.
 
-Every provider is a `Segment` for the network `attention`. q, k and v are bf16 [heads, tokens, head_dim]. q is
-already multiplied by head_dim^-0.5, so the softmax takes the scores unscaled. `attended` is bf16 [tokens,
-heads * head_dim]. Only `flash4` needs torch. `trt-wan build` measures their speed and error.
+Each has a module, imported only when it is chosen. Every provider is a `Segment` for the network `attention`.
+q, k and v are bf16 [heads, tokens, head_dim]. q is already multiplied by head_dim^-0.5, so the softmax takes
+the scores unscaled. `attended` is bf16 [tokens, heads * head_dim]. Only `flash4` needs torch. `trt-wan build`
+measures their speed and error.
 """
 
 from dataclasses import dataclass
@@ -29,9 +30,13 @@ class Provider:
 
 
 ANY_NEWER: Capability = (99, 9)
+HOPPER: Capability = (9, 0)
 FRONTEND = "nvidia-cudnn-frontend"
 
 PROVIDERS = {
+    "native": Provider("hopper", "Native", (), HOPPER, HOPPER, range(128, 129)),
+    "native int8": Provider("hopper", "NativeInt8", (), HOPPER, HOPPER, range(128, 129)),
+    "native fp8": Provider("hopper", "NativeFp8", (), HOPPER, HOPPER, range(128, 129)),
     "cudnn": Provider("cudnn", "Cudnn", (FRONTEND,), (8, 0), ANY_NEWER, range(8, 129, 8)),
     "cudnn fp8": Provider("cudnn", "CudnnFp8", (FRONTEND,), (9, 0), ANY_NEWER, range(16, 129, 16)),
     "flash4": Provider("flash", "Flash4", ("flash-attn-4", "torch"), (8, 0), ANY_NEWER, range(8, 129, 8)),
