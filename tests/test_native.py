@@ -123,13 +123,13 @@ def test_kernels_read_what_was_given_or_written_before(name: str, monkeypatch: p
 
 
 def test_the_reason_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native.missing((8, 0)) == "A GPU of compute capability 8.0 has no FP8."
+    assert native.missing("ffn", (8, 0)) == "A GPU of compute capability 8.0 has no FP8."
 
     def absent() -> Any:
         raise EnvironmentBroken("cuBLASLt is not installed.", "Run:\npip install it")
 
     monkeypatch.setattr(gemm, "_open", absent)
-    assert native.missing((9, 0)) == "cuBLASLt is not installed."
+    assert native.missing("ffn", (9, 0)) == "cuBLASLt is not installed."
 
 
 class FakeCublasLt:
@@ -195,7 +195,7 @@ def test_a_product_that_cublaslt_refuses_leaves_nothing() -> None:
 @pytest.fixture(scope="module")
 def gpu() -> Any:
     found = require_gpu()
-    if (reason := native.missing(found.capability)) is not None:
+    if (reason := native.missing("ffn", found.capability)) is not None:
         pytest.skip(reason)
     return found
 

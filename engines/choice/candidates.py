@@ -62,6 +62,8 @@ ALL: tuple[Precision, ...] = ("fp32", "bf16", "fp8")
 BF16: tuple[Precision, ...] = ("bf16", "fp8")  # q, k, v are bf16
 FP8: tuple[Precision, ...] = ("fp8",)
 
+VAE = ("vae_encode_first", "vae_encode_next", "vae_decode_first", "vae_decode_next")
+
 CANDIDATES = (
     Candidate("attn_in", "tensorrt", ALL, engine=Engine("attn_in")),
     Candidate("attn_in", "native", FP8, maker="native"),
@@ -82,6 +84,8 @@ CANDIDATES = (
     Candidate("cross_attention", "native", FP8, maker="native"),
     Candidate("ffn", "tensorrt", ALL, engine=Engine("ffn")),
     Candidate("ffn", "native", FP8, maker="native"),
+    *(Candidate(name, "tensorrt", ALL, engine=Engine(name)) for name in VAE),
+    *(Candidate(name, made, BF16, maker="native") for name in VAE for made in ("cudnn", "native")),
 )
 SEGMENTS = tuple(dict.fromkeys(candidate.network for candidate in CANDIDATES))
 
@@ -104,12 +108,14 @@ class Default:
 # for 68 GB, the whole score matrix.
 _HOPPER_ATTENTION = ("native", "cudnn", "tensorrt sm89", "tensorrt")
 _NATIVE = ("native", "tensorrt")
+_VAE = ("native", "cudnn", "tensorrt")
 _BLOCK = ("attn_in", "attn_out", "cross_attention", "ffn")
 DEFAULTS = (
     Default("attention", HOPPER, _HOPPER_ATTENTION, ("native fp8", "tensorrt fp8", *_HOPPER_ATTENTION)),
     Default("attention", None, ("tensorrt",), ("tensorrt fp8", "tensorrt")),
     *(Default(name, HOPPER, _NATIVE, _NATIVE) for name in _BLOCK),
-    *(Default(name, None, ("tensorrt",), ("tensorrt",)) for name in _BLOCK),
+    *(Default(name, HOPPER, _VAE, _VAE) for name in VAE),
+    *(Default(name, None, ("tensorrt",), ("tensorrt",)) for name in (*_BLOCK, *VAE)),
 )
 
 

@@ -9,10 +9,8 @@ kernel, which is off by 6e-2 and more (docs/log.md: SM89's attn_out on an H200),
 
 from dataclasses import dataclass
 
-from trt_wan.engines.choice.candidates import Tier
+from trt_wan.engines.choice.candidates import VAE, Tier
 from trt_wan.engines.precision import Precision
-
-VAE = ("vae_encode_first", "vae_encode_next", "vae_decode_first", "vae_decode_next")
 
 
 @dataclass(frozen=True)

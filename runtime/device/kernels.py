@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
+
 from trt_wan.runtime.device.checked import cuda, cuda_core
 from trt_wan.runtime.device.cubins import kept
 
@@ -28,16 +30,17 @@ def compile_source(
     source: str,
     capability: tuple[int, int],
     macros: Mapping[str, object] | None = None,
+    *,
     accelerated: bool = False,
 ) -> Any:
     """The code of kernels for GPUs of a compute capability, compiled once per machine; needs no GPU.
 
-    `accelerated` allows the instructions of that very capability, such as Hopper's wgmma.
+    `accelerated` code may use instructions of this capability alone, such as Hopper's wgmma.
     """
     from cuda.core import ObjectCode, Program, ProgramOptions
 
     source = read_source(__package__, "numbers.cuh") + source
-    standard, arch = "c++17", "sm_{}{}".format(*capability) + ("a" if accelerated else "")
+    standard, arch = "c++17", "sm_{}{}".format(*capability) + "a" * accelerated
     defined = [(name, str(value)) for name, value in (macros or {}).items()]
 
     def compile() -> bytes:
@@ -57,9 +60,10 @@ class Module:
         source: str,
         names: Sequence[str],
         macros: Mapping[str, object] | None = None,
+        *,
         accelerated: bool = False,
     ) -> None:
-        code = compile_source(source, tuple(device.compute_capability), macros, accelerated)
+        code = compile_source(source, tuple(device.compute_capability), macros, accelerated=accelerated)
         with cuda_core():
             self._kernels = {name: code.get_kernel(name) for name in names}
 
@@ -72,7 +76,11 @@ class Module:
         *arguments: Any,
         shared: int = 0,
     ) -> None:
-        """Enqueues kernel `name`. Addresses are Python integers, other numbers are numpy's, of its types."""
+        """Enqueues kernel `name`. Addresses are Python integers, other numbers are numpy's, of its types, and
+        structures that are passed by value are numpy's arrays.
+        """
+        if any(isinstance(argument, np.ndarray) for argument in arguments):
+            return self._launch_by_value(stream, name, grid, threads, arguments, shared)
         from cuda.core import LaunchConfig, launch
 
         config = LaunchConfig(grid=grid, block=threads, shmem_size=shared)
@@ -84,5 +92,27 @@ class Module:
         from cuda.bindings import driver
 
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        function = cuda(driver.cuKernelGetFunction(int(self._kernels[name].handle)))
-        cuda(driver.cuFuncSetAttribute(function, attribute, size))
+        cuda(driver.cuFuncSetAttribute(self._function(name), attribute, size))
+
+    def _launch_by_value(
+        self,
+        stream: Any,
+        name: str,
+        grid: int | tuple[int, ...],
+        threads: int,
+        arguments: Sequence[Any],
+        shared: int,
+    ) -> None:
+        """cuda.core passes numbers only."""
+        from cuda.bindings import driver
+
+        values = [np.asarray(np.uint64(a) if isinstance(a, int) else a) for a in arguments]
+        places = np.array([value.ctypes.data for value in values], np.uint64)
+        blocks = (*((grid,) if isinstance(grid, int) else grid), 1, 1)[:3]
+        where = shared, int(stream.handle), places.ctypes.data, 0
+        cuda(driver.cuLaunchKernel(self._function(name), *blocks, threads, 1, 1, *where))
+
+    def _function(self, name: str) -> Any:
+        from cuda.bindings import driver
+
+        return cuda(driver.cuKernelGetFunction(int(self._kernels[name].handle)))

@@ -14,6 +14,7 @@ from typing import cast
 from trt_wan.errors import EnvironmentBroken, UsageError, with_commands
 from trt_wan.install import install_command
 from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.segments.cudnn_library import FRONTEND
 from trt_wan.runtime.segments.segment import Segment
 
 Capability = tuple[int, int]
@@ -31,7 +32,6 @@ class Provider:
 
 ANY_NEWER: Capability = (99, 9)
 HOPPER: Capability = (9, 0)
-FRONTEND = "nvidia-cudnn-frontend"
 
 PROVIDERS = {
     "native": Provider("hopper", "Native", (), HOPPER, HOPPER, range(128, 129)),
