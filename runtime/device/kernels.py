@@ -3,6 +3,7 @@
 numbers.cuh stands in front of every source. Compiled code is kept on disk (cubins.py).
 """
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -66,6 +67,7 @@ class Module:
         code = compile_source(source, tuple(device.compute_capability), macros, accelerated=accelerated)
         with cuda_core():
             self._kernels = {name: code.get_kernel(name) for name in names}
+        self._functions: dict[str, Any] = {}
 
     def launch(
         self,
@@ -106,13 +108,22 @@ class Module:
         """cuda.core passes numbers only."""
         from cuda.bindings import driver
 
-        values = [np.asarray(np.uint64(a) if isinstance(a, int) else a) for a in arguments]
-        places = np.array([value.ctypes.data for value in values], np.uint64)
+        held = b""
+        places = []
+        for argument in arguments:
+            places.append(len(held))
+            value = argument.to_bytes(8, "little") if isinstance(argument, int) else argument.tobytes()
+            held += value + b"\0" * (-len(value) % 8)
+        memory = ctypes.create_string_buffer(held, len(held))
+        start = ctypes.addressof(memory)
+        pointers = (ctypes.c_void_p * len(places))(*(start + place for place in places))
         blocks = (*((grid,) if isinstance(grid, int) else grid), 1, 1)[:3]
-        where = shared, int(stream.handle), places.ctypes.data, 0
+        where = shared, int(stream.handle), ctypes.addressof(pointers), 0
         cuda(driver.cuLaunchKernel(self._function(name), *blocks, threads, 1, 1, *where))
 
     def _function(self, name: str) -> Any:
         from cuda.bindings import driver
 
-        return cuda(driver.cuKernelGetFunction(int(self._kernels[name].handle)))
+        if name not in self._functions:
+            self._functions[name] = cuda(driver.cuKernelGetFunction(int(self._kernels[name].handle)))
+        return self._functions[name]

@@ -129,40 +129,42 @@ __device__ void eight(const float* from, float* to) {
     *(float4*)to = *(const float4*)from, *(float4*)(to + 4) = *(const float4*)(from + 4);
 }
 
-// Rounds a pixel's sums to bf16, stores them, and returns the sum of their squares.
-__device__ __forceinline__ float finish(float (&sums)[N / 2], int h, bf16* y) {
+// Stores a pixel's sums in bf16 and returns the sum of their squares.
+__device__ __forceinline__ float finish(const float (&sums)[N / 2], int h, bf16* y) {
     float squares = 0;
     if (N == 8 && y) *(u32*)y = pack_bf16(sums[h * 2], sums[h * 2 + 1]);
 #pragma unroll
     for (int g = 0; g < N / 32; ++g) {
         float value[8];
 #pragma unroll
-        for (int c = 0; c < 8; ++c) value[c] = sums[(g * 4 + c / 2) * 4 + h * 2 + c % 2];
-        const uint4 packed = pack(value);
-        if (y) *(uint4*)(y + g * 32) = packed;
-        if (NORM) unpack(packed, value);
-#pragma unroll
         for (int c = 0; c < 8; ++c) {
+            value[c] = sums[(g * 4 + c / 2) * 4 + h * 2 + c % 2];
             squares += value[c] * value[c];
-            sums[(g * 4 + c / 2) * 4 + h * 2 + c % 2] = value[c];
         }
+        if (y) *(uint4*)(y + g * 32) = pack(value);
     }
     squares += __shfl_xor_sync(~0u, squares, 1);
     return squares + __shfl_xor_sync(~0u, squares, 2);
 }
 
+__device__ float tanh_nearly(float x) {  // off by 2^-11
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Stores x / |x| * sqrt(COLUMNS) * gamma of a pixel's values x, or silu of that.
-__device__ __forceinline__ void normalize(float (&x)[N / 2], int h, float squares, const float* gamma, bool silu,
+__device__ __forceinline__ void normalize(const float (&x)[N / 2], int h, float squares, const float* gamma, bool silu,
                                           bf16* normed) {
-    const float scale = rsqrtf(fmaxf(squares, 1e-24f)) * sqrtf((float)COLUMNS);
+    const float scale = rsqrtf(fmaxf(squares, 1e-24f)) * (0.5f * sqrtf((float)COLUMNS));
 #pragma unroll
     for (int g = 0; g < N / 32; ++g) {
         float by[8], value[8];
         eight(gamma + g * 32, by);
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
-            const float v = x[(g * 4 + c / 2) * 4 + h * 2 + c % 2] * scale * by[c];
-            value[c] = silu ? __fdividef(v, 1 + __expf(-v)) : v;
+            const float half = x[(g * 4 + c / 2) * 4 + h * 2 + c % 2] * (scale * by[c]);
+            value[c] = silu ? half + half * tanh_nearly(half) : 2 * half;
         }
         if (normed) *(uint4*)(normed + g * 32) = pack(value);
     }
@@ -244,33 +246,30 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
 #pragma unroll
                     for (int j = 0; j < N / 2; ++j) sums[i][j] = bias[channels + j % 2];
             }
-#pragma unroll
-            for (int g = 0; g < N / 32; ++g) {
-                float start[8];
-                eight(bias + (PARTS == 2 ? tile.part * COLUMNS : 0) + channels + g * 32, start);
-#pragma unroll
-                for (int i = 0; i < MINE; ++i)
-#pragma unroll
-                    for (int h = 0; h < 2; ++h)
-#pragma unroll
-                        for (int c = 0; c < 8; ++c) sums[i][(g * 4 + c / 2) * 4 + h * 2 + c % 2] = start[c];
-            }
-            if (N != 8 && added) {
+            uint4 old[MINE][2][N / 32 + 1] = {};
+            if (added) {  // all loads at once; pixels outside get a neighbour's numbers
 #pragma unroll
                 for (int i = 0; i < MINE; ++i)
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
-                        const int px = tile.x + (first + i) % WIDE * 8 + lane / 4;
-                        const int py = tile.y + (first + i) / WIDE * 8 + warp % 4 * 2 + h;
-                        if (px >= width || py >= height) continue;
+                        const int px = min(tile.x + (first + i) % WIDE * 8 + lane / 4, width - 1);
+                        const int py = min(tile.y + (first + i) / WIDE * 8 + warp % 4 * 2 + h, height - 1);
                         const bf16* from = added + (i64)((tile.frame * height + py) * width + px) * COLUMNS + channels;
 #pragma unroll
-                        for (int g = 0; g < N / 32; ++g) {
-                            float old[8];
-                            unpack(*(const uint4*)(from + g * 32), old);
+                        for (int g = 0; g < N / 32; ++g) old[i][h][g] = *(const uint4*)(from + g * 32);
+                    }
+            }
 #pragma unroll
-                            for (int c = 0; c < 8; ++c) sums[i][(g * 4 + c / 2) * 4 + h * 2 + c % 2] += old[c];
-                        }
+            for (int g = 0; g < N / 32; ++g) {
+                float start[8], more[8];
+                eight(bias + (PARTS == 2 ? tile.part * COLUMNS : 0) + channels + g * 32, start);
+#pragma unroll
+                for (int i = 0; i < MINE; ++i)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        unpack(old[i][h][g], more);
+#pragma unroll
+                        for (int c = 0; c < 8; ++c) sums[i][(g * 4 + c / 2) * 4 + h * 2 + c % 2] = start[c] + more[c];
                     }
             }
             int done_a = -1, done_b = -1;

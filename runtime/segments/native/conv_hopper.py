@@ -41,22 +41,25 @@ class Tiling:
 UP: tuple[tuple[int, int, int], tuple[int, int, int, int]] = ((1, 2, 2), (1, 0, 1, 0))
 
 
-def tiling(shape: ConvShape) -> Tiling | None:
-    """The fastest that was measured (docs/log.md); None for shapes that the kernel cannot compute."""
+def tiling(shape: ConvShape, given: tuple[int, int] | None = None) -> Tiling | None:
+    """The fastest that was measured (docs/log.md); None for shapes that the kernel cannot compute. Eight
+    columns of output are for `given`, see HopperConvolution.
+    """
     if shape.stride[1:] != (1, 1) or shape.inner % 32:
         return None
     shift = shape.kernel[2] > 1
     match shape.out:
-        case 8:
+        case 8 if given:
             return Tiling(32, 16, 32, shift, a_stages=4)
         case 96:
             return Tiling(32, 16, 32, shift, a_stages=3)
         case 192 if shape.inner % 64:
             return Tiling(16, 16, 32, shift, a_stages=3)
         case 192:
-            return Tiling(16, 16, 64, shift)
+            return Tiling(16, 16, 64, shift, pitch=18 if shape.kernel[2] == 3 else 0)
         case 384 if shape.inner % 64 == 0:
-            return Tiling(16, 8, 64, False)
+            tiles = shape.frames * -(-shape.height // 8) * -(-shape.width // 16)
+            return Tiling(16 if tiles > 120 else 8, 8, 64, False, a_stages=3 if shape.kernel[1] == 1 else 2)
     return None
 
 
@@ -64,7 +67,7 @@ def fused(
     gpu: Gpu, shape: ConvShape, parts: int, *, norm: bool, given: tuple[int, int] | None = None
 ) -> "HopperConvolution | None":
     """The convolution of that shape, built once per Gpu. None if this kernel does not compute it here."""
-    chosen = tiling(shape)
+    chosen = tiling(shape, given)
     if gpu.capability != CAPABILITY or chosen is None:
         return None
     made = HopperConvolution
