@@ -98,7 +98,7 @@ class Recorder:
 def test_kernels_read_what_was_given_or_written_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is read that an earlier segment left in the scratch, which all segments share."""
     plan, recorder = Plan(64, 48, 5, "fp8"), Recorder()
-    monkeypatch.setattr(block, "Fp8Gemm", recorder.product)
+    monkeypatch.setattr(block, "Gemm", recorder.product)
     gpu = SimpleNamespace(stream=None, once=lambda key, make: recorder)
     network = networks(TINY, plan)[name]
     tensors = network.inputs + network.weights + network.outputs
@@ -168,7 +168,7 @@ class FakeCublasLt:
 def test_all_that_cublaslt_creates_is_destroyed() -> None:
     fake = FakeCublasLt()
     library = gemm.CublasLt(fake)
-    product = gemm.Fp8Gemm(cast(Any, None), library, 36, 256, 512)
+    product = gemm.Gemm(cast(Any, None), library, 36, 256, 512)
     kinds = sorted(fake.alive.values())
     assert kinds == ["", "MatmulDesc", "MatmulPreference", *["MatrixLayout"] * 3]
     del product
@@ -181,10 +181,10 @@ def test_a_product_that_cublaslt_refuses_leaves_nothing() -> None:
     fake = FakeCublasLt()
     library = gemm.CublasLt(fake)
     with pytest.raises(GraphError, match="cublasLtMatrixLayoutCreate failed with status 7"):
-        gemm.Fp8Gemm(cast(Any, None), library, 77, 256, 512)
+        gemm.Gemm(cast(Any, None), library, 77, 256, 512)
     fake.found = 0
     with pytest.raises(GraphError, match="no FP8 product of 36x256x512"):
-        gemm.Fp8Gemm(cast(Any, None), library, 36, 256, 512)
+        gemm.Gemm(cast(Any, None), library, 36, 256, 512)
     gc.collect()
     assert list(fake.alive.values()) == [""]
 

@@ -100,7 +100,7 @@ __device__ void quantize(const float (&x)[VECTORS][N], e4m3* out, float* out_sca
     for (int v = 0; v < VECTORS; ++v) store(row + (v * THREADS + threadIdx.x) * N, x[v], factor);
 }
 
-// Layer norm over the channels, then x * gain + offset.
+// Layer norm over the channels, then x * gain + offset. A null `gain` leaves both out.
 __device__ void norm(float (&x)[STREAM_VECTORS][4], const float* gain, const float* offset) {
     float sum = 0;
 #pragma unroll
@@ -117,9 +117,11 @@ __device__ void norm(float (&x)[STREAM_VECTORS][4], const float* gain, const flo
 #pragma unroll
     for (int v = 0; v < STREAM_VECTORS; ++v) {
         const int channel = (v * DIM_THREADS + threadIdx.x) * 4;
-        float g[4], o[4];
-        load_shared_by_tokens(gain + channel, g);
-        load_shared_by_tokens(offset + channel, o);
+        float g[4] = {1, 1, 1, 1}, o[4] = {};
+        if (gain) {
+            load_shared_by_tokens(gain + channel, g);
+            load_shared_by_tokens(offset + channel, o);
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[v][i] = (x[v][i] - mean) * inverse * g[i] + o[i];
     }

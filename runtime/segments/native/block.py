@@ -17,7 +17,7 @@ from trt_wan.engines.shape import Plan
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import ATTENTION, Module, read_source
-from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, CublasLt, Fp8Gemm
+from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, CublasLt, Gemm
 
 VECTOR = 8  # channels that a thread loads at once
 DIM_THREADS, FFN_THREADS = 320, 576  # at most, per token; 288 for the FFN was no slower (docs/log.md)
@@ -127,10 +127,10 @@ class _Linear(_Native):
     def _quantize(self, values: int) -> None:
         self._each_token("quantize_tokens", values, self._at["operand"], self._at["scale"])
 
-    def _gemm(self, gpu: Gpu, out: int, inner: int) -> Fp8Gemm:
-        return Fp8Gemm(gpu, gpu.once(CublasLt, CublasLt), self.tokens, out, inner)
+    def _gemm(self, gpu: Gpu, out: int, inner: int) -> Gemm:
+        return Gemm(gpu, gpu.once(CublasLt, CublasLt), self.tokens, out, inner)
 
-    def _multiply(self, gemm: Fp8Gemm, operand: str, weight: int, product: str) -> None:
+    def _multiply(self, gemm: Gemm, operand: str, weight: int, product: str) -> None:
         gemm.enqueue(self._at[operand], weight, self._at[product], self._at["workspace"])
 
     def _product(self, a: Mapping[str, int], name: str, scale: str = "scale") -> tuple[int, ...]:

@@ -1,7 +1,8 @@
-"""FP8 matrix products by cuBLASLt, called through ctypes, without torch.
+"""Matrix products by cuBLASLt, called through ctypes, without torch.
 
-y [tokens, out] in bf16 = x [tokens, inner] times w [out, inner] transposed. x and w are E4M3, sums are nearly
-float32. There is no scale and no bias: the kernels that read y apply the tokens' and the weight's scales.
+y [tokens, out] in bf16 = x [tokens, inner] times w [out, inner] transposed. x and w are both E4M3 or both bf16,
+sums are nearly float32. There is no scale and no bias: the kernels that read y apply the tokens' and the
+weight's scales.
 """
 
 import ctypes
@@ -61,22 +62,27 @@ class CublasLt:
         self(f"{kind}SetAttribute", target, attribute, byref(value), c_size_t(ctypes.sizeof(value)))
 
 
-class Fp8Gemm:
+class Gemm:
     """A product of one shape. cuBLASLt's heuristic chooses its algorithm, once.
 
-    Hopper may sum in fewer bits than float32 has: the error is 3e-3 where E4M3's own is 2e-2 (docs/log.md).
+    In FP8, Hopper may sum in fewer bits than float32 has: the error is 3e-3 where E4M3's own is 2e-2
+    (docs/log.md).
     """
 
-    def __init__(self, gpu: Gpu, library: CublasLt, tokens: int, out: int, inner: int) -> None:
+    def __init__(
+        self, gpu: Gpu, library: CublasLt, tokens: int, out: int, inner: int, *, fp8: bool = True
+    ) -> None:
         self._gpu, self._library = gpu, library
         self._product = library.create(self, "MatmulDesc", _COMPUTE_32F, _FLOAT32)
         library.set("MatmulDesc", self._product, _TRANSA, c_int(_TRANSPOSED))
-        library.set("MatmulDesc", self._product, _FAST_ACCUM, ctypes.c_int8(1))
-        self._w = self._matrix(_E4M3, out, inner)
-        self._x = self._matrix(_E4M3, tokens, inner)
+        if fp8:
+            library.set("MatmulDesc", self._product, _FAST_ACCUM, ctypes.c_int8(1))
+        operands = _E4M3 if fp8 else _BFLOAT16
+        self._w = self._matrix(operands, out, inner)
+        self._x = self._matrix(operands, tokens, inner)
         self._y = self._matrix(_BFLOAT16, tokens, out)
         self._one, self._zero = c_float(1), c_float(0)
-        self._algorithm = self._choose(f"{tokens}x{out}x{inner}")
+        self._algorithm = self._choose(f"{'FP8' if fp8 else 'bf16'} product of {tokens}x{out}x{inner}")
 
     def enqueue(self, x: int, w: int, y: int, workspace: int) -> None:
         """Takes addresses on the device; the workspace has WORKSPACE_BYTES."""
@@ -93,7 +99,7 @@ class Fp8Gemm:
         sizes = c_uint64(columns), c_uint64(rows), ctypes.c_int64(columns)
         return self._library.create(self, "MatrixLayout", dtype, *sizes)
 
-    def _choose(self, shape: str) -> Any:
+    def _choose(self, product: str) -> Any:
         choice, found = _Choice(), c_int()
         preference = self._library.create(self, "MatmulPreference")
         self._library.set("MatmulPreference", preference, _MAX_WORKSPACE, c_uint64(WORKSPACE_BYTES))
@@ -103,7 +109,7 @@ class Fp8Gemm:
             *(byref(choice), byref(found)),
         )
         if not found.value:
-            raise GraphError(f"cuBLASLt has no FP8 product of {shape}.", "Use --segment attn_in=tensorrt.")
+            raise GraphError(f"cuBLASLt has no {product}.", "Use --segment attn_in=tensorrt.")
         return choice.algorithm
 
 
