@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from trt_wan.build.on_gpu import download, placed, started
 from trt_wan.build.realistic import Float, Host, realistic
-from trt_wan.build.reference import SAMPLE, Tokens, reference, relative_error
+from trt_wan.build.reference import Tokens, reference, relative_error, sample_of
 from trt_wan.engines.choice.candidates import SEGMENTS, Candidate, Engine, Machine, candidates, tiers
 from trt_wan.engines.choice.choose import Missing, accurate, place_of
 from trt_wan.engines.choice.recipes import recipes_here
@@ -121,7 +119,7 @@ class _Bench:
     def of(
         cls, network: Network, model: ModelConfig, plan: Plan, gpu: Gpu, clock: Clock, opened: Open
     ) -> "_Bench":
-        tokens = np.random.default_rng(SEED).choice(plan.tokens, SAMPLE, replace=plan.tokens < SAMPLE)
+        tokens = sample_of(network.name, plan, SEED)
         values = realistic(network, SEED)
         wanted = reference(network.name, model, values, tokens)
         return cls(gpu, network, values, tokens, wanted, clock, opened)

@@ -108,7 +108,7 @@ def test_the_tables_name_what_there_is() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("machine", [H200, ADA, replace(H200, flavour=FULL)])
 def test_every_machine_has_a_default_without_any_library(machine: Machine, precision: Any) -> None:
-    natives = {"native": "no"}
+    natives = {"native": "no", "native fp8": "no"}
     for network in networks(TINY, replace(PLAN, precision=precision)):
         for tier in tiers(precision):
             choice = chosen(tier, {}, machine, NO_LIBRARIES | natives, network, precision)
@@ -322,7 +322,7 @@ def test_a_run_takes_what_was_measured_and_says_why(
     assert list(found) == [name for name, row in networks(TINY, PLAN).items() if not row.optional]
     assert len(notes) == len(SEGMENTS) + 1
     told, command = notes[-1].splitlines()
-    assert told == "4 parts run by default, not by measurement. Measure them once:", "all but attention"
+    assert told == "5 parts run by default, not by measurement. Measure them once:", "all but attention"
     assert command == "trt-wan build --model tiny --size 64x48 --window 5 --precision fp8"
     assert found["attention"].name == "cudnn" and found["head"].engine == Engine("head")
     assert any(note.startswith("attention = cudnn (38.5 ms;") for note in notes)
@@ -366,9 +366,9 @@ def test_only_what_is_chosen_is_opened_and_the_engines_together(
     def library(name: str, gpu: Any, heads: int, tokens: int, head_dim: int) -> str:
         return f"{name} {heads} {tokens} {head_dim}"
 
-    def native(network: Any, config: Any, plan: Plan, gpu: Any) -> str:
+    def native(network: Any, config: Any, plan: Plan, gpu: Any, name: str) -> str:
         assert (network, config, plan) == (networks(TINY, PLAN)[network.name], TINY, PLAN)
-        return f"native {network.name}"
+        return f"{name} {network.name}"
 
     monkeypatch.setattr(open_segments, "open_engines", engines)
     monkeypatch.setattr(trt_wan.runtime.segments.attention, "open_attention", library)

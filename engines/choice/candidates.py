@@ -59,7 +59,7 @@ class Candidate:
 
 
 ALL: tuple[Precision, ...] = ("fp32", "bf16", "fp8")
-BF16: tuple[Precision, ...] = ("bf16", "fp8")  # q, k, v are bf16
+BF16: tuple[Precision, ...] = ("bf16", "fp8")  # q, k, v and the fusers' weights are bf16
 FP8: tuple[Precision, ...] = ("fp8",)
 
 CANDIDATES = (
@@ -78,6 +78,9 @@ CANDIDATES = (
     Candidate("cross_attention", "native", FP8, maker="native"),
     Candidate("ffn", "tensorrt", ALL, engine=Engine("ffn")),
     Candidate("ffn", "native", FP8, maker="native"),
+    Candidate("fuser", "tensorrt", ALL, engine=Engine("fuser")),
+    Candidate("fuser", "native", BF16, maker="native"),
+    Candidate("fuser", "native fp8", FP8, "fast", maker="native"),
 )
 SEGMENTS = tuple(dict.fromkeys(candidate.network for candidate in CANDIDATES))
 
@@ -105,6 +108,8 @@ DEFAULTS = (
     Default("attention", HOPPER, _HOPPER_ATTENTION, ("tensorrt fp8", *_HOPPER_ATTENTION)),
     Default("attention", None, ("tensorrt",), ("tensorrt fp8", "tensorrt")),
     *(Default(name, HOPPER, _NATIVE, _NATIVE) for name in _BLOCK),
+    Default("fuser", HOPPER, _NATIVE, ("native fp8", *_NATIVE)),
+    Default("fuser", None, ("tensorrt",), ("tensorrt",)),
     *(Default(name, None, ("tensorrt",), ("tensorrt",)) for name in _BLOCK),
 )
 

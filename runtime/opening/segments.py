@@ -51,7 +51,7 @@ def open_segments(
         if candidate.maker == "native":
             from trt_wan.runtime.segments.native import open_native
 
-            segments[name] = open_native(networks(config, plan)[name], config, plan, gpu)
+            segments[name] = open_native(networks(config, plan)[name], config, plan, gpu, candidate.name)
         elif candidate.maker == "attention":
             from trt_wan.runtime.segments.attention import open_attention
 

@@ -1,7 +1,10 @@
-"""Networks of the transformer computed by native kernels around FP8 matrix products."""
+"""Networks of the transformer computed by native kernels around matrix products of cuBLASLt."""
+
+from collections.abc import Callable
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
+from trt_wan.engines.gpu import HOPPER
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.segments.segment import Segment
@@ -18,8 +21,16 @@ def missing(capability: tuple[int, int]) -> str | None:
     return missing_library()
 
 
-def open_native(network: Network, model: ModelConfig, plan: Plan, gpu: Gpu) -> Segment:
-    """The segment of a part of a block in FP8; the parts are the rows of block.NATIVE."""
-    from trt_wan.runtime.segments.native.block import NATIVE
+def open_native(network: Network, model: ModelConfig, plan: Plan, gpu: Gpu, name: str = "native") -> Segment:
+    """The segment of a network's candidate `name`: a part of a block in FP8, or a fuser."""
+    from trt_wan.runtime.segments.native.block import PARTS, CrossAttention
+    from trt_wan.runtime.segments.native.cross_attention import HopperCrossAttention
+    from trt_wan.runtime.segments.native.fuser import Fp8Fuser, Fuser
 
-    return NATIVE[network.name](model, plan, gpu)
+    rows: dict[tuple[str, str], Callable[[ModelConfig, Plan, Gpu], Segment]] = {
+        **{(part, "native"): opened for part, opened in PARTS.items()},
+        ("cross_attention", "native"): HopperCrossAttention if gpu.capability == HOPPER else CrossAttention,
+        ("fuser", "native"): Fuser,
+        ("fuser", "native fp8"): Fp8Fuser,
+    }
+    return rows[network.name, name](model, plan, gpu)

@@ -15,9 +15,6 @@ static_assert(HEAD_DIM == 128 && HEADS * HEAD_DIM == DIM, "heads of 128 channels
 
 // Loads and stores of a vector. Tensors that a kernel reads once bypass L1.
 
-__device__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-__device__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-
 __device__ void load(const bf16* from, float (&x)[8]) {
     uint4 raw;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

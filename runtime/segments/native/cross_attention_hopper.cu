@@ -1,85 +1,75 @@
-// Cross-attention to text and image on Hopper: the sum of two softmaxes over the same queries, with wgmma.
+// Cross-attention to text and image on Hopper (sm_90a): the sum of two softmaxes over the same queries.
 //
-// `arrange_keys` copies keys and values into tiles that wgmma reads from shared memory as they are, so one bulk copy
-// brings one. Then one block of threads per multiprocessor takes items of 128 queries of a head, head after head. Its
-// first warpgroup copies: one thread keys and values, three warps the queries of the item after this one. The two
-// others have 64 queries each; while they multiply probabilities by a tile's values, they compute the next tile's
-// softmax. cross_attention.py defines multiply_<N> (queries by N keys) and add_values. Macros besides block.cu's:
-// TEXT_KEYS, IMAGE_KEYS.
+// `arrange_keys` lays keys and values out in tiles that wgmma reads from shared memory as they are, so that one bulk
+// copy brings a tile's keys, another its values. Then each multiprocessor takes items of 128 queries of a head, head
+// after head, with one block of threads. The first warpgroup copies: one thread the keys and values, three warps the
+// queries of the item after this one. The two others have 64 queries each. While a tile's values are added, they
+// compute the softmax of the next tile. Queries are [tokens, heads * 128] and already scaled.
+//
+// cross_attention.py puts the products in front: Multiply<N> and add_values. Macros besides DIM and HEADS: the numbers
+// of TEXT_KEYS and IMAGE_KEYS, of keys in a tile (TEXT_TILE, IMAGE_TILE) and of tiles (TEXT_TILES, IMAGE_TILES).
 
-constexpr int ROWS = 64;                   // queries of a warpgroup
-constexpr int CONSUMERS = 2;               // warpgroups
+constexpr int ROWS = 64;  // queries of a warpgroup
+constexpr int CONSUMERS = 2;
 constexpr int QUERIES = ROWS * CONSUMERS;  // of an item
-constexpr int MOST_TILE = 128;             // keys
 constexpr int ROW_BYTES = HEAD_DIM * 2;
-constexpr int SLAB_BYTES = 128;  // of a row: wgmma's swizzle spans 128 bytes, so a row lies in two slabs
+constexpr int SLAB_BYTES = 128;  // wgmma's swizzle spans 128 bytes, so the rows of a tile are stored in two slabs
+constexpr int CHUNKS = ROW_BYTES / 16;
+constexpr int TEXT_ROWS = TEXT_TILES * TEXT_TILE;  // with zeros behind the last key
+constexpr int ALL_ROWS = TEXT_ROWS + IMAGE_TILES * IMAGE_TILE;
+constexpr int LOADERS = 96;  // threads that copy queries
 
-template <int KEYS>
-struct Tiles {  // equal ones, and one for the remaining keys; zeros are added up to a multiple of 16
-    static constexpr int COUNT = (KEYS + MOST_TILE - 1) / MOST_TILE;
-    static constexpr int SIZE = (KEYS + COUNT * 16 - 1) / (COUNT * 16) * 16;
-    static constexpr int PADDED = COUNT * SIZE;
-};
-using Text = Tiles<TEXT_KEYS>;
-using Image = Tiles<IMAGE_KEYS>;
-constexpr int TILES = Text::COUNT + Image::COUNT;
-constexpr int ALL_KEYS = Text::PADDED + Image::PADDED;
-
-__host__ __device__ constexpr int size_of(int tile) { return tile < Text::COUNT ? Text::SIZE : Image::SIZE; }
-__host__ __device__ constexpr int first_of(int tile) {
-    return tile < Text::COUNT ? tile * Text::SIZE : Text::PADDED + (tile - Text::COUNT) * Image::SIZE;
-}
-
-// Shared memory
-constexpr int STAGE = MOST_TILE * ROW_BYTES;  // keys or values of a tile
+// Shared memory: two buffers each of queries, of a tile's keys and of its values, then the barriers.
 constexpr int QUERY_BYTES = QUERIES * ROW_BYTES;
-constexpr int KEPT = 2 * QUERY_BYTES + 4 * STAGE;  // the text's result, as bf16: there are too few registers
-#if IN_REGISTERS
-constexpr int BARRIERS = KEPT;
-#else
-constexpr int BARRIERS = KEPT + QUERY_BYTES;
-#endif
+constexpr int TILE_BYTES = (TEXT_TILE > IMAGE_TILE ? TEXT_TILE : IMAGE_TILE) * ROW_BYTES;
+enum Barrier { QUERIES_FULL, QUERIES_FREE, KEYS_FULL, KEYS_FREE, VALUES_FULL, VALUES_FREE, BARRIERS };
 
-// Tiles of all heads: of each, the tiles of the text and then of the image; of each tile, its keys and then its values.
+struct Shared {
+    u32 base;
+    __device__ u32 queries(u32 buffer) const { return base + buffer * QUERY_BYTES; }
+    __device__ u32 keys(u32 buffer) const { return base + 2 * QUERY_BYTES + buffer * TILE_BYTES; }
+    __device__ u32 values(u32 buffer) const { return keys(buffer) + 2 * TILE_BYTES; }
+    __device__ u32 barrier(Barrier kind, u32 buffer) const {
+        return base + 2 * QUERY_BYTES + 4 * TILE_BYTES + (kind * 2 + buffer) * 8;
+    }
+};
+
+struct Use {  // the n-th use of two buffers
+    u32 n = 0;
+    __device__ u32 buffer() const { return n & 1; }
+    __device__ u32 full() const { return n >> 1 & 1; }  // parities to wait for
+    __device__ u32 free() const { return full() ^ 1; }
+};
+
+// Place of a chunk of 16 bytes in a slab of rows.
+__device__ u32 swizzled(int row, int chunk) { return row * SLAB_BYTES + ((chunk ^ row % 8) << 4); }
+
+// The tiles of every head: text before image; of each tile the keys, then the values.
 extern "C" __global__ void arrange_keys(const bf16* text_k, const bf16* text_v, const bf16* image_k,
                                         const bf16* image_v, u8* tiles) {
-    constexpr int CHUNKS = ROW_BYTES / 16;
-    EACH(i, (i64)HEADS * ALL_KEYS * 2 * CHUNKS) {
-        const int chunk = i % CHUNKS, row = i / CHUNKS % ALL_KEYS;
-        const bool values = i / (CHUNKS * ALL_KEYS) % 2;
-        const i64 head = i / (CHUNKS * ALL_KEYS * 2);
-        const bool text = row < Text::PADDED;
-        const int key = text ? row : row - Text::PADDED, keys = text ? TEXT_KEYS : IMAGE_KEYS;
-        const int tile = text ? key / Text::SIZE : Text::COUNT + key / Image::SIZE;
+    EACH(i, (i64)HEADS * ALL_ROWS * 2 * CHUNKS) {
+        const int chunk = i % CHUNKS, row = i / CHUNKS % ALL_ROWS, values = i / (CHUNKS * ALL_ROWS) % 2;
+        const i64 head = i / (CHUNKS * ALL_ROWS * 2);
+        const bool text = row < TEXT_ROWS;
+        const int key = text ? row : row - TEXT_ROWS;
+        const int keys = text ? TEXT_KEYS : IMAGE_KEYS, size = text ? TEXT_TILE : IMAGE_TILE;
         const bf16* from = text ? (values ? text_v : text_k) : (values ? image_v : image_k);
         uint4 numbers = make_uint4(0, 0, 0, 0);
         if (key < keys) numbers = *(const uint4*)(from + (head * keys + key) * HEAD_DIM + chunk * 8);
-        const int within = row - first_of(tile), size = size_of(tile);
-        u8* to = tiles + (head * ALL_KEYS + first_of(tile)) * 2 * ROW_BYTES + values * size * ROW_BYTES
-                 + chunk / 8 * size * SLAB_BYTES + within * SLAB_BYTES + ((chunk % 8 ^ within % 8) << 4);
-        *(uint4*)to = numbers;
+        u8* tile = tiles + (head * ALL_ROWS + row - key % size) * (2 * ROW_BYTES) + values * size * ROW_BYTES;
+        *(uint4*)(tile + chunk / 8 * size * SLAB_BYTES + swizzled(key % size, chunk % 8)) = numbers;
     }
 }
-
-// Barriers in shared memory: `arrive` by one thread, `wait` until the phase of that parity is over.
 
 __device__ void set_barrier(u32 barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
 }
 __device__ void arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(barrier) : "memory"); }
 __device__ void wait(u32 barrier, u32 parity) {
-#ifdef TRIAL
-    const i64 begin = clock64();
-#endif
     u32 done = 0;
-    while (!done) {
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-            : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-#ifdef TRIAL
-        if (clock64() - begin > 2000000000LL) __trap();
-#endif
-    }
+    while (!done)
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
 }
 __device__ void copy_bulk(u32 to, const u8* from, u32 bytes, u32 barrier) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
@@ -87,75 +77,112 @@ __device__ void copy_bulk(u32 to, const u8* from, u32 bytes, u32 barrier) {
                  :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
-struct Ring {  // stage and parity of the n-th use of two buffers
-    u32 n = 0;
-    __device__ u32 stage() const { return n & 1; }
-    __device__ u32 full() const { return n >> 1 & 1; }
-    __device__ u32 free() const { return full() ^ 1; }
-};
-
-struct Shared {
-    u32 base;
-    __device__ u32 queries(u32 stage) const { return base + stage * QUERY_BYTES; }
-    __device__ u32 keys(u32 stage) const { return base + 2 * QUERY_BYTES + stage * STAGE; }
-    __device__ u32 values(u32 stage) const { return keys(stage) + 2 * STAGE; }
-    __device__ u32 barrier(int kind, u32 stage) const { return base + BARRIERS + (kind * 2 + stage) * 8; }
-};
-enum { QUERIES_FULL, QUERIES_FREE, KEYS_FULL, KEYS_FREE, VALUES_FULL, VALUES_FREE };
-
-// wgmma's description of a matrix with 128-byte swizzle. `slab`: bytes from 64 columns to the next 64, which counts
-// for values only.
-__device__ u64 matrix(u32 address, u32 slab) {
-#if VALUES_VARIANT == 1
-    return (u64)(1 << 30 | slab >> 4) << 32 | (1024 >> 4) << 16 | address >> 4;
-#else
-    return (u64)(1 << 30 | 1024 >> 4) << 32 | (slab >> 4) << 16 | address >> 4;
-#endif
+__device__ void copy_keys(const Shared& shared, const u8* tiles, int items, int items_of_head) {
+    Use use;
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+        const u8* from = tiles + (i64)(item / items_of_head) * ALL_ROWS * (2 * ROW_BYTES);
+#pragma unroll 1
+        for (int tile = 0; tile < TEXT_TILES + IMAGE_TILES; ++tile, ++use.n) {
+            const u32 bytes = (tile < TEXT_TILES ? TEXT_TILE : IMAGE_TILE) * ROW_BYTES, buffer = use.buffer();
+            wait(shared.barrier(KEYS_FREE, buffer), use.free());
+            copy_bulk(shared.keys(buffer), from, bytes, shared.barrier(KEYS_FULL, buffer));
+            wait(shared.barrier(VALUES_FREE, buffer), use.free());
+            copy_bulk(shared.values(buffer), from + bytes, bytes, shared.barrier(VALUES_FULL, buffer));
+            from += 2 * bytes;
+        }
+    }
 }
-__device__ u32 computed_here(u32 x) {  // keeps the compiler from computing all descriptions ahead, which takes registers
-    asm volatile("" : "+r"(x));
-    return x;
+
+__device__ void copy_queries(const Shared& shared, const bf16* queries, int tokens, int items, int items_of_head) {
+    Use use;
+    for (int item = blockIdx.x; item < items; item += gridDim.x, ++use.n) {
+        const int head = item / items_of_head, first = item % items_of_head * QUERIES;
+        wait(shared.barrier(QUERIES_FREE, use.buffer()), use.free());
+#pragma unroll 2
+        for (int i = threadIdx.x - 32; i < QUERIES * CHUNKS; i += LOADERS) {
+            const int row = i / CHUNKS, chunk = i % CHUNKS;
+            const bool there = first + row < tokens;
+            const bf16* from = queries + (i64)(there ? first + row : 0) * DIM + head * HEAD_DIM + chunk * 8;
+            const u32 slab = (row / ROWS * 2 + chunk / 8) * (ROWS * SLAB_BYTES);
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                         :: "r"(shared.queries(use.buffer()) + slab + swizzled(row % ROWS, chunk % 8)), "l"(from),
+                            "r"(there ? 16 : 0) : "memory");
+        }
+        end_of_copies();
+        wait_for_copies<0>();
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what these threads wrote
+        arrive(shared.barrier(QUERIES_FULL, use.buffer()));
+    }
 }
 
 __device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT>
-__device__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory"); }
+template <int IN_FLIGHT>
+__device__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(IN_FLIGHT) : "memory"); }
+
+// Keeps reads and writes of x on their side of a wait: the compiler does not know when a product writes.
 template <int N>
-__device__ void written(float (&x)[N][4]) {  // reads of x stay behind the wait before
+__device__ void fixed(float (&x)[N][4]) {
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(x[n][i]) :: "memory");
 }
 template <int N>
-__device__ void written(u32 (&x)[N][4]) {
+__device__ void fixed(u32 (&x)[N][4]) {
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(x[n][i]) :: "memory");
 }
-
-__device__ void keep(u32 to, u32 x) { asm volatile("st.shared.u32 [%0], %1;" :: "r"(to), "r"(x) : "memory"); }
-__device__ u32 kept(u32 from) {
-    u32 x;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+// Keeps the compiler from computing every tile's descriptions ahead, which takes registers.
+__device__ u32 fixed(u32 x) {
+    asm volatile("" : "+r"(x));
     return x;
 }
 
-struct Softmax {  // A thread has two rows, each shared by four threads.
-    float out[HEAD_DIM / 8][4];
-    float most[2], sum[2];
+// What a thread of a warpgroup has of its 64 queries: two rows, each shared by four threads. Its loops are not
+// unrolled: then the compiler mixes the steps, and the registers do not suffice.
+struct Attention {
+    Shared shared;
+    u32 queries;  // address
+    int group;
+    Use use;  // of keys and values
+    float out[HEAD_DIM / 8][4], most[2], sum[2];
+    u32 text[HEAD_DIM / 8][2];  // the text's result as bf16: there are too few registers for float32
 
-    __device__ float inverse(int half) const {
-        float whole = sum[half];
-        whole += __shfl_xor_sync(~0u, whole, 1);
-        return 1.0f / (whole + __shfl_xor_sync(~0u, whole, 2));
+    // The warpgroups issue products in turns, so that one computes a softmax during the other's products.
+    __device__ void wait_for_turn() { asm volatile("bar.sync %0, 256;" :: "r"(group + 1) : "memory"); }
+    __device__ void give_turn() { asm volatile("bar.arrive %0, 256;" :: "r"(CONSUMERS - group) : "memory"); }
+
+    __device__ void release(Barrier kind, u32 buffer) {
+        if (threadIdx.x % 32 == 0) arrive(shared.barrier(kind, buffer));
     }
 
-    // Logits to probabilities; the factors for earlier ones are left in `shrink`.
     template <int N>
-    __device__ void next(float (&s)[N / 8][4], int valid, bool begin, float (&shrink)[2]) {
+    __device__ void multiply(float (&s)[N / 8][4]) {
+        const u32 q = fixed(queries), k = fixed(shared.keys(use.buffer()));
+        wait(shared.barrier(KEYS_FULL, use.buffer()), use.full());
+        wait_for_turn();
+        begin_products();
+#pragma unroll
+        for (int d = 0; d < HEAD_DIM / 16; ++d)
+            Multiply<N>::run(s, matrix(q + d / 4 * ROWS * SLAB_BYTES + d % 4 * 32),
+                             matrix(k + d / 4 * N * SLAB_BYTES + d % 4 * 32), d > 0);
+        end_products();
+    }
+
+    template <int N>
+    __device__ void add(const u32 (&p)[N / 16][4], Use of, bool begins) {
+        wait(shared.barrier(VALUES_FULL, of.buffer()), of.full());
+        begin_products();
+        add_values<N>(out, p, fixed(shared.values(of.buffer())), !begins);
+        end_products();
+    }
+
+    // Logits to probabilities, of which those of the first `valid` keys count. Earlier ones shrink by `shrink`.
+    template <int N>
+    __device__ void soften(float (&s)[N / 8][4], int valid, bool begins, float (&shrink)[2]) {
         if (valid < N) {
 #pragma unroll
             for (int n = 0; n < N / 8; ++n)
@@ -165,142 +192,135 @@ struct Softmax {  // A thread has two rows, each shared by four threads.
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float largest = begin ? -infinity() : most[half];
+            float largest = begins ? -infinity() : most[half];
 #pragma unroll
             for (int n = 0; n < N / 8; ++n) largest = fmaxf(largest, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
             largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-            shrink[half] = begin ? 0 : power_of_2((most[half] - largest) * LOG2_E);
+            shrink[half] = begins ? 0 : power_of_2((most[half] - largest) * LOG2_E);
             most[half] = largest;
             float added = 0;
-            const float offset = largest * LOG2_E;
 #pragma unroll
             for (int n = 0; n < N / 8; ++n)
 #pragma unroll
                 for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                    s[n][i] = power_of_2(s[n][i] * LOG2_E - offset);
+                    s[n][i] = power_of_2(s[n][i] * LOG2_E - largest * LOG2_E);
                     added += s[n][i];
                 }
-            sum[half] = begin ? added : sum[half] * shrink[half] + added;
+            sum[half] = begins ? added : sum[half] * shrink[half] + added;
         }
     }
-};
 
-#if PINGPONG
-__device__ void my_turn(int group) { asm volatile("bar.sync %0, 256;" :: "r"(group + 1) : "memory"); }
-__device__ void your_turn(int group) { asm volatile("bar.arrive %0, 256;" :: "r"(2 - group) : "memory"); }
-#else
-__device__ void my_turn(int) {}
-__device__ void your_turn(int) {}
-#endif
-
-struct Attention {  // of a warpgroup; a thread's part
-    Shared shared;
-    u32 queries, text;  // addresses in shared memory
-    int group;
-    Ring ring;
-    Softmax x;
-#if IN_REGISTERS
-    u32 kept_text[HEAD_DIM / 8][2];
-#define KEEP(n, half, x) (kept_text[n][half] = (x))
-#define TAKE(n, half) a.kept_text[n][half]
-#else
-#define KEEP(n, half, x) keep(text + (2 * (n) + half) * 512, x)
-#define TAKE(n, half) kept(text + (2 * (n) + half) * 512)
-#endif
+    __device__ float inverse_sum(int half) const {
+        float whole = sum[half];
+        whole += __shfl_xor_sync(~0u, whole, 1);
+        return 1.0f / (whole + __shfl_xor_sync(~0u, whole, 2));
+    }
 
     template <int N>
-    __device__ void multiply(float (&s)[N / 8][4]) {
-        const u32 q = computed_here(queries), k = computed_here(shared.keys(ring.stage()));
-        wait(shared.barrier(KEYS_FULL, ring.stage()), ring.full());
-        my_turn(group);
-        begin_products();
-#pragma unroll
-        for (int d = 0; d < HEAD_DIM / 16; ++d)
-            Multiply<N>::run(s, matrix(q + d / 4 * ROWS * SLAB_BYTES + d % 4 * 32, 16),
-                             matrix(k + d / 4 * N * SLAB_BYTES + d % 4 * 32, 16), d > 0);
-        end_products();
-    }
-    template <int N>
-    __device__ void add(u32 (&p)[N / 16][4], const Ring& before, bool begins) {
-        wait(shared.barrier(VALUES_FULL, before.stage()), before.full());
-        begin_products();
-        add_values<N>(x.out, p, computed_here(shared.values(before.stage())), !begins);
-        end_products();
-    }
-    __device__ void release(int kind, const Ring& of) {
-        if (threadIdx.x % 32 == 0) arrive(shared.barrier(kind, of.stage()));
-    }
-    template <int N>
-    __device__ static void pack(const float (&s)[N / 8][4], u32 (&p)[N / 16][4]) {
+    __device__ static void round(const float (&s)[N / 8][4], u32 (&p)[N / 16][4]) {
 #pragma unroll
         for (int n = 0; n < N / 16; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) p[n][i] = pack_bf16(s[2 * n + i / 2][i % 2 * 2], s[2 * n + i / 2][i % 2 * 2 + 1]);
-        written(p);
+            for (int i = 0; i < 4; ++i)
+                p[n][i] = pack_bf16(s[2 * n + i / 2][i % 2 * 2], s[2 * n + i / 2][i % 2 * 2 + 1]);
+        fixed(p);
     }
 
     template <int N>
     __device__ void first(u32 (&p)[N / 16][4], int valid) {
         float s[N / 8][4], shrink[2];
         multiply<N>(s);
-        your_turn(group);
+        give_turn();
         wait_for_products<0>();
-        written(s);
-        release(KEYS_FREE, ring);
-        x.next<N>(s, valid, true, shrink);
-        pack<N>(s, p);
-        ++ring.n;
+        fixed(s);
+        release(KEYS_FREE, use.buffer());
+        soften<N>(s, valid, true, shrink);
+        round<N>(s, p);
+        ++use.n;
     }
-    // Adds the values of the tile before while it computes the probabilities of the next one. 
+
+    // Adds the values of the tile before, whose probabilities are `earlier`, and computes those of the next tile.
     template <int BEFORE, int N>
-    __device__ void step(u32 (&earlier)[BEFORE / 16][4], u32 (&p)[N / 16][4], int valid, bool earlier_begins, bool begins) {
+    __device__ void next(const u32 (&earlier)[BEFORE / 16][4], u32 (&p)[N / 16][4], int valid, bool earlier_begins,
+                         bool begins) {
         float s[N / 8][4], shrink[2];
-        const Ring before{ring.n - 1};
+        const Use before{use.n - 1};
         multiply<N>(s);
         add<BEFORE>(earlier, before, earlier_begins);
-        your_turn(group);
+        give_turn();
         wait_for_products<1>();
-        written(s);
-        release(KEYS_FREE, ring);
-        const float inverse[2] = {begins ? x.inverse(0) : 0, begins ? x.inverse(1) : 0};
-        x.next<N>(s, valid, begins, shrink);
+        fixed(s);
+        release(KEYS_FREE, use.buffer());
+        const float inverse[2] = {begins ? inverse_sum(0) : 0, begins ? inverse_sum(1) : 0};
+        soften<N>(s, valid, begins, shrink);
         wait_for_products<0>();
-        written(x.out);
-        release(VALUES_FREE, before);
+        fixed(out);
+        release(VALUES_FREE, before.buffer());
 #pragma unroll
         for (int n = 0; n < HEAD_DIM / 8; ++n)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
+            for (int half = 0; half < 2; ++half) {
+                float &even = out[n][2 * half], &odd = out[n][2 * half + 1];
                 if (begins)
-                    KEEP(n, half,
-                         pack_bf16(x.out[n][2 * half] * inverse[half], x.out[n][2 * half + 1] * inverse[half]));
+                    text[n][half] = pack_bf16(even * inverse[half], odd * inverse[half]);
                 else
-                    x.out[n][2 * half] *= shrink[half], x.out[n][2 * half + 1] *= shrink[half];
-        pack<N>(s, p);
-        written(x.out);
-        ++ring.n;
+                    even *= shrink[half], odd *= shrink[half];
+            }
+        round<N>(s, p);
+        fixed(out);
+        ++use.n;
     }
-    template <int N>
-    __device__ void last(u32 (&p)[N / 16][4]) {
-        const Ring before{ring.n - 1};
-        add<N>(p, before, false);
-        wait_for_products<0>();
-        written(x.out);
-        release(VALUES_FREE, before);
-    }
+
+    // The result is in `out`, not yet divided by `sum`, and in `text`.
     __device__ void run() {
-        constexpr int TEXT = Text::SIZE, IMAGE = Image::SIZE;
-        u32 p[TEXT / 16][4], r[IMAGE / 16][4];
-        first<TEXT>(p, TEXT_KEYS);
+        u32 p[TEXT_TILE / 16][4], r[IMAGE_TILE / 16][4];
+        first<TEXT_TILE>(p, TEXT_KEYS);
 #pragma unroll 1
-        for (int tile = 1; tile < Text::COUNT; ++tile)
-            step<TEXT, TEXT>(p, p, TEXT_KEYS - tile * TEXT, tile == 1, false);
-        step<TEXT, IMAGE>(p, r, IMAGE_KEYS, Text::COUNT == 1, true);
+        for (int tile = 1; tile < TEXT_TILES; ++tile)
+            next<TEXT_TILE, TEXT_TILE>(p, p, TEXT_KEYS - tile * TEXT_TILE, tile == 1, false);
+        next<TEXT_TILE, IMAGE_TILE>(p, r, IMAGE_KEYS, TEXT_TILES == 1, true);
 #pragma unroll 1
-        for (int tile = 1; tile < Image::COUNT; ++tile)
-            step<IMAGE, IMAGE>(r, r, IMAGE_KEYS - tile * IMAGE, tile == 1, false);
-        last<IMAGE>(r);
+        for (int tile = 1; tile < IMAGE_TILES; ++tile)
+            next<IMAGE_TILE, IMAGE_TILE>(r, r, IMAGE_KEYS - tile * IMAGE_TILE, tile == 1, false);
+        const Use last{use.n - 1};
+        add<IMAGE_TILE>(r, last, IMAGE_TILES == 1);
+        wait_for_products<0>();
+        fixed(out);
+        release(VALUES_FREE, last.buffer());
+    }
+
+    // Four threads that share a row swap, so that each stores 16 bytes. `to` is the row of the warp's first query.
+    __device__ void store(bf16* to, int rows_left) {
+        const int lane = threadIdx.x % 32;
+        const bool odd = lane & 1, upper = lane & 2;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float inverse = inverse_sum(half);
+            const int row = lane / 4 + half * 8;
+#pragma unroll
+            for (int part = 0; part < HEAD_DIM / 32; ++part) {
+                u32 v[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int n = part * 4 + i;
+                    v[i] = pack_bf16(out[n][2 * half] * inverse + low(text[n][half]),
+                                     out[n][2 * half + 1] * inverse + high(text[n][half]));
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) {
+                    const u32 got = __shfl_xor_sync(~0u, odd ? v[i] : v[i + 1], 1);
+                    (odd ? v[i] : v[i + 1]) = got;
+                }
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const u32 got = __shfl_xor_sync(~0u, upper ? v[i] : v[i + 2], 2);
+                    (upper ? v[i] : v[i + 2]) = got;
+                }
+                if (row < rows_left)
+                    *(uint4*)(to + (i64)row * DIM + part * 32 + lane % 4 * 8) = make_uint4(v[0], v[1], v[2], v[3]);
+            }
+        }
     }
 };
 
@@ -309,112 +329,33 @@ cross_attention_hopper(const bf16* queries, const u8* tiles, bf16* out, int toke
     extern __shared__ __align__(1024) unsigned char memory[];
     const Shared shared{shared_address(memory)};
     const int items_of_head = (tokens + QUERIES - 1) / QUERIES, items = items_of_head * HEADS;
-    if (threadIdx.x == 0) {
-        for (u32 stage = 0; stage < 2; ++stage) {
-            set_barrier(shared.barrier(QUERIES_FULL, stage), 96);
-            set_barrier(shared.barrier(QUERIES_FREE, stage), CONSUMERS * 4);
-            set_barrier(shared.barrier(KEYS_FULL, stage), 1);
-            set_barrier(shared.barrier(KEYS_FREE, stage), CONSUMERS * 4);
-            set_barrier(shared.barrier(VALUES_FULL, stage), 1);
-            set_barrier(shared.barrier(VALUES_FREE, stage), CONSUMERS * 4);
-        }
+    if (threadIdx.x < 2) {
+        const int warps = CONSUMERS * 4;
+        const int arrivals[BARRIERS] = {LOADERS, warps, 1, warps, 1, warps};
+        for (int kind = 0; kind < BARRIERS; ++kind)
+            set_barrier(shared.barrier((Barrier)kind, threadIdx.x), arrivals[kind]);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;  // -1: the one that copies
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;
     if (group < 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-        if (threadIdx.x == 0) {
-            Ring ring;
-            for (int item = blockIdx.x; item < items; item += gridDim.x) {
-                const u8* from = tiles + (i64)(item / items_of_head) * ALL_KEYS * 2 * ROW_BYTES;
-#pragma unroll 1
-                for (int tile = 0; tile < TILES; ++tile, ++ring.n) {
-                    const u32 bytes = size_of(tile) * ROW_BYTES, stage = ring.stage();
-                    wait(shared.barrier(KEYS_FREE, stage), ring.free());
-                    copy_bulk(shared.keys(stage), from, bytes, shared.barrier(KEYS_FULL, stage));
-                    wait(shared.barrier(VALUES_FREE, stage), ring.free());
-                    copy_bulk(shared.values(stage), from + bytes, bytes, shared.barrier(VALUES_FULL, stage));
-                    from += 2 * bytes;
-                }
-            }
-        } else if (threadIdx.x >= 32) {
-            Ring ring;
-            for (int item = blockIdx.x; item < items; item += gridDim.x, ++ring.n) {
-                const int head = item / items_of_head, first = item % items_of_head * QUERIES;
-                const u32 stage = ring.stage(), to = shared.queries(stage);
-                wait(shared.barrier(QUERIES_FREE, stage), ring.free());
-#pragma unroll 2
-                for (int i = threadIdx.x - 32; i < QUERIES * 16; i += 96) {
-                    const int row = i / 16, chunk = i % 16;
-                    const bool there = first + row < tokens;
-                    const bf16* source = queries + (i64)(there ? first + row : 0) * DIM + head * HEAD_DIM + chunk * 8;
-                    const u32 at = to + (row / ROWS * 2 + chunk / 8) * ROWS * SLAB_BYTES + row % ROWS * SLAB_BYTES
-                                   + ((chunk % 8 ^ row % 8) << 4);
-                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                                 :: "r"(at), "l"(source), "r"(there ? 16 : 0) : "memory");
-                }
-                end_of_copies();
-                wait_for_copies<0>();
-                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what cp.async wrote
-                arrive(shared.barrier(QUERIES_FULL, stage));
-            }
-        }
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == 0)
+            copy_keys(shared, tiles, items, items_of_head);
+        else if (threadIdx.x >= 128 - LOADERS)
+            copy_queries(shared, queries, tokens, items, items_of_head);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        Ring items_ring;
-#if PINGPONG
-        if (group == 1) your_turn(group);
-#endif
-        const u32 text = shared.base + KEPT + (threadIdx.x - 128) / 128 * (QUERY_BYTES / 2) + threadIdx.x % 128 * 4;
-        Attention a{shared, 0, text, group};
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-        for (int item = blockIdx.x; item < items; item += gridDim.x, ++items_ring.n) {
-            const u32 stage = items_ring.stage();
-            wait(shared.barrier(QUERIES_FULL, stage), items_ring.full());
-            a.queries = shared.queries(stage) + group * ROWS * ROW_BYTES;
-            a.run();
-            Softmax& x = a.x;
-            if (lane == 0) arrive(shared.barrier(QUERIES_FREE, stage));
-            const i64 head = item / items_of_head;
-            const int first = item % items_of_head * QUERIES + group * ROWS + warp * 16 + lane / 4;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float inverse = x.inverse(half);
-                const i64 token = first + half * 8;
-                bf16* to = out + token * DIM + head * HEAD_DIM;
-#if STORE_VARIANT == 1
-#pragma unroll
-                for (int four = 0; four < HEAD_DIM / 32; ++four) {
-                    u32 v[4];  // four threads swap, so that each stores 16 bytes
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const int n = four * 4 + i;
-                        v[i] = pack_bf16(x.out[n][2 * half] * inverse + low(TAKE(n, half)),
-                                         x.out[n][2 * half + 1] * inverse + high(TAKE(n, half)));
-                    }
-                    const bool odd = lane & 1, upper = lane & 2;
-#pragma unroll
-                    for (int i = 0; i < 4; i += 2) {
-                        const u32 got = __shfl_xor_sync(~0u, odd ? v[i] : v[i + 1], 1);
-                        (odd ? v[i] : v[i + 1]) = got;
-                    }
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        const u32 got = __shfl_xor_sync(~0u, upper ? v[i] : v[i + 2], 2);
-                        (upper ? v[i] : v[i + 2]) = got;
-                    }
-                    if (token < tokens) *(uint4*)(to + four * 32 + lane % 4 * 8) = make_uint4(v[0], v[1], v[2], v[3]);
-                }
-#else
-                if (token < tokens)
-#pragma unroll
-                    for (int n = 0; n < HEAD_DIM / 8; ++n)
-                        *(u32*)(to + n * 8 + lane % 4 * 2) =
-                            pack_bf16(x.out[n][2 * half] * inverse + low(TAKE(n, half)),
-                                      x.out[n][2 * half + 1] * inverse + high(TAKE(n, half)));
-#endif
-            }
+        Attention attention{shared, 0, group};
+        Use use;  // of queries
+        if (group == 1) attention.give_turn();
+        for (int item = blockIdx.x; item < items; item += gridDim.x, ++use.n) {
+            wait(shared.barrier(QUERIES_FULL, use.buffer()), use.full());
+            attention.queries = shared.queries(use.buffer()) + group * ROWS * ROW_BYTES;
+            attention.run();
+            attention.release(QUERIES_FREE, use.buffer());
+            const int first = item % items_of_head * QUERIES + group * ROWS + threadIdx.x / 32 % 4 * 16;
+            attention.store(out + (i64)first * DIM + item / items_of_head * HEAD_DIM, tokens - first);
         }
     }
 }

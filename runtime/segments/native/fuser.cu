@@ -67,7 +67,7 @@ face_attention(const bf16* product, const float* token_scale, const float* weigh
 }
 
 // The layer norm without weights, as bf16.
-extern "C" __global__ void __launch_bounds__(DIM_THREADS) norm_only(const float* x, bf16* out) {
+extern "C" __global__ void __launch_bounds__(DIM_THREADS) norm_tokens(const float* x, bf16* out) {
     float values[STREAM_VECTORS][4];
 #pragma unroll
     for (int v = 0; v < STREAM_VECTORS; ++v)

@@ -1,8 +1,8 @@
 """Matrix products by cuBLASLt, called through ctypes, without torch.
 
-y [tokens, out] in bf16 = x [tokens, inner] times w [out, inner] transposed. x and w are both E4M3 or both bf16,
-sums are nearly float32. There is no scale and no bias: the kernels that read y apply the tokens' and the
-weight's scales.
+y [tokens, out] in bf16 = x [tokens, inner] times w [out, inner] transposed. x and w are E4M3, or both are
+bf16; sums are nearly float32. There is no scale and no bias: the kernels that read y apply the tokens' and
+the weight's scales.
 """
 
 import ctypes
