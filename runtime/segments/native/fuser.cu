@@ -1,7 +1,7 @@
 // The arithmetic of a fuser between its matrix products. Stands behind block.cu and uses its loads, norm and macros.
 
 constexpr int FACE_KEYS = FACE_TOKENS;
-constexpr int FACE_TOKENS_AT_ONCE = 4;  // loads in flight
+constexpr int FACE_TOKENS_AT_ONCE = 8;  // loads in flight
 
 // Attention of a slot's tokens to its few face tokens. A warp has two heads, 8 channels per thread, and keeps keys and
 // values in registers while it goes through tokens. blockIdx: part of a slot, pair of heads, slot. The product comes
