@@ -21,6 +21,7 @@ from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, CublasLt, Gemm
 
 VECTOR = 8  # channels that a thread loads at once
 DIM_THREADS, FFN_THREADS = 320, 576  # at most, per token; 288 for the FFN was no slower (docs/log.md)
+HEADS_BLOCKS = 2  # of heads_from_products per multiprocessor
 QUERIES = 128  # per block of threads in the cross-attention
 CROSS_THREADS = 256
 CROSS_SHARED_BYTES = 64 << 10  # two tiles of 64 keys and values
@@ -61,6 +62,7 @@ def macros(model: ModelConfig) -> dict[str, object]:
         "SOFTMAX_SCALE": f"{c.head_dim**-0.5}f",
         "FACE_TOKENS": FACE_TOKENS,
         "DIM_THREADS": threads_for(c.dim, DIM_THREADS),
+        "HEADS_BLOCKS": HEADS_BLOCKS,
         "FFN_THREADS": threads_for(c.ffn_dim, FFN_THREADS),
     }
 
@@ -150,6 +152,10 @@ class _Modulated(Linear):
 
 
 class AttnIn(_Modulated):
+    def __init__(self, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
+        super().__init__(model, plan, gpu)
+        self._heads_blocks = HEADS_BLOCKS * gpu.multiprocessors
+
     def _parts(self) -> dict[str, int]:
         products = ("product_q", "product_k", "product_v")
         return super()._parts() | dict.fromkeys(products, self.tokens * self.dim * 2)
@@ -162,14 +168,14 @@ class AttnIn(_Modulated):
             self._multiply(self._square, "operand", a[f"self_attn.{name}.weight"], f"product_{name}")
         self._launch(
             "heads_from_products",
-            (self.tokens, 3),
+            (self._heads_blocks, 3),
             self._dim_threads,
             *(at[f"product_{name}"] for name in "qkv"),
             at["scale"],
             *(a[f"self_attn.{name}.scale"] for name in "qkv"),
             *(a[f"self_attn.{name}.bias"] for name in "qkv"),
             *(a["self_attn.norm_q.weight"], a["self_attn.norm_k.weight"]),
-            *(a["rope_cos"], a["rope_sin"], a["q"], a["k"], a["v"]),
+            *(a["rope_cos"], a["rope_sin"], a["q"], a["k"], a["v"], np.int32(self.tokens)),
         )
 
 
