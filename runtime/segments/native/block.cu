@@ -13,6 +13,13 @@ static_assert(DIM_VECTORS * 8 * DIM_THREADS == DIM && DIM_THREADS % 32 == 0, "th
 static_assert(FFN_VECTORS * 8 * FFN_THREADS == FFN && FFN_THREADS % 32 == 0, "threads do not cover FFN");
 static_assert(HEAD_DIM == 128 && HEADS * HEAD_DIM == DIM, "heads of 128 channels");
 
+// Blocks that a multiprocessor holds, for kernels that wait for memory: Hopper has 2048 threads, others have 1536.
+#if __CUDA_ARCH__ == 900
+constexpr int NORM_BLOCKS = 5, GELU_BLOCKS = 2;
+#else
+constexpr int NORM_BLOCKS = 4, GELU_BLOCKS = 1;
+#endif
+
 // Loads and stores of a vector. Tensors that a kernel reads once bypass L1.
 
 __device__ uint4 load_once(const bf16* from) {
@@ -151,7 +158,7 @@ extern "C" __global__ void modulation_rows(const float* modulation, const float*
     rows[i] = modulation[i] + time_modulation[i] + (row == 1 || row == 4 ? 1.0f : 0.0f);
 }
 
-extern "C" __global__ void __launch_bounds__(DIM_THREADS)
+extern "C" __global__ void __launch_bounds__(DIM_THREADS, NORM_BLOCKS)
 norm_quantize(const float* x, const float* gain, const float* offset, e4m3* out, float* out_scale) {
     float values[STREAM_VECTORS][4];
 #pragma unroll
@@ -284,7 +291,7 @@ __device__ void add_product(const float* x, const bf16* product, float token_sca
 }
 
 // Adds a product to the residual stream and quantises its norm for the next product. `x_out` may be `x`.
-extern "C" __global__ void __launch_bounds__(DIM_THREADS)
+extern "C" __global__ void __launch_bounds__(DIM_THREADS, NORM_BLOCKS)
 add_norm_quantize(const float* x, const bf16* product, const float* token_scale, const float* weight_scale,
                   const float* bias, const float* gate, float* x_out, const float* gain, const float* offset,
                   e4m3* out, float* out_scale) {
@@ -301,12 +308,15 @@ add_gated(const float* x, const bf16* product, const float* token_scale, const f
     add_product(x, product, token_scale[blockIdx.x], weight_scale, bias, gate, x_out, values);
 }
 
-__device__ float gelu_tanh(float x) {  // 0.5 x (1 + tanh u) = x / (1 + e^-2u)
-    const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    return __fdividef(x, 1.0f + __expf(-2.0f * u));
+// 0.5 x (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3). The power is one of 2.
+__device__ float gelu_tanh(float x) {
+    constexpr float LINEAR = -2 * 0.7978845608028654f * LOG2_E, CUBIC = LINEAR * 0.044715f;
+    float part;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(part) : "f"(1.0f + power_of_2(x * (LINEAR + CUBIC * (x * x)))));
+    return x * part;
 }
 
-extern "C" __global__ void __launch_bounds__(FFN_THREADS)
+extern "C" __global__ void __launch_bounds__(FFN_THREADS, GELU_BLOCKS)
 gelu_quantize(const bf16* product, const float* token_scale, const float* weight_scale, const float* bias, e4m3* out,
               float* out_scale) {
     float y[FFN_VECTORS][8];

@@ -20,7 +20,7 @@ from trt_wan.runtime.device.kernels import ATTENTION, Module, read_source
 from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, CublasLt, Gemm
 
 VECTOR = 8  # channels that a thread loads at once
-DIM_THREADS, FFN_THREADS = 320, 576  # at most, per token; 288 for the FFN was no slower (docs/log.md)
+DIM_THREADS, FFN_THREADS = 320, 864  # at most, per token
 HEADS_BLOCKS = 2  # of heads_from_products per multiprocessor
 QUERIES = 128  # per block of threads in the cross-attention
 CROSS_THREADS = 256
