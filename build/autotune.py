@@ -16,19 +16,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from trt_wan.build.compile import export_graphs
 from trt_wan.build.on_gpu import download, drawn, placed, run_segment, started
 from trt_wan.build.realistic import Float, Host, realistic
 from trt_wan.build.reference import (
-    SAMPLE,
     SMALL_PICTURE,
     Tokens,
     picture_error,
     picture_reference,
     reference,
     relative_error,
+    sample_of,
 )
 from trt_wan.engines.choice.candidates import SEGMENTS, VAE, Candidate, Engine, Machine, candidates, tiers
 from trt_wan.engines.choice.choose import Missing, accurate, place_of
@@ -139,7 +137,7 @@ class _Bench:
     @classmethod
     def of(cls, name: str, model: ModelConfig, plan: Plan, gpu: Gpu, clock: Clock, opened: Open) -> "_Bench":
         network = networks(model, plan)[name]
-        tokens = np.random.default_rng(SEED).choice(plan.tokens, SAMPLE, replace=plan.tokens < SAMPLE)
+        tokens = sample_of(name, plan, SEED)
         values = realistic(network, SEED)
         wanted = reference(name, model, values, tokens)
         return cls(gpu, plan, network, values, tokens, wanted, clock, opened)

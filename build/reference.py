@@ -1,8 +1,9 @@
 """The reference for candidates: the network in float32, for a sample of its tokens.
 
 Every other part of a block acts on each token by itself, so a small fp32 graph that takes just the sample
-computes it, on ONNX Runtime on the CPU. Self-attention is numpy: the sampled queries against all keys. The
-VAE has no tokens: its reference is of a whole small picture, by torch on the CPU.
+computes it, on ONNX Runtime on the CPU. A fuser also knows each token's slot: its sample has a few slots.
+Self-attention is numpy: the sampled queries against all keys. The VAE has no tokens: its reference is of a
+whole small picture, by torch on the CPU.
 """
 
 from dataclasses import replace
@@ -31,6 +32,17 @@ BY_TOKENS = ("x", "attended", "rope_cos", "rope_sin", "x_out", "cross_q", "cross
 TOKEN_AXIS = dict.fromkeys(BY_TOKENS, 0) | {"q": 1, "k": 1, "v": 1}
 # A residual stream's outliers would hide a wrong result, so the difference from the stream is compared.
 ADDED_TO = {"x_out": "x"}
+
+
+def sample_of(name: str, plan: Plan, seed: int) -> Tokens:
+    """SAMPLE tokens at random. A fuser's are laid out like SMALL's: equally many of each of a few slots."""
+    rng = np.random.default_rng(seed)
+    if name != "fuser":
+        return rng.choice(plan.tokens, SAMPLE, replace=plan.tokens < SAMPLE)
+    slots = rng.choice(plan.slots, SMALL.slots, replace=plan.slots < SMALL.slots)
+    count, wanted = plan.tokens_per_slot, SMALL.tokens_per_slot
+    within = rng.choice(count, wanted, replace=count < wanted)
+    return (slots[:, None] * plan.tokens_per_slot + within).reshape(-1)
 
 
 def sampled(name: str, array: Host, tokens: Tokens) -> Host:
@@ -62,6 +74,9 @@ def graph_reference(
     network = networks(model, SMALL)[name]
     given = {tensor.name: dequantised(tensor.name, values) for tensor in network.inputs + network.weights}
     feeds = {n: sampled(n, array, tokens) if n in TOKEN_AXIS else array for n, array in given.items()}
+    if "face_k" in given:
+        slots = tokens[:: SMALL.tokens_per_slot] * len(given["face_k"]) // len(given["x"])
+        feeds |= {n: given[n][slots] for n in ("face_k", "face_v")}
     outputs = [tensor.name for tensor in network.outputs]
     with TemporaryDirectory() as folder:
         session = _session(name, model, Path(folder) / f"{name}.onnx")

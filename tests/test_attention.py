@@ -142,9 +142,9 @@ def test_kernels_compile(nvrtc: None, capability: tuple[int, int]) -> None:
     [("int8", "e4m3", False), ("int8", "e4m3", True), ("int8", "bf16", False), ("bf16", "bf16", False)],
 )
 def test_the_hopper_kernel_compiles(nvrtc: None, scores: Any, values: Any, lists: bool) -> None:
-    code = bytes(compile_source(
-        hopper.SOURCE, (9, 0), hopper.macros(scores, values, lists), accelerated=True
-    ).code)
+    code = bytes(
+        compile_source(hopper.SOURCE, (9, 0), hopper.macros(scores, values, lists), accelerated=True).code
+    )
     for name in hopper.NAMES:
         assert f".text.{name}".encode() + b"\0" in code
 

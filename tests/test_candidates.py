@@ -108,7 +108,7 @@ def test_the_tables_name_what_there_is() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("machine", [H200, ADA, replace(H200, flavour=FULL)])
 def test_every_machine_has_a_default_without_any_library(machine: Machine, precision: Any) -> None:
-    natives = {"native": "no"}
+    natives = {"native": "no", "native fp8": "no"}
     for network in networks(TINY, replace(PLAN, precision=precision)):
         for tier in tiers(precision):
             choice = chosen(tier, {}, machine, NO_LIBRARIES | natives, network, precision)

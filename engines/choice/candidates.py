@@ -59,7 +59,7 @@ class Candidate:
 
 
 ALL: tuple[Precision, ...] = ("fp32", "bf16", "fp8")
-BF16: tuple[Precision, ...] = ("bf16", "fp8")  # q, k, v are bf16
+BF16: tuple[Precision, ...] = ("bf16", "fp8")  # q, k, v and the fusers' weights are bf16
 FP8: tuple[Precision, ...] = ("fp8",)
 
 VAE = ("vae_encode_first", "vae_encode_next", "vae_decode_first", "vae_decode_next")
@@ -86,6 +86,9 @@ CANDIDATES = (
     Candidate("ffn", "native", FP8, maker="native"),
     *(Candidate(name, "tensorrt", ALL, engine=Engine(name)) for name in VAE),
     *(Candidate(name, made, BF16, maker="native") for name in VAE for made in ("cudnn", "native")),
+    Candidate("fuser", "tensorrt", ALL, engine=Engine("fuser")),
+    Candidate("fuser", "native", BF16, maker="native"),
+    Candidate("fuser", "native fp8", FP8, "fast", maker="native"),
 )
 SEGMENTS = tuple(dict.fromkeys(candidate.network for candidate in CANDIDATES))
 
@@ -115,7 +118,8 @@ DEFAULTS = (
     Default("attention", None, ("tensorrt",), ("tensorrt fp8", "tensorrt")),
     *(Default(name, HOPPER, _NATIVE, _NATIVE) for name in _BLOCK),
     *(Default(name, HOPPER, _VAE, _VAE) for name in VAE),
-    *(Default(name, None, ("tensorrt",), ("tensorrt",)) for name in (*_BLOCK, *VAE)),
+    Default("fuser", HOPPER, _NATIVE, ("native fp8", *_NATIVE)),
+    *(Default(name, None, ("tensorrt",), ("tensorrt",)) for name in (*_BLOCK, *VAE, "fuser")),
 )
 
 

@@ -35,6 +35,9 @@ TOLERANCES = (
     # E4M3 activations, with a scale per token, are 2.6e-2 off at most: measured in both; in numpy, at the
     # 14B's sizes with outlier channels, 2.3e-2.
     Tolerance(("attn_in", "attn_out", "context_kv"), ("fp8",), 4e-2),
+    # FP8 rounds a fuser's weights too, which are bf16 otherwise: in numpy, at the 14B's sizes, 4.4e-2 of the
+    # addition, of which activations alone are 3.0e-2.
+    Tolerance(("fuser",), ("fp8",), 6.5e-2, "fast"),
     # Two FP8 products in a row in the FFN: in numpy, at the 14B's sizes, 3.3e-2 of the addition to the
     # residual stream, which is how candidates are compared; measured 2.9e-2 of the whole stream.
     Tolerance(("ffn",), ("fp8",), 5e-2),

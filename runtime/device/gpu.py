@@ -92,6 +92,10 @@ class Gpu:
         return major, minor
 
     @property
+    def multiprocessors(self) -> int:
+        return int(self.device.properties.multiprocessor_count)
+
+    @property
     def driver(self) -> int:
         """The driver's CUDA version, major number: engines built under another are built again."""
         from cuda.bindings import runtime
