@@ -1,0 +1,119 @@
+// Which blocks of keys each block of queries attends to: see select.py. q, k and v are [heads, tokens, HEAD_DIM] bf16.
+// Macros: HEAD_DIM, a multiple of 8; BLOCK, tokens of a block (the last block of a head may have fewer).
+
+typedef Vector<bf16, 8> Bf16x8;
+typedef Vector<float, 4> Float4;
+
+constexpr int QUADS = HEAD_DIM / 4;   // a pooled head is [QUADS, blocks, 4], so that neighbours load neighbours
+constexpr int LANES = HEAD_DIM / 8;   // threads that load a token
+constexpr int ROWS = 256 / LANES;     // tokens that a block of threads loads at once
+constexpr int QUERIES = 16;           // blocks of queries whose scores a thread computes together
+
+// The means of the blocks: of q and k for the scores, pooled [2, heads, QUADS, blocks, 4], and of k and v for the
+// attention, means [2, heads, blocks, HEAD_DIM]. Grid 3 * heads * blocks, 256 threads. Sums are in a fixed order.
+extern "C" __global__ void pool_blocks(const bf16* q, const bf16* k, const bf16* v, float* pooled, bf16* means,
+                                       i64 tokens, i64 heads) {
+    __shared__ float sums[ROWS][HEAD_DIM];
+    const int blocks = (int)((tokens + BLOCK - 1) / BLOCK), block = blockIdx.x % blocks;
+    const i64 head = blockIdx.x / blocks, input = head / heads;
+    const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, first = block * BLOCK;
+    const int count = tokens - first < BLOCK ? (int)(tokens - first) : BLOCK;
+    const bf16* from = (input == 0 ? q : input == 1 ? k : v) + (head % heads * tokens + first) * HEAD_DIM + lane * 8;
+    float sum[8] = {};
+#pragma unroll
+    for (int i = 0; i < BLOCK / ROWS; ++i)
+        if (i * ROWS + row < count) {
+            const Bf16x8 values = *(const Bf16x8*)(from + (i64)(i * ROWS + row) * HEAD_DIM);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum[j] += widen(values.x[j]);
+        }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sums[row][lane * 8 + j] = sum[j];
+    __syncthreads();
+    for (int channel = threadIdx.x; channel < HEAD_DIM; channel += 256) {
+        float total = 0;
+        for (int i = 0; i < ROWS; ++i) total += sums[i][channel];
+        total /= count;
+        if (input < 2) pooled[((head * QUADS + channel / 4) * blocks + block) * 4 + channel % 4] = total;
+        if (input > 0) store(means + ((head - heads) * blocks + block) * HEAD_DIM + channel, total);
+    }
+}
+
+// scores [heads, blocks, blocks]: the product of the means. Grid heads * ceil(blocks / QUERIES) * ceil(blocks / 256),
+// 256 threads.
+extern "C" __global__ void score_blocks(const float* pooled, float* scores, i64 blocks) {
+    __shared__ Float4 queries[QUADS][QUERIES];
+    const int count = (int)blocks, groups = (count + QUERIES - 1) / QUERIES, parts = (count + 255) / 256;
+    const int head = blockIdx.x / (groups * parts), heads = gridDim.x / (groups * parts);
+    const int first = blockIdx.x / parts % groups * QUERIES, key = blockIdx.x % parts * 256 + threadIdx.x;
+    const Float4* from = (const Float4*)pooled + (i64)head * QUADS * blocks;
+    const Float4* keys = from + (i64)heads * QUADS * blocks;
+    for (int i = threadIdx.x; i < QUADS * QUERIES; i += 256) {
+        const int query = first + i % QUERIES;
+        queries[i / QUERIES][i % QUERIES] = from[i / QUERIES * blocks + (query < count ? query : count - 1)];
+    }
+    __syncthreads();
+    if (key >= count) return;
+    float sum[QUERIES] = {};
+    for (int quad = 0; quad < QUADS; ++quad) {
+        const Float4 there = keys[quad * blocks + key];
+#pragma unroll
+        for (int i = 0; i < QUERIES; ++i) {
+            const Float4 query = queries[quad][i];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sum[i] += query.x[j] * there.x[j];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < QUERIES; ++i)
+        if (first + i < count) scores[((i64)head * blocks + first + i) * blocks + key] = sum[i];
+}
+
+// A number that is larger where the score is; of a block that is always kept, the largest. 0 behind the last block.
+__device__ u32 rank_of(const float* scores, int key, int blocks, int always, int query) {
+    if (key >= blocks) return 0;
+    if (key < always || key == query || key == blocks - 1) return ~0u;
+    const u32 bits = __float_as_uint(scores[key] + 0.0f);  // -0 becomes 0
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// list [heads, blocks, blocks]: of each row of scores the numbers of the blocks that it keeps, in ascending order, then
+// those of the others. count [heads, blocks]: how many are kept, keep[0] * blocks to the nearest, and at least those
+// that always are: the first `always`, the row's own, and the last. Of equal scores the lower number is kept. A warp
+// has one of the `rows` = heads * blocks.
+extern "C" __global__ void choose_blocks(const float* scores, int* list, int* count, const float* keep, i64 blocks,
+                                         i64 always, i64 rows) {
+    const int lane = threadIdx.x % 32, size = (int)blocks, held = (int)always;
+    const i64 row = blockIdx.x * (i64)(blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= rows) return;
+    const float* const here = scores + row * blocks;
+    const int query = (int)(row % blocks);
+    const int least = held + (query >= held) + (size - 1 >= held && query != size - 1);
+    const int share = (int)rintf(keep[0] * size), wanted = share < least ? least : share < size ? share : size;
+
+    u32 threshold = 0;  // the rank of the last that is kept
+    for (u32 bit = 1u << 31; bit; bit >>= 1) {
+        int reached = 0;
+        for (int first = 0; first < size; first += 32)
+            reached += __popc(__ballot_sync(~0u, rank_of(here, first + lane, size, held, query) >= (threshold | bit)));
+        if (reached >= wanted) threshold |= bit;
+    }
+    int above = 0;
+    for (int first = 0; first < size; first += 32)
+        above += __popc(__ballot_sync(~0u, rank_of(here, first + lane, size, held, query) > threshold));
+
+    const u32 before = (1u << lane) - 1;
+    int ties = wanted - above, kept = 0;
+    for (int first = 0; first < size; first += 32) {
+        const int key = first + lane;
+        const u32 rank = rank_of(here, key, size, held, query);
+        const u32 tied = __ballot_sync(~0u, key < size && rank == threshold);
+        const bool taken = key < size && (rank > threshold || (rank == threshold && __popc(tied & before) < ties));
+        const u32 mask = __ballot_sync(~0u, taken);
+        const int place = kept + __popc(mask & before);
+        if (key < size) list[row * blocks + (taken ? place : wanted + key - place)] = key;
+        kept += __popc(mask);
+        ties -= __popc(tied) < ties ? __popc(tied) : ties;
+    }
+    if (lane == 0) count[row] = kept;
+}
