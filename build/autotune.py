@@ -17,7 +17,16 @@ import numpy as np
 from trt_wan.build.on_gpu import download, placed, started
 from trt_wan.build.realistic import Float, Host, realistic
 from trt_wan.build.reference import SAMPLE, Tokens, reference, relative_error
-from trt_wan.engines.choice.candidates import SEGMENTS, Candidate, Engine, Machine, candidates, tiers
+from trt_wan.engines.choice.candidates import (
+    SEGMENTS,
+    Candidate,
+    Engine,
+    Machine,
+    Tier,
+    candidates,
+    has_engine,
+    tiers,
+)
 from trt_wan.engines.choice.choose import Missing, accurate, place_of
 from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.choice.tolerances import tolerance
@@ -85,7 +94,7 @@ def autotune(
         rows = candidates(network, plan.precision, machine)
         absent = {row.name: sentence for row in rows if (sentence := missing(row)) is not None}
         usable = [row for row in rows if row.name not in absent]
-        if len(usable) < 2:
+        if len(usable) < 1 + has_engine(network):  # a lone engine is what it is
             continue
         sources = [recipes[row.engine].engine.source for row in rows if row.engine is not None]
         place = place_of(recipes[Engine(network)].engine.source, machine)
@@ -123,7 +132,7 @@ class _Bench:
     ) -> "_Bench":
         tokens = np.random.default_rng(SEED).choice(plan.tokens, SAMPLE, replace=plan.tokens < SAMPLE)
         values = realistic(network, SEED)
-        wanted = reference(network.name, model, values, tokens)
+        wanted = reference(network.name, model, values, tokens, plan.tokens_per_slot)
         return cls(gpu, network, values, tokens, wanted, clock, opened)
 
     def figures(self, rows: Sequence[tuple[Candidate, Figure]], progress: Progress) -> Iterator[Figure]:
@@ -198,7 +207,9 @@ def _with_choice(
 ) -> dict[str, Figure]:
     """The figures, each with the tiers that take it."""
     rivals = [figures[row.name] for row in rows if row.name in figures and not row.on_request]
-    best = {tier: ranked[0] for tier in tiers(precision) if (ranked := accurate(rivals, precision, tier))}
+    # turbo takes what fast takes, except for the one network of its own
+    own: list[Tier] = [tier for tier in tiers(precision) if tier != "turbo" or rows[0].tier == "turbo"]
+    best = {tier: ranked[0] for tier in own if (ranked := accurate(rivals, precision, tier))}
     return {
         name: replace(figure, chosen=", ".join(tier for tier, first in best.items() if first is figure))
         for name, figure in figures.items()

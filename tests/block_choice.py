@@ -9,7 +9,7 @@ BLOCK = 128
 
 def chosen(q: Any, k: Any, keep: float, first: int) -> Any:
     """bool [heads, blocks, blocks]: whether a block of queries keeps a block of keys. q and k are [heads,
-    tokens, head_dim]; the blocks of the first `first` tokens are always kept, as are a row's own and the last.
+    tokens, head_dim]. The blocks of the first `first` tokens, a row's own and the last are always kept.
     """
     heads, tokens, _ = q.shape
     starts = range(0, tokens, BLOCK)
@@ -30,7 +30,7 @@ def chosen(q: Any, k: Any, keep: float, first: int) -> Any:
 
 
 def sparse_attention(q: Any, k: Any, v: Any, keep: float, first: int) -> Any:
-    """float32 [tokens, heads * head_dim]. A block that is skipped stands for BLOCK keys that equal its mean."""
+    """float32 [tokens, heads * head_dim]. A skipped block counts as BLOCK keys that equal its mean."""
     tokens = q.shape[1]
     block_of = np.arange(tokens) // BLOCK
     made = []

@@ -84,7 +84,8 @@ template <class X> void cvt_rn_satfinite_e4m3x2_f32(X& to, float upper, float lo
 }
 """
 LAUNCH = r"""
-typedef void Kernel(i64, i64, i64, i64, i64, i64, i64, float);  // a float has its own register, wherever it stands
+// A float has its own register, wherever it stands.
+typedef void Kernel(i64, i64, i64, i64, i64, i64, i64, float);
 extern "C" void launch(
     Kernel* kernel, unsigned grid, unsigned threads, bool barriers, const i64* a, float number) {
     gridDim.x = grid;

@@ -6,7 +6,7 @@ when they are asked about.
 
 from collections.abc import Mapping
 
-from trt_wan.engines.choice.candidates import Candidate, Engine, Machine
+from trt_wan.engines.choice.candidates import SPARSE, Candidate, Engine, Machine
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
@@ -56,5 +56,6 @@ def open_segments(
             from trt_wan.runtime.segments.attention import open_attention
 
             c = config.transformer
-            segments[name] = open_attention(candidate.name, gpu, c.heads, plan.tokens, c.head_dim)
+            first = (plan.tokens_per_slot,) if candidate == SPARSE else ()
+            segments[name] = open_attention(candidate.name, gpu, c.heads, plan.tokens, c.head_dim, *first)
     return segments

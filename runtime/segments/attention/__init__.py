@@ -1,8 +1,9 @@
 """Attention by libraries other than TensorRT. Each has a module, imported only when it is chosen.
 
-Every provider is a `Segment` for the network `attention`. q, k and v are bf16 [heads, tokens, head_dim]. q is
-already multiplied by head_dim^-0.5, so the softmax takes the scores unscaled. `attended` is bf16 [tokens,
-heads * head_dim]. Only `flash4` needs torch. `trt-wan build` measures their speed and error.
+Every provider is a `Segment` for the network `attention`, or for `sparse_attention`. q, k and v are bf16
+[heads, tokens, head_dim]. q is already multiplied by head_dim^-0.5, so the softmax takes the scores unscaled.
+`attended` is bf16 [tokens, heads * head_dim]. Only `flash4` needs torch. `trt-wan build` measures their speed
+and error.
 """
 
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ FRONTEND = "nvidia-cudnn-frontend"
 PROVIDERS = {
     "cudnn": Provider("cudnn", "Cudnn", (FRONTEND,), (8, 0), ANY_NEWER, range(8, 129, 8)),
     "cudnn fp8": Provider("cudnn", "CudnnFp8", (FRONTEND,), (9, 0), ANY_NEWER, range(16, 129, 16)),
+    "native sparse": Provider("sparse", "Sparse", (), (9, 0), (9, 0), range(128, 129)),
     "flash4": Provider("flash", "Flash4", ("flash-attn-4", "torch"), (8, 0), ANY_NEWER, range(8, 129, 8)),
 }
 
@@ -57,8 +59,9 @@ def missing(name: str, capability: Capability) -> str | None:
     return None
 
 
-def open_attention(name: str, gpu: Gpu, heads: int, tokens: int, head_dim: int) -> Segment:
-    """Provider `name` for one shape, with its kernels chosen and compiled.
+def open_attention(name: str, gpu: Gpu, heads: int, tokens: int, head_dim: int, *first: int) -> Segment:
+    """Provider `name` for one shape, with its kernels chosen and compiled. `first` is the number of tokens of
+    the reference, which block-sparse attention takes.
 
     Raises UsageError for an unknown name or shape, EnvironmentBroken if it cannot be used here.
     """
@@ -74,7 +77,7 @@ def open_attention(name: str, gpu: Gpu, heads: int, tokens: int, head_dim: int) 
         raise EnvironmentBroken(
             f"{name} does not load ({error}).", with_commands("Run:", install_command("hopper"))
         ) from error
-    return cast(Segment, getattr(module, provider.segment)(gpu, heads, tokens, head_dim))
+    return cast(Segment, getattr(module, provider.segment)(gpu, heads, tokens, head_dim, *first))
 
 
 def _provider(name: str) -> Provider:

@@ -7,17 +7,18 @@ as 128 keys that are equal to its mean. The same inputs give the same blocks.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from trt_wan.engines.contracts.sparse_attention import BLOCK
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import ATTENTION, THREADS, Module, read_source
 
-BLOCK = 128  # tokens of a block of queries or keys
 QUERIES = 16  # blocks of queries that share a block of threads, as in select.cu
 ROWS = THREADS // 32  # a warp chooses for one block of queries
-SHARED_BYTES = 64 << 10  # of add_skipped: two tiles of 64 means of keys and values
+SHARED_BYTES = 32 << 10  # of add_skipped: two tiles of 32 means of keys and values
 SELECT = read_source(__package__, "select.cu")
 SOURCE = ATTENTION + SELECT + read_source(__package__, "skipped.cu")
 NAMES = ("pool_blocks", "score_blocks", "choose_blocks", "add_skipped")
@@ -35,7 +36,6 @@ class BlockChoice:
         self._blocks, self._always = -(-tokens // BLOCK), -(-first // BLOCK)
         self._stream, made = gpu.stream, macros(head_dim)
         self._module = gpu.once((__name__, head_dim), lambda: Module(gpu.device, SOURCE, NAMES, made))
-        self._module.allow_shared("add_skipped", SHARED_BYTES)
 
     def parts(self) -> dict[str, int]:
         """Bytes of the buffers in the scratch. `list` is int32 [heads, blocks, blocks]: for each block of
@@ -49,7 +49,7 @@ class BlockChoice:
         means = 2 * rows * head_dim
         return {"pooled": means * 4, "means": means * 2, "scores": matrix, "list": matrix, "count": rows * 4}
 
-    def choose(self, q: int, k: int, v: int, keep: int, at: dict[str, int]) -> None:
+    def choose(self, q: int, k: int, v: int, keep: int, at: Mapping[str, int]) -> None:
         """Fills the parts, whose addresses are in `at`. q, k and v are bf16 [heads, tokens, head_dim]; `keep`
         is float32 [1], the share.
         """
@@ -62,7 +62,7 @@ class BlockChoice:
         sizes = np.int64(blocks), np.int64(self._always), np.int64(rows)
         self._launch("choose_blocks", -(-rows // ROWS), at["scores"], at["list"], at["count"], keep, *sizes)
 
-    def add_skipped(self, q: int, lse: int, attended: int, at: dict[str, int]) -> None:
+    def add_skipped(self, q: int, lse: int, attended: int, at: Mapping[str, int]) -> None:
         """Call after the attention to the kept blocks. `lse` is its logarithm of the sum of exp(score),
         float32 [heads, tokens]; `attended`, bf16 [tokens, heads * head_dim], is changed in place.
         """

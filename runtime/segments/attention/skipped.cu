@@ -2,10 +2,7 @@
 // and have its mean value. Behind attention.cuh. HEAD_DIM is 128; BLOCK, the tokens of a block, is one of queries too.
 
 constexpr int WARPS = 8;  // of 16 queries
-#ifndef TILE
-#define TILE 64
-#define RESIDENT 1
-#endif
+constexpr int TILE = 32;  // means; with 64, a multiprocessor has registers for one block of threads alone (docs/log.md)
 static_assert(WARPS * 16 == BLOCK && HEAD_DIM == 128);
 
 // Starts the copy of TILE rows of `means`, whose numbers are in `list` from `first` on. Rows from `end` on are zeros.
@@ -23,7 +20,7 @@ __device__ void copy_listed(u32 to, const bf16* means, const int* list, int firs
 // `means` is [2, heads, blocks, HEAD_DIM], of keys and values. `list` and `count` are those of select.cu. `lse`, [heads,
 // tokens], is the logarithm of the sum of exp(score) over a query's kept keys. `attended` [tokens, heads * HEAD_DIM] is
 // changed in place. Grid (blocks, heads), WARPS * 32 threads.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 add_skipped(const bf16* queries, const bf16* means, const int* list, const int* count, const float* lse,
             bf16* attended, i64 tokens) {
     extern __shared__ __align__(1024) unsigned char buffers[];
