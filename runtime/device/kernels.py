@@ -25,13 +25,19 @@ ATTENTION = read_source(__package__, "attention.cuh")  # to stand in front of a 
 
 
 def compile_source(
-    source: str, capability: tuple[int, int], macros: Mapping[str, object] | None = None
+    source: str,
+    capability: tuple[int, int],
+    macros: Mapping[str, object] | None = None,
+    accelerated: bool = False,
 ) -> Any:
-    """The code of kernels for GPUs of a compute capability, compiled once per machine; needs no GPU."""
+    """The code of kernels for GPUs of a compute capability, compiled once per machine; needs no GPU.
+
+    `accelerated` allows the instructions of that very capability, such as Hopper's wgmma.
+    """
     from cuda.core import ObjectCode, Program, ProgramOptions
 
     source = read_source(__package__, "numbers.cuh") + source
-    standard, arch = "c++17", "sm_{}{}".format(*capability)
+    standard, arch = "c++17", "sm_{}{}".format(*capability) + ("a" if accelerated else "")
     defined = [(name, str(value)) for name, value in (macros or {}).items()]
 
     def compile() -> bytes:
@@ -46,9 +52,14 @@ class Module:
     """The kernels `names` of a source, compiled for `device`."""
 
     def __init__(
-        self, device: Any, source: str, names: Sequence[str], macros: Mapping[str, object] | None = None
+        self,
+        device: Any,
+        source: str,
+        names: Sequence[str],
+        macros: Mapping[str, object] | None = None,
+        accelerated: bool = False,
     ) -> None:
-        code = compile_source(source, tuple(device.compute_capability), macros)
+        code = compile_source(source, tuple(device.compute_capability), macros, accelerated)
         with cuda_core():
             self._kernels = {name: code.get_kernel(name) for name in names}
 
