@@ -141,10 +141,8 @@ def export_graphs(model: ModelConfig, plan: Plan, progress: Progress) -> int:
 
 def _wanted(model: ModelConfig, plan: Plan, target: Target, machine: Machine | None) -> tuple[Engine, ...]:
     if machine is not None:
-        wanted = engines_of(model, plan, machine)
-    else:
-        wanted = tuple(Engine(name, target) for name in engine_names(model, plan))
-    return tuple(engine for engine in wanted if has_engine(engine.recipe))
+        return tuple(engine for engine in engines_of(model, plan, machine) if has_engine(engine.recipe))
+    return tuple(Engine(name, target) for name in engine_names(model, plan))
 
 
 def _look(recipe: Recipe) -> EngineRow:
