@@ -36,16 +36,16 @@ def by_kernels(kernels: CpuKernels, q: Any, k: Any, keep: float, first: int) -> 
     for got, x in zip(means, (k, v), strict=True):
         wanted = [x[:, at : at + BLOCK].astype(np.float32).mean(axis=1) for at in range(0, tokens, BLOCK)]
         assert (got == np.stack(wanted, axis=1).astype(ml_dtypes.bfloat16)).all()
-    scores = np.full((rows, blocks), np.nan, np.float32)
+    ranks = np.full((rows, blocks), 7, np.uint32)
     grid = heads * -(-blocks // QUERIES) * -(-blocks // 256)
-    kernels.launch("score_blocks", grid, 256, True, pooled, scores, blocks)
+    kernels.launch("rank_blocks", grid, 256, True, pooled, ranks, blocks, always)
     listed, count, share = (
         np.full((rows, blocks), -1, np.int32),
         np.full(rows, -1, np.int32),
         np.float32([keep]),
     )
     sizes = blocks, always, rows
-    kernels.launch("choose_blocks", -(-rows // 2), 64, True, scores, listed, count, share, *sizes)
+    kernels.launch("choose_blocks", -(-rows // 2), 64, True, ranks, listed, count, share, *sizes)
     for row, n in zip(listed, count, strict=True):  # the others follow, in ascending order
         assert sorted(row) == list(range(blocks)) and sorted(row[n:]) == list(row[n:])
     made = [row[:n].tolist() for row, n in zip(listed, count, strict=True)]

@@ -39,9 +39,15 @@ extern "C" __global__ void pool_blocks(const bf16* q, const bf16* k, const bf16*
     }
 }
 
-// scores [heads, blocks, blocks]: the product of the means. Grid heads * ceil(blocks / QUERIES) * ceil(blocks / 256),
-// 256 threads.
-extern "C" __global__ void score_blocks(const float* pooled, float* scores, i64 blocks) {
+// A number that is larger where the score is. Of a block that is always kept, the largest.
+__device__ u32 rank_of(float score, bool always) {
+    const u32 bits = __float_as_uint(score + 0.0f);  // -0 becomes 0
+    return always ? ~0u : bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// ranks [heads, blocks, blocks]: those of the products of q's and k's means. Always kept are the first `always` blocks,
+// the last, and the one of the queries. Grid heads * ceil(blocks / QUERIES) * ceil(blocks / 256), 256 threads.
+extern "C" __global__ void rank_blocks(const float* pooled, u32* ranks, i64 blocks, i64 always) {
     __shared__ Float4 queries[QUADS][QUERIES];
     const int count = (int)blocks, groups = (count + QUERIES - 1) / QUERIES, parts = (count + 255) / 256;
     const int head = blockIdx.x / (groups * parts), heads = gridDim.x / (groups * parts);
@@ -64,51 +70,45 @@ extern "C" __global__ void score_blocks(const float* pooled, float* scores, i64 
             for (int j = 0; j < 4; ++j) sum[i] += query.x[j] * there.x[j];
         }
     }
+    const bool held = key < always || key == count - 1;
 #pragma unroll
     for (int i = 0; i < QUERIES; ++i)
-        if (first + i < count) scores[((i64)head * blocks + first + i) * blocks + key] = sum[i];
+        if (first + i < count)
+            ranks[((i64)head * blocks + first + i) * blocks + key] = rank_of(sum[i], held || key == first + i);
 }
 
-// A number that is larger where the score is; of a block that is always kept, the largest. 0 behind the last block.
-__device__ u32 rank_of(const float* scores, int key, int blocks, int always, int query) {
-    if (key >= blocks) return 0;
-    if (key < always || key == query || key == blocks - 1) return ~0u;
-    const u32 bits = __float_as_uint(scores[key] + 0.0f);  // -0 becomes 0
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-// list [heads, blocks, blocks]: of each row of scores the numbers of the blocks that it keeps, in ascending order, then
-// those of the others. count [heads, blocks]: how many are kept, keep[0] * blocks to the nearest, and at least those
-// that always are: the first `always`, the row's own, and the last. Of equal scores the lower number is kept. A warp
-// has one of the `rows` = heads * blocks.
-extern "C" __global__ void choose_blocks(const float* scores, int* list, int* count, const float* keep, i64 blocks,
+// list [heads, blocks, blocks]: the numbers of the blocks that a row keeps, those of the highest ranks, in ascending
+// order, then those of the others. count [heads, blocks]: how many are kept, keep[0] * blocks to the nearest, and at
+// least those that always are. Of equal ranks the lower number is kept. A warp has one of the `rows` = heads * blocks.
+extern "C" __global__ void choose_blocks(const u32* ranks, int* list, int* count, const float* keep, i64 blocks,
                                          i64 always, i64 rows) {
     const int lane = threadIdx.x % 32, size = (int)blocks, held = (int)always;
     const i64 row = blockIdx.x * (i64)(blockDim.x / 32) + threadIdx.x / 32;
     if (row >= rows) return;
-    const float* const here = scores + row * blocks;
+    const u32* const here = ranks + row * blocks;
     const int query = (int)(row % blocks);
     const int least = held + (query >= held) + (size - 1 >= held && query != size - 1);
     const int share = (int)rintf(keep[0] * size), wanted = share < least ? least : share < size ? share : size;
-
-    u32 threshold = 0;  // the rank of the last that is kept
-    for (u32 bit = 1u << 31; bit; bit >>= 1) {
-        int reached = 0;
+    auto rank = [&](int key) { return key < size ? here[key] : 0; };
+    auto reached = [&](u32 limit) {  // by how many
+        int found = 0;
         for (int first = 0; first < size; first += 32)
-            reached += __popc(__ballot_sync(~0u, rank_of(here, first + lane, size, held, query) >= (threshold | bit)));
-        if (reached >= wanted) threshold |= bit;
-    }
-    int above = 0;
-    for (int first = 0; first < size; first += 32)
-        above += __popc(__ballot_sync(~0u, rank_of(here, first + lane, size, held, query) > threshold));
+            found += __popc(__ballot_sync(~0u, rank(first + lane) >= limit));
+        return found;
+    };
 
+    u32 threshold = 0;  // all of higher ranks are kept
+    int there = size;
+    for (u32 bit = 1u << 31; bit && there != wanted; bit >>= 1) {
+        const int found = reached(threshold | bit);
+        if (found >= wanted) threshold |= bit, there = found;
+    }
+    int ties = wanted - (threshold == ~0u ? 0 : reached(threshold + 1)), kept = 0;
     const u32 before = (1u << lane) - 1;
-    int ties = wanted - above, kept = 0;
     for (int first = 0; first < size; first += 32) {
         const int key = first + lane;
-        const u32 rank = rank_of(here, key, size, held, query);
-        const u32 tied = __ballot_sync(~0u, key < size && rank == threshold);
-        const bool taken = key < size && (rank > threshold || (rank == threshold && __popc(tied & before) < ties));
+        const u32 mine = rank(key), tied = __ballot_sync(~0u, key < size && mine == threshold);
+        const bool taken = key < size && (mine > threshold || (mine == threshold && __popc(tied & before) < ties));
         const u32 mask = __ballot_sync(~0u, taken);
         const int place = kept + __popc(mask & before);
         if (key < size) list[row * blocks + (taken ? place : wanted + key - place)] = key;

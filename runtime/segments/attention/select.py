@@ -21,7 +21,7 @@ ROWS = THREADS // 32  # a warp chooses for one block of queries
 SHARED_BYTES = 32 << 10  # of add_skipped: two tiles of 32 means of keys and values
 SELECT = read_source(__package__, "select.cu")
 SOURCE = ATTENTION + SELECT + read_source(__package__, "skipped.cu")
-NAMES = ("pool_blocks", "score_blocks", "choose_blocks", "add_skipped")
+NAMES = ("pool_blocks", "rank_blocks", "choose_blocks", "add_skipped")
 
 
 def macros(head_dim: int) -> dict[str, object]:
@@ -47,7 +47,7 @@ class BlockChoice:
         rows = heads * self._blocks
         matrix = rows * self._blocks * 4
         means = 2 * rows * head_dim
-        return {"pooled": means * 4, "means": means * 2, "scores": matrix, "list": matrix, "count": rows * 4}
+        return {"pooled": means * 4, "means": means * 2, "ranks": matrix, "list": matrix, "count": rows * 4}
 
     def choose(self, q: int, k: int, v: int, keep: int, at: Mapping[str, int]) -> None:
         """Fills the parts, whose addresses are in `at`. q, k and v are bf16 [heads, tokens, head_dim]; `keep`
@@ -58,9 +58,10 @@ class BlockChoice:
         pooled = at["pooled"]
         self._launch("pool_blocks", 3 * rows, q, k, v, pooled, at["means"], np.int64(tokens), np.int64(heads))
         grid = heads * -(-blocks // QUERIES) * -(-blocks // THREADS)
-        self._launch("score_blocks", grid, pooled, at["scores"], np.int64(blocks))
-        sizes = np.int64(blocks), np.int64(self._always), np.int64(rows)
-        self._launch("choose_blocks", -(-rows // ROWS), at["scores"], at["list"], at["count"], keep, *sizes)
+        sizes = np.int64(blocks), np.int64(self._always)
+        self._launch("rank_blocks", grid, pooled, at["ranks"], *sizes)
+        lists = at["list"], at["count"], keep
+        self._launch("choose_blocks", -(-rows // ROWS), at["ranks"], *lists, *sizes, np.int64(rows))
 
     def add_skipped(self, q: int, lse: int, attended: int, at: Mapping[str, int]) -> None:
         """Call after the attention to the kept blocks. `lse` is its logarithm of the sum of exp(score),
