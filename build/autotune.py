@@ -132,7 +132,7 @@ class _Bench:
     ) -> "_Bench":
         tokens = np.random.default_rng(SEED).choice(plan.tokens, SAMPLE, replace=plan.tokens < SAMPLE)
         values = realistic(network, SEED)
-        wanted = reference(network.name, model, values, tokens, plan.tokens_per_slot)
+        wanted = reference(network.name, model, values, tokens, plan)
         return cls(gpu, network, values, tokens, wanted, clock, opened)
 
     def figures(self, rows: Sequence[tuple[Candidate, Figure]], progress: Progress) -> Iterator[Figure]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trt_wan.build.realistic import Float, Host, dequantised
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.contracts.sparse_attention import BLOCK
+from trt_wan.engines.contracts.sparse_attention import BLOCK, block_order
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError, with_commands
 from trt_wan.install import install_command
@@ -35,13 +35,13 @@ def sampled(name: str, array: Host, tokens: Tokens) -> Host:
 
 
 def reference(
-    name: str, model: ModelConfig, values: dict[str, Host], tokens: Tokens, first: int = 0
+    name: str, model: ModelConfig, values: dict[str, Host], tokens: Tokens, plan: Plan = SMALL
 ) -> dict[str, Float]:
     """The outputs of network `name` at `tokens` (SAMPLE of them) by name, from all its inputs and weights.
-    `first` tokens are the reference's, of slot 0.
+    Block-sparse attention depends on the shape of `plan`.
     """
     if name == "sparse_attention":
-        return sparse_reference(values, tokens, first)
+        return sparse_reference(values, tokens, plan)
     compute = attention_reference if name == "attention" else graph_reference
     return compute(name, model, values, tokens)
 
@@ -57,10 +57,12 @@ def attention_reference(
     return {"attended": np.concatenate(heads, axis=1)}
 
 
-def sparse_reference(values: dict[str, Host], tokens: Tokens, first: int) -> dict[str, Float]:
+def sparse_reference(values: dict[str, Host], tokens: Tokens, plan: Plan) -> dict[str, Float]:
     """Attention to the blocks that the contract keeps, and to the means of the others."""
-    rows, heads = tokens // BLOCK, []
-    for q, k, v in zip(*(values[name].astype(np.float32) for name in "qkv"), strict=True):
+    order, first, heads = block_order(plan), plan.tokens_per_slot, []
+    tokens = order.argsort()[tokens]  # their places in the blocks
+    rows = tokens // BLOCK
+    for q, k, v in zip(*(values[name][:, order].astype(np.float32) for name in "qkv"), strict=True):
         means = [
             np.stack([x[at : at + BLOCK].mean(axis=0) for at in range(0, len(x), BLOCK)]) for x in (q, k, v)
         ]

@@ -29,20 +29,35 @@ def chosen(q: Any, k: Any, keep: float, first: int) -> Any:
     return made
 
 
-def sparse_attention(q: Any, k: Any, v: Any, keep: float, first: int) -> Any:
+def order_of(slots: int, rows: int, columns: int) -> list[int]:
+    """The numbers of the tokens as the blocks take them."""
+
+    def place(token: int) -> tuple[int, ...]:
+        slot, row, column = token // (rows * columns), token // columns % rows, token % columns
+        return -(-slot // 2), row // 8, column, row, slot
+
+    return sorted(range(slots * rows * columns), key=place)
+
+
+def sparse_attention(q: Any, k: Any, v: Any, keep: float, slots: int, rows: int, columns: int) -> Any:
     """float32 [tokens, heads * head_dim]. A skipped block counts as BLOCK keys that equal its mean."""
-    tokens = q.shape[1]
-    block_of = np.arange(tokens) // BLOCK
+    order = order_of(slots, rows, columns)
+    q, k, v = (x[:, order] for x in (q, k, v))
+    block_of = np.arange(len(order)) // BLOCK
     made = []
-    for head, kept in enumerate(chosen(q, k, keep, first)):
+    for head, kept in enumerate(chosen(q, k, keep, rows * columns)):
         queries, keys, values = (x[head].astype(np.float32) for x in (q, k, v))
         scores = queries @ keys.T
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        most = scores.max(axis=1)
+        weights = np.exp(scores - most[:, None])
         for j in range(kept.shape[1]):
             here = slice(j * BLOCK, (j + 1) * BLOCK)
             skips = ~kept[block_of, j]
-            mean = queries[skips] @ keys[here].mean(axis=0) - scores[skips].max(axis=1)
-            weights[skips, here] = np.exp(mean)[:, None]
-            # equal weights of all keys weigh the mean value
+            # Equal weights of all keys weigh the mean value.
+            mean = np.exp(queries[skips] @ keys[here].mean(axis=0) - most[skips])
+            weights[skips, here] = mean[:, None]
         made.append(weights @ values / weights.sum(axis=1, keepdims=True))
-    return np.concatenate(made, axis=1)
+    attended = np.concatenate(made, axis=1)
+    result = np.empty_like(attended)
+    result[order] = attended
+    return result

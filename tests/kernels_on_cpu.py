@@ -85,7 +85,7 @@ template <class X> void cvt_rn_satfinite_e4m3x2_f32(X& to, float upper, float lo
 """
 LAUNCH = r"""
 // A float has its own register, wherever it stands.
-typedef void Kernel(i64, i64, i64, i64, i64, i64, i64, float);
+typedef void Kernel(i64, i64, i64, i64, i64, i64, i64, i64, i64, float);
 extern "C" void launch(
     Kernel* kernel, unsigned grid, unsigned threads, bool barriers, const i64* a, float number) {
     gridDim.x = grid;
@@ -98,7 +98,7 @@ extern "C" void launch(
     auto blocks = [&](unsigned thread) {
         threadIdx.x = thread;
         for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) {
-            kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], number);
+            kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], number);
             if (barriers) __syncthreads();
         }
     };
@@ -114,7 +114,7 @@ PTX = re.compile(r'asm\("([\w.]+) [^"]*" : "=\w"\(([^)]*)\) : (.*)\);')
 
 class CpuKernels:
     """The kernels of a source that numbers.cuh stands in front of. Their arguments are addresses and 64-bit
-    integers, up to seven, and one float, `number`.
+    integers, up to nine, and one float, `number`.
     """
 
     def __init__(self, source: str, folder: Path) -> None:
@@ -140,7 +140,7 @@ class CpuKernels:
     ) -> None:
         """Arrays are passed by address."""
         values = [a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in arguments]
-        packed: NDArray[np.int64] = np.array(values + [0] * (7 - len(values)), np.int64)
+        packed: NDArray[np.int64] = np.array(values + [0] * (9 - len(values)), np.int64)
         kernel = ctypes.cast(getattr(self._library, name), ctypes.c_void_p)
         self._library.launch(
             kernel, grid, threads, barriers, packed.ctypes.data_as(ctypes.c_void_p), ctypes.c_float(number)

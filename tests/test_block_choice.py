@@ -31,8 +31,14 @@ def by_kernels(kernels: CpuKernels, q: Any, k: Any, keep: float, first: int) -> 
     rows = heads * blocks
     pooled = np.full((2, heads, HEAD_DIM, blocks), np.nan, np.float32)
     means = np.full((2, heads, blocks, HEAD_DIM), np.nan, ml_dtypes.bfloat16)
-    v = q[:, ::-1].copy()
-    kernels.launch("pool_blocks", 3 * rows, 256, True, q, k, v, pooled, means, tokens, heads)
+    v, sorted_ = q[:, ::-1].copy(), np.zeros((3, *q.shape), q.dtype)
+    order = np.random.default_rng(2).permutation(tokens).astype(np.int32)
+    given = [np.empty_like(x) for x in (q, k, v)]
+    for before, x in zip(given, (q, k, v), strict=True):
+        before[:, order] = x
+    made = order, sorted_, pooled, means, tokens, heads
+    kernels.launch("sort_and_pool", 3 * rows, 256, True, *given, *made)
+    assert (sorted_ == np.stack((q, k, v))).all()
     for got, x in zip(means, (k, v), strict=True):
         wanted = [x[:, at : at + BLOCK].astype(np.float32).mean(axis=1) for at in range(0, tokens, BLOCK)]
         assert (got == np.stack(wanted, axis=1).astype(ml_dtypes.bfloat16)).all()

@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from block_choice import sparse_attention
+from block_choice import order_of, sparse_attention
 from click.testing import CliRunner
 
 from trt_wan.build.export import export
@@ -18,6 +18,7 @@ from trt_wan.cli.main import cli
 from trt_wan.engines.choice.candidates import SPARSE, TIERS, has_engine, may_use
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.contracts.sparse_attention import block_order
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError
 from trt_wan.runtime.denoise import Branch, dense_steps, predict_window
@@ -25,12 +26,13 @@ from trt_wan.runtime.guidance import StepSettings
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.settings import Settings
 
-PLAN = Plan(192, 192, 13)  # 144 tokens a slot, 720 in all: five blocks of 128, and one of 80
+PLAN = Plan(192, 160, 13)  # four blocks of 128 tokens, and one of 88; its sides are no multiples of 8
+GRID = (5, 10, 12)  # slots, rows, columns
 
 
 def inputs(keep: float) -> dict[str, Any]:
     values = realistic(networks(TINY, PLAN)["sparse_attention"], seed=2)
-    k = values["k"].reshape(2, -1, 16, 128)  # tokens that stand together are alike, so that blocks differ
+    k = values["k"].reshape(2, -1, 12, 128)  # tokens that stand together are alike, so that blocks differ
     values["k"] = (k + 2 * k[:, :, :1]).reshape(values["k"].shape)
     return values | {"keep": np.array([keep], np.float32)}
 
@@ -40,7 +42,7 @@ def relative(made: Any, wanted: Any) -> float:
 
 
 def oracle(values: dict[str, Any], keep: float) -> Any:
-    return sparse_attention(values["q"], values["k"], values["v"], keep, PLAN.tokens_per_slot)
+    return sparse_attention(values["q"], values["k"], values["v"], keep, *GRID)
 
 
 @pytest.mark.parametrize("keep", [0.01, 0.7, 1.0])
@@ -52,7 +54,7 @@ def test_graph_and_reference_keep_the_blocks_of_numpy(keep: float) -> None:
     (made,) = GRAPHS["sparse_attention"](*tensors, w={}, model=TINY, plan=PLAN)
     assert relative(made.numpy(), wanted) < 2e-6
     tokens = np.random.default_rng(0).choice(PLAN.tokens, 64, replace=False)
-    sampled = reference("sparse_attention", TINY, values, tokens, PLAN.tokens_per_slot)["attended"]
+    sampled = reference("sparse_attention", TINY, values, tokens, PLAN)["attended"]
     assert relative(sampled, wanted[tokens]) < 2e-6
     dense = reference("attention", TINY, values, tokens)["attended"]
     assert (relative(sampled, dense) < 2e-6) == (keep == 1)
@@ -71,11 +73,12 @@ def test_the_exported_graph_takes_its_share_as_an_input(tmp_path: Any) -> None:
 
 def test_the_mean_of_a_skipped_block_counts() -> None:
     """With keys that are equal within their blocks nothing is lost."""
-    values = inputs(0.01)
-    values["k"] = np.repeat(values["k"][:, ::128], 128, axis=1)[:, : PLAN.tokens]
+    values, order = inputs(0.01), order_of(*GRID)
+    assert block_order(PLAN).tolist() == order and sorted(order[:120]) == list(range(120))
+    values["k"][:, order] = np.repeat(values["k"][:, ::128], 128, axis=1)[:, : PLAN.tokens]
     tokens = np.arange(0, PLAN.tokens, 9)
     dense = reference("attention", TINY, values, tokens)["attended"]
-    assert relative(reference("sparse_attention", TINY, values, tokens, 1)["attended"], dense) < 1e-5
+    assert relative(reference("sparse_attention", TINY, values, tokens, PLAN)["attended"], dense) < 1e-5
 
 
 class Recording:

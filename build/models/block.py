@@ -27,7 +27,7 @@ from trt_wan.build.models.ops import (
     split_heads,
 )
 from trt_wan.engines.config import ModelConfig, TransformerConfig
-from trt_wan.engines.contracts.sparse_attention import BLOCK
+from trt_wan.engines.contracts.sparse_attention import BLOCK, block_order
 from trt_wan.engines.shape import Plan
 
 
@@ -92,7 +92,8 @@ def sparse_attention(
 ) -> tuple[Tensor]:
     """Dense, in float32, with a key for each block of keys that a block of queries skips: its mean."""
     heads, tokens, _ = q.shape
-    q, k, v = q.float(), k.float(), v.float()
+    order = torch.from_numpy(block_order(plan)).long()
+    q, k, v = (x[:, order].float() for x in (q, k, v))
     mean_k, mean_v = block_means(k), block_means(v)
     kept = kept_blocks(block_means(q) @ mean_k.transpose(1, 2), keep, -(-plan.tokens_per_slot // BLOCK))
     blocks = kept.shape[-1]
@@ -101,7 +102,7 @@ def sparse_attention(
     scores = torch.where(by_key, q @ k.transpose(1, 2), MASKED)
     others = torch.where(by_token, MASKED, q @ mean_k.transpose(1, 2) + math.log(BLOCK))
     attended = torch.softmax(torch.cat((scores, others), -1), -1) @ torch.cat((v, mean_v), 1)
-    return (merge_heads(attended).to(activation(plan)),)
+    return (merge_heads(attended)[order.argsort()].to(activation(plan)),)
 
 
 def block_means(x: Tensor) -> Tensor:

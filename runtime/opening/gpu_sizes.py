@@ -211,11 +211,14 @@ class GpuSizes:
     def _open(self, plan: Plan, progress: Progress, tile: VaeTile | None = None) -> None:
         """With `tile` only the VAE's segments are opened."""
         opened = tile or plan
-        names = network_names(self._config, opened, self._settings.tier)
+        names, keep = network_names(self._config, opened, self._settings.tier), self._settings.keep
+        if keep is not None and tile is None:
+            exact = f"{keep:.0%} of its blocks of keys exactly, the others by their means"
+            progress(Note(f"turbo: attention takes {exact}, after the first quarter of the steps."))
         executor = GpuExecutor(self._gpu, self._segments(opened, names, progress), self.weights)
         self._executors[opened] = executor
         observed = self._observe(executor) if self._observe else executor
-        self._models[opened] = Model(self._config, plan, observed, self._host, tile, self._settings.keep)
+        self._models[opened] = Model(self._config, plan, observed, self._host, tile, keep)
 
     def _open_nag(self, plan: Plan, progress: Progress) -> None:
         """Opens the network of NAG for a size that is open, once."""

@@ -9,7 +9,7 @@ and error.
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
-from typing import cast
+from typing import Any, cast
 
 from trt_wan.errors import EnvironmentBroken, UsageError, with_commands
 from trt_wan.install import install_command
@@ -59,9 +59,9 @@ def missing(name: str, capability: Capability) -> str | None:
     return None
 
 
-def open_attention(name: str, gpu: Gpu, heads: int, tokens: int, head_dim: int, *first: int) -> Segment:
-    """Provider `name` for one shape, with its kernels chosen and compiled. `first` is the number of tokens of
-    the reference, which block-sparse attention takes.
+def open_attention(name: str, gpu: Gpu, heads: int, tokens: int, head_dim: int, *blocks: Any) -> Segment:
+    """Provider `name` for one shape, with its kernels chosen and compiled. For block-sparse attention `blocks`
+    are the order of the tokens, and the number of the reference's (select.py).
 
     Raises UsageError for an unknown name or shape, EnvironmentBroken if it cannot be used here.
     """
@@ -77,7 +77,7 @@ def open_attention(name: str, gpu: Gpu, heads: int, tokens: int, head_dim: int, 
         raise EnvironmentBroken(
             f"{name} does not load ({error}).", with_commands("Run:", install_command("hopper"))
         ) from error
-    return cast(Segment, getattr(module, provider.segment)(gpu, heads, tokens, head_dim, *first))
+    return cast(Segment, getattr(module, provider.segment)(gpu, heads, tokens, head_dim, *blocks))
 
 
 def _provider(name: str) -> Provider:

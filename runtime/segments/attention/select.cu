@@ -1,4 +1,5 @@
-// Which blocks of keys each block of queries attends to: see select.py. q, k and v are [heads, tokens, HEAD_DIM] bf16.
+// Which blocks of keys each block of queries attends to: see select.py. q, k and v are [heads, tokens, HEAD_DIM] bf16,
+// first in the order of the video, then in that of the blocks.
 // Macros: HEAD_DIM, a multiple of 8; BLOCK, tokens of a block (the last block of a head may have fewer).
 
 typedef Vector<bf16, 8> Bf16x8;
@@ -9,21 +10,24 @@ constexpr int LANES = HEAD_DIM / 8;   // threads that load a token
 constexpr int ROWS = 256 / LANES;     // tokens that a block of threads loads at once
 constexpr int QUERIES = 16;           // blocks of queries whose scores a thread computes together
 
-// The means of the blocks: of q and k for the scores, pooled [2, heads, QUADS, blocks, 4], and of k and v for the
+// sorted [3, heads, tokens, HEAD_DIM]: q, k and v in the order of the blocks; `order` has the numbers of their tokens.
+// And the means of the blocks: of q and k for the ranks, pooled [2, heads, QUADS, blocks, 4], and of k and v for the
 // attention, means [2, heads, blocks, HEAD_DIM]. Grid 3 * heads * blocks, 256 threads. Sums are in a fixed order.
-extern "C" __global__ void pool_blocks(const bf16* q, const bf16* k, const bf16* v, float* pooled, bf16* means,
-                                       i64 tokens, i64 heads) {
+extern "C" __global__ void sort_and_pool(const bf16* q, const bf16* k, const bf16* v, const int* order, bf16* sorted,
+                                         float* pooled, bf16* means, i64 tokens, i64 heads) {
     __shared__ float sums[ROWS][HEAD_DIM];
     const int blocks = (int)((tokens + BLOCK - 1) / BLOCK), block = blockIdx.x % blocks;
     const i64 head = blockIdx.x / blocks, input = head / heads;
     const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, first = block * BLOCK;
     const int count = tokens - first < BLOCK ? (int)(tokens - first) : BLOCK;
-    const bf16* from = (input == 0 ? q : input == 1 ? k : v) + (head % heads * tokens + first) * HEAD_DIM + lane * 8;
+    const bf16* from = (input == 0 ? q : input == 1 ? k : v) + head % heads * tokens * HEAD_DIM + lane * 8;
+    bf16* to = sorted + (head * tokens + first) * HEAD_DIM + lane * 8;
     float sum[8] = {};
 #pragma unroll
     for (int i = 0; i < BLOCK / ROWS; ++i)
         if (i * ROWS + row < count) {
-            const Bf16x8 values = *(const Bf16x8*)(from + (i64)(i * ROWS + row) * HEAD_DIM);
+            const Bf16x8 values = *(const Bf16x8*)(from + (i64)order[first + i * ROWS + row] * HEAD_DIM);
+            *(Bf16x8*)(to + (i64)(i * ROWS + row) * HEAD_DIM) = values;
 #pragma unroll
             for (int j = 0; j < 8; ++j) sum[j] += widen(values.x[j]);
         }

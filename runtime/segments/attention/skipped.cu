@@ -18,17 +18,17 @@ __device__ void copy_listed(u32 to, const bf16* means, const int* list, int firs
 }
 
 // `means` is [2, heads, blocks, HEAD_DIM], of keys and values. `list` and `count` are those of select.cu. `lse`, [heads,
-// tokens], is the logarithm of the sum of exp(score) over a query's kept keys. `attended` [tokens, heads * HEAD_DIM] is
-// changed in place. Grid (blocks, heads), WARPS * 32 threads.
+// tokens], is the logarithm of the sum of exp(score) over a query's kept keys. All are in the order of the blocks, as
+// is `exact` [tokens, heads * HEAD_DIM], the attention to the kept keys; `attended` has that of the video. Grid (blocks,
+// heads), WARPS * 32 threads.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 add_skipped(const bf16* queries, const bf16* means, const int* list, const int* count, const float* lse,
-            bf16* attended, i64 tokens) {
+            const bf16* exact, const int* order, bf16* attended, i64 tokens) {
     extern __shared__ __align__(1024) unsigned char buffers[];
     constexpr u32 MATRIX = TILE * HEAD_DIM * 2, STAGE = 2 * MATRIX;
     const int blocks = gridDim.x, heads = gridDim.y, block = blockIdx.x;
     const i64 head = blockIdx.y, block_row = head * blocks + block;
     const int kept = count[block_row], tiles = (blocks - kept + TILE - 1) / TILE;
-    if (!tiles) return;
     const int* here = list + block_row * blocks;
     const bf16 *k = means + head * blocks * HEAD_DIM, *v = k + (i64)heads * blocks * HEAD_DIM;
 
@@ -67,16 +67,18 @@ add_skipped(const bf16* queries, const bf16* means, const int* list, const int* 
     for (int half = 0; half < 2; ++half) {
         const float sum = r.row_sum(half);  // all threads of a warp take part
         if (rows[half] >= tokens) continue;
-        const float exact = lse[head * tokens + rows[half]], means_most = r.most[half] + LOG_BLOCK;
-        const float most = fmaxf(exact, means_most);
-        const float a = power_of_2((exact - most) * LOG2_E), b = power_of_2((means_most - most) * LOG2_E);
+        const float kept_lse = lse[head * tokens + rows[half]], means_most = r.most[half] + LOG_BLOCK;
+        const float most = fmaxf(kept_lse, means_most);
+        const float a = power_of_2((kept_lse - most) * LOG2_E), b = power_of_2((means_most - most) * LOG2_E);
         const float inverse = 1.0f / (a + b * sum);
+        const bf16* from = exact + (rows[half] * heads + head) * HEAD_DIM + column;
+        bf16* to = attended + ((i64)order[rows[half]] * heads + head) * HEAD_DIM + column;
 #pragma unroll
         for (int n = 0; n < HEAD_DIM / 8; ++n) {
-            u32* const out = (u32*)(attended + (rows[half] * heads + head) * HEAD_DIM + n * 8 + column);
-            const u32 pair = *out;
-            *out = pack_bf16((widen(bf16{(u16)pair}) * a + r.out[n][2 * half] * b) * inverse,
-                             (widen(bf16{(u16)(pair >> 16)}) * a + r.out[n][2 * half + 1] * b) * inverse);
+            const u32 pair = *(const u32*)(from + n * 8);
+            *(u32*)(to + n * 8) =
+                pack_bf16((widen(bf16{(u16)pair}) * a + r.out[n][2 * half] * b) * inverse,
+                          (widen(bf16{(u16)(pair >> 16)}) * a + r.out[n][2 * half + 1] * b) * inverse);
         }
     }
 }

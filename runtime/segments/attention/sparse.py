@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.segments.attention.hopper import HopperAttention
@@ -9,13 +12,17 @@ from trt_wan.runtime.segments.attention.select import BlockChoice
 
 
 class Sparse:
-    """For the network `sparse_attention`; `first` tokens are the reference's. bf16 in and out."""
+    """For the network `sparse_attention`. bf16 in and out. For `order` and `first` see select.py."""
 
-    def __init__(self, gpu: Gpu, heads: int, tokens: int, head_dim: int, first: int) -> None:
-        self._choice = BlockChoice(gpu, heads, tokens, head_dim, first)
+    def __init__(
+        self, gpu: Gpu, heads: int, tokens: int, head_dim: int, order: NDArray[np.int32], first: int
+    ) -> None:
+        self._choice = BlockChoice(gpu, heads, head_dim, order, first)
         self._attention = HopperAttention(gpu, heads, tokens, head_dim, "int8", "e4m3", LISTS=1)
-        numbers = dict.fromkeys(("shift", "lse"), heads * tokens * 4)
-        parts = self._choice.parts() | numbers | {"attention": self._attention.scratch_bytes}
+        parts = self._choice.parts() | {
+            "shift": heads * tokens * 4,
+            "attention": self._attention.scratch_bytes,
+        }
         self._offsets, self.scratch_bytes = laid_out(parts)
         self._at: dict[str, int] = {}
 
@@ -26,8 +33,9 @@ class Sparse:
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         a, at = addresses, self._at
         self._choice.choose(a["q"], a["k"], a["v"], a["keep"], at)
-        self._attention.enqueue(a, at["list"], at["count"], at["shift"], at["lse"])
-        self._choice.add_skipped(a["q"], at["lse"], a["attended"], at)
+        tensors = self._choice.sorted(at) | {"attended": at["exact"]}
+        self._attention.enqueue(tensors, at["list"], at["count"], at["shift"], at["lse"])
+        self._choice.finish(a["attended"], at)
 
     def settle(self) -> None:
         pass
