@@ -102,7 +102,8 @@ def sparse_attention(
     scores = torch.where(by_key, q @ k.transpose(1, 2), MASKED)
     others = torch.where(by_token, MASKED, q @ mean_k.transpose(1, 2) + math.log(BLOCK))
     attended = torch.softmax(torch.cat((scores, others), -1), -1) @ torch.cat((v, mean_v), 1)
-    return (merge_heads(attended)[order.argsort()].to(activation(plan)),)
+    inverse = torch.from_numpy(block_order(plan).argsort())
+    return (merge_heads(attended)[inverse].to(activation(plan)),)
 
 
 def block_means(x: Tensor) -> Tensor:

@@ -55,9 +55,7 @@ class HopperAttention:
             "SPIN_LIMIT": 0,
         } | options
         self._shared = 1024 + 512 + query_bytes + kept + macros["STAGES"] * (key_bytes + value_bytes)
-        module = gpu.once(
-            (__name__, *macros.items()), lambda: _compiled(gpu, macros, self._shared, self._value_shared)
-        )
+        module = gpu.once((__name__, *macros.items()), lambda: _compiled(gpu, macros, self._shared, self._value_shared))
         self._launch = partial(module.launch, gpu.stream)
         self._chunks = math.ceil(tokens / CHUNK)
         queries, tiles = heads * self._query_tiles, heads * self._tiles
@@ -81,42 +79,25 @@ class HopperAttention:
     def start(self, scratch: int) -> None:
         self._at = {name: scratch + offset for name, offset in self._offsets.items()}
 
-    def enqueue(
-        self, addresses: Mapping[str, int], list: int = 0, count: int = 0, shift: int = 0, lse: int = 0
-    ) -> None:
-        """With LISTS `list` and `count` say which tiles of keys are attended to (select.py). `lse` gets the
-        logarithms of the sums of exp(score), float32 [heads, tokens], for which `shift` is as much scratch.
-        """
+    def enqueue(self, addresses: Mapping[str, int]) -> None:
         a, at, tokens = addresses, self._at, np.int32(self._tokens)
-        self.pack(addresses, shift)
+        self.pack(addresses)
         self._launch(
             "attend",
             (self._query_tiles, self._heads),
             384,
             *(at[name] for name in ("q", "k", "v", "query_scale", "key_scale", "value_scale", "value_mean")),
-            *(list, count, shift, a["attended"], lse, tokens),
+            *(0, 0, 0, a["attended"], 0, tokens),
             shared=self._shared,
         )
 
-    def pack(self, a: Mapping[str, int], shift: int = 0) -> None:
+    def pack(self, a: Mapping[str, int]) -> None:
         at, tokens, chunks = self._at, np.int32(self._tokens), np.int32(self._chunks)
         grid = self._tiles, self._heads
-        self._launch(
-            "channel_parts", (self._chunks, self._heads, 2), 256, a["k"], a["v"], at["partial"], tokens
-        )
+        self._launch("channel_parts", (self._chunks, self._heads, 2), 256, a["k"], a["v"], at["partial"], tokens)
         means = at["key_mean"], at["value_mean"], at["value_scale"]
         self._launch("channels_whole", (self._heads, 2), 128, at["partial"], *means, chunks, tokens)
-        self._launch(
-            "pack_q",
-            (self._query_tiles, self._heads),
-            256,
-            a["q"],
-            at["key_mean"],
-            at["q"],
-            at["query_scale"],
-            shift,
-            tokens,
-        )
+        self._launch("pack_q", (self._query_tiles, self._heads), 256, a["q"], at["key_mean"], at["q"], at["query_scale"], 0, tokens)
         self._launch("pack_k", grid, 256, a["k"], at["key_mean"], at["k"], at["key_scale"], tokens)
         value = at["value_mean"], at["value_scale"]
         self._launch(

@@ -18,7 +18,7 @@ class Sparse:
         self, gpu: Gpu, heads: int, tokens: int, head_dim: int, order: NDArray[np.int32], first: int
     ) -> None:
         self._choice = BlockChoice(gpu, heads, head_dim, order, first)
-        self._attention = HopperAttention(gpu, heads, tokens, head_dim, "int8", "e4m3", LISTS=1)
+        self._attention = HopperAttention(gpu, heads, tokens, head_dim, "int8", "e4m3", lists=True)
         parts = self._choice.parts() | {
             "shift": heads * tokens * 4,
             "attention": self._attention.scratch_bytes,
@@ -33,8 +33,8 @@ class Sparse:
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         a, at = addresses, self._at
         self._choice.choose(a["q"], a["k"], a["v"], a["keep"], at)
-        tensors = self._choice.sorted(at) | {"attended": at["exact"]}
-        self._attention.enqueue(tensors, at["list"], at["count"], at["shift"], at["lse"])
+        self._attention.pack(self._choice.sorted(at), at["shift"])
+        self._attention.attend(at["exact"], at["list"], at["count"], at["shift"], at["lse"])
         self._choice.finish(a["attended"], at)
 
     def settle(self) -> None:
