@@ -75,7 +75,7 @@ def run_bench(options: Options, progress: Progress = silent) -> Result:
     plan = replace(shape.plan, precision=opened["precision"])
     work, counts = works(shape.config, plan), calls(shape.config, plan, options.job_steps)
     rates = measured_rates(ceilings, attention_rate(work, profile["networks"]))
-    fp8_attention = options.settings.get("tier") == "fast"
+    fp8_attention = options.settings.get("tier") in ("fast", "turbo")
     sheet = datasheet_rates(card.datasheet, fp8_attention) if card.datasheet else None
     steps = StepTimes(
         seconds=Spread.of(sum(rounds, [])),

@@ -28,7 +28,17 @@ from trt_wan.build.reference import (
     relative_error,
     sample_of,
 )
-from trt_wan.engines.choice.candidates import SEGMENTS, VAE, Candidate, Engine, Machine, candidates, tiers
+from trt_wan.engines.choice.candidates import (
+    SEGMENTS,
+    VAE,
+    Candidate,
+    Engine,
+    Machine,
+    Tier,
+    candidates,
+    has_engine,
+    tiers,
+)
 from trt_wan.engines.choice.choose import Missing, accurate, place_of
 from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.choice.tolerances import tolerance
@@ -101,7 +111,7 @@ def autotune(
         rows = candidates(network, plan.precision, machine)
         absent = {row.name: sentence for row in rows if (sentence := missing(row)) is not None}
         usable = [row for row in rows if row.name not in absent]
-        if len(usable) < 2:
+        if len(usable) < 1 + has_engine(network):  # a lone engine is what it is
             continue
         sources = [recipes[row.engine].engine.source for row in rows if row.engine is not None]
         place = place_of(recipes[Engine(network)].engine.source, machine)
@@ -139,7 +149,7 @@ class _Bench:
         network = networks(model, plan)[name]
         tokens = sample_of(name, plan, SEED)
         values = realistic(network, SEED)
-        wanted = reference(name, model, values, tokens)
+        wanted = reference(name, model, values, tokens, plan)
         return cls(gpu, plan, network, values, tokens, wanted, clock, opened)
 
     def figures(self, rows: Sequence[tuple[Candidate, Figure]], progress: Progress) -> Iterator[Figure]:
@@ -249,7 +259,9 @@ def _with_choice(
 ) -> dict[str, Figure]:
     """The figures, each with the tiers that take it."""
     rivals = [figures[row.name] for row in rows if row.name in figures and not row.on_request]
-    best = {tier: ranked[0] for tier in tiers(precision) if (ranked := accurate(rivals, precision, tier))}
+    # turbo takes what fast takes, except for the one network of its own
+    own: list[Tier] = [tier for tier in tiers(precision) if tier != "turbo" or rows[0].tier == "turbo"]
+    best = {tier: ranked[0] for tier in own if (ranked := accurate(rivals, precision, tier))}
     return {
         name: replace(figure, chosen=", ".join(tier for tier, first in best.items() if first is figure))
         for name, figure in figures.items()

@@ -144,6 +144,9 @@ class Oracle:
         face = face.swapaxes(1, 2).reshape(self["x"].shape)
         return {"x_out": self["x"] + self.linear(face, "linear2") * self["face_strength"]}
 
+    def sparse_attention(self) -> dict[str, Host]:
+        return self.attention()  # PLAN's tokens are one block, which is kept
+
     def attention(self) -> dict[str, Host]:
         q, k, v = self["q"], self["k"], self["v"]
         if self.fp8:  # TensorRT's, with constant scales and without k's mean
@@ -423,6 +426,7 @@ GONE = {
     "flash4": "flash4 is not installed.",
     "native": "No cuBLAS.",
     "tensorrt sm89": "Not in this test.",
+    "native sparse": "Not in this test.",
 }
 
 
@@ -459,6 +463,7 @@ FAKES = {
     "native": Fake(5.0, noise=6e-3),
     "native fp8": Fake(4.0, noise=5e-2),
     "tensorrt": Fake(9.0),
+    "native sparse": Fake(14.0, noise=5e-2),
 }
 
 
@@ -466,7 +471,7 @@ def test_figures_of_one_place(recipes: dict[Engine, Recipe]) -> None:
     """Missing, failed, too wrong, chosen: all are there, also read back from the file."""
     lab = Lab(FAKES | {"cudnn fp8": Fake(fails=MemoryShort("68 GB could not be taken.", "Close programs."))})
     found = tuned(lab, GONE)
-    assert set(found) == set(FAKES) - {"native", "native fp8"}
+    assert set(found) == set(FAKES) - {"native", "native fp8", "native sparse"}
     states = {name: (figure.state, figure.ms, figure.chosen) for name, figure in found.items()}
     assert states == {
         "tensorrt": ("missing", None, ""),
@@ -499,6 +504,7 @@ def test_all_places(recipes: dict[Engine, Recipe]) -> None:
     assert best == {
         ("attn_in", "native"): "exact, fast",
         ("attention", "tensorrt"): "exact, fast",
+        ("sparse_attention", "native sparse"): "turbo",
         ("attn_out", "native"): "exact, fast",
         ("cross_attention", "native"): "exact, fast",
         ("ffn", "native"): "exact, fast",
@@ -508,6 +514,7 @@ def test_all_places(recipes: dict[Engine, Recipe]) -> None:
     }
     assert lab.plans == {PLAN, replace(SMALL_PICTURE, precision="fp8")}
     errors = {(f.network, f.candidate): f.error for f in found}
+    assert errors["sparse_attention", "native sparse"] == pytest.approx(5e-2, rel=0.2)
     for network in ("attn_in", "attn_out", "cross_attention", "ffn", "fuser"):
         assert errors[network, "native"] == pytest.approx(6e-3, rel=0.3)
         assert (errors[network, "tensorrt"] or 0) < 3e-3

@@ -6,14 +6,15 @@ whether its library is installed.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import HOPPER, Capability, GpuKind, Target
 from trt_wan.engines.precision import PRECISIONS, Precision
 from trt_wan.errors import UsageError
 
-Tier = Literal["exact", "fast"]
+Tier = Literal["exact", "fast", "turbo"]
+TIERS: tuple[Tier, ...] = get_args(Tier)  # each may use what those before it may
 Maker = Literal["engine", "native", "attention"]  # TensorRT, runtime/native, runtime/attention
 
 ATTENTION_FP8 = "attention_fp8"  # the recipe of the contract `attention`, computed in FP8
@@ -78,6 +79,7 @@ CANDIDATES = (
     # int8 scores; their weighted values in bf16, or in E4M3.
     Candidate("attention", "native int8", FP8, "fast", maker="attention"),
     Candidate("attention", "native fp8", FP8, "fast", maker="attention"),
+    Candidate("sparse_attention", "native sparse", FP8, "turbo", maker="attention"),
     Candidate("attn_out", "tensorrt", ALL, engine=Engine("attn_out")),
     Candidate("attn_out", "native", FP8, maker="native"),
     Candidate("cross_attention", "tensorrt", ALL, engine=Engine("cross_attention")),
@@ -91,6 +93,7 @@ CANDIDATES = (
     Candidate("fuser", "native fp8", FP8, "fast", maker="native"),
 )
 SEGMENTS = tuple(dict.fromkeys(candidate.network for candidate in CANDIDATES))
+SPARSE = next(row for row in CANDIDATES if row.tier == "turbo")
 
 # GPUs that may gain by an engine for a named target, for attention only: on Hopper TensorRT-RTX's engine for
 # SM89 beats the one for the GPU itself (docs/log.md). On SM89 both are the same engine.
@@ -116,6 +119,7 @@ _BLOCK = ("attn_in", "attn_out", "cross_attention", "ffn")
 DEFAULTS = (
     Default("attention", HOPPER, _HOPPER_ATTENTION, ("native fp8", "tensorrt fp8", *_HOPPER_ATTENTION)),
     Default("attention", None, ("tensorrt",), ("tensorrt fp8", "tensorrt")),
+    Default("sparse_attention", None, (), ("native sparse",)),
     *(Default(name, HOPPER, _NATIVE, _NATIVE) for name in _BLOCK),
     *(Default(name, HOPPER, _VAE, _VAE) for name in VAE),
     Default("fuser", HOPPER, _NATIVE, ("native fp8", *_NATIVE)),
@@ -149,7 +153,18 @@ def default_order(network: str, tier: Tier, capability: Capability) -> tuple[str
 
 def tiers(precision: Precision) -> tuple[Tier, ...]:
     """The tiers of a precision: 8-bit attention goes with 8-bit linear layers."""
-    return ("exact", "fast") if PRECISIONS[precision].fp8 else ("exact",)
+    return TIERS if PRECISIONS[precision].fp8 else ("exact",)
+
+
+def may_use(tier: Tier, lowest: str) -> bool:
+    """Whether a tier may use a candidate whose lowest tier that is."""
+    return lowest in TIERS[: TIERS.index(tier) + 1]
+
+
+def has_engine(network: str) -> bool:
+    """Whether TensorRT computes the network anywhere; a build compiles no others."""
+    rows = [row for row in CANDIDATES if row.network == network]
+    return not rows or any(row.maker == "engine" for row in rows)
 
 
 def require_known(network: str, name: str) -> None:

@@ -23,7 +23,8 @@ MOST_REMEMBERED = 256 * 10**6  # bytes of the host
 
 class Model:
     """`weights` are those that the host itself reads: umT5's token embedding and final norm. With `tile` the
-    VAE's networks have that shape, and networks/vae.py computes in tiles.
+    VAE's networks have that shape, and networks/vae.py computes in tiles. `keep` is the share of the key
+    blocks that self-attention keeps, None for all: denoise.py says in which steps.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class Model:
         executor: Executor,
         weights: Mapping[Part, Mapping[str, Array]],
         tile: VaeTile | None = None,
+        keep: float | None = None,
     ) -> None:
         self.config, self.plan, self.executor, self.weights = config, plan, executor, weights
-        self.tile = tile
+        self.tile, self.keep = tile, keep
         self.networks = {**networks(config, plan), **({} if tile is None else networks(config, tile))}
         self._kept: dict[str, Array] = {}
         self._remembered: OrderedDict[Hashable, Array] = OrderedDict()  # the one used last comes last

@@ -18,6 +18,8 @@ ROPE_THETA = 10000.0
 
 PerLayer = list[tuple[Array, ...]]
 
+DENSE_BLOCKS = 2  # that attend to everything in every step: attention is least local in the first blocks
+
 
 @dataclass(frozen=True)
 class WindowCondition:
@@ -112,15 +114,17 @@ def velocity(
     window: WindowCondition,
     rope: tuple[Array, Array],
     cross_attention: str = "cross_attention",
+    keep: Array | None = None,
 ) -> Array:
     """The flow velocity, noise - x0, of `latent` [16, T1, h, w]; same shape. `cross_attention` is the network
-    that attends to `context`.
+    that attends to `context`. With `keep` [1] self-attention is block-sparse, but in the first DENSE_BLOCKS.
     """
     c = model.config.transformer
     time_embedding, time_modulation = time
     (x,) = model.run("patch_embed", latent, window.condition, window.pose_latent, window.pose_strength)
     for n in range(c.layers):
-        (attended,) = model.run("attention", *model.run("attn_in", x, time_modulation, *rope, n=n))
+        name, share = ("attention", ()) if keep is None or n < DENSE_BLOCKS else ("sparse_attention", (keep,))
+        (attended,) = model.run(name, *model.run("attn_in", x, time_modulation, *rope, n=n), *share)
         x, cross_q = model.run("attn_out", x, attended, time_modulation, n=n)
         (attended,) = model.run(cross_attention, cross_q, *context[n])
         (x,) = model.run("ffn", x, attended, time_modulation, n=n)

@@ -67,7 +67,12 @@ _SETTINGS = (
     click.option(
         "--precision", type=click.Choice(["fp32", "bf16", "fp8"]), help="Default: the best the GPU has."
     ),
-    click.option("--tier", type=click.Choice(["exact", "fast"]), help="exact: bf16 attention; fast: 8 bits."),
+    click.option(
+        "--tier",
+        type=click.Choice(["exact", "fast", "turbo"]),
+        help="exact: bf16 attention; fast: 8 bits; turbo: block-sparse too.",
+    ),
+    click.option("--attention-keep", type=float, metavar="SHARE", help="turbo: of the key blocks kept."),
     click.option("--flavour", type=click.Choice(["tensorrt", "tensorrt_rtx"])),
     click.option("--vram", type=float, help="GB of GPU memory to use at most."),
     click.option(
