@@ -135,6 +135,7 @@ def test_quality_beside_its_noise_floor(tiny_home: Path, tmp_path: Path) -> None
     """On the CPU we are the reference: no difference at all, and the floor is float32's rounding."""
     quality = last_line(trt_wan(f"quality {SHAPE} --steps 2 --out {tmp_path}", tiny_home))
     ours, floor = quality["rows"]
+    assert ours["frames"] and quality["between"] == {}
     assert ours["velocity_errors"] == [0.0, 0.0] and ours["psnr"] is None
     assert all(0 < error < 1e-5 for error in floor["velocity_errors"])
     assert floor["psnr"] > 60 and floor["ssim"] > 0.999
@@ -148,6 +149,9 @@ def test_wrong_usage_is_one_sentence(tiny_home: Path) -> None:
         ("--model tiny --size 64", "not a size"),
         ("--model tiny --window 14 --size 64x48", "14 frames is not possible"),
         ("sweep --axes colour", "none of size, window"),
+        (f"quality {SHAPE} --peers", "Peers need weights in files"),
+        (f"quality {SHAPE} --row 'fast; attention=magic'", "no candidate called 'magic'"),
+        (f"quality {SHAPE} --row quick", "quick"),
     ):
         refused = trt_wan(arguments, tiny_home)
         assert refused.returncode == 2 and said in refused.stderr, refused.stderr

@@ -3,7 +3,7 @@ stdout is one JSON document with everything.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -54,6 +54,23 @@ def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
     if any(not candidate for candidate in pairs.values()):
         raise click.BadParameter("name them as NETWORK=CANDIDATE, such as attention=cudnn.")
     return pairs
+
+
+def _rows(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Settings by row: "fast; attention=cudnn fp8" has the tier and a candidate."""
+    found = {}
+    for value in values:
+        settings: dict[str, Any] = {}
+        for part in filter(None, map(str.strip, value.split(";"))):
+            name, given, text = (piece.strip() for piece in part.partition("="))
+            if not given:
+                settings["tier"] = name
+            elif name == "precision":
+                settings[name] = text
+            else:
+                settings.setdefault("segments", {})[name] = text
+        found[value] = settings
+    return found
 
 
 _SHAPE = (
@@ -227,6 +244,18 @@ def sweep_shapes(
 @_options(*_SHAPE, *_SETTINGS)
 @click.option("--steps", type=COUNT, default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--row",
+    "rows",
+    multiple=True,
+    callback=_rows,
+    metavar="TIER;NETWORK=CANDIDATE;…",
+    help="A row, such as 'fast; attention=cudnn fp8' or 'exact; precision=bf16'; may be repeated.",
+)
+@click.option(
+    "--peers", is_flag=True, help="diffusers too, on the same weights and inputs; all tiers of ours."
+)
+@click.option("--frames/--no-frames", default=True, show_default=True, help="Compare the videos as well.")
 @_OUT
 @command
 def quality_of(
@@ -238,15 +267,36 @@ def quality_of(
     weights: Path | None,
     steps: int,
     seed: int,
+    rows: dict[str, dict[str, Any]],
+    peers: bool,
+    frames: bool,
     out: Path | None,
     **settings: Any,
 ) -> Any:
-    """Compare our output with the bf16 reference on the same seed, beside the reference's noise floor."""
-    from trt_wan.benchmarks.measure.quality import measure_quality
+    """Compare our output with the bf16 reference on the same seed, beside the reference's noise floor.
 
-    shape, files = _shape(model, size, window), str(weights) if weights else None
-    result = measure_quality(shape, _given(settings), steps, seed, files, report.progress)
+    \b
+    trt-wan bench quality --row fast --row 'fast; attention=cudnn fp8'
+    trt-wan bench quality --weights models/ --peers
+    """
+    from trt_wan.benchmarks.measure.quality import Wanted, measure_quality
+
+    shape, files, given = _shape(model, size, window), str(weights) if weights else None, _given(settings)
+    wanted = [Wanted(name, _given({**given, **row})) for name, row in rows.items()]
+    if not wanted and peers and "tier" not in given:
+        wanted = [Wanted(f"trt-wan {tier}", _given({**given, "tier": tier})) for tier in _tiers(given)]
+    elif not wanted:
+        wanted = [Wanted("trt-wan", given)]
+    result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress)
     return finished(report, result, out)
+
+
+def _tiers(given: Mapping[str, Any]) -> Sequence[str]:
+    """The tiers of the precision. The CPU has none: there our only row would be the reference."""
+    from trt_wan.benchmarks.machine.card import read_gpu
+    from trt_wan.engines.choice.candidates import tiers
+
+    return () if read_gpu() is None else tiers(given.get("precision") or "fp8")
 
 
 @click.pass_context
