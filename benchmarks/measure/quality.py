@@ -144,6 +144,8 @@ def measure_quality(
         )
         bench.record("reference", base)
         rows = [row for one in wanted if (row := bench.compared(one.name, one.settings)) is not None]
+        if wanted and not rows:
+            raise bench.failures[0]
         if peers:
             rows += bench.peers("cpu" if card.gpu is None else "cuda")
         elif (floor := bench.floor(base)) is not None:
@@ -176,6 +178,7 @@ class _Recorder:
         self.folder, self.env, self.spec, self.frames = folder, env, spec, frames
         self.not_measured, self.progress = not_measured, progress
         self.files: dict[str, str] = {}  # recordings by row
+        self.failures: list[TrtWanError] = []
         self.reference: dict[str, Any] = {}  # its answer: candidates, and files of weights by part
 
     def record(self, name: str, settings: Mapping[str, Any], other_kernels: bool = False) -> dict[str, Any]:
@@ -206,6 +209,7 @@ class _Recorder:
             answer = self.record(name, settings, other_kernels)
         except TrtWanError as error:
             self.not_measured.append(f"{name}: {error.message}")
+            self.failures.append(error)
             return None
         row = QualityRow(name, settings, self._errors(name, "reference"), answer["candidates"])
         if not self.frames:

@@ -68,18 +68,10 @@ class Tape:
     frames: list[Array] = field(default_factory=list)
 
     def write(self, path: str, timesteps: Sequence[float]) -> None:
-        conditions = {name: np.concatenate(arrays) for name, arrays in self.conditions.items()}
+        arrays: dict[str, Any] = {name: np.concatenate(kept) for name, kept in self.conditions.items()}
+        arrays |= {"latents": np.stack(self.latents), "velocities": np.stack(self.velocities)}
         frames = np.concatenate(self.frames) if self.frames else np.zeros((0, 0, 0, 3), np.uint8)
-        velocities = np.stack(self.velocities)
-        latents = np.stack(self.latents)
-        np.savez(
-            path,
-            latents=latents,
-            velocities=velocities,
-            frames=frames,
-            timesteps=np.asarray(timesteps),
-            **conditions,
-        )
+        np.savez(path, frames=frames, timesteps=np.asarray(timesteps), **arrays)
 
 
 class RecordingExecutor(ForwardingExecutor):

@@ -23,7 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trt_wan.benchmarks.peers.child import WARM_UP, NotRun
 from trt_wan.benchmarks.peers.diffusers_arguments import diffusers_arguments
 from trt_wan.benchmarks.peers.shape import Shape
-from trt_wan.engines.checkpoint import ORTHONORMAL, required_tensors
+from trt_wan.engines.checkpoint import required_tensors
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contract import Part
 from trt_wan.runtime.weights.checkpoint import Checkpoint
 from trt_wan.runtime.weights.stored import Stored
 
@@ -108,14 +110,17 @@ def load(model: Model, shape: Shape, path: Path) -> None:
     """Fills the parameters from a checkpoint: diffusers' own converter takes the official names."""
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    checkpoint = Checkpoint(path, "transformer")
-    required = required_tensors(shape.config, "transformer")
-    checkpoint.require(required)
-    official = {name: _tensor(checkpoint.stored(name)) for name in required if name != ORTHONORMAL}
-    converted = convert_wan_transformer_to_diffusers(official)
+    converted = convert_wan_transformer_to_diffusers(stored_tensors(path, shape.config, "transformer"))
     for name, parameter in model.named_parameters():
         parameter.data.copy_(converted.pop(name).reshape(parameter.shape))
     assert not converted, f"not in diffusers' model: {', '.join(list(converted)[:5])}"
+
+
+def stored_tensors(path: Path, config: ModelConfig, part: Part) -> dict[str, torch.Tensor]:
+    """A part's tensors by their official names, from a file in any layout that ours reads."""
+    checkpoint, required = Checkpoint(path, part), required_tensors(config, part)
+    checkpoint.require(required)
+    return {name: _tensor(checkpoint.stored(name)) for name in required}
 
 
 def _tensor(stored: Stored) -> torch.Tensor:

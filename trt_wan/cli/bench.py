@@ -18,6 +18,7 @@ from trt_wan.cli.sizes import size as size_option
 from trt_wan.errors import shown
 
 if TYPE_CHECKING:
+    from trt_wan.benchmarks.measure.quality import Wanted
     from trt_wan.benchmarks.peers.shape import Shape
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -95,6 +96,14 @@ _SETTINGS = (
         metavar="NETWORK=CANDIDATE",
         help="Take this candidate, such as attention=cudnn; may be repeated.",
     ),
+)
+_ROWS = click.option(
+    "--row",
+    "rows",
+    multiple=True,
+    callback=_rows,
+    metavar="TIER;NETWORK=CANDIDATE;…",
+    help="A row, such as 'fast; attention=cudnn fp8' or 'exact; precision=bf16'; may be repeated.",
 )
 _OUT = click.option("--out", type=FOLDER, help="Folder for JSON, CSV and plots (PNG and SVG).")
 
@@ -241,17 +250,9 @@ def sweep_shapes(
 
 
 @click.command("quality", short_help="Measure what a precision or tier costs in quality.")
-@_options(*_SHAPE, *_SETTINGS)
+@_options(*_SHAPE, *_SETTINGS, _ROWS)
 @click.option("--steps", type=COUNT, default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option(
-    "--row",
-    "rows",
-    multiple=True,
-    callback=_rows,
-    metavar="TIER;NETWORK=CANDIDATE;…",
-    help="A row, such as 'fast; attention=cudnn fp8' or 'exact; precision=bf16'; may be repeated.",
-)
 @click.option(
     "--peers", is_flag=True, help="diffusers too, on the same weights and inputs; all tiers of ours."
 )
@@ -282,13 +283,20 @@ def quality_of(
     from trt_wan.benchmarks.measure.quality import Wanted, measure_quality
 
     shape, files, given = _shape(model, size, window), str(weights) if weights else None, _given(settings)
-    wanted = [Wanted(name, _given({**given, **row})) for name, row in rows.items()]
-    if not wanted and peers and "tier" not in given:
+    if not rows and peers and "tier" not in given:
         wanted = [Wanted(f"trt-wan {tier}", _given({**given, "tier": tier})) for tier in _tiers(given)]
-    elif not wanted:
-        wanted = [Wanted("trt-wan", given)]
+    else:
+        wanted = _wanted(rows, settings)
     result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress)
     return finished(report, result, out)
+
+
+def _wanted(rows: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> "list[Wanted]":
+    """The rows, or one of the settings that were given."""
+    from trt_wan.benchmarks.measure.quality import Wanted
+
+    wanted = [Wanted(name, _given({**settings, **row})) for name, row in rows.items()]
+    return wanted or [Wanted("trt-wan", _given(settings))]
 
 
 def _tiers(given: Mapping[str, Any]) -> Sequence[str]:
@@ -297,6 +305,59 @@ def _tiers(given: Mapping[str, Any]) -> Sequence[str]:
     from trt_wan.engines.choice.candidates import tiers
 
     return () if read_gpu() is None else tiers(given.get("precision") or "fp8")
+
+
+@click.command("window", short_help="Measure a window of a long video, part by part.")
+@_options(*_SHAPE, *_SETTINGS)
+@click.option("--steps", type=COUNT, default=4, show_default=True, help="Steps of a window.")
+@click.option("--windows", type=click.IntRange(3, 20), default=4, show_default=True)
+@_OUT
+@command
+def window_of(
+    *,
+    report: Report,
+    model: str | None,
+    size: Size | None,
+    window: int | None,
+    weights: Path | None,
+    steps: int,
+    windows: int,
+    out: Path | None,
+    **settings: Any,
+) -> Any:
+    """Time the window before the last of a job: its parts, their shares, and their distance from a floor."""
+    from trt_wan.benchmarks.measure.window_budget import measure_window
+
+    shape, files = _shape(model, size, window), str(weights) if weights else None
+    result = measure_window(shape, _given(settings), steps, windows, files, report.progress)
+    return finished(report, result, out)
+
+
+@click.command("vae", short_help="Measure the VAE of a window beside diffusers'.")
+@_options(*_SHAPE, *_SETTINGS, _ROWS)
+@click.option("--repeats", type=COUNT, default=3, show_default=True)
+@_OUT
+@command
+def vae_of(
+    *,
+    report: Report,
+    model: str | None,
+    size: Size | None,
+    window: int | None,
+    weights: Path | None,
+    rows: dict[str, dict[str, Any]],
+    repeats: int,
+    out: Path | None,
+    **settings: Any,
+) -> Any:
+    """Decode and encode a window: seconds, and the error against float32, ours and diffusers' in turn."""
+    from trt_wan.benchmarks.measure.vae import measure_vae
+
+    if weights is None:
+        raise click.UsageError("name the folder of the weights with --weights DIR.")
+    shape, wanted = _shape(model, size, window), _wanted(rows, settings)
+    result = measure_vae(shape, wanted, str(weights), repeats, report.progress)
+    return finished(report, result, out)
 
 
 @click.pass_context
@@ -313,7 +374,7 @@ bench = Group(
     help=measure.help,
     short_help="Measure how fast this machine is.",
 )
-for subcommand in (compare_results, sweep_shapes, quality_of, bench_preprocess):
+for subcommand in (compare_results, sweep_shapes, quality_of, window_of, vae_of, bench_preprocess):
     bench.add_command(subcommand)
 
 
