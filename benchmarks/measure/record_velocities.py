@@ -58,7 +58,8 @@ CONDITIONS = {
 @dataclass
 class Tape:
     """The recording of one job, on the host: the latent that every step begins with, its velocity, and
-    CONDITIONS, once each, the faces of all batches. With `given` every step gets its latent from there.
+    CONDITIONS, once each, the faces of all batches. With `given` every step gets its latent from there, and
+    the conditions are not kept.
     """
 
     given: NDArray[np.float32] | None = None
@@ -85,7 +86,7 @@ class RecordingExecutor(ForwardingExecutor):
             if tape.given is not None:
                 inputs = {**inputs, "latent": tape.given[len(tape.latents)]}
             tape.latents.append(np.array(inputs["latent"], np.float32))
-        for (name, wanted), called in CONDITIONS.items():
+        for (name, wanted), called in CONDITIONS.items() if tape.given is None else ():
             if network.name == name and (name == "motion_encoder" or called not in tape.conditions):
                 tape.conditions.setdefault(called, []).append(np.array(inputs[wanted], np.float32))
         outputs = self.executor.run(network, n, inputs)
