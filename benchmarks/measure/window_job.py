@@ -63,7 +63,8 @@ def run_windows(spec: Spec) -> None:
             spec.job(), model, Path(spec.clips) / "windows.mp4", overwrite=True, progress=watch.progress
         )
         precision = model.precision
-    assert watch.executor is not None
+        assert watch.executor is not None
+        networks = watch.executor.watched()
     say(
         "windows",
         precision=precision,
@@ -71,7 +72,7 @@ def run_windows(spec: Spec) -> None:
         stages=[_row(window, stage, seconds) for (window, stage), seconds in watch.stages.items()],
         networks=[
             {**_row(*_parsed(stage), sum(seconds)), "name": name, "calls": len(seconds)}
-            for (stage, name), seconds in watch.executor.watched().items()
+            for (stage, name), seconds in networks.items()
         ],
         steps=watch.steps,
         frames=made.frames,
