@@ -30,6 +30,7 @@ MODULE = "trt_wan.benchmarks.measure.window_job"
 SCHEMA = "trt-wan-bench-window/1"
 SMALL = 0.03  # of a window: parts below it are not judged
 FAR = 1.4  # times the floor
+SPARSE = "sparse_attention"  # counted as if it attended to everything
 REST = "the rest of"  # reading, copies and waiting, by stage
 
 
@@ -147,6 +148,9 @@ def measure_window(
         said = with_graphs(lambda: run(spec), progress)
     plan = replace(shape.plan, precision=said["precision"])
     work = works(shape.config, plan)
+    if SPARSE in work:
+        keep = float(settings.get("attention_keep") or 0.5)
+        work[SPARSE] = replace(work[SPARSE], attention=round(keep * work[SPARSE].attention))
     rates = budget_rates(ceilings, settings.get("tier", "exact") != "exact")
     number = windows - 1
     stages = {row["stage"]: row["seconds"] for row in said["stages"] if row["window"] == number}

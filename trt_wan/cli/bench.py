@@ -58,7 +58,11 @@ def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
 
 
 def _rows(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Settings by row: "fast; attention=cudnn fp8" has the tier and a candidate."""
+    """Settings by row: "fast; attention=cudnn fp8" has the tier and a candidate, "vram=12" a number."""
+    if not values:
+        return {}
+    from trt_wan.runtime.settings import Settings
+
     found = {}
     for value in values:
         settings: dict[str, Any] = {}
@@ -66,8 +70,8 @@ def _rows(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -
             name, given, text = (piece.strip() for piece in part.partition("="))
             if not given:
                 settings["tier"] = name
-            elif name == "precision":
-                settings[name] = text
+            elif (field := name.replace("-", "_")) in Settings.__dataclass_fields__:
+                settings[field] = float(text) if re.fullmatch("[0-9]*[.]?[0-9]+", text) else text
             else:
                 settings.setdefault("segments", {})[name] = text
         found[value] = settings
