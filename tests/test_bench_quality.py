@@ -34,16 +34,16 @@ SHAPE = Shape("tiny", 64, 48, 13)
 
 def test_a_row_of_the_command_line() -> None:
     context: Any = None
-    found = _rows(
-        context, context, ("fast; attention=cudnn fp8", "exact;precision=bf16; attn_out = tensorrt")
+    tier, precision, number = (
+        "fast; attention=cudnn fp8",
+        "exact;precision=bf16; attn_out = tensorrt",
+        "vram=7.5",
     )
+    found = _rows(context, context, (tier, precision, number))
     assert found == {
-        "fast; attention=cudnn fp8": {"tier": "fast", "segments": {"attention": "cudnn fp8"}},
-        "exact;precision=bf16; attn_out = tensorrt": {
-            "tier": "exact",
-            "precision": "bf16",
-            "segments": {"attn_out": "tensorrt"},
-        },
+        tier: {"tier": "fast", "segments": {"attention": "cudnn fp8"}},
+        precision: {"tier": "exact", "precision": "bf16", "segments": {"attn_out": "tensorrt"}},
+        number: {"vram": 7.5},
     }
 
 
