@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from trt_wan.build.compile import export_graphs
 from trt_wan.build.on_gpu import download, drawn, placed, run_segment, started
 from trt_wan.build.realistic import Float, Host, realistic

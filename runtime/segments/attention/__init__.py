@@ -1,10 +1,9 @@
 """Attention by kernels of our own and by libraries other than TensorRT.
 
-Each has a module, imported only when it is chosen. Every provider is a `Segment` for the network `attention`, or for
-`sparse_attention`.
-q, k and v are bf16 [heads, tokens, head_dim]. q is already multiplied by head_dim^-0.5, so the softmax takes
-the scores unscaled. `attended` is bf16 [tokens, heads * head_dim]. Only `flash4` needs torch. `trt-wan build`
-measures their speed and error.
+Each has a module, imported only when it is chosen. Every provider is a `Segment` for the network `attention`,
+or for `sparse_attention`. q, k and v are bf16 [heads, tokens, head_dim]. q is already multiplied by
+head_dim^-0.5, so the softmax takes the scores unscaled. `attended` is bf16 [tokens, heads * head_dim]. Only
+`flash4` needs torch. `trt-wan build` measures their speed and error.
 """
 
 from dataclasses import dataclass
@@ -65,8 +64,8 @@ def missing(name: str, capability: Capability) -> str | None:
 
 
 def open_attention(name: str, gpu: Gpu, heads: int, tokens: int, head_dim: int, *blocks: Any) -> Segment:
-    """Provider `name` for one shape, with its kernels chosen and compiled. For block-sparse attention `blocks`
-    are the order of the tokens, and the number of the reference's (select.py).
+    """Provider `name` for one shape, with its kernels chosen and compiled. For block-sparse attention
+    `blocks` are the order of the tokens, and the number of the reference's (select.py).
 
     Raises UsageError for an unknown name or shape, EnvironmentBroken if it cannot be used here.
     """

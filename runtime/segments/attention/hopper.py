@@ -117,8 +117,8 @@ class HopperAttention:
         """
         at, tokens, heads = self._at, np.int32(self._tokens), self._heads
         if self._key_sums or self._value_sums:
-            grid = self._chunks, heads, 1 + self._value_sums
-            self._launch("channel_parts", grid, 256, a["k"], a["v"], at["partial"], tokens)
+            parts = self._chunks, heads, 1 + self._value_sums
+            self._launch("channel_parts", parts, 256, a["k"], a["v"], at["partial"], tokens)
         means = at["key_mean"], at["value_mean"], at["value_scale"]
         chunks, value = np.int32(self._chunks), (at["value_mean"], at["value_scale"])
         self._launch("channels_whole", (heads, 2), 128, at["partial"], *means, chunks, tokens)
