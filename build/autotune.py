@@ -22,15 +22,25 @@ from trt_wan.build.compile import export_graphs
 from trt_wan.build.on_gpu import download, drawn, placed, run_segment, started
 from trt_wan.build.realistic import Float, Host, realistic
 from trt_wan.build.reference import (
-    SAMPLE,
     SMALL_PICTURE,
     Tokens,
     picture_error,
     picture_reference,
     reference,
     relative_error,
+    sample_of,
 )
-from trt_wan.engines.choice.candidates import SEGMENTS, VAE, Candidate, Engine, Machine, candidates, tiers
+from trt_wan.engines.choice.candidates import (
+    SEGMENTS,
+    VAE,
+    Candidate,
+    Engine,
+    Machine,
+    Tier,
+    candidates,
+    has_engine,
+    tiers,
+)
 from trt_wan.engines.choice.choose import Missing, accurate, place_of
 from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.choice.tolerances import tolerance
@@ -103,7 +113,7 @@ def autotune(
         rows = candidates(network, plan.precision, machine)
         absent = {row.name: sentence for row in rows if (sentence := missing(row)) is not None}
         usable = [row for row in rows if row.name not in absent]
-        if len(usable) < 2:
+        if len(usable) < 1 + has_engine(network):  # a lone engine is what it is
             continue
         sources = [recipes[row.engine].engine.source for row in rows if row.engine is not None]
         place = place_of(recipes[Engine(network)].engine.source, machine)
@@ -139,9 +149,9 @@ class _Bench:
     @classmethod
     def of(cls, name: str, model: ModelConfig, plan: Plan, gpu: Gpu, clock: Clock, opened: Open) -> "_Bench":
         network = networks(model, plan)[name]
-        tokens = np.random.default_rng(SEED).choice(plan.tokens, SAMPLE, replace=plan.tokens < SAMPLE)
+        tokens = sample_of(name, plan, SEED)
         values = realistic(network, SEED)
-        wanted = reference(name, model, values, tokens)
+        wanted = reference(name, model, values, tokens, plan)
         return cls(gpu, plan, network, values, tokens, wanted, clock, opened)
 
     def figures(self, rows: Sequence[tuple[Candidate, Figure]], progress: Progress) -> Iterator[Figure]:
@@ -251,7 +261,9 @@ def _with_choice(
 ) -> dict[str, Figure]:
     """The figures, each with the tiers that take it."""
     rivals = [figures[row.name] for row in rows if row.name in figures and not row.on_request]
-    best = {tier: ranked[0] for tier in tiers(precision) if (ranked := accurate(rivals, precision, tier))}
+    # turbo takes what fast takes, except for the one network of its own
+    own: list[Tier] = [tier for tier in tiers(precision) if tier != "turbo" or rows[0].tier == "turbo"]
+    best = {tier: ranked[0] for tier in own if (ranked := accurate(rivals, precision, tier))}
     return {
         name: replace(figure, chosen=", ".join(tier for tier, first in best.items() if first is figure))
         for name, figure in figures.items()

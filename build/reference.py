@@ -1,8 +1,9 @@
 """The reference for candidates: the network in float32, for a sample of its tokens.
 
 Every other part of a block acts on each token by itself, so a small fp32 graph that takes just the sample
-computes it, on ONNX Runtime on the CPU. Self-attention is numpy: the sampled queries against all keys. The
-VAE has no tokens: its reference is of a whole small picture, by torch on the CPU.
+computes it, on ONNX Runtime on the CPU. A fuser also knows each token's slot: its sample has a few slots.
+Self-attention is numpy: the sampled queries against all keys, or against the blocks of keys that block-sparse
+attention keeps. The VAE has no tokens: its reference is of a whole small picture, by torch on the CPU.
 """
 
 from dataclasses import replace
@@ -17,6 +18,7 @@ from trt_wan.build.realistic import Float, Host, dequantised
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Tensor
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.contracts.sparse_attention import BLOCK, block_order
 from trt_wan.engines.shape import Plan, VaeTile
 from trt_wan.errors import UsageError, with_commands
 from trt_wan.install import install_command
@@ -33,12 +35,29 @@ TOKEN_AXIS = dict.fromkeys(BY_TOKENS, 0) | {"q": 1, "k": 1, "v": 1}
 ADDED_TO = {"x_out": "x"}
 
 
+def sample_of(name: str, plan: Plan, seed: int) -> Tokens:
+    """SAMPLE tokens at random. A fuser's are laid out like SMALL's: equally many of each of a few slots."""
+    rng = np.random.default_rng(seed)
+    if name != "fuser":
+        return rng.choice(plan.tokens, SAMPLE, replace=plan.tokens < SAMPLE)
+    slots = rng.choice(plan.slots, SMALL.slots, replace=plan.slots < SMALL.slots)
+    count, wanted = plan.tokens_per_slot, SMALL.tokens_per_slot
+    within = rng.choice(count, wanted, replace=count < wanted)
+    return (slots[:, None] * plan.tokens_per_slot + within).reshape(-1)
+
+
 def sampled(name: str, array: Host, tokens: Tokens) -> Host:
     return np.take(array, tokens, axis=TOKEN_AXIS[name])
 
 
-def reference(name: str, model: ModelConfig, values: dict[str, Host], tokens: Tokens) -> dict[str, Float]:
-    """The outputs of network `name` at `tokens` (SAMPLE of them) by name, from all its inputs and weights."""
+def reference(
+    name: str, model: ModelConfig, values: dict[str, Host], tokens: Tokens, plan: Plan = SMALL
+) -> dict[str, Float]:
+    """The outputs of network `name` at `tokens` (SAMPLE of them) by name, from all its inputs and weights.
+    Block-sparse attention depends on the shape of `plan`.
+    """
+    if name == "sparse_attention":
+        return sparse_reference(values, tokens, plan)
     compute = attention_reference if name == "attention" else graph_reference
     return compute(name, model, values, tokens)
 
@@ -54,6 +73,30 @@ def attention_reference(
     return {"attended": np.concatenate(heads, axis=1)}
 
 
+def sparse_reference(values: dict[str, Host], tokens: Tokens, plan: Plan) -> dict[str, Float]:
+    """Attention to the blocks that the contract keeps, and to the means of the others."""
+    order, first, heads = block_order(plan), plan.tokens_per_slot, []
+    tokens = order.argsort()[tokens]  # their places in the blocks
+    rows = tokens // BLOCK
+    for q, k, v in zip(*(values[name][:, order].astype(np.float32) for name in "qkv"), strict=True):
+        means = [
+            np.stack([x[at : at + BLOCK].mean(axis=0) for at in range(0, len(x), BLOCK)]) for x in (q, k, v)
+        ]
+        scores = means[0][rows] @ means[1].T
+        numbers = np.arange(scores.shape[1])
+        always = (numbers < -(-first // BLOCK)) | (numbers == len(numbers) - 1) | (numbers == rows[:, None])
+        wanted = np.maximum(np.rint(values["keep"] * np.float32(len(numbers))), always.sum(axis=1))
+        places = np.argsort(np.where(always, -np.inf, -scores), axis=1, kind="stable").argsort(axis=1)
+        kept = places < wanted[:, None]
+        inside = np.repeat(kept, BLOCK, axis=1)[:, : len(k)]
+        skipped = np.where(kept, -np.inf, q[tokens] @ means[1].T + np.log(np.float32(BLOCK)))
+        logits = np.concatenate([np.where(inside, q[tokens] @ k.T, -np.inf), skipped], axis=1)
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        attended = weights @ np.concatenate([v, means[2]])
+        heads.append(attended / weights.sum(axis=1, keepdims=True))
+    return {"attended": np.concatenate(heads, axis=1)}
+
+
 def graph_reference(
     name: str, model: ModelConfig, values: dict[str, Host], tokens: Tokens
 ) -> dict[str, Float]:
@@ -62,6 +105,9 @@ def graph_reference(
     network = networks(model, SMALL)[name]
     given = {tensor.name: dequantised(tensor.name, values) for tensor in network.inputs + network.weights}
     feeds = {n: sampled(n, array, tokens) if n in TOKEN_AXIS else array for n, array in given.items()}
+    if "face_k" in given:
+        slots = tokens[:: SMALL.tokens_per_slot] * len(given["face_k"]) // len(given["x"])
+        feeds |= {n: given[n][slots] for n in ("face_k", "face_v")}
     outputs = [tensor.name for tensor in network.outputs]
     with TemporaryDirectory() as folder:
         session = _session(name, model, Path(folder) / f"{name}.onnx")

@@ -1,5 +1,7 @@
 """Networks computed by native kernels between matrix products and convolutions of libraries."""
 
+from collections.abc import Callable
+
 from trt_wan.engines.choice.candidates import VAE
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
@@ -27,13 +29,21 @@ def missing(network: str, capability: Capability, name: str = "native") -> str |
 
 
 def open_native(network: Network, model: ModelConfig, plan: Plan, gpu: Gpu, name: str = "native") -> Segment:
-    """The segment of a part of a block in FP8 (the rows of block.NATIVE), or of the VAE in bf16, whose
+    """The segment of candidate `name`: a part of a block in FP8, a fuser, or the VAE in bf16, whose
     candidates are "cudnn" and, with a convolution of our own, "native".
     """
     if network.part == "vae":
         from trt_wan.runtime.segments.native.vae import Vae
 
         return Vae(network, model, gpu, own=name == "native")
-    from trt_wan.runtime.segments.native.block import NATIVE
+    from trt_wan.runtime.segments.native.block import PARTS, CrossAttention
+    from trt_wan.runtime.segments.native.cross_attention import HopperCrossAttention
+    from trt_wan.runtime.segments.native.fuser import Fp8Fuser, Fuser
 
-    return NATIVE[network.name](model, plan, gpu)
+    rows: dict[tuple[str, str], Callable[[ModelConfig, Plan, Gpu], Segment]] = {
+        **{(part, "native"): opened for part, opened in PARTS.items()},
+        ("cross_attention", "native"): HopperCrossAttention if gpu.capability == HOPPER else CrossAttention,
+        ("fuser", "native"): Fuser,
+        ("fuser", "native fp8"): Fp8Fuser,
+    }
+    return rows[network.name, name](model, plan, gpu)
