@@ -6,13 +6,15 @@ x is [frames, height, width, inner] in bf16. Weights come in the checkpoint's la
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.runtime.device.checked import cuda
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.kernels import Module, read_source
+from trt_wan.runtime.device.kernels import HOPPER, Module, compile_source, read_source
 from trt_wan.runtime.segments.native.convolution import ConvShape
 
 Words = NDArray[np.uint64]
@@ -34,7 +36,6 @@ class Tiling:
     shift: bool = True
     pitch: int = 0  # pixels; 0: the width, with margins rounded up to 8 if `shift`
     a_stages: int = 2
-    cluster: int = 1
 
 
 # Kernel and padding of four parts that together enlarge a picture twice (nearest) and convolve it with 3x3.
@@ -113,9 +114,7 @@ class Plan:
         free = SHARED - 1024 - 256 - tiling.a_stages * a - self.split * tiling.width * tiling.height * 4
         self.b_stages = min(free // b, 16)
         assert self.b_stages >= 2, f"{shape} {tiling} needs too much shared memory"
-        self.box = shape.out // tiling.cluster
-        if self.box > 256:
-            self.box //= 2
+        self.box = shape.out // self.split
         self.columns = shape.out // self.split
         self.macros: dict[str, object] = {
             "TILE_W": tiling.width,
@@ -125,7 +124,6 @@ class Plan:
             "SHIFT": int(tiling.shift),
             "A_STAGES": tiling.a_stages,
             "B_STAGES": self.b_stages,
-            "CLUSTER": tiling.cluster,
             "SPLIT": self.split,
             "COLUMNS": shape.out,
             "INNER": shape.inner,
@@ -140,7 +138,8 @@ class Plan:
 
     @property
     def source(self) -> str:
-        return wgmma(self.columns) + read_source(__package__, "conv_hopper.cu", "conv_hopper_weights.cu")
+        kernels = read_source(__package__, "conv_hopper.cu", "conv_hopper_weights.cu")
+        return HOPPER + wgmma(self.columns) + kernels
 
 
 def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...]) -> Words:
@@ -171,10 +170,24 @@ def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...]) -> Wo
     return np.array([int(word) for word in made.opaque], np.uint64)
 
 
-def _compiled(gpu: Gpu, plan: Plan, macros: Mapping[str, object]) -> Module:
-    module = Module(gpu.device, plan.source, KERNELS, {**plan.macros, **macros}, accelerated=True)
-    module.allow_shared("convolve", SHARED)
-    return module
+class Kernel:
+    """The kernels of a plan, compiled at their first use or before it by `compile`, perhaps in a thread."""
+
+    def __init__(self, gpu: Gpu, plan: Plan, macros: Mapping[str, object]) -> None:
+        self._device, self._source, self._macros = gpu.device, plan.source, {**plan.macros, **macros}
+        self._capability: tuple[int, int] = gpu.capability
+        self._code: Any = None
+
+    def compile(self) -> None:
+        if self._code is None:
+            self._code = compile_source(self._source, self._capability, self._macros, accelerated=True)
+
+    @cached_property
+    def module(self) -> Module:
+        self.compile()
+        module = Module(self._device, self._source, KERNELS, code=self._code)
+        module.allow_shared("convolve", SHARED)
+        return module
 
 
 class HopperConvolution:
@@ -200,11 +213,10 @@ class HopperConvolution:
     ) -> None:
         self._gpu, self.shape, self._tiling, self._parts = gpu, shape, tiling, parts
         self._plan = plan = Plan(shape, tiling, parts, norm, given)
-        self._module = gpu.once((__name__, *plan.macros.values()), lambda: _compiled(gpu, plan, macros))
+        self.kernel = gpu.once((__name__, *plan.macros.values()), lambda: Kernel(gpu, plan, macros))
         across, down = -(-shape.width // tiling.width), -(-shape.height // tiling.height)
-        rounds = -(-across * down * shape.frames // tiling.cluster) * parts
-        clusters = int(gpu.device.properties.multiprocessor_count) // tiling.cluster
-        self._grid = min(rounds, clusters) * tiling.cluster
+        processors = int(gpu.device.properties.multiprocessor_count)
+        self._grid = min(across * down * shape.frames * parts, processors)
         self._maps: dict[tuple[int, int], tuple[Words, Words]] = {}
 
     @property
@@ -221,7 +233,9 @@ class HopperConvolution:
         convolution's. `out` counts two parts. added_bias may be 0.
         """
         blocks = -(-self._plan.biases * self.shape.inner // 256)
-        self._module.launch(self._gpu.stream, "repack_for_hopper", blocks, 256, given, bias, added_bias, w)
+        self.kernel.module.launch(
+            self._gpu.stream, "repack_for_hopper", blocks, 256, given, bias, added_bias, w
+        )
 
     def enqueue(
         self,
@@ -244,7 +258,7 @@ class HopperConvolution:
         row = scale * shape.width
         strides = scale, scale * row, pairs * row * scale * shape.height
         sizes = shape.frames, shape.height, shape.width, shape.pad[0], shape.pad[2], shape.stride[0]
-        self._module.launch(
+        self.kernel.module.launch(
             self._gpu.stream,
             "convolve",
             self._grid,
