@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from trt_wan.runtime.device.kernels import read_source
 
 WORDS = r"""
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -36,6 +38,18 @@ thread_local Index threadIdx, blockIdx;
 Index blockDim, gridDim;
 std::barrier<>* all_threads;
 void __syncthreads() { all_threads->arrive_and_wait(); }
+
+std::barrier<>* warps[32];  // of 32 threads each, where the kernel has barriers
+std::atomic<unsigned> votes[32][2];
+thread_local unsigned voted;  // two words by turns: nobody votes for the next but one before all have read
+unsigned __ballot_sync(unsigned, bool yes) {
+    std::atomic<unsigned>& word = votes[threadIdx.x / 32][voted++ % 2];
+    const unsigned lane = threadIdx.x % 32, bit = 1u << lane;
+    if (yes) word |= bit; else word &= ~bit;
+    warps[threadIdx.x / 32]->arrive_and_wait();
+    return word;
+}
+int __popc(unsigned x) { return __builtin_popcount(x); }
 
 template <class To, class From> To as(From x) { To y; memcpy(&y, &x, sizeof y); return y; }
 float __int_as_float(int x) { return as<float>(x); }
@@ -90,6 +104,9 @@ extern "C" void launch(
     blockDim.x = threads;
     std::barrier<> barrier(barriers ? threads : 1);
     all_threads = &barrier;
+    std::vector<std::unique_ptr<std::barrier<>>> of_warps;
+    for (unsigned warp = 0; barriers && warp < threads / 32; warp++)
+        warps[warp] = of_warps.emplace_back(new std::barrier<>(32)).get();
     auto blocks = [&](unsigned thread) {
         threadIdx.x = thread;
         for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) {

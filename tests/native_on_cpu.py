@@ -102,8 +102,8 @@ class Fused:
             at(normed, tuple(made.shape))[:] = (torch.nn.functional.silu(made) if silu else made).numpy()
 
 
-def fused(gpu: Any, shape: ConvShape, parts: int, *, norm: bool) -> Fused | None:
-    return Fused(shape, parts, norm) if shape.stride[1:] == (1, 1) and shape.out % 8 == 0 else None
+def fused(gpu: Any, shape: ConvShape, parts: int, *, norm: bool) -> Fused:
+    return Fused(shape, parts, norm)
 
 
 class Gemm:
@@ -123,47 +123,47 @@ def _rows(address: int, rows: int, columns: int, pitch: int) -> Any:
     return np.lib.stride_tricks.as_strided(flat, (rows, columns), (4 * pitch, 4))
 
 
-class Kernels:
-    """In place of kernels.Module, with a few threads per block."""
+def vae_kernels(model: ModelConfig, folder: Path) -> CpuKernels:
+    """The kernels of vae.cu with few threads per block, and finish_96, which tiny models lack."""
+    text, names = vae.source(model.vae, THREADS)
+    return CpuKernels(text + ("" if "finish_96" in names else "FINISH(96)\n"), folder)
 
-    def __init__(self, folder: Path, launched: list[str]) -> None:
-        self._folder, self._launched = folder, launched
 
-    def __call__(self, device: Any, text: str, names: tuple[str, ...]) -> "Kernels":
-        self._kernels = CpuKernels(
-            text.replace(f"THREADS = {vae.THREADS}", f"THREADS = {THREADS}"), self._folder
-        )
-        return self
-
-    def launch(self, stream: Any, name: str, blocks: int, threads: int, *arguments: Any) -> None:
-        self._launched.append(name)
-        self._kernels.launch(name, blocks, THREADS, name.split("_")[0] in BARRIERS, *arguments)
+def launch(kernels: CpuKernels, name: str, blocks: int, *arguments: Any) -> None:
+    kernels.launch(name, blocks, THREADS, name.split("_")[0] in BARRIERS, *arguments)
 
 
 class VaeOnCpu:
-    """Opens and runs the VAE's networks. `launched` are the kernels of the last run, in order. `hopper`: with
-    convolutions that finish themselves.
-    """
+    """Opens and runs the VAE's networks. `own`: with convolutions that finish themselves."""
 
     def __init__(
-        self, model: ModelConfig, folder: Path, patch: pytest.MonkeyPatch, hopper: bool = False
+        self, model: ModelConfig, kernels: CpuKernels, patch: pytest.MonkeyPatch, own: bool = False
     ) -> None:
-        self.model, self.launched = model, list[str]()
+        self.model, self._own = model, own
         kept: dict[Hashable, Any] = {}
 
         def once(key: Hashable, make: Callable[[], Any]) -> Any:
-            return kept.setdefault(key, None) or kept.__setitem__(key, make()) or kept[key]
+            if key not in kept:
+                kept[key] = make()
+            return kept[key]
+
+        def launched(stream: Any, name: str, blocks: int, threads: int, *arguments: Any) -> None:
+            launch(kernels, name, blocks, *arguments)
 
         self._gpu: Any = SimpleNamespace(stream=None, device=None, once=once)
-        patch.setattr(vae, "Module", Kernels(folder, self.launched))
+        patch.setattr(vae, "Module", lambda device, text, names: SimpleNamespace(launch=launched))
         patch.setattr(vae, "convolution", Convolution)
-        patch.setattr(vae, "fused", fused if hopper else lambda *given, norm: None)
+        patch.setattr(vae, "fused", fused)
+        patch.setattr(vae, "tiling", lambda shape: shape.stride[1:] == (1, 1) and shape.out % 8 == 0 or None)
         patch.setattr(vae, "Bf16Gemm", Gemm)
         patch.setattr(vae, "CublasLt", object)
 
+    def open(self, network: Network) -> vae.Vae:
+        return vae.Vae(network, self.model, self._gpu, self._own)
+
     def run(self, network: Network, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The outputs by name. Outputs and scratch hold NaN before."""
-        segment = vae.Vae(network, self.model, self._gpu)
+        """The outputs by name. Outputs and scratch hold NaN before, so what is read too early shows."""
+        segment = self.open(network)
         scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)
         made = {}
         for t in network.outputs:
@@ -172,6 +172,5 @@ class VaeOnCpu:
         held = {name: np.ascontiguousarray(value) for name, value in values.items()}
         addresses = {name: array.ctypes.data for name, array in {**held, **made}.items()}
         segment.start(scratch.ctypes.data + -scratch.ctypes.data % 256)
-        self.launched.clear()
         segment.enqueue(addresses)
         return made

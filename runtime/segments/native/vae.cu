@@ -5,6 +5,7 @@
 // The source begins with THREADS, of a block, with LATENT, the channels of a latent, and with their means and deviations.
 
 constexpr int CHANNELS_3 = 8;  // three channels, filled up with zeros to a vector
+constexpr int GATHERED = 32;   // 27 channels, filled up with zeros
 typedef Vector<u32, 4> Eight;  // numbers in bf16
 typedef Vector<u32, 2> Four;
 
@@ -108,33 +109,36 @@ __device__ void finish(const bf16* y, const float* bias, const bf16* added, cons
         finish<C>(y, bias, added, added_bias, raw, gamma, normed, pixels, silu); \
     }
 
-// [rows, columns] to [columns, rows], both multiples of 4; a block per tile, of 16-bit numbers.
+// [rows, columns] to [columns, rows], both multiples of 4; a block per tile, of 16-bit numbers. In shared memory a word
+// has two rows of a column. Warps write 4 pairs of rows by 32 columns and read 4 columns by 64 rows, each from 32 banks.
 extern "C" __global__ void __launch_bounds__(THREADS)
 transpose(const bf16* from, bf16* to, i64 rows, i64 columns) {
-    constexpr int SIDE = 64, VECTORS = SIDE / 4, PITCH = SIDE / 2 + 1;  // the odd pitch, in words, spreads a column
+    constexpr int SIDE = 64, PITCH = SIDE / 2 + 1, UNITS = SIDE * SIDE / 8;  // of eight numbers
     __shared__ u32 tile[SIDE * PITCH];
     const i64 high = (rows + SIDE - 1) / SIDE, wide = (columns + SIDE - 1) / SIDE;  // in tiles, the fewer first
     const i64 row = (high < wide ? blockIdx.x % high : blockIdx.x / wide) * SIDE;
     const i64 column = (high < wide ? blockIdx.x / high : blockIdx.x % wide) * SIDE;
 #pragma unroll
-    for (int i = threadIdx.x; i < SIDE * VECTORS; i += THREADS) {
-        const int r = i / VECTORS, c = i % VECTORS * 4;
+    for (int i = threadIdx.x; i < UNITS; i += THREADS) {
+        const int r = i / 64 * 8 + i / 8 % 4 * 2, c = i / 32 % 2 * 32 + i % 8 * 4;
         if (row + r >= rows || column + c >= columns) continue;
-        const Four four = *(const Four*)(from + (row + r) * columns + column + c);
-        tile[r * PITCH + c / 2] = four.x[0], tile[r * PITCH + c / 2 + 1] = four.x[1];
+        const bf16* at = from + (row + r) * columns + column + c;
+        const Four upper = *(const Four*)at, lower = *(const Four*)(at + columns);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            tile[(c + 2 * j) * PITCH + r / 2] = (upper.x[j] & 0xFFFF) | lower.x[j] << 16;
+            tile[(c + 2 * j + 1) * PITCH + r / 2] = upper.x[j] >> 16 | (lower.x[j] & 0xFFFF0000u);
+        }
     }
     __syncthreads();
-    const u16* numbers = (const u16*)tile;
 #pragma unroll
-    for (int i = threadIdx.x; i < SIDE * VECTORS; i += THREADS) {
-        const int c = i / VECTORS, r = i % VECTORS * 4;
-        if (row + r >= rows || column + c >= columns) continue;
-        u32 x[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) x[j] = numbers[(r + j) * PITCH * 2 + c];
-        Four four;
-        four.x[0] = x[0] | x[1] << 16, four.x[1] = x[2] | x[3] << 16;
-        *(Four*)(to + (column + c) * rows + row + r) = four;
+    for (int i = threadIdx.x; i < UNITS; i += THREADS) {
+        const int c = i / 8, r = i % 8 * 8;
+        if (column + c >= columns) continue;
+        const u32* words = tile + c * PITCH + r / 2;
+        bf16* at = to + (column + c) * rows + row + r;
+        if (row + r < rows) *(Four*)at = Four{{words[0], words[1]}};
+        if (row + r + 4 < rows) *(Four*)(at + 4) = Four{{words[2], words[3]}};
     }
 }
 
@@ -159,20 +163,46 @@ extern "C" __global__ void repack(const bf16* from, bf16* to, u32 out, u32 inner
     }
 }
 
-// `frames` [3, n, pixels] behind the two frames of `cache` [3, 2, pixels], zeros if it is null; the last two of all
-// frames to `cache_out`.
-extern "C" __global__ void frames_in(const float* frames, const bf16* cache, bf16* to, bf16* cache_out, i64 n,
-                                     i64 pixels) {
-    EACH(i, (2 + n) * pixels) {
-        const i64 frame = (u32)i / (u32)pixels, pixel = (u32)i % (u32)pixels;
-        float x[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+// Three channels are few for a convolution. So a pixel gets, as its channels, the three channels of 3 pixels side by side
+// in 3 frames: [n, height, width, GATHERED] of `frames` [3, n, height, width] behind the two frames of `cache`, which
+// are zeros if it is null. The order is (pixel, frame, channel). The last two of all frames go to `cache_out`.
+extern "C" __global__ void gather(const float* frames, const bf16* cache, bf16* to, bf16* cache_out, i64 n, u32 height,
+                                  u32 width) {
+    const i64 pixels = (i64)height * width;
+    EACH(i, n * pixels) {
+        const i64 first = (u32)i / (u32)pixels, pixel = (u32)i % (u32)pixels;  // the first frame of three
+        const int column = (u32)pixel % width;
+        float x[GATHERED] = {0};
 #pragma unroll
-        for (int c = 0; c < 3; ++c) {
-            if (frame >= 2) x[c] = frames[(c * n + frame - 2) * pixels + pixel];
-            else if (cache) x[c] = load(cache + (c * 2 + frame) * pixels + pixel);
-            if (frame >= n) store(cache_out + (c * 2 + frame - n) * pixels + pixel, x[c]);
+        for (int s = 0; s < 3; ++s) {
+            if (column + s < 1 || column + s > width) continue;
+#pragma unroll
+            for (int t = 0; t < 3; ++t)
+#pragma unroll
+                for (int c = 0; c < 3; ++c) {
+                    const i64 frame = first + t, at = pixel + s - 1;
+                    float& value = x[(s * 3 + t) * 3 + c];
+                    if (frame >= 2) value = frames[(c * n + frame - 2) * pixels + at];
+                    else if (cache) value = load(cache + (c * 2 + frame) * pixels + at);
+                    if (s == 1 && t && first == n - 1) store(cache_out + (c * 2 + t - 1) * pixels + pixel, value);
+                }
         }
-        *(Eight*)(to + i * CHANNELS_3) = pack(x);
+#pragma unroll
+        for (int v = 0; v < GATHERED / 8; ++v) {
+            float eight[8];
+#pragma unroll
+            for (int j = 0; j < 8; ++j) eight[j] = x[v * 8 + j];
+            *(Eight*)(to + i * GATHERED + v * 8) = pack(eight);
+        }
+    }
+}
+
+// The weight [out, 3, frames, rows, pixels] of that convolution to [out, GATHERED, rows].
+extern "C" __global__ void gather_weight(const bf16* from, bf16* to, i64 out) {
+    EACH(i, out * GATHERED * 3) {
+        const u32 r = (u32)i % 3, k = (u32)i / 3 % GATHERED, o = (u32)i / 3 / GATHERED;
+        const u32 c = k % 3, t = k / 3 % 3, s = k / 9;
+        to[i].bits = k < 27 ? from[(((o * 3 + c) * 3 + t) * 3 + r) * 3 + s].bits : 0;
     }
 }
 
@@ -185,18 +215,16 @@ extern "C" __global__ void frames_out(const bf16* y, const float* bias, float* f
     }
 }
 
-// A normalised latent [LATENT, pixels] through the decoder's first layer, a product of channels.
-extern "C" __global__ void latent_in(const float* latent, const bf16* w, const float* bias, bf16* to, i64 pixels) {
-    EACH(i, pixels) {
-        float z[LATENT];
+// A normalised latent [LATENT, pixels] through the decoder's first layer, a product of channels. `count` is that of `to`.
+extern "C" __global__ void latent_in(const float* latent, const bf16* w, const float* bias, bf16* to, i64 count) {
+    const i64 pixels = count / LATENT;
+    EACH(i, count) {
+        const u32 o = (u32)i % LATENT, pixel = (u32)i / LATENT;
+        float sum = bias[o];
 #pragma unroll
-        for (int c = 0; c < LATENT; ++c) z[c] = rounded(latent[c * pixels + i] * LATENT_STD[c] + LATENT_MEAN[c]);
-        for (int o = 0; o < LATENT; ++o) {
-            float sum = bias[o];
-#pragma unroll
-            for (int c = 0; c < LATENT; ++c) sum += load(w + o * LATENT + c) * z[c];
-            store(to + i * LATENT + o, sum);
-        }
+        for (int c = 0; c < LATENT; ++c)
+            sum += load(w + o * LATENT + c) * rounded(latent[c * pixels + pixel] * LATENT_STD[c] + LATENT_MEAN[c]);
+        store(to + i, sum);
     }
 }
 
