@@ -64,8 +64,11 @@ class Module:
         macros: Mapping[str, object] | None = None,
         *,
         accelerated: bool = False,
+        code: Any = None,
     ) -> None:
-        code = compile_source(source, tuple(device.compute_capability), macros, accelerated=accelerated)
+        """`code` is the source's, if it was compiled before."""
+        if code is None:
+            code = compile_source(source, tuple(device.compute_capability), macros, accelerated=accelerated)
         with cuda_core():
             self._kernels = {name: code.get_kernel(name) for name in names}
         self._functions: dict[str, Any] = {}

@@ -6,13 +6,15 @@ x is [frames, height, width, inner] in bf16. Weights come in the checkpoint's la
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.runtime.device.checked import cuda
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.kernels import HOPPER, Module, read_source
+from trt_wan.runtime.device.kernels import HOPPER, Module, compile_source, read_source
 from trt_wan.runtime.segments.native.convolution import ConvShape
 
 Words = NDArray[np.uint64]
@@ -166,10 +168,24 @@ def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...]) -> Wo
     return np.array([int(word) for word in made.opaque], np.uint64)
 
 
-def _compiled(gpu: Gpu, plan: Plan, macros: Mapping[str, object]) -> Module:
-    module = Module(gpu.device, plan.source, KERNELS, {**plan.macros, **macros}, accelerated=True)
-    module.allow_shared("convolve", SHARED)
-    return module
+class Kernel:
+    """The kernels of a plan, compiled at their first use or before it by `compile`, perhaps in a thread."""
+
+    def __init__(self, gpu: Gpu, plan: Plan, macros: Mapping[str, object]) -> None:
+        self._device, self._source, self._macros = gpu.device, plan.source, {**plan.macros, **macros}
+        self._capability: tuple[int, int] = gpu.capability
+        self._code: Any = None
+
+    def compile(self) -> None:
+        if self._code is None:
+            self._code = compile_source(self._source, self._capability, self._macros, accelerated=True)
+
+    @cached_property
+    def module(self) -> Module:
+        self.compile()
+        module = Module(self._device, self._source, KERNELS, code=self._code)
+        module.allow_shared("convolve", SHARED)
+        return module
 
 
 class HopperConvolution:
@@ -193,7 +209,7 @@ class HopperConvolution:
     ) -> None:
         self._gpu, self.shape, self._tiling, self._parts = gpu, shape, tiling, parts
         self._plan = plan = Plan(shape, tiling, parts, norm, given)
-        self._module = gpu.once((__name__, *plan.macros.values()), lambda: _compiled(gpu, plan, macros))
+        self.kernel = gpu.once((__name__, *plan.macros.values()), lambda: Kernel(gpu, plan, macros))
         across, down = -(-shape.width // tiling.width), -(-shape.height // tiling.height)
         processors = int(gpu.device.properties.multiprocessor_count)
         self._grid = min(across * down * shape.frames * parts, processors)
@@ -213,7 +229,9 @@ class HopperConvolution:
         convolution's. `out` counts two parts. added_bias may be 0.
         """
         blocks = -(-self._plan.biases * self.shape.inner // 256)
-        self._module.launch(self._gpu.stream, "repack_for_hopper", blocks, 256, given, bias, added_bias, w)
+        self.kernel.module.launch(
+            self._gpu.stream, "repack_for_hopper", blocks, 256, given, bias, added_bias, w
+        )
 
     def enqueue(
         self,
@@ -236,7 +254,7 @@ class HopperConvolution:
         row = scale * shape.width
         strides = scale, scale * row, pairs * row * scale * shape.height
         sizes = shape.frames, shape.height, shape.width, shape.pad[0], shape.pad[2], shape.stride[0]
-        self._module.launch(
+        self.kernel.module.launch(
             self._gpu.stream,
             "convolve",
             self._grid,
