@@ -42,7 +42,7 @@ class Tiling:
 UP: tuple[tuple[int, int, int], tuple[int, int, int, int]] = ((1, 2, 2), (1, 0, 1, 0))
 
 
-def tiling(shape: ConvShape, given: tuple[int, int] | None = None) -> Tiling | None:
+def tiling(shape: ConvShape, given: int | None = None) -> Tiling | None:
     """The fastest that was measured (docs/log.md); None for shapes that the kernel cannot compute. Eight
     columns of output are for `given`, see HopperConvolution.
     """
@@ -65,7 +65,7 @@ def tiling(shape: ConvShape, given: tuple[int, int] | None = None) -> Tiling | N
 
 
 def fused(
-    gpu: Gpu, shape: ConvShape, parts: int, *, norm: bool, given: tuple[int, int] | None = None
+    gpu: Gpu, shape: ConvShape, parts: int, *, norm: bool, given: int | None = None
 ) -> "HopperConvolution | None":
     """The convolution of that shape, built once per Gpu. None if this kernel does not compute it here."""
     chosen = tiling(shape, given)
@@ -99,10 +99,9 @@ class Plan:
         tiling: Tiling,
         parts: int,
         norm: bool,
-        given: tuple[int, int] | None = None,
+        given: int | None = None,
     ) -> None:
         self.biases = (2 if parts == 2 else 1) * shape.out
-        given_out, given_inner = given or (self.biases, shape.inner)
         t, r, s = shape.kernel
         margin = s - 1 if tiling.shift else 0
         self.pitch = tiling.pitch or -(-(tiling.width + margin) // 8) * 8
@@ -132,8 +131,7 @@ class Plan:
             "KS": s,
             "NORM": int(norm),
             "PARTS": parts,
-            "GIVEN_OUT": given_out,
-            "GIVEN_INNER": given_inner,
+            "GIVEN_OUT": given or self.biases,
         }
 
     @property
@@ -196,9 +194,7 @@ class HopperConvolution:
     y is [frames, height, width, out] in bf16; with two parts, their frames in turn; with four, one picture
     twice as high and wide. `normed` is like y: its RMS norm times gamma, perhaps with SiLU.
 
-    `given` is out and inner of the checkpoint's weights if zeros fill them up. Three given channels become
-    27: channel 9c + 3r + s of a pixel is colour c of its neighbour (r - 1, s - 1), and the kernel has taps in
-    time only.
+    `given` is the rows of the checkpoint's weights, if zeros fill them up to `out`.
     """
 
     def __init__(
@@ -208,7 +204,7 @@ class HopperConvolution:
         tiling: Tiling,
         parts: int = 1,
         norm: bool = False,
-        given: tuple[int, int] | None = None,
+        given: int | None = None,
         **macros: object,
     ) -> None:
         self._gpu, self.shape, self._tiling, self._parts = gpu, shape, tiling, parts
