@@ -81,12 +81,20 @@ def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Floa
         noise *= 0.3
     elif name == "time_modulation":
         noise *= 0.3
-    elif name in ("modulation", "bias") or name.endswith(".bias"):
-        noise *= 0.1
     elif name in NUMBERS:
         noise = np.full(shape, NUMBERS[name], np.float32)
-    elif len(shape) == 1:  # a norm's weight
-        noise = 1 + 0.1 * noise
-    elif name.endswith(".weight"):
-        noise *= WEIGHT_GAIN * math.prod(shape[1:]) ** -0.5  # also convolutions
+    else:
+        mean, deviation = moments(name, shape)
+        noise = np.float32(mean) + np.float32(deviation) * noise
     return noise
+
+
+def moments(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and deviation of the tensor `name`, if it has no outliers."""
+    if name in ("modulation", "bias") or name.endswith(".bias"):
+        return 0.0, 0.1
+    if len(shape) == 1 or name.endswith(".gamma"):  # a norm's weight
+        return 1.0, 0.1
+    if name.endswith(".weight"):
+        return 0.0, WEIGHT_GAIN * math.prod(shape[1:]) ** -0.5  # also convolutions
+    return 0.0, 1.0

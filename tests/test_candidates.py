@@ -109,7 +109,7 @@ def test_the_tables_name_what_there_is() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("machine", [H200, ADA, replace(H200, flavour=FULL)])
 def test_every_machine_has_a_default_without_any_library(machine: Machine, precision: Any) -> None:
-    natives = {"native": "no"}
+    natives = {"native": "no", "native fp8": "no"}
     for network in networks(TINY, replace(PLAN, precision=precision)):
         for tier in tiers(precision):
             if network == SPARSE.network:  # refused for the tier as a whole
@@ -129,6 +129,10 @@ def test_rows_fit_precision_flavour_and_gpu() -> None:
     assert "tensorrt sm89" not in names("attn_out", "fp8", replace(H200, flavour=FULL))
     assert names("attn_in", "bf16", ADA) == {"tensorrt"}
     assert names("attn_in", "fp8", ADA) == {"tensorrt", "native"}
+    assert names("vae_decode_next", "fp32", H200) == {"tensorrt"}
+    assert names("vae_decode_next", "bf16", ADA) == {"tensorrt", "cudnn", "native"}
+    assert default_order("vae_decode_next", "exact", (9, 0)) == ("native", "cudnn", "tensorrt")
+    assert default_order("vae_decode_next", "exact", (8, 9)) == ("tensorrt",)
     (head,) = candidates("head", "fp8", H200)
     assert head.engine == Engine("head") and default_order("head", "exact", (9, 0)) == ("tensorrt",)
 
@@ -325,7 +329,7 @@ def test_a_run_takes_what_was_measured_and_says_why(
     assert list(found) == [name for name, row in networks(TINY, PLAN).items() if not row.optional]
     assert len(notes) == len(SEGMENTS)  # one has no choice; and a note that some were not measured
     told, command = notes[-1].splitlines()
-    assert told == "4 parts run by default, not by measurement. Measure them once:", "all but attention"
+    assert told == "8 parts run by default, not by measurement. Measure them once:", "all but attention"
     assert command == "trt-wan build --model tiny --size 64x48 --window 5 --precision fp8"
     assert found["attention"].name == "cudnn" and found["head"].engine == Engine("head")
     assert any(note.startswith("attention = cudnn (38.5 ms;") for note in notes)
@@ -390,9 +394,9 @@ def test_only_what_is_chosen_is_opened_and_the_engines_together(
     def library(name: str, gpu: Any, heads: int, tokens: int, head_dim: int) -> str:
         return f"{name} {heads} {tokens} {head_dim}"
 
-    def native(network: Any, config: Any, plan: Plan, gpu: Any) -> str:
+    def native(network: Any, config: Any, plan: Plan, gpu: Any, name: str) -> str:
         assert (network, config, plan) == (networks(TINY, PLAN)[network.name], TINY, PLAN)
-        return f"native {network.name}"
+        return f"{name} {network.name}"
 
     monkeypatch.setattr(open_segments, "open_engines", engines)
     monkeypatch.setattr(trt_wan.runtime.segments.attention, "open_attention", library)
@@ -404,6 +408,7 @@ def test_only_what_is_chosen_is_opened_and_the_engines_together(
         "attn_in": rows["attn_in", "native"],
         "attention": rows["attention", "cudnn"],
         "attn_out": rows["attn_out", "tensorrt"],
+        "vae_decode_next": rows["vae_decode_next", "cudnn"],
     }
     events: list[Event] = []
     gpu: Any = SimpleNamespace()
@@ -413,6 +418,7 @@ def test_only_what_is_chosen_is_opened_and_the_engines_together(
         "attn_in": "native attn_in",
         "attention": f"cudnn 2 {PLAN.tokens} 128",
         "attn_out": "engine attn_out",
+        "vae_decode_next": "cudnn vae_decode_next",
     }
     assert opened == [{"head": recipes[Engine("head")], "attn_out": recipes[Engine("attn_out")]}]
 
@@ -450,10 +456,16 @@ def test_what_is_missing_is_asked_of_who_knows(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         trt_wan.runtime.segments.attention, "missing", lambda name, capability: f"{name} {capability}"
     )
-    monkeypatch.setattr(trt_wan.runtime.segments.native, "missing", lambda capability: f"native {capability}")
-    found = {row.name: open_segments.missing(row, (9, 0)) for row in CANDIDATES}
-    assert found["cudnn fp8"] == "cudnn fp8 (9, 0)" and found["native"] == "native (9, 0)"
-    assert found["tensorrt"] is found["tensorrt sm89"] is None
+    monkeypatch.setattr(
+        trt_wan.runtime.segments.native, "missing", lambda network, *rest: f"{network} {rest}"
+    )
+    found = {(row.network, row.name): open_segments.missing(row, (9, 0)) for row in CANDIDATES}
+    assert (
+        found["attention", "cudnn fp8"] == "cudnn fp8 (9, 0)"
+        and found["ffn", "native"] == "ffn ((9, 0), 'native')"
+    )
+    assert found["vae_decode_next", "cudnn"] == "vae_decode_next ((9, 0), 'cudnn')"
+    assert found["attention", "tensorrt"] is found["attention", "tensorrt sm89"] is None
 
 
 @pytest.mark.parametrize(

@@ -60,19 +60,25 @@ class Candidate:
 
 
 ALL: tuple[Precision, ...] = ("fp32", "bf16", "fp8")
-BF16: tuple[Precision, ...] = ("bf16", "fp8")  # q, k, v are bf16
+BF16: tuple[Precision, ...] = ("bf16", "fp8")  # q, k, v and the fusers' weights are bf16
 FP8: tuple[Precision, ...] = ("fp8",)
+
+VAE = ("vae_encode_first", "vae_encode_next", "vae_decode_first", "vae_decode_next")
 
 CANDIDATES = (
     Candidate("attn_in", "tensorrt", ALL, engine=Engine("attn_in")),
     Candidate("attn_in", "native", FP8, maker="native"),
     Candidate("attention", "tensorrt", ALL, engine=Engine("attention")),
     Candidate("attention", "tensorrt sm89", ALL, engine=Engine("attention", "sm89")),
+    Candidate("attention", "native", BF16, maker="attention"),
     Candidate("attention", "cudnn", BF16, maker="attention"),
     # It imports torch and compiles itself at every start: 14 s on an H200, which it saves in 60 steps.
     Candidate("attention", "flash4", BF16, maker="attention", on_request=True),
     Candidate("attention", "tensorrt fp8", FP8, "fast", engine=Engine(ATTENTION_FP8)),
     Candidate("attention", "cudnn fp8", FP8, "fast", maker="attention"),
+    # int8 scores; their weighted values in bf16, or in E4M3.
+    Candidate("attention", "native int8", FP8, "fast", maker="attention"),
+    Candidate("attention", "native fp8", FP8, "fast", maker="attention"),
     Candidate("sparse_attention", "native sparse", FP8, "turbo", maker="attention"),
     Candidate("attn_out", "tensorrt", ALL, engine=Engine("attn_out")),
     Candidate("attn_out", "native", FP8, maker="native"),
@@ -80,6 +86,11 @@ CANDIDATES = (
     Candidate("cross_attention", "native", FP8, maker="native"),
     Candidate("ffn", "tensorrt", ALL, engine=Engine("ffn")),
     Candidate("ffn", "native", FP8, maker="native"),
+    *(Candidate(name, "tensorrt", ALL, engine=Engine(name)) for name in VAE),
+    *(Candidate(name, made, BF16, maker="native") for name in VAE for made in ("cudnn", "native")),
+    Candidate("fuser", "tensorrt", ALL, engine=Engine("fuser")),
+    Candidate("fuser", "native", BF16, maker="native"),
+    Candidate("fuser", "native fp8", FP8, "fast", maker="native"),
 )
 SEGMENTS = tuple(dict.fromkeys(candidate.network for candidate in CANDIDATES))
 SPARSE = next(row for row in CANDIDATES if row.tier == "turbo")
@@ -101,15 +112,18 @@ class Default:
 
 # The H200's figures are in docs/log.md. TensorRT-RTX cannot build bf16 attention for it at full size: it asks
 # for 68 GB, the whole score matrix.
-_HOPPER_ATTENTION = ("cudnn", "tensorrt sm89", "tensorrt")
+_HOPPER_ATTENTION = ("native", "cudnn", "tensorrt sm89", "tensorrt")
 _NATIVE = ("native", "tensorrt")
+_VAE = ("native", "cudnn", "tensorrt")
 _BLOCK = ("attn_in", "attn_out", "cross_attention", "ffn")
 DEFAULTS = (
-    Default("attention", HOPPER, _HOPPER_ATTENTION, ("tensorrt fp8", *_HOPPER_ATTENTION)),
+    Default("attention", HOPPER, _HOPPER_ATTENTION, ("native fp8", "tensorrt fp8", *_HOPPER_ATTENTION)),
     Default("attention", None, ("tensorrt",), ("tensorrt fp8", "tensorrt")),
     Default("sparse_attention", None, (), ("native sparse",)),
     *(Default(name, HOPPER, _NATIVE, _NATIVE) for name in _BLOCK),
-    *(Default(name, None, ("tensorrt",), ("tensorrt",)) for name in _BLOCK),
+    *(Default(name, HOPPER, _VAE, _VAE) for name in VAE),
+    Default("fuser", HOPPER, _NATIVE, ("native fp8", *_NATIVE)),
+    *(Default(name, None, ("tensorrt",), ("tensorrt",)) for name in (*_BLOCK, *VAE, "fuser")),
 )
 
 

@@ -9,10 +9,8 @@ kernel, which is off by 6e-2 and more (docs/log.md: SM89's attn_out on an H200),
 
 from dataclasses import dataclass
 
-from trt_wan.engines.choice.candidates import Tier
+from trt_wan.engines.choice.candidates import VAE, Tier
 from trt_wan.engines.precision import Precision
-
-VAE = ("vae_encode_first", "vae_encode_next", "vae_decode_first", "vae_decode_next")
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,9 @@ TOLERANCES = (
     # E4M3 activations, with a scale per token, are 2.6e-2 off at most: measured in both; in numpy, at the
     # 14B's sizes with outlier channels, 2.3e-2.
     Tolerance(("attn_in", "attn_out", "context_kv"), ("fp8",), 4e-2),
+    # FP8 rounds a fuser's weights too, which are bf16 otherwise: in numpy, at the 14B's sizes, 4.4e-2 of the
+    # addition, of which activations alone are 3.0e-2.
+    Tolerance(("fuser",), ("fp8",), 6.5e-2, "fast"),
     # Two FP8 products in a row in the FFN: in numpy, at the 14B's sizes, 3.3e-2 of the addition to the
     # residual stream, which is how candidates are compared; measured 2.9e-2 of the whole stream.
     Tolerance(("ffn",), ("fp8",), 5e-2),

@@ -3,9 +3,12 @@
 numbers.cuh stands in front of every source. Compiled code is kept on disk (cubins.py).
 """
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
+
+import numpy as np
 
 from trt_wan.runtime.device.checked import cuda, cuda_core
 from trt_wan.runtime.device.cubins import kept
@@ -28,16 +31,17 @@ def compile_source(
     source: str,
     capability: tuple[int, int],
     macros: Mapping[str, object] | None = None,
+    *,
     accelerated: bool = False,
 ) -> Any:
     """The code of kernels for GPUs of a compute capability, compiled once per machine; needs no GPU.
 
-    `accelerated` allows the instructions of that very capability, such as Hopper's wgmma.
+    `accelerated` code may use instructions of this capability alone, such as Hopper's wgmma.
     """
     from cuda.core import ObjectCode, Program, ProgramOptions
 
     source = read_source(__package__, "numbers.cuh") + source
-    standard, arch = "c++17", "sm_{}{}".format(*capability) + ("a" if accelerated else "")
+    standard, arch = "c++17", "sm_{}{}".format(*capability) + "a" * accelerated
     defined = [(name, str(value)) for name, value in (macros or {}).items()]
 
     def compile() -> bytes:
@@ -57,11 +61,13 @@ class Module:
         source: str,
         names: Sequence[str],
         macros: Mapping[str, object] | None = None,
+        *,
         accelerated: bool = False,
     ) -> None:
-        code = compile_source(source, tuple(device.compute_capability), macros, accelerated)
+        code = compile_source(source, tuple(device.compute_capability), macros, accelerated=accelerated)
         with cuda_core():
             self._kernels = {name: code.get_kernel(name) for name in names}
+        self._functions: dict[str, Any] = {}
 
     def launch(
         self,
@@ -72,7 +78,11 @@ class Module:
         *arguments: Any,
         shared: int = 0,
     ) -> None:
-        """Enqueues kernel `name`. Addresses are Python integers, other numbers are numpy's, of its types."""
+        """Enqueues kernel `name`. Addresses are Python integers, other numbers are numpy's, of its types, and
+        structures that are passed by value are numpy's arrays.
+        """
+        if any(isinstance(argument, np.ndarray) for argument in arguments):
+            return self._launch_by_value(stream, name, grid, threads, arguments, shared)
         from cuda.core import LaunchConfig, launch
 
         config = LaunchConfig(grid=grid, block=threads, shmem_size=shared)
@@ -84,5 +94,36 @@ class Module:
         from cuda.bindings import driver
 
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        function = cuda(driver.cuKernelGetFunction(int(self._kernels[name].handle)))
-        cuda(driver.cuFuncSetAttribute(function, attribute, size))
+        cuda(driver.cuFuncSetAttribute(self._function(name), attribute, size))
+
+    def _launch_by_value(
+        self,
+        stream: Any,
+        name: str,
+        grid: int | tuple[int, ...],
+        threads: int,
+        arguments: Sequence[Any],
+        shared: int,
+    ) -> None:
+        """cuda.core passes numbers only."""
+        from cuda.bindings import driver
+
+        held = b""
+        places = []
+        for argument in arguments:
+            places.append(len(held))
+            value = argument.to_bytes(8, "little") if isinstance(argument, int) else argument.tobytes()
+            held += value + b"\0" * (-len(value) % 8)
+        memory = ctypes.create_string_buffer(held, len(held))
+        start = ctypes.addressof(memory)
+        pointers = (ctypes.c_void_p * len(places))(*(start + place for place in places))
+        blocks = (*((grid,) if isinstance(grid, int) else grid), 1, 1)[:3]
+        where = shared, int(stream.handle), ctypes.addressof(pointers), 0
+        cuda(driver.cuLaunchKernel(self._function(name), *blocks, threads, 1, 1, *where))
+
+    def _function(self, name: str) -> Any:
+        from cuda.bindings import driver
+
+        if name not in self._functions:
+            self._functions[name] = cuda(driver.cuKernelGetFunction(int(self._kernels[name].handle)))
+        return self._functions[name]

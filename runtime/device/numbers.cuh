@@ -63,6 +63,8 @@ __device__ u32 pack_bf16(float first, float second) {
     return (a + 0x7FFF + (a >> 16 & 1)) >> 16 | ((b + 0x7FFF + (b >> 16 & 1)) & 0xFFFF0000u);
 #endif
 }
+__device__ float low(u32 pair) { return __uint_as_float(pair << 16); }  // of bf16
+__device__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 __device__ u32 pack_fp16(float first, float second) {
     u32 pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));

@@ -4,7 +4,7 @@ Once per job: the context (keys and values of text and image tokens for every bl
 Once per window: the face (keys and values of the face tokens for every fuser). Arrays have no batch axis.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,13 +83,16 @@ def encode_face(model: Model, face: Array) -> PerLayer:
 
 def encode_motion(model: Model, read: Callable[[int, int], Array], count: int) -> Array:
     """The motion of every face crop, [count, dim]. `read` gives crops [start, stop), in order."""
-    size, made = model.plan.face_batch, []
-    for start in range(0, count, size):
-        batch = read(start, min(start + size, count))
-        if missing := size - len(batch):
-            batch = np.concatenate((batch, np.repeat(batch[-1:], missing, axis=0)))
-        made.append(np.asarray(model.run("motion_encoder", batch)[0]))
-    return np.concatenate(made)[:count]
+    size = model.plan.face_batch
+
+    def batches() -> Iterator[Array]:
+        for start in range(0, count, size):
+            batch = read(start, min(start + size, count))
+            if missing := size - len(batch):
+                batch = np.concatenate((batch, np.repeat(batch[-1:], missing, axis=0)))
+            yield model.run("motion_encoder", batch)[0]
+
+    return np.concatenate(list(model.fetched(batches())))[:count]
 
 
 def encode_blank_face(model: Model) -> PerLayer:

@@ -332,7 +332,8 @@ def choose_segments(
             settings.segments.get(network),
         )
         if len(rows) > 1:
-            progress(Note(choice.text))
+            data = {"network": network, "candidate": choice.candidate.name}
+            progress(Note(choice.text, "candidate", data))
         chosen[network] = choice.candidate
         unmeasured += choice.unmeasured and len(rows) > 1
     if unmeasured:

@@ -29,7 +29,7 @@ def missing(candidate: Candidate, capability: Capability) -> str | None:
     if candidate.maker == "native":
         from trt_wan.runtime.segments import native
 
-        return native.missing(capability)
+        return native.missing(candidate.network, capability, candidate.name)
     if candidate.maker == "attention":
         from trt_wan.runtime.segments import attention
 
@@ -52,7 +52,7 @@ def open_segments(
         if candidate.maker == "native":
             from trt_wan.runtime.segments.native import open_native
 
-            segments[name] = open_native(networks(config, plan)[name], config, plan, gpu)
+            segments[name] = open_native(networks(config, plan)[name], config, plan, gpu, candidate.name)
         elif candidate.maker == "attention":
             from trt_wan.runtime.segments.attention import open_attention
 

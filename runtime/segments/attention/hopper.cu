@@ -1,21 +1,21 @@
 // Self-attention on Hopper (sm_90a): wgmma, bulk copies, a producer and two consumers.
 //
-// A block takes 128 queries of one head. One thread copies tiles of keys and values into a ring; each of two
-// warpgroups computes 64 queries against every tile of KEYS keys. The scores of a tile are multiplied while those of the tile before
+// A block takes 128 queries of one head. One thread copies tiles of keys and values into a ring; each of two warpgroups
+// computes 64 queries against every tile of KEYS keys. The scores of a tile are multiplied while those of the tile before
 // are being turned into weights and multiplied with the values. The tiles lie in global memory as they lie in shared
-// memory (pack_q, pack_k, pack_v), so that a tile is one copy.
+// memory (tiles.cu), so that a tile is one copy.
 //
-// Scores are int8 products (QK 0), E4M3 (1) or bf16 (2). Weights and values are E4M3 (PV 0) or bf16 (1). Macros: QK, PV,
-// SUMS (1: sums of a tile's products are added up in float32, 0: in the tensor core's own numbers), TURNS (1: the
-// warpgroups take turns), POLYNOMIALS (of 8 exponentials so many are computed without the special function unit),
-// STAGES, LISTS (1: with lists of tiles), SPIN_LIMIT (clocks that a wait may take; 0: no limit).
+// Scores are int8 products (QK 0) or bf16 (1). Weights and values are E4M3 (PV 0) or bf16 (1). Other macros: KEYS (128, 160
+// or 192), STAGES of the ring, LISTS (1: with lists of tiles).
 
 constexpr int QUERIES = 128, DIM = 128;
 constexpr int ROW = 128;                          // bytes of a row of q and k in shared memory, swizzled
-constexpr int PARTS = QK == 2 ? 2 : 1;            // rows of a token of q or k
+constexpr int PARTS = QK == 1 ? 2 : 1;            // rows of a token of q or k
 constexpr int SLICE = PV == 1 ? 16 : 32;          // keys of v that are multiplied at a time: 32 bytes of each channel
 constexpr int SLICES = KEYS / SLICE, SLICE_BYTES = DIM * 32;
-constexpr int OUT = DIM / 2;                      // sums of a thread
+// In the tensor core a long sum of E4M3 products loses bits: where all values point one way a result was 35 % too small.
+// So the sums of FLUSH tiles are added up in float32, in shared memory.
+constexpr int FLUSH = PV == 0 ? 4 : 0, KEPT_BYTES = FLUSH ? 64 * DIM * 4 : 0;  // of a warpgroup
 constexpr int Q_PART = QUERIES * ROW, K_PART = KEYS * ROW;
 constexpr int Q_BYTES = PARTS * Q_PART, K_BYTES = PARTS * K_PART, V_BYTES = SLICES * SLICE_BYTES;
 constexpr int SCORES = KEYS / 2;                  // of a thread
@@ -40,18 +40,12 @@ __device__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
 __device__ void barrier_wait(u32 barrier, u32 phase) {
-#if SPIN_LIMIT
-    const i64 begin = clock64();
-#endif
     u32 done = 0;
     do {
         asm volatile("{\n.reg .pred p;\n"
                      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
                      "selp.u32 %0, 1, 0, p;\n}"
                      : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
-#if SPIN_LIMIT
-        if (clock64() - begin > SPIN_LIMIT) __trap();
-#endif
     } while (!done);
 }
 __device__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
@@ -79,11 +73,6 @@ __device__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0
     "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49," \
     "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73," \
     "%74,%75,%76,%77,%78,%79}"
-#define LIST88 \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
-    "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49," \
-    "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73," \
-    "%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87}"
 #define LIST96 \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
     "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49," \
@@ -95,8 +84,7 @@ __device__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0
     EIGHT(c, d, 0), EIGHT(c, d, 8), EIGHT(c, d, 16), EIGHT(c, d, 24), EIGHT(c, d, 32), EIGHT(c, d, 40), \
         EIGHT(c, d, 48), EIGHT(c, d, 56)
 #define ALL80(c, d) ALL64(c, d), EIGHT(c, d, 64), EIGHT(c, d, 72)
-#define ALL88(c, d) ALL80(c, d), EIGHT(c, d, 80)
-#define ALL96(c, d) ALL88(c, d), EIGHT(c, d, 88)
+#define ALL96(c, d) ALL80(c, d), EIGHT(c, d, 80), EIGHT(c, d, 88)
 #if KEYS == 128
 #define SHAPE "m64n128"
 #define LIST LIST64
@@ -111,13 +99,6 @@ __device__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0
 #define A "80"
 #define B "81"
 #define P "82"
-#elif KEYS == 176
-#define SHAPE "m64n176"
-#define LIST LIST88
-#define ALL ALL88
-#define A "88"
-#define B "89"
-#define P "90"
 #else
 #define SHAPE "m64n192"
 #define LIST LIST96
@@ -130,7 +111,7 @@ __device__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0
 // Keeps the compiler from using registers before the products that write them have ended.
 __device__ void settled_scores(float (&d)[SCORES]) { asm volatile("" : ALL("+f", d) :: "memory"); }
 __device__ void settled_scores(int (&d)[SCORES]) { asm volatile("" : ALL("+r", d) :: "memory"); }
-__device__ void settled(float (&d)[OUT]) { asm volatile("" : ALL64("+f", d) :: "memory"); }
+__device__ void settled(float (&d)[64]) { asm volatile("" : ALL64("+f", d) :: "memory"); }
 
 __device__ void multiply_scores(int (&d)[SCORES], u64 a, u64 b, int sum) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\n"
@@ -142,12 +123,7 @@ __device__ void multiply_scores_bf16(float (&d)[SCORES], u64 a, u64 b, int sum) 
                  "wgmma.mma_async.sync.aligned." SHAPE "k16.f32.bf16.bf16 " LIST ", %" A ", %" B ", p, 1, 1, 0, 0;\n}"
                  : ALL("+f", d) : "l"(a), "l"(b), "r"(sum));
 }
-__device__ void multiply_scores_e4m3(float (&d)[SCORES], u64 a, u64 b, int sum) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\n"
-                 "wgmma.mma_async.sync.aligned." SHAPE "k32.f32.e4m3.e4m3 " LIST ", %" A ", %" B ", p, 1, 1;\n}"
-                 : ALL("+f", d) : "l"(a), "l"(b), "r"(sum));
-}
-__device__ void multiply_values(float (&d)[OUT], const u32 (&a)[4], u64 b, int sum) {
+__device__ void multiply_values(float (&d)[64], const u32 (&a)[4], u64 b, int sum) {
 #if PV == 0
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " LIST64
@@ -187,14 +163,13 @@ __device__ float power_of_2(float x) {
     asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // volatile: before the wait for the values
     return y;
 }
-// Without the special function unit: 2^n by the exponent's bits, 2^f for |f| <= 1/2 as a cubic, off by 1e-4.
-__device__ float power_of_2_polynomial(float x) {
-    x = fmaxf(x, -126.0f);
-    const float shifted = x + MAGIC, f = x - (shifted - MAGIC);
-    float y = fmaf(0.05550410866f, f, 0.2402265070f);
-    y = fmaf(y, f, 0.6931471806f);
-    y = fmaf(y, f, 1.0f);
-    return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
+__device__ void load_shared(float (&x)[4], u32 from) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(from) : "memory");
+}
+__device__ void store_shared(u32 to, const float (&x)[4]) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
 }
 
 // Never stores, for x is positive. ptxas would else put the work that leads to x behind the next wait for products.
@@ -231,6 +206,7 @@ __device__ bool soften(Score (&s)[SCORES], float (&weights)[SCORES], Rows& r, fl
     if (FIRST) {
         r.most[0] = high[0], r.most[1] = high[1];
     } else {
+        shrink[0] = shrink[1] = 1;
         grown = __any_sync(~0u, high[0] > r.most[0] + LAG || high[1] > r.most[1] + LAG);
         if (grown) {
 #pragma unroll
@@ -251,7 +227,7 @@ __device__ bool soften(Score (&s)[SCORES], float (&weights)[SCORES], Rows& r, fl
     for (int i = 0; i < SCORES; ++i) {
         const int half = i / 2 % 2;
         const float x = fmaf(number(s[i]), factor[half], offset[half]);
-        weights[i] = i / 4 % 8 < POLYNOMIALS ? power_of_2_polynomial(x) : power_of_2(x);
+        weights[i] = power_of_2(x);
         sums[half][i % 2] += weights[i];
     }
 #pragma unroll
@@ -282,15 +258,13 @@ __device__ void scores(Score (&s)[SCORES], u32 q, u32 k) {
         const u64 b = descriptor(k + (step / 4 * K_PART + step % 4 * 32) / 16, ROWS_OF_128);
 #if QK == 0
         multiply_scores(s, a, b, step > 0);
-#elif QK == 1
-        multiply_scores_e4m3(s, a, b, step > 0);
 #else
         multiply_scores_bf16(s, a, b, step > 0);
 #endif
     }
 }
 
-__device__ void values(float (&o)[OUT], const u32 (&a)[SLICES][4], u32 v, bool sum) {
+__device__ void values(float (&o)[64], const u32 (&a)[SLICES][4], u32 v, bool sum) {
 #pragma unroll
     for (int g = 0; g < SLICES; ++g) 
         multiply_values(o, a[g], descriptor(v + g * SLICE_BYTES / 16, ROWS_OF_32), sum || g > 0);
@@ -300,9 +274,6 @@ template <int REGISTERS>
 __device__ void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS)); }
 template <int REGISTERS>
 __device__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS)); }
-
-__device__ void turn_wait(int which) { asm volatile("bar.sync %0, 256;" :: "r"(2 + which) : "memory"); }
-__device__ void turn_give(int which) { asm volatile("bar.arrive %0, 256;" :: "r"(2 + which) : "memory"); }
 
 // q [heads, tiles of 128 queries, parts, 128, 128 bytes]; k [heads, tiles of KEYS, parts, KEYS, 128 bytes]; v [heads, tiles,
 // slices, 128 channels, 32 bytes]; query_scale [heads, tiles * 128] with log2(e); key_scale [heads, tiles]; value_scale
@@ -315,7 +286,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
     const int heads = gridDim.y, head = blockIdx.y, tiles = (tokens + KEYS - 1) / KEYS;
     const u32 base = (shared_address(memory) + 1023) & ~1023u;
     const u32 q_at = base, k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
-    const u32 kept_at = v_at + STAGES * V_BYTES, barriers = kept_at + (FLUSH ? 2 * 64 * DIM * 4 : 0);
+    const u32 kept_at = v_at + STAGES * V_BYTES, barriers = kept_at + 2 * KEPT_BYTES;
     const u32 q_full = barriers, k_full = barriers + 8, k_free = k_full + STAGES * 8, v_full = k_free + STAGES * 8,
               v_free = v_full + STAGES * 8;
     if (threadIdx.x == 0) {
@@ -328,23 +299,16 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
     }
     __syncthreads();
     const i64 row = (i64)head * gridDim.x + blockIdx.x;
-#if LISTS
+    const int count = LISTS ? counts[row] : tiles;
     const int* list = lists + row * tiles;
-    const int count = counts[row];
-#else
-    const int count = tiles;
-#endif
+    auto number_of = [&](int i) { return LISTS ? list[i] : i; };
     if (threadIdx.x < 128) {
         registers_down<24>();
         if (threadIdx.x == 0) {
             barrier_expect(q_full, Q_BYTES);
             copy_bulk(q_at, q + row * Q_BYTES, Q_BYTES, q_full);
             for (int i = 0; i < count; ++i) {
-#if LISTS
-                const i64 tile = (i64)head * tiles + list[i];
-#else
-                const i64 tile = (i64)head * tiles + i;
-#endif
+                const i64 tile = (i64)head * tiles + number_of(i);
                 const int stage = i % STAGES;
                 const u32 phase = i / STAGES % 2 ^ 1;
                 barrier_wait(k_free + stage * 8, phase);
@@ -369,24 +333,16 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             r.sum[half] = 0;
         }
         Score s[SCORES];
-        float w[SCORES], o[OUT], part[SUMS ? OUT : 1];
+        float w[SCORES], o[64];
         u32 a[SLICES][4];
         float shrink[2] = {1, 1};
 #pragma unroll
-        for (int i = 0; i < OUT; ++i) o[i] = 0;
-        auto number_of = [&](int i) {
-#if LISTS
-            return list[i];
-#else
-            return i;
-#endif
-        };
+        for (int i = 0; i < 64; ++i) o[i] = 0;
         auto valid = [&](int tile) { return tokens - tile * KEYS; };
         int tile = number_of(0);
         float key = scales[tile];
         barrier_wait(q_full, 0);
         barrier_wait(k_full, 0);
-        if (TURNS && group == 1) turn_give(0);  // the first turn
         products_begin();
         scores(s, my_q, all_k);
         products_end();
@@ -395,27 +351,20 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         if (lane == 0) barrier_arrive(k_free);
         soften<true>(s, w, r, key, valid(tile), shrink);
         pack(w, a);
-        // Sums of FLUSH tiles are added up in shared memory: in the tensor core a long sum in E4M3 loses bits.
-        const u32 my_kept = kept_at + group * 64 * DIM * 4 + threadIdx.x % 128 * 16;
-        const float one[2] = {1, 1};
-        auto kept = [&](int add, const float (&factor)[2]) {
+        const u32 my_kept = kept_at + group * KEPT_BYTES + threadIdx.x % 128 * 16;
+        auto keep = [&]() {  // and shrinks them
 #pragma unroll
             for (int n = 0; n < 64; n += 4) {
                 float x[4];
-                asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                             : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(my_kept + n * 512) : "memory");
-                for (int e = 0; e < 4; ++e) {
-                    x[e] = x[e] * factor[e / 2] + (add ? o[n + e] : 0.0f);
-                    if (add) o[n + e] = 0;
-                }
-                asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
-                             :: "r"(my_kept + n * 512), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+                load_shared(x, my_kept + n * 512);
+                for (int e = 0; e < 4; ++e) x[e] = (x[e] + o[n + e]) * shrink[e / 2], o[n + e] = 0;
+                store_shared(my_kept + n * 512, x);
             }
         };
         if (FLUSH) {
+            const float none[4] = {};
 #pragma unroll
-            for (int n = 0; n < 64; n += 4)
-                asm volatile("st.shared.v4.f32 [%0], {%1, %1, %1, %1};" :: "r"(my_kept + n * 512), "f"(0.0f) : "memory");
+            for (int n = 0; n < 64; n += 4) store_shared(my_kept + n * 512, none);
         }
         int stage = 0, phase = 0;
         float next_key = count > 1 ? scales[number_of(1)] : 0.0f;
@@ -427,64 +376,39 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             if (i + 1 < count) next_key = scales[number_of(i + 1)];
             barrier_wait(k_full + stage * 8, phase);
             barrier_wait(v_full + before * 8, phase_before);
-            if (TURNS) turn_wait(group);
             products_begin();
             scores(s, my_q, all_k + stage * (K_BYTES / 16));
             products_end();
-#if SUMS
-            values(part, a, all_v + before * (V_BYTES / 16), false);
-#else
             values(o, a, all_v + before * (V_BYTES / 16), true);
-#endif
             products_end();
-            if (TURNS) turn_give(1 - group);
             products_wait<1>();
             settled_scores(s);
             if (lane == 0) barrier_arrive(k_free + stage * 8);
             const bool grown = soften<false>(s, w, r, key, valid(tile), shrink);
             settled_scores(w);
-            needed(r.sum[0] + r.sum[1], q_full);
+            if (NEEDED) needed(r.sum[0] + r.sum[1], q_full);
             products_wait<0>();
             if (lane == 0) barrier_arrive(v_free + before * 8);
-#if SUMS
-            settled(part);
-#pragma unroll
-            for (int n = 0; n < OUT; ++n) o[n] += part[n];
-#else
             settled(o);
-#endif
-            if (grown) {
+            if (FLUSH > 0) {
+                if (grown || i % (FLUSH > 0 ? FLUSH : 1) == 0) keep();
+            } else if (grown) {
 #pragma unroll
                 for (int n = 0; n < 64; ++n) o[n] *= shrink[n / 2 % 2];
-                if (FLUSH) kept(0, shrink);
             }
-            if (FLUSH && i % FLUSH == 0) kept(1, one);
             pack(w, a);
         }
         barrier_wait(v_full + stage * 8, phase);
-        if (TURNS) turn_wait(group);
         products_begin();
-#if SUMS
-        values(part, a, all_v + stage * (V_BYTES / 16), false);
-#else
         values(o, a, all_v + stage * (V_BYTES / 16), true);
-#endif
         products_end();
-        if (TURNS && group == 0) turn_give(1);
         products_wait<0>();
-#if SUMS
-        settled(part);
-#pragma unroll
-        for (int n = 0; n < OUT; ++n) o[n] += part[n];
-#else
         settled(o);
-#endif
         if (FLUSH) {
 #pragma unroll
             for (int n = 0; n < 64; n += 4) {
                 float x[4];
-                asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                             : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(my_kept + n * 512) : "memory");
+                load_shared(x, my_kept + n * 512);
                 for (int e = 0; e < 4; ++e) o[n + e] += x[e];
             }
         }

@@ -85,9 +85,9 @@ class BlockChoice:
         self._launch("choose_blocks", -(-rows // ROWS), at["ranks"], *lists, *sizes, np.int64(rows))
 
     def finish(self, attended: int, at: Mapping[str, int]) -> None:
-        """Writes `attended`, bf16 [tokens, heads * head_dim] in the order of the video: `exact`, the attention
-        to the kept blocks, and the means of the others. `lse` is the logarithm of the sum of exp(score) over
-        the kept keys.
+        """Writes `attended`, bf16 [tokens, heads * head_dim] in the order of the video: `exact`, the
+        attention to the kept blocks, and the means of the others. `lse` is the logarithm of the sum of
+        exp(score) over the kept keys.
         """
         heads, tokens, _ = self._shape
         inputs = (at["sorted"], *(at[name] for name in ("means", "list", "count", "lse", "exact")))

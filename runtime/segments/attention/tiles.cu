@@ -7,7 +7,7 @@
 
 typedef Vector<bf16, 8> Bf16x8;
 constexpr int CHUNK = 256;  // tokens of one sum
-constexpr float LARGEST = QK == 0 ? 127.0f : E4M3_MAX;
+constexpr float LARGEST = 127.0f;  // of int8
 
 __device__ u32 chunk_at(int row, int chunk) { return row * ROW + ((chunk ^ row % 8) << 4); }
 
@@ -54,7 +54,7 @@ channels_whole(const float* partial, float* key_mean, float* value_mean, float* 
     const int at = blockIdx.x * DIM + threadIdx.x;
     const float mean = sum / tokens;
     if (blockIdx.y == 0) {
-        key_mean[at] = QK == 2 ? 0.0f : mean;
+        key_mean[at] = QK == 1 ? 0.0f : mean;
     } else {
         value_mean[at] = PV == 1 ? 0.0f : mean;
         value_scale[at] = PV == 1 ? 1.0f : fmaxf(fmaxf(high - mean, mean - low), 1e-10f) / E4M3_MAX;
@@ -80,7 +80,7 @@ __device__ void load16(const bf16* from, float (&x)[16]) {
 
 // 16 channels of a row, already scaled, into a tile.
 __device__ void store16(u8* tile, int part_bytes, int row, int lane, const float (&x)[16]) {
-#if QK == 2
+#if QK == 1
     u32 pairs[8];
     for (int j = 0; j < 8; ++j) pairs[j] = pack_bf16(x[2 * j], x[2 * j + 1]);
     u8* half = tile + lane / 4 * part_bytes;
@@ -90,12 +90,8 @@ __device__ void store16(u8* tile, int part_bytes, int row, int lane, const float
 #else
     u32 words[4];
     for (int j = 0; j < 4; ++j) {
-#if QK == 0
         words[j] = 0;
         for (int byte = 0; byte < 4; ++byte) words[j] |= (u32)(__float2int_rn(x[4 * j + byte]) & 0xFF) << 8 * byte;
-#else
-        words[j] = pack_e4m3(x[4 * j], x[4 * j + 1]) | pack_e4m3(x[4 * j + 2], x[4 * j + 3]) << 16;
-#endif
     }
     *(uint4*)(tile + chunk_at(row, lane)) = make_uint4(words[0], words[1], words[2], words[3]);
 #endif
@@ -120,10 +116,10 @@ pack_q(const bf16* q, const float* key_mean, u8* out, float* scale, float* shift
             dot += __shfl_xor_sync(~0u, dot, other);
         }
         if (lane == 0) {
-            scale[at * QUERIES + row] = QK == 2 ? LOG2_E : most / LARGEST * LOG2_E;
+            scale[at * QUERIES + row] = QK == 1 ? LOG2_E : most / LARGEST * LOG2_E;
             if (shift && token < tokens) shift[(i64)blockIdx.y * tokens + token] = dot;
         }
-        if (QK != 2)
+        if (QK != 1)
             for (int j = 0; j < 16; ++j) x[j] *= LARGEST / most;
         store16(out + at * Q_BYTES, Q_PART, row, lane, x);
     }
@@ -145,8 +141,8 @@ pack_k(const bf16* k, const float* key_mean, u8* out, float* scale, int tokens) 
             most = fmaxf(most, fabsf(x[i][j]));
         }
     }
-    most = QK == 2 ? 1.0f : largest_of_block(most, shared);
-    const float factor = QK == 2 ? 1.0f : LARGEST / most;
+    most = QK == 1 ? 1.0f : largest_of_block(most, shared);
+    const float factor = QK == 1 ? 1.0f : LARGEST / most;
     if (threadIdx.x == 0) scale[at] = 1.0f / factor;
 #pragma unroll
     for (int i = 0; i < KEYS / 32; ++i) {

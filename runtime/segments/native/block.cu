@@ -4,7 +4,7 @@
 // is read once and written once. Threads hold vectors of neighbouring channels: eight, or four of the float32 residual
 // stream, so that a warp's accesses have no gaps. FP8 operands have one scale per token. Products arrive unscaled: the
 // kernel that loads one multiplies it by `token_scale * weight_scale` and adds the bias. Macros: DIM, FFN, HEADS,
-// HEAD_DIM, EPS, SOFTMAX_SCALE, DIM_THREADS, FFN_THREADS.
+// HEAD_DIM, EPS, SOFTMAX_SCALE, DIM_THREADS, HEADS_BLOCKS, FFN_THREADS.
 
 constexpr int DIM_VECTORS = DIM / 8 / DIM_THREADS;  // eight channels each, per thread
 constexpr int FFN_VECTORS = FFN / 8 / FFN_THREADS;
@@ -13,19 +13,29 @@ static_assert(DIM_VECTORS * 8 * DIM_THREADS == DIM && DIM_THREADS % 32 == 0, "th
 static_assert(FFN_VECTORS * 8 * FFN_THREADS == FFN && FFN_THREADS % 32 == 0, "threads do not cover FFN");
 static_assert(HEAD_DIM == 128 && HEADS * HEAD_DIM == DIM, "heads of 128 channels");
 
+// Blocks that a multiprocessor holds, for kernels that wait for memory: Hopper has 2048 threads, others have 1536.
+#if __CUDA_ARCH__ == 900
+constexpr int NORM_BLOCKS = 5, GELU_BLOCKS = 2;
+#else
+constexpr int NORM_BLOCKS = 4, GELU_BLOCKS = 1;
+#endif
+
 // Loads and stores of a vector. Tensors that a kernel reads once bypass L1.
 
-__device__ float high(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
-__device__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-
-__device__ void load(const bf16* from, float (&x)[8]) {
+__device__ uint4 load_once(const bf16* from) {
     uint4 raw;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(from) : "memory");
+    return raw;
+}
+
+__device__ void widen(uint4 raw, float (&x)[8]) {
     const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[2 * i] = low(pairs[i]), x[2 * i + 1] = high(pairs[i]);
 }
+
+__device__ void load(const bf16* from, float (&x)[8]) { widen(load_once(from), x); }
 
 __device__ void load(const bf16* from, float (&x)[4]) {
     uint2 raw;
@@ -64,18 +74,19 @@ __device__ void store(e4m3* to, const float (&x)[8], float factor) {
     *(uint2*)to = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
 }
 
-// Reductions over the threads of a token. Every thread gets the result, added in the same order every time.
+// Reductions over the threads of a token. Every thread gets the result, added in the same order every time. `turn`
+// alternates between 0 and 1 in a row of reductions: while some threads read the last one's numbers, others write.
 
 __device__ float add(float a, float b) { return a + b; }
 __device__ float largest(float a, float b) { return fmaxf(a, b); }
 
 template <int THREADS, float (*combine)(float, float)>
-__device__ float reduce(float x) {
-    __shared__ float partial[THREADS / 32];
+__device__ float reduce(float x, int turn = 0) {
+    __shared__ float both[2][THREADS / 32];
+    float* partial = both[turn];
 #pragma unroll
     for (int lane = 16; lane; lane /= 2) x = combine(x, __shfl_xor_sync(~0u, x, lane));
     if (THREADS == 32) return x;
-    __syncthreads();  // the last reduction has been read
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
     __syncthreads();
     x = partial[0];
@@ -100,7 +111,7 @@ __device__ void quantize(const float (&x)[VECTORS][N], e4m3* out, float* out_sca
     for (int v = 0; v < VECTORS; ++v) store(row + (v * THREADS + threadIdx.x) * N, x[v], factor);
 }
 
-// Layer norm over the channels, then x * gain + offset.
+// Layer norm over the channels, then x * gain + offset. A null `gain` leaves both out.
 __device__ void norm(float (&x)[STREAM_VECTORS][4], const float* gain, const float* offset) {
     float sum = 0;
 #pragma unroll
@@ -113,13 +124,15 @@ __device__ void norm(float (&x)[STREAM_VECTORS][4], const float* gain, const flo
     for (int v = 0; v < STREAM_VECTORS; ++v)
 #pragma unroll
         for (int i = 0; i < 4; ++i) squares += (x[v][i] - mean) * (x[v][i] - mean);
-    const float inverse = rsqrtf(reduce<DIM_THREADS, add>(squares) * (1.0f / DIM) + EPS);
+    const float inverse = rsqrtf(reduce<DIM_THREADS, add>(squares, 1) * (1.0f / DIM) + EPS);
 #pragma unroll
     for (int v = 0; v < STREAM_VECTORS; ++v) {
         const int channel = (v * DIM_THREADS + threadIdx.x) * 4;
-        float g[4], o[4];
-        load_shared_by_tokens(gain + channel, g);
-        load_shared_by_tokens(offset + channel, o);
+        float g[4] = {1, 1, 1, 1}, o[4] = {};
+        if (gain) {
+            load_shared_by_tokens(gain + channel, g);
+            load_shared_by_tokens(offset + channel, o);
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[v][i] = (x[v][i] - mean) * inverse * g[i] + o[i];
     }
@@ -145,7 +158,7 @@ extern "C" __global__ void modulation_rows(const float* modulation, const float*
     rows[i] = modulation[i] + time_modulation[i] + (row == 1 || row == 4 ? 1.0f : 0.0f);
 }
 
-extern "C" __global__ void __launch_bounds__(DIM_THREADS)
+extern "C" __global__ void __launch_bounds__(DIM_THREADS, NORM_BLOCKS)
 norm_quantize(const float* x, const float* gain, const float* offset, e4m3* out, float* out_scale) {
     float values[STREAM_VECTORS][4];
 #pragma unroll
@@ -164,51 +177,73 @@ extern "C" __global__ void __launch_bounds__(DIM_THREADS) quantize_tokens(const 
 }
 
 // q, k and v [heads, tokens, 128] from products: scales, bias, RMS norm of q and k over all channels, RoPE.
-// blockIdx.y selects one of the three. q's norm includes the softmax scale.
-extern "C" __global__ void __launch_bounds__(DIM_THREADS)
+// blockIdx.y selects one of the three. q's norm includes the softmax scale. A block goes through tokens: what they
+// share stays in registers, and the next one's numbers are loaded while this one's are computed.
+extern "C" __global__ void __launch_bounds__(DIM_THREADS, HEADS_BLOCKS)
 heads_from_products(const bf16* product_q, const bf16* product_k, const bf16* product_v, const float* token_scale,
                     const float* scale_q, const float* scale_k, const float* scale_v, const float* bias_q,
                     const float* bias_k, const float* bias_v, const float* norm_q, const float* norm_k,
-                    const float* cosines, const float* sines, bf16* q, bf16* k, bf16* v_out) {
+                    const float* cosines, const float* sines, bf16* q, bf16* k, bf16* v_out, int tokens) {
     const int which = blockIdx.y;
-    const i64 token = blockIdx.x;
     const bf16* product = which == 0 ? product_q : which == 1 ? product_k : product_v;
     const float* scale = which == 0 ? scale_q : which == 1 ? scale_k : scale_v;
     const float* bias = which == 0 ? bias_q : which == 1 ? bias_k : bias_v;
+    const float* weight = which == 0 ? norm_q : norm_k;
     bf16* out = which == 0 ? q : which == 1 ? k : v_out;
-    float y[DIM_VECTORS][8];
-    float squares = 0;
+    float s[DIM_VECTORS][8], b[DIM_VECTORS][8], w[DIM_VECTORS][8];
 #pragma unroll
     for (int v = 0; v < DIM_VECTORS; ++v) {
         const int channel = (v * DIM_THREADS + threadIdx.x) * 8;
-        load_product(product + token * DIM + channel, token_scale[token], scale + channel, bias + channel, y[v]);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) squares += y[v][i] * y[v][i];
+        load_shared_by_tokens(scale + channel, s[v]);
+        load_shared_by_tokens(bias + channel, b[v]);
+        if (which < 2) load_shared_by_tokens(weight + channel, w[v]);
     }
-    if (which < 2) {
-        const float inverse = rsqrtf(reduce<DIM_THREADS, add>(squares) * (1.0f / DIM) + EPS)
-                              * (which == 0 ? SOFTMAX_SCALE : 1.0f);
-        const float* weight = which == 0 ? norm_q : norm_k;
+    const int pair = threadIdx.x * 8 % HEAD_DIM / 2;  // of RoPE, the same in all vectors of a thread
+    uint4 coming[DIM_VECTORS];
+    float4 cosine, sine;
+    float coming_scale;
+    auto fetch = [&](i64 token) {
+        coming_scale = token_scale[token];
+#pragma unroll
+        for (int v = 0; v < DIM_VECTORS; ++v)
+            coming[v] = load_once(product + token * DIM + (v * DIM_THREADS + threadIdx.x) * 8);
+        if (which < 2) {
+            cosine = __ldg((const float4*)(cosines + token * (HEAD_DIM / 2) + pair));
+            sine = __ldg((const float4*)(sines + token * (HEAD_DIM / 2) + pair));
+        }
+    };
+    int token = blockIdx.x;
+    if (token < tokens) fetch(token);
+    for (int turn = 0; token < tokens; token += gridDim.x, turn ^= 1) {
+        float y[DIM_VECTORS][8], squares = 0;
+#pragma unroll
+        for (int v = 0; v < DIM_VECTORS; ++v) {
+            widen(coming[v], y[v]);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                y[v][i] = y[v][i] * (coming_scale * s[v][i]) + b[v][i];
+                squares += y[v][i] * y[v][i];
+            }
+        }
+        const float c[4] = {cosine.x, cosine.y, cosine.z, cosine.w}, n[4] = {sine.x, sine.y, sine.z, sine.w};
+        if (token + (int)gridDim.x < tokens) fetch(token + gridDim.x);
+        if (which < 2) {
+            const float inverse = rsqrtf(reduce<DIM_THREADS, add>(squares, turn) * (1.0f / DIM) + EPS)
+                                  * (which == 0 ? SOFTMAX_SCALE : 1.0f);
+#pragma unroll
+            for (int v = 0; v < DIM_VECTORS; ++v)
+#pragma unroll
+                for (int i = 0; i < 8; i += 2) {
+                    const float even = y[v][i] * inverse * w[v][i], odd = y[v][i + 1] * inverse * w[v][i + 1];
+                    y[v][i] = even * c[i / 2] - odd * n[i / 2];
+                    y[v][i + 1] = even * n[i / 2] + odd * c[i / 2];
+                }
+        }
 #pragma unroll
         for (int v = 0; v < DIM_VECTORS; ++v) {
             const int channel = (v * DIM_THREADS + threadIdx.x) * 8;
-            float w[8];
-            load_shared_by_tokens(weight + channel, w);
-            const i64 pair = token * (HEAD_DIM / 2) + channel % HEAD_DIM / 2;
-            const float4 cosine = __ldg((const float4*)(cosines + pair)), sine = __ldg((const float4*)(sines + pair));
-            const float c[4] = {cosine.x, cosine.y, cosine.z, cosine.w}, s[4] = {sine.x, sine.y, sine.z, sine.w};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float even = y[v][2 * i] * inverse * w[2 * i], odd = y[v][2 * i + 1] * inverse * w[2 * i + 1];
-                y[v][2 * i] = even * c[i] - odd * s[i];
-                y[v][2 * i + 1] = even * s[i] + odd * c[i];
-            }
+            store(out + ((i64)(channel / HEAD_DIM) * tokens + token) * HEAD_DIM + channel % HEAD_DIM, y[v]);
         }
-    }
-#pragma unroll
-    for (int v = 0; v < DIM_VECTORS; ++v) {
-        const int channel = (v * DIM_THREADS + threadIdx.x) * 8;
-        store(out + ((i64)(channel / HEAD_DIM) * gridDim.x + token) * HEAD_DIM + channel % HEAD_DIM, y[v]);
     }
 }
 
@@ -256,7 +291,7 @@ __device__ void add_product(const float* x, const bf16* product, float token_sca
 }
 
 // Adds a product to the residual stream and quantises its norm for the next product. `x_out` may be `x`.
-extern "C" __global__ void __launch_bounds__(DIM_THREADS)
+extern "C" __global__ void __launch_bounds__(DIM_THREADS, NORM_BLOCKS)
 add_norm_quantize(const float* x, const bf16* product, const float* token_scale, const float* weight_scale,
                   const float* bias, const float* gate, float* x_out, const float* gain, const float* offset,
                   e4m3* out, float* out_scale) {
@@ -273,12 +308,15 @@ add_gated(const float* x, const bf16* product, const float* token_scale, const f
     add_product(x, product, token_scale[blockIdx.x], weight_scale, bias, gate, x_out, values);
 }
 
-__device__ float gelu_tanh(float x) {  // 0.5 x (1 + tanh u) = x / (1 + e^-2u)
-    const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    return __fdividef(x, 1.0f + __expf(-2.0f * u));
+// 0.5 x (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3). The power is one of 2.
+__device__ float gelu_tanh(float x) {
+    constexpr float LINEAR = -2 * 0.7978845608028654f * LOG2_E, CUBIC = LINEAR * 0.044715f;
+    float part;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(part) : "f"(1.0f + power_of_2(x * (LINEAR + CUBIC * (x * x)))));
+    return x * part;
 }
 
-extern "C" __global__ void __launch_bounds__(FFN_THREADS)
+extern "C" __global__ void __launch_bounds__(FFN_THREADS, GELU_BLOCKS)
 gelu_quantize(const bf16* product, const float* token_scale, const float* weight_scale, const float* bias, e4m3* out,
               float* out_scale) {
     float y[FFN_VECTORS][8];

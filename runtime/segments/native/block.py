@@ -12,20 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.config import FACE_TOKENS, ModelConfig
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import ATTENTION, Module, read_source
-from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, CublasLt, Fp8Gemm
+from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, Bf16Gemm, CublasLt, Fp8Gemm, Gemm, Product
 
 VECTOR = 8  # channels that a thread loads at once
-DIM_THREADS, FFN_THREADS = 320, 576  # at most, per token; 288 for the FFN was no slower (docs/log.md)
+DIM_THREADS, FFN_THREADS = 320, 864  # at most, per token
+HEADS_BLOCKS = 2  # of heads_from_products per multiprocessor
 QUERIES = 128  # per block of threads in the cross-attention
 CROSS_THREADS = 256
 CROSS_SHARED_BYTES = 64 << 10  # two tiles of 64 keys and values
 
-SOURCE = ATTENTION + read_source(__package__, "block.cu", "cross_attention.cu")
+SOURCE = ATTENTION + read_source(__package__, "block.cu", "fuser.cu", "cross_attention.cu")
 KERNELS = (
     "modulation_rows",
     "norm_quantize",
@@ -35,6 +36,9 @@ KERNELS = (
     "add_norm_quantize",
     "add_gated",
     "gelu_quantize",
+    "face_attention",
+    "norm_tokens",
+    "add_face",
     "cross_attention",
 )
 
@@ -56,18 +60,14 @@ def macros(model: ModelConfig) -> dict[str, object]:
         "HEAD_DIM": c.head_dim,
         "EPS": f"{c.eps}f",
         "SOFTMAX_SCALE": f"{c.head_dim**-0.5}f",
+        "FACE_TOKENS": FACE_TOKENS,
         "DIM_THREADS": threads_for(c.dim, DIM_THREADS),
+        "HEADS_BLOCKS": HEADS_BLOCKS,
         "FFN_THREADS": threads_for(c.ffn_dim, FFN_THREADS),
     }
 
 
-def _compiled(gpu: Gpu, model: ModelConfig) -> Module:
-    module = Module(gpu.device, SOURCE, KERNELS, macros(model))
-    module.allow_shared("cross_attention", CROSS_SHARED_BYTES)
-    return module
-
-
-class _Native:
+class Native:
     """Sizes, kernels, and the layout of the scratch.
 
     Nothing in the scratch survives a segment: all that another segment needs is an output.
@@ -77,7 +77,7 @@ class _Native:
         c = model.transformer
         self.tokens, self.dim, self.ffn, self.heads = plan.tokens, c.dim, c.ffn_dim, c.heads
         self.text_keys, self.image_keys = model.text.length, model.image.tokens
-        module = gpu.once((__name__, model), lambda: _compiled(gpu, model))
+        module = gpu.once((self._compiled.__qualname__, model), lambda: self._compiled(model, gpu))
         self._launch = partial(module.launch, gpu.stream)
         self._offsets, self.scratch_bytes = laid_out(self._parts())
         self._at: dict[str, int] = {}
@@ -91,13 +91,20 @@ class _Native:
     def settle(self) -> None:
         pass
 
+    def _compiled(self, model: ModelConfig, gpu: Gpu) -> Module:
+        module = Module(gpu.device, SOURCE, KERNELS, macros(model))
+        module.allow_shared("cross_attention", CROSS_SHARED_BYTES)
+        return module
+
     def _parts(self) -> dict[str, int]:
         """Bytes of the buffers in the scratch."""
         return {}
 
 
-class _Linear(_Native):
-    """Steps of the segments with matrix products, all of which are modulated."""
+class Linear(Native):
+    """Steps of the segments with matrix products."""
+
+    fp8 = True  # its products
 
     def __init__(self, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
         super().__init__(model, plan, gpu)
@@ -107,10 +114,35 @@ class _Linear(_Native):
     def _parts(self) -> dict[str, int]:
         return {
             "workspace": WORKSPACE_BYTES,
-            "modulation": 6 * self.dim * 4,
             "scale": self.tokens * 4,
-            "operand": self.tokens * self.dim,
+            "operand": self.tokens * self.dim * (1 if self.fp8 else 2),
         }
+
+    def _each_token(self, kernel: str, *arguments: Any) -> None:
+        self._launch(kernel, self.tokens, self._dim_threads, *arguments)
+
+    def _quantize(self, values: int) -> None:
+        self._each_token("quantize_tokens", values, self._at["operand"], self._at["scale"])
+
+    def _gemm(self, gpu: Gpu, out: int, inner: int) -> Gemm:
+        library = gpu.once(CublasLt, CublasLt)
+        if self.fp8:
+            return Fp8Gemm(gpu, library, self.tokens, out, inner)
+        return Bf16Gemm(gpu, library, Product(self.tokens, out, inner))
+
+    def _multiply(self, gemm: Gemm, operand: str, weight: int, product: str) -> None:
+        gemm.enqueue(self._at[operand], weight, self._at[product], self._at["workspace"])
+
+    def _product(self, a: Mapping[str, int], name: str, scale: str = "scale") -> tuple[int, ...]:
+        """A finished product as the kernels take it: values, scales of tokens and of the weight, bias."""
+        return self._at["product"], self._at[scale], a[f"{name}.scale"], a[f"{name}.bias"]
+
+
+class _Modulated(Linear):
+    """Parts of a block."""
+
+    def _parts(self) -> dict[str, int]:
+        return super()._parts() | {"modulation": 6 * self.dim * 4}
 
     def _row(self, row: int) -> int:
         """Address of a modulation row: 0 shift, 1 scale + 1, 2 gate of self-attention; 3 to 5 the FFN's."""
@@ -121,24 +153,12 @@ class _Linear(_Native):
         arguments = (a["modulation"], a["time_modulation"], self._at["modulation"])
         self._launch("modulation_rows", blocks, 256, *arguments)
 
-    def _each_token(self, kernel: str, *arguments: Any) -> None:
-        self._launch(kernel, self.tokens, self._dim_threads, *arguments)
 
-    def _quantize(self, values: int) -> None:
-        self._each_token("quantize_tokens", values, self._at["operand"], self._at["scale"])
+class AttnIn(_Modulated):
+    def __init__(self, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
+        super().__init__(model, plan, gpu)
+        self._heads_blocks = HEADS_BLOCKS * gpu.multiprocessors
 
-    def _gemm(self, gpu: Gpu, out: int, inner: int) -> Fp8Gemm:
-        return Fp8Gemm(gpu, gpu.once(CublasLt, CublasLt), self.tokens, out, inner)
-
-    def _multiply(self, gemm: Fp8Gemm, operand: str, weight: int, product: str) -> None:
-        gemm.enqueue(self._at[operand], weight, self._at[product], self._at["workspace"])
-
-    def _product(self, a: Mapping[str, int], name: str, scale: str = "scale") -> tuple[int, ...]:
-        """A finished product as the kernels take it: values, scales of tokens and of the weight, bias."""
-        return self._at["product"], self._at[scale], a[f"{name}.scale"], a[f"{name}.bias"]
-
-
-class AttnIn(_Linear):
     def _parts(self) -> dict[str, int]:
         products = ("product_q", "product_k", "product_v")
         return super()._parts() | dict.fromkeys(products, self.tokens * self.dim * 2)
@@ -151,18 +171,18 @@ class AttnIn(_Linear):
             self._multiply(self._square, "operand", a[f"self_attn.{name}.weight"], f"product_{name}")
         self._launch(
             "heads_from_products",
-            (self.tokens, 3),
+            (self._heads_blocks, 3),
             self._dim_threads,
             *(at[f"product_{name}"] for name in "qkv"),
             at["scale"],
             *(a[f"self_attn.{name}.scale"] for name in "qkv"),
             *(a[f"self_attn.{name}.bias"] for name in "qkv"),
             *(a["self_attn.norm_q.weight"], a["self_attn.norm_k.weight"]),
-            *(a["rope_cos"], a["rope_sin"], a["q"], a["k"], a["v"]),
+            *(a["rope_cos"], a["rope_sin"], a["q"], a["k"], a["v"], np.int32(self.tokens)),
         )
 
 
-class AttnOut(_Linear):
+class AttnOut(_Modulated):
     def _parts(self) -> dict[str, int]:
         return super()._parts() | {"product": self.tokens * self.dim * 2}
 
@@ -179,7 +199,7 @@ class AttnOut(_Linear):
         self._each_token("rms_norm_product", *product, a["cross_attn.norm_q.weight"], a["cross_q"])
 
 
-class CrossAttention(_Native):
+class CrossAttention(Native):
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         a = addresses
         self._launch(
@@ -193,7 +213,7 @@ class CrossAttention(_Native):
         )
 
 
-class Ffn(_Linear):
+class Ffn(_Modulated):
     def __init__(self, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
         super().__init__(model, plan, gpu)
         self._ffn_threads = threads_for(self.ffn, FFN_THREADS)
@@ -224,9 +244,4 @@ class Ffn(_Linear):
         self._each_token("add_gated", out, *product, self._row(5), out)
 
 
-NATIVE: dict[str, type[_Native]] = {
-    "attn_in": AttnIn,
-    "attn_out": AttnOut,
-    "cross_attention": CrossAttention,
-    "ffn": Ffn,
-}
+PARTS: dict[str, type[Native]] = {"attn_in": AttnIn, "attn_out": AttnOut, "ffn": Ffn}
