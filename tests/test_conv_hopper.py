@@ -5,14 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from hopper_on_cpu import gpu_on_cpu
-from kernels_on_cpu import CpuKernels
 
-from trt_wan.runtime.device.kernels import Module, compile_source, read_source
+from trt_wan.runtime.device.kernels import Module, compile_source
 from trt_wan.runtime.segments.native import conv_hopper
 from trt_wan.runtime.segments.native.conv_hopper import UP, Plan, Tiling, fused, tiling
 from trt_wan.runtime.segments.native.convolution import ConvShape
