@@ -1,18 +1,16 @@
-"""The convolution for Hopper. Without a GPU: it compiles, its weights are right, its tiles fit."""
+"""The convolution for Hopper. Without a GPU: it compiles, its tiles fit, and it is right on the CPU."""
 
 import ctypes
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from hopper_on_cpu import gpu_on_cpu
-from kernels_on_cpu import CpuKernels
 
-from trt_wan.runtime.device.kernels import Module, compile_source, read_source
+from trt_wan.runtime.device.kernels import Module, compile_source
 from trt_wan.runtime.segments.native import conv_hopper
 from trt_wan.runtime.segments.native.conv_hopper import UP, Plan, Tiling, fused, tiling
 from trt_wan.runtime.segments.native.convolution import ConvShape
@@ -38,7 +36,7 @@ def planned(shape: ConvShape, parts: int, norm: bool = True) -> Plan:
     return Plan(shape, chosen, parts, norm)
 
 
-@pytest.mark.parametrize(("shape", "parts"), [SHAPES[0], SHAPES[5], SHAPES[8], SHAPES[11]])
+@pytest.mark.parametrize(("shape", "parts"), [SHAPES[0], SHAPES[5]])
 def test_kernels_compile(nvrtc: None, shape: ConvShape, parts: int) -> None:
     plan = planned(shape, parts, norm=shape.out > 8)
     code = bytes(compile_source(plan.source, (9, 0), plan.macros, accelerated=True).code)
@@ -65,12 +63,17 @@ def test_stages_fit_and_suffice(shape: ConvShape, parts: int) -> None:
     ("shape", "tiles", "parts", "norm"),
     [
         (ConvShape(2, 19, 21, 32, 32, (3, 3, 3), pad=PLANE), Tiling(16, 16, 32), 1, True),
-        (ConvShape(1, 17, 9, 64, 64, (1, 3, 3), pad=PLANE), Tiling(8, 16, 64, False), 1, True),
-        (ConvShape(1, 20, 18, 128, 32, (1, 3, 3), pad=PLANE), Tiling(16, 16, 64, pitch=18), 1, False),
         (ConvShape(2, 9, 8, 64, 384, (3, 1, 1), (2, 1, 1)), Tiling(8, 8, 64, False), 1, True),
-        (ConvShape(2, 9, 10, 32, 32, (3, 1, 1)), Tiling(8, 16, 32, False), 2, False),
         (ConvShape(2, 9, 10, 32, 32, UP[0], pad=UP[1]), Tiling(8, 16, 32), 4, True),
-        (ConvShape(1, 17, 10, 32, 8, (3, 3, 3), pad=PLANE), Tiling(8, 16, 32), 1, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                (ConvShape(1, 17, 9, 64, 64, (1, 3, 3), pad=PLANE), Tiling(8, 16, 64, False), 1, True),
+                (ConvShape(1, 20, 18, 128, 32, (1, 3, 3), pad=PLANE), Tiling(16, 16, 64, pitch=18), 1, False),
+                (ConvShape(2, 9, 10, 32, 32, (3, 1, 1)), Tiling(8, 16, 32, False), 2, False),
+                (ConvShape(1, 17, 10, 32, 8, (3, 3, 3), pad=PLANE), Tiling(8, 16, 32), 1, False),
+            )
+        ),
     ],
 )
 def test_kernel_on_the_cpu(

@@ -349,11 +349,10 @@ class _Walk:
         does not know the shape.
         """
         shape = ConvShape(self.frames, self.height, self.width, inner, VECTOR, (3, 3, 3), pad=(1, 1, 1, 1))
-        given = out, inner
-        if not self._own or tiling(shape, given) is None:
+        if not self._own or tiling(shape, given=out) is None:
             return False
         self._need(self.made, self.pixels * VECTOR * BF16)
-        made = fused(self._gpu, shape, 1, norm=False, given=given)
+        made = fused(self._gpu, shape, 1, norm=False, given=out)
         self._fused(made, (At(f"{name}.weight"), 0, 0), self.taken, 0, self.made, 0, 0, False)
         return True
 
