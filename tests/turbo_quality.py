@@ -7,7 +7,8 @@ blocks
 of queries. Products are exact (float32), so the choice alone counts, and the means of the blocks that are
 skipped; "dropped" is the error without these means. "gaussian" is noise, in which nothing is worth finding.
 "local" are heads over a video: content and positions are smooth in space and time, and q and k carry both. A
-head's gain decides how sharply a query looks at what is like it.
+head's gain decides how sharply a query looks at what is like it; "rows" are the same heads with blocks of
+consecutive tokens.
 """
 
 import argparse
@@ -15,6 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from trt_wan.engines.contracts.sparse_attention import block_order
+from trt_wan.engines.shape import Plan
 
 BLOCK, HEAD_DIM = 128, 128
 SHARES = (0.3, 0.5, 0.7)
@@ -137,12 +141,15 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     width, height = map(int, options.size.split("x"))
     shape = options.slots, height // 16, width // 16
+    frames = 4 * (options.slots - 2) + 1
+    order = torch.from_numpy(block_order(Plan(width, height, frames))).long().to(device)
     first, tokens = shape[1] * shape[2], shape[0] * shape[1] * shape[2]
     q, k, v = torch.randn(3, options.heads, tokens, HEAD_DIM, device=device)
     report("gaussian", (q * HEAD_DIM**-0.5, k, v), first, options.sample)
     for gain in map(float, options.gains.split(",")):
         made = local_heads(*shape, options.heads, gain, device)
-        report(f"local, gain {gain:g}", made, first, options.sample)
+        report(f"rows, gain {gain:g}", made, first, options.sample)
+        report(f"local, gain {gain:g}", [x[:, order] for x in made], first, options.sample)
 
 
 if __name__ == "__main__":

@@ -349,7 +349,7 @@ class _Walk:
         does not know the shape.
         """
         shape = ConvShape(self.frames, self.height, self.width, inner, VECTOR, (3, 3, 3), pad=(1, 1, 1, 1))
-        if not self._own or tiling(shape, given=out) is None:
+        if not self._own or tiling(shape, out) is None:
             return False
         self._need(self.made, self.pixels * VECTOR * BF16)
         made = fused(self._gpu, shape, 1, norm=False, given=out)
