@@ -142,10 +142,10 @@ def tensor_map(address: int, sizes: Sequence[int], box: Sequence[int]) -> Any:
 
 
 class Module:
-    """In place of kernels.Module."""
+    """In place of kernels.Module. Its code is a source and macros."""
 
-    def __init__(self, device: Any, source: str, names: Any, macros: Any, *, accelerated: bool) -> None:
-        assert accelerated
+    def __init__(self, device: Path, source: str, names: Any, *, code: tuple[str, Any]) -> None:
+        source, macros = code
         lines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
         kernels = source[source.index("// A convolution for Hopper") :]
         self._kernels = CpuKernels(lines + HEADER + kernels + WRAPPER, device)
@@ -167,8 +167,14 @@ def gpu_on_cpu(folder: Path, patch: pytest.MonkeyPatch, processors: int = 2) -> 
     """Enough of a Gpu for HopperConvolution."""
     patch.setattr(conv_hopper, "Module", Module)
     patch.setattr(conv_hopper, "tensor_map", tensor_map)
+    patch.setattr(
+        conv_hopper, "compile_source", lambda source, capability, macros, accelerated: (source, macros)
+    )
 
     class Device(type(folder)):  # type: ignore[misc]  # a folder for CpuKernels
         properties = SimpleNamespace(multiprocessor_count=processors)
 
-    return SimpleNamespace(device=Device(folder), stream=None, once=lambda key, make: make())
+    def once(key: Any, make: Any) -> Any:
+        return make()
+
+    return SimpleNamespace(device=Device(folder), capability=(9, 0), stream=None, once=once)

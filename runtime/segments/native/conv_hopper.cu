@@ -1,18 +1,19 @@
 // A convolution for Hopper: an implicit matrix product of pixels [M, taps * INNER] and weights [COLUMNS, taps * INNER]
-// by wgmma, both operands brought to shared memory by TMA. Macros, hopper.cuh and the function `wgmma` stand in front of it.
+// by wgmma, both operands brought to shared memory by TMA. Macros, hopper.cuh and the function `wgmma` stand in front.
 //
 // A block of threads computes TILE_W x TILE_H pixels of one frame and all COLUMNS. Its first warpgroup loads, two others
-// multiply. The pixels that one tap in time and CHUNK channels need, margins included, are loaded once; the KR * KS taps of
-// the kernel's plane read them at shifted addresses (SHIFT), or, without SHIFT, KS copies are loaded, each shifted by a pixel.
+// multiply. The pixels that one tap in time and CHUNK channels need, margins included, are loaded once. The KR * KS taps
+// of the kernel's plane read them at shifted addresses (SHIFT), or, without SHIFT, KS copies are loaded, each shifted by
+// a pixel. Swizzling goes by the address, so a shifted operand needs no other descriptor.
 //
-// Rows of the weights are permuted so that a thread holds eight neighbouring channels: see conv_hopper.py.
+// Rows of the weights are permuted so that a thread holds eight neighbouring channels: see conv_hopper_weights.cu.
 //
-// PARTS convolutions of the same pixels are computed by one launch. Two: their results are frames in turn. Four: each is one
-// corner of a picture twice as large, and reads from a pixel further up or left.
+// PARTS convolutions of the same pixels are computed by one launch. Two: their results are frames in turn. Four: each is
+// one corner of a picture twice as large, and begins at the pixel there.
 
 constexpr int GROUP = 128, WARPS = 8;  // threads of a warpgroup, warps that multiply
 constexpr int ROW = CHUNK * 2;  // bytes
-constexpr int A_ROWS = TILE_H + KR - 1, A_BYTES = A_ROWS * PITCH * ROW, A_STAGE = (A_BYTES + 1023) / 1024 * 1024;
+constexpr int A_BYTES = (TILE_H + KR - 1) * PITCH * ROW, A_STAGE = (A_BYTES + 1023) / 1024 * 1024;
 constexpr int B_BYTES = COLUMNS * ROW, B_STAGE = B_BYTES;
 constexpr int CHUNKS = INNER / CHUNK;
 constexpr int N = COLUMNS / SPLIT;  // columns of a warpgroup
@@ -20,7 +21,7 @@ constexpr int BLOCKS = TILE_W * TILE_H / 64;  // of 8x8 pixels
 constexpr int MINE = SPLIT == 2 ? BLOCKS : BLOCKS / 2;  // of a warpgroup
 constexpr int WIDE = TILE_W / 8;
 constexpr u64 LAYOUT = ROW == 128 ? 1 : 2;
-static_assert(INNER % CHUNK == 0 && (N % 32 == 0 || (N == 8 && !NORM)) && B_STAGE % (8 * ROW) == 0, "sizes");
+static_assert(INNER % CHUNK == 0 && (N % 32 == 0 || (N == 8 && !NORM)), "sizes");
 
 // An operand whose rows of ROW bytes are swizzled; groups of eight rows lie `stride` bytes apart.
 __device__ u64 descriptor(u32 address, int stride) {
@@ -89,8 +90,8 @@ __device__ __forceinline__ float finish(const float (&sums)[N / 2], int h, bf16*
 }
 
 // Stores x / |x| * sqrt(COLUMNS) * gamma of a pixel's values x, or silu of that.
-__device__ __forceinline__ void normalize(const float (&x)[N / 2], int h, float squares, const float* gamma, bool silu,
-                                          bf16* normed) {
+__device__ __forceinline__ void normalize(const float (&x)[N / 2], int h, float squares, const float* gamma,
+                                          bool silu, bf16* normed) {
     const float scale = rsqrtf(fmaxf(squares, 1e-24f)) * (0.5f * sqrtf((float)COLUMNS));
 #pragma unroll
     for (int g = 0; g < N / 32; ++g) {
@@ -107,9 +108,9 @@ __device__ __forceinline__ void normalize(const float (&x)[N / 2], int h, float 
 
 // added, y and normed may be null. added is dense; the strides of y and normed count pixels.
 extern "C" __global__ void __launch_bounds__(3 * GROUP, 1)
-convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weight_map, const float* bias, const bf16* added, bf16* y,
-         const float* gamma, bf16* normed, int silu, int frames, int height, int width, int pad_top, int pad_left,
-         int frame_step, int stride_x, int stride_y, int stride_frame) {
+convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weight_map, const float* bias,
+         const bf16* added, bf16* y, const float* gamma, bf16* normed, int silu, int frames, int height, int width,
+         int pad_top, int pad_left, int frame_step, int stride_x, int stride_y, int stride_frame) {
     u8* raw = shared_memory();
     const void *pixels = &pixel_map, *weights = &weight_map;
     const u32 base = (shared_address(raw) + 1023) & ~1023u;
@@ -132,27 +133,29 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
         if (warp == 0 && lane == 0) {
             Ring a, b;
             for (int round = blockIdx.x; round < rounds; round += gridDim.x) {
-                if (N != 8 && added) prefetch(Tile(round + gridDim.x, frames, across), added, frames, height, width);
+                if (N != 8 && added)
+                    prefetch(Tile(round + gridDim.x, frames, across), added, frames, height, width);
                 const Tile tile(round, frames, across);
+                const int left = tile.x - pad_left + (PARTS == 4 ? tile.part % 2 : 0);
+                const int top = tile.y - pad_top + (PARTS == 4 ? tile.part / 2 : 0);
                 for (int kt = 0; kt < KT; ++kt)
                     for (int chunk = 0; chunk < CHUNKS; ++chunk)
                         for (int s = 0; s < KS; ++s) {
                             if (!SHIFT || s == 0) {
+                                const u32 full = a_full + 8 * a.stage;
                                 barrier_wait(a_empty + 8 * a.stage, a.parity ^ 1);
-                                barrier_expect(a_full + 8 * a.stage, A_BYTES);
-                                load_box(a_at + a.stage * A_STAGE, pixels, a_full + 8 * a.stage, chunk * CHUNK,
-                                            tile.x - pad_left + s + (PARTS == 4 ? tile.part % 2 : 0),
-                                            tile.y - pad_top + (PARTS == 4 ? tile.part / 2 : 0),
-                                            tile.frame * frame_step + kt);
+                                barrier_expect(full, A_BYTES);
+                                load_box(a_at + a.stage * A_STAGE, pixels, full, chunk * CHUNK, left + s, top,
+                                         tile.frame * frame_step + kt);
                                 a.next(A_STAGES);
                             }
                             for (int r = 0; r < KR; ++r) {
-                                const u32 full = b_full + 8 * b.stage;
+                                const u32 full = b_full + 8 * b.stage, to = b_at + b.stage * B_STAGE;
                                 barrier_wait(b_empty + 8 * b.stage, b.parity ^ 1);
                                 barrier_expect(full, B_BYTES);
                                 const int row = (((tile.part * KT + kt) * KR + r) * KS + s) * COLUMNS;
                                 for (int at = 0; at < COLUMNS; at += N)
-                                    load_box(b_at + b.stage * B_STAGE + at * ROW, weights, full, chunk * CHUNK, row + at);
+                                    load_box(to + at * ROW, weights, full, chunk * CHUNK, row + at);
                                 b.next(B_STAGES);
                             }
                         }
@@ -167,6 +170,8 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
         Ring a, b;
         for (int round = blockIdx.x; round < rounds; round += gridDim.x) {
             const Tile tile(round, frames, across);
+            auto x_of = [&](int i) { return tile.x + (first + i) % WIDE * 8 + lane / 4; };
+            auto y_of = [&](int i, int h) { return tile.y + (first + i) / WIDE * 8 + warp % 4 * 2 + h; };
             const int channels = (SPLIT == 2 ? mine * N : 0) + quad * (N == 8 ? 2 : 8);
             if (N == 8) {
 #pragma unroll
@@ -180,9 +185,8 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
                 for (int i = 0; i < MINE; ++i)
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
-                        const int px = min(tile.x + (first + i) % WIDE * 8 + lane / 4, width - 1);
-                        const int py = min(tile.y + (first + i) / WIDE * 8 + warp % 4 * 2 + h, height - 1);
-                        const bf16* from = added + (i64)((tile.frame * height + py) * width + px) * COLUMNS + channels;
+                        const int row = tile.frame * height + min(y_of(i, h), height - 1);
+                        const bf16* from = added + ((i64)row * width + min(x_of(i), width - 1)) * COLUMNS + channels;
 #pragma unroll
                         for (int g = 0; g < N / 32; ++g) old[i][h][g] = *(const uint4*)(from + g * 32);
                     }
@@ -197,7 +201,8 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
                     for (int h = 0; h < 2; ++h) {
                         unpack(old[i][h][g], more);
 #pragma unroll
-                        for (int c = 0; c < 8; ++c) sums[i][(g * 4 + c / 2) * 4 + h * 2 + c % 2] = start[c] + more[c];
+                        for (int c = 0; c < 8; ++c)
+                            sums[i][(g * 4 + c / 2) * 4 + h * 2 + c % 2] = start[c] + more[c];
                     }
             }
             int done_a = -1, done_b = -1;
@@ -207,8 +212,8 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
                     for (int r = 0; r < KR; ++r) {
                         barrier_wait(b_full + 8 * b.stage, b.parity);
                         const u32 from = a_at + a.stage * A_STAGE + (r * PITCH + (SHIFT ? s : 0)) * ROW;
-                        const u64 right = descriptor(b_at + b.stage * B_STAGE + (SPLIT == 2 ? mine * N * ROW : 0), 8 * ROW);
-                        const u64 left = descriptor(from, PITCH * ROW);
+                        const u32 columns = b_at + b.stage * B_STAGE + (SPLIT == 2 ? mine * N * ROW : 0);
+                        const u64 left = descriptor(from, PITCH * ROW), right = descriptor(columns, 8 * ROW);
                         wgmma_fence();
 #pragma unroll
                         for (int k = 0; k < CHUNK / 16; ++k) {
@@ -241,18 +246,19 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
 
             const int offset = PARTS == 4 ? tile.part / 2 * (stride_y / 2) + tile.part % 2
                              : PARTS == 2 ? tile.part * (stride_frame / 2) : 0;
+            auto place = [&](bf16* tensor, int i, int h) -> bf16* {
+                if (!tensor || x_of(i) >= width || y_of(i, h) >= height) return nullptr;
+                const int at = tile.frame * stride_frame + y_of(i, h) * stride_y + x_of(i) * stride_x + offset;
+                return tensor + (i64)at * COLUMNS + channels;
+            };
             float squares[MINE][2];  // sums of y's squares by pixel
 #pragma unroll
             for (int i = 0; i < MINE; ++i)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const int px = tile.x + (first + i) % WIDE * 8 + lane / 4;
-                    const int py = tile.y + (first + i) / WIDE * 8 + warp % 4 * 2 + h;
-                    const bool inside = px < width && py < height;
-                    const i64 at = (i64)(tile.frame * stride_frame + py * stride_y + px * stride_x + offset) * COLUMNS + channels;
-                    squares[i][h] = finish(sums[i], h, y && inside ? y + at : nullptr);
+                    squares[i][h] = finish(sums[i], h, place(y, i, h));
 #if NORM && SPLIT == 1
-                    normalize(sums[i], h, squares[i][h], gamma + channels, silu, inside ? normed + at : nullptr);
+                    normalize(sums[i], h, squares[i][h], gamma + channels, silu, place(normed, i, h));
 #endif
                 }
 #if NORM && SPLIT == 2
@@ -268,12 +274,8 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
             for (int i = 0; i < MINE; ++i)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const int px = tile.x + (first + i) % WIDE * 8 + lane / 4;
-                    const int py = tile.y + (first + i) / WIDE * 8 + warp % 4 * 2 + h;
-                    const bool inside = px < width && py < height;
-                    const i64 at = (i64)(tile.frame * stride_frame + py * stride_y + px * stride_x + offset) * COLUMNS + channels;
-                    const float square = squares[i][h] + halves[(1 - mine) * BLOCKS * 64 + (i * 2 + h) * 32 + row];
-                    normalize(sums[i], h, square, gamma + channels, silu, inside ? normed + at : nullptr);
+                    const float other = halves[(1 - mine) * BLOCKS * 64 + (i * 2 + h) * 32 + row];
+                    normalize(sums[i], h, squares[i][h] + other, gamma + channels, silu, place(normed, i, h));
                 }
             sync_threads<1, 2 * GROUP>();
 #endif

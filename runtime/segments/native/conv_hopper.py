@@ -4,7 +4,6 @@ x is [frames, height, width, inner] in bf16. Weights come in the checkpoint's la
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -171,8 +170,8 @@ def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...]) -> Wo
 class Kernel:
     """The kernels of a plan, compiled at their first use or before it by `compile`, perhaps in a thread."""
 
-    def __init__(self, gpu: Gpu, plan: Plan, macros: Mapping[str, object]) -> None:
-        self._device, self._source, self._macros = gpu.device, plan.source, {**plan.macros, **macros}
+    def __init__(self, gpu: Gpu, plan: Plan) -> None:
+        self._device, self._source, self._macros = gpu.device, plan.source, plan.macros
         self._capability: tuple[int, int] = gpu.capability
         self._code: Any = None
 
@@ -205,11 +204,10 @@ class HopperConvolution:
         parts: int = 1,
         norm: bool = False,
         given: int | None = None,
-        **macros: object,
     ) -> None:
         self._gpu, self.shape, self._tiling, self._parts = gpu, shape, tiling, parts
         self._plan = plan = Plan(shape, tiling, parts, norm, given)
-        self.kernel = gpu.once((__name__, *plan.macros.values()), lambda: Kernel(gpu, plan, macros))
+        self.kernel = gpu.once((__name__, *plan.macros.values()), lambda: Kernel(gpu, plan))
         across, down = -(-shape.width // tiling.width), -(-shape.height // tiling.height)
         processors = int(gpu.device.properties.multiprocessor_count)
         self._grid = min(across * down * shape.frames * parts, processors)

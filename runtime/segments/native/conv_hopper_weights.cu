@@ -1,9 +1,9 @@
 // The weights of conv_hopper.cu, with its macros.
 
-// [GIVEN_OUT, INNER, taps] of the checkpoint to [PARTS, taps, COLUMNS, INNER]. The columns are permuted: a thread of wgmma
-// holds columns 2q and 2q + 1 of every eight, and gets channels 8q to 8q + 7 of 32. Of four parts, the taps of 3x3 that fall on the
-// same pixel of the smaller picture are added. Columns that are not given are zero.
-// Behind the weights: the bias, plus `added_bias`; either may be null.
+// [GIVEN_OUT, INNER, taps] of the checkpoint to [PARTS, taps, COLUMNS, INNER]. The columns are permuted: a thread of
+// wgmma holds columns 2q and 2q + 1 of every eight, and gets channels 8q to 8q + 7 of 32. Of four parts, the taps of 3x3
+// that fall on the same pixel of the smaller picture are added. Columns that are not given are zero. Behind the weights
+// lies the bias, plus `added_bias`; both may be null.
 extern "C" __global__ void __launch_bounds__(256)
 repack_for_hopper(const bf16* from, const float* bias, const float* added_bias, bf16* to) {
     constexpr int TAPS = KT * KR * KS, OUT = (PARTS == 2 ? 2 : 1) * COLUMNS;
