@@ -109,7 +109,9 @@ class Gemm:
             *(byref(choice), byref(found)),
         )
         if not found.value:
-            raise GraphError(f"cuBLASLt has no {product}.", "Use TensorRT for that part, for example --segment attn_in=tensorrt.")
+            raise GraphError(
+                f"cuBLASLt has no {product}.", "Use TensorRT there: for example --segment attn_in=tensorrt."
+            )
         return choice.algorithm
 
 
