@@ -59,7 +59,7 @@ def run_bench(options: Options, progress: Progress = silent) -> Result:
     with workplace(shape) as (env, clips):
         progress(Note(f"{card.hardware}; {shape.title}, {shape.plan.tokens} tokens"))
         progress(Note("measuring the ceilings of this machine"))
-        ceilings = _ceilings(shape, card, env, not_measured)
+        ceilings = measure_ceilings(shape, card, env, not_measured)
         spec = Spec(shape, clips, options.job_steps, dict(options.settings), options.weights)
         cold = _cold(options.cold, card, spec, env, progress, not_measured)
         if cold is None and card.gpu is not None:
@@ -75,7 +75,7 @@ def run_bench(options: Options, progress: Progress = silent) -> Result:
     plan = replace(shape.plan, precision=opened["precision"])
     work, counts = works(shape.config, plan), calls(shape.config, plan, options.job_steps)
     rates = measured_rates(ceilings, attention_rate(work, profile["networks"]))
-    fp8_attention = options.settings.get("tier") == "fast"
+    fp8_attention = options.settings.get("tier") in ("fast", "turbo")
     sheet = datasheet_rates(card.datasheet, fp8_attention) if card.datasheet else None
     steps = StepTimes(
         seconds=Spread.of(sum(rounds, [])),
@@ -115,7 +115,10 @@ def work_row(name: str, work: Mapping[str, Work], counts: Mapping[str, Calls]) -
     return WorkRow(name, n.step, n.window, n.job, *flops, w.bytes, w.fp8)
 
 
-def _ceilings(shape: Shape, card: Card, env: Mapping[str, str], not_measured: list[str]) -> list[Ceiling]:
+def measure_ceilings(
+    shape: Shape, card: Card, env: Mapping[str, str], not_measured: list[str]
+) -> list[Ceiling]:
+    """Measured in a process of its own; `not_measured` gets what failed."""
     if card.gpu is None:
         return measure_host()
     command = [sys.executable, "-m", "trt_wan.benchmarks.machine.ceilings", *shape.arguments()]

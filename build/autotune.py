@@ -3,19 +3,44 @@
 Every candidate runs at the real shape on the same realistic inputs. A figure is written as soon as it is
 known (engines/store/measurements.py), so a build that was stopped goes on with the next candidate. A
 candidate that cannot be opened or run has a figure too.
+
+The VAE's time is measured at the real shape, its error at a small one: 4 frames of 832x480 are 13.5 TFLOP,
+minutes of a CPU in fp32.
 """
 
 import gc
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trt_wan.build.on_gpu import download, placed, started
+import numpy as np
+
+from trt_wan.build.compile import export_graphs
+from trt_wan.build.on_gpu import download, drawn, placed, run_segment, started
 from trt_wan.build.realistic import Float, Host, realistic
-from trt_wan.build.reference import Tokens, reference, relative_error, sample_of
-from trt_wan.engines.choice.candidates import SEGMENTS, Candidate, Engine, Machine, candidates, tiers
+from trt_wan.build.reference import (
+    SMALL_PICTURE,
+    Tokens,
+    picture_error,
+    picture_reference,
+    reference,
+    relative_error,
+    sample_of,
+)
+from trt_wan.engines.choice.candidates import (
+    SEGMENTS,
+    VAE,
+    Candidate,
+    Engine,
+    Machine,
+    Tier,
+    candidates,
+    has_engine,
+    tiers,
+)
 from trt_wan.engines.choice.choose import Missing, accurate, place_of
 from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.choice.tolerances import tolerance
@@ -36,7 +61,7 @@ WARM_UPS = 2
 TIMED = 10
 
 Clock = Callable[[Any, Callable[[], None]], float]  # stream, work to time -> milliseconds
-Open = Callable[[Candidate], Segment]
+Open = Callable[[Candidate, Plan], Segment]
 
 
 def event_clock(stream: Any, work: Callable[[], None]) -> float:
@@ -75,15 +100,20 @@ def autotune(
     """
     recipes = recipes_here(model, plan, machine)
 
-    def opened_here(row: Candidate) -> Segment:
-        return open_segments({row.network: row}, model, plan, gpu, recipes, progress)[row.network]
+    def opened_here(row: Candidate, at: Plan) -> Segment:
+        if at == plan:
+            made = recipes
+        else:
+            export_graphs(model, at, progress)
+            made = recipes_here(model, at, machine)
+        return open_segments({row.network: row}, model, at, gpu, made, progress)[row.network]
 
     figures: list[Figure] = []
-    for network in SEGMENTS:
+    for network in (name for name in SEGMENTS if name in networks(model, plan)):
         rows = candidates(network, plan.precision, machine)
         absent = {row.name: sentence for row in rows if (sentence := missing(row)) is not None}
         usable = [row for row in rows if row.name not in absent]
-        if len(usable) < 2:
+        if len(usable) < 1 + has_engine(network):  # a lone engine is what it is
             continue
         sources = [recipes[row.engine].engine.source for row in rows if row.engine is not None]
         place = place_of(recipes[Engine(network)].engine.source, machine)
@@ -92,8 +122,8 @@ def autotune(
         if wanted:
             blanks = {row.name: _blank(row, plan.precision, machine) for row in rows}
             found |= {name: _without(blanks[name], "missing", why) for name, why in absent.items()}
-            contract = networks(model, plan)[network]
-            bench = _Bench.of(contract, model, plan, gpu, clock, opened or opened_here)
+            of = _PictureBench.of if network in VAE else _Bench.of
+            bench = of(network, model, plan, gpu, clock, opened or opened_here)
             for figure in bench.figures([(row, blanks[row.name]) for row in wanted], progress):
                 found[figure.candidate] = figure
                 record_figures(place, sources, found)
@@ -108,6 +138,7 @@ class _Bench:
     """One network with its inputs, and its fp32 outputs at some tokens."""
 
     gpu: Gpu
+    plan: Plan
     network: Network
     values: dict[str, Host]
     tokens: Tokens
@@ -116,18 +147,17 @@ class _Bench:
     opened: Open
 
     @classmethod
-    def of(
-        cls, network: Network, model: ModelConfig, plan: Plan, gpu: Gpu, clock: Clock, opened: Open
-    ) -> "_Bench":
-        tokens = sample_of(network.name, plan, SEED)
+    def of(cls, name: str, model: ModelConfig, plan: Plan, gpu: Gpu, clock: Clock, opened: Open) -> "_Bench":
+        network = networks(model, plan)[name]
+        tokens = sample_of(name, plan, SEED)
         values = realistic(network, SEED)
-        wanted = reference(network.name, model, values, tokens)
-        return cls(gpu, network, values, tokens, wanted, clock, opened)
+        wanted = reference(name, model, values, tokens, plan)
+        return cls(gpu, plan, network, values, tokens, wanted, clock, opened)
 
     def figures(self, rows: Sequence[tuple[Candidate, Figure]], progress: Progress) -> Iterator[Figure]:
         """Measures the candidates one after another, each with its blank figure."""
         network = self.network.name
-        with placed(self.gpu, self.values) as inputs:
+        with self._inputs() as inputs:
             for number, (row, blank) in enumerate(rows, 1):
                 progress(CandidateStep(network, row.name, number, len(rows)))
                 figure = self._figure(row, blank, inputs)
@@ -162,14 +192,49 @@ class _Bench:
 
     def measure(self, candidate: Candidate, inputs: Mapping[str, int]) -> tuple[float, float]:
         """Milliseconds and relative error."""
-        gpu, segment = self.gpu, self.opened(candidate)
+        gpu, segment = self.gpu, self.opened(candidate, self.plan)
         with started(gpu, segment, self.network, inputs) as addresses:
             segment.enqueue(addresses)
-            made = download(gpu, self.network, addresses)
-            error = relative_error(made, self.wanted, self.values, self.tokens)
+            error = self._error(candidate, addresses)
             ms = self.clock(gpu.stream, lambda: segment.enqueue(addresses))
             segment.settle()
         return ms, error
+
+    def _inputs(self) -> AbstractContextManager[dict[str, int]]:
+        return placed(self.gpu, self.values)
+
+    def _error(self, candidate: Candidate, addresses: Mapping[str, int]) -> float:
+        made = download(self.gpu, self.network.outputs, addresses)
+        return relative_error(made, self.wanted, self.values, self.tokens)
+
+
+@dataclass(frozen=True)
+class _PictureBench(_Bench):
+    """A network of the VAE. Its values and fp32 outputs are those of `small`."""
+
+    small: Network
+    small_plan: Plan
+
+    @classmethod
+    def of(
+        cls, name: str, model: ModelConfig, plan: Plan, gpu: Gpu, clock: Clock, opened: Open
+    ) -> "_PictureBench":
+        small_plan = replace(SMALL_PICTURE, precision=plan.precision)
+        small = networks(model, small_plan)[name]
+        values = realistic(small, SEED)
+        wanted = picture_reference(name, model, small_plan, values)
+        network, none = networks(model, plan)[name], np.zeros(0, np.int64)
+        return cls(gpu, plan, network, values, none, wanted, clock, opened, small, small_plan)
+
+    def _inputs(self) -> AbstractContextManager[dict[str, int]]:
+        return drawn(self.gpu, self.network)
+
+    def _error(self, candidate: Candidate, addresses: Mapping[str, int]) -> float:
+        """Of the small picture. The large one must be finite, its caches are not looked at."""
+        gpu, result = self.gpu, self.network.outputs[:1]
+        (whole,) = download(gpu, result, addresses).values()
+        made = run_segment(gpu, self.opened(candidate, self.small_plan), self.small, self.values)
+        return picture_error(made, self.wanted) if np.isfinite(whole).all() else math.inf
 
 
 def _blank(candidate: Candidate, precision: Precision, machine: Machine) -> Figure:
@@ -196,7 +261,9 @@ def _with_choice(
 ) -> dict[str, Figure]:
     """The figures, each with the tiers that take it."""
     rivals = [figures[row.name] for row in rows if row.name in figures and not row.on_request]
-    best = {tier: ranked[0] for tier in tiers(precision) if (ranked := accurate(rivals, precision, tier))}
+    # turbo takes what fast takes, except for the one network of its own
+    own: list[Tier] = [tier for tier in tiers(precision) if tier != "turbo" or rows[0].tier == "turbo"]
+    best = {tier: ranked[0] for tier in own if (ranked := accurate(rivals, precision, tier))}
     return {
         name: replace(figure, chosen=", ".join(tier for tier, first in best.items() if first is figure))
         for name, figure in figures.items()

@@ -9,7 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from trt_wan.engines.choice.candidates import SEGMENTS, Candidate, Engine, Machine, candidates
+from trt_wan.engines.choice.candidates import (
+    SEGMENTS,
+    Candidate,
+    Engine,
+    Machine,
+    candidates,
+    has_engine,
+    may_use,
+)
 from trt_wan.engines.choice.choose import Missing
 from trt_wan.engines.choice.recipes import engine_names, engines_of, recipes, recipes_here, require_target
 from trt_wan.engines.config import ModelConfig
@@ -89,6 +97,7 @@ def compile_engines(
         made = recipes_here(model, plan, machine)
     else:
         made = {Engine(name, target): r for name, r in recipes(model, plan, target, flavour).items()}
+    made = {engine: recipe for engine, recipe in made.items() if has_engine(engine.recipe)}
     if dry_run:
         return CompileReport(tuple(_look(recipe) for recipe in made.values()))
     places = _places(plan, machine)
@@ -132,7 +141,7 @@ def export_graphs(model: ModelConfig, plan: Plan, progress: Progress) -> int:
 
 def _wanted(model: ModelConfig, plan: Plan, target: Target, machine: Machine | None) -> tuple[Engine, ...]:
     if machine is not None:
-        return engines_of(model, plan, machine)
+        return tuple(engine for engine in engines_of(model, plan, machine) if has_engine(engine.recipe))
     return tuple(Engine(name, target) for name in engine_names(model, plan))
 
 
@@ -185,7 +194,7 @@ def _require_others(
     for rows in places:
         there = [row for row in rows if row.engine not in errors and missing(row) is None]
         for failed in rows:
-            others = [row for row in there if failed.tier in ("fast", row.tier)]
+            others = [row for row in there if may_use(failed.tier, row.tier)]
             error = errors.get(failed.engine) if failed.engine else None
             if error is not None and not others:
                 raise error

@@ -1,13 +1,13 @@
 """Runs one segment on the GPU outside of a model, with buffers for its inputs and outputs."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from trt_wan.build.realistic import Host
-from trt_wan.engines.contract import Network
+from trt_wan.build.realistic import Host, moments
+from trt_wan.engines.contract import Network, Tensor
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.segments.segment import Segment
 
@@ -40,6 +40,18 @@ def placed(gpu: Gpu, values: Mapping[str, Host]) -> Iterator[dict[str, int]]:
 
 
 @contextmanager
+def drawn(gpu: Gpu, network: Network) -> Iterator[dict[str, int]]:
+    """The addresses of random inputs and weights of a network, made on the GPU."""
+    tensors = network.inputs + network.weights
+    sizes = {t.name: math.prod(t.shape) * np.dtype(t.dtype).itemsize for t in tensors}
+    with buffers(gpu, sizes) as addresses:
+        for seed, t in enumerate(tensors):
+            array = gpu.view(addresses[t.name], t.shape, np.dtype(t.dtype))
+            gpu.fill_random(array, seed, *moments(t.name, t.shape))
+        yield addresses
+
+
+@contextmanager
 def started(
     gpu: Gpu, segment: Segment, network: Network, inputs: Mapping[str, int]
 ) -> Iterator[dict[str, int]]:
@@ -53,14 +65,14 @@ def started(
         yield {**inputs, **outputs}
 
 
-def download(gpu: Gpu, network: Network, addresses: Mapping[str, int]) -> dict[str, Host]:
-    """The outputs by name."""
-    outputs = {t.name: gpu.view(addresses[t.name], t.shape, np.dtype(t.dtype)) for t in network.outputs}
-    return {name: gpu.download(array) for name, array in outputs.items()}
+def download(gpu: Gpu, tensors: Iterable[Tensor], addresses: Mapping[str, int]) -> dict[str, Host]:
+    """By name."""
+    arrays = {t.name: gpu.view(addresses[t.name], t.shape, np.dtype(t.dtype)) for t in tensors}
+    return {name: gpu.download(array) for name, array in arrays.items()}
 
 
 def run_segment(gpu: Gpu, segment: Segment, network: Network, values: Mapping[str, Host]) -> dict[str, Host]:
     """The outputs by name, from all inputs and weights."""
     with placed(gpu, values) as inputs, started(gpu, segment, network, inputs) as addresses:
         segment.enqueue(addresses)
-        return download(gpu, network, addresses)
+        return download(gpu, network.outputs, addresses)

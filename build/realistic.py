@@ -22,7 +22,7 @@ RESIDUAL_FACTORS = (20, 30, 40, 50)  # outlier channels of the residual stream
 K_MEANS = (9, -9, 12, -6)  # outlier channels of k; deviations are 1
 Q_FACTOR = 2  # q in k's outlier channels; more makes FP8 attention saturate (FP8_ATTENTION_RANGE)
 V_FACTOR = 8  # one channel of v
-NAG = {"nag_scale": 11.0, "nag_tau": 2.5, "nag_alpha": 0.25}  # what people use
+NUMBERS = {"nag_scale": 11.0, "nag_tau": 2.5, "nag_alpha": 0.25, "keep": 0.5}  # what people use
 
 
 def realistic(network: Network, seed: int) -> dict[str, Host]:
@@ -81,12 +81,20 @@ def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Floa
         noise *= 0.3
     elif name == "time_modulation":
         noise *= 0.3
-    elif name in ("modulation", "bias") or name.endswith(".bias"):
-        noise *= 0.1
-    elif name in NAG:
-        noise = np.full(shape, NAG[name], np.float32)
-    elif len(shape) == 1:  # a norm's weight
-        noise = 1 + 0.1 * noise
-    elif name.endswith(".weight"):
-        noise *= WEIGHT_GAIN * math.prod(shape[1:]) ** -0.5  # also convolutions
+    elif name in NUMBERS:
+        noise = np.full(shape, NUMBERS[name], np.float32)
+    else:
+        mean, deviation = moments(name, shape)
+        noise = np.float32(mean) + np.float32(deviation) * noise
     return noise
+
+
+def moments(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and deviation of the tensor `name`, if it has no outliers."""
+    if name in ("modulation", "bias") or name.endswith(".bias"):
+        return 0.0, 0.1
+    if len(shape) == 1 or name.endswith(".gamma"):  # a norm's weight
+        return 1.0, 0.1
+    if name.endswith(".weight"):
+        return 0.0, WEIGHT_GAIN * math.prod(shape[1:]) ** -0.5  # also convolutions
+    return 0.0, 1.0

@@ -1,5 +1,6 @@
 """The denoising loop of one window, with classifier-free guidance in the steps above a guidance of 1."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,9 @@ from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, velocity
 from trt_wan.runtime.preparation import Prepared
 from trt_wan.runtime.sampling.stepping import Combine, Sampler
+
+# The first steps attend to everything: they decide what is where, and the others need little but detail.
+DENSE_SHARE = 0.25  # of the steps
 
 BetweenSteps = Callable[[int], None]  # called with the number of finished steps; may raise to end the run
 Predict = Callable[[int, Array], Array]  # number of the step from 0, latent -> velocity
@@ -35,6 +39,7 @@ def predict_window(
     """The velocity of one window. `branches` are the conditional one, and with guidance the unconditional."""
     executor = model.executor
     no_pose = None if all(step.pose for step in steps) else model.place(np.zeros(1, np.float32))
+    keep = None if model.keep is None else model.place(np.array([model.keep], np.float32))
 
     def acting(window: WindowCondition, now: StepSettings) -> WindowCondition:
         if not now.pose:
@@ -53,6 +58,7 @@ def predict_window(
                 acting(branch.window, now),
                 prepared.rope,
                 branch.cross_attention,
+                None if step < dense_steps(len(steps)) else keep,
             )
             for branch in branches[: now.passes]
         )
@@ -64,6 +70,11 @@ def predict_window(
         return executor.combine([((1 - now.guidance) * scale, u), (now.guidance, v)])
 
     return predict
+
+
+def dense_steps(steps: int) -> int:
+    """How many of the steps attend to everything in the tier `turbo`. A single step does not."""
+    return min(math.ceil(DENSE_SHARE * steps), steps - 1)
 
 
 def noised(combine: Combine, noise: Array, init: Array | None, sigma: float) -> Array:

@@ -10,8 +10,10 @@ from trt_wan.engines.choice.candidates import Tier, require_known
 from trt_wan.engines.config import MODELS
 from trt_wan.engines.contract import Part
 from trt_wan.engines.precision import Precision
-from trt_wan.errors import UsageError, shell_command, with_commands
+from trt_wan.errors import UsageError, shell_command, shown, with_commands
 from trt_wan.runtime.fields import check_fields
+
+KEEP = 0.5
 
 ExecutorName = Literal["auto", "onnxruntime", "tensorrt"]
 
@@ -53,7 +55,8 @@ class Settings:
 
     executor: ExecutorName = "auto"
     precision: Precision | None = None
-    tier: Tier = "exact"  # exact: attention in bf16; fast: in 8 bits
+    tier: Tier = "exact"  # exact: attention in bf16; fast: in 8 bits; turbo: block-sparse too
+    attention_keep: float | None = None  # share of the key blocks that turbo attends to; None: KEEP
     flavour: str | None = None  # TensorRT flavour
     vram: float | None = None  # GB to use at most
     segments: Mapping[str, str] = field(default_factory=dict)  # candidates asked for, by network
@@ -64,5 +67,21 @@ class Settings:
         check_fields(self)
         if self.vram is not None and not 0 < self.vram < math.inf:
             raise UsageError(f"{self.vram} GB of GPU memory is not possible.", "Use --vram 12, for example.")
+        if self.attention_keep is not None:
+            if self.tier != "turbo":
+                raise UsageError(
+                    f"The tier {self.tier} attends to everything, so --attention-keep would do nothing.",
+                    "Add --tier turbo, or leave --attention-keep out.",
+                )
+            if not 0 < self.attention_keep < 1:
+                raise UsageError(
+                    f"A share of {shown(self.attention_keep)} of the key blocks is not possible.",
+                    f"Use --attention-keep above 0 and below 1, mostly {KEEP}; --tier fast keeps all.",
+                )
         for network, candidate in self.segments.items():
             require_known(network, candidate)
+
+    @property
+    def keep(self) -> float | None:
+        """The share of the key blocks that self-attention keeps; None for all."""
+        return (self.attention_keep or KEEP) if self.tier == "turbo" else None

@@ -18,14 +18,17 @@ from numpy.typing import NDArray
 from trt_wan.runtime.device.kernels import read_source
 
 WORDS = r"""
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 
 #define __global__
 #define __device__
+#define __launch_bounds__(threads)
 #define __shared__ static
 #define __align__(n) alignas(n)
 #define __CUDA_ARCH__ 900
@@ -36,10 +39,33 @@ Index blockDim, gridDim;
 std::barrier<>* all_threads;
 void __syncthreads() { all_threads->arrive_and_wait(); }
 
+std::barrier<>* warps[32];  // of 32 threads each, where the kernel has barriers
+std::atomic<unsigned> votes[32][2];
+thread_local unsigned voted;  // two words by turns: nobody votes for the next but one before all have read
+unsigned __ballot_sync(unsigned, bool yes) {
+    std::atomic<unsigned>& word = votes[threadIdx.x / 32][voted++ % 2];
+    const unsigned lane = threadIdx.x % 32, bit = 1u << lane;
+    if (yes) word |= bit; else word &= ~bit;
+    warps[threadIdx.x / 32]->arrive_and_wait();
+    return word;
+}
+int __popc(unsigned x) { return __builtin_popcount(x); }
+
 template <class To, class From> To as(From x) { To y; memcpy(&y, &x, sizeof y); return y; }
 float __int_as_float(int x) { return as<float>(x); }
 float __uint_as_float(unsigned x) { return as<float>(x); }
 unsigned __float_as_uint(float x) { return as<unsigned>(x); }
+float __expf(float x) { return std::exp(x); }
+float __fdividef(float x, float y) { return x / y; }
+float rsqrtf(float x) { return 1 / std::sqrt(x); }
+float __shfl_xor_sync(unsigned, float x, int lanes) {
+    static float of_block[1024];
+    of_block[threadIdx.x] = x;
+    __syncthreads();
+    const float other = of_block[threadIdx.x ^ lanes];
+    __syncthreads();
+    return other;
+}
 float __fmul_rn(float x, float y) { return x * y; }
 float __fadd_rn(float x, float y) { return x + y; }
 
@@ -70,17 +96,21 @@ template <class X> void cvt_rn_satfinite_e4m3x2_f32(X& to, float upper, float lo
 }
 """
 LAUNCH = r"""
-typedef void Kernel(i64, i64, i64, i64, i64, i64, float);  // a float has its own register, wherever it stands
+// A float has its own register, wherever it stands. A kernel leaves out what it does not take.
+typedef void Kernel(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, float);
 extern "C" void launch(
     Kernel* kernel, unsigned grid, unsigned threads, bool barriers, const i64* a, float number) {
     gridDim.x = grid;
     blockDim.x = threads;
     std::barrier<> barrier(barriers ? threads : 1);
     all_threads = &barrier;
+    std::vector<std::unique_ptr<std::barrier<>>> of_warps;
+    for (unsigned warp = 0; barriers && warp < threads / 32; warp++)
+        warps[warp] = of_warps.emplace_back(new std::barrier<>(32)).get();
     auto blocks = [&](unsigned thread) {
         threadIdx.x = thread;
         for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) {
-            kernel(a[0], a[1], a[2], a[3], a[4], a[5], number);
+            kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], number);
             if (barriers) __syncthreads();
         }
     };
@@ -96,7 +126,7 @@ PTX = re.compile(r'asm\("([\w.]+) [^"]*" : "=\w"\(([^)]*)\) : (.*)\);')
 
 class CpuKernels:
     """The kernels of a source that numbers.cuh stands in front of. Their arguments are addresses and 64-bit
-    integers, up to six, and one float, `number`.
+    integers, up to twelve, and one float, `number`.
     """
 
     def __init__(self, source: str, folder: Path) -> None:
@@ -122,7 +152,7 @@ class CpuKernels:
     ) -> None:
         """Arrays are passed by address."""
         values = [a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in arguments]
-        packed: NDArray[np.int64] = np.array(values + [0] * (6 - len(values)), np.int64)
+        packed: NDArray[np.int64] = np.array(values + [0] * (12 - len(values)), np.int64)
         kernel = ctypes.cast(getattr(self._library, name), ctypes.c_void_p)
         self._library.launch(
             kernel, grid, threads, barriers, packed.ctypes.data_as(ctypes.c_void_p), ctypes.c_float(number)

@@ -15,20 +15,21 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from eager_vae import EagerExecutor
 
 from trt_wan.build import autotune as module
 from trt_wan.build import compile as compile_module
 from trt_wan.build.autotune import autotune, event_clock
 from trt_wan.build.compile import compile_engines
 from trt_wan.build.realistic import dequantised, outlier_channels, realistic
-from trt_wan.build.reference import reference, relative_error, sample_of
+from trt_wan.build.reference import SMALL_PICTURE, reference, relative_error, sample_of
 from trt_wan.engines.choice import recipes as recipes_module
-from trt_wan.engines.choice.candidates import Candidate, Engine, Machine
+from trt_wan.engines.choice.candidates import VAE, Candidate, Engine, Machine
 from trt_wan.engines.choice.choose import choose, place_of
 from trt_wan.engines.choice.recipes import engines_of
 from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import TINY
-from trt_wan.engines.contract import Network
+from trt_wan.engines.contract import Network, Tensor
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.fp8 import quantise_rows
@@ -143,6 +144,9 @@ class Oracle:
         face = face.swapaxes(1, 2).reshape(self["x"].shape)
         return {"x_out": self["x"] + self.linear(face, "linear2") * self["face_strength"]}
 
+    def sparse_attention(self) -> dict[str, Host]:
+        return self.attention()  # PLAN's tokens are one block, which is kept
+
     def attention(self) -> dict[str, Host]:
         q, k, v = self["q"], self["k"], self["v"]
         if self.fp8:  # TensorRT's, with constant scales and without k's mean
@@ -160,13 +164,26 @@ def attended(q: Host, k: Host, v: Host, e4m3_probabilities: bool = False) -> Hos
     return (weights @ v / total).swapaxes(0, 1).reshape(q.shape[1], -1)
 
 
+def floats(values: dict[str, Host], tensors: tuple[Tensor, ...]) -> dict[str, Host]:
+    return {t.name: values[t.name].astype(np.float32) for t in tensors}
+
+
 def contract(name: str, precision: Any = "fp8") -> Network:
     return networks(TINY, replace(PLAN, precision=precision))[name]
 
 
-def computed(network: Network, values: dict[str, Host], fp8: bool = False) -> dict[str, Host]:
+def computed(
+    network: Network, values: dict[str, Host], fp8: bool = False, plan: Plan = PLAN
+) -> dict[str, Host]:
     """By the oracle, in the contract's types."""
-    outputs = getattr(Oracle(values, fp8), network.name)()
+    if network.part == "vae":
+        plan = replace(plan, precision="fp32")
+        exact = networks(TINY, plan)[network.name]
+        eager = EagerExecutor(TINY, plan, {"vae": floats(values, exact.weights)})
+        results = eager.run(exact, 0, floats(values, exact.inputs))
+        outputs = dict(zip((t.name for t in exact.outputs), results, strict=True))
+    else:
+        outputs = getattr(Oracle(values, fp8), network.name)()
     return {t.name: outputs[t.name].astype(np.dtype(t.dtype)) for t in network.outputs}
 
 
@@ -306,6 +323,9 @@ class FakeGpu:
     def download(self, view: View) -> Host:
         return self.array(view).copy()
 
+    def fill_random(self, view: View, seed: int, mean: float, deviation: float) -> None:
+        self.write(view, np.random.default_rng(seed).normal(mean, deviation, view.shape))
+
 
 @dataclass
 class Fake:
@@ -328,16 +348,19 @@ class Lab:
     events: list[Any] = field(default_factory=list)
     current: Fake = field(default_factory=Fake)
     settled: int = 0
+    plans: set[Plan] = field(default_factory=set)
 
-    def open(self, candidate: Candidate) -> Any:
-        network = contract(candidate.network)
+    def open(self, candidate: Candidate, plan: Plan) -> Any:
+        network = networks(TINY, plan)[candidate.network]
         held = len(network.inputs + network.weights)
-        assert len(self.gpu.memory) == held, "the candidate before left something"
+        if plan == PLAN:
+            assert len(self.gpu.memory) == held, "the candidate before left something"
+        self.plans.add(plan)
         self.opened.append((candidate.network, candidate.name))
         self.current = fake = self.fakes[candidate.name]
         if fake.fails is not None:
             raise fake.fails
-        return FakeSegment(self, network, fake)
+        return FakeSegment(self, network, plan, fake)
 
     def clock(self, stream: Any, work: Callable[[], None]) -> float:
         work()
@@ -348,6 +371,7 @@ class Lab:
 class FakeSegment:
     lab: Lab
     network: Network
+    plan: Plan
     fake: Fake
     scratch: int = 0
     scratch_bytes: int = 1000
@@ -364,7 +388,7 @@ class FakeSegment:
         assert set(addresses) == {t.name for t in inputs + self.network.outputs}
         values = {t.name: gpu.array(gpu.view(addresses[t.name], t.shape, t.dtype)) for t in inputs}
         rng = np.random.default_rng(9)
-        for name, output in computed(self.network, values).items():
+        for name, output in computed(self.network, values, plan=self.plan).items():
             before = values["x"] if name == "x_out" else 0
             added = output.astype(np.float32) - before
             wrong = rng.standard_normal(added.shape) * np.sqrt((added**2).mean()) * self.fake.noise
@@ -402,6 +426,7 @@ GONE = {
     "flash4": "flash4 is not installed.",
     "native": "No cuBLAS.",
     "tensorrt sm89": "Not in this test.",
+    "native sparse": "Not in this test.",
 }
 
 
@@ -438,6 +463,7 @@ FAKES = {
     "native": Fake(5.0, noise=6e-3),
     "native fp8": Fake(4.0, noise=5e-2),
     "tensorrt": Fake(9.0),
+    "native sparse": Fake(14.0, noise=5e-2),
 }
 
 
@@ -445,7 +471,7 @@ def test_figures_of_one_place(recipes: dict[Engine, Recipe]) -> None:
     """Missing, failed, too wrong, chosen: all are there, also read back from the file."""
     lab = Lab(FAKES | {"cudnn fp8": Fake(fails=MemoryShort("68 GB could not be taken.", "Close programs."))})
     found = tuned(lab, GONE)
-    assert set(found) == set(FAKES) - {"native", "native fp8"}
+    assert set(found) == set(FAKES) - {"native", "native fp8", "native sparse"}
     states = {name: (figure.state, figure.ms, figure.chosen) for name, figure in found.items()}
     assert states == {
         "tensorrt": ("missing", None, ""),
@@ -478,15 +504,22 @@ def test_all_places(recipes: dict[Engine, Recipe]) -> None:
     assert best == {
         ("attn_in", "native"): "exact, fast",
         ("attention", "tensorrt"): "exact, fast",
+        ("sparse_attention", "native sparse"): "turbo",
         ("attn_out", "native"): "exact, fast",
         ("cross_attention", "native"): "exact, fast",
         ("ffn", "native"): "exact, fast",
+        **{(network, "tensorrt"): "exact, fast" for network in VAE},
         ("fuser", "native"): "exact",
         ("fuser", "native fp8"): "fast",
     }
+    assert lab.plans == {PLAN, replace(SMALL_PICTURE, precision="fp8")}
     errors = {(f.network, f.candidate): f.error for f in found}
+    assert errors["sparse_attention", "native sparse"] == pytest.approx(5e-2, rel=0.2)
     for network in ("attn_in", "attn_out", "cross_attention", "ffn", "fuser"):
         assert errors[network, "native"] == pytest.approx(6e-3, rel=0.3)
+        assert (errors[network, "tensorrt"] or 0) < 3e-3
+    for network in VAE:
+        assert errors[network, "cudnn"] == pytest.approx(5e-3, rel=0.3)
         assert (errors[network, "tensorrt"] or 0) < 3e-3
 
 
@@ -537,10 +570,10 @@ def test_a_build_that_was_stopped_while_measuring_goes_on(recipes: dict[Engine, 
         return choose("attention", "fp8", "fast", H200, attention, lambda row: absent.get(row.name))
 
     class Stopping(Lab):
-        def open(self, candidate: Candidate) -> Any:
+        def open(self, candidate: Candidate, plan: Plan) -> Any:
             if candidate.name == "tensorrt fp8":
                 raise KeyboardInterrupt
-            return super().open(candidate)
+            return super().open(candidate, plan)
 
     absent = {name: why for name, why in GONE.items() if name not in ("tensorrt sm89",)}
     with pytest.raises(KeyboardInterrupt):

@@ -18,6 +18,7 @@ from tiny_job import PLAN, as_argv
 
 from trt_wan.benchmarks.work.cost import calls
 from trt_wan.engines.config import TINY
+from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 ROOT = Path(__file__).parents[1]
 SHAPE = "--model tiny --size 64x48 --window 13"
@@ -135,11 +136,37 @@ def test_quality_beside_its_noise_floor(tiny_home: Path, tmp_path: Path) -> None
     """On the CPU we are the reference: no difference at all, and the floor is float32's rounding."""
     quality = last_line(trt_wan(f"quality {SHAPE} --steps 2 --out {tmp_path}", tiny_home))
     ours, floor = quality["rows"]
+    assert ours["frames"] and quality["between"] == {}
     assert ours["velocity_errors"] == [0.0, 0.0] and ours["psnr"] is None
     assert all(0 < error < 1e-5 for error in floor["velocity_errors"])
     assert floor["psnr"] > 60 and floor["ssim"] > 0.999
     assert quality["weights"].startswith("random")
     assert (tmp_path / "quality.png").exists()
+
+
+@pytest.mark.long
+def test_the_vae_is_that_of_diffusers(tiny_home: Path, tmp_path: Path) -> None:
+    write_tiny_weights(tmp_path, seed=3)
+    measured = last_line(trt_wan(f"vae {SHAPE} --weights {tmp_path} --repeats 2", tiny_home))
+    ours, peer = measured["rows"]
+    assert peer["name"] == "diffusers float32" and measured["not_measured"] == []
+    assert 0 < ours["decode_error"] < 1e-5 and 0 < ours["encode_error"] < 1e-5 and ours["psnr"] > 100
+    assert ours["decode"] >= ours["decode_networks"] > 0 and ours["encode"] >= ours["encode_networks"] > 0
+
+
+@pytest.mark.long
+def test_a_window_is_the_sum_of_its_parts(tiny_home: Path) -> None:
+    measured = last_line(trt_wan(f"window {SHAPE} --steps 2 --windows 3", tiny_home))
+    calls = {part["name"]: part["calls"] for part in measured["parts"] if part["calls"]}
+    assert measured["window"] == 2 and calls["attention"] == 2 * TINY.transformer.layers
+    assert calls["vae_encode_first"] == 2 and calls["motion_encoder"] == -(-13 // PLAN.face_batch)
+    assert sum(part["seconds"] for part in measured["parts"]) == pytest.approx(measured["seconds"], rel=0.02)
+    assert {part["name"] for part in measured["once"]} >= {"text_encoder_layer", "context_kv"}
+    assert all(
+        part["floor_seconds"]
+        for part in measured["parts"]
+        if part["name"] in calls and part["name"] != "sampler"
+    )
 
 
 def test_wrong_usage_is_one_sentence(tiny_home: Path) -> None:
@@ -148,6 +175,10 @@ def test_wrong_usage_is_one_sentence(tiny_home: Path) -> None:
         ("--model tiny --size 64", "not a size"),
         ("--model tiny --window 14 --size 64x48", "14 frames is not possible"),
         ("sweep --axes colour", "none of size, window"),
+        (f"quality {SHAPE} --peers", "Peers need weights in files"),
+        (f"quality {SHAPE} --row 'fast; attention=magic'", "no candidate called 'magic'"),
+        (f"quality {SHAPE} --row quick", "quick"),
+        (f"vae {SHAPE}", "name the folder of the weights"),
     ):
         refused = trt_wan(arguments, tiny_home)
         assert refused.returncode == 2 and said in refused.stderr, refused.stderr

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_job import as_argv
 
 from trt_wan.benchmarks.peers import torch_attention
 from trt_wan.benchmarks.peers.diffusers_model import DiffusersPeer, make_model
@@ -17,6 +18,7 @@ from trt_wan.benchmarks.peers.table import PEERS
 from trt_wan.benchmarks.peers.torch_fp8 import Fp8Linear, quantize_blocks
 from trt_wan.cli.bench import PEER_NAMES
 from trt_wan.engines.config import TINY
+from trt_wan.runtime.weights.tiny import write_tiny_weights
 
 SHAPE = Shape("tiny", 64, 48, 5)
 
@@ -187,3 +189,20 @@ def test_lightx2v_is_read_from_its_own_log(tmp_path: Path) -> None:
     (result,) = peer_command("lightx2v", "--steps", "3", "--json", *given)
     assert result["seconds"] == [1.5, 1.5, 1.5]
     assert "flash_attn3" in result["settings"]["configuration"]
+
+
+def test_diffusers_computes_our_velocities_from_our_weights_and_inputs(
+    tiny_home: Path, tmp_path: Path
+) -> None:
+    """The whole of `bench quality --peers`, where both are float32: names, layouts and inputs are right."""
+    write_tiny_weights(tmp_path / "weights", seed=3)
+    options = f"--model tiny --size 64x48 --window 13 --weights {tmp_path / 'weights'} --steps 1 --no-frames"
+    env = os.environ | {"TRT_WAN_HOME": str(tiny_home), "PATH": os.defpath}
+    ran = subprocess.run(
+        as_argv(f"trt-wan bench quality --peers {options}"), env=env, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    quality = json.loads(ran.stdout.splitlines()[-1])
+    (row,) = quality["rows"]
+    assert row["name"] == "diffusers float32" and 0 < row["velocity_errors"][0] < 3e-5
+    assert quality["not_measured"] == []

@@ -17,6 +17,7 @@ from trt_wan.engines.choice.candidates import (
     CANDIDATES,
     DEFAULTS,
     SEGMENTS,
+    SPARSE,
     Candidate,
     Engine,
     Machine,
@@ -111,6 +112,8 @@ def test_every_machine_has_a_default_without_any_library(machine: Machine, preci
     natives = {"native": "no", "native fp8": "no"}
     for network in networks(TINY, replace(PLAN, precision=precision)):
         for tier in tiers(precision):
+            if network == SPARSE.network:  # refused for the tier as a whole
+                continue
             choice = chosen(tier, {}, machine, NO_LIBRARIES | natives, network, precision)
             assert choice.candidate.maker == "engine" and choice.candidate.network == network
             assert choice.candidate in candidates(network, precision, machine)
@@ -126,6 +129,10 @@ def test_rows_fit_precision_flavour_and_gpu() -> None:
     assert "tensorrt sm89" not in names("attn_out", "fp8", replace(H200, flavour=FULL))
     assert names("attn_in", "bf16", ADA) == {"tensorrt"}
     assert names("attn_in", "fp8", ADA) == {"tensorrt", "native"}
+    assert names("vae_decode_next", "fp32", H200) == {"tensorrt"}
+    assert names("vae_decode_next", "bf16", ADA) == {"tensorrt", "cudnn", "native"}
+    assert default_order("vae_decode_next", "exact", (9, 0)) == ("native", "cudnn", "tensorrt")
+    assert default_order("vae_decode_next", "exact", (8, 9)) == ("tensorrt",)
     (head,) = candidates("head", "fp8", H200)
     assert head.engine == Engine("head") and default_order("head", "exact", (9, 0)) == ("tensorrt",)
 
@@ -320,9 +327,9 @@ def test_a_run_takes_what_was_measured_and_says_why(
     measure(recipes, *MEASURED.values())
     found, notes = segments_of(recipes, Settings())
     assert list(found) == [name for name, row in networks(TINY, PLAN).items() if not row.optional]
-    assert len(notes) == len(SEGMENTS) + 1
+    assert len(notes) == len(SEGMENTS)  # one has no choice; and a note that some were not measured
     told, command = notes[-1].splitlines()
-    assert told == "5 parts run by default, not by measurement. Measure them once:", "all but attention"
+    assert told == "8 parts run by default, not by measurement. Measure them once:", "all but attention"
     assert command == "trt-wan build --model tiny --size 64x48 --window 5 --precision fp8"
     assert found["attention"].name == "cudnn" and found["head"].engine == Engine("head")
     assert any(note.startswith("attention = cudnn (38.5 ms;") for note in notes)
@@ -330,8 +337,29 @@ def test_a_run_takes_what_was_measured_and_says_why(
     found, notes = segments_of(recipes, asked)
     assert found["attention"].name == "cudnn fp8" and found["attn_out"].maker == "native"
     assert "attention = cudnn fp8 (asked for)" in notes
-    with pytest.raises(UsageError, match="fast needs FP8; the precision is bf16"):
-        segments_of(recipes, Settings(tier="fast"), replace(PLAN, precision="bf16"))
+    tier: Any
+    for tier in ("fast", "turbo"):
+        with pytest.raises(UsageError, match=f"{tier} needs FP8; the precision is bf16"):
+            segments_of(recipes, Settings(tier=tier), replace(PLAN, precision="bf16"))
+
+
+def test_turbo_takes_what_fast_takes_and_one_network_more(
+    recipes: dict[Engine, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(open_model, "missing", lambda candidate, capability: None)
+        measure(recipes, *MEASURED.values())
+        (fast, _), (turbo, _) = (
+            segments_of(recipes, Settings(tier=tier))
+            for tier in ("fast", "turbo")  # type: ignore[arg-type]
+        )
+    assert turbo == fast | {"sparse_attention": SPARSE}
+    for capability in ((8, 9), (12, 0)):
+        with pytest.raises(UsageError, match="turbo: native sparse needs .* capability 9.0 and") as refused:
+            open_model.require_tier("turbo", "fp8", capability)
+        assert refused.value.hint == "Use --tier fast."
+        open_model.require_tier("fast", "fp8", capability)
+    open_model.require_tier("turbo", "fp8", (9, 0))
 
 
 def test_engines_made_ahead_are_those_of_a_job(
@@ -380,6 +408,7 @@ def test_only_what_is_chosen_is_opened_and_the_engines_together(
         "attn_in": rows["attn_in", "native"],
         "attention": rows["attention", "cudnn"],
         "attn_out": rows["attn_out", "tensorrt"],
+        "vae_decode_next": rows["vae_decode_next", "cudnn"],
     }
     events: list[Event] = []
     gpu: Any = SimpleNamespace()
@@ -389,6 +418,7 @@ def test_only_what_is_chosen_is_opened_and_the_engines_together(
         "attn_in": "native attn_in",
         "attention": f"cudnn 2 {PLAN.tokens} 128",
         "attn_out": "engine attn_out",
+        "vae_decode_next": "cudnn vae_decode_next",
     }
     assert opened == [{"head": recipes[Engine("head")], "attn_out": recipes[Engine("attn_out")]}]
 
@@ -412,25 +442,40 @@ def test_nag_is_opened_for_the_first_job_that_has_it(
     segments = sizes._executors[PLAN].segments
     assert "cross_attention" in segments and "cross_attention_nag" not in segments
     for _ in range(2):
-        sizes._open_optional(PLAN, lambda event: None)
+        sizes._open_nag(PLAN, lambda event: None)
     assert segments["cross_attention_nag"] == "engine cross_attention_nag"
     assert opened == [[name for name in networks(TINY, PLAN) if name in opened[0]], ["cross_attention_nag"]]
+    assert "sparse_attention" not in segments and sizes._models[PLAN].keep is None
+    sizes._settings = Settings(tier="turbo", attention_keep=0.3)
+    sizes._open(PLAN, lambda event: None)
+    assert opened[-1] == [name for name in networks(TINY, PLAN) if name != "cross_attention_nag"]
+    assert sizes._models[PLAN].keep == 0.3
 
 
 def test_what_is_missing_is_asked_of_who_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         trt_wan.runtime.segments.attention, "missing", lambda name, capability: f"{name} {capability}"
     )
-    monkeypatch.setattr(trt_wan.runtime.segments.native, "missing", lambda capability: f"native {capability}")
-    found = {row.name: open_segments.missing(row, (9, 0)) for row in CANDIDATES}
-    assert found["cudnn fp8"] == "cudnn fp8 (9, 0)" and found["native"] == "native (9, 0)"
-    assert found["tensorrt"] is found["tensorrt sm89"] is None
+    monkeypatch.setattr(
+        trt_wan.runtime.segments.native, "missing", lambda network, *rest: f"{network} {rest}"
+    )
+    found = {(row.network, row.name): open_segments.missing(row, (9, 0)) for row in CANDIDATES}
+    assert (
+        found["attention", "cudnn fp8"] == "cudnn fp8 (9, 0)"
+        and found["ffn", "native"] == "ffn ((9, 0), 'native')"
+    )
+    assert found["vae_decode_next", "cudnn"] == "vae_decode_next ((9, 0), 'cudnn')"
+    assert found["attention", "tensorrt"] is found["attention", "tensorrt sm89"] is None
 
 
 @pytest.mark.parametrize(
     ("value", "says", "names"),
     [
-        ("attn=cudnn", "network called 'attn'", "attn_in, attention, attn_out, cross_attention, ffn"),
+        (
+            "attn=cudnn",
+            "network called 'attn'",
+            "attn_in, attention, sparse_attention, attn_out, cross_attention, ffn",
+        ),
         ("attention=cuddn", "no candidate called 'cuddn'", "tensorrt, tensorrt sm89, cudnn, flash4"),
         ("attention", "'attention' is not NETWORK=CANDIDATE", "run --help"),
     ],

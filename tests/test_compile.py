@@ -125,7 +125,8 @@ def home(filled: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def recipes_for(precision: Precision, target: Target) -> dict[str, Recipe]:
-    return recipes(TINY, PLANS[precision], target, choose_flavour("tensorrt_rtx", None))
+    made = recipes(TINY, PLANS[precision], target, choose_flavour("tensorrt_rtx", None))
+    return {name: made[name] for name in engine_names(TINY, PLANS[precision])}
 
 
 def stored(precision: Precision, target: Target) -> dict[str, bytes]:
@@ -151,7 +152,8 @@ def test_every_graph_compiles(home: Path, target: Target) -> None:
     for precision in (precision for precision, targets in STORED.items() if target in targets):
         plans = stored(precision, target)
         assert list(plans) == list(engine_names(TINY, PLANS[precision]))
-        assert set(networks(TINY, PLANS[precision])) <= set(plans) and all(plans.values())
+        assert set(networks(TINY, PLANS[precision])) - {"sparse_attention"} <= set(plans)
+        assert all(plans.values())
     assert set(bf16_plans(home, target)) == set(FP8_GEMMS)
 
 

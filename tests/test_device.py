@@ -16,7 +16,9 @@ import pytest
 from fake_tensorrt import FakeTensorRt, recipe
 from late_gpu import LateGpu
 
+from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import Network, Tensor
+from trt_wan.engines.shape import Plan
 from trt_wan.errors import EnvironmentBroken, GpuFault, GraphError, MemoryShort, TrtWanError
 from trt_wan.runtime.device import gpu as gpu_module
 from trt_wan.runtime.device import kernels, pinned
@@ -25,6 +27,7 @@ from trt_wan.runtime.device.checked import cuda, cuda_core
 from trt_wan.runtime.device.gpu import DeviceArray
 from trt_wan.runtime.device.pinned import Ring
 from trt_wan.runtime.executors.gpu import GpuExecutor
+from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.segments.tensorrt import open_engines
 from trt_wan.runtime.weights.on_device import DeviceWeights
 from trt_wan.runtime.weights.pack import Pack
@@ -134,7 +137,7 @@ class HostGpu(gpu_module.Gpu):
 
     def __init__(self) -> None:
         self.late = LateGpu()
-        self.stream = self.late.stream
+        self.stream, self.downloads = self.late.stream, self.late.copies
         self.arena = Arena(0)
         self._staging = Ring(3, 64, cast(Any, self.late.pinned))
         self._kept = {}
@@ -164,6 +167,40 @@ def test_copies_larger_than_the_staging_memory(size: int) -> None:
     gpu.reserve(1 << 20)
     host = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     np.testing.assert_array_equal(gpu.upload(host), host)
+
+
+@pytest.mark.parametrize("size", [1, 64, 1000])
+def test_a_fetched_array_waits_for_nothing_that_was_asked_for_later(size: int) -> None:
+    gpu = HostGpu()
+    gpu.reserve(1 << 20)
+    host = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    executor = GpuExecutor(gpu, {}, cast(Any, None))
+    fetched = executor.fetch(cast(Any, gpu.upload(host)))
+    gpu.stream.enqueue(lambda: pytest.fail("the download waited for the next network"))
+    np.testing.assert_array_equal(fetched(), host)
+    assert executor.fetch(host)() is host
+    gpu.stream.queue.clear()
+
+
+def test_a_model_asks_for_the_next_array_before_it_waits() -> None:
+    told: list[str] = []
+
+    class Telling:
+        def fetch(self, array: Any) -> Any:
+            return lambda: told.append(f"waits for {array}") or array
+
+    def made() -> Iterator[Any]:
+        for k in range(3):
+            told.append(f"asks for {k}")
+            yield k
+
+    model = Model(TINY, Plan(64, 48, 5), cast(Any, Telling()), {})
+    for array in model.fetched(made()):
+        told.append(f"uses {array}")
+    assert told == [
+        *("asks for 0", "asks for 1", "waits for 0", "uses 0"),
+        *("asks for 2", "waits for 1", "uses 1", "waits for 2", "uses 2"),
+    ]
 
 
 def test_the_arena_is_taken_again_and_old_arrays_harm_nothing() -> None:

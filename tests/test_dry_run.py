@@ -161,3 +161,10 @@ def test_time_is_that_of_every_call_of_the_measured_networks() -> None:
     assert total == pytest.approx(steps * (0.002 * layers + 0.5) + 3 * 7 + 11)
     assert "attention" in unmeasured and "ffn" not in unmeasured and "text_embed" not in unmeasured
     assert _seconds(a_basis(1), Plan(64, 48, 13), JOB, lengths, {})[0] is None
+    basis = a_basis(1)
+    basis.settings = Settings(tier="turbo")
+    times = {"attention": 1.0, "sparse_attention": 100.0}
+    sparse = 3 * 3 * 2 * (layers - 2)  # all but the first of four steps, all but two blocks
+    total, unmeasured = _seconds(basis, Plan(64, 48, 13), JOB, lengths, times)
+    assert total == steps * layers - sparse + 100 * sparse and "sparse_attention" not in unmeasured
+    assert "sparse_attention" in _seconds(basis, Plan(64, 48, 13), JOB, lengths, {"attention": 1.0})[1]

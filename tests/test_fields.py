@@ -39,7 +39,7 @@ INPUTS = Inputs(Path("ref.png"), Path("pose.mp4"), None)
         (Inputs, "face", 3.0, "Inputs.face is 3.0, which is not a path or None."),
         (Settings, "executor", "cuda", "which is not one of 'auto', 'onnxruntime', 'tensorrt'."),
         (Settings, "precision", "fp16", "Settings.precision is 'fp16'"),
-        (Settings, "tier", None, "Settings.tier is None, which is not one of 'exact', 'fast'."),
+        (Settings, "tier", None, "Settings.tier is None, which is not one of 'exact', 'fast', 'turbo'."),
         (Settings, "vram", "12", "Settings.vram is '12', which is not a number or None."),
         (Settings, "segments", "attention=cudnn", "which is not a dict."),
         (Settings, "segments", {"attention": 3}, "which is not a dict."),

@@ -330,7 +330,7 @@ class Passing:
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(transformer=SimpleNamespace(layers=1, fuser_interval=1))
-        self.executor = OnnxRuntimeExecutor(Path(), BoundWeights({}))
+        self.executor, self.keep = OnnxRuntimeExecutor(Path(), BoundWeights({})), None
         self.seen: list[tuple[str, Any]] = []
 
     def run(self, name: str, *inputs: Any, n: int = 0) -> tuple[Any, ...]:

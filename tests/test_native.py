@@ -150,13 +150,13 @@ def test_kernels_read_what_was_given_or_written_before(case: str, monkeypatch: p
 
 
 def test_the_reason_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native.missing((8, 0)) == "A GPU of compute capability 8.0 has no FP8."
+    assert native.missing("ffn", (8, 0)) == "A GPU of compute capability 8.0 has no FP8."
 
     def absent() -> Any:
         raise EnvironmentBroken("cuBLASLt is not installed.", "Run:\npip install it")
 
     monkeypatch.setattr(gemm, "_open", absent)
-    assert native.missing((9, 0)) == "cuBLASLt is not installed."
+    assert native.missing("ffn", (9, 0)) == "cuBLASLt is not installed."
 
 
 class FakeCublasLt:
@@ -195,7 +195,7 @@ class FakeCublasLt:
 def test_all_that_cublaslt_creates_is_destroyed() -> None:
     fake = FakeCublasLt()
     library = gemm.CublasLt(fake)
-    product = gemm.Gemm(cast(Any, None), library, 36, 256, 512)
+    product = gemm.Fp8Gemm(cast(Any, None), library, 36, 256, 512)
     kinds = sorted(fake.alive.values())
     assert kinds == ["", "MatmulDesc", "MatmulPreference", *["MatrixLayout"] * 3]
     del product
@@ -208,10 +208,10 @@ def test_a_product_that_cublaslt_refuses_leaves_nothing() -> None:
     fake = FakeCublasLt()
     library = gemm.CublasLt(fake)
     with pytest.raises(GraphError, match="cublasLtMatrixLayoutCreate failed with status 7"):
-        gemm.Gemm(cast(Any, None), library, 77, 256, 512)
+        gemm.Fp8Gemm(cast(Any, None), library, 77, 256, 512)
     fake.found = 0
     with pytest.raises(GraphError, match="no FP8 product of 36x256x512"):
-        gemm.Gemm(cast(Any, None), library, 36, 256, 512)
+        gemm.Fp8Gemm(cast(Any, None), library, 36, 256, 512)
     gc.collect()
     assert list(fake.alive.values()) == [""]
 
@@ -222,7 +222,7 @@ def test_a_product_that_cublaslt_refuses_leaves_nothing() -> None:
 @pytest.fixture(scope="module")
 def gpu() -> Any:
     found = require_gpu()
-    if (reason := native.missing(found.capability)) is not None:
+    if (reason := native.missing("ffn", found.capability)) is not None:
         pytest.skip(reason)
     return found
 

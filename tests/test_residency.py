@@ -5,7 +5,7 @@ import math
 import resource
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -97,6 +97,9 @@ class Counting:
 
     def is_finite(self, array: Array) -> bool:
         return True
+
+    def fetch(self, array: Array) -> Callable[[], Array]:
+        return lambda: np.asarray(array)
 
     def wait(self) -> None:
         pass

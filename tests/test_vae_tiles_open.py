@@ -208,7 +208,7 @@ def test_a_dry_build_lists_the_vae_alone(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_what_cannot_be_cut_is_refused() -> None:
     for arguments, says in (
         (("--size", "64x48", "--window", "5"), "cannot be cut"),
-        (("--size", "256x64", "--window", "5", "--measure"), "no candidates to measure"),
+        (("--size", "256x64", "--window", "5", "--measure", "--target", "sm89"), "measured on the GPU"),
         (("--check",), "Leave out"),
         (("--sam2", "tiny"), "Leave out"),
     ):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -34,6 +34,7 @@ from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import MemoryShort
 from trt_wan.runtime.device.gpu import STAGING_BYTES, STAGING_SLOTS, Gpu
+from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.opening.residency import BLOCK
 from trt_wan.runtime.weights.checkpoint import Checkpoint
 from trt_wan.runtime.weights.convert import SOURCES, TARGETS, Converter
@@ -340,6 +341,27 @@ def test_copies_of_any_size(gpu: Gpu, size: int) -> None:
     gpu.reserve(256 << 20)
     host = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     np.testing.assert_array_equal(gpu.upload(host), host)
+
+
+@pytest.mark.parametrize("size", [1, 3 * STAGING_BYTES + 5])
+def test_a_fetched_array_does_not_wait_for_later_work(gpu: Gpu, size: int) -> None:
+    """20 ms of copies are enqueued behind it, which overwrite nothing of it."""
+    gpu.reserve(256 << 20)
+    executor = GpuExecutor(gpu, {}, cast(Any, None))
+    busy = gpu.allocate(8 << 30)
+    host = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    fetched = executor.fetch(cast(Any, gpu.upload(host)))
+    gpu.sync()
+    start = time.perf_counter()
+    for _ in range(10):
+        gpu.copy(int(busy.handle), int(busy.handle) + (4 << 30), 4 << 30, gpu.stream)
+    there = fetched()
+    seconds = time.perf_counter() - start
+    gpu.sync()
+    all_seconds = time.perf_counter() - start
+    busy.close(gpu.stream)
+    np.testing.assert_array_equal(there, host)
+    assert seconds < 0.8 * all_seconds, f"{seconds:.4f} s of {all_seconds:.4f} s"
 
 
 def test_an_arena_grows_and_old_arrays_harm_nothing(gpu: Gpu) -> None:

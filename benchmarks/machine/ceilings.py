@@ -118,9 +118,9 @@ def _random(gpu: Gpu, shape: tuple[int, int], dtype: str, seed: int) -> Any:
 
 
 def _fp8_gemm(gpu: Gpu, tokens: int, out: int, inner: int) -> Enqueue:
-    from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, CublasLt, Gemm
+    from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, CublasLt, Fp8Gemm
 
-    gemm = Gemm(gpu, CublasLt(), tokens, out, inner)
+    gemm = Fp8Gemm(gpu, CublasLt(), tokens, out, inner)
     workspace = gpu.allocate(WORKSPACE_BYTES)
     return lambda x, w, y: gemm.enqueue(x, w, y, int(workspace.handle))
 

@@ -1,8 +1,11 @@
-"""The price of speed: our output against the bf16 reference on the same seed and inputs, step by step and as
-frames. Beside it stands the noise floor: the reference against itself with another attention kernel.
+"""The price of speed: rows of ours, and diffusers on the same weights and inputs, against the bf16 reference.
 
 Velocities are compared on equal latents: each step gets the reference's. Frames are compared at the end of
-independent runs. On the CPU the reference is float32, and the floor is ONNX Runtime without fused kernels.
+independent runs. Without peers there is the noise floor: the reference with another attention kernel. On the
+CPU the reference is float32, and the floor is ONNX Runtime without fused kernels.
+
+Velocities of all rows are compared with each other as well. A row with 8-bit attention against the same row
+without it has the error of the attention alone.
 """
 
 import json
@@ -10,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,24 +28,36 @@ from trt_wan.benchmarks.measure.workplace import with_graphs, workplace
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
 from trt_wan.engines.choice.candidates import CANDIDATES
-from trt_wan.errors import TrtWanError
+from trt_wan.errors import TrtWanError, UsageError
 from trt_wan.runtime.events import Note, Progress, silent
+from trt_wan.runtime.executors import Array
 
-QUALITY_SCHEMA = "trt-wan-bench-quality/1"
+QUALITY_SCHEMA = "trt-wan-bench-quality/2"
 REFERENCE = {"precision": "bf16", "tier": "exact"}
 ATTENTION = "attention"
+PEERS_MODULE = "trt_wan.benchmarks.peers.diffusers_velocities"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A row of ours to measure: fields of runtime.settings.Settings under a name."""
+
+    name: str
+    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class QualityRow:
-    """One configuration against the reference. PSNR is None for equal frames, LPIPS if not measured."""
+    """One configuration against the reference."""
 
     name: str
     settings: Mapping[str, Any]
     velocity_errors: list[float]  # relative, by step
-    psnr: float | None
-    ssim: float
-    lpips: float | None
+    candidates: Mapping[str, str] = field(default_factory=dict)  # of the networks that have several
+    frames: bool = False  # whether they were compared
+    psnr: float | None = None  # None for equal frames
+    ssim: float | None = None
+    lpips: float | None = None  # None if not measured
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,8 @@ class Quality:
     weights: str
     seed: int
     reference: str
-    rows: list[QualityRow]  # ours, then the noise floor if a second kernel runs here
+    rows: list[QualityRow]  # ours, then the noise floor if a second kernel runs here, or peers
+    between: dict[str, dict[str, float]]  # of the worst step: the error of a row against another
     not_measured: list[str]
     schema: str = QUALITY_SCHEMA
     stem: ClassVar[str] = "quality"
@@ -61,20 +77,27 @@ class Quality:
         return asdict(self)
 
     def sheets(self) -> list[Sheet | str]:
-        def cells(row: QualityRow) -> Row:
-            errors = row.velocity_errors
-            steps = ", ".join(f"{e:.1e}" for e in errors)
-            frames = ("equal" if row.psnr is None else Figure(row.psnr), Figure(row.ssim))
-            lpips = "not measured" if row.lpips is None else Figure(row.lpips, "times")
-            return row.name, Figure(max(errors), "error"), steps, *frames, lpips
-
-        heads = ("velocity, worst", "by step", "PSNR dB", "SSIM", "LPIPS")
         title = f"Against {self.reference}: {self.shape.title}, seed {self.seed}, {self.card.hardware}"
-        shown = Sheet("quality", title, heads, [cells(row) for row in self.rows])
-        return [shown, f"Weights: {self.weights}.", *(f"Not measured: {x}" for x in self.not_measured)]
+        heads = ("velocity, worst", "by step", "PSNR dB", "SSIM", "LPIPS")
+        rows = [Sheet("quality", title, heads, [_cells(row) for row in self.rows])]
+        if self.between:
+            names = list(self.between)
+            pairs = [
+                (
+                    f"{n}: {name}",
+                    *("" if other == name else Figure(self.between[name][other], "error") for other in names),
+                )
+                for n, name in enumerate(names, 1)
+            ]
+            title = "Velocity of a row against that of another, the worst step"
+            rows.append(Sheet("against", title, [f"{n}" for n in range(1, len(names) + 1)], pairs))
+        chosen = [(row.name, _listed(row.candidates)) for row in self.rows if row.candidates]
+        if chosen:
+            rows.append(Sheet("candidates", "Candidates", (), chosen))
+        return [*rows, f"Weights: {self.weights}.", *(f"Not measured: {x}" for x in self.not_measured)]
 
     def draw(self) -> Mapping[str, Any]:
-        """Relative error of the velocity over the steps, ours and the noise floor."""
+        """Relative error of the velocity over the steps, by row."""
         from trt_wan.benchmarks.report.plots import errors_by_step
 
         title = f"Velocity against {self.reference}, on equal latents"
@@ -83,24 +106,51 @@ class Quality:
         return {"quality": errors_by_step(title, under, rows)}
 
 
+def _cells(row: QualityRow) -> Row:
+    errors = row.velocity_errors
+    steps = ", ".join(f"{e:.1e}" for e in errors)
+    frames: Row = ("", "", "")
+    if row.frames:
+        lpips = "not measured" if row.lpips is None else Figure(row.lpips, "times")
+        frames = ("equal" if row.psnr is None else Figure(row.psnr), Figure(row.ssim), lpips)
+    return row.name, Figure(max(errors), "error"), steps, *frames
+
+
+def _listed(candidates: Mapping[str, str]) -> str:
+    return ", ".join(f"{network} = {name}" for network, name in candidates.items())
+
+
 def measure_quality(
     shape: Shape,
-    settings: Mapping[str, Any],
+    wanted: Sequence[Wanted],
     steps: int,
     seed: int,
     weights: str | None = None,
+    peers: bool = False,
+    frames: bool = True,
     progress: Progress = silent,
 ) -> Quality:
+    """Raises UsageError for peers without `weights`: they read the same file."""
+    if peers and weights is None:
+        raise UsageError(
+            "Peers need weights in files, which they read too.", "Name their folder with --weights DIR."
+        )
     card = read_card()
     not_measured: list[str] = []
     base = {} if card.gpu is None else REFERENCE
     with workplace(shape) as (env, clips), tempfile.TemporaryDirectory() as temporary:
-        bench = _Recorder(Path(temporary), env, Spec(shape, clips, steps, {}, weights, seed), progress)
-        reference = bench.record("reference", base)
-        rows = [bench.compared("trt-wan", settings, reference, not_measured)]
-        floor = bench.floor(base, reference, not_measured)
-        if floor is not None:
+        bench = _Recorder(
+            Path(temporary), env, Spec(shape, clips, steps, {}, weights, seed), frames, not_measured, progress
+        )
+        bench.record("reference", base)
+        rows = [row for one in wanted if (row := bench.compared(one.name, one.settings)) is not None]
+        if wanted and not rows:
+            raise bench.failures[0]
+        if peers:
+            rows += bench.peers("cpu" if card.gpu is None else "cuda")
+        elif (floor := bench.floor(base)) is not None:
             rows.append(floor)
+        between = bench.between([row.name for row in rows]) if len(rows) > 2 or peers else {}
     return Quality(
         shape,
         card,
@@ -108,73 +158,120 @@ def measure_quality(
         seed,
         ", ".join(f"{k} {v}" for k, v in base.items()) or "float32, ONNX Runtime",
         rows,
+        between,
         not_measured,
     )
 
 
 class _Recorder:
-    """Runs each job in a new process and keeps its recording in `folder`."""
+    """Runs each row in a new process and keeps its recording in `folder`."""
 
-    def __init__(self, folder: Path, env: Mapping[str, str], spec: Spec, progress: Progress) -> None:
-        self.folder, self.env, self.spec, self.progress = folder, env, spec, progress
-        self.choices: dict[str, list[str]] = {}
-
-    def record(
+    def __init__(
         self,
-        name: str,
-        settings: Mapping[str, Any],
-        latents_of: str | None = None,
-        other_kernels: bool = False,
-    ) -> str:
-        self.progress(Note(f"recording {name}"))
-        spec = Spec(**{**self.spec.__dict__, "settings": dict(settings)})
-        target = str(self.folder / f"{name}.npz".replace(" ", "_"))
-        recording = Recording(spec, target, latents_of, other_kernels)
+        folder: Path,
+        env: Mapping[str, str],
+        spec: Spec,
+        frames: bool,
+        not_measured: list[str],
+        progress: Progress,
+    ) -> None:
+        self.folder, self.env, self.spec, self.frames = folder, env, spec, frames
+        self.not_measured, self.progress = not_measured, progress
+        self.files: dict[str, str] = {}  # recordings by row
+        self.failures: list[TrtWanError] = []
+        self.reference: dict[str, Any] = {}  # its answer: candidates, and files of weights by part
 
-        def recorded() -> list[str]:
+    def record(self, name: str, settings: Mapping[str, Any], other_kernels: bool = False) -> dict[str, Any]:
+        """Returns the answer. The first recording leads all others."""
+        self.progress(Note(f"recording {name}"))
+        target = str(self.folder / f"{len(self.files)}.npz")
+        first = self.files.get("reference")
+        spec = replace(self.spec, settings=dict(settings))
+        recording = Recording(spec, target, first, self.frames, other_kernels)
+
+        def recorded() -> dict[str, Any]:
             with Child(
                 "trt_wan.benchmarks.measure.record_velocities", [recording.to_json()], self.env
             ) as child:
-                return list(child.read()["choices"])
+                return child.read()
 
-        self.choices[name] = with_graphs(recorded, self.progress)
-        return target
+        answer = with_graphs(recorded, self.progress)
+        self.files[name] = target
+        if first is None:
+            self.reference = answer
+        return answer
 
     def compared(
-        self,
-        name: str,
-        settings: Mapping[str, Any],
-        reference: str,
-        not_measured: list[str],
-        other_kernels: bool = False,
-    ) -> QualityRow:
-        free = self.record(name, settings, other_kernels=other_kernels)
-        led = self.record(f"{name} on equal latents", settings, reference, other_kernels)
-        a, b, expected = np.load(free), np.load(led), np.load(reference)
-        errors = [relative_error(*pair) for pair in zip(b["velocities"], expected["velocities"], strict=True)]
-        frames, wanted = a["frames"], expected["frames"]
-        perceived = _lpips(free, reference, not_measured)
-        return QualityRow(name, settings, errors, psnr(frames, wanted), ssim(frames, wanted), perceived)
+        self, name: str, settings: Mapping[str, Any], other_kernels: bool = False
+    ) -> QualityRow | None:
+        """None for a row that cannot run here; the reason is in `not_measured`."""
+        try:
+            answer = self.record(name, settings, other_kernels)
+        except TrtWanError as error:
+            self.not_measured.append(f"{name}: {error.message}")
+            self.failures.append(error)
+            return None
+        row = QualityRow(name, settings, self._errors(name, "reference"), answer["candidates"])
+        if not self.frames:
+            return row
+        ours, reference = self.files[name], self.files["reference"]
+        frames, expected = np.load(ours)["frames"], np.load(reference)["frames"]
+        perceived = _lpips(ours, reference, self.not_measured)
+        return replace(
+            row, frames=True, psnr=psnr(frames, expected), ssim=ssim(frames, expected), lpips=perceived
+        )
 
-    def floor(self, base: Mapping[str, Any], reference: str, not_measured: list[str]) -> QualityRow | None:
+    def floor(self, base: Mapping[str, Any]) -> QualityRow | None:
         """Returns the reference with the first other kernel that runs here, or None."""
         if not base:
-            return self.compared("floor: unfused kernels", base, reference, not_measured, other_kernels=True)
-        for name in _other_attention(self.choices["reference"]):
-            try:
-                with_it = {**base, "segments": {ATTENTION: name}}
-                return self.compared(f"floor: attention {name}", with_it, reference, not_measured)
-            except TrtWanError as error:
-                self.progress(Note(f"no floor from {name}: {error.message}"))
-        not_measured.append("noise floor: no second bf16 attention runs here")
+            return self.compared("floor: unfused kernels", base, other_kernels=True)
+        for name in _other_attention(self.reference["candidates"]):
+            row = self.compared(f"floor: attention {name}", {**base, "segments": {ATTENTION: name}})
+            if row is not None:
+                return row
+        self.not_measured.append("noise floor: no second bf16 attention runs here")
         return None
 
+    def peers(self, device: str) -> list[QualityRow]:
+        """diffusers on the reference's weights and inputs. What cannot run is in `not_measured`."""
+        self.progress(Note("recording diffusers"))
+        given = {
+            "weights": self.reference["files"]["transformer"],
+            "inputs": self.files["reference"],
+            "out": str(self.folder),
+            "device": device,
+        }
+        arguments = [text for name, value in given.items() for text in (f"--{name}", value)]
+        rows = []
+        try:
+            with Child(PEERS_MODULE, [*self.spec.shape.arguments(), *arguments], self.env) as child:
+                while (answer := child.read())["event"] == "row":
+                    name = answer["name"]
+                    if "reason" in answer:
+                        self.not_measured.append(f"{name}: {answer['reason']}")
+                        continue
+                    self.files[name] = answer["velocities"]
+                    rows.append(QualityRow(name, {}, self._errors(name, "reference")))
+        except TrtWanError as error:
+            self.not_measured.append(f"diffusers: {error.message}")
+        return rows
 
-def _other_attention(choices: Sequence[str]) -> list[str]:
+    def between(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        return {a: {b: max(self._errors(a, b)) for b in names} for a in names}
+
+    def _velocities(self, name: str) -> Array:
+        found: Array = np.load(self.files[name])["velocities"]
+        return found
+
+    def _errors(self, name: str, against: str) -> list[float]:
+        pairs = zip(self._velocities(name), self._velocities(against), strict=True)
+        return [relative_error(*pair) for pair in pairs]
+
+
+def _other_attention(candidates: Mapping[str, str]) -> list[str]:
     """Returns the exact bf16 candidates for the attention, without the reference's."""
-    taken = next((c.removeprefix(f"{ATTENTION} = ") for c in choices if c.startswith(f"{ATTENTION} = ")), "")
     rows = [row for row in CANDIDATES if row.network == ATTENTION and row.tier == "exact"]
-    return [row.name for row in rows if "bf16" in row.precisions and not taken.startswith(f"{row.name} (")]
+    return [row.name for row in rows if "bf16" in row.precisions and row.name != candidates.get(ATTENTION)]
 
 
 def _lpips(first: str, second: str, not_measured: list[str]) -> float | None:

@@ -1,16 +1,17 @@
-"""Records a job: the latent and the velocity of each step, and the frames.
+"""Records a job: the latent and the velocity of each step, the transformer's inputs, and the frames.
 
     python -m trt_wan.benchmarks.measure.record_velocities RECORDING
 
 RECORDING is a `Recording` in JSON. With `latents_of` every step gets the latent of another recording, so that
-velocities can be compared on equal inputs. The frames then mean nothing and are not kept.
+velocities can be compared on equal inputs. The frames are those of a second job on the same open model, which
+goes its own way.
 """
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class Recording:
     spec: Spec
     target: str  # .npz
     latents_of: str | None = None  # .npz
+    frames: bool = True  # whether they are recorded too
     other_kernels: bool = False  # on the CPU: ONNX Runtime without its optimisations
 
     def to_json(self) -> str:
@@ -43,23 +45,53 @@ class Recording:
         return Recording(**{**values, "spec": Spec.from_json(values["spec"])})
 
 
-class RecordingExecutor(ForwardingExecutor):
-    """Keeps copies of the inputs of a step's first network and of the outputs of its last one on the host."""
+# The inputs of a forward pass beside the latent, by network and by the name of the network's input.
+CONDITIONS = {
+    ("patch_embed", "condition"): "condition",
+    ("patch_embed", "pose_latent"): "pose",
+    ("text_embed", "text"): "text",
+    ("image_embed", "image"): "image",
+    ("motion_encoder", "face"): "face",
+}
 
-    def __init__(self, executor: Executor, latents: NDArray[np.float32] | None) -> None:
+
+@dataclass
+class Tape:
+    """The recording of one job, on the host: the latent that every step begins with, its velocity, and
+    CONDITIONS, once each, the faces of all batches. With `given` every step gets its latent from there, and
+    the conditions are not kept.
+    """
+
+    given: NDArray[np.float32] | None = None
+    latents: list[Array] = field(default_factory=list)
+    velocities: list[Array] = field(default_factory=list)
+    conditions: dict[str, list[Array]] = field(default_factory=dict)
+    frames: list[Array] = field(default_factory=list)
+
+    def write(self, path: str, timesteps: Sequence[float]) -> None:
+        arrays: dict[str, Any] = {name: np.concatenate(kept) for name, kept in self.conditions.items()}
+        arrays |= {"latents": np.stack(self.latents), "velocities": np.stack(self.velocities)}
+        frames = np.concatenate(self.frames) if self.frames else np.zeros((0, 0, 0, 3), np.uint8)
+        np.savez(path, frames=frames, timesteps=np.asarray(timesteps), **arrays)
+
+
+class RecordingExecutor(ForwardingExecutor):
+    def __init__(self, executor: Executor, tape: Tape) -> None:
         super().__init__(executor)
-        self.given = latents
-        self.latents: list[Array] = []
-        self.velocities: list[Array] = []
+        self.tape = tape
 
     def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
+        tape = self.tape
         if network.name == "patch_embed":
-            if self.given is not None:
-                inputs = {**inputs, "latent": self.given[len(self.latents)]}
-            self.latents.append(np.array(inputs["latent"], np.float32))
+            if tape.given is not None:
+                inputs = {**inputs, "latent": tape.given[len(tape.latents)]}
+            tape.latents.append(np.array(inputs["latent"], np.float32))
+        for (name, wanted), called in CONDITIONS.items() if tape.given is None else ():
+            if network.name == name and (name == "motion_encoder" or called not in tape.conditions):
+                tape.conditions.setdefault(called, []).append(np.array(inputs[wanted], np.float32))
         outputs = self.executor.run(network, n, inputs)
         if network.name == "head":
-            self.velocities.append(np.array(outputs[0], np.float32))
+            tape.velocities.append(np.array(outputs[0], np.float32))
         return outputs
 
 
@@ -79,33 +111,37 @@ class PlainOnnxRuntime(OnnxRuntimeExecutor):
 
 
 def record(recording: Recording) -> None:
-    notes: list[str] = []
-    kept: list[RecordingExecutor] = []
-    given = np.load(recording.latents_of)["latents"] if recording.latents_of else None
+    candidates: dict[str, str] = {}
+    files: dict[str, str] = {}
+    observed: list[RecordingExecutor] = []
+    led = Tape(np.load(recording.latents_of)["latents"]) if recording.latents_of else Tape()
+    tape, job = led, recording.spec.job()
 
     def observe(executor: Executor) -> Executor:
         if recording.other_kernels and isinstance(executor, OnnxRuntimeExecutor):
             executor = PlainOnnxRuntime(executor.graphs, executor.weights)
-        kept.append(RecordingExecutor(executor, given))
-        return kept[0]
+        observed.append(RecordingExecutor(executor, tape))
+        return observed[0]
 
     def progress(event: Event) -> None:
-        if isinstance(event, Note):
-            notes.append(event.text)
-        if isinstance(event, StepDone) and event.step == event.steps and given is not None:
-            raise Stopped("All velocities are there.")
+        if isinstance(event, Note) and event.code == "candidate":
+            candidates[str(event.data["network"])] = str(event.data["candidate"])
+        if isinstance(event, Note) and event.code == "weights_file":
+            files[str(event.data["part"])] = str(event.data["file"])
+        if isinstance(event, StepDone) and event.step == event.steps:
+            if tape.given is not None or not recording.frames:
+                raise Stopped("All velocities are there.")
 
-    frames = []
-    with recording.spec.open(progress, observe) as model, suppress(Stopped):
-        pieces = model.pieces(recording.spec.job(), progress=progress)
-        frames = [to_pixels(piece) for piece in pieces]
-    np.savez(
-        recording.target,
-        latents=np.stack(kept[0].latents),
-        velocities=np.stack(kept[0].velocities),
-        frames=np.concatenate(frames) if frames else np.zeros((0, 0, 0, 3), np.uint8),
-    )
-    say("recorded", choices=notes)
+    with recording.spec.open(progress, observe) as model:
+        while True:
+            with suppress(Stopped):
+                tape.frames += [to_pixels(piece) for piece in model.pieces(job, progress=progress)]
+            if tape.given is None or not recording.frames:
+                break
+            tape = observed[0].tape = Tape()
+    led.frames = tape.frames
+    led.write(recording.target, job.schedule.timesteps)
+    say("recorded", candidates=candidates, files=files)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""diffusers' WanAnimateTransformer3DModel with random weights, and its inputs, for the three diffusers peers.
+"""diffusers' WanAnimateTransformer3DModel with random weights or a checkpoint's, and random inputs.
 
 The module is built without memory and filled on the device, so that the 14B is ready in seconds. Parameter
 types are those of `from_pretrained(torch_dtype=bfloat16)`. Inputs are random and the same in every step.
@@ -7,10 +7,14 @@ types are those of `from_pretrained(torch_dtype=bfloat16)`. Inputs are random an
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
 from diffusers import WanAnimateTransformer3DModel
 from diffusers.models.transformers.transformer_wan_animate import WanRotaryPosEmbed
@@ -19,6 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trt_wan.benchmarks.peers.child import WARM_UP, NotRun
 from trt_wan.benchmarks.peers.diffusers_arguments import diffusers_arguments
 from trt_wan.benchmarks.peers.shape import Shape
+from trt_wan.engines.checkpoint import required_tensors
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contract import Part
+from trt_wan.runtime.weights.checkpoint import Checkpoint
+from trt_wan.runtime.weights.stored import Stored
 
 SEED = 0
 E4M3_DEVIATION = 100.0  # normal numbers scaled so that a channel's largest is 448
@@ -41,7 +50,10 @@ ATTENTION_ORDER = [
 Model = Any  # WanAnimateTransformer3DModel: diffusers has no types to check against
 
 
-def make_model(shape: Shape, device: str) -> Model:
+def make_model(
+    shape: Shape, device: str, weights: Path | None = None, kind: torch.dtype = torch.bfloat16
+) -> Model:
+    """`weights` is a checkpoint of the transformer in any layout that ours reads; None: random weights."""
     if device == "cuda" and not torch.cuda.is_available():
         raise NotRun("torch sees no CUDA GPU")
     c = shape.config.transformer
@@ -49,9 +61,12 @@ def make_model(shape: Shape, device: str) -> Model:
         model = WanAnimateTransformer3DModel(**diffusers_arguments(shape.config))
     exact = set(model._keep_in_fp32_modules)
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if exact & set(name.split(".")) else torch.bfloat16)
+        parameter.data = parameter.data.to(torch.float32 if exact & set(name.split(".")) else kind)
     model.to_empty(device=device)
-    fill(model)
+    if weights is None:
+        fill(model)
+    else:
+        load(model, shape, weights)
     rope = WanRotaryPosEmbed(c.head_dim, model.config.patch_size, model.config.rope_max_seq_len)
     model.rope = rope.to(device)
     row = torch.tensor(BLUR, device=device)
@@ -89,6 +104,35 @@ def fill(model: torch.nn.Module) -> None:
         else:
             inner = max(1, math.prod(tensor.shape[1:]))
             data.normal_(0, 0.1 if tensor.ndim == 1 else 1 / math.sqrt(inner), generator=generator)
+
+
+def load(model: Model, shape: Shape, path: Path) -> None:
+    """Fills the parameters from a checkpoint: diffusers' own converter takes the official names."""
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    converted = convert_wan_transformer_to_diffusers(stored_tensors(path, shape.config, "transformer"))
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(converted.pop(name).reshape(parameter.shape))
+    assert not converted, f"not in diffusers' model: {', '.join(list(converted)[:5])}"
+
+
+def stored_tensors(path: Path, config: ModelConfig, part: Part) -> dict[str, torch.Tensor]:
+    """A part's tensors by their official names, from a file in any layout that ours reads."""
+    checkpoint, required = Checkpoint(path, part), required_tensors(config, part)
+    checkpoint.require(required)
+    return {name: _tensor(checkpoint.stored(name)) for name in required}
+
+
+def _tensor(stored: Stored) -> torch.Tensor:
+    """A view of the mapped file where the numbers are plain, else their float32."""
+    plain = stored.scales is None and not stored.rotation and not stored.blocks and stored.delta is None
+    if not plain or stored.dtype.itemsize < 2:
+        return torch.from_numpy(stored.float32())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of memory that cannot be written: nothing writes it
+        if stored.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(stored.values.view(np.int16)).view(torch.bfloat16).reshape(stored.shape)
+        return torch.from_numpy(stored.values).reshape(stored.shape)
 
 
 def make_inputs(shape: Shape, device: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from textwrap import fill
 
@@ -175,7 +176,8 @@ def _together(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, f
 def errors_by_step(title: str, under: str, rows: Mapping[str, Sequence[float]]) -> Figure:
     """Relative errors over the steps, the error axis logarithmic."""
     figure, axes = canvas(title, under, height=4)
-    for (name, errors), colour in zip(rows.items(), (LEAST, OTHER), strict=False):
+    colours = chain((LEAST, OTHER), (f"C{k}" for k in count()))
+    for (name, errors), colour in zip(rows.items(), colours, strict=False):
         label = name if any(errors) else f"{name}: no difference"
         axes.plot(range(1, len(errors) + 1), errors, "o-", color=colour, label=label)
     known = [error for errors in rows.values() for error in errors if error]

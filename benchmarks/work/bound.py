@@ -1,7 +1,7 @@
 """The lower bound of a step's time on this machine, network by network, beside the measured time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trt_wan.benchmarks.machine.card import Datasheet
 from trt_wan.benchmarks.machine.ceilings import Ceiling
@@ -53,6 +53,16 @@ def measured_rates(ceilings: Sequence[Ceiling], attention: float | None) -> Rate
     if fp8 is not None:
         units["linear fp8"] = fp8
     return Rates(units, copy, "GEMM and copy as measured here, attention at the rate of its fastest call")
+
+
+def budget_rates(ceilings: Sequence[Ceiling], fp8_attention: bool) -> Rates | None:
+    """`measured_rates` with attention at the rate of the fastest products of its type."""
+    kinds = ("fp8 GEMM", "bf16 GEMM", "fp32 GEMM")[0 if fp8_attention else 1 :]
+    best = {kind: max((c.rate or 0.0 for c in ceilings if c.name == kind), default=0.0) for kind in kinds}
+    kind = next((kind for kind in kinds if best[kind]), None)
+    if kind is None or (rates := measured_rates(ceilings, best[kind])) is None:
+        return None
+    return replace(rates, about=f"floors: GEMM and copy as measured here, attention as {kind}")
 
 
 def datasheet_rates(sheet: Datasheet, fp8_attention: bool) -> Rates:

@@ -26,6 +26,7 @@ GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "patch_embed": embed.patch_embed,
     "attn_in": block.attn_in,
     "attention": block.attention,
+    "sparse_attention": block.sparse_attention,
     "attn_out": block.attn_out,
     "cross_attention": block.cross_attention,
     "cross_attention_nag": block.cross_attention_nag,

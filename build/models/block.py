@@ -1,14 +1,18 @@
-"""A transformer block, cut before and after each attention: `attn_in`, `attention`, `attn_out`,
-`cross_attention` (or `cross_attention_nag`), `ffn`. `context_kv` runs once per prompt.
+"""A transformer block, cut before and after each attention: `attn_in`, `attention` (or `sparse_attention`),
+`attn_out`, `cross_attention` (or `cross_attention_nag`), `ffn`. `context_kv` runs once per prompt.
 
 Rows of the modulation, in order: shift, scale, gate of self-attention; shift, scale, gate of the FFN
 (model_spec.md 1.4).
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trt_wan.build.models.ops import (
+    MASKED,
     Weights,
     activation,
     attend,
@@ -23,6 +27,7 @@ from trt_wan.build.models.ops import (
     split_heads,
 )
 from trt_wan.engines.config import ModelConfig, TransformerConfig
+from trt_wan.engines.contracts.sparse_attention import BLOCK, block_order
 from trt_wan.engines.shape import Plan
 
 
@@ -80,6 +85,47 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, *, w: Weights, model: ModelConfig, plan: Plan
 ) -> tuple[Tensor]:
     return (merge_heads(attend(q, k, v)),)
+
+
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *, w: Weights, model: ModelConfig, plan: Plan
+) -> tuple[Tensor]:
+    """Dense, in float32, with a key for each block of keys that a block of queries skips: its mean."""
+    heads, tokens, _ = q.shape
+    order = torch.from_numpy(block_order(plan)).long()
+    q, k, v = (x[:, order].float() for x in (q, k, v))
+    mean_k, mean_v = block_means(k), block_means(v)
+    kept = kept_blocks(block_means(q) @ mean_k.transpose(1, 2), keep, -(-plan.tokens_per_slot // BLOCK))
+    blocks = kept.shape[-1]
+    by_token = kept[:, :, None].expand(-1, -1, BLOCK, -1).reshape(heads, -1, blocks)[:, :tokens]
+    by_key = by_token[..., None].expand(-1, -1, -1, BLOCK).reshape(heads, tokens, -1)[..., :tokens]
+    scores = torch.where(by_key, q @ k.transpose(1, 2), MASKED)
+    others = torch.where(by_token, MASKED, q @ mean_k.transpose(1, 2) + math.log(BLOCK))
+    attended = torch.softmax(torch.cat((scores, others), -1), -1) @ torch.cat((v, mean_v), 1)
+    inverse = torch.from_numpy(block_order(plan).argsort())
+    return (merge_heads(attended)[inverse].to(activation(plan)),)
+
+
+def block_means(x: Tensor) -> Tensor:
+    """[heads, blocks, head_dim] of [heads, tokens, head_dim]; the last block may be short."""
+    heads, tokens, size = x.shape
+    missing = -tokens % BLOCK
+    sums = F.pad(x, (0, 0, 0, missing)).reshape(heads, -1, BLOCK, size).sum(2)
+    counts = [BLOCK] * (sums.shape[1] - 1) + [BLOCK - missing]
+    return sums / torch.tensor(counts, dtype=torch.float32)[:, None]
+
+
+def kept_blocks(scores: Tensor, keep: Tensor, first: int) -> Tensor:
+    """Whether a block of queries keeps a block of keys, bool [heads, blocks, blocks]. `first` blocks are the
+    reference's. Of equal scores the lower number is kept.
+    """
+    numbers = torch.arange(scores.shape[-1])
+    always = (numbers < first) | (numbers == len(numbers) - 1) | (numbers[:, None] == numbers)
+    scores = scores.masked_fill(always, torch.inf)
+    mine, other = scores[..., None], scores[..., None, :]
+    before = (other > mine) | ((other == mine) & (numbers < numbers[:, None]))
+    wanted = torch.maximum(torch.round(keep * len(numbers)), always.sum(1).float())
+    return before.sum(-1) < wanted[:, None]
 
 
 def attn_out(

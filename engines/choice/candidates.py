@@ -6,14 +6,15 @@ whether its library is installed.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import HOPPER, Capability, GpuKind, Target
 from trt_wan.engines.precision import PRECISIONS, Precision
 from trt_wan.errors import UsageError
 
-Tier = Literal["exact", "fast"]
+Tier = Literal["exact", "fast", "turbo"]
+TIERS: tuple[Tier, ...] = get_args(Tier)  # each may use what those before it may
 Maker = Literal["engine", "native", "attention"]  # TensorRT, runtime/native, runtime/attention
 
 ATTENTION_FP8 = "attention_fp8"  # the recipe of the contract `attention`, computed in FP8
@@ -62,27 +63,37 @@ ALL: tuple[Precision, ...] = ("fp32", "bf16", "fp8")
 BF16: tuple[Precision, ...] = ("bf16", "fp8")  # q, k, v and the fusers' weights are bf16
 FP8: tuple[Precision, ...] = ("fp8",)
 
+VAE = ("vae_encode_first", "vae_encode_next", "vae_decode_first", "vae_decode_next")
+
 CANDIDATES = (
     Candidate("attn_in", "tensorrt", ALL, engine=Engine("attn_in")),
     Candidate("attn_in", "native", FP8, maker="native"),
     Candidate("attention", "tensorrt", ALL, engine=Engine("attention")),
     Candidate("attention", "tensorrt sm89", ALL, engine=Engine("attention", "sm89")),
+    Candidate("attention", "native", BF16, maker="attention"),
     Candidate("attention", "cudnn", BF16, maker="attention"),
     # It imports torch and compiles itself at every start: 14 s on an H200, which it saves in 60 steps.
     Candidate("attention", "flash4", BF16, maker="attention", on_request=True),
     Candidate("attention", "tensorrt fp8", FP8, "fast", engine=Engine(ATTENTION_FP8)),
     Candidate("attention", "cudnn fp8", FP8, "fast", maker="attention"),
+    # int8 scores; their weighted values in bf16, or in E4M3.
+    Candidate("attention", "native int8", FP8, "fast", maker="attention"),
+    Candidate("attention", "native fp8", FP8, "fast", maker="attention"),
+    Candidate("sparse_attention", "native sparse", FP8, "turbo", maker="attention"),
     Candidate("attn_out", "tensorrt", ALL, engine=Engine("attn_out")),
     Candidate("attn_out", "native", FP8, maker="native"),
     Candidate("cross_attention", "tensorrt", ALL, engine=Engine("cross_attention")),
     Candidate("cross_attention", "native", FP8, maker="native"),
     Candidate("ffn", "tensorrt", ALL, engine=Engine("ffn")),
     Candidate("ffn", "native", FP8, maker="native"),
+    *(Candidate(name, "tensorrt", ALL, engine=Engine(name)) for name in VAE),
+    *(Candidate(name, made, BF16, maker="native") for name in VAE for made in ("cudnn", "native")),
     Candidate("fuser", "tensorrt", ALL, engine=Engine("fuser")),
     Candidate("fuser", "native", BF16, maker="native"),
     Candidate("fuser", "native fp8", FP8, "fast", maker="native"),
 )
 SEGMENTS = tuple(dict.fromkeys(candidate.network for candidate in CANDIDATES))
+SPARSE = next(row for row in CANDIDATES if row.tier == "turbo")
 
 # GPUs that may gain by an engine for a named target, for attention only: on Hopper TensorRT-RTX's engine for
 # SM89 beats the one for the GPU itself (docs/log.md). On SM89 both are the same engine.
@@ -101,16 +112,18 @@ class Default:
 
 # The H200's figures are in docs/log.md. TensorRT-RTX cannot build bf16 attention for it at full size: it asks
 # for 68 GB, the whole score matrix.
-_HOPPER_ATTENTION = ("cudnn", "tensorrt sm89", "tensorrt")
+_HOPPER_ATTENTION = ("native", "cudnn", "tensorrt sm89", "tensorrt")
 _NATIVE = ("native", "tensorrt")
+_VAE = ("native", "cudnn", "tensorrt")
 _BLOCK = ("attn_in", "attn_out", "cross_attention", "ffn")
 DEFAULTS = (
-    Default("attention", HOPPER, _HOPPER_ATTENTION, ("tensorrt fp8", *_HOPPER_ATTENTION)),
+    Default("attention", HOPPER, _HOPPER_ATTENTION, ("native fp8", "tensorrt fp8", *_HOPPER_ATTENTION)),
     Default("attention", None, ("tensorrt",), ("tensorrt fp8", "tensorrt")),
+    Default("sparse_attention", None, (), ("native sparse",)),
     *(Default(name, HOPPER, _NATIVE, _NATIVE) for name in _BLOCK),
+    *(Default(name, HOPPER, _VAE, _VAE) for name in VAE),
     Default("fuser", HOPPER, _NATIVE, ("native fp8", *_NATIVE)),
-    Default("fuser", None, ("tensorrt",), ("tensorrt",)),
-    *(Default(name, None, ("tensorrt",), ("tensorrt",)) for name in _BLOCK),
+    *(Default(name, None, ("tensorrt",), ("tensorrt",)) for name in (*_BLOCK, *VAE, "fuser")),
 )
 
 
@@ -140,7 +153,18 @@ def default_order(network: str, tier: Tier, capability: Capability) -> tuple[str
 
 def tiers(precision: Precision) -> tuple[Tier, ...]:
     """The tiers of a precision: 8-bit attention goes with 8-bit linear layers."""
-    return ("exact", "fast") if PRECISIONS[precision].fp8 else ("exact",)
+    return TIERS if PRECISIONS[precision].fp8 else ("exact",)
+
+
+def may_use(tier: Tier, lowest: str) -> bool:
+    """Whether a tier may use a candidate whose lowest tier that is."""
+    return lowest in TIERS[: TIERS.index(tier) + 1]
+
+
+def has_engine(network: str) -> bool:
+    """Whether TensorRT computes the network anywhere; a build compiles no others."""
+    rows = [row for row in CANDIDATES if row.network == network]
+    return not rows or any(row.maker == "engine" for row in rows)
 
 
 def require_known(network: str, name: str) -> None:

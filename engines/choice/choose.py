@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from trt_wan.engines.choice.candidates import Candidate, Machine, Tier, candidates, default_order
+from trt_wan.engines.choice.candidates import Candidate, Machine, Tier, candidates, default_order, may_use
 from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.store.measurements import Figure, Place, title
@@ -45,7 +45,7 @@ def accurate(figures: Iterable[Figure], precision: Precision, tier: Tier) -> lis
 
     The best is the most accurate of those within 3 % of the fastest.
     """
-    fitting = [f for f in figures if _is_accurate(f, precision, tier) and tier in ("fast", f.tier)]
+    fitting = [f for f in figures if _is_accurate(f, precision, tier) and may_use(tier, f.tier)]
     ranked = sorted(fitting, key=_ms)
     if ranked:
         as_fast = [figure for figure in ranked if _ms(figure) <= NOISE * _ms(ranked[0])]
@@ -81,7 +81,7 @@ def choose(
     rows = {row.name: row for row in candidates(network, precision, machine)}
     if asked is not None:
         return Choice(_asked(rows, network, asked, precision, tier, missing), "asked for")
-    usable = {n: row for n, row in rows.items() if tier in ("fast", row.tier) and not row.on_request}
+    usable = {n: row for n, row in rows.items() if may_use(tier, row.tier) and not row.on_request}
     absent = {name: sentence for name, row in usable.items() if (sentence := missing(row)) is not None}
     here = {name: figures[name] for name in usable if name not in absent and name in figures}
     ranked = accurate(here.values(), precision, tier)
@@ -106,8 +106,8 @@ def _asked(
         raise UsageError(
             f"{network} cannot be {asked} here, at precision {precision}.", f"Use one of: {', '.join(rows)}."
         )
-    if tier not in ("fast", rows[asked].tier):
-        raise UsageError(f"{network} = {asked} belongs to the tier fast.", "Add --tier fast.")
+    if not may_use(tier, lowest := rows[asked].tier):
+        raise UsageError(f"{network} = {asked} belongs to the tier {lowest}.", f"Add --tier {lowest}.")
     if (sentence := missing(rows[asked])) is not None:
         raise UsageError(
             f"{network} cannot be {asked} here: {_clause(sentence)}.", "Leave --segment out, or use another."

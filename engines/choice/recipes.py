@@ -8,7 +8,7 @@ GPU.
 import hashlib
 from functools import partial
 
-from trt_wan.engines.choice.candidates import ATTENTION_FP8, Engine, Machine, candidates
+from trt_wan.engines.choice.candidates import ATTENTION_FP8, Engine, Machine, candidates, has_engine
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
@@ -22,16 +22,21 @@ from trt_wan.errors import UsageError
 
 
 def engine_names(model: ModelConfig, plan: Plan) -> tuple[str, ...]:
-    """One engine per network, and the candidates that are built without a graph."""
-    names = tuple(networks(model, plan))
+    """The engines that a build makes: one per network that TensorRT computes, and the candidates that are
+    built without a graph.
+    """
+    names = tuple(filter(has_engine, networks(model, plan)))
     return (*names, ATTENTION_FP8) if PRECISIONS[plan.precision].fp8 and "attention" in names else names
 
 
 def engines_of(model: ModelConfig, plan: Plan, machine: Machine) -> tuple[Engine, ...]:
-    """The engines for the machine's GPU, and its candidates that are built for another target."""
+    """An engine of every network for the machine's GPU, and candidates that are built for another target. A
+    network that TensorRT does not compute has one for its graph alone.
+    """
     rows = [row for name in networks(model, plan) for row in candidates(name, plan.precision, machine)]
     guests = [row.engine for row in rows if row.engine is not None and row.engine.target != "current"]
-    return (*(Engine(name) for name in engine_names(model, plan)), *guests)
+    names = dict.fromkeys((*networks(model, plan), *engine_names(model, plan)))
+    return (*map(Engine, names), *guests)
 
 
 def require_target(plan: Plan, target: Target) -> None:
@@ -43,7 +48,7 @@ def require_target(plan: Plan, target: Target) -> None:
 def recipes(
     model: ModelConfig, plan: Plan, target: Target, flavour: Flavour, gpu: GpuKind | None = None
 ) -> dict[str, Recipe]:
-    """The recipe of every engine by name. Raises GraphError if the graphs are not exported."""
+    """The recipe of every network's engine by name. Raises GraphError if the graphs are not exported."""
     require_target(plan, target)
     graphs = require_graphs(model, plan)
 

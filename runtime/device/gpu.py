@@ -1,7 +1,8 @@
 """The GPU as the executor sees it: arrays in one arena, copies to and from the host, and the small kernels.
 
-Everything is enqueued on the compute stream `stream`, except for weights: `loads` reads and converts them,
-`copies` brings those that stream. Only `DeviceArray.__array__` (a download) and `sync` wait.
+Everything is enqueued on the compute stream `stream`, except for weights and for results that are fetched
+while it goes on: `loads` reads and converts weights, `copies` brings those that stream, `downloads` copies
+results. Only downloads and `sync` wait.
 """
 
 import math
@@ -77,6 +78,7 @@ class Gpu:
         self.stream = self.device.create_stream()
         self.copies = self.device.create_stream()
         self.loads = self.device.create_stream()
+        self.downloads = self.device.create_stream()
         self.kernels = Module(self.device, SOURCE, NAMES)
         self.arena = Arena(0)
         self._staging = Ring(STAGING_SLOTS, STAGING_BYTES)
@@ -173,8 +175,16 @@ class Gpu:
             self.copy(array.address + start, slot.address, len(piece), self.stream)
             slot.used_by(self.stream)
 
-    def download(self, array: DeviceArray) -> Host:
-        """Waits for the array's numbers. Pieces are copied to `host` while later ones are on their way."""
+    def download(self, array: DeviceArray, computed: Any = None) -> Host:
+        """Waits for the array's numbers. Pieces are copied to `host` while later ones are on their way.
+
+        `computed` is an event of the compute stream after which the array is there; None: all that is
+        enqueued. The copy waits for nothing else.
+        """
+        stream = self.stream
+        if computed is not None:
+            stream = self.downloads
+            stream.wait(computed)
         host = np.empty(array.shape, array.dtype)
         target = host.reshape(-1).view(np.uint8)
         coming: deque[tuple[Pinned, Host]] = deque()
@@ -183,8 +193,8 @@ class Gpu:
                 _arrive(*coming.popleft())
             piece = target[start : start + self._staging.size]
             _, slot = self._staging.take()
-            self.copy(slot.address, array.address + start, len(piece), self.stream)
-            slot.used_by(self.stream)
+            self.copy(slot.address, array.address + start, len(piece), stream)
+            slot.used_by(stream)
             coming.append((slot, piece))
         for slot, piece in coming:
             _arrive(slot, piece)
@@ -226,7 +236,7 @@ class Gpu:
         from cuda.bindings import runtime
 
         with suppress(TrtWanError):
-            for stream in (self.stream, self.copies, self.loads):
+            for stream in (self.stream, self.copies, self.loads, self.downloads):
                 with cuda_core():
                     stream.sync()
         for kept in self._kept.values():
@@ -241,7 +251,7 @@ class Gpu:
             self.stream.sync()
             if (pool := self._pool()) is not None:
                 cuda(runtime.cudaMemPoolTrimTo(pool, 0))
-            for stream in (self.stream, self.copies, self.loads):
+            for stream in (self.stream, self.copies, self.loads, self.downloads):
                 stream.close()
 
     def _pool(self) -> Any:

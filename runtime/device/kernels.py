@@ -3,9 +3,12 @@
 numbers.cuh stands in front of every source. Compiled code is kept on disk (cubins.py).
 """
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
+
+import numpy as np
 
 from trt_wan.runtime.device.checked import cuda, cuda_core
 from trt_wan.runtime.device.cubins import kept
@@ -21,7 +24,8 @@ def read_source(package: str, *names: str) -> str:
 
 
 SOURCE = read_source(__package__, "arrays.cu")  # its kernels are NAMES
-ATTENTION = read_source(__package__, "attention.cuh")  # to stand in front of a source that attends
+# To stand in front of a source that attends; of an accelerated one for capability 9.0.
+ATTENTION, HOPPER = (read_source(__package__, f"{name}.cuh") for name in ("attention", "hopper"))
 
 
 def compile_source(
@@ -60,10 +64,14 @@ class Module:
         macros: Mapping[str, object] | None = None,
         *,
         accelerated: bool = False,
+        code: Any = None,
     ) -> None:
-        code = compile_source(source, tuple(device.compute_capability), macros, accelerated=accelerated)
+        """`code` is the source's, if it was compiled before."""
+        if code is None:
+            code = compile_source(source, tuple(device.compute_capability), macros, accelerated=accelerated)
         with cuda_core():
             self._kernels = {name: code.get_kernel(name) for name in names}
+        self._functions: dict[str, Any] = {}
 
     def launch(
         self,
@@ -74,7 +82,11 @@ class Module:
         *arguments: Any,
         shared: int = 0,
     ) -> None:
-        """Enqueues kernel `name`. Addresses are Python integers, other numbers are numpy's, of its types."""
+        """Enqueues kernel `name`. Addresses are Python integers, other numbers are numpy's, of its types, and
+        structures that are passed by value are numpy's arrays.
+        """
+        if any(isinstance(argument, np.ndarray) for argument in arguments):
+            return self._launch_by_value(stream, name, grid, threads, arguments, shared)
         from cuda.core import LaunchConfig, launch
 
         config = LaunchConfig(grid=grid, block=threads, shmem_size=shared)
@@ -86,5 +98,36 @@ class Module:
         from cuda.bindings import driver
 
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        function = cuda(driver.cuKernelGetFunction(int(self._kernels[name].handle)))
-        cuda(driver.cuFuncSetAttribute(function, attribute, size))
+        cuda(driver.cuFuncSetAttribute(self._function(name), attribute, size))
+
+    def _launch_by_value(
+        self,
+        stream: Any,
+        name: str,
+        grid: int | tuple[int, ...],
+        threads: int,
+        arguments: Sequence[Any],
+        shared: int,
+    ) -> None:
+        """cuda.core passes numbers only."""
+        from cuda.bindings import driver
+
+        held = b""
+        places = []
+        for argument in arguments:
+            places.append(len(held))
+            value = argument.to_bytes(8, "little") if isinstance(argument, int) else argument.tobytes()
+            held += value + b"\0" * (-len(value) % 8)
+        memory = ctypes.create_string_buffer(held, len(held))
+        start = ctypes.addressof(memory)
+        pointers = (ctypes.c_void_p * len(places))(*(start + place for place in places))
+        blocks = (*((grid,) if isinstance(grid, int) else grid), 1, 1)[:3]
+        where = shared, int(stream.handle), ctypes.addressof(pointers), 0
+        cuda(driver.cuLaunchKernel(self._function(name), *blocks, threads, 1, 1, *where))
+
+    def _function(self, name: str) -> Any:
+        from cuda.bindings import driver
+
+        if name not in self._functions:
+            self._functions[name] = cuda(driver.cuKernelGetFunction(int(self._kernels[name].handle)))
+        return self._functions[name]

@@ -50,6 +50,12 @@ class Executor(Protocol):
         """Whether an array holds neither a NaN nor an infinity. Waits for it."""
         ...
 
+    def fetch(self, array: Array) -> Callable[[], Array]:
+        """Returns a function that waits for the array and returns it on the host. What is asked for after
+        this call goes on meanwhile.
+        """
+        ...
+
     def wait(self) -> None:
         """Returns when everything asked for so far is computed."""
         ...

@@ -1,6 +1,6 @@
 """An executor that forwards every call to another. Watching executors are subclasses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from trt_wan.engines.contract import Network
 from trt_wan.runtime.executors import Array, BlendPart, Executor
@@ -33,6 +33,9 @@ class ForwardingExecutor:
 
     def is_finite(self, array: Array) -> bool:
         return self.executor.is_finite(array)
+
+    def fetch(self, array: Array) -> Callable[[], Array]:
+        return self.executor.fetch(array)
 
     def wait(self) -> None:
         self.executor.wait()

@@ -5,7 +5,8 @@ functions accept and then download. One segment serves all sets of its network's
 nothing else does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -65,6 +66,11 @@ class GpuExecutor:
         if isinstance(array, DeviceArray):
             return is_finite(self.gpu, array)
         return bool(np.isfinite(array).all())
+
+    def fetch(self, array: Array) -> Callable[[], Array]:
+        if not isinstance(array, DeviceArray):
+            return partial(np.asarray, array)
+        return partial(self.gpu.download, array, self.gpu.stream.record())
 
     def wait(self) -> None:
         self.gpu.sync()

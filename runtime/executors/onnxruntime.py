@@ -1,7 +1,8 @@
 """ONNX Runtime on the CPU in fp32: the executor that proves the numerics and needs no GPU."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -88,6 +89,9 @@ class OnnxRuntimeExecutor:
 
     def is_finite(self, array: Array) -> bool:
         return bool(np.isfinite(array).all())
+
+    def fetch(self, array: Array) -> Callable[[], Array]:
+        return partial(np.asarray, array)
 
     def wait(self) -> None:
         pass  # ONNX Runtime returns when it is done

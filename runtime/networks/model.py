@@ -6,8 +6,8 @@ Inputs go in the contract's order; `n` is the number of the set of weights (the 
 arrays or arrays of the executor; `np.asarray` of a result brings it to the host.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,7 +23,8 @@ MOST_REMEMBERED = 256 * 10**6  # bytes of the host
 
 class Model:
     """`weights` are those that the host itself reads: umT5's token embedding and final norm. With `tile` the
-    VAE's networks have that shape, and networks/vae.py computes in tiles.
+    VAE's networks have that shape, and networks/vae.py computes in tiles. `keep` is the share of the key
+    blocks that self-attention keeps, None for all: denoise.py says in which steps.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class Model:
         executor: Executor,
         weights: Mapping[Part, Mapping[str, Array]],
         tile: VaeTile | None = None,
+        keep: float | None = None,
     ) -> None:
         self.config, self.plan, self.executor, self.weights = config, plan, executor, weights
-        self.tile = tile
+        self.tile, self.keep = tile, keep
         self.networks = {**networks(config, plan), **({} if tile is None else networks(config, tile))}
         self._kept: dict[str, Array] = {}
         self._remembered: OrderedDict[Hashable, Array] = OrderedDict()  # the one used last comes last
@@ -56,6 +58,19 @@ class Model:
             )
             named[contract.name] = value
         return self.executor.run(network, n, named)
+
+    def fetched(self, arrays: Iterable[Array]) -> Iterator[Array]:
+        """The arrays on the host, in order. Each is copied, and used by the caller, while a GPU computes the
+        next one: that has been asked for before.
+        """
+        ahead: deque[Callable[[], Array]] = deque()
+        for array in arrays:
+            ahead.append(self.executor.fetch(array))
+            del array  # its memory is free when it has been copied
+            if len(ahead) > 1:
+                yield ahead.popleft()()
+        while ahead:
+            yield ahead.popleft()()
 
     def place(self, array: Array) -> Array:
         """Returns `array` where the executor takes its inputs from. For arrays that go in many times."""

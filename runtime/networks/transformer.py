@@ -4,7 +4,7 @@ Once per job: the context (keys and values of text and image tokens for every bl
 Once per window: the face (keys and values of the face tokens for every fuser). Arrays have no batch axis.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ from trt_wan.runtime.networks.model import Model
 ROPE_THETA = 10000.0
 
 PerLayer = list[tuple[Array, ...]]
+
+DENSE_BLOCKS = 2  # that attend to everything in every step: attention is least local in the first blocks
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,16 @@ def encode_face(model: Model, face: Array) -> PerLayer:
 
 def encode_motion(model: Model, read: Callable[[int, int], Array], count: int) -> Array:
     """The motion of every face crop, [count, dim]. `read` gives crops [start, stop), in order."""
-    size, made = model.plan.face_batch, []
-    for start in range(0, count, size):
-        batch = read(start, min(start + size, count))
-        if missing := size - len(batch):
-            batch = np.concatenate((batch, np.repeat(batch[-1:], missing, axis=0)))
-        made.append(np.asarray(model.run("motion_encoder", batch)[0]))
-    return np.concatenate(made)[:count]
+    size = model.plan.face_batch
+
+    def batches() -> Iterator[Array]:
+        for start in range(0, count, size):
+            batch = read(start, min(start + size, count))
+            if missing := size - len(batch):
+                batch = np.concatenate((batch, np.repeat(batch[-1:], missing, axis=0)))
+            yield model.run("motion_encoder", batch)[0]
+
+    return np.concatenate(list(model.fetched(batches())))[:count]
 
 
 def encode_blank_face(model: Model) -> PerLayer:
@@ -112,15 +117,17 @@ def velocity(
     window: WindowCondition,
     rope: tuple[Array, Array],
     cross_attention: str = "cross_attention",
+    keep: Array | None = None,
 ) -> Array:
     """The flow velocity, noise - x0, of `latent` [16, T1, h, w]; same shape. `cross_attention` is the network
-    that attends to `context`.
+    that attends to `context`. With `keep` [1] self-attention is block-sparse, but in the first DENSE_BLOCKS.
     """
     c = model.config.transformer
     time_embedding, time_modulation = time
     (x,) = model.run("patch_embed", latent, window.condition, window.pose_latent, window.pose_strength)
     for n in range(c.layers):
-        (attended,) = model.run("attention", *model.run("attn_in", x, time_modulation, *rope, n=n))
+        name, share = ("attention", ()) if keep is None or n < DENSE_BLOCKS else ("sparse_attention", (keep,))
+        (attended,) = model.run(name, *model.run("attn_in", x, time_modulation, *rope, n=n), *share)
         x, cross_q = model.run("attn_out", x, attended, time_modulation, n=n)
         (attended,) = model.run(cross_attention, cross_q, *context[n])
         (x,) = model.run("ffn", x, attended, time_modulation, n=n)

@@ -50,8 +50,8 @@ def decode(model: Model, latent: Array) -> Iterator[Array]:
     latent = np.asarray(latent)
     count = latent.shape[1]
     assert (count - 1) % step == 0, f"{count} latent frames are not one and a multiple of {step}"
-    for frames in _computed(model, "decode", lambda start, stop: latent[:, start:stop], _spans(count, step)):
-        yield np.asarray(frames)
+    chunks = _computed(model, "decode", lambda start, stop: latent[:, start:stop], _spans(count, step))
+    yield from model.fetched(chunks)
 
 
 def _spans(count: int, step: int) -> list[Span]:

@@ -7,17 +7,18 @@ are kept.
 The VAE computes in tiles (networks/vae.py) for jobs that do not fit otherwise, and for no others.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from trt_wan.engines.choice.candidates import Candidate, Engine, Machine, Tier, candidates, tiers
+from trt_wan.engines.choice.candidates import SPARSE, Candidate, Engine, Machine, Tier, candidates, tiers
 from trt_wan.engines.choice.choose import choose, place_of
 from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
+from trt_wan.engines.gpu import Capability
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan, VaeTile
 from trt_wan.engines.store.engine_id import Recipe
@@ -53,6 +54,7 @@ from trt_wan.runtime.weights.pack import Pack
 from trt_wan.runtime.weights.sources import WeightSource
 from trt_wan.runtime.weights.stored import Tensors
 
+NAG = "cross_attention_nag"
 MOST_SIZES = 4  # whose segments are kept
 ExportTiles = Callable[[VaeTile, Progress], None]  # exports the graphs of a tile
 
@@ -116,7 +118,7 @@ class GpuSizes:
             self.weights.prefetch(others, room)  # while the segments are opened
             self._open(plan, progress)
         if load.nag:
-            self._open_optional(plan, progress)
+            self._open_nag(plan, progress)
         self._executors[plan] = self._executors.pop(plan)
         opened: Plan = plan
         try:
@@ -209,22 +211,24 @@ class GpuSizes:
     def _open(self, plan: Plan, progress: Progress, tile: VaeTile | None = None) -> None:
         """With `tile` only the VAE's segments are opened."""
         opened = tile or plan
-        executor = GpuExecutor(self._gpu, self._segments(opened, False, progress), self.weights)
+        names, keep = network_names(self._config, opened, self._settings.tier), self._settings.keep
+        if keep is not None and tile is None:
+            exact = f"{keep:.0%} of its blocks of keys exactly, the others by their means"
+            progress(Note(f"turbo: attention takes {exact}, after the first quarter of the steps."))
+        executor = GpuExecutor(self._gpu, self._segments(opened, names, progress), self.weights)
         self._executors[opened] = executor
         observed = self._observe(executor) if self._observe else executor
-        self._models[opened] = Model(self._config, plan, observed, self._host, tile)
+        self._models[opened] = Model(self._config, plan, observed, self._host, tile, keep)
 
-    def _open_optional(self, plan: Plan, progress: Progress) -> None:
-        """Opens the optional networks of a size that is open, once."""
-        names = {network.name for network in networks(self._config, plan).values() if network.optional}
-        if not names <= self._executors[plan].segments.keys():
-            self._executors[plan].segments |= self._segments(plan, True, progress)
+    def _open_nag(self, plan: Plan, progress: Progress) -> None:
+        """Opens the network of NAG for a size that is open, once."""
+        if NAG not in self._executors[plan].segments:
+            self._executors[plan].segments |= self._segments(plan, (NAG,), progress)
 
-    def _segments(self, plan: Plan, optional: bool, progress: Progress) -> dict[str, Segment]:
-        """The segments of the networks that are optional, or of all others."""
+    def _segments(self, plan: Plan, names: Sequence[str], progress: Progress) -> dict[str, Segment]:
         recipes = recipes_here(self._config, plan, self._machine)
         settings = self._settings
-        chosen = choose_segments(self._config, plan, self._machine, recipes, settings, progress, optional)
+        chosen = choose_segments(self._config, plan, self._machine, recipes, settings, progress, names)
         return open_segments(chosen, self._config, plan, self._gpu, recipes, progress)
 
     def _residency(
@@ -286,10 +290,19 @@ def chosen_candidates(
     return {network: candidate.name for network, candidate in chosen.items()}
 
 
-def require_tier(tier: Tier, precision: Precision) -> None:
-    """Raises UsageError for a tier that the precision has not."""
+def require_tier(tier: Tier, precision: Precision, capability: Capability) -> None:
+    """Raises UsageError for a tier that the precision or the GPU has not."""
     if tier not in tiers(precision):
         raise UsageError(f"The tier {tier} needs FP8; the precision is {precision}.", "Use --tier exact.")
+    if tier == "turbo" and (sentence := missing(SPARSE, capability)) is not None:
+        raise UsageError(f"The tier turbo: {sentence.partition(':')[0].rstrip('.')}.", "Use --tier fast.")
+
+
+def network_names(config: ModelConfig, plan: Plan, tier: Tier) -> tuple[str, ...]:
+    """The networks that every job of a tier runs."""
+    rows = networks(config, plan).items()
+    own = {SPARSE.network} if tier == SPARSE.tier else set()
+    return tuple(name for name, row in rows if not row.optional or name in own)
 
 
 def choose_segments(
@@ -299,15 +312,14 @@ def choose_segments(
     recipes: Mapping[Engine, Recipe],
     settings: Settings,
     progress: Progress,
-    optional: bool = False,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Candidate]:
-    """The candidate for every network, without those that are optional, or for these alone. Reports the
-    choice and its reason where there are several.
+    """The candidate for the networks `names`, by default those of every job. Reports the choice and its
+    reason where there are several.
     """
-    require_tier(settings.tier, plan.precision)
+    require_tier(settings.tier, plan.precision, machine.capability)
     chosen, unmeasured = {}, 0
-    contracts = networks(config, plan)
-    for network in (name for name, row in contracts.items() if row.optional == optional):
+    for network in network_names(config, plan, settings.tier) if names is None else names:
         rows = candidates(network, plan.precision, machine)
         graph = recipes[Engine(network)].engine.source
         choice = choose(
@@ -320,7 +332,8 @@ def choose_segments(
             settings.segments.get(network),
         )
         if len(rows) > 1:
-            progress(Note(choice.text))
+            data = {"network": network, "candidate": choice.candidate.name}
+            progress(Note(choice.text, "candidate", data))
         chosen[network] = choice.candidate
         unmeasured += choice.unmeasured and len(rows) > 1
     if unmeasured:

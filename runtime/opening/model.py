@@ -195,7 +195,9 @@ class Basis:
             return {"executor": "onnxruntime"}
         gpu, flavour = self.place
         chosen = chosen_candidates(self.weights.config, plan, gpu, flavour, self.settings)
-        return {"executor": flavour.name, "tier": self.settings.tier, **chosen}
+        keep = self.settings.keep
+        sparse = {} if keep is None else {"attention_keep": f"{keep:g}"}
+        return {"executor": flavour.name, "tier": self.settings.tier, **sparse, **chosen}
 
     def make_engines(self, plan: Plan, progress: Progress) -> None:
         """Builds the missing engines of that shape and finishes their kernels, ahead of the first job, which
@@ -212,7 +214,7 @@ def open_basis(weights: WeightFiles, settings: Settings, progress: Progress) -> 
     precision = choose_precision(settings, place[0] if place else None)
     opened = open_weights(weights, precision, progress)
     if place is not None:
-        require_tier(settings.tier, precision)
+        require_tier(settings.tier, precision, place[0].capability)
     return Basis(opened, place, precision, settings)
 
 

@@ -6,9 +6,10 @@ when they are asked about.
 
 from collections.abc import Mapping
 
-from trt_wan.engines.choice.candidates import Candidate, Engine, Machine
+from trt_wan.engines.choice.candidates import SPARSE, Candidate, Engine, Machine
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.contracts.sparse_attention import block_order
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import Capability, GpuKind
 from trt_wan.engines.shape import Plan
@@ -28,7 +29,7 @@ def missing(candidate: Candidate, capability: Capability) -> str | None:
     if candidate.maker == "native":
         from trt_wan.runtime.segments import native
 
-        return native.missing(capability)
+        return native.missing(candidate.network, capability, candidate.name)
     if candidate.maker == "attention":
         from trt_wan.runtime.segments import attention
 
@@ -56,5 +57,7 @@ def open_segments(
             from trt_wan.runtime.segments.attention import open_attention
 
             c = config.transformer
-            segments[name] = open_attention(candidate.name, gpu, c.heads, plan.tokens, c.head_dim)
+            shape = c.heads, plan.tokens, c.head_dim
+            blocks = (block_order(plan), plan.tokens_per_slot) if candidate == SPARSE else ()
+            segments[name] = open_attention(candidate.name, gpu, *shape, *blocks)
     return segments

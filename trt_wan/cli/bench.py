@@ -3,7 +3,7 @@ stdout is one JSON document with everything.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +18,7 @@ from trt_wan.cli.sizes import size as size_option
 from trt_wan.errors import shown
 
 if TYPE_CHECKING:
+    from trt_wan.benchmarks.measure.quality import Wanted
     from trt_wan.benchmarks.peers.shape import Shape
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -56,6 +57,27 @@ def _segments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
     return pairs
 
 
+def _rows(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Settings by row: "fast; attention=cudnn fp8" has the tier and a candidate, "vram=12" a number."""
+    if not values:
+        return {}
+    from trt_wan.runtime.settings import Settings
+
+    found = {}
+    for value in values:
+        settings: dict[str, Any] = {}
+        for part in filter(None, map(str.strip, value.split(";"))):
+            name, given, text = (piece.strip() for piece in part.partition("="))
+            if not given:
+                settings["tier"] = name
+            elif (field := name.replace("-", "_")) in Settings.__dataclass_fields__:
+                settings[field] = float(text) if re.fullmatch("[0-9]*[.]?[0-9]+", text) else text
+            else:
+                settings.setdefault("segments", {})[name] = text
+        found[value] = settings
+    return found
+
+
 _SHAPE = (
     click.option("--model", type=click.Choice(["14b", "tiny"]), help="Default: 14b on a GPU, else tiny."),
     click.option("--size", callback=size_option, metavar="WxH", help="Default: 832x480, or 64x48 for tiny."),
@@ -67,7 +89,12 @@ _SETTINGS = (
     click.option(
         "--precision", type=click.Choice(["fp32", "bf16", "fp8"]), help="Default: the best the GPU has."
     ),
-    click.option("--tier", type=click.Choice(["exact", "fast"]), help="exact: bf16 attention; fast: 8 bits."),
+    click.option(
+        "--tier",
+        type=click.Choice(["exact", "fast", "turbo"]),
+        help="exact: bf16 attention; fast: 8 bits; turbo: block-sparse too.",
+    ),
+    click.option("--attention-keep", type=float, metavar="SHARE", help="turbo: of the key blocks kept."),
     click.option("--flavour", type=click.Choice(["tensorrt", "tensorrt_rtx"])),
     click.option("--vram", type=float, help="GB of GPU memory to use at most."),
     click.option(
@@ -78,6 +105,14 @@ _SETTINGS = (
         metavar="NETWORK=CANDIDATE",
         help="Take this candidate, such as attention=cudnn; may be repeated.",
     ),
+)
+_ROWS = click.option(
+    "--row",
+    "rows",
+    multiple=True,
+    callback=_rows,
+    metavar="TIER;NETWORK=CANDIDATE;…",
+    help="A row, such as 'fast; attention=cudnn fp8' or 'exact; precision=bf16'; may be repeated.",
 )
 _OUT = click.option("--out", type=FOLDER, help="Folder for JSON, CSV and plots (PNG and SVG).")
 
@@ -224,9 +259,13 @@ def sweep_shapes(
 
 
 @click.command("quality", short_help="Measure what a precision or tier costs in quality.")
-@_options(*_SHAPE, *_SETTINGS)
+@_options(*_SHAPE, *_SETTINGS, _ROWS)
 @click.option("--steps", type=COUNT, default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--peers", is_flag=True, help="diffusers too, on the same weights and inputs; all tiers of ours."
+)
+@click.option("--frames/--no-frames", default=True, show_default=True, help="Compare the videos as well.")
 @_OUT
 @command
 def quality_of(
@@ -238,14 +277,95 @@ def quality_of(
     weights: Path | None,
     steps: int,
     seed: int,
+    rows: dict[str, dict[str, Any]],
+    peers: bool,
+    frames: bool,
     out: Path | None,
     **settings: Any,
 ) -> Any:
-    """Compare our output with the bf16 reference on the same seed, beside the reference's noise floor."""
-    from trt_wan.benchmarks.measure.quality import measure_quality
+    """Compare our output with the bf16 reference on the same seed, beside the reference's noise floor.
+
+    \b
+    trt-wan bench quality --row fast --row 'fast; attention=cudnn fp8'
+    trt-wan bench quality --weights models/ --peers
+    """
+    from trt_wan.benchmarks.measure.quality import Wanted, measure_quality
+
+    shape, files, given = _shape(model, size, window), str(weights) if weights else None, _given(settings)
+    if not rows and peers and "tier" not in given:
+        wanted = [Wanted(f"trt-wan {tier}", _given({**given, "tier": tier})) for tier in _tiers(given)]
+    else:
+        wanted = _wanted(rows, settings)
+    result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress)
+    return finished(report, result, out)
+
+
+def _wanted(rows: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> "list[Wanted]":
+    """The rows, or one of the settings that were given."""
+    from trt_wan.benchmarks.measure.quality import Wanted
+
+    wanted = [Wanted(name, _given({**settings, **row})) for name, row in rows.items()]
+    return wanted or [Wanted("trt-wan", _given(settings))]
+
+
+def _tiers(given: Mapping[str, Any]) -> Sequence[str]:
+    """The tiers of the precision. The CPU has none: there our only row would be the reference."""
+    from trt_wan.benchmarks.machine.card import read_gpu
+    from trt_wan.engines.choice.candidates import tiers
+
+    return () if read_gpu() is None else tiers(given.get("precision") or "fp8")
+
+
+@click.command("window", short_help="Measure a window of a long video, part by part.")
+@_options(*_SHAPE, *_SETTINGS)
+@click.option("--steps", type=COUNT, default=4, show_default=True, help="Steps of a window.")
+@click.option("--windows", type=click.IntRange(3, 20), default=4, show_default=True)
+@_OUT
+@command
+def window_of(
+    *,
+    report: Report,
+    model: str | None,
+    size: Size | None,
+    window: int | None,
+    weights: Path | None,
+    steps: int,
+    windows: int,
+    out: Path | None,
+    **settings: Any,
+) -> Any:
+    """Time the window before the last of a job: its parts, their shares, and their distance from a floor."""
+    from trt_wan.benchmarks.measure.window_budget import measure_window
 
     shape, files = _shape(model, size, window), str(weights) if weights else None
-    result = measure_quality(shape, _given(settings), steps, seed, files, report.progress)
+    result = measure_window(shape, _given(settings), steps, windows, files, report.progress)
+    return finished(report, result, out)
+
+
+@click.command("vae", short_help="Measure the VAE of a window beside diffusers'.")
+@_options(*_SHAPE, *_SETTINGS, _ROWS)
+@click.option("--repeats", type=COUNT, default=3, show_default=True)
+@_OUT
+@command
+def vae_of(
+    *,
+    report: Report,
+    model: str | None,
+    size: Size | None,
+    window: int | None,
+    weights: Path | None,
+    rows: dict[str, dict[str, Any]],
+    repeats: int,
+    out: Path | None,
+    **settings: Any,
+) -> Any:
+    """Decode and encode a window: seconds, and the error against float32, ours and diffusers' in turn."""
+    from trt_wan.benchmarks.measure.vae import measure_vae
+
+    if weights is None:
+        raise click.UsageError("name the folder of the weights with --weights DIR.")
+    shape, wanted = _shape(model, size, window), _wanted(rows, settings)
+    result = measure_vae(shape, wanted, str(weights), repeats, report.progress)
     return finished(report, result, out)
 
 
@@ -263,7 +383,7 @@ bench = Group(
     help=measure.help,
     short_help="Measure how fast this machine is.",
 )
-for subcommand in (compare_results, sweep_shapes, quality_of, bench_preprocess):
+for subcommand in (compare_results, sweep_shapes, quality_of, window_of, vae_of, bench_preprocess):
     bench.add_command(subcommand)
 
 

@@ -162,7 +162,7 @@ def build_for(
 
     plan = Plan(*size, window)  # refuses a bad size before anything is looked for
     if vae_tiles:
-        plan, measure = _tile_of(plan, measure), False
+        plan = _tile_of(plan)
     goals = (
         [named_goal(plan, precision, target, flavour) for target in targets]
         if targets
@@ -175,9 +175,7 @@ def build_for(
     return _engines(report, model, goals, measure, dry_run)
 
 
-def _tile_of(plan: "Plan", measure: bool | None) -> "Plan":
-    if measure:
-        raise UsageError("The VAE has no candidates to measure.", "Leave --measure out.")
+def _tile_of(plan: "Plan") -> "Plan":
     if plan.vae_tile is None:
         raise UsageError(
             f"The VAE of {plan.width}x{plan.height} cannot be cut: a tile would be as large as the whole.",

@@ -102,12 +102,14 @@ def forecast(
     return table(rows), data
 
 
-def _evaluations(job: "Job", lengths: "Sequence[int]") -> int:
-    """Calls of the transformer: for each step, prompt and context window of windows of `lengths` frames."""
+def _evaluations(job: "Job", lengths: "Sequence[int]", first: int = 0) -> int:
+    """Calls of the transformer: for each step from `first` on, prompt and context window of windows of
+    `lengths` frames.
+    """
     total = 0
     for length in lengths:
         plan = job.context_plan(length)
-        for step, settings in enumerate(job.step_settings):
+        for step, settings in enumerate(job.step_settings[first:], first):
             total += settings.passes * (1 if plan is None else len(plan.parts(step)))
     return total
 
@@ -205,10 +207,22 @@ def _seconds(
 
     total, unmeasured = 0.0, []
     evaluations = _evaluations(job, lengths)
+    sparse = {} if basis.settings.keep is None else _sparse_calls(basis, job, lengths)
     spans = sum(-(-length // plan.frames) for length in lengths)
     for network, count in calls(basis.weights.config, plan, job.schedule.steps).items():
+        in_steps = count.step * evaluations + sparse.get(network, 0)
         if network in times:
-            total += times[network] * (count.step * evaluations + count.window * spans + count.job)
-        elif count.step or count.window:
+            total += times[network] * (in_steps + count.window * spans + count.job)
+        elif in_steps or count.window:
             unmeasured.append(network)
     return (total if times else None), tuple(unmeasured)
+
+
+def _sparse_calls(basis: "Basis", job: "Job", lengths: "Sequence[int]") -> dict[str, int]:
+    """Calls of block-sparse attention in the tier `turbo`; as many fewer of dense attention."""
+    from trt_wan.runtime.denoise import dense_steps
+    from trt_wan.runtime.networks.transformer import DENSE_BLOCKS
+
+    blocks = basis.weights.config.transformer.layers - DENSE_BLOCKS
+    count = blocks * _evaluations(job, lengths, dense_steps(job.schedule.steps))
+    return {"attention": -count, "sparse_attention": count}

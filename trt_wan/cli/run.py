@@ -63,7 +63,7 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 FILE_OR_FOLDER = click.Path(path_type=Path, exists=True)
 PICTURE = click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True)
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
-SETTINGS = ("executor", "precision", "tier", "flavour", "vram", "segments", "text_cache")
+SETTINGS = ("executor", "precision", "tier", "attention_keep", "flavour", "vram", "segments", "text_cache")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class RunOptions:
     executor: str | None = None
     precision: str | None = None
     tier: str | None = None
+    attention_keep: float | None = None
     flavour: str | None = None
     vram: float | None = None
     segments: Mapping[str, str] = field(default_factory=dict)
@@ -354,10 +355,17 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 )
 @click.option(
     "--tier",
-    type=click.Choice(["exact", "fast"]),
+    type=click.Choice(["exact", "fast", "turbo"]),
     default="exact",
     show_default=True,
-    help="exact: attention in bf16; fast: in 8 bits.",
+    help="exact: attention in bf16; fast: in 8 bits; turbo: also only to the blocks of keys that weigh most.",
+)
+@click.option(
+    "--attention-keep",
+    type=float,
+    metavar="SHARE",
+    help="turbo: the share of the blocks of keys that attention takes exactly, the others by their means. "
+    "The first quarter of the steps and the first blocks take all. Default: 0.5.",
 )
 @click.option(
     "--flavour", type=click.Choice(["tensorrt", "tensorrt_rtx"]), help="Default: what suits the GPU."

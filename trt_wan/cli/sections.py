@@ -32,7 +32,7 @@ SECTIONS = {
         *("weights", "transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "random_weights"),
         *("loras", "text_cache"),
     ),
-    "Machine": ("executor", "precision", "tier", "vram", "flavour", "segments", "build"),
+    "Machine": ("executor", "precision", "tier", "attention_keep", "vram", "flavour", "segments", "build"),
 }
 OTHERS = "Other"
 

@@ -57,9 +57,10 @@ class LoadModel(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no types for
                 ),
                 io.Combo.Input(
                     "tier",
-                    options=["exact", "fast"],
+                    options=["exact", "fast", "turbo"],
                     optional=True,
-                    tooltip="fast: attention in 8 bits, on a GPU.",
+                    tooltip="fast: attention in 8 bits, on a GPU; turbo: also only to the blocks of keys "
+                    "that weigh most.",
                 ),
                 io.Float.Input(
                     "vram",
@@ -69,6 +70,15 @@ class LoadModel(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no types for
                     step=0.5,
                     optional=True,
                     tooltip="GB of GPU memory to use at most; 0: all that is free.",
+                ),
+                io.Float.Input(
+                    "attention_keep",
+                    default=0.5,
+                    min=0.05,
+                    max=0.95,
+                    step=0.05,
+                    optional=True,
+                    tooltip="turbo: the share of the blocks of keys that attention takes exactly.",
                 ),
             ],
             outputs=[TrtWanModel.Output(display_name="model")],
@@ -80,6 +90,7 @@ class LoadModel(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no types for
         preset: str,
         precision: str = AUTOMATIC,
         tier: str = "exact",
+        attention_keep: float = 0.5,
         vram: float = 0.0,
         **files: Any,
     ) -> io.NodeOutput:
@@ -88,6 +99,7 @@ class LoadModel(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no types for
             named = {PARTS[name]: files[name] for name in PARTS if files[name] not in (AUTOMATIC, TINY)}
             loras = [(files.get(f"lora_{k}", NONE), files.get(f"lora_{k}_strength", 1.0)) for k in SLOTS]
             settings: dict[str, Any] = {"tier": tier}
+            settings |= {"attention_keep": attention_keep} if tier == "turbo" else {}
             settings |= {} if precision == AUTOMATIC else {"precision": precision}
             settings |= {"vram": vram} if vram else {}
             choice = ModelChoice(

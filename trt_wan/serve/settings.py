@@ -8,7 +8,10 @@ from typing import Any
 MB = 10**6
 # Options of `run` and `preprocess` that the operator gives for all jobs.
 WEIGHTS = ("weights", "transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "random_weights")
-MODEL = (*WEIGHTS, *("executor", "precision", "tier", "flavour", "vram", "segments", "text_cache"))
+MODEL = (
+    *WEIGHTS,
+    *("executor", "precision", "tier", "attention_keep", "flavour", "vram", "segments", "text_cache"),
+)
 NETWORKS = ("detector", "pose", "sam2")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

@@ -1,18 +1,20 @@
-"""Attention by libraries other than TensorRT. Each has a module, imported only when it is chosen.
+"""Attention by kernels of our own and by libraries other than TensorRT.
 
-Every provider is a `Segment` for the network `attention`. q, k and v are bf16 [heads, tokens, head_dim]. q is
-already multiplied by head_dim^-0.5, so the softmax takes the scores unscaled. `attended` is bf16 [tokens,
-heads * head_dim]. Only `flash4` needs torch. `trt-wan build` measures their speed and error.
+Each has a module, imported only when it is chosen. Every provider is a `Segment` for the network `attention`,
+or for `sparse_attention`. q, k and v are bf16 [heads, tokens, head_dim]. q is already multiplied by
+head_dim^-0.5, so the softmax takes the scores unscaled. `attended` is bf16 [tokens, heads * head_dim]. Only
+`flash4` needs torch. `trt-wan build` measures their speed and error.
 """
 
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
-from typing import cast
+from typing import Any, cast
 
 from trt_wan.errors import EnvironmentBroken, UsageError, with_commands
 from trt_wan.install import install_command
 from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.segments.cudnn_library import FRONTEND
 from trt_wan.runtime.segments.segment import Segment
 
 Capability = tuple[int, int]
@@ -29,11 +31,15 @@ class Provider:
 
 
 ANY_NEWER: Capability = (99, 9)
-FRONTEND = "nvidia-cudnn-frontend"
+HOPPER: Capability = (9, 0)
 
 PROVIDERS = {
+    "native": Provider("hopper", "Native", (), HOPPER, HOPPER, range(128, 129)),
+    "native int8": Provider("hopper", "NativeInt8", (), HOPPER, HOPPER, range(128, 129)),
+    "native fp8": Provider("hopper", "NativeFp8", (), HOPPER, HOPPER, range(128, 129)),
     "cudnn": Provider("cudnn", "Cudnn", (FRONTEND,), (8, 0), ANY_NEWER, range(8, 129, 8)),
     "cudnn fp8": Provider("cudnn", "CudnnFp8", (FRONTEND,), (9, 0), ANY_NEWER, range(16, 129, 16)),
+    "native sparse": Provider("sparse", "Sparse", (), (9, 0), (9, 0), range(128, 129)),
     "flash4": Provider("flash", "Flash4", ("flash-attn-4", "torch"), (8, 0), ANY_NEWER, range(8, 129, 8)),
 }
 
@@ -57,8 +63,9 @@ def missing(name: str, capability: Capability) -> str | None:
     return None
 
 
-def open_attention(name: str, gpu: Gpu, heads: int, tokens: int, head_dim: int) -> Segment:
-    """Provider `name` for one shape, with its kernels chosen and compiled.
+def open_attention(name: str, gpu: Gpu, heads: int, tokens: int, head_dim: int, *blocks: Any) -> Segment:
+    """Provider `name` for one shape, with its kernels chosen and compiled. For block-sparse attention
+    `blocks` are the order of the tokens, and the number of the reference's (select.py).
 
     Raises UsageError for an unknown name or shape, EnvironmentBroken if it cannot be used here.
     """
@@ -74,7 +81,7 @@ def open_attention(name: str, gpu: Gpu, heads: int, tokens: int, head_dim: int) 
         raise EnvironmentBroken(
             f"{name} does not load ({error}).", with_commands("Run:", install_command("hopper"))
         ) from error
-    return cast(Segment, getattr(module, provider.segment)(gpu, heads, tokens, head_dim))
+    return cast(Segment, getattr(module, provider.segment)(gpu, heads, tokens, head_dim, *blocks))
 
 
 def _provider(name: str) -> Provider:

@@ -4,20 +4,17 @@ A graph is one attention of one shape. Its plan is built once: the first of cuDN
 supports, which is the same every time. The output's strides write [tokens, heads, head_dim].
 """
 
-import ctypes
-import weakref
 from collections.abc import Mapping
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trt_wan.engines.fp8 import E4M3_MAX
 from trt_wan.engines.gpu import FP8_ATTENTION_RANGE
-from trt_wan.errors import EnvironmentBroken, with_commands
+from trt_wan.errors import EnvironmentBroken
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.segments import cudnn_library
 from trt_wan.runtime.segments.attention.fp8_kernels import Fp8Kernels
 
 SCALAR = (1, 1, 1, 1)
@@ -115,17 +112,10 @@ class AttentionGraph:
     """A cuDNN graph on the Gpu's stream, with tensors by name. `io` is cuDNN's name of their type."""
 
     def __init__(self, gpu: Gpu, heads: int, tokens: int, head_dim: int, io: str) -> None:
-        self._cudnn = cudnn = _load()
+        self._cudnn = cudnn = cudnn_library.load()
         self.shape = heads, tokens, head_dim
         self._io = getattr(cudnn.data_type, io)
-        try:
-            self._handle = cudnn.create_handle()
-        except RuntimeError as error:
-            raise EnvironmentBroken(
-                f"cuDNN does not start ({error}).", with_commands("Run:", "pip install -U nvidia-cudnn-cu13")
-            ) from error
-        weakref.finalize(self, cudnn.destroy_handle, self._handle).atexit = False
-        cudnn.set_stream(self._handle, gpu.handle)
+        self._handle = cudnn_library.handle(gpu)
         self.graph = cudnn.pygraph(
             io_data_type=self._io,
             intermediate_data_type=cudnn.data_type.FLOAT,
@@ -181,19 +171,3 @@ class AttentionGraph:
     def run(self, addresses: Mapping[str, int], workspace: int) -> None:
         bound = {self._tensors[name]: address for name, address in addresses.items()}
         self.graph.execute(bound, workspace, handle=self._handle)
-
-
-def _load() -> Any:
-    """The frontend's module, bound to cuDNN's library.
-
-    The frontend looks in the interpreter's site-packages, then asks the loader, which knows libraries that
-    are loaded already. So the library is loaded first: pip may have put nvidia-cudnn-cu13 into any folder.
-    """
-    spec = find_spec("nvidia.cudnn") if find_spec("nvidia") else None
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        library = Path(folder) / "lib" / "libcudnn.so.9"
-        if library.exists():
-            ctypes.CDLL(str(library))
-    import cudnn
-
-    return cudnn

@@ -1,28 +1,41 @@
-"""Networks of the transformer computed by native kernels around matrix products of cuBLASLt."""
+"""Networks computed by native kernels between matrix products and convolutions of libraries."""
 
 from collections.abc import Callable
 
+from trt_wan.engines.choice.candidates import VAE
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
-from trt_wan.engines.gpu import HOPPER
+from trt_wan.engines.gpu import HOPPER, Capability
+from trt_wan.engines.precision import FP8_CAPABILITY
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.segments import cudnn_library
 from trt_wan.runtime.segments.segment import Segment
 
-FP8_CAPABILITY = (8, 9)
+BF16_CAPABILITY: Capability = (8, 0)
 
 
-def missing(capability: tuple[int, int]) -> str | None:
-    """Why it cannot be used here, in a sentence. None if it can."""
+def missing(network: str, capability: Capability, name: str = "native") -> str | None:
+    """Why candidate `name` of a network cannot be used here, in a sentence. None if it can."""
     from trt_wan.runtime.segments.native.gemm import missing as missing_library
 
-    if capability < FP8_CAPABILITY:
-        return f"A GPU of compute capability {capability[0]}.{capability[1]} has no FP8."
-    return missing_library()
+    vae = network in VAE
+    if capability < (BF16_CAPABILITY if vae else FP8_CAPABILITY):
+        number = "bf16 convolutions" if vae else "FP8"
+        return f"A GPU of compute capability {capability[0]}.{capability[1]} has no {number}."
+    if vae and name == "native" and capability != HOPPER:
+        return "Our convolution is for Hopper alone."
+    return missing_library() or (cudnn_library.missing() if vae else None)
 
 
 def open_native(network: Network, model: ModelConfig, plan: Plan, gpu: Gpu, name: str = "native") -> Segment:
-    """The segment of a network's candidate `name`: a part of a block in FP8, or a fuser."""
+    """The segment of candidate `name`: a part of a block in FP8, a fuser, or the VAE in bf16, whose
+    candidates are "cudnn" and, with a convolution of our own, "native".
+    """
+    if network.part == "vae":
+        from trt_wan.runtime.segments.native.vae import Vae
+
+        return Vae(network, model, gpu, own=name == "native")
     from trt_wan.runtime.segments.native.block import PARTS, CrossAttention
     from trt_wan.runtime.segments.native.cross_attention import HopperCrossAttention
     from trt_wan.runtime.segments.native.fuser import Fp8Fuser, Fuser

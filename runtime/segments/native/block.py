@@ -17,7 +17,7 @@ from trt_wan.engines.shape import Plan
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import ATTENTION, Module, read_source
-from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, CublasLt, Gemm
+from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, Bf16Gemm, CublasLt, Fp8Gemm, Gemm, Product
 
 VECTOR = 8  # channels that a thread loads at once
 DIM_THREADS, FFN_THREADS = 320, 864  # at most, per token
@@ -125,7 +125,10 @@ class Linear(Native):
         self._each_token("quantize_tokens", values, self._at["operand"], self._at["scale"])
 
     def _gemm(self, gpu: Gpu, out: int, inner: int) -> Gemm:
-        return Gemm(gpu, gpu.once(CublasLt, CublasLt), self.tokens, out, inner, fp8=self.fp8)
+        library = gpu.once(CublasLt, CublasLt)
+        if self.fp8:
+            return Fp8Gemm(gpu, library, self.tokens, out, inner)
+        return Bf16Gemm(gpu, library, Product(self.tokens, out, inner))
 
     def _multiply(self, gemm: Gemm, operand: str, weight: int, product: str) -> None:
         gemm.enqueue(self._at[operand], weight, self._at[product], self._at["workspace"])

@@ -1,13 +1,12 @@
-"""Matrix products by cuBLASLt, called through ctypes, without torch.
+"""Matrix products in FP8 and bf16 by cuBLASLt, called through ctypes, without torch.
 
-y [tokens, out] in bf16 = x [tokens, inner] times w [out, inner] transposed. x and w are E4M3, or both are
-bf16; sums are nearly float32. There is no scale and no bias: the kernels that read y apply the tokens' and
-the weight's scales.
+There is no bias and no scale of rows or columns: the kernels that read y apply them.
 """
 
 import ctypes
 import weakref
 from ctypes import byref, c_float, c_int, c_size_t, c_uint64, c_void_p
+from dataclasses import dataclass
 from typing import Any
 
 from trt_wan.errors import EnvironmentBroken, GraphError, with_commands
@@ -62,44 +61,56 @@ class CublasLt:
         self(f"{kind}SetAttribute", target, attribute, byref(value), c_size_t(ctypes.sizeof(value)))
 
 
-class Gemm:
-    """A product of one shape. cuBLASLt's heuristic chooses its algorithm, once.
-
-    In FP8, Hopper may sum in fewer bits than float32 has: the error is 3e-3 where E4M3's own is 2e-2
-    (docs/log.md).
+@dataclass(frozen=True)
+class Product:
+    """y [rows, out] = factor times x [rows, inner] times w, which is [out, inner], or [inner, out] if it is
+    `turned`. All are row-major. Rows of x and w begin `x_pitch` and `w_pitch` numbers apart; 0: without gaps.
     """
 
+    rows: int
+    out: int
+    inner: int
+    turned: bool = False
+    x_pitch: int = 0
+    w_pitch: int = 0
+    factor: float = 1.0
+
+
+class Gemm:
+    """A product of one shape, of x and w in type `io`. cuBLASLt's heuristic chooses its algorithm, once."""
+
     def __init__(
-        self, gpu: Gpu, library: CublasLt, tokens: int, out: int, inner: int, *, fp8: bool = True
+        self, gpu: Gpu, library: CublasLt, product: Product, io: int, y: int = _BFLOAT16, fast: bool = False
     ) -> None:
-        self._gpu, self._library = gpu, library
+        self._gpu, self._library, p = gpu, library, product
         self._product = library.create(self, "MatmulDesc", _COMPUTE_32F, _FLOAT32)
-        library.set("MatmulDesc", self._product, _TRANSA, c_int(_TRANSPOSED))
-        if fp8:
+        library.set("MatmulDesc", self._product, _TRANSA, c_int(0 if p.turned else _TRANSPOSED))
+        if fast:
             library.set("MatmulDesc", self._product, _FAST_ACCUM, ctypes.c_int8(1))
-        operands = _E4M3 if fp8 else _BFLOAT16
-        self._w = self._matrix(operands, out, inner)
-        self._x = self._matrix(operands, tokens, inner)
-        self._y = self._matrix(_BFLOAT16, tokens, out)
-        self._one, self._zero = c_float(1), c_float(0)
-        self._algorithm = self._choose(f"{'FP8' if fp8 else 'bf16'} product of {tokens}x{out}x{inner}")
+        self._w = self._matrix(io, *((p.inner, p.out) if p.turned else (p.out, p.inner)), p.w_pitch)
+        self._x = self._matrix(io, p.rows, p.inner, p.x_pitch)
+        self._y = self._matrix(y, p.rows, p.out)
+        self._factor, self._zero = c_float(p.factor), c_float(0)
+        self._algorithm = self._choose(
+            f"{'FP8' if io == _E4M3 else 'bf16'} product of {p.rows}x{p.out}x{p.inner}"
+        )
 
     def enqueue(self, x: int, w: int, y: int, workspace: int) -> None:
         """Takes addresses on the device; the workspace has WORKSPACE_BYTES."""
         self._library(
             "Matmul",
-            *(self._library.handle, self._product, byref(self._one)),
+            *(self._library.handle, self._product, byref(self._factor)),
             *(c_void_p(w), self._w, c_void_p(x), self._x, byref(self._zero)),
             *(c_void_p(y), self._y, c_void_p(y), self._y, byref(self._algorithm)),
             *(c_void_p(workspace), c_size_t(WORKSPACE_BYTES), c_void_p(self._gpu.handle)),
         )
 
-    def _matrix(self, dtype: int, rows: int, columns: int) -> c_void_p:
+    def _matrix(self, dtype: int, rows: int, columns: int, pitch: int = 0) -> c_void_p:
         """Row-major [rows, columns], which cuBLAS sees as its transpose."""
-        sizes = c_uint64(columns), c_uint64(rows), ctypes.c_int64(columns)
+        sizes = c_uint64(columns), c_uint64(rows), ctypes.c_int64(pitch or columns)
         return self._library.create(self, "MatrixLayout", dtype, *sizes)
 
-    def _choose(self, product: str) -> Any:
+    def _choose(self, title: str) -> Any:
         choice, found = _Choice(), c_int()
         preference = self._library.create(self, "MatmulPreference")
         self._library.set("MatmulPreference", preference, _MAX_WORKSPACE, c_uint64(WORKSPACE_BYTES))
@@ -109,10 +120,25 @@ class Gemm:
             *(byref(choice), byref(found)),
         )
         if not found.value:
-            raise GraphError(
-                f"cuBLASLt has no {product}.", "Use TensorRT there: for example --segment attn_in=tensorrt."
-            )
+            raise GraphError(f"cuBLASLt has no {title}.", "Choose tensorrt for this part with --segment.")
         return choice.algorithm
+
+
+class Fp8Gemm(Gemm):
+    """x and w in E4M3.
+
+    Hopper may sum in fewer bits than float32 has: the error is 3e-3 where E4M3's own is 2e-2 (docs/log.md).
+    """
+
+    def __init__(self, gpu: Gpu, library: CublasLt, tokens: int, out: int, inner: int) -> None:
+        super().__init__(gpu, library, Product(tokens, out, inner), _E4M3, fast=True)
+
+
+class Bf16Gemm(Gemm):
+    """x and w in bf16, y in bf16 or in float32."""
+
+    def __init__(self, gpu: Gpu, library: CublasLt, product: Product, float32: bool = False) -> None:
+        super().__init__(gpu, library, product, _BFLOAT16, _FLOAT32 if float32 else _BFLOAT16)
 
 
 def missing() -> str | None:

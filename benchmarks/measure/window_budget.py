@@ -1,0 +1,202 @@
+"""Where the time of a window goes in a long video, and how far every part is from its floor.
+
+The window is the one before the last of a job of several: it carries frames from the one before, and the
+last window's seams are not in it. A floor is the time of a part's products at the rate of this machine's
+fastest measured products, or of its bytes at the rate of a copy, the longer of the two. Attention counts like
+products of its tier's type.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trt_wan.benchmarks.bench import measure_ceilings
+from trt_wan.benchmarks.machine.card import Card, read_card
+from trt_wan.benchmarks.machine.ceilings import Ceiling
+from trt_wan.benchmarks.measure.measured_process import Spec
+from trt_wan.benchmarks.measure.processes import Child
+from trt_wan.benchmarks.measure.sample_clips import write_clips
+from trt_wan.benchmarks.measure.spread import Spread
+from trt_wan.benchmarks.measure.workplace import SHARED, with_graphs, workplace
+from trt_wan.benchmarks.peers.shape import Shape
+from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
+from trt_wan.benchmarks.work.bound import Rates, budget_rates
+from trt_wan.benchmarks.work.cost import Work, seconds_at_best, works
+from trt_wan.runtime.events import Note, Progress, silent
+
+MODULE = "trt_wan.benchmarks.measure.window_job"
+SCHEMA = "trt-wan-bench-window/1"
+SMALL = 0.03  # of a window: parts below it are not judged
+FAR = 1.4  # times the floor
+SPARSE = "sparse_attention"  # counted as if it attended to everything
+REST = "the rest of"  # reading, copies and waiting, by stage
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network, or the rest of a stage, in one window or once a job."""
+
+    name: str
+    stage: str
+    calls: int
+    seconds: float
+    floor_seconds: float | None  # None: no work is counted, or no ceilings were measured
+
+    @property
+    def factor(self) -> float | None:
+        return self.seconds / self.floor_seconds if self.floor_seconds else None
+
+
+@dataclass(frozen=True)
+class WindowBudget:
+    shape: Shape
+    card: Card
+    weights: str
+    settings: Mapping[str, Any]
+    choices: list[str]  # decisions with their reasons
+    ceilings: list[Ceiling]
+    steps: int
+    window: int  # its number, 1-based
+    windows: int
+    seconds: float  # from its first stage to that of the next window
+    step_seconds: float  # median of all steps
+    writing_seconds: float  # of the writing thread for a window, beside the rest
+    stages: Mapping[str, float]
+    parts: list[Part]
+    once: list[Part]  # per job, outside the windows
+    floors: str  # how the floors were found
+    not_measured: list[str]
+    schema: str = SCHEMA
+    stem: ClassVar[str] = "window"
+
+    def to_dict(self) -> dict[str, Any]:
+        far = [part.name for part in self.far]
+        return {**asdict(self), "far_from_floor": far}
+
+    @property
+    def far(self) -> list[Part]:
+        """Parts of more than 3 % of the window that take more than 1.4 times their floor."""
+        large = [part for part in self.parts if part.seconds > SMALL * self.seconds]
+        return [part for part in large if part.factor is None or part.factor > FAR]
+
+    def sheets(self) -> list[Sheet | str]:
+        def cells(part: Part) -> Row:
+            times = (
+                Figure(part.seconds / part.calls, "ms") if part.calls else "",
+                Figure(part.seconds, "ms"),
+            )
+            floor = Figure(part.floor_seconds, "ms") if part.floor_seconds else ""
+            factor = Figure(part.factor, "times") if part.factor else ""
+            calls = Figure(part.calls, "count") if part.calls else ""
+            return part.name, calls, *times, Figure(part.seconds / self.seconds, "%"), floor, factor
+
+        settings = ", ".join(f"{k} {v}" for k, v in self.settings.items()) or "the defaults"
+        title = (
+            f"Window {self.window} of {self.windows}, {self.shape.title}, {self.steps} steps, {settings}, "
+            f"{self.card.hardware}"
+        )
+        heads = ("calls", "ms a call", "ms a window", "share", "floor ms", "times the floor")
+        by_stage: list[Row] = [
+            *((stage, Figure(seconds, "s")) for stage, seconds in self.stages.items()),
+            ("whole window", Figure(self.seconds, "s")),
+            ("a step, median", Figure(self.step_seconds, "s")),
+            ("writing, beside the rest", Figure(self.writing_seconds, "s")),
+        ]
+        far = ", ".join(f"{p.name} ({p.factor:.2f})" if p.factor else p.name for p in self.far)
+        judged = f"Above {SMALL:.0%} of the window, and more than {FAR} times the floor: {far or 'nothing'}."
+        return [
+            Sheet("window", title, ("s",), by_stage),
+            Sheet("part", f"Parts of the window ({self.floors})", heads, [cells(p) for p in self.parts]),
+            judged,
+            Sheet("once", "Once a job", heads, [cells(part) for part in self.once]),
+            Sheet("choice", "Choices", (), [("choice", text) for text in self.choices]),
+            f"Weights: {self.weights}.",
+            *(f"Not measured: {text}" for text in self.not_measured),
+        ]
+
+    def draw(self) -> Mapping[str, Any]:
+        return {}
+
+
+def measure_window(
+    shape: Shape,
+    settings: Mapping[str, Any],
+    steps: int = 4,
+    windows: int = 4,
+    weights: str | None = None,
+    progress: Progress = silent,
+) -> WindowBudget:
+    """`windows` are 3 or more. The job runs once before with one step, which finishes the kernels."""
+    card, not_measured = read_card(), list[str]()
+    with workplace(shape, (*SHARED, "kernels")) as (env, clips):
+        progress(Note("measuring the ceilings of this machine"))
+        ceilings = measure_ceilings(shape, card, env, not_measured)
+        folder = Path(clips).parent / "windows"
+        longer = write_clips(folder, shape.width, shape.height, windows * (shape.window - 1) + 1)
+        spec = Spec(shape, str(longer), steps, dict(settings), weights)
+
+        def run(spec: Spec) -> dict[str, Any]:
+            with Child(MODULE, [spec.to_json()], env) as child:
+                return child.read()
+
+        if card.gpu is not None:
+            progress(Note("a window that is not counted: it finishes the kernels"))
+            with_graphs(lambda: run(replace(spec, clips=clips, steps=1)), progress)
+        progress(Note(f"a job of {windows} windows"))
+        said = with_graphs(lambda: run(spec), progress)
+    plan = replace(shape.plan, precision=said["precision"])
+    work = works(shape.config, plan)
+    if SPARSE in work:
+        keep = float(settings.get("attention_keep") or 0.5)
+        work[SPARSE] = replace(work[SPARSE], attention=round(keep * work[SPARSE].attention))
+    rates = budget_rates(ceilings, settings.get("tier", "exact") != "exact")
+    number = windows - 1
+    stages = {row["stage"]: row["seconds"] for row in said["stages"] if row["window"] == number}
+    return WindowBudget(
+        shape=shape,
+        card=card,
+        weights=weights or "random: figures are of speed, never of picture quality",
+        settings=settings,
+        choices=said["choices"],
+        ceilings=ceilings,
+        steps=steps,
+        window=number,
+        windows=windows,
+        seconds=sum(stages.values()),
+        step_seconds=Spread.of(said["steps"]).median,
+        writing_seconds=said["writing_seconds"] / windows,
+        stages=stages,
+        parts=parts(said["networks"], number, stages, work, rates),
+        once=parts(said["networks"], 0, {}, work, rates),
+        floors=rates.about if rates else "no ceilings were measured",
+        not_measured=not_measured,
+    )
+
+
+def parts(
+    networks: Sequence[Mapping[str, Any]],
+    window: int,
+    stages: Mapping[str, float],
+    work: Mapping[str, Work],
+    rates: Rates | None,
+) -> list[Part]:
+    """The networks of one window and the rest of each stage, the longest first. `networks` are those of
+    window_job.py.
+    """
+    found, in_networks = [], defaultdict[str, float](float)
+    for row in networks:
+        if row["window"] != window:
+            continue
+        name, calls, floor = row["name"], row["calls"], None
+        if rates is not None and name in work:
+            once = seconds_at_best(work[name], rates.units, rates.bytes_per_second)
+            floor = None if once is None else calls * once
+        found.append(Part(name, row["stage"], calls, row["seconds"], floor))
+        in_networks[row["stage"]] += row["seconds"]
+    found += [
+        Part(f"{REST} {stage}", stage, 0, max(0.0, seconds - in_networks[stage]), None)
+        for stage, seconds in stages.items()
+    ]
+    return sorted(found, key=lambda part: -part.seconds)

@@ -1,0 +1,166 @@
+"""Self-attention by a kernel of our own for Hopper (hopper.cu), after passes that pack its inputs (tiles.cu).
+
+In int8, q has a scale per token and k one per tile of tokens, after k's mean over all tokens was subtracted,
+which leaves the softmax as it is. In E4M3, v has a scale per channel and its mean subtracted, which is added
+to the result. Sums are float32. The log-sum-exp of the scores is an optional result.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from trt_wan.runtime.device.arena import laid_out
+from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.device.kernels import Module, read_source
+
+SOURCE = read_source(__package__, "hopper.cu", "tiles.cu")
+NAMES = ("channel_parts", "channels_whole", "pack_q", "pack_k", "pack_v", "correct_mean", "attend")
+HEAD_DIM = 128
+QUERIES, THREADS = 128, 384  # of a block
+CHUNK = 256  # tokens of one sum
+SHARED = 227 << 10  # bytes of a block
+BARRIERS = 1024 + 512  # bytes, with the alignment of the tiles
+KEPT = 2 * 64 * HEAD_DIM * 4  # bytes: float32 sums of both warpgroups, with E4M3 values
+
+Scores = Literal["int8", "bf16"]
+Values = Literal["e4m3", "bf16"]
+
+# Keys of a tile: the most that the registers allow (docs/log.md). Lists name tiles of 128.
+KEYS = {("int8", "e4m3"): 192, ("int8", "bf16"): 192, ("bf16", "bf16"): 160}
+LISTED_KEYS = 128
+
+
+def macros(scores: Scores, values: Values, lists: bool = False) -> dict[str, int]:
+    keys = LISTED_KEYS if lists else KEYS[scores, values]
+    free = SHARED - BARRIERS - _query_bytes(scores) - (KEPT if values == "e4m3" else 0)
+    return {
+        "QK": int(scores == "bf16"),
+        "PV": int(values == "bf16"),
+        "KEYS": keys,
+        "STAGES": min(4, free // (_key_bytes(scores, keys) + _value_bytes(values, keys))),
+        "LISTS": int(lists),
+        "NEEDED": 1,
+    }
+
+
+def _query_bytes(scores: Scores) -> int:
+    return _key_bytes(scores, QUERIES)
+
+
+def _key_bytes(scores: Scores, keys: int) -> int:
+    return keys * HEAD_DIM * (2 if scores == "bf16" else 1)
+
+
+def _value_bytes(values: Values, keys: int) -> int:
+    return keys * HEAD_DIM * (2 if values == "bf16" else 1)
+
+
+class HopperAttention:
+    """bf16 in and out. `scores` and `values` name the numbers that are multiplied. With `lists` the blocks of
+    128 queries attend to listed tiles of 128 keys alone (`attend`).
+    """
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        heads: int,
+        tokens: int,
+        head_dim: int,
+        scores: Scores,
+        values: Values,
+        lists: bool = False,
+        **other: int,
+    ) -> None:
+        assert head_dim == HEAD_DIM, head_dim
+        defined = macros(scores, values, lists) | other
+        self._heads, self._tokens = heads, tokens
+        self._tiles = math.ceil(tokens / defined["KEYS"])
+        self._query_tiles, self._chunks = math.ceil(tokens / QUERIES), math.ceil(tokens / CHUNK)
+        self._key_sums, self._value_sums = scores == "int8", values == "e4m3"
+        self._value_shared = defined["KEYS"] * HEAD_DIM * 2
+        module = gpu.once((__name__, *defined.items()), lambda: _compiled(gpu, defined, self._value_shared))
+        self._launch = partial(module.launch, gpu.stream)
+        keys, channels = defined["KEYS"], heads * HEAD_DIM * 4
+        query_tiles, tiles = heads * self._query_tiles, heads * self._tiles
+        self._offsets, self.scratch_bytes = laid_out(
+            {
+                "q": query_tiles * _query_bytes(scores),
+                "k": tiles * _key_bytes(scores, keys),
+                "v": tiles * _value_bytes(values, keys),
+                "query_scale": query_tiles * QUERIES * 4,
+                "key_scale": tiles * 4,
+                "key_mean": channels,
+                "value_mean": channels,
+                "value_scale": channels,
+                "partial": 2 * self._chunks * 3 * channels,
+                "sums": self._tiles * channels,
+            }
+        )
+        self._at: dict[str, int] = {}
+
+    def start(self, scratch: int) -> None:
+        self._at = {name: scratch + offset for name, offset in self._offsets.items()}
+
+    def enqueue(self, addresses: Mapping[str, int]) -> None:
+        self.pack(addresses)
+        self.attend(addresses["attended"])
+
+    def settle(self) -> None:
+        pass
+
+    def pack(self, a: Mapping[str, int], shift: int = 0) -> None:
+        """Makes tiles of q, k and v. `shift` float32 [heads, tokens], or 0, gets what subtracting k's mean
+        takes from the scores of a query.
+        """
+        at, tokens, heads = self._at, np.int32(self._tokens), self._heads
+        if self._key_sums or self._value_sums:
+            parts = self._chunks, heads, 1 + self._value_sums
+            self._launch("channel_parts", parts, 256, a["k"], a["v"], at["partial"], tokens)
+        means = at["key_mean"], at["value_mean"], at["value_scale"]
+        chunks, value = np.int32(self._chunks), (at["value_mean"], at["value_scale"])
+        self._launch("channels_whole", (heads, 2), 128, at["partial"], *means, chunks, tokens)
+        mean, grid = at["key_mean"], (self._query_tiles, heads)
+        self._launch("pack_q", grid, 256, a["q"], mean, at["q"], at["query_scale"], shift, tokens)
+        grid = self._tiles, heads
+        self._launch("pack_k", grid, 256, a["k"], mean, at["k"], at["key_scale"], tokens)
+        out, shared = (at["v"], at["sums"]), self._value_shared
+        self._launch("pack_v", grid, 256, a["v"], *value, *out, tokens, shared=shared)
+        if self._value_sums:
+            arguments = at["sums"], *reversed(value), np.int32(self._tiles), tokens
+            self._launch("correct_mean", heads, 128, *arguments)
+
+    def attend(self, attended: int, lists: int = 0, counts: int = 0, shift: int = 0, lse: int = 0) -> None:
+        """After `pack`. `lists` int32 [heads, query blocks, key tiles] begins with the numbers of the tiles
+        that a block attends to, `counts` int32 [heads, query blocks] says how many, at least one. `lse`
+        float32 [heads, tokens], or 0, gets the natural logarithm of the sum of exp(score); it needs `shift`.
+        """
+        at = self._at
+        made = ("q", "k", "v", "query_scale", "key_scale", "value_scale", "value_mean")
+        rest = lists, counts, shift, attended, lse, np.int32(self._tokens)
+        grid = self._query_tiles, self._heads
+        self._launch("attend", grid, THREADS, *(at[name] for name in made), *rest, shared=SHARED)
+
+
+def _compiled(gpu: Gpu, defined: Mapping[str, int], value_shared: int) -> Module:
+    module = Module(gpu.device, SOURCE, NAMES, defined, accelerated=True)
+    module.allow_shared("attend", SHARED)
+    module.allow_shared("pack_v", value_shared)
+    return module
+
+
+class Native(HopperAttention):
+    def __init__(self, gpu: Gpu, heads: int, tokens: int, head_dim: int) -> None:
+        super().__init__(gpu, heads, tokens, head_dim, "bf16", "bf16")
+
+
+class NativeInt8(HopperAttention):
+    def __init__(self, gpu: Gpu, heads: int, tokens: int, head_dim: int) -> None:
+        super().__init__(gpu, heads, tokens, head_dim, "int8", "bf16")
+
+
+class NativeFp8(HopperAttention):
+    def __init__(self, gpu: Gpu, heads: int, tokens: int, head_dim: int) -> None:
+        super().__init__(gpu, heads, tokens, head_dim, "int8", "e4m3")
