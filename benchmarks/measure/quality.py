@@ -150,7 +150,7 @@ def measure_quality(
             rows += bench.peers("cpu" if card.gpu is None else "cuda")
         elif (floor := bench.floor(base)) is not None:
             rows.append(floor)
-        between = bench.between([row.name for row in rows]) if len(rows) > 2 or peers else {}
+        between = bench.between([row.name for row in rows]) if len(rows) > (1 if peers else 2) else {}
     return Quality(
         shape,
         card,
