@@ -1,0 +1,107 @@
+"""The self-attention for Hopper on the CPU: tiles.cu packs, hopper.cu attends, against numpy in float32."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hopper_on_cpu import gpu_on_cpu
+
+from trt_wan.runtime.segments.attention.hopper import HEAD_DIM, LISTED_KEYS, QUERIES, HopperAttention
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+HEADS, VALUE = 2, 3.0
+GUARD = 64  # elements behind a result
+
+
+def inputs(tokens: int) -> list[Any]:
+    """k and v far from zero. Scores rise along the keys, so that maxima grow from tile to tile."""
+    rng = np.random.default_rng(tokens)
+    q, k, v = rng.standard_normal((3, HEADS, tokens, HEAD_DIM), np.float32)
+    direction = np.sign(rng.standard_normal(HEAD_DIM)).astype(np.float32)
+    q += direction
+    k += direction * np.linspace(0, 1, tokens, dtype=np.float32)[:, None]
+    k[..., 5:9] += 4
+    v[..., 40] *= 8
+    return [x.astype(BF16) for x in (q * np.float32(HEAD_DIM**-0.5), k, v + np.float32(VALUE))]
+
+
+def reference(q: Any, k: Any, v: Any, seen: Any) -> tuple[Any, Any]:
+    """[tokens, heads * head_dim], and the log-sum-exp [heads, tokens]; `seen` says which keys each query sees."""
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+    scores = np.where(seen, q @ k.swapaxes(1, 2), -np.inf)
+    most = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - most)
+    sums = weights.sum(-1, keepdims=True)
+    attended = (weights @ v / sums).swapaxes(0, 1).reshape(q.shape[1], -1)
+    return attended, (most + np.log(sums))[..., 0]
+
+
+def listed(lists: Sequence[Sequence[int]], tokens: int) -> tuple[Any, Any, Any]:
+    """The arguments `lists` and `counts`, and which keys each query sees. Heads have the lists in turn."""
+    blocks, tiles = -(-tokens // QUERIES), -(-tokens // LISTED_KEYS)
+    numbers = np.full((HEADS, blocks, tiles), 1 << 20, np.int32)
+    counts = np.zeros((HEADS, blocks), np.int32)
+    seen = np.zeros((HEADS, tokens, tokens), bool)
+    for head, block in np.ndindex(HEADS, blocks):
+        tiles_seen = lists[(head + block) % len(lists)]
+        numbers[head, block, : len(tiles_seen)] = tiles_seen
+        counts[head, block] = len(tiles_seen)
+        for tile in tiles_seen:
+            rows, columns = (slice(at * n, at * n + n) for at, n in ((block, QUERIES), (tile, LISTED_KEYS)))
+            seen[head, rows, columns] = True
+    return numbers, counts, seen
+
+
+@pytest.mark.parametrize(
+    ("scores", "values", "tokens", "lists", "largest"),
+    [
+        ("int8", "e4m3", 300, (), 8e-2),
+        ("int8", "e4m3", 300, ((0, 2), (2,), (1, 0, 2)), 8e-2),
+        ("int8", "bf16", 300, (), 5e-2),
+        ("bf16", "bf16", 300, (), 1e-2),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ("int8", "e4m3", 1, (), 8e-2),
+                ("int8", "e4m3", 1300, (), 8e-2),
+                ("int8", "e4m3", 1300, (range(11), (10, 3, 1, 9, 0, 2, 7)), 8e-2),
+                ("int8", "bf16", 1300, (), 5e-2),
+                ("bf16", "bf16", 1300, (), 1e-2),
+                ("bf16", "bf16", 257, ((1,), (2, 0)), 1e-2),
+            )
+        ),
+    ],
+)
+def test_attention_on_the_cpu(
+    scores: Any,
+    values: Any,
+    tokens: int,
+    lists: Sequence[Sequence[int]],
+    largest: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = gpu_on_cpu(tmp_path, monkeypatch)
+    segment = HopperAttention(gpu, HEADS, tokens, HEAD_DIM, scores, values, bool(lists))
+    given = inputs(tokens)
+    scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)  # NaN
+    out = np.full(tokens * HEADS * HEAD_DIM + GUARD, np.nan, BF16)
+    shift, lse = (np.full(HEADS * tokens + GUARD, np.nan, np.float32) for _ in range(2))
+    numbers, counts, seen = listed(lists, tokens) if lists else (np.zeros(1), np.zeros(1), True)
+
+    segment.start(scratch.ctypes.data + -scratch.ctypes.data % 256)
+    segment.pack({name: x.ctypes.data for name, x in zip("qkv", given, strict=True)}, shift.ctypes.data)
+    segment.attend(*(x.ctypes.data for x in (out, numbers, counts, shift, lse)))
+
+    for result in (out, shift, lse):
+        assert np.isnan(result[-GUARD:].astype(np.float32)).all(), "wrote behind its result"
+    expected, expected_lse = reference(*given, seen)
+    got = out[:-GUARD].reshape(expected.shape).astype(np.float32)
+    error = np.linalg.norm(got - expected) / np.linalg.norm(expected - np.float32(VALUE))
+    error_lse = np.abs(lse[:-GUARD].reshape(expected_lse.shape) - expected_lse).max()
+    print(f"{error:.2e} {error_lse:.2e}")
+    assert error <= largest
+    assert error_lse <= largest
