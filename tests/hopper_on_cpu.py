@@ -1,5 +1,4 @@
-"""HopperConvolution and HopperAttention on the CPU: g++ compiles their kernels, with functions in C++ in place
-of those in PTX.
+"""HopperConvolution and HopperAttention on the CPU: g++ compiles their kernels; C++ stands in for their PTX.
 
 Shared memory is an array, swizzled as TMA and wgmma do it: bits of an address's row are added to bits of its
 column. A thread of the GPU is a thread of the CPU, so tensors must be small.
@@ -200,7 +199,9 @@ MEMORY = re.compile(r"extern __shared__ __align__\(\d+\) ([\w ]+) (\w+)\[\];")
 
 def without_instructions(source: str) -> str:
     """Leaves out the functions in PTX."""
-    source = FUNCTION.sub(lambda match: "" if "asm volatile" in match[0] or "_to_shared" in match[0] else match[0], source)
+    source = FUNCTION.sub(
+        lambda match: "" if "asm volatile" in match[0] or "_to_shared" in match[0] else match[0], source
+    )
     source = source.replace('asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");', "")
     return MEMORY.sub(r"\1* \2 = (\1*)shared_memory();", source)
 

@@ -52,7 +52,7 @@ unsigned __ballot_sync(unsigned, bool yes) {
 bool __any_sync(unsigned all, bool yes) { return __ballot_sync(all, yes); }
 int __popc(unsigned x) { return __builtin_popcount(x); }
 template <class T>
-T of_thread(T x, unsigned thread) {  // of the same warp
+T of_thread(unsigned thread, T x) {  // of the same warp
     static T of_block[2][1024];
     static thread_local unsigned times;
     T* const given = of_block[times++ % 2];
@@ -60,8 +60,8 @@ T of_thread(T x, unsigned thread) {  // of the same warp
     warps[threadIdx.x / 32]->arrive_and_wait();
     return given[thread];
 }
-template <class T> T __shfl_xor_sync(unsigned, T x, int lanes) { return of_thread(x, threadIdx.x ^ lanes); }
-template <class T> T __shfl_sync(unsigned, T x, int lane) { return of_thread(x, threadIdx.x / 32 * 32 + lane); }
+template <class T> T __shfl_xor_sync(unsigned, T x, int lanes) { return of_thread(threadIdx.x ^ lanes, x); }
+template <class T> T __shfl_sync(unsigned, T x, int lane) { return of_thread(threadIdx.x & ~31 | lane, x); }
 
 template <class To, class From> To as(From x) { To y; memcpy(&y, &x, sizeof y); return y; }
 float __int_as_float(int x) { return as<float>(x); }
@@ -79,15 +79,12 @@ unsigned to_bf16(float x) {
     const unsigned bits = as<unsigned>(x);
     return std::isnan(x) ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
-unsigned to_e4m3(float x) {  // the nearest of all, of two the even one
+unsigned to_e4m3(float x) {
     if (std::isnan(x)) return 0x7F;
-    auto value = [](int i) { return i < 8 ? i * 0x1p-9 : std::ldexp(1 + i % 8 / 8.0, i / 8 - 7); };
-    int best = 0;
-    for (int i = 1; i < 0x7F; i++) {
-        const double far = std::fabs(value(i) - std::fabs(x)), least = std::fabs(value(best) - std::fabs(x));
-        if (far < least || (far == least && i % 2 == 0)) best = i;
-    }
-    return best | (std::signbit(x) ? 0x80 : 0);
+    const float size = std::fmin(std::fabs(x), 448);
+    const int power = std::fmax(std::logb(size), -6);  // of subnormal numbers too
+    const int eighths = std::nearbyint(std::ldexp(size, 3 - power));
+    return (power + 6) * 8 + eighths | (std::signbit(x) ? 0x80 : 0);
 }
 template <class X> void cvt_f32_f16(float& to, X x) { to = as<_Float16>((unsigned short)x); }
 template <class X> void cvt_rn_f16_f32(X& to, float x) { to = as<unsigned short>((_Float16)x); }
@@ -118,7 +115,8 @@ extern "C" void launch(
         for (blockIdx.z = 0; blockIdx.z < grid->z; blockIdx.z++)
             for (blockIdx.y = 0; blockIdx.y < grid->y; blockIdx.y++)
                 for (blockIdx.x = 0; blockIdx.x < grid->x; blockIdx.x++) {
-                    kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], number);
+                    kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12],
+                           number);
                     if (barriers) __syncthreads();
                 }
     };

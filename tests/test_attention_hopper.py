@@ -12,7 +12,7 @@ from hopper_on_cpu import gpu_on_cpu
 from trt_wan.runtime.segments.attention.hopper import HEAD_DIM, LISTED_KEYS, QUERIES, HopperAttention
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-HEADS, VALUE = 2, 3.0
+HEADS, VALUE = 2, 1.0
 GUARD = 64  # elements behind a result
 
 
@@ -29,7 +29,7 @@ def inputs(tokens: int) -> list[Any]:
 
 
 def reference(q: Any, k: Any, v: Any, seen: Any) -> tuple[Any, Any]:
-    """[tokens, heads * head_dim], and the log-sum-exp [heads, tokens]; `seen` says which keys each query sees."""
+    """[tokens, heads * head_dim], and the log-sum-exp [heads, tokens]. `seen`: which keys each query sees."""
     q, k, v = (x.astype(np.float32) for x in (q, k, v))
     scores = np.where(seen, q @ k.swapaxes(1, 2), -np.inf)
     most = scores.max(-1, keepdims=True)
@@ -58,17 +58,17 @@ def listed(lists: Sequence[Sequence[int]], tokens: int) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize(
     ("scores", "values", "tokens", "lists", "largest"),
     [
-        ("int8", "e4m3", 300, (), 8e-2),
-        ("int8", "e4m3", 300, ((0, 2), (2,), (1, 0, 2)), 8e-2),
-        ("int8", "bf16", 300, (), 5e-2),
+        ("int8", "e4m3", 300, (), 5e-2),
+        ("int8", "e4m3", 300, ((0, 2), (2,), (1, 0, 2)), 5e-2),
+        ("int8", "bf16", 300, (), 3e-2),
         ("bf16", "bf16", 300, (), 1e-2),
         *(
             pytest.param(*case, marks=pytest.mark.long)
             for case in (
-                ("int8", "e4m3", 1, (), 8e-2),
-                ("int8", "e4m3", 1300, (), 8e-2),
-                ("int8", "e4m3", 1300, (range(11), (10, 3, 1, 9, 0, 2, 7)), 8e-2),
-                ("int8", "bf16", 1300, (), 5e-2),
+                ("int8", "e4m3", 1, (), 5e-2),
+                ("int8", "e4m3", 1300, (), 5e-2),
+                ("int8", "e4m3", 1300, (range(11), (10, 3, 1, 9, 0, 2, 7)), 5e-2),
+                ("int8", "bf16", 1300, (), 3e-2),
                 ("bf16", "bf16", 1300, (), 1e-2),
                 ("bf16", "bf16", 257, ((1,), (2, 0)), 1e-2),
             )
@@ -85,7 +85,8 @@ def test_attention_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gpu = gpu_on_cpu(tmp_path, monkeypatch)
-    segment = HopperAttention(gpu, HEADS, tokens, HEAD_DIM, scores, values, bool(lists))
+    fewer = {"STAGES": 2} if lists else {}  # than the tiles of 300 tokens: the ring is used again
+    segment = HopperAttention(gpu, HEADS, tokens, HEAD_DIM, scores, values, bool(lists), **fewer)
     given = inputs(tokens)
     scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)  # NaN
     out = np.full(tokens * HEADS * HEAD_DIM + GUARD, np.nan, BF16)
@@ -102,6 +103,5 @@ def test_attention_on_the_cpu(
     got = out[:-GUARD].reshape(expected.shape).astype(np.float32)
     error = np.linalg.norm(got - expected) / np.linalg.norm(expected - np.float32(VALUE))
     error_lse = np.abs(lse[:-GUARD].reshape(expected_lse.shape) - expected_lse).max()
-    print(f"{error:.2e} {error_lse:.2e}")
     assert error <= largest
-    assert error_lse <= largest
+    assert error_lse <= (5e-2 if scores == "int8" else 1e-4)
