@@ -196,6 +196,8 @@ def _stream(
 
         # 3. Condition: pose, face, background, mask and the frames carried over, for this window.
         progress(StageStarted("condition", **here))
+        shape = (config.vae.latent_channels, (windows.length(j) - 1) // 4 + 2, *latent_size)
+        drawn = generator.randn_beside(shape)
         with model.checked(clock.stop_before_next):
             signals = _signals(job, clips, j, known)
             if signals.soft and not soft_before:
@@ -210,8 +212,7 @@ def _stream(
 
         # 4. Denoise.
         progress(StageStarted("denoise", **here))
-        shape = (config.vae.latent_channels, (windows.length(j) - 1) // 4 + 2, *latent_size)
-        noise: Array = generator.randn(shape)
+        noise: Array = drawn()
         if context is not None:
             noise = model.place(context.reorder(noise, generator))  # every part takes its slots from it
         draw = partial(generator.randn, shape)

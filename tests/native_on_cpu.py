@@ -54,11 +54,16 @@ class Convolution:
 class Fused:
     """In place of HopperConvolution. Its weights stay as they are, in float32, the bias behind them."""
 
-    def __init__(self, shape: ConvShape, parts: int, norm: bool) -> None:
+    def __init__(self, shape: ConvShape, parts: int, norm: bool, given: int | None) -> None:
+        self.kernel = self  # what would be compiled
+        self._given = given or shape.out * (2 if parts == 2 else 1)
         self.shape, self.parts, self.norm = shape, parts, norm
         self._out = shape.out * (2 if parts == 2 else 1)
         self._kernel = (1, 3, 3) if parts == 4 else shape.kernel
         self._count = self._out * shape.inner * int(np.prod(self._kernel))
+
+    def compile(self) -> None:
+        pass
 
     @property
     def weight_bytes(self) -> int:
@@ -66,10 +71,12 @@ class Fused:
 
     def repack(self, given: int, bias: int, added_bias: int, w: int) -> None:
         made = at(w, (self._count + self._out,), np.float32)
-        made[: self._count] = at(given, (self._count,))
-        made[self._count :] = at(bias, (self._out,), np.float32)
-        if added_bias:
-            made[self._count :] += at(added_bias, (self._out,), np.float32)
+        made[:] = 0
+        count = self._given * self.shape.inner * int(np.prod(self._kernel))
+        made[:count] = at(given, (count,))
+        for one in (bias, added_bias):
+            if one:
+                made[self._count :] += at(one, (self._out,), np.float32)
 
     def enqueue(self, x: int, w: int, added: int, y: int, gamma: int, normed: int, silu: bool) -> None:
         s, packed = self.shape, torch.from_numpy(at(w, (self._count + self._out,), np.float32))
@@ -102,8 +109,8 @@ class Fused:
             at(normed, tuple(made.shape))[:] = (torch.nn.functional.silu(made) if silu else made).numpy()
 
 
-def fused(gpu: Any, shape: ConvShape, parts: int, *, norm: bool) -> Fused:
-    return Fused(shape, parts, norm)
+def fused(gpu: Any, shape: ConvShape, parts: int, *, norm: bool, given: int | None = None) -> Fused:
+    return Fused(shape, parts, norm, given)
 
 
 class Gemm:
@@ -154,7 +161,10 @@ class VaeOnCpu:
         patch.setattr(vae, "Module", lambda device, text, names: SimpleNamespace(launch=launched))
         patch.setattr(vae, "convolution", Convolution)
         patch.setattr(vae, "fused", fused)
-        patch.setattr(vae, "tiling", lambda shape: shape.stride[1:] == (1, 1) and shape.out % 8 == 0 or None)
+        patch.setattr(vae, "Kernel", Fused)
+        patch.setattr(
+            vae, "tiling", lambda shape, given=None: shape.stride[1:] == (1, 1) and shape.out % 8 == 0 or None
+        )
         patch.setattr(vae, "Bf16Gemm", Gemm)
         patch.setattr(vae, "CublasLt", object)
 

@@ -5,6 +5,7 @@ Without a GPU its kernels run on the CPU, between convolutions by torch. With on
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -33,7 +34,7 @@ def errors(run: Run, model: ModelConfig, plan: Plan, chunks: int) -> dict[str, d
     """The relative error of every output, by network, in the last of some chunks. Every chunk has the caches
     of the one before, so an error in a cache counts in the next chunk too.
     """
-    exact = Plan(plan.width, plan.height, plan.frames, vae_chunk=plan.vae_chunk)
+    exact = replace(plan, precision="fp32")
     contracts = networks(model, plan)
     types = {w.name: w.dtype for name in VAE for w in contracts[name].weights}
     weights = {n: w.astype(types[n]).astype(np.float32) for n, w in random_weights(model).items()}
@@ -184,6 +185,7 @@ def gpu() -> Any:
     ("model", "plan"),
     [
         (TINY, Plan(80, 48, 9, "bf16")),
+        (TINY, Plan(512, 128, 9, "fp8").vae_tile),
         (ANIMATE_14B, Plan(80, 112, 9, "bf16", vae_chunk=2)),
         (ANIMATE_14B, Plan(208, 112, 9, "bf16")),
     ],

@@ -29,6 +29,14 @@ def largest_difference(seed: int, *shapes: tuple[int, ...]) -> float:
     return worst
 
 
+def test_a_draw_in_a_thread_is_the_same_draw() -> None:
+    plain, other = CpuGenerator(7), CpuGenerator(7)
+    shape = (16, 2, 60, 104)
+    drawn = other.randn_beside(shape)
+    np.testing.assert_array_equal(drawn(), plain.randn(shape))
+    np.testing.assert_array_equal(other.randn((3,)), plain.randn((3,)))
+
+
 @pytest.mark.parametrize("seed", [0, 42, 2**31 - 1])
 @pytest.mark.parametrize("size", [1, 2, 5, 15, 16, 17, 31, 32, 100, 1000])
 def test_one_draw(seed: int, size: int) -> None:

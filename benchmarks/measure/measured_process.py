@@ -83,6 +83,22 @@ class Spec:
         return open_model(weights, Settings(**{"keep_encoders": False} | self.settings), progress, observe)
 
 
+@dataclass
+class Opened:
+    """Collects, from the notes of a model, the candidate of every network that has several, and the file of
+    every part.
+    """
+
+    candidates: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Note) and event.code == "candidate":
+            self.candidates[str(event.data["network"])] = str(event.data["candidate"])
+        if isinstance(event, Note) and event.code == "weights_file":
+            self.files[str(event.data["part"])] = str(event.data["file"])
+
+
 class Watch:
     """Stages, notes and the executor of a job under way."""
 

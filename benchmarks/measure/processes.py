@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +39,21 @@ def refusal(answer: Mapping[str, Any]) -> TrtWanError:
     return kinds.get(answer["code"], TrtWanError)(
         answer["message"], answer["hint"], tuple(answer.get("command", ()))
     )
+
+
+def rows_of(
+    module: str, arguments: Sequence[str], env: Mapping[str, str], not_measured: list[str]
+) -> Iterator[dict[str, Any]]:
+    """The answers "row" of a child. A row with a `reason`, and a child that fails, go into `not_measured`."""
+    try:
+        with Child(module, arguments, env) as child:
+            while (answer := child.read())["event"] == "row":
+                if "reason" in answer:
+                    not_measured.append(f"{answer['name']}: {answer['reason']}")
+                else:
+                    yield answer
+    except TrtWanError as error:
+        not_measured.append(f"{module.rpartition('.')[2]}: {error.message}")
 
 
 class Child:

@@ -21,7 +21,7 @@ import numpy as np
 
 from trt_wan.benchmarks.machine.card import Card, read_card
 from trt_wan.benchmarks.measure.measured_process import Spec
-from trt_wan.benchmarks.measure.processes import Child
+from trt_wan.benchmarks.measure.processes import Child, rows_of
 from trt_wan.benchmarks.measure.record_velocities import Recording
 from trt_wan.benchmarks.measure.similarity import psnr, relative_error, ssim
 from trt_wan.benchmarks.measure.workplace import with_graphs, workplace
@@ -150,7 +150,7 @@ def measure_quality(
             rows += bench.peers("cpu" if card.gpu is None else "cuda")
         elif (floor := bench.floor(base)) is not None:
             rows.append(floor)
-        between = bench.between([row.name for row in rows]) if len(rows) > 2 or peers else {}
+        between = bench.between([row.name for row in rows]) if len(rows) > (1 if peers else 2) else {}
     return Quality(
         shape,
         card,
@@ -243,17 +243,11 @@ class _Recorder:
         }
         arguments = [text for name, value in given.items() for text in (f"--{name}", value)]
         rows = []
-        try:
-            with Child(PEERS_MODULE, [*self.spec.shape.arguments(), *arguments], self.env) as child:
-                while (answer := child.read())["event"] == "row":
-                    name = answer["name"]
-                    if "reason" in answer:
-                        self.not_measured.append(f"{name}: {answer['reason']}")
-                        continue
-                    self.files[name] = answer["velocities"]
-                    rows.append(QualityRow(name, {}, self._errors(name, "reference")))
-        except TrtWanError as error:
-            self.not_measured.append(f"diffusers: {error.message}")
+        arguments = [*self.spec.shape.arguments(), *arguments]
+        for answer in rows_of(PEERS_MODULE, arguments, self.env, self.not_measured):
+            name = answer["name"]
+            self.files[name] = answer["velocities"]
+            rows.append(QualityRow(name, {}, self._errors(name, "reference")))
         return rows
 
     def between(self, names: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.benchmarks.measure.measured_process import Spec
+from trt_wan.benchmarks.measure.measured_process import Opened, Spec
 from trt_wan.benchmarks.measure.processes import answering, say
 from trt_wan.engines.contract import Network
 from trt_wan.errors import Stopped
-from trt_wan.runtime.events import Event, Note, StepDone
+from trt_wan.runtime.events import Event, StepDone
 from trt_wan.runtime.executors import Array, Executor
 from trt_wan.runtime.executors.forwarding import ForwardingExecutor
 from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
@@ -111,8 +111,7 @@ class PlainOnnxRuntime(OnnxRuntimeExecutor):
 
 
 def record(recording: Recording) -> None:
-    candidates: dict[str, str] = {}
-    files: dict[str, str] = {}
+    told = Opened()
     observed: list[RecordingExecutor] = []
     led = Tape(np.load(recording.latents_of)["latents"]) if recording.latents_of else Tape()
     tape, job = led, recording.spec.job()
@@ -124,10 +123,7 @@ def record(recording: Recording) -> None:
         return observed[0]
 
     def progress(event: Event) -> None:
-        if isinstance(event, Note) and event.code == "candidate":
-            candidates[str(event.data["network"])] = str(event.data["candidate"])
-        if isinstance(event, Note) and event.code == "weights_file":
-            files[str(event.data["part"])] = str(event.data["file"])
+        told(event)
         if isinstance(event, StepDone) and event.step == event.steps:
             if tape.given is not None or not recording.frames:
                 raise Stopped("All velocities are there.")
@@ -141,7 +137,7 @@ def record(recording: Recording) -> None:
             tape = observed[0].tape = Tape()
     led.frames = tape.frames
     led.write(recording.target, job.schedule.timesteps)
-    say("recorded", candidates=candidates, files=files)
+    say("recorded", **asdict(told))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ about that of a picture: random weights give frames of any size.
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ import numpy as np
 
 from trt_wan.benchmarks.machine.card import Card, read_card
 from trt_wan.benchmarks.measure.measured_process import Spec
-from trt_wan.benchmarks.measure.processes import Child
+from trt_wan.benchmarks.measure.processes import Child, rows_of
 from trt_wan.benchmarks.measure.quality import Wanted
 from trt_wan.benchmarks.measure.similarity import relative_error
 from trt_wan.benchmarks.measure.spread import Spread
@@ -137,7 +137,7 @@ def measure_vae(
             "repeats": str(repeats),
         }
         options = [text for name, value in given.items() for text in (f"--{name}", value)]
-        answers += _peers([*shape.arguments(), *options], env, not_measured)
+        answers += rows_of(PEERS_MODULE, [*shape.arguments(), *options], env, not_measured)
         exact = next((a["target"] for a in answers if a["name"] == "diffusers float32"), None)
         rows = [_row(answer, exact) for answer in answers]
     return VaeTimes(shape, card, weights, rows, not_measured)
@@ -150,18 +150,6 @@ def _write_inputs(path: Path, shape: Shape, clips: str) -> str:
         frames = clip.window(list(range(plan.frames)))
     np.savez(path, latents=np.random.default_rng(0).standard_normal(latents, np.float32), frames=frames)
     return str(path)
-
-
-def _peers(arguments: list[str], env: Mapping[str, str], not_measured: list[str]) -> Iterator[dict[str, Any]]:
-    try:
-        with Child(PEERS_MODULE, arguments, env) as child:
-            while (answer := child.read())["event"] == "row":
-                if "reason" in answer:
-                    not_measured.append(f"{answer['name']}: {answer['reason']}")
-                else:
-                    yield answer
-    except TrtWanError as error:
-        not_measured.append(f"diffusers: {error.message}")
 
 
 def _row(answer: Mapping[str, Any], exact: str | None) -> VaeRow:

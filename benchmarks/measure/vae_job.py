@@ -13,11 +13,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from trt_wan.benchmarks.measure.measured_process import Spec
+from trt_wan.benchmarks.measure.measured_process import Opened, Spec
 from trt_wan.benchmarks.measure.processes import answering, say
 from trt_wan.benchmarks.measure.timed import TimedExecutor, timed
 from trt_wan.runtime.conditioning import to_signal
-from trt_wan.runtime.events import Event, Note
 from trt_wan.runtime.executors import Array, Executor
 from trt_wan.runtime.networks.vae import decode, encode
 
@@ -25,30 +24,23 @@ from trt_wan.runtime.networks.vae import decode, encode
 def run_vae(spec: Spec, inputs: str, target: str, repeats: int) -> None:
     given = np.load(inputs)
     executors: list[TimedExecutor] = []
-    candidates: dict[str, str] = {}
-    files: dict[str, str] = {}
+    told = Opened()
 
     def observe(executor: Executor) -> Executor:
         executors.append(timed(executor))
         return executors[0]
 
-    def progress(event: Event) -> None:
-        if isinstance(event, Note) and event.code == "candidate":
-            candidates[str(event.data["network"])] = str(event.data["candidate"])
-        if isinstance(event, Note) and event.code == "weights_file":
-            files[str(event.data["part"])] = str(event.data["file"])
-
     shape = spec.shape
-    with spec.open(progress, observe) as opened:
-        model = opened.begin(spec.job(), shape.width, shape.height, shape.window, progress)
+    with spec.open(told, observe) as opened:
+        model = opened.begin(spec.job(), shape.width, shape.height, shape.window, told)
         signal = to_signal(given["frames"])
         decoded, decoding = _timed(
             lambda: np.concatenate(list(decode(model, given["latents"])), 1), executors[0], repeats
         )
         encoded, encoding = _timed(lambda: encode(model, signal), executors[0], repeats)
     np.savez(target, decoded=decoded, encoded=encoded)
-    chosen = {name: row for name, row in candidates.items() if name.startswith("vae_")}
-    say("vae", decode=decoding, encode=encoding, candidates=chosen, files=files)
+    chosen = {name: row for name, row in told.candidates.items() if name.startswith("vae_")}
+    say("vae", decode=decoding, encode=encoding, candidates=chosen, files=told.files)
 
 
 def _timed(

@@ -24,7 +24,8 @@ def read_source(package: str, *names: str) -> str:
 
 
 SOURCE = read_source(__package__, "arrays.cu")  # its kernels are NAMES
-ATTENTION = read_source(__package__, "attention.cuh")  # to stand in front of a source that attends
+# To stand in front of a source that attends; of an accelerated one for capability 9.0.
+ATTENTION, HOPPER = (read_source(__package__, f"{name}.cuh") for name in ("attention", "hopper"))
 
 
 def compile_source(
@@ -63,8 +64,11 @@ class Module:
         macros: Mapping[str, object] | None = None,
         *,
         accelerated: bool = False,
+        code: Any = None,
     ) -> None:
-        code = compile_source(source, tuple(device.compute_capability), macros, accelerated=accelerated)
+        """`code` is the source's, if it was compiled before."""
+        if code is None:
+            code = compile_source(source, tuple(device.compute_capability), macros, accelerated=accelerated)
         with cuda_core():
             self._kernels = {name: code.get_kernel(name) for name in names}
         self._functions: dict[str, Any] = {}

@@ -1,90 +1,32 @@
 // A convolution for Hopper: an implicit matrix product of pixels [M, taps * INNER] and weights [COLUMNS, taps * INNER]
-// by wgmma, both operands brought to shared memory by TMA. conv_hopper.py puts the function `wgmma` and the macros before it.
+// by wgmma, both operands brought to shared memory by TMA. Macros, hopper.cuh and the function `wgmma` stand in front.
 //
 // A block of threads computes TILE_W x TILE_H pixels of one frame and all COLUMNS. Its first warpgroup loads, two others
-// multiply. The pixels that one tap in time and CHUNK channels need, margins included, are loaded once; the KR * KS taps of
-// the kernel's plane read them at shifted addresses (SHIFT), or, without SHIFT, KS copies are loaded, each shifted by a pixel.
-// Blocks of a cluster share the weights: each loads a part for all.
+// multiply. The pixels that one tap in time and CHUNK channels need, margins included, are loaded once. The KR * KS taps
+// of the kernel's plane read them at shifted addresses (SHIFT), or, without SHIFT, KS copies are loaded, each shifted by
+// a pixel. Swizzling goes by the address, so a shifted operand needs no other descriptor.
 //
-// Rows of the weights are permuted so that a thread holds eight neighbouring channels: see conv_hopper.py.
+// Rows of the weights are permuted so that a thread holds eight neighbouring channels: see conv_hopper_weights.cu.
 //
-// PARTS convolutions of the same pixels are computed by one launch. Two: their results are frames in turn. Four: each is one
-// corner of a picture twice as large, and reads from a pixel further up or left.
+// PARTS convolutions of the same pixels are computed by one launch. Two: their results are frames in turn. Four: each is
+// one corner of a picture twice as large, and begins at the pixel there.
 
 constexpr int GROUP = 128, WARPS = 8;  // threads of a warpgroup, warps that multiply
 constexpr int ROW = CHUNK * 2;  // bytes
-constexpr int A_ROWS = TILE_H + KR - 1, A_BYTES = A_ROWS * PITCH * ROW, A_STAGE = (A_BYTES + 1023) / 1024 * 1024;
+constexpr int A_BYTES = (TILE_H + KR - 1) * PITCH * ROW, A_STAGE = (A_BYTES + 1023) / 1024 * 1024;
 constexpr int B_BYTES = COLUMNS * ROW, B_STAGE = B_BYTES;
 constexpr int CHUNKS = INNER / CHUNK;
-constexpr int PART = COLUMNS / CLUSTER;  // rows of the weights that a block loads
-constexpr int BOX = PART > 256 ? PART / 2 : PART;
 constexpr int N = COLUMNS / SPLIT;  // columns of a warpgroup
 constexpr int BLOCKS = TILE_W * TILE_H / 64;  // of 8x8 pixels
 constexpr int MINE = SPLIT == 2 ? BLOCKS : BLOCKS / 2;  // of a warpgroup
 constexpr int WIDE = TILE_W / 8;
 constexpr u64 LAYOUT = ROW == 128 ? 1 : 2;
-static_assert(INNER % CHUNK == 0 && (N % 32 == 0 || (N == 8 && !NORM)) && B_STAGE % (8 * ROW) == 0, "sizes");
+static_assert(INNER % CHUNK == 0 && (N % 32 == 0 || (N == 8 && !NORM)), "sizes");
 
-__device__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ void barrier_init(u32 barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-__device__ void barrier_expect(u32 barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ void barrier_arrive_at(u32 barrier, int rank) {  // of another block of the cluster
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
-        " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank) : "memory");
-}
-__device__ bool barrier_try(u32 barrier, int parity) {
-    u32 done;
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
-        : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-    return done;
-}
-__device__ void barrier_wait(u32 barrier, int parity) {
-#ifdef GIVE_UP
-    const i64 start = clock64();
-    while (!barrier_try(barrier, parity))
-        if (clock64() - start > 4000000000ll) __trap();
-#else
-    while (!barrier_try(barrier, parity)) {}
-#endif
-}
-
-struct alignas(64) Map { u64 words[16]; };  // CUtensorMap
-
-__device__ void load_pixels(u32 to, const void* map, u32 barrier, int channel, int x, int y, int frame) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
-        ::"r"(to), "l"(map), "r"(barrier), "r"(channel), "r"(x), "r"(y), "r"(frame) : "memory");
-}
-__device__ void load_weights(u32 to, const void* map, u32 barrier, int channel, int row) {
-#if CLUSTER == 1
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-        ::"r"(to), "l"(map), "r"(barrier), "r"(channel), "r"(row) : "memory");
-#else
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1, {%3, %4}], [%2], %5;"
-        ::"r"(to), "l"(map), "r"(barrier), "r"(channel), "r"(row), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
-#endif
-}
 // An operand whose rows of ROW bytes are swizzled; groups of eight rows lie `stride` bytes apart.
 __device__ u64 descriptor(u32 address, int stride) {
     return (u64)(address >> 4) | 1ull << 16 | (u64)(stride >> 4) << 32 | LAYOUT << 62;
 }
-__device__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
-}
-
 struct Ring {
     int stage = 0, parity = 0;
     __device__ void next(int stages) {
@@ -92,12 +34,12 @@ struct Ring {
     }
 };
 
-// The work of a block. Tiles of the same cluster need the same weights.
+// The work of a block.
 struct Tile {
     int part, frame, x, y;
     __device__ Tile(int round, int frames, int across) {
         part = round % PARTS;
-        const int index = round / PARTS * CLUSTER + blockIdx.x % CLUSTER;
+        const int index = round / PARTS;
         frame = index % frames;
         const int place = index / frames;
         x = place % across * TILE_W, y = place / across * TILE_H;
@@ -109,7 +51,7 @@ __device__ void prefetch(Tile tile, const bf16* added, int frames, int height, i
     const int size = min(TILE_W, width - tile.x) * COLUMNS * 2;
     for (int y = tile.y; y < min(tile.y + TILE_H, height); ++y) {
         const bf16* from = added + (i64)((tile.frame * height + y) * width + tile.x) * COLUMNS;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(size) : "memory");
+        prefetch(from, size);
     }
 }
 
@@ -147,15 +89,9 @@ __device__ __forceinline__ float finish(const float (&sums)[N / 2], int h, bf16*
     return squares + __shfl_xor_sync(~0u, squares, 2);
 }
 
-__device__ float tanh_nearly(float x) {  // off by 2^-11
-    float y;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // Stores x / |x| * sqrt(COLUMNS) * gamma of a pixel's values x, or silu of that.
-__device__ __forceinline__ void normalize(const float (&x)[N / 2], int h, float squares, const float* gamma, bool silu,
-                                          bf16* normed) {
+__device__ __forceinline__ void normalize(const float (&x)[N / 2], int h, float squares, const float* gamma,
+                                          bool silu, bf16* normed) {
     const float scale = rsqrtf(fmaxf(squares, 1e-24f)) * (0.5f * sqrtf((float)COLUMNS));
 #pragma unroll
     for (int g = 0; g < N / 32; ++g) {
@@ -171,74 +107,71 @@ __device__ __forceinline__ void normalize(const float (&x)[N / 2], int h, float 
 }
 
 // added, y and normed may be null. added is dense; the strides of y and normed count pixels.
-#if CLUSTER > 1
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(3 * GROUP, 1)
-#else
 extern "C" __global__ void __launch_bounds__(3 * GROUP, 1)
-#endif
-convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weight_map, const float* bias, const bf16* added, bf16* y,
-         const float* gamma, bf16* normed, int silu, int frames, int height, int width, int pad_top, int pad_left,
-         int frame_step, int stride_x, int stride_y, int stride_frame) {
-    extern __shared__ u8 raw[];
+convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weight_map, const float* bias,
+         const bf16* added, bf16* y, const float* gamma, bf16* normed, int silu, int frames, int height, int width,
+         int pad_top, int pad_left, int frame_step, int stride_x, int stride_y, int stride_frame) {
+    u8* raw = shared_memory();
     const void *pixels = &pixel_map, *weights = &weight_map;
     const u32 base = (shared_address(raw) + 1023) & ~1023u;
     const u32 a_at = base, b_at = a_at + A_STAGES * A_STAGE, barriers = b_at + B_STAGES * B_STAGE;
     const u32 a_full = barriers, a_empty = a_full + 8 * A_STAGES, b_full = a_empty + 8 * A_STAGES,
               b_empty = b_full + 8 * B_STAGES;
     const int group = threadIdx.x / GROUP, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int rank = blockIdx.x % CLUSTER;
     const int across = (width + TILE_W - 1) / TILE_W, down = (height + TILE_H - 1) / TILE_H;
-    const int tiles = across * down * frames;
-    const int rounds = (tiles + CLUSTER - 1) / CLUSTER * PARTS;
+    const int rounds = across * down * frames * PARTS;
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < A_STAGES; ++i) barrier_init(a_full + 8 * i, 1), barrier_init(a_empty + 8 * i, WARPS);
-        for (int i = 0; i < B_STAGES; ++i) barrier_init(b_full + 8 * i, 1), barrier_init(b_empty + 8 * i, WARPS * CLUSTER);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        for (int i = 0; i < B_STAGES; ++i) barrier_init(b_full + 8 * i, 1), barrier_init(b_empty + 8 * i, WARPS);
+        barriers_ready();
     }
-    if (CLUSTER > 1) cluster_sync();
-    else __syncthreads();
+    __syncthreads();
 
     if (group == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        fewer_registers<24>();
         if (warp == 0 && lane == 0) {
             Ring a, b;
-            for (int round = blockIdx.x / CLUSTER; round < rounds; round += gridDim.x / CLUSTER) {
-                if (N != 8 && added) prefetch(Tile(round + gridDim.x / CLUSTER, frames, across), added, frames, height, width);
+            for (int round = blockIdx.x; round < rounds; round += gridDim.x) {
+                if (N != 8 && added)
+                    prefetch(Tile(round + gridDim.x, frames, across), added, frames, height, width);
                 const Tile tile(round, frames, across);
+                const int left = tile.x - pad_left + (PARTS == 4 ? tile.part % 2 : 0);
+                const int top = tile.y - pad_top + (PARTS == 4 ? tile.part / 2 : 0);
                 for (int kt = 0; kt < KT; ++kt)
                     for (int chunk = 0; chunk < CHUNKS; ++chunk)
                         for (int s = 0; s < KS; ++s) {
                             if (!SHIFT || s == 0) {
+                                const u32 full = a_full + 8 * a.stage;
                                 barrier_wait(a_empty + 8 * a.stage, a.parity ^ 1);
-                                barrier_expect(a_full + 8 * a.stage, A_BYTES);
-                                load_pixels(a_at + a.stage * A_STAGE, pixels, a_full + 8 * a.stage, chunk * CHUNK,
-                                            tile.x - pad_left + s + (PARTS == 4 ? tile.part % 2 : 0),
-                                            tile.y - pad_top + (PARTS == 4 ? tile.part / 2 : 0),
-                                            tile.frame * frame_step + kt);
+                                barrier_expect(full, A_BYTES);
+                                load_box(a_at + a.stage * A_STAGE, pixels, full, chunk * CHUNK, left + s, top,
+                                         tile.frame * frame_step + kt);
                                 a.next(A_STAGES);
                             }
                             for (int r = 0; r < KR; ++r) {
-                                const u32 full = b_full + 8 * b.stage;
+                                const u32 full = b_full + 8 * b.stage, to = b_at + b.stage * B_STAGE;
                                 barrier_wait(b_empty + 8 * b.stage, b.parity ^ 1);
                                 barrier_expect(full, B_BYTES);
                                 const int row = (((tile.part * KT + kt) * KR + r) * KS + s) * COLUMNS;
-                                for (int at = rank * PART; at < rank * PART + PART; at += BOX)
-                                    load_weights(b_at + b.stage * B_STAGE + at * ROW, weights, full, chunk * CHUNK, row + at);
+                                for (int at = 0; at < COLUMNS; at += N)
+                                    load_box(to + at * ROW, weights, full, chunk * CHUNK, row + at);
                                 b.next(B_STAGES);
                             }
                         }
             }
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        more_registers<240>();
         const int mine = group - 1;  // a half of the pixels, or of the columns
         const int first = SPLIT == 2 ? 0 : mine * MINE;  // block of 8x8 pixels
         const int quad = lane % 4;
         float sums[MINE][N / 2];
         Ring a, b;
-        for (int round = blockIdx.x / CLUSTER; round < rounds; round += gridDim.x / CLUSTER) {
+        for (int round = blockIdx.x; round < rounds; round += gridDim.x) {
             const Tile tile(round, frames, across);
+            auto x_of = [&](int i) { return tile.x + (first + i) % WIDE * 8 + lane / 4; };
+            auto y_of = [&](int i, int h) { return tile.y + (first + i) / WIDE * 8 + warp % 4 * 2 + h; };
             const int channels = (SPLIT == 2 ? mine * N : 0) + quad * (N == 8 ? 2 : 8);
             if (N == 8) {
 #pragma unroll
@@ -252,9 +185,8 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
                 for (int i = 0; i < MINE; ++i)
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
-                        const int px = min(tile.x + (first + i) % WIDE * 8 + lane / 4, width - 1);
-                        const int py = min(tile.y + (first + i) / WIDE * 8 + warp % 4 * 2 + h, height - 1);
-                        const bf16* from = added + (i64)((tile.frame * height + py) * width + px) * COLUMNS + channels;
+                        const int row = tile.frame * height + min(y_of(i, h), height - 1);
+                        const bf16* from = added + ((i64)row * width + min(x_of(i), width - 1)) * COLUMNS + channels;
 #pragma unroll
                         for (int g = 0; g < N / 32; ++g) old[i][h][g] = *(const uint4*)(from + g * 32);
                     }
@@ -269,7 +201,8 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
                     for (int h = 0; h < 2; ++h) {
                         unpack(old[i][h][g], more);
 #pragma unroll
-                        for (int c = 0; c < 8; ++c) sums[i][(g * 4 + c / 2) * 4 + h * 2 + c % 2] = start[c] + more[c];
+                        for (int c = 0; c < 8; ++c)
+                            sums[i][(g * 4 + c / 2) * 4 + h * 2 + c % 2] = start[c] + more[c];
                     }
             }
             int done_a = -1, done_b = -1;
@@ -279,9 +212,9 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
                     for (int r = 0; r < KR; ++r) {
                         barrier_wait(b_full + 8 * b.stage, b.parity);
                         const u32 from = a_at + a.stage * A_STAGE + (r * PITCH + (SHIFT ? s : 0)) * ROW;
-                        const u64 right = descriptor(b_at + b.stage * B_STAGE + (SPLIT == 2 ? mine * N * ROW : 0), 8 * ROW);
-                        const u64 left = descriptor(from, PITCH * ROW);
-                        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                        const u32 columns = b_at + b.stage * B_STAGE + (SPLIT == 2 ? mine * N * ROW : 0);
+                        const u64 left = descriptor(from, PITCH * ROW), right = descriptor(columns, 8 * ROW);
+                        wgmma_fence();
 #pragma unroll
                         for (int k = 0; k < CHUNK / 16; ++k) {
 #pragma unroll
@@ -291,13 +224,9 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
                                 wgmma(sums[i], left + (at >> 4), right + (k * 32 >> 4));
                             }
                         }
-                        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                        if (done_b >= 0) {
-                            if (CLUSTER == 1) {
-                                if (lane == 0) barrier_arrive(b_empty + 8 * done_b);
-                            } else if (lane < CLUSTER) barrier_arrive_at(b_empty + 8 * done_b, lane);
-                        }
+                        wgmma_commit();
+                        wgmma_wait<1>();
+                        if (done_b >= 0 && lane == 0) barrier_arrive(b_empty + 8 * done_b);
                         if (done_a >= 0 && lane == 0) barrier_arrive(a_empty + 8 * done_a);
                         done_b = b.stage, done_a = -1;
                         b.next(B_STAGES);
@@ -307,30 +236,29 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
                         a.next(A_STAGES);
                     }
                 }
-            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            wgmma_wait<0>();
 #pragma unroll
             for (int i = 0; i < MINE; ++i)
 #pragma unroll
-                for (int j = 0; j < N / 2; ++j) asm volatile("" : "+f"(sums[i][j]));
-            if (CLUSTER == 1) {
-                if (lane == 0) barrier_arrive(b_empty + 8 * done_b);
-            } else if (lane < CLUSTER) barrier_arrive_at(b_empty + 8 * done_b, lane);
+                for (int j = 0; j < N / 2; ++j) written(sums[i][j]);
+            if (lane == 0) barrier_arrive(b_empty + 8 * done_b);
             if (lane == 0) barrier_arrive(a_empty + 8 * done_a);
 
             const int offset = PARTS == 4 ? tile.part / 2 * (stride_y / 2) + tile.part % 2
                              : PARTS == 2 ? tile.part * (stride_frame / 2) : 0;
+            auto place = [&](bf16* tensor, int i, int h) -> bf16* {
+                if (!tensor || x_of(i) >= width || y_of(i, h) >= height) return nullptr;
+                const int at = tile.frame * stride_frame + y_of(i, h) * stride_y + x_of(i) * stride_x + offset;
+                return tensor + (i64)at * COLUMNS + channels;
+            };
             float squares[MINE][2];  // sums of y's squares by pixel
 #pragma unroll
             for (int i = 0; i < MINE; ++i)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const int px = tile.x + (first + i) % WIDE * 8 + lane / 4;
-                    const int py = tile.y + (first + i) / WIDE * 8 + warp % 4 * 2 + h;
-                    const bool inside = px < width && py < height;
-                    const i64 at = (i64)(tile.frame * stride_frame + py * stride_y + px * stride_x + offset) * COLUMNS + channels;
-                    squares[i][h] = finish(sums[i], h, y && inside ? y + at : nullptr);
+                    squares[i][h] = finish(sums[i], h, place(y, i, h));
 #if NORM && SPLIT == 1
-                    normalize(sums[i], h, squares[i][h], gamma + channels, silu, inside ? normed + at : nullptr);
+                    normalize(sums[i], h, squares[i][h], gamma + channels, silu, place(normed, i, h));
 #endif
                 }
 #if NORM && SPLIT == 2
@@ -341,21 +269,16 @@ convolve(const __grid_constant__ Map pixel_map, const __grid_constant__ Map weig
 #pragma unroll
                 for (int h = 0; h < 2; ++h)
                     if (quad == 0) halves[mine * BLOCKS * 64 + (i * 2 + h) * 32 + row] = squares[i][h];
-            asm volatile("bar.sync 1, 256;" ::: "memory");
+            sync_threads<1, 2 * GROUP>();
 #pragma unroll
             for (int i = 0; i < MINE; ++i)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const int px = tile.x + (first + i) % WIDE * 8 + lane / 4;
-                    const int py = tile.y + (first + i) / WIDE * 8 + warp % 4 * 2 + h;
-                    const bool inside = px < width && py < height;
-                    const i64 at = (i64)(tile.frame * stride_frame + py * stride_y + px * stride_x + offset) * COLUMNS + channels;
-                    const float square = squares[i][h] + halves[(1 - mine) * BLOCKS * 64 + (i * 2 + h) * 32 + row];
-                    normalize(sums[i], h, square, gamma + channels, silu, inside ? normed + at : nullptr);
+                    const float other = halves[(1 - mine) * BLOCKS * 64 + (i * 2 + h) * 32 + row];
+                    normalize(sums[i], h, squares[i][h] + other, gamma + channels, silu, place(normed, i, h));
                 }
-            asm volatile("bar.sync 1, 256;" ::: "memory");
+            sync_threads<1, 2 * GROUP>();
 #endif
         }
     }
-    if (CLUSTER > 1) cluster_sync();  // a block stays while others may write to it
 }

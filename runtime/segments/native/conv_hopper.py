@@ -4,15 +4,16 @@ x is [frames, height, width, inner] in bf16. Weights come in the checkpoint's la
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.runtime.device.checked import cuda
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.kernels import Module, read_source
+from trt_wan.runtime.device.kernels import HOPPER, Module, compile_source, read_source
 from trt_wan.runtime.segments.native.convolution import ConvShape
 
 Words = NDArray[np.uint64]
@@ -34,14 +35,13 @@ class Tiling:
     shift: bool = True
     pitch: int = 0  # pixels; 0: the width, with margins rounded up to 8 if `shift`
     a_stages: int = 2
-    cluster: int = 1
 
 
 # Kernel and padding of four parts that together enlarge a picture twice (nearest) and convolve it with 3x3.
 UP: tuple[tuple[int, int, int], tuple[int, int, int, int]] = ((1, 2, 2), (1, 0, 1, 0))
 
 
-def tiling(shape: ConvShape, given: tuple[int, int] | None = None) -> Tiling | None:
+def tiling(shape: ConvShape, given: int | None = None) -> Tiling | None:
     """The fastest that was measured (docs/log.md); None for shapes that the kernel cannot compute. Eight
     columns of output are for `given`, see HopperConvolution.
     """
@@ -64,7 +64,7 @@ def tiling(shape: ConvShape, given: tuple[int, int] | None = None) -> Tiling | N
 
 
 def fused(
-    gpu: Gpu, shape: ConvShape, parts: int, *, norm: bool, given: tuple[int, int] | None = None
+    gpu: Gpu, shape: ConvShape, parts: int, *, norm: bool, given: int | None = None
 ) -> "HopperConvolution | None":
     """The convolution of that shape, built once per Gpu. None if this kernel does not compute it here."""
     chosen = tiling(shape, given)
@@ -98,10 +98,9 @@ class Plan:
         tiling: Tiling,
         parts: int,
         norm: bool,
-        given: tuple[int, int] | None = None,
+        given: int | None = None,
     ) -> None:
         self.biases = (2 if parts == 2 else 1) * shape.out
-        given_out, given_inner = given or (self.biases, shape.inner)
         t, r, s = shape.kernel
         margin = s - 1 if tiling.shift else 0
         self.pitch = tiling.pitch or -(-(tiling.width + margin) // 8) * 8
@@ -113,9 +112,7 @@ class Plan:
         free = SHARED - 1024 - 256 - tiling.a_stages * a - self.split * tiling.width * tiling.height * 4
         self.b_stages = min(free // b, 16)
         assert self.b_stages >= 2, f"{shape} {tiling} needs too much shared memory"
-        self.box = shape.out // tiling.cluster
-        if self.box > 256:
-            self.box //= 2
+        self.box = shape.out // self.split
         self.columns = shape.out // self.split
         self.macros: dict[str, object] = {
             "TILE_W": tiling.width,
@@ -125,7 +122,6 @@ class Plan:
             "SHIFT": int(tiling.shift),
             "A_STAGES": tiling.a_stages,
             "B_STAGES": self.b_stages,
-            "CLUSTER": tiling.cluster,
             "SPLIT": self.split,
             "COLUMNS": shape.out,
             "INNER": shape.inner,
@@ -134,13 +130,13 @@ class Plan:
             "KS": s,
             "NORM": int(norm),
             "PARTS": parts,
-            "GIVEN_OUT": given_out,
-            "GIVEN_INNER": given_inner,
+            "GIVEN_OUT": given or self.biases,
         }
 
     @property
     def source(self) -> str:
-        return wgmma(self.columns) + read_source(__package__, "conv_hopper.cu", "conv_hopper_weights.cu")
+        kernels = read_source(__package__, "conv_hopper.cu", "conv_hopper_weights.cu")
+        return HOPPER + wgmma(self.columns) + kernels
 
 
 def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...]) -> Words:
@@ -171,10 +167,24 @@ def tensor_map(address: int, sizes: tuple[int, ...], box: tuple[int, ...]) -> Wo
     return np.array([int(word) for word in made.opaque], np.uint64)
 
 
-def _compiled(gpu: Gpu, plan: Plan, macros: Mapping[str, object]) -> Module:
-    module = Module(gpu.device, plan.source, KERNELS, {**plan.macros, **macros}, accelerated=True)
-    module.allow_shared("convolve", SHARED)
-    return module
+class Kernel:
+    """The kernels of a plan, compiled at their first use or before it by `compile`, perhaps in a thread."""
+
+    def __init__(self, gpu: Gpu, plan: Plan) -> None:
+        self._device, self._source, self._macros = gpu.device, plan.source, plan.macros
+        self._capability: tuple[int, int] = gpu.capability
+        self._code: Any = None
+
+    def compile(self) -> None:
+        if self._code is None:
+            self._code = compile_source(self._source, self._capability, self._macros, accelerated=True)
+
+    @cached_property
+    def module(self) -> Module:
+        self.compile()
+        module = Module(self._device, self._source, KERNELS, code=self._code)
+        module.allow_shared("convolve", SHARED)
+        return module
 
 
 class HopperConvolution:
@@ -183,9 +193,7 @@ class HopperConvolution:
     y is [frames, height, width, out] in bf16; with two parts, their frames in turn; with four, one picture
     twice as high and wide. `normed` is like y: its RMS norm times gamma, perhaps with SiLU.
 
-    `given` is out and inner of the checkpoint's weights if zeros fill them up. Three given channels become
-    27: channel 9c + 3r + s of a pixel is colour c of its neighbour (r - 1, s - 1), and the kernel has taps in
-    time only.
+    `given` is the rows of the checkpoint's weights, if zeros fill them up to `out`.
     """
 
     def __init__(
@@ -195,16 +203,14 @@ class HopperConvolution:
         tiling: Tiling,
         parts: int = 1,
         norm: bool = False,
-        given: tuple[int, int] | None = None,
-        **macros: object,
+        given: int | None = None,
     ) -> None:
         self._gpu, self.shape, self._tiling, self._parts = gpu, shape, tiling, parts
         self._plan = plan = Plan(shape, tiling, parts, norm, given)
-        self._module = gpu.once((__name__, *plan.macros.values()), lambda: _compiled(gpu, plan, macros))
+        self.kernel = gpu.once((__name__, *plan.macros.values()), lambda: Kernel(gpu, plan))
         across, down = -(-shape.width // tiling.width), -(-shape.height // tiling.height)
-        rounds = -(-across * down * shape.frames // tiling.cluster) * parts
-        clusters = int(gpu.device.properties.multiprocessor_count) // tiling.cluster
-        self._grid = min(rounds, clusters) * tiling.cluster
+        processors = int(gpu.device.properties.multiprocessor_count)
+        self._grid = min(across * down * shape.frames * parts, processors)
         self._maps: dict[tuple[int, int], tuple[Words, Words]] = {}
 
     @property
@@ -221,7 +227,9 @@ class HopperConvolution:
         convolution's. `out` counts two parts. added_bias may be 0.
         """
         blocks = -(-self._plan.biases * self.shape.inner // 256)
-        self._module.launch(self._gpu.stream, "repack_for_hopper", blocks, 256, given, bias, added_bias, w)
+        self.kernel.module.launch(
+            self._gpu.stream, "repack_for_hopper", blocks, 256, given, bias, added_bias, w
+        )
 
     def enqueue(
         self,
@@ -244,7 +252,7 @@ class HopperConvolution:
         row = scale * shape.width
         strides = scale, scale * row, pairs * row * scale * shape.height
         sizes = shape.frames, shape.height, shape.width, shape.pad[0], shape.pad[2], shape.stride[0]
-        self._module.launch(
+        self.kernel.module.launch(
             self._gpu.stream,
             "convolve",
             self._grid,

@@ -337,6 +337,7 @@ cross_attention_hopper(const bf16* queries, const u8* tiles, bf16* out, int toke
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
+    // Registers move from the copying warpgroup to the others: 24 + 2 * 240 = 3 * 168. With one more, they wait forever.
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;
     if (group < 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");

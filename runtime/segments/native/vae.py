@@ -9,6 +9,7 @@ network.
 
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from trt_wan.engines.contracts.vae_layers import LATENT_MEAN, LATENT_STD, Layer
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import MOST_BLOCKS, Gpu
 from trt_wan.runtime.device.kernels import Module, read_source
-from trt_wan.runtime.segments.native.conv_hopper import UP, fused, tiling
+from trt_wan.runtime.segments.native.conv_hopper import UP, HopperConvolution, Kernel, fused, tiling
 from trt_wan.runtime.segments.native.convolution import ConvShape, convolution
 from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, Bf16Gemm, CublasLt, Product
 
@@ -103,6 +104,8 @@ class Vae:
     def __init__(self, network: Network, model: ModelConfig, gpu: Gpu, own: bool = False) -> None:
         """`own`: our kernel computes the convolutions that it knows (conv_hopper.py)."""
         walk = _Walk(network, model, gpu, own)
+        with ThreadPoolExecutor() as pool:  # NVRTC takes a second for each
+            list(pool.map(Kernel.compile, walk.kernels))
         self._steps = walk.steps
         self._offsets, self.scratch_bytes = laid_out(walk.parts)
         self._parts: dict[str, int] = {}
@@ -130,6 +133,7 @@ class _Walk:
     def __init__(self, network: Network, model: ModelConfig, gpu: Gpu, own: bool) -> None:
         self.steps: list[Step] = []
         self.parts: dict[str, int] = {}  # bytes, of the scratch
+        self.kernels = set[Kernel]()
         self.taken, self.made = At("scratch.taken"), At("scratch.made")
         self._gpu, self._own = gpu, own
         self._first = network.name.endswith("_first")
@@ -269,7 +273,8 @@ class _Walk:
         conv = f"{layer.name}.2"
         self._finish(f"{layer.name}.0.gamma", self._taken(2, layer.inner))
         self._history(conv, 2)
-        self._conv(conv, layer.inner, layer.out, (3, 3, 3))
+        if not (decodes and self._narrow(conv, layer.inner, layer.out)):
+            self._conv(conv, layer.inner, layer.out, (3, 3, 3))
         if decodes:
             addresses = self.made, At(f"{conv}.bias"), At("frames")
             self._each("frames_out", self.pixels, *addresses, np.int64(self.pixels))
@@ -328,10 +333,28 @@ class _Walk:
         self, own: Own, biases: tuple[Any, ...], added: Any, y: Any, gamma: Any, *normed: Any
     ) -> None:
         made = fused(self._gpu, own.shape, own.parts, norm=gamma != 0)
+        self._fused(made, (own.weight, *biases), own.x, added, y, gamma, *normed)
+
+    def _fused(
+        self, made: HopperConvolution | None, weights: tuple[Any, ...], x: At, *arguments: Any
+    ) -> None:
         assert made is not None
+        self.kernels.add(made.kernel)
         self._need(WEIGHT, made.weight_bytes)
-        self.steps.append(Step(made.repack, (own.weight, *biases, WEIGHT)))
-        self.steps.append(Step(made.enqueue, (own.x, WEIGHT, added, y, gamma, *normed)))
+        self.steps.append(Step(made.repack, (*weights, WEIGHT)))
+        self.steps.append(Step(made.enqueue, (x, WEIGHT, *arguments)))
+
+    def _narrow(self, name: str, inner: int, out: int) -> bool:
+        """From `taken` to `made`, which has a vector of channels. The bias is not added. False if our kernel
+        does not know the shape.
+        """
+        shape = ConvShape(self.frames, self.height, self.width, inner, VECTOR, (3, 3, 3), pad=(1, 1, 1, 1))
+        if not self._own or tiling(shape, out) is None:
+            return False
+        self._need(self.made, self.pixels * VECTOR * BF16)
+        made = fused(self._gpu, shape, 1, norm=False, given=out)
+        self._fused(made, (At(f"{name}.weight"), 0, 0), self.taken, 0, self.made, 0, 0, False)
+        return True
 
     def _turn(self) -> None:
         self.taken, self.made = self.made, self.taken
