@@ -54,11 +54,11 @@ class Convolution:
 class Fused:
     """In place of HopperConvolution. Its weights stay as they are, in float32, the bias behind them."""
 
-    def __init__(self, shape: ConvShape, parts: int, norm: bool, given: tuple[int, int] | None) -> None:
+    def __init__(self, shape: ConvShape, parts: int, norm: bool, given: int | None) -> None:
         self.kernel = self  # what would be compiled
-        self._given = given or (shape.out * (2 if parts == 2 else 1), shape.inner)
         self.shape, self.parts, self.norm = shape, parts, norm
         self._out = shape.out * (2 if parts == 2 else 1)
+        self._given = given or self._out
         self._kernel = (1, 3, 3) if parts == 4 else shape.kernel
         self._count = self._out * shape.inner * int(np.prod(self._kernel))
 
@@ -72,7 +72,7 @@ class Fused:
     def repack(self, given: int, bias: int, added_bias: int, w: int) -> None:
         made = at(w, (self._count + self._out,), np.float32)
         made[:] = 0
-        count = int(np.prod((*self._given, *self._kernel)))
+        count = self._given * self._count // self._out
         made[:count] = at(given, (count,))
         for one in (bias, added_bias):
             if one:
@@ -109,9 +109,7 @@ class Fused:
             at(normed, tuple(made.shape))[:] = (torch.nn.functional.silu(made) if silu else made).numpy()
 
 
-def fused(
-    gpu: Any, shape: ConvShape, parts: int, *, norm: bool, given: tuple[int, int] | None = None
-) -> Fused:
+def fused(gpu: Any, shape: ConvShape, parts: int, *, norm: bool, given: int | None = None) -> Fused:
     return Fused(shape, parts, norm, given)
 
 
