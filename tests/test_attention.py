@@ -285,6 +285,18 @@ def test_provider_against_numpy(gpu: Gpu, name: str, tokens: int, kind: str) -> 
     assert error <= largest  # NaN, what was not written, is refused too
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("name", ["native", "native int8", "native fp8"])
+def test_what_is_not_finite_shows(gpu: Gpu, name: str, which: int) -> None:
+    """int8 has no NaN: rounding would hide one."""
+    require(gpu, name)
+    given = inputs("gaussian", 300)
+    given[which][1, 77, 5] = np.nan
+    (got,) = attend(gpu, name, *given)
+    head = got.reshape(300, HEADS, HEAD_DIM)[:, 1].astype(np.float32)
+    assert np.isnan(head[77] if which == 0 else head[:, 5 if which == 2 else 0]).all()
+
+
 @pytest.mark.parametrize("name", ["native", "native int8", "native fp8"])
 def test_long_sums_lose_no_bits(gpu: Gpu, name: str) -> None:
     """Hopper's tensor cores add E4M3 products in few bits: a sum over all keys was 35 % too small."""
