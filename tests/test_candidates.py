@@ -76,8 +76,12 @@ MEASURED = {
         figure("tensorrt fp8", 26.4, 6.1e-2),
         figure("tensorrt", 90.0, 6.4e-3),
         figure("cudnn fp8", 22.0, 9e-2),
+        figure("native", 80.0, 3e-3),
+        figure("native int8", 81.0, 3e-2),
+        figure("native fp8", 82.0, 4e-2),
     )
 }
+OWN = dict.fromkeys(("native", "native int8", "native fp8"), "It is gone.")
 
 
 def chosen(
@@ -124,7 +128,7 @@ def test_rows_fit_precision_flavour_and_gpu() -> None:
         return {row.name for row in candidates(network, precision, machine)}
 
     assert names("attention", "fp32", ADA) == {"tensorrt"}
-    assert names("attention", "bf16", ADA) == {"tensorrt", "cudnn", "flash4"}
+    assert names("attention", "bf16", ADA) == {"tensorrt", "native", "cudnn", "flash4"}
     assert names("attention", "fp8", H200) == {row.name for row in CANDIDATES if row.network == "attention"}
     assert "tensorrt sm89" not in names("attn_out", "fp8", replace(H200, flavour=FULL))
     assert names("attn_in", "bf16", ADA) == {"tensorrt"}
@@ -189,7 +193,7 @@ def test_8_bit_attention_is_not_exact_however_good() -> None:
     assert chosen(figures=good).candidate.name == "cudnn"
     assert chosen("fast", good).candidate.name == "cudnn fp8"
     ranked = [f.candidate for f in accurate(good.values(), "fp8", "exact")]
-    assert ranked == ["flash4", "cudnn", "tensorrt sm89", "tensorrt"]
+    assert ranked == ["flash4", "cudnn", "tensorrt sm89", "native", "tensorrt"]
 
 
 def test_within_noise_the_more_accurate_one_wins() -> None:
@@ -210,11 +214,11 @@ def test_a_build_that_was_stopped_while_measuring_decides_nothing() -> None:
     """The only candidate measured is the slow bf16 one: --tier fast takes its default, and says why."""
     some = {"cudnn": MEASURED["cudnn"]}
     assert chosen("fast", some).text == (
-        "attention = tensorrt fp8 (default for compute capability 9.0; measuring was not finished)"
+        "attention = native fp8 (default for compute capability 9.0; measuring was not finished)"
     )
     assert chosen("fast", some).unmeasured
     rest = {name: "It is gone." for name in ("tensorrt", "tensorrt sm89", "tensorrt fp8", "cudnn fp8")}
-    assert chosen("fast", some, missing=rest).text.startswith("attention = cudnn (38.5 ms;")
+    assert chosen("fast", some, missing=rest | OWN).text.startswith("attention = cudnn (38.5 ms;")
     unbuilt = replace(MEASURED["tensorrt"], state="missing", ms=None, error=None, problem="68 GB.")
     every = MEASURED | {"tensorrt": unbuilt}  # that an engine cannot be built is known for good
     assert chosen(figures=every).text.startswith("attention = cudnn (38.5 ms;")
@@ -231,13 +235,15 @@ def test_a_measured_candidate_is_taken_where_every_default_is_wrong() -> None:
 
 
 def test_without_figures_the_default_says_so() -> None:
-    assert chosen(figures={}, missing={"cudnn": "cudnn is not installed."}).text == (
-        "attention = tensorrt sm89 (default for compute capability 9.0; cudnn: cudnn is not installed; "
-        "not measured)"
+    assert chosen(figures={}, missing=OWN | {"cudnn": "cudnn is not installed."}).text == (
+        "attention = tensorrt sm89 (default for compute capability 9.0; native: It is gone; "
+        "cudnn: cudnn is not installed; not measured)"
     )
+    assert chosen(figures={}).candidate.name == "native"
     assert chosen(figures={}).unmeasured and not chosen().unmeasured
-    assert chosen(figures={}, missing=NO_LIBRARIES).candidate.name == "tensorrt sm89"
-    assert chosen("fast", {}).candidate.name == "tensorrt fp8"
+    assert chosen(figures={}, missing=NO_LIBRARIES | OWN).candidate.name == "tensorrt sm89"
+    assert chosen("fast", {}).candidate.name == "native fp8"
+    assert chosen("fast", {}, missing=OWN).candidate.name == "tensorrt fp8"
     assert chosen(figures={}, network="attn_in").candidate.name == "native"
     assert chosen(figures={}, network="attn_in", missing={"native": "No."}).candidate.name == "tensorrt"
     assert chosen(figures={}, network="attn_in", precision="bf16").candidate.name == "tensorrt"
@@ -247,12 +253,13 @@ def test_without_figures_the_default_says_so() -> None:
 def test_a_default_that_was_found_wrong_is_passed_over() -> None:
     sm89 = figure("tensorrt sm89", 1.0, 0.5)
     broken = replace(MEASURED["cudnn"], state="broken", ms=None, error=None, problem="NaN.")
-    text = chosen(figures={"tensorrt sm89": sm89, "cudnn": broken}).text
-    assert text.startswith("attention = tensorrt (default for compute capability 9.0; cudnn: broken: NaN.")
+    text = chosen(figures={"tensorrt sm89": sm89, "cudnn": broken}, missing=OWN).text
+    ground = "default for compute capability 9.0; native: It is gone"
+    assert text.startswith(f"attention = tensorrt ({ground}; cudnn: broken: NaN.")
     assert "error 5.0e-01 > 1.0e-02" in text
     failed = {"cudnn": replace(broken, state="failed", problem="No memory.")}
-    assert chosen(figures=failed).text == (
-        "attention = cudnn (default for compute capability 9.0; measuring it failed: No memory)"
+    assert chosen(figures=failed, missing=OWN).text == (
+        f"attention = cudnn ({ground}; measuring it failed: No memory)"
     )
 
 
@@ -329,7 +336,7 @@ def test_a_run_takes_what_was_measured_and_says_why(
     assert list(found) == [name for name, row in networks(TINY, PLAN).items() if not row.optional]
     assert len(notes) == len(SEGMENTS)  # one has no choice; and a note that some were not measured
     told, command = notes[-1].splitlines()
-    assert told == "8 parts run by default, not by measurement. Measure them once:", "all but attention"
+    assert told == "9 parts run by default, not by measurement. Measure them once:", "all but attention"
     assert command == "trt-wan build --model tiny --size 64x48 --window 5 --precision fp8"
     assert found["attention"].name == "cudnn" and found["head"].engine == Engine("head")
     assert any(note.startswith("attention = cudnn (38.5 ms;") for note in notes)
@@ -476,7 +483,7 @@ def test_what_is_missing_is_asked_of_who_knows(monkeypatch: pytest.MonkeyPatch) 
             "network called 'attn'",
             "attn_in, attention, sparse_attention, attn_out, cross_attention, ffn",
         ),
-        ("attention=cuddn", "no candidate called 'cuddn'", "tensorrt, tensorrt sm89, cudnn, flash4"),
+        ("attention=cuddn", "no candidate called 'cuddn'", "tensorrt, tensorrt sm89, native, cudnn, flash4"),
         ("attention", "'attention' is not NETWORK=CANDIDATE", "run --help"),
     ],
 )
