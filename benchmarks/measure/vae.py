@@ -137,7 +137,7 @@ def measure_vae(
             "repeats": str(repeats),
         }
         options = [text for name, value in given.items() for text in (f"--{name}", value)]
-        answers += rows_of(PEERS_MODULE, [*shape.arguments(), *options], env, not_measured)
+        answers += rows_of(PEERS_MODULE, [*shape.arguments(), *options], env, not_measured, progress)
         exact = next((a["target"] for a in answers if a["name"] == "diffusers float32"), None)
         rows = [_row(answer, exact) for answer in answers]
     return VaeTimes(shape, card, weights, rows, not_measured)
