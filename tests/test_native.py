@@ -113,7 +113,7 @@ class Recorder:
     ) -> None:
         self.launches.append((name, arguments))
 
-    def product(self, *sizes: Any, fp8: bool) -> Any:
+    def product(self, gpu: Any, library: Any, *sizes: Any) -> Any:
         return SimpleNamespace(enqueue=lambda x, w, y, space: self.launches.append(("product", (x, w, y))))
 
 
@@ -121,8 +121,10 @@ class Recorder:
 def test_kernels_read_what_was_given_or_written_before(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is read that an earlier segment left in the scratch, which all segments share."""
     plan, recorder = Plan(64, 48, 5, "fp8"), Recorder()
-    monkeypatch.setattr(block, "Gemm", recorder.product)
     name, candidate = case.removesuffix(" 8.9").split(" ", 1)
+    product, other = ("Bf16Gemm", "Fp8Gemm") if case == "fuser native" else ("Fp8Gemm", "Bf16Gemm")
+    monkeypatch.setattr(block, product, recorder.product)
+    monkeypatch.setattr(block, other, None)  # another product than the segment's
     capability = (8, 9) if case.endswith("8.9") else (9, 0)
     gpu = SimpleNamespace(
         stream=None, once=lambda key, make: recorder, capability=capability, multiprocessors=132
