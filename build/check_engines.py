@@ -57,6 +57,8 @@ def check_engines(model: ModelConfig, goal: Goal, progress: Progress) -> list[Ch
     rows = []
     for number, (name, network) in enumerate(contracts.items(), 1):
         here = [row for row in candidates(name, plan.precision, machine) if goal.missing(row) is None]
+        if not here:  # the tier of this network needs another precision or GPU
+            continue
         case = _Case.of(onnx.load(folder / f"{name}.onnx"), network, gpu, goal.flavour)
         for row in here:
             progress(CandidateStep(name, row.name, number, len(contracts)))

@@ -16,6 +16,7 @@ from typing import Any, cast
 import ml_dtypes
 import numpy as np
 import pytest
+from block_choice import order_of, sparse_attention
 from packaging.requirements import Requirement
 
 from trt_wan.engines.choice.candidates import CANDIDATES
@@ -24,7 +25,14 @@ from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import compile_source
 from trt_wan.runtime.segments import attention
-from trt_wan.runtime.segments.attention import PROVIDERS, fp8_kernels, hopper, missing, open_attention
+from trt_wan.runtime.segments.attention import (
+    PROVIDERS,
+    fp8_kernels,
+    hopper,
+    missing,
+    open_attention,
+    select,
+)
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 ROOT = Path(__file__).parents[1]
@@ -134,10 +142,17 @@ def test_torch_is_imported_by_flash_alone() -> None:
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
-def test_kernels_compile(nvrtc: None, capability: tuple[int, int]) -> None:
-    code = bytes(compile_source(fp8_kernels.SOURCE, capability, fp8_kernels.MACROS).code)
+@pytest.mark.parametrize(
+    ("module", "macros"),
+    [(fp8_kernels, fp8_kernels.MACROS), (select, select.macros(128))],
+    ids=["fp8", "select"],
+)
+def test_kernels_compile(
+    nvrtc: None, capability: tuple[int, int], module: Any, macros: dict[str, object]
+) -> None:
+    code = bytes(compile_source(module.SOURCE, capability, macros).code)
     assert code.startswith(b"\x7fELF")
-    for name in fp8_kernels.NAMES:
+    for name in module.NAMES:
         assert f".text.{name}".encode() + b"\0" in code
 
 
@@ -219,14 +234,16 @@ def reference(q: Any, k: Any, v: Any) -> np.ndarray[Any, Any]:
     return cast(np.ndarray[Any, Any], attended.swapaxes(0, 1).reshape(q.shape[1], -1))
 
 
-def attend(gpu: Gpu, name: str, q: Any, k: Any, v: Any, times: int = 1) -> list[np.ndarray[Any, Any]]:
+def attend(
+    gpu: Gpu, name: str, q: Any, k: Any, v: Any, times: int = 1, blocks: Any = (), **others: Any
+) -> list[np.ndarray[Any, Any]]:
     """The output of every run. NaN lies in the output and behind it, and in the scratch, before each."""
-    segment = open_attention(name, gpu, *q.shape)
+    segment = open_attention(name, gpu, *q.shape, *blocks)
     size = -(-max(segment.scratch_bytes, 1) // 2)
     buffer = gpu.allocate(2 * size)
     scratch = gpu.view(int(buffer.handle), (size,), BF16)
     segment.start(scratch.address)
-    given = {name: gpu.upload(x) for name, x in zip("qkv", (q, k, v), strict=True)}
+    given = {name: gpu.upload(x) for name, x in {"q": q, "k": k, "v": v, **others}.items()}
     out = gpu.empty((q.size + GUARD,), BF16)
     results = []
     for _ in range(times):
@@ -268,6 +285,18 @@ def test_provider_against_numpy(gpu: Gpu, name: str, tokens: int, kind: str) -> 
     assert error <= largest  # NaN, what was not written, is refused too
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("name", ["native", "native int8", "native fp8"])
+def test_what_is_not_finite_shows(gpu: Gpu, name: str, which: int) -> None:
+    """int8 has no NaN: rounding would hide one."""
+    require(gpu, name)
+    given = inputs("gaussian", 300)
+    given[which][1, 77, 5] = np.nan
+    (got,) = attend(gpu, name, *given)
+    head = got.reshape(300, HEADS, HEAD_DIM)[:, 1].astype(np.float32)
+    assert np.isnan(head[77] if which == 0 else head[:, 5 if which == 2 else 0]).all()
+
+
 @pytest.mark.parametrize("name", ["native", "native int8", "native fp8"])
 def test_long_sums_lose_no_bits(gpu: Gpu, name: str) -> None:
     """Hopper's tensor cores add E4M3 products in few bits: a sum over all keys was 35 % too small."""
@@ -284,3 +313,17 @@ def test_provider_repeats_itself_to_the_bit(gpu: Gpu, name: str) -> None:
     require(gpu, name)
     first, *others = attend(gpu, name, *inputs("gaussian", 1000), times=3)
     assert all(other.tobytes() == first.tobytes() for other in others)
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.4, 1.0])
+@pytest.mark.parametrize("grid", [(1, 3, 4), (3, 10, 12), (6, 16, 20)])
+def test_block_sparse_attention_against_numpy(gpu: Gpu, grid: tuple[int, int, int], keep: float) -> None:
+    """Slots, rows and columns, of which the blocks are."""
+    require(gpu, "native sparse")
+    slots, rows, columns = grid
+    q, k, v = inputs("gaussian", slots * rows * columns)
+    order, share = np.array(order_of(*grid), np.int32), np.array([keep], np.float32)
+    first, second = attend(gpu, "native sparse", q, k, v, times=2, blocks=(order, rows * columns), keep=share)
+    expected = sparse_attention(q, k, v, keep, *grid)
+    assert np.linalg.norm(first.astype(np.float32) - expected) <= 8e-2 * np.linalg.norm(expected)
+    assert first.tobytes() == second.tobytes()

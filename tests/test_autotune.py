@@ -425,6 +425,8 @@ GONE = {
     "tensorrt": "It asks for 68 GB.",
     "flash4": "flash4 is not installed.",
     "native": "No cuBLAS.",
+    "native int8": "Not in this test.",
+    "native fp8": "Not in this test.",
     "tensorrt sm89": "Not in this test.",
     "native sparse": "Not in this test.",
 }
@@ -461,6 +463,7 @@ FAKES = {
     "tensorrt fp8": Fake(26.4, noise=6e-2),
     "cudnn fp8": Fake(20.0, noise=0.2),
     "native": Fake(5.0, noise=6e-3),
+    "native int8": Fake(4.5, noise=3e-2),
     "native fp8": Fake(4.0, noise=5e-2),
     "tensorrt": Fake(9.0),
     "native sparse": Fake(14.0, noise=5e-2),
@@ -471,11 +474,12 @@ def test_figures_of_one_place(recipes: dict[Engine, Recipe]) -> None:
     """Missing, failed, too wrong, chosen: all are there, also read back from the file."""
     lab = Lab(FAKES | {"cudnn fp8": Fake(fails=MemoryShort("68 GB could not be taken.", "Close programs."))})
     found = tuned(lab, GONE)
-    assert set(found) == set(FAKES) - {"native", "native fp8", "native sparse"}
+    assert set(found) == set(FAKES) - {"native sparse"}
     states = {name: (figure.state, figure.ms, figure.chosen) for name, figure in found.items()}
     assert states == {
         "tensorrt": ("missing", None, ""),
         "flash4": ("missing", None, ""),
+        **dict.fromkeys(("native", "native int8", "native fp8"), ("missing", None, "")),
         "tensorrt sm89": ("measured", 77.6, ""),
         "cudnn": ("measured", 38.5, "exact"),
         "tensorrt fp8": ("measured", 26.4, "fast"),
@@ -503,23 +507,26 @@ def test_all_places(recipes: dict[Engine, Recipe]) -> None:
     best = {(f.network, f.candidate): f.chosen for f in found if f.chosen}
     assert best == {
         ("attn_in", "native"): "exact, fast",
-        ("attention", "tensorrt"): "exact, fast",
+        ("attention", "native"): "exact",
+        ("attention", "native fp8"): "fast",
         ("sparse_attention", "native sparse"): "turbo",
         ("attn_out", "native"): "exact, fast",
         ("cross_attention", "native"): "exact, fast",
         ("ffn", "native"): "exact, fast",
-        **{(network, "tensorrt"): "exact, fast" for network in VAE},
+        **{(network, "native"): "exact, fast" for network in VAE},
         ("fuser", "native"): "exact",
         ("fuser", "native fp8"): "fast",
     }
     assert lab.plans == {PLAN, replace(SMALL_PICTURE, precision="fp8")}
     errors = {(f.network, f.candidate): f.error for f in found}
     assert errors["sparse_attention", "native sparse"] == pytest.approx(5e-2, rel=0.2)
-    for network in ("attn_in", "attn_out", "cross_attention", "ffn", "fuser"):
+    assert errors["attention", "native int8"] == pytest.approx(3e-2, rel=0.2)
+    for network in ("attn_in", "attention", "attn_out", "cross_attention", "ffn", "fuser"):
         assert errors[network, "native"] == pytest.approx(6e-3, rel=0.3)
         assert (errors[network, "tensorrt"] or 0) < 3e-3
     for network in VAE:
         assert errors[network, "cudnn"] == pytest.approx(5e-3, rel=0.3)
+        assert errors[network, "native"] == pytest.approx(6e-3, rel=0.3)
         assert (errors[network, "tensorrt"] or 0) < 3e-3
 
 

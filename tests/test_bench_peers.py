@@ -205,4 +205,4 @@ def test_diffusers_computes_our_velocities_from_our_weights_and_inputs(
     quality = json.loads(ran.stdout.splitlines()[-1])
     (row,) = quality["rows"]
     assert row["name"] == "diffusers float32" and 0 < row["velocity_errors"][0] < 3e-5
-    assert quality["not_measured"] == []
+    assert quality["not_measured"] == [] and "diffusers float32: velocity off by" in ran.stderr

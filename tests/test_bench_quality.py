@@ -12,6 +12,7 @@ import pytest
 
 from trt_wan.benchmarks.machine.card import read_card
 from trt_wan.benchmarks.machine.ceilings import Ceiling
+from trt_wan.benchmarks.measure import quality
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.quality import Quality, QualityRow, _other_attention, _Recorder
 from trt_wan.benchmarks.measure.record_velocities import RecordingExecutor, Tape
@@ -112,6 +113,42 @@ def test_a_row_that_cannot_run_is_told_and_ends_nothing(tmp_path: Path) -> None:
 
     recorder = Refused(tmp_path, {}, Spec(SHAPE, "", 2), False, [], silent)
     assert recorder.compared("fast", {}) is None and recorder.not_measured == ["fast: It cannot be."]
+
+
+def test_every_row_is_told_and_kept_before_the_next_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Made(_Recorder):
+        def record(self, name: str, *rest: Any, **options: Any) -> dict[str, Any]:
+            told.append(f"records {name}")
+            return {}
+
+        def compared(self, name: str, *rest: Any, **options: Any) -> QualityRow:
+            told.append(f"compares {name}")
+            return QualityRow(name, {}, [0.25])
+
+        def floor(self, base: Any) -> None:
+            return None
+
+        def between(self, names: Any) -> dict[str, dict[str, float]]:
+            return {}
+
+    def progress(event: Any) -> None:
+        told.append(event.text)
+
+    def keep(unfinished: Quality) -> None:
+        assert not unfinished.finished
+        told.append(f"keeps {len(unfinished.rows)}")
+
+    monkeypatch.setattr(quality, "_Recorder", Made)
+    wanted = [quality.Wanted("a", {}), quality.Wanted("b", {})]
+    made = quality.measure_quality(SHAPE, wanted, 1, 0, progress=progress, keep=keep)
+    assert made.finished and len(made.rows) == 2
+    assert told == [
+        "records reference",
+        *("compares a", "a: velocity off by 2.50e-01 in the worst step", "keeps 1"),
+        *("compares b", "b: velocity off by 2.50e-01 in the worst step", "keeps 2"),
+    ]
 
 
 def test_the_table_names_every_rows_candidates() -> None:

@@ -24,9 +24,11 @@ from trt_wan.build.goals import Goal
 from trt_wan.build.realistic import dequantised
 from trt_wan.build.reference import ADDED_TO
 from trt_wan.cli.main import cli
+from trt_wan.engines.choice.candidates import SPARSE
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import choose_flavour
+from trt_wan.engines.gpu import HOPPER
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.tensorrt import compile_onnx
@@ -199,7 +201,9 @@ def test_every_engine_is_checked_on_the_gpu(
     for row in rows:
         print(f"{row.network:22} {row.computed_by:15} {row.error:.2e} of {row.tolerance:.0e}  {row.verdict}")
     # A candidate that is too wrong is what measuring leaves out; each network needs one that is not.
-    assert {row.network for row in rows if row.right} == set(networks(TINY, plan))
+    turbo = precision == "fp8" and gpu.capability == HOPPER
+    wanted = set(networks(TINY, plan)) - (set() if turbo else {SPARSE.network})
+    assert {row.network for row in rows if row.right} == wanted
 
 
 def test_the_bisection_names_a_layer_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from trt_wan.cli.main import cli
 from trt_wan.engines.choice.candidates import CANDIDATES, Engine, Machine
 from trt_wan.engines.choice.recipes import engine_names, recipes
 from trt_wan.engines.config import TINY
+from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import choose_flavour
 from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.shape import Plan
@@ -51,7 +52,7 @@ NAMES = engine_names(TINY, FP8)
 FIGURE = Figure(
     "attention", "cudnn", "measured", 38.5, 3.1e-3, 1e-2, "exact", "A GPU", "tensorrt_rtx 1.6", "exact"
 )
-GRAPHS = len(NAMES) - 1  # attention_fp8 has none
+GRAPHS = len(networks(TINY, FP8))
 # Holds a lock until its stdin ends: python -c HOLD FILE
 HOLD = """
 import sys

@@ -45,7 +45,7 @@ def test_kernels_compile(nvrtc: None, model: str, capability: tuple[int, int]) -
         assert f".text.{name}".encode() + b"\0" in code
 
 
-@pytest.mark.parametrize("model", ["14b", "tiny"])
+@pytest.mark.parametrize("model", ["14b", pytest.param("tiny", marks=pytest.mark.long)])
 def test_hopper_s_kernels_compile(nvrtc: None, model: str) -> None:
     source, macros = cross_attention.source(MODELS[model]), cross_attention.hopper_macros(MODELS[model])
     code = bytes(compile_source(source, (9, 0), macros, accelerated=True).code)

@@ -80,7 +80,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> CpuKernels:
     ("plan", "own"),
     [
         (Plan(64, 48, 9, "bf16"), True),
-        (Plan(80, 48, 9, "bf16", vae_chunk=2), False),  # 60 positions in the middle: no multiple of 8
+        # 60 positions in the middle: no multiple of 8
+        pytest.param(Plan(80, 48, 9, "bf16", vae_chunk=2), False, marks=pytest.mark.long),
     ],
 )
 def test_networks_on_the_cpu(

@@ -32,7 +32,12 @@ def weights() -> dict[str, Array]:
 
 
 def run_ours(
-    make_model: MakeModel, weights: dict[str, Array], plan: Plan, inputs: dict[str, Array], t: int
+    make_model: MakeModel,
+    weights: dict[str, Array],
+    plan: Plan,
+    inputs: dict[str, Array],
+    t: int,
+    keep: Array | None = None,
 ) -> Array:
     model = make_model(TINY, plan, {"transformer": weights | {ORTHONORMAL: orthonormal(weights[DIRECTION])}})
     face = encode_blank_face(model) if inputs["face"] is None else encode_face(model, inputs["face"])
@@ -40,7 +45,8 @@ def run_ours(
     window = WindowCondition(inputs["condition"], inputs["pose"], one, face, one)
     context = encode_context(model, inputs["text"], embed_image(model, inputs["image"]))
     time = encode_time(model, t)
-    return velocity(model, inputs["latent"], time, context, window, rope_tables(TINY, plan))
+    rope = rope_tables(TINY, plan)
+    return velocity(model, inputs["latent"], time, context, window, rope, keep=keep)
 
 
 def run_diffusers(weights: dict[str, Array], inputs: dict[str, Array], t: int) -> Array:
@@ -93,6 +99,17 @@ def test_velocity_equals_diffusers(
     ours, theirs = run_ours(make_model, weights, plan, inputs, t), run_diffusers(weights, inputs, t)
     assert theirs.std() > 0.1, "the oracle's output is degenerate"
     assert np.abs(ours - theirs).max() <= TOLERANCE
+
+
+def test_block_sparse_attention_takes_the_place_of_dense(
+    make_model: MakeModel, weights: dict[str, Array]
+) -> None:
+    """The same where all tokens are one block (test_turbo.py has the attention itself)."""
+    plan = Plan(64, 96, 5)  # whose graphs are there from the test above
+    inputs = random_inputs(plan, seed=3)
+    dense = run_ours(make_model, weights, plan, inputs, 500)
+    sparse = run_ours(make_model, weights, plan, inputs, 500, keep=np.array([0.5], np.float32))
+    assert 0 < np.abs(sparse - dense).max() <= TOLERANCE
 
 
 def test_face_and_pose_strength(make_model: MakeModel, weights: dict[str, Array]) -> None:

@@ -24,6 +24,7 @@ from trt_wan.errors import UsageError
 from trt_wan.runtime.denoise import Branch, dense_steps, predict_window
 from trt_wan.runtime.guidance import StepSettings
 from trt_wan.runtime.networks.transformer import WindowCondition
+from trt_wan.runtime.opening import model as opening
 from trt_wan.runtime.settings import Settings
 
 PLAN = Plan(192, 160, 13)  # four blocks of 128 tokens, and one of 88; its sides are no multiples of 8
@@ -163,3 +164,17 @@ def test_the_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_pa
     ran = CliRunner().invoke(cli, [*command, "--tier", "turbo", "--attention-keep", "0.3"])
     assert ran.exit_code == 0, ran.output
     assert seen[3].settings().keep == 0.3
+
+
+def test_the_record_of_a_run_names_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "chosen_candidates", lambda *given: {"sparse_attention": "native sparse"})
+    weights: Any = SimpleNamespace(config=TINY)
+    place: Any = (None, SimpleNamespace(name="tensorrt_rtx"))
+
+    def recorded(settings: Settings) -> dict[str, str]:
+        return opening.Basis(weights, place, "fp8", settings).choices(PLAN)
+
+    turbo = recorded(Settings(tier="turbo"))
+    assert turbo["tier"] == "turbo" and turbo["attention_keep"] == "0.5"
+    assert recorded(Settings(tier="turbo", attention_keep=0.3))["attention_keep"] == "0.3"
+    assert "attention_keep" not in recorded(Settings(tier="fast"))

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from trt_wan.errors import TrtWanError
+from trt_wan.runtime.events import Note, Progress
 
 PATIENCE = 900  # seconds for one answer: compiling a 14B takes minutes
 STDOUT = sys.stdout
@@ -42,13 +43,21 @@ def refusal(answer: Mapping[str, Any]) -> TrtWanError:
 
 
 def rows_of(
-    module: str, arguments: Sequence[str], env: Mapping[str, str], not_measured: list[str]
+    module: str,
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    not_measured: list[str],
+    progress: Progress,
 ) -> Iterator[dict[str, Any]]:
-    """The answers "row" of a child. A row with a `reason`, and a child that fails, go into `not_measured`."""
+    """The answers "row" of a child, as they come. A row with a `reason`, and a child that fails, go into
+    `not_measured`; its answers "note" are reported.
+    """
     try:
         with Child(module, arguments, env) as child:
-            while (answer := child.read())["event"] == "row":
-                if "reason" in answer:
+            while (answer := child.read())["event"] in ("row", "note"):
+                if answer["event"] == "note":
+                    progress(Note(answer["text"]))
+                elif "reason" in answer:
                     not_measured.append(f"{answer['name']}: {answer['reason']}")
                 else:
                     yield answer

@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -70,6 +70,7 @@ class Quality:
     rows: list[QualityRow]  # ours, then the noise floor if a second kernel runs here, or peers
     between: dict[str, dict[str, float]]  # of the worst step: the error of a row against another
     not_measured: list[str]
+    finished: bool = True  # False: more rows are to come
     schema: str = QUALITY_SCHEMA
     stem: ClassVar[str] = "quality"
 
@@ -129,8 +130,11 @@ def measure_quality(
     peers: bool = False,
     frames: bool = True,
     progress: Progress = silent,
+    keep: Callable[[Quality], object] = lambda unfinished: None,
 ) -> Quality:
-    """Raises UsageError for peers without `weights`: they read the same file."""
+    """`keep` gets the rows so far after every row. Raises UsageError for peers without `weights`: they read
+    the same file.
+    """
     if peers and weights is None:
         raise UsageError(
             "Peers need weights in files, which they read too.", "Name their folder with --weights DIR."
@@ -143,24 +147,38 @@ def measure_quality(
             Path(temporary), env, Spec(shape, clips, steps, {}, weights, seed), frames, not_measured, progress
         )
         bench.record("reference", base)
-        rows = [row for one in wanted if (row := bench.compared(one.name, one.settings)) is not None]
+        rows: list[QualityRow] = []
+
+        def found() -> Quality:
+            compared = len(rows) > (1 if peers else 2)
+            return Quality(
+                shape,
+                card,
+                weights or "random: errors are of numerics, no picture can be judged",
+                seed,
+                ", ".join(f"{k} {v}" for k, v in base.items()) or "float32, ONNX Runtime",
+                list(rows),
+                bench.between([row.name for row in rows]) if compared else {},
+                not_measured,
+            )
+
+        def add(row: QualityRow | None) -> None:
+            if row is not None:
+                rows.append(row)
+                worst = max(row.velocity_errors)
+                progress(Note(f"{row.name}: velocity off by {worst:.2e} in the worst step"))
+                keep(replace(found(), finished=False))
+
+        for one in wanted:
+            add(bench.compared(one.name, one.settings))
         if wanted and not rows:
             raise bench.failures[0]
         if peers:
-            rows += bench.peers("cpu" if card.gpu is None else "cuda")
-        elif (floor := bench.floor(base)) is not None:
-            rows.append(floor)
-        between = bench.between([row.name for row in rows]) if len(rows) > (1 if peers else 2) else {}
-    return Quality(
-        shape,
-        card,
-        weights or "random: errors are of numerics, no picture can be judged",
-        seed,
-        ", ".join(f"{k} {v}" for k, v in base.items()) or "float32, ONNX Runtime",
-        rows,
-        between,
-        not_measured,
-    )
+            for row in bench.peers("cpu" if card.gpu is None else "cuda"):
+                add(row)
+        else:
+            add(bench.floor(base))
+        return found()
 
 
 class _Recorder:
@@ -232,7 +250,7 @@ class _Recorder:
         self.not_measured.append("noise floor: no second bf16 attention runs here")
         return None
 
-    def peers(self, device: str) -> list[QualityRow]:
+    def peers(self, device: str) -> Iterator[QualityRow]:
         """diffusers on the reference's weights and inputs. What cannot run is in `not_measured`."""
         self.progress(Note("recording diffusers"))
         given = {
@@ -242,13 +260,11 @@ class _Recorder:
             "device": device,
         }
         arguments = [text for name, value in given.items() for text in (f"--{name}", value)]
-        rows = []
         arguments = [*self.spec.shape.arguments(), *arguments]
-        for answer in rows_of(PEERS_MODULE, arguments, self.env, self.not_measured):
+        for answer in rows_of(PEERS_MODULE, arguments, self.env, self.not_measured, self.progress):
             name = answer["name"]
             self.files[name] = answer["velocities"]
-            rows.append(QualityRow(name, {}, self._errors(name, "reference")))
-        return rows
+            yield QualityRow(name, {}, self._errors(name, "reference"))
 
     def between(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         return {a: {b: max(self._errors(a, b)) for b in names} for a in names}

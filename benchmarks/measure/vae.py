@@ -123,6 +123,7 @@ def measure_vae(
 
             try:
                 answers.append({**with_graphs(run, progress), "name": one.name, "target": target})
+                progress(_told(answers[-1]))
             except TrtWanError as error:
                 not_measured.append(f"{one.name}: {error.message}")
                 failure = error
@@ -137,7 +138,9 @@ def measure_vae(
             "repeats": str(repeats),
         }
         options = [text for name, value in given.items() for text in (f"--{name}", value)]
-        answers += rows_of(PEERS_MODULE, [*shape.arguments(), *options], env, not_measured)
+        for answer in rows_of(PEERS_MODULE, [*shape.arguments(), *options], env, not_measured, progress):
+            answers.append(answer)
+            progress(_told(answer))
         exact = next((a["target"] for a in answers if a["name"] == "diffusers float32"), None)
         rows = [_row(answer, exact) for answer in answers]
     return VaeTimes(shape, card, weights, rows, not_measured)
@@ -150,6 +153,11 @@ def _write_inputs(path: Path, shape: Shape, clips: str) -> str:
         frames = clip.window(list(range(plan.frames)))
     np.savez(path, latents=np.random.default_rng(0).standard_normal(latents, np.float32), frames=frames)
     return str(path)
+
+
+def _told(answer: Mapping[str, Any]) -> Note:
+    decode, encode = (Spread.of(answer[half]["seconds"]).median for half in ("decode", "encode"))
+    return Note(f"{answer['name']}: decode {decode:.3f} s, encode {encode:.3f} s")
 
 
 def _row(answer: Mapping[str, Any], exact: str | None) -> VaeRow:

@@ -9,6 +9,7 @@ and not the recipe. Every row is a line of JSON: its velocities' file, or the re
 
 import argparse
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -66,13 +67,18 @@ def attempts(model: Model, shape: Shape, device: str) -> Iterator[Attempt]:
 
 def record(shape: Shape, device: str, weights: Path, inputs: Path, out: Path) -> None:
     kind = torch.bfloat16 if device == "cuda" else torch.float32
+    began = time.perf_counter()
     model = make_model(shape, device, weights, kind)
     recorded = Recorded(inputs, device, kind)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    say("note", text=f"diffusers has its weights and inputs after {time.perf_counter() - began:.1f} s")
     kernels = (
         sdpa_kernel(ATTENTION_ORDER, set_priority=True) if device == "cuda" else contextlib.nullcontext()
     )
     with torch.inference_mode(), kernels:
         for name, change in attempts(model, shape, device):
+            began = time.perf_counter()
             try:
                 change()
                 steps = range(recorded.steps)
@@ -83,6 +89,7 @@ def record(shape: Shape, device: str, weights: Path, inputs: Path, out: Path) ->
                 continue
             target = out / f"{name}.npz"
             np.savez(target, velocities=torch.stack(made).float().cpu().numpy())
+            say("note", text=f"{name}: {len(made)} steps in {time.perf_counter() - began:.1f} s")
             say("row", name=name, velocities=str(target))
     say("done")
 

@@ -135,13 +135,19 @@ def console() -> Console:
     return terminal if terminal.is_terminal else Console(stderr=True, width=COLUMNS)
 
 
+def write_document(report: Report, folder: Path) -> Path:
+    """Writes the document alone and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    document = folder / f"{report.stem}.json"
+    document.write_text(as_line(report.to_dict()) + "\n")
+    return document
+
+
 def write(report: Report, folder: Path) -> list[Path]:
     """Writes the document, the CSV and the plots (PNG and SVG), and returns their paths. Without matplotlib
     there are no plots.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    document, rows = (folder / f"{report.stem}{suffix}" for suffix in (".json", ".csv"))
-    document.write_text(as_line(report.to_dict()) + "\n")
+    document, rows = write_document(report, folder), folder / f"{report.stem}.csv"
     with rows.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("kind", "name", "unit", "value"))

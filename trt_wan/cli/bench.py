@@ -20,6 +20,7 @@ from trt_wan.errors import shown
 if TYPE_CHECKING:
     from trt_wan.benchmarks.measure.quality import Wanted
     from trt_wan.benchmarks.peers.shape import Shape
+    from trt_wan.benchmarks.report.sheet import Report as Measured
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 THERE = click.Path(path_type=Path, file_okay=False, exists=True)
@@ -290,13 +291,19 @@ def quality_of(
     trt-wan bench quality --weights models/ --peers
     """
     from trt_wan.benchmarks.measure.quality import Wanted, measure_quality
+    from trt_wan.benchmarks.report.sheet import write_document
 
     shape, files, given = _shape(model, size, window), str(weights) if weights else None, _given(settings)
     if not rows and peers and "tier" not in given:
         wanted = [Wanted(f"trt-wan {tier}", _given({**given, "tier": tier})) for tier in _tiers(given)]
     else:
         wanted = _wanted(rows, settings)
-    result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress)
+
+    def keep(unfinished: "Measured") -> None:
+        if out is not None:
+            write_document(unfinished, out)
+
+    result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress, keep)
     return finished(report, result, out)
 
 

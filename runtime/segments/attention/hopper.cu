@@ -386,7 +386,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             if (lane == 0) barrier_arrive(k_free + stage * 8);
             const bool grown = soften<false>(s, w, r, key, valid(tile), shrink);
             settled_scores(w);
-            if (NEEDED) needed(r.sum[0] + r.sum[1], q_full);
+            needed(r.sum[0] + r.sum[1], q_full);
             products_wait<0>();
             if (lane == 0) barrier_arrive(v_free + before * 8);
             settled(o);

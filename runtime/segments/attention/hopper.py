@@ -42,7 +42,6 @@ def macros(scores: Scores, values: Values, lists: bool = False) -> dict[str, int
         "KEYS": keys,
         "STAGES": min(4, free // (_key_bytes(scores, keys) + _value_bytes(values, keys))),
         "LISTS": int(lists),
-        "NEEDED": 1,
     }
 
 
@@ -72,10 +71,9 @@ class HopperAttention:
         scores: Scores,
         values: Values,
         lists: bool = False,
-        **other: int,
     ) -> None:
         assert head_dim == HEAD_DIM, head_dim
-        defined = macros(scores, values, lists) | other
+        defined = macros(scores, values, lists)
         self._heads, self._tokens = heads, tokens
         self._tiles = math.ceil(tokens / defined["KEYS"])
         self._query_tiles, self._chunks = math.ceil(tokens / QUERIES), math.ceil(tokens / CHUNK)

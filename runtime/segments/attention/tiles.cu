@@ -116,7 +116,8 @@ pack_q(const bf16* q, const float* key_mean, u8* out, float* scale, float* shift
             dot += __shfl_xor_sync(~0u, dot, other);
         }
         if (lane == 0) {
-            scale[at * QUERIES + row] = QK == 1 ? LOG2_E : most / LARGEST * LOG2_E;
+            const float whole = QK == 1 ? LOG2_E : most / LARGEST * LOG2_E;
+            scale[at * QUERIES + row] = whole + (dot - dot);  // NaN if a number of q or k is not finite: int8 has none
             if (shift && token < tokens) shift[(i64)blockIdx.y * tokens + token] = dot;
         }
         if (QK != 1)
