@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hopper_on_cpu import gpu_on_cpu
 
-from trt_wan.runtime.segments.attention.hopper import HEAD_DIM, LISTED_KEYS, QUERIES, HopperAttention
+from trt_wan.runtime.segments.attention import hopper
+from trt_wan.runtime.segments.attention.hopper import HEAD_DIM, LISTED_KEYS, QUERIES, macros
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 HEADS, VALUE = 2, 1.0
@@ -35,14 +36,13 @@ def inputs(tokens: int) -> list[Any]:
 
 
 def reference(q: Any, k: Any, v: Any, seen: Any) -> tuple[Any, Any]:
-    """[tokens, heads * head_dim], and the log-sum-exp [heads, tokens]. `seen`: which keys each query sees."""
+    """[tokens, heads, head_dim], and the log-sum-exp [heads, tokens]. `seen`: which keys each query sees."""
     q, k, v = (x.astype(np.float32) for x in (q, k, v))
     scores = np.where(seen, q @ k.swapaxes(1, 2), -np.inf)
     most = scores.max(-1, keepdims=True)
     weights = np.exp(scores - most)
     sums = weights.sum(-1, keepdims=True)
-    attended = (weights @ v / sums).swapaxes(0, 1).reshape(q.shape[1], -1)
-    return attended, (most + np.log(sums))[..., 0]
+    return (weights @ v / sums).swapaxes(0, 1), (most + np.log(sums))[..., 0]
 
 
 def listed(lists: Sequence[Sequence[int]], tokens: int) -> tuple[Any, Any, Any]:
@@ -59,6 +59,35 @@ def listed(lists: Sequence[Sequence[int]], tokens: int) -> tuple[Any, Any, Any]:
             rows, columns = (slice(at * n, at * n + n) for at, n in ((block, QUERIES), (tile, LISTED_KEYS)))
             seen[head, rows, columns] = True
     return numbers, counts, seen
+
+
+def attend(
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    scores: Any,
+    values: Any,
+    given: Any,
+    numbers: Any = None,
+    counts: Any = None,
+) -> tuple[Any, Any]:
+    """[tokens, heads, head_dim], and the log-sum-exp [heads, tokens]. NaN lies in all memory before."""
+    tokens, lists = given[0].shape[1], numbers is not None
+    if lists:  # fewer stages than tiles, so that the ring is used again
+        patch.setattr(hopper, "macros", lambda *kinds: macros(*kinds) | {"STAGES": 2})
+    segment = hopper.HopperAttention(
+        gpu_on_cpu(folder, patch), HEADS, tokens, HEAD_DIM, scores, values, lists
+    )
+    scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)
+    out = np.full(tokens * HEADS * HEAD_DIM + GUARD, np.nan, BF16)
+    shift, lse = (np.full(HEADS * tokens + GUARD, np.nan, np.float32) for _ in range(2))
+    segment.start(scratch.ctypes.data + -scratch.ctypes.data % 256)
+    segment.pack({name: x.ctypes.data for name, x in zip("qkv", given, strict=True)}, shift.ctypes.data)
+    listed = (numbers.ctypes.data, counts.ctypes.data) if lists else (0, 0)
+    segment.attend(out.ctypes.data, *listed, shift.ctypes.data, lse.ctypes.data)
+    for result in (out, shift, lse):
+        assert np.isnan(result[-GUARD:].astype(np.float32)).all(), "wrote behind its result"
+    attended = out[:-GUARD].reshape(tokens, HEADS, HEAD_DIM).astype(np.float32)
+    return attended, lse[:-GUARD].reshape(HEADS, tokens)
 
 
 @pytest.mark.parametrize(
@@ -90,26 +119,22 @@ def test_attention_on_the_cpu(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gpu = gpu_on_cpu(tmp_path, monkeypatch)
-    fewer = {"STAGES": 2} if lists else {}  # than the tiles of 300 tokens: the ring is used again
-    segment = HopperAttention(gpu, HEADS, tokens, HEAD_DIM, scores, values, bool(lists), **fewer)
     given = inputs(tokens)
-    scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)  # NaN
-    out = np.full(tokens * HEADS * HEAD_DIM + GUARD, np.nan, BF16)
-    shift, lse = (np.full(HEADS * tokens + GUARD, np.nan, np.float32) for _ in range(2))
-    numbers, counts, seen = listed(lists, tokens) if lists else (np.zeros(1), np.zeros(1), True)
-
-    segment.start(scratch.ctypes.data + -scratch.ctypes.data % 256)
-    segment.pack({name: x.ctypes.data for name, x in zip("qkv", given, strict=True)}, shift.ctypes.data)
-    segment.attend(*(x.ctypes.data for x in (out, numbers, counts, shift, lse)))
-
-    for result in (out, shift, lse):
-        assert np.isnan(result[-GUARD:].astype(np.float32)).all(), "wrote behind its result"
+    *arguments, seen = listed(lists, tokens) if lists else (True,)
+    got, lse = attend(tmp_path, monkeypatch, scores, values, given, *arguments)
     expected, expected_lse = reference(*given, seen)
-    got = out[:-GUARD].reshape(expected.shape).astype(np.float32)
     error = np.linalg.norm(got - expected) / np.linalg.norm(expected - np.float32(VALUE))
-    error_lse = np.abs(lse[:-GUARD].reshape(expected_lse.shape) - expected_lse).max()
     assert error <= largest
     if not lists:
         np.testing.assert_allclose(got[0], expected[0], rtol=2**-8, atol=1e-3)
-    assert error_lse <= (5e-2 if scores == "int8" else 1e-4)
+    assert np.abs(lse - expected_lse).max() <= (5e-2 if scores == "int8" else 1e-4)
+
+
+def test_what_is_not_finite_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 has no NaN: rounding would hide one."""
+    q, k, v = inputs(130)
+    q[0, 77, 5] = k[1, 129, 5] = v[0, 3, 6] = np.nan
+    got, _ = attend(tmp_path, monkeypatch, "int8", "e4m3", (q, k, v))
+    wanted = np.zeros(got.shape, bool)
+    wanted[77, 0] = wanted[:, 0, 6] = wanted[:, 1] = True
+    assert (np.isnan(got) == wanted).all()
