@@ -1,9 +1,10 @@
-"""HopperConvolution on the CPU: g++ compiles its kernel, with functions that do the same as hopper.cuh's.
+"""HopperConvolution and HopperAttention on the CPU: g++ compiles their kernels; C++ stands in for their PTX.
 
 Shared memory is an array, swizzled as TMA and wgmma do it: bits of an address's row are added to bits of its
 column. A thread of the GPU is a thread of the CPU, so tensors must be small.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,29 +14,29 @@ import numpy as np
 import pytest
 from kernels_on_cpu import CpuKernels
 
+from trt_wan.runtime.segments.attention import hopper as attention
 from trt_wan.runtime.segments.native import conv_hopper
 
 HEADER = r"""
 #include <algorithm>
 #include <condition_variable>
 #include <cstdlib>
-#include <deque>
 #include <mutex>
 
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __forceinline__ inline
-#define __shfl_xor_sync(mask, x, lanes) shuffled(x, lanes)
-using std::min;
+using std::max, std::min;
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(64) Map { u64 words[16]; };  // address, four sizes, four of the box
 
 alignas(1024) u8 shared_bytes[232448];
 u8* shared_memory() { return shared_bytes + 16; }
 u32 shared_address(const void* p) { return (u32)((const u8*)p - shared_bytes); }
-u8* swizzled(u32 at, int row) { return shared_bytes + (at ^ (at >> 7 & (row == 128 ? 7 : 3)) << 4); }
+u8* swizzled(u32 at, int row) { return shared_bytes + (at ^ (at >> 7 & row / 16 - 1) << 4); }
 
 struct Barrier { int count, pending, bytes, phase; };
 Barrier all_barriers[sizeof shared_bytes / 8];
@@ -52,27 +53,44 @@ void change(u32 barrier, int arrived, int bytes) {
 void barrier_init(u32 barrier, int count) { all_barriers[barrier / 8] = {count, count, 0, 0}; }
 void barrier_expect(u32 barrier, int bytes) { change(barrier, 1, bytes); }
 void barrier_arrive(u32 barrier) { change(barrier, 1, 0); }
-std::deque<std::barrier<>> all_warps;  // the threads of a warp multiply together
-void barriers_ready() {
-    all_warps.clear();
-    for (int i = 0; i < 12; i++) all_warps.emplace_back(32);
-}
 void barrier_wait(u32 barrier, int parity) {
     std::unique_lock<std::mutex> lock(gate);
     Barrier& b = all_barriers[barrier / 8];
     if (!changed.wait_for(lock, std::chrono::seconds(60), [&] { return b.phase != parity; })) std::abort();
 }
 
+void warp_together() { warps[threadIdx.x / 32]->arrive_and_wait(); }
+
+int widen(signed char x) { return x; }
+template <class T>
+auto element(u64 operand, int row, int k) {  // of a matrix in shared memory
+    const int bytes = 256 >> (operand >> 62);
+    const u32 start = (operand & 0x3FFF) << 4, stride = (operand >> 32 & 0x3FFF) << 4;
+    return widen(*(const T*)swizzled(start + row / 8 * stride + row % 8 * bytes + k * sizeof(T), bytes));
+}
+template <class T>
+auto in_shared(u64 operand) {  // rows of a warp
+    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    return [=](int more, int k) { return element<T>(operand, row + more, k); };
+}
+template <class T, class Sum, int COUNT, class Rows>
+void multiply(Sum (&sums)[COUNT], Rows rows, u64 b) {
+    for (int k = 0; k < 32 / sizeof(T); k++) {
+        const auto upper = rows(0, k), lower = rows(8, k);
+        for (int i = 0; i < COUNT; i += 4)
+            for (int e = 0; e < 2; e++) {
+                const auto column = element<T>(b, i * 2 + threadIdx.x % 4 * 2 + e, k);
+                sums[i + e] += upper * column, sums[i + 2 + e] += lower * column;
+            }
+    }
+}
+"""
+CONVOLUTION = r"""
+struct alignas(64) Map { u64 words[16]; };  // address, four sizes, four of the box
+
 std::barrier<> consumers(256);
 template <int BARRIER, int THREADS> void sync_threads() { consumers.arrive_and_wait(); }
-float shuffled(float x, int lanes) {
-    static float of_block[384];
-    of_block[threadIdx.x] = x;
-    consumers.arrive_and_wait();
-    const float other = of_block[threadIdx.x ^ lanes];
-    consumers.arrive_and_wait();
-    return other;
-}
+void barriers_ready() {}
 template <int COUNT> void fewer_registers() {}
 template <int COUNT> void more_registers() {}
 
@@ -101,26 +119,57 @@ void prefetch(const void* from, int bytes) {
 }
 void wgmma_fence() {}
 void wgmma_commit() {}
-template <int GROUPS> void wgmma_wait() { all_warps[threadIdx.x / 32].arrive_and_wait(); }
+template <int GROUPS> void wgmma_wait() { warp_together(); }
 void written(float&) {}
 float tanh_nearly(float x) { return std::tanh(x); }
+template <int COUNT>
+void wgmma(float (&sums)[COUNT], u64 a, u64 b) { multiply<bf16>(sums, in_shared<bf16>(a), b); }
+"""
+ATTENTION = r"""
+template <int COUNT> void registers_down() {}
+template <int COUNT> void registers_up() {}
+void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    if (to % 16 || (u64)from % 16 || bytes % 16) std::abort();
+    memcpy(shared_bytes + to, from, bytes);
+    change(barrier, 0, -bytes);
+}
+void load_shared(float (&x)[4], u32 from) { memcpy(x, shared_bytes + from, 16); }
+void store_shared(u32 to, const float (&x)[4]) { memcpy(shared_bytes + to, x, 16); }
+float power_of_2(float x) { return std::exp2(x); }
+void needed(float, u32) {}
 
-float element(u64 operand, int row, int k) {
-    const int bytes = operand >> 62 == 1 ? 128 : 64;
-    const u32 start = (operand & 0x3FFF) << 4, stride = (operand >> 32 & 0x3FFF) << 4;
-    return widen(*(const bf16*)swizzled(start + row / 8 * stride + row % 8 * bytes + k * 2, bytes));
+void products_begin() {}
+void products_end() {}
+template <int PENDING> void products_wait() { warp_together(); }
+template <class T, int COUNT> void settled_scores(T (&)[COUNT]) {}
+void settled(float (&)[64]) {}
+template <int COUNT>
+void multiply_scores(int (&s)[COUNT], u64 a, u64 b, bool sum) {
+    if (!sum) std::fill(s, s + COUNT, 0);
+    multiply<signed char>(s, in_shared<signed char>(a), b);
 }
 template <int COUNT>
-void wgmma(float (&sums)[COUNT], u64 a, u64 b) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-    for (int k = 0; k < 16; k++) {
-        const float rows[2] = {element(a, row, k), element(a, row + 8, k)};
-        for (int j = 0; j < COUNT / 4; j++)
-            for (int e = 0; e < 2; e++) {
-                const float column = element(b, j * 8 + lane % 4 * 2 + e, k);
-                for (int h = 0; h < 2; h++) sums[j * 4 + h * 2 + e] += rows[h] * column;
-            }
-    }
+void multiply_scores_bf16(float (&s)[COUNT], u64 a, u64 b, bool sum) {
+    if (!sum) std::fill(s, s + COUNT, 0);
+    multiply<bf16>(s, in_shared<bf16>(a), b);
+}
+#if PV == 0
+typedef e4m3 Weight;
+#else
+typedef bf16 Weight;
+#endif
+void multiply_values(float (&o)[64], const u32 (&a)[4], u64 b, bool sum) {
+    static u32 of_block[2][384][4];
+    static thread_local int times;
+    auto& words = of_block[times++ % 2];
+    std::copy(a, a + 4, words[threadIdx.x]);
+    warp_together();
+    if (!sum) std::fill(o, o + 64, 0);
+    multiply<Weight>(o, [&](int more, int k) {  // four threads have 16 bytes of a row, then the next 16
+        const int byte = k * sizeof(Weight);
+        const u32* word = words[threadIdx.x / 4 * 4 + byte % 16 / 4] + byte / 16 * 2 + more / 8;
+        return widen(((const Weight*)word)[byte % 4 / sizeof(Weight)]);
+    }, b);
 }
 """
 WRAPPER = r"""
@@ -133,6 +182,9 @@ extern "C" void convolve_by_address(
 """
 
 
+BARRIERS = ("channel_parts", "pack_q", "pack_k", "pack_v", "attend")
+
+
 def tensor_map(address: int, sizes: Sequence[int], box: Sequence[int]) -> Any:
     def four(numbers: Sequence[int]) -> list[int]:
         return [*numbers, 1, 1, 1][:4]
@@ -141,31 +193,63 @@ def tensor_map(address: int, sizes: Sequence[int], box: Sequence[int]) -> Any:
     return np.array([address, *four(sizes), *four(box), *[0] * 7], np.uint64)
 
 
+FUNCTION = re.compile(r"^(?:template <[^\n]*>\n)?__device__ [^\n]*\{(?:[^\n]*\}$|\n.*?^\}$)", re.M | re.S)
+MEMORY = re.compile(r"extern __shared__ __align__\(\d+\) ([\w ]+) (\w+)\[\];")
+
+
+def without_instructions(source: str) -> str:
+    """Leaves out the functions in PTX."""
+    source = FUNCTION.sub(
+        lambda match: "" if "asm volatile" in match[0] or "_to_shared" in match[0] else match[0], source
+    )
+    source = source.replace('asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");', "")
+    return MEMORY.sub(r"\1* \2 = (\1*)shared_memory();", source)
+
+
 class Module:
     """In place of kernels.Module. Its code is a source and macros."""
 
-    def __init__(self, device: Path, source: str, names: Any, *, code: tuple[str, Any]) -> None:
-        source, macros = code
+    def __init__(
+        self,
+        device: Path,
+        source: str,
+        names: Any,
+        macros: Any = None,
+        *,
+        accelerated: bool = True,
+        code: tuple[str, Any] | None = None,
+    ) -> None:
+        if code:
+            source, macros = code
+            text = CONVOLUTION + source[source.index("// A convolution for Hopper") :] + WRAPPER
+        else:
+            text = ATTENTION + without_instructions(source)
         lines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
-        kernels = source[source.index("// A convolution for Hopper") :]
-        self._kernels = CpuKernels(lines + HEADER + kernels + WRAPPER, device)
+        self._kernels = CpuKernels(lines + HEADER + text, device)
 
     def allow_shared(self, name: str, size: int) -> None:
         assert size <= 232448
 
     def launch(
-        self, stream: Any, name: str, grid: int, threads: int, *arguments: Any, shared: int = 0
+        self,
+        stream: Any,
+        name: str,
+        grid: int | tuple[int, ...],
+        threads: int,
+        *arguments: Any,
+        shared: int = 0,
     ) -> None:
         if name == "convolve":
             numbers = np.array(arguments[7:], np.int32)
             self._kernels.launch("convolve_by_address", grid, threads, True, *arguments[:7], numbers)
         else:
-            self._kernels.launch(name, grid, threads, False, *arguments)
+            self._kernels.launch(name, grid, threads, name in BARRIERS, *arguments)
 
 
 def gpu_on_cpu(folder: Path, patch: pytest.MonkeyPatch, processors: int = 2) -> Any:
-    """Enough of a Gpu for HopperConvolution."""
+    """Enough of a Gpu for HopperConvolution and HopperAttention."""
     patch.setattr(conv_hopper, "Module", Module)
+    patch.setattr(attention, "Module", Module)
     patch.setattr(conv_hopper, "tensor_map", tensor_map)
     patch.setattr(
         conv_hopper, "compile_source", lambda source, capability, macros, accelerated: (source, macros)

@@ -33,7 +33,7 @@ WORDS = r"""
 #define __align__(n) alignas(n)
 #define __CUDA_ARCH__ 900
 
-struct Index { unsigned x; };
+struct Index { unsigned x, y, z; };
 thread_local Index threadIdx, blockIdx;
 Index blockDim, gridDim;
 std::barrier<>* all_threads;
@@ -49,7 +49,19 @@ unsigned __ballot_sync(unsigned, bool yes) {
     warps[threadIdx.x / 32]->arrive_and_wait();
     return word;
 }
+bool __any_sync(unsigned all, bool yes) { return __ballot_sync(all, yes); }
 int __popc(unsigned x) { return __builtin_popcount(x); }
+template <class T>
+T of_thread(unsigned thread, T x) {  // of the same warp
+    static T of_block[2][1024];
+    static thread_local unsigned times;
+    T* const given = of_block[times++ % 2];
+    given[threadIdx.x] = x;
+    warps[threadIdx.x / 32]->arrive_and_wait();
+    return given[thread];
+}
+template <class T> T __shfl_xor_sync(unsigned, T x, int lanes) { return of_thread(threadIdx.x ^ lanes, x); }
+template <class T> T __shfl_sync(unsigned, T x, int lane) { return of_thread(threadIdx.x & ~31 | lane, x); }
 
 template <class To, class From> To as(From x) { To y; memcpy(&y, &x, sizeof y); return y; }
 float __int_as_float(int x) { return as<float>(x); }
@@ -57,15 +69,9 @@ float __uint_as_float(unsigned x) { return as<float>(x); }
 unsigned __float_as_uint(float x) { return as<unsigned>(x); }
 float __expf(float x) { return std::exp(x); }
 float __fdividef(float x, float y) { return x / y; }
+float __log2f(float x) { return std::log2(x); }
+int __float2int_rn(float x) { return std::lrint(x); }
 float rsqrtf(float x) { return 1 / std::sqrt(x); }
-float __shfl_xor_sync(unsigned, float x, int lanes) {
-    static float of_block[1024];
-    of_block[threadIdx.x] = x;
-    __syncthreads();
-    const float other = of_block[threadIdx.x ^ lanes];
-    __syncthreads();
-    return other;
-}
 float __fmul_rn(float x, float y) { return x * y; }
 float __fadd_rn(float x, float y) { return x + y; }
 
@@ -73,15 +79,12 @@ unsigned to_bf16(float x) {
     const unsigned bits = as<unsigned>(x);
     return std::isnan(x) ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
-unsigned to_e4m3(float x) {  // the nearest of all, of two the even one
+unsigned to_e4m3(float x) {
     if (std::isnan(x)) return 0x7F;
-    auto value = [](int i) { return i < 8 ? i * 0x1p-9 : std::ldexp(1 + i % 8 / 8.0, i / 8 - 7); };
-    int best = 0;
-    for (int i = 1; i < 0x7F; i++) {
-        const double far = std::fabs(value(i) - std::fabs(x)), least = std::fabs(value(best) - std::fabs(x));
-        if (far < least || (far == least && i % 2 == 0)) best = i;
-    }
-    return best | (std::signbit(x) ? 0x80 : 0);
+    const float size = std::fmin(std::fabs(x), 448);
+    const int power = std::fmax(std::logb(size), -6);  // of subnormal numbers too
+    const int eighths = std::nearbyint(std::ldexp(size, 3 - power));
+    return (power + 6) * 8 + eighths | (std::signbit(x) ? 0x80 : 0);
 }
 template <class X> void cvt_f32_f16(float& to, X x) { to = as<_Float16>((unsigned short)x); }
 template <class X> void cvt_rn_f16_f32(X& to, float x) { to = as<unsigned short>((_Float16)x); }
@@ -97,10 +100,10 @@ template <class X> void cvt_rn_satfinite_e4m3x2_f32(X& to, float upper, float lo
 """
 LAUNCH = r"""
 // A float has its own register, wherever it stands. A kernel leaves out what it does not take.
-typedef void Kernel(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, float);
+typedef void Kernel(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, float);
 extern "C" void launch(
-    Kernel* kernel, unsigned grid, unsigned threads, bool barriers, const i64* a, float number) {
-    gridDim.x = grid;
+    Kernel* kernel, const Index* grid, unsigned threads, bool barriers, const i64* a, float number) {
+    gridDim = *grid;
     blockDim.x = threads;
     std::barrier<> barrier(barriers ? threads : 1);
     all_threads = &barrier;
@@ -109,10 +112,13 @@ extern "C" void launch(
         warps[warp] = of_warps.emplace_back(new std::barrier<>(32)).get();
     auto blocks = [&](unsigned thread) {
         threadIdx.x = thread;
-        for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) {
-            kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], number);
-            if (barriers) __syncthreads();
-        }
+        for (blockIdx.z = 0; blockIdx.z < grid->z; blockIdx.z++)
+            for (blockIdx.y = 0; blockIdx.y < grid->y; blockIdx.y++)
+                for (blockIdx.x = 0; blockIdx.x < grid->x; blockIdx.x++) {
+                    kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12],
+                           number);
+                    if (barriers) __syncthreads();
+                }
     };
     std::vector<std::thread> running;
     for (unsigned thread = 0; thread < threads; thread++)
@@ -126,7 +132,7 @@ PTX = re.compile(r'asm\("([\w.]+) [^"]*" : "=\w"\(([^)]*)\) : (.*)\);')
 
 class CpuKernels:
     """The kernels of a source that numbers.cuh stands in front of. Their arguments are addresses and 64-bit
-    integers, up to twelve, and one float, `number`.
+    integers, up to thirteen, and one float, `number`.
     """
 
     def __init__(self, source: str, folder: Path) -> None:
@@ -148,12 +154,19 @@ class CpuKernels:
         self._library = ctypes.CDLL(str(library))
 
     def launch(
-        self, name: str, grid: int, threads: int, barriers: bool, *arguments: Any, number: float = 0.0
+        self,
+        name: str,
+        grid: int | tuple[int, ...],
+        threads: int,
+        barriers: bool,
+        *arguments: Any,
+        number: float = 0.0,
     ) -> None:
         """Arrays are passed by address."""
         values = [a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in arguments]
-        packed: NDArray[np.int64] = np.array(values + [0] * (12 - len(values)), np.int64)
+        packed: NDArray[np.int64] = np.array(values + [0] * (13 - len(values)), np.int64)
         kernel = ctypes.cast(getattr(self._library, name), ctypes.c_void_p)
+        blocks = (ctypes.c_uint * 3)(*(*((grid,) if isinstance(grid, int) else grid), 1, 1)[:3])
         self._library.launch(
-            kernel, grid, threads, barriers, packed.ctypes.data_as(ctypes.c_void_p), ctypes.c_float(number)
+            kernel, blocks, threads, barriers, packed.ctypes.data_as(ctypes.c_void_p), ctypes.c_float(number)
         )

@@ -1,0 +1,140 @@
+"""The self-attention for Hopper on the CPU: tiles.cu packs, hopper.cu attends, against numpy in float32."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hopper_on_cpu import gpu_on_cpu
+
+from trt_wan.runtime.segments.attention import hopper
+from trt_wan.runtime.segments.attention.hopper import HEAD_DIM, LISTED_KEYS, QUERIES, macros
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+HEADS, VALUE = 2, 1.0
+GUARD = 64  # elements behind a result
+
+
+def inputs(tokens: int) -> list[Any]:
+    """k and v far from zero. In the first head scores rise along the keys, so that maxima grow from tile to
+    tile. In the second the tiles' scales differ. The first query sees all keys alike. Four channels of v have
+    two numbers each, whose rounding errors do not average out.
+    """
+    rng = np.random.default_rng(tokens)
+    q, k, v = rng.standard_normal((3, HEADS, tokens, HEAD_DIM), np.float32)
+    direction = np.sign(rng.standard_normal(HEAD_DIM)).astype(np.float32)
+    q[0] += direction
+    k[0] += direction * np.linspace(0, 1, tokens, dtype=np.float32)[:, None]
+    k[1, LISTED_KEYS : 2 * LISTED_KEYS] *= 0.4
+    k[..., 5:9] += 4
+    v[..., 40] *= 8
+    v[..., 60:64] = 4 * (v[..., 60:64] > 0.5)
+    q[:, 0] = 0
+    return [x.astype(BF16) for x in (q * np.float32(HEAD_DIM**-0.5), k, v + np.float32(VALUE))]
+
+
+def reference(q: Any, k: Any, v: Any, seen: Any) -> tuple[Any, Any]:
+    """[tokens, heads, head_dim], and the log-sum-exp [heads, tokens]. `seen`: which keys each query sees."""
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+    scores = np.where(seen, q @ k.swapaxes(1, 2), -np.inf)
+    most = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - most)
+    sums = weights.sum(-1, keepdims=True)
+    return (weights @ v / sums).swapaxes(0, 1), (most + np.log(sums))[..., 0]
+
+
+def listed(lists: Sequence[Sequence[int]], tokens: int) -> tuple[Any, Any, Any]:
+    """The arguments `lists` and `counts`, and which keys each query sees. Heads have the lists in turn."""
+    blocks, tiles = -(-tokens // QUERIES), -(-tokens // LISTED_KEYS)
+    numbers = np.full((HEADS, blocks, tiles), 1 << 20, np.int32)
+    counts = np.zeros((HEADS, blocks), np.int32)
+    seen = np.zeros((HEADS, tokens, tokens), bool)
+    for head, block in np.ndindex(HEADS, blocks):
+        tiles_seen = lists[(head + block) % len(lists)]
+        numbers[head, block, : len(tiles_seen)] = tiles_seen
+        counts[head, block] = len(tiles_seen)
+        for tile in tiles_seen:
+            rows, columns = (slice(at * n, at * n + n) for at, n in ((block, QUERIES), (tile, LISTED_KEYS)))
+            seen[head, rows, columns] = True
+    return numbers, counts, seen
+
+
+def attend(
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    scores: Any,
+    values: Any,
+    given: Any,
+    numbers: Any = None,
+    counts: Any = None,
+) -> tuple[Any, Any]:
+    """[tokens, heads, head_dim], and the log-sum-exp [heads, tokens]. NaN lies in all memory before."""
+    tokens, lists = given[0].shape[1], numbers is not None
+    if lists:  # fewer stages than tiles, so that the ring is used again
+        patch.setattr(hopper, "macros", lambda *kinds: macros(*kinds) | {"STAGES": 2})
+    segment = hopper.HopperAttention(
+        gpu_on_cpu(folder, patch), HEADS, tokens, HEAD_DIM, scores, values, lists
+    )
+    scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)
+    out = np.full(tokens * HEADS * HEAD_DIM + GUARD, np.nan, BF16)
+    shift, lse = (np.full(HEADS * tokens + GUARD, np.nan, np.float32) for _ in range(2))
+    segment.start(scratch.ctypes.data + -scratch.ctypes.data % 256)
+    segment.pack({name: x.ctypes.data for name, x in zip("qkv", given, strict=True)}, shift.ctypes.data)
+    listed = (numbers.ctypes.data, counts.ctypes.data) if lists else (0, 0)
+    segment.attend(out.ctypes.data, *listed, shift.ctypes.data, lse.ctypes.data)
+    for result in (out, shift, lse):
+        assert np.isnan(result[-GUARD:].astype(np.float32)).all(), "wrote behind its result"
+    attended = out[:-GUARD].reshape(tokens, HEADS, HEAD_DIM).astype(np.float32)
+    return attended, lse[:-GUARD].reshape(HEADS, tokens)
+
+
+@pytest.mark.parametrize(
+    ("scores", "values", "tokens", "lists", "largest"),
+    [
+        ("int8", "e4m3", 300, (), 5e-2),
+        ("int8", "e4m3", 300, ((0, 2), (2,), (2, 0, 1)), 5e-2),
+        ("int8", "bf16", 300, (), 3e-2),
+        ("bf16", "bf16", 300, (), 1e-2),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ("int8", "e4m3", 1, (), 5e-2),
+                ("int8", "e4m3", 1300, (), 5e-2),
+                ("int8", "e4m3", 1300, (range(11), (10, 3, 1, 9, 0, 2, 7)), 5e-2),
+                ("int8", "bf16", 1300, (), 3e-2),
+                ("bf16", "bf16", 1300, (), 1e-2),
+                ("bf16", "bf16", 257, ((1,), (2, 0)), 1e-2),
+            )
+        ),
+    ],
+)
+def test_attention_on_the_cpu(
+    scores: Any,
+    values: Any,
+    tokens: int,
+    lists: Sequence[Sequence[int]],
+    largest: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = inputs(tokens)
+    *arguments, seen = listed(lists, tokens) if lists else (True,)
+    got, lse = attend(tmp_path, monkeypatch, scores, values, given, *arguments)
+    expected, expected_lse = reference(*given, seen)
+    error = np.linalg.norm(got - expected) / np.linalg.norm(expected - np.float32(VALUE))
+    assert error <= largest
+    if not lists:
+        np.testing.assert_allclose(got[0], expected[0], rtol=2**-8, atol=1e-3)
+    assert np.abs(lse - expected_lse).max() <= (5e-2 if scores == "int8" else 1e-4)
+
+
+def test_what_is_not_finite_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 has no NaN: rounding would hide one."""
+    q, k, v = inputs(130)
+    q[0, 77, 5] = k[1, 129, 5] = v[0, 3, 6] = np.nan
+    got, _ = attend(tmp_path, monkeypatch, "int8", "e4m3", (q, k, v))
+    wanted = np.zeros(got.shape, bool)
+    wanted[77, 0] = wanted[:, 0, 6] = wanted[:, 1] = True
+    assert (np.isnan(got) == wanted).all()
