@@ -499,6 +499,7 @@ def test_figures_of_one_place(recipes: dict[Engine, Recipe]) -> None:
     assert [e.candidate for e in lab.events if isinstance(e, CandidateReady)] == names
 
 
+@pytest.mark.long
 def test_all_places(recipes: dict[Engine, Recipe]) -> None:
     lab = Lab(FAKES)
     found = autotune(
