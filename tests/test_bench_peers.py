@@ -191,6 +191,7 @@ def test_lightx2v_is_read_from_its_own_log(tmp_path: Path) -> None:
     assert "flash_attn3" in result["settings"]["configuration"]
 
 
+@pytest.mark.long
 def test_diffusers_computes_our_velocities_from_our_weights_and_inputs(
     tiny_home: Path, tmp_path: Path
 ) -> None:

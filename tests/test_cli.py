@@ -271,11 +271,13 @@ def test_sound_is_the_files_that_is_named_else_the_driving_clips(
 
 
 def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    """In seconds of the CPU: other tests run beside this one."""
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = os.times()
         shown = subprocess.run([*TRT_WAN, "run", "--help"], capture_output=True, text=True, check=True).stdout
-        times.append(time.perf_counter() - start)
+        end = os.times()
+        times.append(end.children_user + end.children_system - start.children_user - start.children_system)
     assert "--pose-strength" in shown and min(times) < 0.3, times
     listing = tmp_path / "modules"
     command = [sys.executable, "-c", LISTING, str(listing), "run", "--help"]

@@ -38,7 +38,7 @@ def test_channels_that_warps_cannot_share_are_a_mistake() -> None:
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 0)])
-@pytest.mark.parametrize("model", ["14b", "tiny"])
+@pytest.mark.parametrize("model", ["14b", pytest.param("tiny", marks=pytest.mark.long)])
 def test_kernels_compile(nvrtc: None, model: str, capability: tuple[int, int]) -> None:
     code = bytes(compile_source(block.SOURCE, capability, block.macros(MODELS[model])).code)
     for name in block.KERNELS:

@@ -61,6 +61,7 @@ def test_graph_and_reference_keep_the_blocks_of_numpy(keep: float) -> None:
     assert (relative(sampled, dense) < 2e-6) == (keep == 1)
 
 
+@pytest.mark.long
 def test_the_exported_graph_takes_its_share_as_an_input(tmp_path: Any) -> None:
     path = tmp_path / "sparse_attention.onnx"
     export(networks(TINY, PLAN)["sparse_attention"], TINY, PLAN, path)
