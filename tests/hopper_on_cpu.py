@@ -59,7 +59,14 @@ void barrier_wait(u32 barrier, int parity) {
     if (!changed.wait_for(lock, std::chrono::seconds(60), [&] { return b.phase != parity; })) std::abort();
 }
 
+void barriers_ready() {}
+
 void warp_together() { warps[threadIdx.x / 32]->arrive_and_wait(); }
+template <int COUNT> void fewer_registers() {}
+template <int COUNT> void more_registers() {}
+void wgmma_fence() {}
+void wgmma_commit() {}
+template <int GROUPS> void wgmma_wait() { warp_together(); }
 
 int widen(signed char x) { return x; }
 template <class T>
@@ -90,9 +97,6 @@ struct alignas(64) Map { u64 words[16]; };  // address, four sizes, four of the 
 
 std::barrier<> consumers(256);
 template <int BARRIER, int THREADS> void sync_threads() { consumers.arrive_and_wait(); }
-void barriers_ready() {}
-template <int COUNT> void fewer_registers() {}
-template <int COUNT> void more_registers() {}
 
 void load_box(u32 to, const void* map, u32 barrier, int x0, int x1, int x2 = 0, int x3 = 0) {
     const u64* words = ((const Map*)map)->words;
@@ -117,17 +121,12 @@ void load_box(u32 to, const void* map, u32 barrier, int x0, int x1, int x2 = 0, 
 void prefetch(const void* from, int bytes) {
     if (bytes <= 0 || bytes % 16 || (u64)from % 16) std::abort();
 }
-void wgmma_fence() {}
-void wgmma_commit() {}
-template <int GROUPS> void wgmma_wait() { warp_together(); }
 void written(float&) {}
 float tanh_nearly(float x) { return std::tanh(x); }
 template <int COUNT>
 void wgmma(float (&sums)[COUNT], u64 a, u64 b) { multiply<bf16>(sums, in_shared<bf16>(a), b); }
 """
 ATTENTION = r"""
-template <int COUNT> void registers_down() {}
-template <int COUNT> void registers_up() {}
 void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
     if (to % 16 || (u64)from % 16 || bytes % 16) std::abort();
     memcpy(shared_bytes + to, from, bytes);
@@ -138,9 +137,6 @@ void store_shared(u32 to, const float (&x)[4]) { memcpy(shared_bytes + to, x, 16
 float power_of_2(float x) { return std::exp2(x); }
 void needed(float, u32) {}
 
-void products_begin() {}
-void products_end() {}
-template <int PENDING> void products_wait() { warp_together(); }
 template <class T, int COUNT> void settled_scores(T (&)[COUNT]) {}
 void settled(float (&)[64]) {}
 template <int COUNT>
@@ -199,10 +195,7 @@ MEMORY = re.compile(r"extern __shared__ __align__\(\d+\) ([\w ]+) (\w+)\[\];")
 
 def without_instructions(source: str) -> str:
     """Leaves out the functions in PTX."""
-    source = FUNCTION.sub(
-        lambda match: "" if "asm volatile" in match[0] or "_to_shared" in match[0] else match[0], source
-    )
-    source = source.replace('asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");', "")
+    source = FUNCTION.sub(lambda match: "" if "asm volatile" in match[0] else match[0], source)
     return MEMORY.sub(r"\1* \2 = (\1*)shared_memory();", source)
 
 
@@ -221,9 +214,9 @@ class Module:
     ) -> None:
         if code:
             source, macros = code
-            text = CONVOLUTION + source[source.index("// A convolution for Hopper") :] + WRAPPER
-        else:
-            text = ATTENTION + without_instructions(source)
+        first = source.index("// A convolution for Hopper" if code else "// Self-attention on Hopper")
+        kernels = source[first:]  # hopper.cuh is in front
+        text = CONVOLUTION + kernels + WRAPPER if code else ATTENTION + without_instructions(kernels)
         lines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
         self._kernels = CpuKernels(lines + HEADER + text, device)
 

@@ -7,8 +7,6 @@
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
-__device__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 // Address of a chunk of 16 bytes in rows of WIDTH numbers of 16 bits. Chunks are swapped within a row, so that eight
 // rows of a column lie in different banks.
 template <int WIDTH>

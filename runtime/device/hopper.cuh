@@ -1,10 +1,9 @@
-// Hopper's own instructions, as functions. Addresses of shared memory are 32-bit.
+// Hopper's own instructions, as functions.
 
 __device__ u8* shared_memory() {
     extern __shared__ u8 shared[];
     return shared;
 }
-__device__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 __device__ void barrier_init(u32 barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -35,6 +34,12 @@ template <int COUNT>
 __device__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <int COUNT>
 __device__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+// Copies bytes, a multiple of 16, to shared memory and counts them at the barrier.
+__device__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
 
 // TMA: copies a box of a tensor to shared memory, zeros where it is outside, and counts its bytes at the barrier.
 struct alignas(64) Map { u64 words[16]; };  // CUtensorMap

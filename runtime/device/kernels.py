@@ -24,8 +24,14 @@ def read_source(package: str, *names: str) -> str:
 
 
 SOURCE = read_source(__package__, "arrays.cu")  # its kernels are NAMES
-# To stand in front of a source that attends; of an accelerated one for capability 9.0.
-ATTENTION, HOPPER = (read_source(__package__, f"{name}.cuh") for name in ("attention", "hopper"))
+
+
+def headers(*names: str) -> str:
+    """To stand in front of a source: "attention" of one that attends, "hopper" of one accelerated for 9.0."""
+    return read_source(__package__, *(f"{name}.cuh" for name in ("shared", *names)))
+
+
+ATTENTION, HOPPER = headers("attention"), headers("hopper")
 
 
 def compile_source(

@@ -26,43 +26,12 @@ constexpr float MAGIC = 12582912.0f;  // 2^23 + 2^22: the bits of MAGIC + n are 
 constexpr int MAGIC_BITS = 0x4B400000;
 constexpr int LEAST = (int)(0xFF800000u - 0x4B400000u);  // becomes -infinity
 
-__device__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// Barriers in shared memory.
-
-__device__ void barrier_init(u32 barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count) : "memory");
-}
-__device__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
-}
-__device__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-__device__ void barrier_wait(u32 barrier, u32 phase) {
-    u32 done = 0;
-    do {
-        asm volatile("{\n.reg .pred p;\n"
-                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
-    } while (!done);
-}
-__device__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
 // Matrix products of a warpgroup. Operands in shared memory have swizzled rows of 128 or 32 bytes.
 
 // The lower half of a descriptor has the address in units of 16 bytes, the upper half the layout.
 constexpr u32 ROWS_OF_128 = 1u << 30 | 8 * 128 >> 4, ROWS_OF_32 = 3u << 30 | 8 * 32 >> 4;
 __device__ u32 matrix(u32 address) { return (address & 0x3FFFF) >> 4 | 1u << 16; }
 __device__ u64 descriptor(u32 matrix, u32 layout) { return (u64)layout << 32 | matrix; }
-__device__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-__device__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory"); }
 
 #define LIST64 \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
@@ -184,7 +153,8 @@ struct Rows {  // of a thread: two, shared by four threads
 
 // A tile's scores to weights, in place (`weights`); true if what was added up before must be shrunk by `shrink`.
 template <bool FIRST>
-__device__ bool soften(Score (&s)[SCORES], float (&weights)[SCORES], Rows& r, float key_scale, int valid, float (&shrink)[2]) {
+__device__ bool soften(Score (&s)[SCORES], float (&weights)[SCORES], Rows& r, float key_scale, int valid,
+                       float (&shrink)[2]) {
     if (valid < KEYS) {
         const int column = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -266,18 +236,15 @@ __device__ void scores(Score (&s)[SCORES], u32 q, u32 k) {
 
 __device__ void values(float (&o)[64], const u32 (&a)[SLICES][4], u32 v, bool sum) {
 #pragma unroll
-    for (int g = 0; g < SLICES; ++g) 
+    for (int g = 0; g < SLICES; ++g)
         multiply_values(o, a[g], descriptor(v + g * SLICE_BYTES / 16, ROWS_OF_32), sum || g > 0);
 }
 
-template <int REGISTERS>
-__device__ void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS)); }
-template <int REGISTERS>
-__device__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS)); }
-
-// q [heads, tiles of 128 queries, parts, 128, 128 bytes]; k [heads, tiles of KEYS, parts, KEYS, 128 bytes]; v [heads, tiles,
-// slices, 128 channels, 32 bytes]; query_scale [heads, tiles * 128] with log2(e); key_scale [heads, tiles]; value_scale
-// and value_mean [heads, 128]; lists [heads, tiles of queries, tiles] and counts [heads, tiles of queries]. out bf16 [tokens, heads * 128]. shift, lse float32 [heads, tokens], or null. Grid (tiles of queries, heads).
+// q [heads, tiles of 128 queries, parts, 128, 128 bytes]; k [heads, tiles of KEYS, parts, KEYS, 128 bytes]; v [heads,
+// tiles, slices, 128 channels, 32 bytes]. query_scale [heads, tiles * 128] with log2(e), key_scale [heads, tiles],
+// value_scale and value_mean [heads, 128]. lists [heads, tiles of queries, tiles], counts [heads, tiles of queries]. out
+// bf16 [tokens, heads * 128]. shift and lse float32 [heads, tokens]; a null lse is not written. Grid (tiles of queries,
+// heads).
 extern "C" __global__ void __launch_bounds__(384, 1)
 attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const float* key_scale,
        const float* value_scale, const float* value_mean, const int* lists, const int* counts, const float* shift,
@@ -295,7 +262,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             barrier_init(k_full + i * 8, 1), barrier_init(v_full + i * 8, 1);
             barrier_init(k_free + i * 8, 8), barrier_init(v_free + i * 8, 8);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_ready();
     }
     __syncthreads();
     const i64 row = (i64)head * gridDim.x + blockIdx.x;
@@ -303,7 +270,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
     const int* list = lists + row * tiles;
     auto number_of = [&](int i) { return LISTS ? list[i] : i; };
     if (threadIdx.x < 128) {
-        registers_down<24>();
+        fewer_registers<24>();
         if (threadIdx.x == 0) {
             barrier_expect(q_full, Q_BYTES);
             copy_bulk(q_at, q + row * Q_BYTES, Q_BYTES, q_full);
@@ -320,7 +287,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             }
         }
     } else {
-        registers_up<240>();
+        more_registers<240>();
         const int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);  // the compiler sees one number a warp
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
         const u32 my_q = matrix(q_at + group * 64 * ROW), all_k = matrix(k_at), all_v = matrix(v_at);
@@ -343,10 +310,10 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         float key = scales[tile];
         barrier_wait(q_full, 0);
         barrier_wait(k_full, 0);
-        products_begin();
+        wgmma_fence();
         scores(s, my_q, all_k);
-        products_end();
-        products_wait<0>();
+        wgmma_commit();
+        wgmma_wait<0>();
         settled_scores(s);
         if (lane == 0) barrier_arrive(k_free);
         soften<true>(s, w, r, key, valid(tile), shrink);
@@ -376,18 +343,18 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             if (i + 1 < count) next_key = scales[number_of(i + 1)];
             barrier_wait(k_full + stage * 8, phase);
             barrier_wait(v_full + before * 8, phase_before);
-            products_begin();
+            wgmma_fence();
             scores(s, my_q, all_k + stage * (K_BYTES / 16));
-            products_end();
+            wgmma_commit();
             values(o, a, all_v + before * (V_BYTES / 16), true);
-            products_end();
-            products_wait<1>();
+            wgmma_commit();
+            wgmma_wait<1>();
             settled_scores(s);
             if (lane == 0) barrier_arrive(k_free + stage * 8);
             const bool grown = soften<false>(s, w, r, key, valid(tile), shrink);
             settled_scores(w);
             needed(r.sum[0] + r.sum[1], q_full);
-            products_wait<0>();
+            wgmma_wait<0>();
             if (lane == 0) barrier_arrive(v_free + before * 8);
             settled(o);
             if (FLUSH > 0) {
@@ -399,10 +366,10 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             pack(w, a);
         }
         barrier_wait(v_full + stage * 8, phase);
-        products_begin();
+        wgmma_fence();
         values(o, a, all_v + stage * (V_BYTES / 16), true);
-        products_end();
-        products_wait<0>();
+        wgmma_commit();
+        wgmma_wait<0>();
         settled(o);
         if (FLUSH) {
 #pragma unroll

@@ -14,9 +14,9 @@ import numpy as np
 
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.kernels import Module, read_source
+from trt_wan.runtime.device.kernels import HOPPER, Module, read_source
 
-SOURCE = read_source(__package__, "hopper.cu", "tiles.cu")
+SOURCE = HOPPER + read_source(__package__, "hopper.cu", "tiles.cu")
 NAMES = ("channel_parts", "channels_whole", "pack_q", "pack_k", "pack_v", "correct_mean", "attend")
 HEAD_DIM = 128
 QUERIES, THREADS = 128, 384  # of a block

@@ -12,7 +12,7 @@ import numpy as np
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.kernels import ATTENTION, THREADS, Module, read_source
+from trt_wan.runtime.device.kernels import THREADS, Module, headers, read_source
 from trt_wan.runtime.segments.native.block import Native, macros
 
 MOST_TILE = 128  # keys; with 144, registers do not suffice
@@ -85,7 +85,7 @@ def source(model: ModelConfig) -> str:
     sizes = {tiling(keys)[0] for keys in (model.text.length, model.image.tokens)}
     products = (*(multiply(size) for size in sorted(sizes)), add_16(model.transformer.head_dim))
     kernels = read_source(__package__, "cross_attention_hopper.cu")
-    return "".join((ATTENTION, PRODUCTS, *products, VALUES, kernels))
+    return "".join((headers("attention", "hopper"), PRODUCTS, *products, VALUES, kernels))
 
 
 def hopper_macros(model: ModelConfig) -> dict[str, object]:

@@ -61,20 +61,9 @@ extern "C" __global__ void arrange_keys(const bf16* text_k, const bf16* text_v, 
     }
 }
 
-__device__ void set_barrier(u32 barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ void arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(barrier) : "memory"); }
-__device__ void wait(u32 barrier, u32 parity) {
-    u32 done = 0;
-    while (!done)
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                     : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-}
-__device__ void copy_bulk(u32 to, const u8* from, u32 bytes, u32 barrier) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+__device__ void copy(u32 to, const u8* from, u32 bytes, u32 full) {
+    barrier_expect(full, bytes);
+    copy_bulk(to, from, bytes, full);
 }
 
 __device__ void copy_keys(const Shared& shared, const u8* tiles, int items, int items_of_head) {
@@ -84,10 +73,10 @@ __device__ void copy_keys(const Shared& shared, const u8* tiles, int items, int 
 #pragma unroll 1
         for (int tile = 0; tile < TEXT_TILES + IMAGE_TILES; ++tile, ++use.n) {
             const u32 bytes = (tile < TEXT_TILES ? TEXT_TILE : IMAGE_TILE) * ROW_BYTES, buffer = use.buffer();
-            wait(shared.barrier(KEYS_FREE, buffer), use.free());
-            copy_bulk(shared.keys(buffer), from, bytes, shared.barrier(KEYS_FULL, buffer));
-            wait(shared.barrier(VALUES_FREE, buffer), use.free());
-            copy_bulk(shared.values(buffer), from + bytes, bytes, shared.barrier(VALUES_FULL, buffer));
+            barrier_wait(shared.barrier(KEYS_FREE, buffer), use.free());
+            copy(shared.keys(buffer), from, bytes, shared.barrier(KEYS_FULL, buffer));
+            barrier_wait(shared.barrier(VALUES_FREE, buffer), use.free());
+            copy(shared.values(buffer), from + bytes, bytes, shared.barrier(VALUES_FULL, buffer));
             from += 2 * bytes;
         }
     }
@@ -97,7 +86,7 @@ __device__ void copy_queries(const Shared& shared, const bf16* queries, int toke
     Use use;
     for (int item = blockIdx.x; item < items; item += gridDim.x, ++use.n) {
         const int head = item / items_of_head, first = item % items_of_head * QUERIES;
-        wait(shared.barrier(QUERIES_FREE, use.buffer()), use.free());
+        barrier_wait(shared.barrier(QUERIES_FREE, use.buffer()), use.free());
 #pragma unroll 2
         for (int i = threadIdx.x - 32; i < QUERIES * CHUNKS; i += LOADERS) {
             const int row = i / CHUNKS, chunk = i % CHUNKS;
@@ -111,14 +100,9 @@ __device__ void copy_queries(const Shared& shared, const bf16* queries, int toke
         end_of_copies();
         wait_for_copies<0>();
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what these threads wrote
-        arrive(shared.barrier(QUERIES_FULL, use.buffer()));
+        barrier_arrive(shared.barrier(QUERIES_FULL, use.buffer()));
     }
 }
-
-__device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int IN_FLIGHT>
-__device__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(IN_FLIGHT) : "memory"); }
 
 // Keeps reads and writes of x on their side of a wait: the compiler does not know when a product writes.
 template <int N>
@@ -156,28 +140,28 @@ struct Attention {
     __device__ void give_turn() { asm volatile("bar.arrive %0, 256;" :: "r"(CONSUMERS - group) : "memory"); }
 
     __device__ void release(Barrier kind, u32 buffer) {
-        if (threadIdx.x % 32 == 0) arrive(shared.barrier(kind, buffer));
+        if (threadIdx.x % 32 == 0) barrier_arrive(shared.barrier(kind, buffer));
     }
 
     template <int N>
     __device__ void multiply(float (&s)[N / 8][4]) {
         const u32 q = fixed(queries), k = fixed(shared.keys(use.buffer()));
-        wait(shared.barrier(KEYS_FULL, use.buffer()), use.full());
+        barrier_wait(shared.barrier(KEYS_FULL, use.buffer()), use.full());
         wait_for_turn();
-        begin_products();
+        wgmma_fence();
 #pragma unroll
         for (int d = 0; d < HEAD_DIM / 16; ++d)
             Multiply<N>::run(s, matrix(q + d / 4 * ROWS * SLAB_BYTES + d % 4 * 32),
                              matrix(k + d / 4 * N * SLAB_BYTES + d % 4 * 32), d > 0);
-        end_products();
+        wgmma_commit();
     }
 
     template <int N>
     __device__ void add(const u32 (&p)[N / 16][4], Use of, bool begins) {
-        wait(shared.barrier(VALUES_FULL, of.buffer()), of.full());
-        begin_products();
+        barrier_wait(shared.barrier(VALUES_FULL, of.buffer()), of.full());
+        wgmma_fence();
         add_values<N>(out, p, fixed(shared.values(of.buffer())), !begins);
-        end_products();
+        wgmma_commit();
     }
 
     // Logits to probabilities, of which those of the first `valid` keys count. Earlier ones shrink by `shrink`.
@@ -232,7 +216,7 @@ struct Attention {
         float s[N / 8][4], shrink[2];
         multiply<N>(s);
         give_turn();
-        wait_for_products<0>();
+        wgmma_wait<0>();
         fixed(s);
         release(KEYS_FREE, use.buffer());
         soften<N>(s, valid, true, shrink);
@@ -249,12 +233,12 @@ struct Attention {
         multiply<N>(s);
         add<BEFORE>(earlier, before, earlier_begins);
         give_turn();
-        wait_for_products<1>();
+        wgmma_wait<1>();
         fixed(s);
         release(KEYS_FREE, use.buffer());
         const float inverse[2] = {begins ? inverse_sum(0) : 0, begins ? inverse_sum(1) : 0};
         soften<N>(s, valid, begins, shrink);
-        wait_for_products<0>();
+        wgmma_wait<0>();
         fixed(out);
         release(VALUES_FREE, before.buffer());
 #pragma unroll
@@ -285,7 +269,7 @@ struct Attention {
             next<IMAGE_TILE, IMAGE_TILE>(r, r, IMAGE_KEYS - tile * IMAGE_TILE, tile == 1, false);
         const Use last{use.n - 1};
         add<IMAGE_TILE>(r, last, IMAGE_TILES == 1);
-        wait_for_products<0>();
+        wgmma_wait<0>();
         fixed(out);
         release(VALUES_FREE, last.buffer());
     }
@@ -333,25 +317,25 @@ cross_attention_hopper(const bf16* queries, const u8* tiles, bf16* out, int toke
         const int warps = CONSUMERS * 4;
         const int arrivals[BARRIERS] = {LOADERS, warps, 1, warps, 1, warps};
         for (int kind = 0; kind < BARRIERS; ++kind)
-            set_barrier(shared.barrier((Barrier)kind, threadIdx.x), arrivals[kind]);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+            barrier_init(shared.barrier((Barrier)kind, threadIdx.x), arrivals[kind]);
+        barriers_ready();
     }
     __syncthreads();
     // Registers move from the copying warpgroup to the others: 24 + 2 * 240 = 3 * 168. With one more, they wait forever.
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;
     if (group < 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        fewer_registers<24>();
         if (threadIdx.x == 0)
             copy_keys(shared, tiles, items, items_of_head);
         else if (threadIdx.x >= 128 - LOADERS)
             copy_queries(shared, queries, tokens, items, items_of_head);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        more_registers<240>();
         Attention attention{shared, 0, group};
         Use use;  // of queries
         if (group == 1) attention.give_turn();
         for (int item = blockIdx.x; item < items; item += gridDim.x, ++use.n) {
-            wait(shared.barrier(QUERIES_FULL, use.buffer()), use.full());
+            barrier_wait(shared.barrier(QUERIES_FULL, use.buffer()), use.full());
             attention.queries = shared.queries(use.buffer()) + group * ROWS * ROW_BYTES;
             attention.run();
             attention.release(QUERIES_FREE, use.buffer());
