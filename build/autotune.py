@@ -113,7 +113,7 @@ def autotune(
         rows = candidates(network, plan.precision, machine)
         absent = {row.name: sentence for row in rows if (sentence := missing(row)) is not None}
         usable = [row for row in rows if row.name not in absent]
-        if len(usable) < 1 + has_engine(network):  # a lone engine is what it is
+        if len(usable) < 1 + has_engine(network):  # a lone engine has no rival
             continue
         sources = [recipes[row.engine].engine.source for row in rows if row.engine is not None]
         place = place_of(recipes[Engine(network)].engine.source, machine)
@@ -230,7 +230,7 @@ class _PictureBench(_Bench):
         return drawn(self.gpu, self.network)
 
     def _error(self, candidate: Candidate, addresses: Mapping[str, int]) -> float:
-        """Of the small picture. The large one must be finite, its caches are not looked at."""
+        """The error of the small picture. The large one must be finite; its caches are not looked at."""
         gpu, result = self.gpu, self.network.outputs[:1]
         (whole,) = download(gpu, result, addresses).values()
         made = run_segment(gpu, self.opened(candidate, self.small_plan), self.small, self.values)
@@ -261,7 +261,7 @@ def _with_choice(
 ) -> dict[str, Figure]:
     """The figures, each with the tiers that take it."""
     rivals = [figures[row.name] for row in rows if row.name in figures and not row.on_request]
-    # turbo takes what fast takes, except for the one network of its own
+    # turbo has one network that fast has not, and takes all others from fast
     own: list[Tier] = [tier for tier in tiers(precision) if tier != "turbo" or rows[0].tier == "turbo"]
     best = {tier: ranked[0] for tier in own if (ranked := accurate(rivals, precision, tier))}
     return {

@@ -1,4 +1,4 @@
-"""The price of speed: rows of ours, and diffusers on the same weights and inputs, against the bf16 reference.
+"""The price of speed: our rows, and diffusers on the same weights and inputs, against the bf16 reference.
 
 Velocities are compared on equal latents: each step gets the reference's. Frames are compared at the end of
 independent runs. Without peers there is the noise floor: the reference with another attention kernel. On the
@@ -40,7 +40,7 @@ PEERS_MODULE = "trt_wan.benchmarks.peers.diffusers_velocities"
 
 @dataclass(frozen=True)
 class Wanted:
-    """A row of ours to measure: fields of runtime.settings.Settings under a name."""
+    """Our row to measure: fields of runtime.settings.Settings under a name."""
 
     name: str
     settings: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""The VAE of a window: seconds and errors of ours, beside diffusers' on the same weights and inputs.
+"""The VAE of a window: its seconds and errors, beside diffusers' on the same weights and inputs.
 
 Latents are Gaussian, frames those of a sample clip. Errors are against diffusers in float32, of frames before
 clamping; on the CPU ours is float32 too. PSNR is that of the relative error at a deviation of 0.5 in [-1, 1],

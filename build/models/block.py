@@ -117,7 +117,7 @@ def block_means(x: Tensor) -> Tensor:
 
 def kept_blocks(scores: Tensor, keep: Tensor, first: int) -> Tensor:
     """Whether a block of queries keeps a block of keys, bool [heads, blocks, blocks]. `first` blocks are the
-    reference's. Of equal scores the lower number is kept.
+    reference's. Where scores are equal, the lower number is kept.
     """
     numbers = torch.arange(scores.shape[-1])
     always = (numbers < first) | (numbers == len(numbers) - 1) | (numbers[:, None] == numbers)

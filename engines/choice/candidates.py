@@ -14,7 +14,7 @@ from trt_wan.engines.precision import PRECISIONS, Precision
 from trt_wan.errors import UsageError
 
 Tier = Literal["exact", "fast", "turbo"]
-TIERS: tuple[Tier, ...] = get_args(Tier)  # each may use what those before it may
+TIERS: tuple[Tier, ...] = get_args(Tier)  # each may use the candidates of those before it
 Maker = Literal["engine", "native", "attention"]  # TensorRT, runtime/native, runtime/attention
 
 ATTENTION_FP8 = "attention_fp8"  # the recipe of the contract `attention`, computed in FP8

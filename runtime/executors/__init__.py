@@ -51,8 +51,8 @@ class Executor(Protocol):
         ...
 
     def fetch(self, array: Array) -> Callable[[], Array]:
-        """Returns a function that waits for the array and returns it on the host. What is asked for after
-        this call goes on meanwhile.
+        """Returns a function that waits for the array and returns it on the host. Work that is asked
+        for after this call goes on meanwhile.
         """
         ...
 

@@ -1,7 +1,7 @@
 """From candidates to segments: which of them can be used here, and the opening of those that were chosen.
 
-Engines that are missing or damaged are built on the spot. Libraries and kernels of our own are imported only
-when they are asked about.
+Engines that are missing or damaged are built on the spot. Libraries and our kernels are imported only when
+they are asked about.
 """
 
 from collections.abc import Mapping

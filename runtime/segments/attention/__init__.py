@@ -1,4 +1,4 @@
-"""Attention by kernels of our own and by libraries other than TensorRT.
+"""Attention by our kernels and by libraries other than TensorRT.
 
 Each has a module, imported only when it is chosen. Every provider is a `Segment` for the network `attention`,
 or for `sparse_attention`. q, k and v are bf16 [heads, tokens, head_dim]. q is already multiplied by

@@ -1,4 +1,4 @@
-"""Self-attention by a kernel of our own for Hopper (hopper.cu), after passes that pack its inputs (tiles.cu).
+"""Self-attention by our kernel for Hopper (hopper.cu), after passes that pack its inputs (tiles.cu).
 
 In int8, q has a scale per token and k one per tile of tokens, after k's mean over all tokens was subtracted,
 which leaves the softmax as it is. In E4M3, v has a scale per channel and its mean subtracted, which is added
@@ -110,8 +110,8 @@ class HopperAttention:
         pass
 
     def pack(self, a: Mapping[str, int], shift: int = 0) -> None:
-        """Makes tiles of q, k and v. `shift` float32 [heads, tokens], or 0, gets what subtracting k's mean
-        takes from the scores of a query.
+        """Makes tiles of q, k and v. `shift` float32 [heads, tokens], or 0, gets the product of each
+        query and k's mean, by which its scores are smaller than the true ones.
         """
         at, tokens, heads = self._at, np.int32(self._tokens), self._heads
         if self._key_sums or self._value_sums:

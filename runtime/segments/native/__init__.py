@@ -30,7 +30,7 @@ def missing(network: str, capability: Capability, name: str = "native") -> str |
 
 def open_native(network: Network, model: ModelConfig, plan: Plan, gpu: Gpu, name: str = "native") -> Segment:
     """The segment of candidate `name`: a part of a block in FP8, a fuser, or the VAE in bf16, whose
-    candidates are "cudnn" and, with a convolution of our own, "native".
+    candidates are "cudnn" and, with our convolution, "native".
     """
     if network.part == "vae":
         from trt_wan.runtime.segments.native.vae import Vae

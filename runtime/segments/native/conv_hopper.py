@@ -1,4 +1,4 @@
-"""Convolutions on Hopper by a kernel of our own: channels-last bf16, sums in float32, the next norm fused.
+"""Convolutions on Hopper by our kernel: channels-last bf16, sums in float32, the next norm fused.
 
 x is [frames, height, width, inner] in bf16. Weights come in the checkpoint's layout and are repacked first.
 """
@@ -215,7 +215,7 @@ class HopperConvolution:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the repacked weights, the bias behind them."""
+        """Bytes of the repacked weights and of the bias behind them."""
         return 2 * self._weight_rows * self.shape.inner + 4 * self._plan.biases
 
     @property

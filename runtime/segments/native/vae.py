@@ -64,7 +64,7 @@ def source(vae: VaeConfig, threads: int = THREADS) -> tuple[str, tuple[str, ...]
 
 @dataclass(frozen=True)
 class At:
-    """An address: of a part of the scratch or of a tensor of the contract, and bytes behind it."""
+    """An address: a part of the scratch or a tensor of the contract, by name, and bytes behind its start."""
 
     name: str
     offset: int = 0
@@ -425,8 +425,8 @@ class _Walk:
         self._transpose(source, At(f"{name}.cache_out"), frames * picture, self.channels)
 
     def _taken(self, frames: int, channels: int) -> At:
-        """Where the input of a convolution begins that has `frames` frames before it. What is still to run
-        reads the other side.
+        """Where the input of a convolution begins that has `frames` frames before it. Our convolution that is
+        still to run reads `taken`, so the two buffers change places first.
         """
         if self._last is not None and self._last.own is not None:
             self._turn()
