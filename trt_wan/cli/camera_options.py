@@ -35,8 +35,9 @@ OPTIONS = [
         "--camera",
         type=RenderType(path_type=Path, exists=True),
         metavar="static|orbit|dolly|FILE",
-        help="Camera control by Uni3C. static: the camera stands. orbit, dolly: it turns around the reference "
-        "or comes closer, as if that were flat. FILE: a video that shows the path frame by frame, or a picture.",
+        help="Camera control by Uni3C. static: the camera stands. orbit, dolly: it turns around the "
+        "reference or comes closer, as if that were flat. FILE: a video that shows the path frame by "
+        "frame, or a picture.",
     ),
     click.option(
         "--camera-strength", type=float, show_default="1", help="0 is off; larger videos need more."
@@ -53,7 +54,7 @@ OPTIONS = [
         type=float,
         metavar="PERCENT",
         show_default="100",
-        help="Last percent of the steps. 0 is off. 10 is often enough with a distill LoRA: the first step alone.",
+        help="Last percent of the steps. 0 is off. 10, the first step alone, often does with a distill LoRA.",
     ),
 ]
 camera_options = group(OPTIONS)
