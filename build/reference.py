@@ -58,7 +58,7 @@ def reference(
     """
     if name == "sparse_attention":
         return sparse_reference(values, tokens, plan)
-    compute = attention_reference if name == "attention" else graph_reference
+    compute = attention_reference if name in ("attention", "uni3c_attention") else graph_reference
     return compute(name, model, values, tokens)
 
 

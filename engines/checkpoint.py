@@ -6,11 +6,13 @@ its projection) are not required.
 """
 
 from trt_wan.engines.config import ModelConfig
-from trt_wan.engines.contract import Part
+from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.shape import Plan
+from trt_wan.engines.precision import Precision
+from trt_wan.engines.shape import CameraPlan, Plan
 
 PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder", "image_encoder")
+OPTIONAL_PARTS: tuple[Part, ...] = ("camera_control",)  # opened for jobs that use them
 
 TOKEN_EMBEDDING = "shared.weight"
 FINAL_TEXT_NORM = "encoder.final_layer_norm.weight"
@@ -19,13 +21,20 @@ DIRECTION = "motion_encoder.dec.direction.weight"
 ORTHONORMAL = "motion_encoder.dec.direction.orthonormal"
 
 
+def networks_of(model: ModelConfig, part: Part, precision: Precision = "fp32") -> list[Network]:
+    """The networks with the weights of a part, at any size: weights do not depend on it."""
+    plan = Plan(precision=precision)
+    if part == "camera_control":
+        plan = CameraPlan.beside(plan, model.camera.ffn_dim)
+    return [network for network in networks(model, plan).values() if network.part == part]
+
+
 def required_tensors(model: ModelConfig, part: Part) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the file of `part` must have, in a stable order."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for network in networks(model, Plan()).values():  # weights do not depend on the plan
-        if network.part == part:
-            for n in range(network.repeats):
-                shapes |= {network.weight_key(w.name, n): w.shape for w in network.weights}
+    for network in networks_of(model, part):
+        for n in range(network.repeats):
+            shapes |= {network.weight_key(w.name, n): w.shape for w in network.weights}
     if part == "transformer":
         shapes[DIRECTION] = shapes.pop(ORTHONORMAL)
     if part == "text_encoder":

@@ -5,7 +5,7 @@ Sizes are in channels, counts are counts. `ANIMATE_14B` is Wan2.2-Animate-14B (m
 tokens) and few channels, so that every graph and every file format can be run on a laptop.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 FACE_TOKENS = 5  # per latent slot: four heads of the face encoder and one learned padding token
 
@@ -93,6 +93,21 @@ class ImageConfig:
 
 
 @dataclass(frozen=True)
+class CameraConfig:
+    """Uni3C, beside the transformer (addons_spec.md 1). Its heads have 64 channels."""
+
+    dim: int = 1024
+    heads: int = 16
+    ffn_dim: int = 3072  # a file's own is read from it; the paper's 0.95 B parameters fit this one
+    layers: int = 20
+    norm_eps: float = 1e-5  # of its layer norms; those of q and k have the transformer's
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     name: str
     transformer: TransformerConfig
@@ -101,6 +116,8 @@ class ModelConfig:
     vae: VaeConfig
     text: TextConfig
     image: ImageConfig
+    # Not in the repr, from which folders of exported graphs have their names: no other graph depends on it.
+    camera: CameraConfig = field(default=CameraConfig(), repr=False)
 
 
 ANIMATE_14B = ModelConfig(
@@ -121,6 +138,7 @@ TINY = ModelConfig(
     vae=VaeConfig(base_dim=8),
     text=TextConfig(dim=64, heads=4, head_dim=16, ffn_dim=128, layers=3, vocabulary=512),
     image=ImageConfig(dim=80, heads=2, ffn_dim=160, layers=3),
+    camera=CameraConfig(dim=128, heads=2, ffn_dim=192, layers=3),
 )
 
 MODELS = {model.name: model for model in (ANIMATE_14B, TINY)}

@@ -119,6 +119,21 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class CameraPlan(Plan):
+    """Uni3C at the shape of a plan. Its networks are its only ones."""
+
+    ffn_dim: int = 0  # of its file
+
+    @staticmethod
+    def beside(plan: Plan, ffn_dim: int) -> "CameraPlan":
+        shape = plan.width, plan.height, plan.frames, plan.precision
+        return CameraPlan(*shape, plan.vae_chunk, plan.face_batch, ffn_dim)
+
+    def build_command(self, model: str) -> tuple[str, ...]:
+        return (*super().build_command(model), "--camera-control", str(self.ffn_dim))
+
+
+@dataclass(frozen=True)
 class VaeTile(Plan):
     """A tile of the VAE. The VAE's networks are its only ones."""
 

@@ -7,7 +7,7 @@ different to the model.
 """
 
 import hashlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import cv2
@@ -91,6 +91,17 @@ def encode_reference(model: Model, canvas: Pixels) -> Array:
 
 
 @dataclass(frozen=True)
+class WindowRender:
+    """The camera's render of one window. `frames` gives those with these numbers in the window, from 0. All
+    frames of a still one are the same.
+    """
+
+    frames: Callable[[Sequence[int]], Array]  # [3, n, H, W]
+    still: bool = False
+    key: Hashable = None  # see `WindowClips.keys`
+
+
+@dataclass(frozen=True)
 class WindowClips:
     """One window of every clip; None where the job has no such clip. Pixels are read when they are encoded,
     a few frames at a time.
@@ -104,6 +115,7 @@ class WindowClips:
     soft: int = 0  # pixels of the mask clip that are neither black nor white
     init: Read | None = None  # [3, frames, H, W]
     ending: Array | None = None  # known frames at the end [3, r, H, W], for a window before a finished one
+    render: WindowRender | None = None
     # By clip (pose, face, background), all that decides its pixels: jobs with the same need not encode it.
     keys: Mapping[str, Hashable] = field(default_factory=dict)
 
@@ -122,6 +134,7 @@ class WindowLatents:
     pose: Array  # [16, slots - 1, h, w]
     motion: Array | None  # [frames, dim]; None without a face clip
     strengths: Strengths
+    render: Array | None = None  # [16, slots, h, w]; None without a camera
 
 
 def encode_window(
@@ -149,7 +162,31 @@ def encode_window(
     if (read_face := clips.face) is not None and strengths.face > 0:  # at 0 the fusers would add nothing
         motion = model.remembered(clips.keys.get("face"), lambda: encode_motion(model, read_face, count))
     strengths = replace(strengths, pose=0.0 if clips.pose is None else strengths.pose)
-    return WindowLatents(condition, pose, motion, strengths)
+    render = None
+    if (given := clips.render) is not None:
+        render = model.remembered(given.key, lambda: encode_render(model, given, count))
+        if given.still:
+            render = np.repeat(render, condition.shape[1], axis=1)
+    return WindowLatents(condition, pose, motion, strengths, render)
+
+
+def encode_render(model: Model, render: WindowRender, count: int) -> Array:
+    """The latent of a render of `count` frames, [16, slots, h, w]; of a still one [16, 1, h, w].
+
+    Its first frame comes four more times in front of it. So slot g has the same frames as slot g of the
+    video's latent, and slot 0 has the first one, as the view of the reference (addons_spec.md 1.6).
+    """
+    if render.still:
+        return encode(model, render.frames([0]))
+    step = 4 * model.plan.vae_chunk
+    whole = (
+        1 + -(-(count + 3) // step) * step
+    )  # filled up with the last frame, which no latent before it sees
+
+    def read(start: int, stop: int) -> Array:
+        return render.frames([min(max(k - 4, 0), count - 1) for k in range(start, stop)])
+
+    return encode_read(model, read, whole)[:, : (count - 1) // 4 + 2]
 
 
 def encode_init(model: Model, reference: Array, init: Read, frames: int) -> Array:
@@ -164,4 +201,5 @@ def condition_of(model: Model, window: WindowLatents, face: PerLayer | None) -> 
     strengths = (np.array([s], np.float32) for s in (window.strengths.pose, window.strengths.face))
     placed = [model.place(array) for array in (window.condition, window.pose, *strengths)]
     condition, pose, pose_strength, face_strength = placed
-    return WindowCondition(condition, pose, pose_strength, face, face_strength)
+    render = None if window.render is None else model.place(window.render)
+    return WindowCondition(condition, pose, pose_strength, face, face_strength, render)

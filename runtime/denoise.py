@@ -10,6 +10,7 @@ from trt_wan.runtime.executors import Array
 from trt_wan.runtime.guidance import StepSettings
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, velocity
+from trt_wan.runtime.networks.uni3c import Residuals
 from trt_wan.runtime.preparation import Prepared
 from trt_wan.runtime.sampling.stepping import Combine, Sampler
 
@@ -47,8 +48,17 @@ def predict_window(
             window = replace(window, pose_strength=no_pose)
         return window if now.face else replace(window, face=None)
 
+    def control(step: int, latent: Array, now: StepSettings) -> Residuals | None:
+        """One for all sides of the guidance: they have the same residuals."""
+        window = branches[0].window
+        if prepared.camera is None or window.render is None or not now.camera:
+            return None
+        video = latent, window.condition, window.render
+        return Residuals(model, prepared.camera, step, video, len(branches[: now.passes]))
+
     def predict(step: int, latent: Array) -> Array:
         now = steps[step]
+        controlled = control(step, latent, now)
         v, *blank = (
             velocity(
                 model,
@@ -59,6 +69,7 @@ def predict_window(
                 prepared.rope,
                 branch.cross_attention,
                 None if step < dense_steps(len(steps)) else keep,
+                controlled,
             )
             for branch in branches[: now.passes]
         )

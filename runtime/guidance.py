@@ -98,6 +98,7 @@ class StepSettings:
     guidance: float
     pose: bool
     face: bool
+    camera: bool = False
 
     @property
     def passes(self) -> int:

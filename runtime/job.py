@@ -8,6 +8,7 @@ from typing import Literal
 
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError, shown
+from trt_wan.runtime.camera import Camera
 from trt_wan.runtime.colour import Colour
 from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.context.settings import LATENT, Compat, Context
@@ -153,6 +154,7 @@ class Load:
     nag: bool = False
     contexts: int = 1  # prompts whose keys and values are held at a time
     travels: bool = False  # whether the prompts change, so that contexts are computed between windows
+    camera_ffn: int = 0  # channels of Uni3C's FFN (opening/model.py sets it); 0 without a camera
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ class Job:
     pose_end: float = 100.0
     face_start: float = 0.0
     face_end: float = 100.0
+    camera: Camera | None = None
     # Sampling: a part of the steps, from a video
     sigmas: tuple[float, ...] = ()  # noise levels in place of grid, steps and shift
     start_step: int = 0  # the first step that is run; later than 0 with `inputs.init` alone
@@ -233,8 +236,15 @@ class Job:
         steps = self.schedule.steps
         pose = acting("pose", self.pose_start, self.pose_end, steps)
         face = acting("face", self.face_start, self.face_end, steps)
-        rows = zip(per_step(self.guidance, steps), pose, face, strict=True)
-        return tuple(StepSettings(g, pose, face) for g, pose, face in rows)
+        c = self.acting_camera
+        camera = [False] * steps if c is None else acting("camera", c.start, c.end, steps)
+        rows = zip(per_step(self.guidance, steps), pose, face, camera, strict=True)
+        return tuple(StepSettings(*row) for row in rows)
+
+    @property
+    def acting_camera(self) -> Camera | None:
+        """The camera, if it changes anything."""
+        return self.camera if self.camera is not None and self.camera.acts else None
 
     @property
     def model_window(self) -> int:

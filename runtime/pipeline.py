@@ -6,6 +6,7 @@ the open model only as `Opened`; opening/model.py is one.
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -19,6 +20,7 @@ from trt_wan.runtime.conditioning import (
     Pixels,
     Strengths,
     WindowClips,
+    WindowRender,
     cells,
     encode_init,
     encode_window,
@@ -45,9 +47,10 @@ from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import Read, decode
 from trt_wan.runtime.noise import CpuGenerator
-from trt_wan.runtime.preparation import Pictures, Prepared, prepare
+from trt_wan.runtime.preparation import CameraActs, Pictures, Prepared, prepare
 from trt_wan.runtime.sampling.grids import Schedule
 from trt_wan.runtime.sampling.samplers import SAMPLERS
+from trt_wan.runtime.video.camera_render import Render, opened_render
 from trt_wan.runtime.video.clips import (
     FACE_SIZE,
     PERSON,
@@ -119,7 +122,8 @@ def stream_pieces(
             )
         return
     try:
-        yield from _stream(job, opened, clips, progress, should_stop, begin_from, keep)
+        with render_of(job, clips) as render:
+            yield from _stream(job, opened, clips, render, progress, should_stop, begin_from, keep)
     except Broken as broken:
         fault = broken
     else:
@@ -133,6 +137,7 @@ def _stream(
     job: Job,
     opened: Opened,
     clips: Clips,
+    render: Render | None,
     progress: Progress,
     should_stop: ShouldStop,
     begin_from: WindowState | None,
@@ -159,7 +164,7 @@ def _stream(
         f"face crops are {FACE_SIZE}, {config.name} takes {config.motion.size}"
     )
     latent_size = plan.latent_height, plan.latent_width
-    for note in (*clips.notes, *_long_notes(job, windows)):
+    for note in (*clips.notes, *_long_notes(job, windows), *(render.notes if render else ())):
         progress(note)
     if schedule.sigmas[-1]:
         progress(_noise_is_left(schedule))
@@ -167,6 +172,8 @@ def _stream(
         progress(_noise_alone(schedule))
     if job.mode == "replace" and clips.face is None:
         progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
+    if job.mode == "replace" and job.acting_camera is not None:
+        progress(_camera_and_background())
     if unneeded := unused_match(job.colour, windows.total, job.inputs.continues):
         progress(unneeded)
     if unused := texts.unused():
@@ -199,7 +206,7 @@ def _stream(
         shape = (config.vae.latent_channels, (windows.length(j) - 1) // 4 + 2, *latent_size)
         drawn = generator.randn_beside(shape)
         with model.checked(clock.stop_before_next):
-            signals = _signals(job, clips, j, known)
+            signals = _signals(job, clips, j, known, render)
             if signals.soft and not soft_before:
                 progress(_soft_mask(clips, signals.soft, j))
             soft_before = soft_before or signals.soft > 0
@@ -282,8 +289,16 @@ def prepared_for(
     model: Model, job: Job, features: Mapping[str, Array], texts: Sequence[str], pictures: Pictures
 ) -> Prepared:
     """`texts` are those of the first window."""
-    timesteps = list(job.schedule.timesteps)
-    return prepare(model, features, texts, pictures, job.clip_vision, job.nag, timesteps, job.guided)
+    timesteps, camera = list(job.schedule.timesteps), None
+    if job.acting_camera is not None:
+        camera = CameraActs([step.camera for step in job.step_settings], job.acting_camera.strength)
+    return prepare(model, features, texts, pictures, job.clip_vision, job.nag, timesteps, job.guided, camera)
+
+
+def render_of(job: Job, clips: Clips) -> AbstractContextManager[Render | None]:
+    """The camera's render for the video of these clips. Raises InputError for a file that cannot be read."""
+    size = clips.width, clips.height
+    return opened_render(job.acting_camera, clips.reference, size, clips.frames, job.history)
 
 
 def pictures_of(job: Job, clips: Clips) -> Pictures:
@@ -339,11 +354,15 @@ class _Step:
             self._compute(model, replace(clips, endings=self.clips.endings))
 
     def _compute(self, model: Model, clips: Clips) -> None:
+        with render_of(self.job, clips) as render:
+            self._compute_with(model, clips, render)
+
+    def _compute_with(self, model: Model, clips: Clips, render: Render | None) -> None:
         job, j = self.job, self.window
         windows = job.windows(self.known + clips.frames)
         texts = WindowTexts(job, clips.frames, float(clips.rate), self.known)
         prepared = prepared_for(model, job, self.features, texts.used(j), pictures_of(job, clips))
-        signals = _signals(job, clips, j, self.known)
+        signals = _signals(job, clips, j, self.known, render)
         strengths = Strengths(job.pose_strength, job.face_strength)
         window = encode_window(model, prepared.reference, signals, self.carried, strengths)
         context = job.context_plan(windows.length(j))
@@ -352,14 +371,24 @@ class _Step:
         predict_latents(model, window, context, under)(self.step, latent)
 
 
-def _signals(job: Job, clips: Clips, j: int, known: int) -> WindowClips:
+def _signals(job: Job, clips: Clips, j: int, known: int, render: Render | None) -> WindowClips:
     """Window j of every clip. `known` frames come before the clip."""
     windows = job.windows(known + clips.frames)
     indices, masked = (
         shifted(numbers, known, clips.lead) for numbers in (windows.indices(j), windows.mask_indices(j))
     )
     made = window_clips(clips, indices, job.mode == "replace", masked)
-    return replace(made, ending=clips.endings.get(j))
+    seen = None if render is None else _window_render(render, shifted(windows.indices(j), known, 0))
+    return replace(made, ending=clips.endings.get(j), render=seen)
+
+
+def _window_render(render: Render, numbers: Sequence[int]) -> WindowRender:
+    """`numbers` are those of the window's frames in the render."""
+
+    def frames(wanted: Sequence[int]) -> Array:
+        return to_signal(render.frames([numbers[k] for k in wanted]))
+
+    return WindowRender(frames, render.still, render.key(numbers))
 
 
 def window_clips(
@@ -436,6 +465,11 @@ def short_last_window(windows: Windows) -> Note | None:
     return Note(
         f"{text}; a clip shorter by as many needs a window less.", "short_last_window", {"frames": new}
     )
+
+
+def _camera_and_background() -> Note:
+    text = "The background clip moves as its own camera did, so --camera can only fit to it, not change it"
+    return Note(f"{text}; users of Uni3C leave out background and mask.", "camera_and_background")
 
 
 def _noise_is_left(schedule: Schedule) -> Note:

@@ -25,6 +25,7 @@ from trt_wan.runtime.networks.transformer import (
     encode_time,
     rope_tables,
 )
+from trt_wan.runtime.networks.uni3c import PreparedCamera, prepare_camera
 
 CONTEXT_NETWORKS = ("text_embed", "context_kv")
 
@@ -69,6 +70,15 @@ class Prepared:
     rope: tuple[Array, Array]
     reference: Array  # slot 0 of the condition, [20, 1, h, w]
     blank_face: PerLayer | None  # for the negative prompt; None without guidance
+    camera: PreparedCamera | None = None
+
+
+@dataclass(frozen=True)
+class CameraActs:
+    """The steps in which the camera acts, one entry each, and how strongly."""
+
+    steps: Sequence[bool]
+    strength: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,7 @@ def prepare(
     nag: Nag | None,
     timesteps: Sequence[float],
     guided: bool,
+    camera: CameraActs | None = None,
 ) -> Prepared:
     """`features` are those of every text of the job; `first` are the texts of the first window."""
     width, height = model.plan.width, model.plan.height
@@ -100,10 +111,12 @@ def prepare(
     contexts = Contexts(model, features, tokens, nag)
     contexts.use(first)
     times = [encode_time(model, timestep) for timestep in timesteps]
+    prepared_camera = None if camera is None else prepare_camera(model, times, camera.steps, camera.strength)
     model.release("image_embed", "time_embed")
     cos, sin = rope_tables(model.config, model.plan)
     blank_face = encode_blank_face(model) if guided else None
-    return Prepared(contexts, times, (model.place(cos), model.place(sin)), reference, blank_face)
+    rope = model.place(cos), model.place(sin)
+    return Prepared(contexts, times, rope, reference, blank_face, prepared_camera)
 
 
 def _image_features(model: Model, canvas: Pixels, clip_vision: ClipVision) -> Array:

@@ -18,7 +18,7 @@ EXTRA_PATHS = "extra_model_paths.yaml"
 # ComfyUI's kinds of models that are ours, with the older names.
 KINDS = (
     *("diffusion_models", "unet", "text_encoders", "clip", "clip_vision", "vae", "loras", "checkpoints"),
-    *("detection", "sam2", "sams"),
+    *("detection", "sam2", "sams", "controlnet", "model_patches"),
 )
 BASE, DEFAULT = "base_path", "is_default"
 LARGEST = 1 << 20  # bytes of the file

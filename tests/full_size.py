@@ -1,10 +1,11 @@
 """Writes complete checkpoints with random values of sane magnitude in the layouts that people have.
 
-    python tests/full_size.py FOLDER [--transformer fp8|bf16|int8] [--model 14b|tiny] [--seed N]
+    python tests/full_size.py FOLDER [--transformer fp8|bf16|int8] [--model 14b|tiny] [--seed N] [--camera F]
 
 Layouts are those of model_spec.md 5 and files_and_loras.md 7: Kijai's scaled-FP8 transformer (18.4 GB),
 Comfy's in bf16 (34.5 GB) or in int8 ConvRot (18.4 GB; rotated random numbers are random numbers), Comfy's
-scaled-FP8 umT5 (6.7 GB), CLIP in fp16, the VAE in bf16, and a tokenizer.json of umT5's vocabulary.
+scaled-FP8 umT5 (6.7 GB), CLIP in fp16, the VAE in bf16, a tokenizer.json of umT5's vocabulary, and with
+`--camera` Uni3C with F channels in its FFN (3072: 1.9 GB).
 Random numbers are made once; every tensor is a stretch of them from a place of its own. Needs no torch.
 """
 
@@ -17,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,25 @@ def layouts(model: ModelConfig, transformer: str) -> dict[str, Layout]:
     }
 
 
+def camera_layout(model: ModelConfig, ffn_dim: int) -> dict[str, Layout]:
+    """Uni3C as it is published, with the mask branch that nothing reads (addons_spec.md 1.1)."""
+    model = replace(model, camera=replace(model.camera, ffn_dim=ffn_dim))
+    shapes = required_tensors(model, "camera_control")
+    dim, mask = model.transformer.dim, "controlnet_mask_embedding"
+    more: dict[str, tuple[int, ...]] = {
+        f"{mask}.mask_proj.0.weight": (256, 7, 4, 8, 8),
+        f"{mask}.mask_proj.0.bias": (256,),
+        f"{mask}.mask_proj.1.weight": (256,),
+        f"{mask}.mask_proj.1.bias": (256,),
+        f"{mask}.mask_zero_proj.weight": (dim, 256, 1, 2, 2),
+        f"{mask}.mask_zero_proj.bias": (dim,),
+    }
+    patch = {name: shape for name, shape in shapes.items() if name.startswith("controlnet_patch")}
+    rest = {name: shape for name, shape in shapes.items() if name not in patch}
+    tensors = {**_random("F32", patch), **_random("F16", {**rest, **more})}
+    return {"Wan21_Uni3C_controlnet_fp16.safetensors": Layout(tensors)}
+
+
 def write_full_size(
     folder: Path,
     model: ModelConfig,
@@ -238,10 +258,12 @@ def main() -> int:
     parser.add_argument("--transformer", choices=("fp8", "bf16", "int8"), default="fp8")
     parser.add_argument("--model", choices=sorted(MODELS), default="14b")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--camera", type=int, metavar="F", help="write Uni3C too")
     asked = parser.parse_args()
+    more = camera_layout(MODELS[asked.model], asked.camera) if asked.camera else {}
     began = time.perf_counter()
     try:
-        paths = write_full_size(asked.folder, MODELS[asked.model], asked.transformer, asked.seed)
+        paths = write_full_size(asked.folder, MODELS[asked.model], asked.transformer, asked.seed, more)
     except OSError as error:
         print(error, file=sys.stderr)
         return 1

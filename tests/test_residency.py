@@ -6,6 +6,7 @@ import resource
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -18,9 +19,10 @@ from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contract import Network
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.precision import Precision
-from trt_wan.engines.shape import Plan, VaeTile
+from trt_wan.engines.shape import CameraPlan, Plan, VaeTile
 from trt_wan.errors import MemoryShort
 from trt_wan.runtime import pipeline
+from trt_wan.runtime.camera import Camera
 from trt_wan.runtime.context.settings import Context
 from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.guidance import Nag
@@ -38,6 +40,7 @@ from trt_wan.runtime.opening.residency import (
     Residency,
     passing_bytes,
     plan_residency,
+    weight_bytes,
 )
 from trt_wan.runtime.video.clips import Clips
 from trt_wan.runtime.weights.random import RandomWeights
@@ -135,6 +138,8 @@ def counted(plan: Plan, job: Job, windows: int, more: int = 0, tile: VaeTile | N
     executor = Counting()
     weights = {part: RandomWeights(TINY, part, 0) for part in PARTS}
     model = Model(TINY, plan, executor, weights, tile)
+    if job.acting_camera is not None:
+        model.take(CameraPlan.beside(plan, TINY.camera.ffn_dim))
     tokenizer = byte_tokenizer(TINY.text.vocabulary, TINY.text.length)
 
     class Opened:
@@ -177,6 +182,37 @@ def test_the_rehearsal_is_the_pipeline(
     monkeypatch.setattr(rehearsal, "MARGIN", 0)
     job = a_job(plan, 6, **settings)
     assert activation_bytes(TINY, plan, job.load) == counted(plan, job, 4)
+
+
+@each_plan
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("render", ["static", "orbit"])
+def test_the_rehearsal_of_a_camera_is_the_pipeline(
+    monkeypatch: pytest.MonkeyPatch, plan: Plan, guidance: float, render: Any
+) -> None:
+    monkeypatch.setattr(rehearsal, "STEPS", 6)
+    monkeypatch.setattr(rehearsal, "WINDOWS", 4)
+    monkeypatch.setattr(rehearsal, "MARGIN", 0)
+    job = a_job(plan, 6, guidance=guidance, camera=Camera(render))
+    load = replace(job.load, camera_ffn=TINY.camera.ffn_dim)
+    assert activation_bytes(TINY, plan, load) == counted(plan, job, 4)
+
+
+def test_the_memory_of_a_camera_at_full_size() -> None:
+    """Without guidance z and one block's features, beside which the VAE still needs more. With it those of 20
+    blocks, [tokens, 1024] in bf16, which the second side adds.
+    """
+    plan = Plan(832, 480, 77, "fp8")
+    none, alone, guided = (
+        activation_bytes(ANIMATE_14B, plan, Load(4, guided=guided, camera_ffn=ffn)) / GB
+        for guided, ffn in ((False, 0), (False, 3072), (True, 3072))
+    )
+    assert [none, alone, guided] == pytest.approx([4.70, 4.71, 5.82], abs=0.02)
+    assert 20 * plan.tokens * 1024 * 2 == pytest.approx(1.34 * GB, rel=0.01)
+    contracts = networks(ANIMATE_14B, CameraPlan.beside(plan, 3072))
+    bytes_of = weight_bytes(contracts)
+    passing = bytes_of.pop("uni3c_modulation")
+    assert [passing / GB, sum(bytes_of.values()) / GB] == pytest.approx([2.52, 0.33], abs=0.02)
 
 
 @pytest.mark.parametrize("plan", [Plan(512, 144, 9, "fp8"), Plan(64, 320, 13)], ids=["wide", "tall"])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from trt_wan.build.models import block, embed, face, head, image_encoder, text_encoder, vae
+from trt_wan.build.models import block, embed, face, head, image_encoder, text_encoder, uni3c, vae
 
 GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "text_encoder_layer": text_encoder.layer,
@@ -35,4 +35,10 @@ GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "head": head.head,
     "vae_decode_first": vae.decode_first,
     "vae_decode_next": vae.decode_next,
+    "uni3c_modulation": uni3c.modulation,
+    "uni3c_patch": uni3c.patch,
+    "uni3c_in": uni3c.block_in,
+    "uni3c_attention": uni3c.attention,
+    "uni3c_out": uni3c.block_out,
+    "uni3c_add": uni3c.add,
 }

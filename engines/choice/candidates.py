@@ -91,6 +91,10 @@ CANDIDATES = (
     Candidate("fuser", "tensorrt", ALL, engine=Engine("fuser")),
     Candidate("fuser", "native", BF16, maker="native"),
     Candidate("fuser", "native fp8", FP8, "fast", maker="native"),
+    # 16 heads of 64 channels; our own kernels have 128.
+    Candidate("uni3c_attention", "tensorrt", ALL, engine=Engine("uni3c_attention")),
+    Candidate("uni3c_attention", "tensorrt sm89", ALL, engine=Engine("uni3c_attention", "sm89")),
+    Candidate("uni3c_attention", "cudnn", BF16, maker="attention"),
 )
 SEGMENTS = tuple(dict.fromkeys(candidate.network for candidate in CANDIDATES))
 SPARSE = next(row for row in CANDIDATES if row.tier == "turbo")
@@ -119,6 +123,8 @@ _BLOCK = ("attn_in", "attn_out", "cross_attention", "ffn")
 DEFAULTS = (
     Default("attention", HOPPER, _HOPPER_ATTENTION, ("native fp8", "tensorrt fp8", *_HOPPER_ATTENTION)),
     Default("attention", None, ("tensorrt",), ("tensorrt fp8", "tensorrt")),
+    Default("uni3c_attention", HOPPER, _HOPPER_ATTENTION[1:], _HOPPER_ATTENTION[1:]),
+    Default("uni3c_attention", None, ("tensorrt",), ("tensorrt",)),
     Default("sparse_attention", None, (), ("native sparse",)),
     *(Default(name, HOPPER, _NATIVE, _NATIVE) for name in _BLOCK),
     *(Default(name, HOPPER, _VAE, _VAE) for name in VAE),

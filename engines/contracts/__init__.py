@@ -1,6 +1,6 @@
 """The contracts of all networks: one module each, one row each in `networks`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from types import MappingProxyType
 
@@ -26,10 +26,11 @@ from trt_wan.engines.contracts import (
     text_embed,
     text_encoder,
     time_embed,
+    uni3c,
     vae_decode,
     vae_encode,
 )
-from trt_wan.engines.shape import Plan, VaeTile
+from trt_wan.engines.shape import CameraPlan, Plan, VaeTile
 
 # Raise it whenever an exported graph computes something else or has other inputs or outputs: exported graphs
 # are kept under this number. tests/test_graph_hashes.py finds a change that was forgotten.
@@ -39,8 +40,10 @@ GRAPHS_VERSION = 2
 @cache
 def networks(model: ModelConfig, plan: Plan) -> Mapping[str, Network]:
     """Every network of `model` at the shapes of `plan`, by name, in the order a run first needs them. A tile
-    has those of the VAE alone.
+    has those of the VAE alone, a camera plan those of Uni3C.
     """
+    if isinstance(plan, CameraPlan):
+        return _table(uni3c.networks(model, plan), plan)
     rows = (
         text_encoder.network(model),
         image_encoder.embed(model),
@@ -68,4 +71,8 @@ def networks(model: ModelConfig, plan: Plan) -> Mapping[str, Network]:
         vae_decode.next_chunk(model, plan),
     )
     used = (network for network in rows if network.part == "vae" or not isinstance(plan, VaeTile))
-    return MappingProxyType({network.name: at_precision(network, plan.precision) for network in used})
+    return _table(used, plan)
+
+
+def _table(rows: Iterable[Network], plan: Plan) -> Mapping[str, Network]:
+    return MappingProxyType({network.name: at_precision(network, plan.precision) for network in rows})

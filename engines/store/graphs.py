@@ -18,7 +18,7 @@ from pathlib import Path
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import GRAPHS_VERSION, networks
-from trt_wan.engines.shape import Plan, VaeTile
+from trt_wan.engines.shape import CameraPlan, Plan, VaeTile
 from trt_wan.engines.store.files import forget_partials, read_json, replace_atomically
 from trt_wan.engines.store.home import home
 from trt_wan.engines.store.locks import Waiting, held, in_silence
@@ -111,7 +111,8 @@ def named_folder(name: str, *origin: object) -> Path:
 
 def graph_set(model: ModelConfig, plan: Plan) -> GraphSet:
     size = f"{plan.width}x{plan.height}"
-    part = "VAE tiles of " if isinstance(plan, VaeTile) else ""
+    parts = {VaeTile: "VAE tiles of ", CameraPlan: "camera control of "}
+    part = parts.get(type(plan), "")
     return GraphSet(
         named_folder(f"{model.name}-{size}x{plan.frames}-{plan.precision}", model, plan, GRAPHS_VERSION),
         tuple(networks(model, plan)),

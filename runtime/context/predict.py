@@ -37,7 +37,10 @@ def predict_latents(
         for part in plan.parts(step):
             before_each()
             seen = replace(
-                window, condition=window.condition[:, part.seen], pose=window.pose[:, part.latents]
+                window,
+                condition=window.condition[:, part.seen],
+                pose=window.pose[:, part.latents],
+                render=None if window.render is None else window.render[:, part.seen],
             )
             predict_part = under(condition_of(model, seen, faces.of(part)), part)
             taken = model.executor.take(latent, part.slots)

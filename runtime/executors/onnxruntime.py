@@ -1,7 +1,8 @@
 """ONNX Runtime on the CPU in fp32: the executor that proves the numerics and needs no GPU."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from trt_wan.engines.checkpoint import PARTS, required_tensors
+from trt_wan.engines.checkpoint import OPTIONAL_PARTS, PARTS, required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.shape import Plan
@@ -58,6 +59,11 @@ class OnnxRuntimeExecutor:
         refuse_two_packages()
         self.graphs, self.weights = graphs, weights
         self._sessions: dict[str, Any] = {}
+        self._elsewhere: dict[str, Path] = {}  # folders of graphs, by network
+
+    def add(self, graphs: Path, names: Iterable[str]) -> None:
+        """The graphs of the networks `names` are in another folder."""
+        self._elsewhere |= dict.fromkeys(names, graphs)
 
     def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
         feeds = {**inputs, **self.weights.bind(network, n)}
@@ -106,7 +112,7 @@ class OnnxRuntimeExecutor:
         if name not in self._sessions:
             import onnxruntime as ort
 
-            path = self.graphs / f"{name}.onnx"
+            path = self._elsewhere.get(name, self.graphs) / f"{name}.onnx"
             options = ort.SessionOptions()
             options.log_severity_level = 3
             try:
@@ -137,9 +143,13 @@ def refuse_two_packages() -> None:
         )
 
 
-def least_memory(model: ModelConfig, plan: Plan) -> int:
-    """Bytes that a job needs at least: the weights in fp32, and one attention's logits."""
-    shapes = (shape for part in PARTS for shape in required_tensors(model, part).values())
+def least_memory(model: ModelConfig, plan: Plan, camera_ffn: int = 0) -> int:
+    """Bytes that a job needs at least: the weights in fp32, and one attention's logits. `camera_ffn` are the
+    channels of Uni3C's FFN; 0 without a camera.
+    """
+    parts = (*PARTS, *OPTIONAL_PARTS) if camera_ffn else PARTS
+    model = replace(model, camera=replace(model.camera, ffn_dim=camera_ffn))
+    shapes = (shape for part in parts for shape in required_tensors(model, part).values())
     weights = 4 * sum(math.prod(shape) for shape in shapes)
     logits = 2 * 4 * model.transformer.heads * plan.tokens**2  # before and after the softmax
     return weights + logits

@@ -35,11 +35,15 @@ def record_of(
     Call when the graphs exist. Raises OutputError for a file that cannot be read.
     """
     plan = Plan(clips.width, clips.height, job.model_window, basis.precision)
-    model = {"name": basis.weights.config.name, "precision": basis.precision, **basis.choices(plan)}
+    model = {
+        "name": basis.weights.config.name,
+        "precision": basis.precision,
+        **basis.choices(plan, basis.camera_plan(plan, job)),
+    }
     video = {"frames": clips.frames, "width": clips.width, "height": clips.height, "rate": str(clips.rate)}
     paths: dict[str, list[Path]] = {role: [path] for role, path in _files(job)}
     paths |= {} if sound is None else {"sound": [sound]}
-    weights = {part: list(files) for part, files in basis.weights.files.items()}
+    weights = {part: list(files) for part, files in basis.weights.files_of(job).items()}
     identities: dict[str, list[Identity]] = {}
     for role, files in (*paths.items(), *weights.items()):
         large = role in weights or role.startswith(LORAS)

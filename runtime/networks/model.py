@@ -43,6 +43,10 @@ class Model:
         self._remembered: OrderedDict[Hashable, Array] = OrderedDict()  # the one used last comes last
         self._before_each: Callable[[], None] | None = None
 
+    def take(self, plan: Plan) -> None:
+        """Adds the networks of a plan beside the model's: Uni3C's. Call between jobs."""
+        self.networks |= networks(self.config, plan)
+
     def run(self, name: str, *inputs: Array, n: int = 0) -> tuple[Array, ...]:
         """The outputs of network `name`. Exceptions of the check in `checked` pass through."""
         if self._before_each is not None:

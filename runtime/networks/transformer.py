@@ -6,6 +6,7 @@ Once per window: the face (keys and values of the face tokens for every fuser). 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -30,11 +31,22 @@ class WindowCondition:
     pose_strength: Array  # [1]; 0 without a pose clip
     face: PerLayer | None  # None: the fusers are skipped
     face_strength: Array  # [1]
+    render: Array | None = None  # [16, T1, h, w], of the camera; None without one
 
 
-def rope_tables(model: ModelConfig, plan: Plan) -> tuple[Array, Array]:
-    """cos and sin, [tokens, head_dim/2] each, pairs in the order time, height, width (model_spec.md 1.5)."""
-    head_dim = model.transformer.head_dim
+class Control(Protocol):
+    """Residuals for the blocks of one step and window (networks/uni3c.py)."""
+
+    def added(self, x: Array, n: int) -> Array:
+        """`x` [tokens, dim] behind block n with the block's residual."""
+        ...
+
+
+def rope_tables(model: ModelConfig, plan: Plan, head_dim: int | None = None) -> tuple[Array, Array]:
+    """cos and sin, [tokens, head_dim/2] each, pairs in the order time, height, width (model_spec.md 1.5).
+    `head_dim` is the transformer's by default.
+    """
+    head_dim = head_dim or model.transformer.head_dim
     spatial = 2 * (head_dim // 6)
     axes = (head_dim - 2 * spatial, spatial, spatial)
     grid = (plan.slots, plan.latent_height // 2, plan.latent_width // 2)
@@ -118,9 +130,11 @@ def velocity(
     rope: tuple[Array, Array],
     cross_attention: str = "cross_attention",
     keep: Array | None = None,
+    control: Control | None = None,
 ) -> Array:
     """The flow velocity, noise - x0, of `latent` [16, T1, h, w]; same shape. `cross_attention` is the network
     that attends to `context`. With `keep` [1] self-attention is block-sparse, but in the first DENSE_BLOCKS.
+    `control` adds its residual behind a block and its fuser.
     """
     c = model.config.transformer
     time_embedding, time_modulation = time
@@ -134,5 +148,7 @@ def velocity(
         if window.face is not None and n % c.fuser_interval == 0:
             i = n // c.fuser_interval
             (x,) = model.run("fuser", x, *window.face[i], window.face_strength, n=i)
+        if control is not None:
+            x = control.added(x, n)
     (result,) = model.run("head", x, time_embedding)
     return result

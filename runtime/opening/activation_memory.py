@@ -13,8 +13,8 @@ import numpy as np
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
-from trt_wan.engines.shape import Plan, VaeTile
-from trt_wan.runtime.conditioning import Strengths, WindowClips, encode_window
+from trt_wan.engines.shape import CameraPlan, Plan, VaeTile
+from trt_wan.runtime.conditioning import Strengths, WindowClips, WindowRender, encode_window
 from trt_wan.runtime.context.parts import ContextPlan, Part
 from trt_wan.runtime.context.predict import predict_latents
 from trt_wan.runtime.denoise import Predict, denoise, predict_window
@@ -26,7 +26,7 @@ from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import decode
 from trt_wan.runtime.pipeline import branches
-from trt_wan.runtime.preparation import Pictures, prepare
+from trt_wan.runtime.preparation import CameraActs, Pictures, prepare
 from trt_wan.runtime.sampling.grids import schedule
 from trt_wan.runtime.sampling.samplers import SAMPLERS
 
@@ -121,7 +121,10 @@ def activation_bytes(
     the VAE computes in tiles.
     """
     executor = _Rehearsal()
-    _rehearse(Model(config, plan, executor, {}, tile, KEEP), load, context and _few(context))
+    model = Model(config, plan, executor, {}, tile, KEEP)
+    if load.camera_ffn:
+        model.take(CameraPlan.beside(plan, load.camera_ffn))
+    _rehearse(model, load, context and _few(context))
     return int(executor.arena.peak * (1 + MARGIN))
 
 
@@ -145,7 +148,9 @@ def _rehearse(model: Model, load: Load, context: ContextPlan | None, sampler: st
     features = {name: text for texts in windows for name in (*texts.all, *more)}
     pictures = Pictures(np.zeros((plan.height, plan.width, 3), np.uint8))
     nag, first = Nag("") if load.nag else None, (*windows[0].all, *more)
-    prepared = prepare(model, features, first, pictures, ClipVision(), nag, [0.0] * load.steps, load.guided)
+    camera = CameraActs([True] * load.steps, 1.0) if load.camera_ffn else None
+    times = [0.0] * load.steps
+    prepared = prepare(model, features, first, pictures, ClipVision(), nag, times, load.guided, camera)
     zero = np.float32(0)
     slots = plan.slots if context is None else context.slots
     count, size = 4 * (slots - 2) + 1, config.motion.size
@@ -158,10 +163,11 @@ def _rehearse(model: Model, load: Load, context: ContextPlan | None, sampler: st
 
     noise = np.zeros((config.vae.latent_channels, slots, plan.latent_height, plan.latent_width), zero.dtype)
     steps = min(load.steps, STEPS)
-    settings = [StepSettings(1.0 + load.guided, pose=True, face=True)] * steps
+    settings = [StepSettings(1.0 + load.guided, pose=True, face=True, camera=bool(camera))] * steps
+    render = None if camera is None else WindowRender(lambda numbers: frames(0, len(numbers)))
     levels = schedule("official", steps, 5.0)
     for texts in windows:
-        clips = WindowClips(count, frames, faces)
+        clips = WindowClips(count, frames, faces, render=render)
         window = encode_window(model, prepared.reference, clips, frames(0, 1), Strengths())
         prepared.contexts.use((*texts.all, *more))
 

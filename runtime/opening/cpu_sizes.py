@@ -5,7 +5,8 @@ from collections.abc import Collection, Mapping
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
-from trt_wan.engines.shape import Plan
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.shape import CameraPlan, Plan
 from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.events import Progress
@@ -23,6 +24,7 @@ class CpuSizes:
         self._config, self._weights, self._observe = config, weights, observe
         self._bound = BoundWeights(weights)
         self._models: dict[Plan, Model] = {}
+        self._executors: dict[Plan, OnnxRuntimeExecutor] = {}
 
     @property
     def numerics(self) -> tuple[str, ...]:
@@ -41,9 +43,17 @@ class CpuSizes:
         if plan not in self._models:
             require_memory(self._config, plan)
             executor = OnnxRuntimeExecutor(require_graphs(self._config, plan), self._bound)
+            self._executors[plan] = executor
             observed = self._observe(executor) if self._observe else executor
             self._models[plan] = Model(self._config, plan, observed, self._weights)
+        if load.camera_ffn:
+            self._add_camera(plan, CameraPlan.beside(plan, load.camera_ffn))
         return self._models[plan]
+
+    def _add_camera(self, plan: Plan, camera: CameraPlan) -> None:
+        added = networks(self._config, camera)
+        self._executors[plan].add(require_graphs(self._config, camera), added)
+        self._models[plan].take(camera)
 
     def change(self, transformer: Tensors, changed: Collection[str]) -> None:
         self._bound.change("transformer", transformer, changed)
@@ -53,4 +63,5 @@ class CpuSizes:
 
     def close(self) -> None:
         self._models.clear()
+        self._executors.clear()
         self._bound.release()

@@ -15,12 +15,12 @@ from trt_wan.engines.choice.candidates import SPARSE, Candidate, Engine, Machine
 from trt_wan.engines.choice.choose import choose, place_of
 from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.config import ModelConfig
-from trt_wan.engines.contract import Part
+from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import Capability
 from trt_wan.engines.precision import Precision
-from trt_wan.engines.shape import Plan, VaeTile
+from trt_wan.engines.shape import CameraPlan, Plan, VaeTile
 from trt_wan.engines.store.engine_id import Recipe
 from trt_wan.engines.store.graphs import graph_set
 from trt_wan.engines.store.measurements import read_figures
@@ -98,7 +98,7 @@ class GpuSizes:
         skip: Collection[str],
         progress: Progress,
     ) -> Model:
-        contracts = networks(self._config, plan)
+        contracts = networks_for(self._config, plan, load)
         blocks = [
             Pack.of(contracts[name], n) for n in range(self._config.transformer.layers) for name in BLOCK
         ]
@@ -118,7 +118,11 @@ class GpuSizes:
             self.weights.prefetch(others, room)  # while the segments are opened
             self._open(plan, progress)
         if load.nag:
-            self._open_nag(plan, progress)
+            self._open_more(plan, plan, (NAG,), progress)
+        camera = camera_of(plan, load)
+        if camera is not None:
+            names = network_names(self._config, camera, self._settings.tier)
+            self._open_more(plan, camera, names, progress)
         self._executors[plan] = self._executors.pop(plan)
         opened: Plan = plan
         try:
@@ -128,6 +132,8 @@ class GpuSizes:
                 raise
             residency, opened = self._in_tiles(plan, tile, load, context, short, progress), tile
         executor = self._executors[opened]
+        if camera is not None:
+            self._models[opened].take(camera)
         for old in list(self._executors)[:-MOST_SIZES]:
             del self._executors[old], self._models[old]
         if residency.streamed:
@@ -220,10 +226,11 @@ class GpuSizes:
         observed = self._observe(executor) if self._observe else executor
         self._models[opened] = Model(self._config, plan, observed, self._host, tile, keep)
 
-    def _open_nag(self, plan: Plan, progress: Progress) -> None:
-        """Opens the network of NAG for a size that is open, once."""
-        if NAG not in self._executors[plan].segments:
-            self._executors[plan].segments |= self._segments(plan, (NAG,), progress)
+    def _open_more(self, plan: Plan, of: Plan, names: Sequence[str], progress: Progress) -> None:
+        """Opens optional networks, of `of`, for a size that is open, once."""
+        segments = self._executors[plan].segments
+        if missing := [name for name in names if name not in segments]:
+            self._executors[plan].segments |= self._segments(of, missing, progress)
 
     def _segments(self, plan: Plan, names: Sequence[str], progress: Progress) -> dict[str, Segment]:
         recipes = recipes_here(self._config, plan, self._machine)
@@ -241,7 +248,7 @@ class GpuSizes:
     ) -> Residency:
         """Keeps a larger arena and scratch of an earlier job, unless a block must stream for them."""
         arena = activation_bytes(self._config, plan, load, context, tile)
-        contracts = networks(self._config, plan)
+        contracts = networks_for(self._config, plan, load)
         spare = passing_bytes(contracts, BETWEEN_WINDOWS) if load.travels else 0
 
         def planned(arena: int, scratch: int) -> Residency:
@@ -264,6 +271,16 @@ class GpuSizes:
                 self._scratch = None
             self._scratch = self._gpu.allocate(size), size
         return int(self._scratch[0].handle)
+
+
+def camera_of(plan: Plan, load: Load) -> CameraPlan | None:
+    return CameraPlan.beside(plan, load.camera_ffn) if load.camera_ffn else None
+
+
+def networks_for(config: ModelConfig, plan: Plan, load: Load) -> dict[str, Network]:
+    """The networks whose weights a job needs: all of the model, and Uni3C's for one with a camera."""
+    camera = camera_of(plan, load)
+    return {**networks(config, plan), **({} if camera is None else networks(config, camera))}
 
 
 def _would_fit(short: MemoryShort, command: tuple[str, ...]) -> MemoryShort:

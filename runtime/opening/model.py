@@ -12,7 +12,7 @@ engines are built on the spot.
 
 import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -22,7 +22,7 @@ from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import GRAPHS_VERSION
 from trt_wan.engines.flavour import Flavour, choose_flavour
 from trt_wan.engines.precision import Precision, best_precision, require_fp8
-from trt_wan.engines.shape import Plan
+from trt_wan.engines.shape import CameraPlan, Plan
 from trt_wan.errors import EnvironmentBroken, UsageError, shown
 from trt_wan.runtime.closing import Closing
 from trt_wan.runtime.conditioning import Pixels
@@ -51,6 +51,7 @@ from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.text_cache import TextCache
 from trt_wan.runtime.video.clips import Clips
+from trt_wan.runtime.weights.camera_weights import CameraWeights
 from trt_wan.runtime.weights.checkpoint import Checkpoint
 from trt_wan.runtime.weights.find_tokenizer import find_tokenizer
 from trt_wan.runtime.weights.load import load_weights
@@ -105,12 +106,15 @@ class Sizes(Protocol):
 
 @dataclass(frozen=True)
 class OpenWeights:
-    """Weights of every part, and the tokenizer. `source` fills a GPU, the CPU reads `host`."""
+    """Weights of every part, and the tokenizer. `source` fills a GPU, the CPU reads `host`. Those of `camera`
+    are looked for when a job first needs them.
+    """
 
     config: ModelConfig
     host: HostWeights
     source: WeightSource
     tokenizer: Tokenizer
+    camera: CameraWeights
     tokenizer_file: Path | None = None  # None: inside the text encoder's file, or made for random weights
 
     @property
@@ -135,6 +139,17 @@ class OpenWeights:
     def transformer(self) -> Tensors:
         tensors: Any = self.host["transformer"]
         return cast(Tensors, tensors)
+
+    def load_of(self, job: Job, progress: Progress) -> Load:
+        """Raises WeightsError for a job with a camera whose weights are not there."""
+        if job.acting_camera is None:
+            return job.load
+        return replace(job.load, camera_ffn=self.camera.opened(progress).ffn_dim)
+
+    def files_of(self, job: Job) -> dict[str, tuple[Path, ...]]:
+        """`files`, with that of Uni3C for a job with a camera."""
+        camera = self.camera.files if job.acting_camera is not None else ()
+        return {**self.files, **({"camera_control": camera} if camera else {})}
 
     def require_no_loras_of_noise(self, loras: Sequence[Lora]) -> None:
         if loras and isinstance(self.source, RandomSource):
@@ -182,12 +197,19 @@ class Basis:
         for lora in loras:
             open_lora(lora.file, self.weights.config)
 
+    def camera_plan(self, plan: Plan, job: Job, progress: Progress = silent) -> CameraPlan | None:
+        """Uni3C beside the model at the shape `plan`; None for a job without a camera. Raises WeightsError if
+        its weights are not there.
+        """
+        ffn_dim = self.weights.load_of(job, progress).camera_ffn
+        return CameraPlan.beside(plan, ffn_dim) if ffn_dim else None
+
     def require_possible(self, plan: Plan) -> None:
         """Raises MemoryShort if no job of that shape fits in this machine's memory."""
         if self.place is None:
             require_memory(self.weights.config, plan)
 
-    def choices(self, plan: Plan) -> dict[str, str]:
+    def choices(self, plan: Plan, camera: CameraPlan | None = None) -> dict[str, str]:
         """The executor, and on a GPU the tier and the candidate of every network at that shape. Its graphs
         must exist.
         """
@@ -197,6 +219,8 @@ class Basis:
         chosen = chosen_candidates(self.weights.config, plan, gpu, flavour, self.settings)
         keep = self.settings.keep
         sparse = {} if keep is None else {"attention_keep": f"{keep:g}"}
+        if camera is not None:
+            chosen |= chosen_candidates(self.weights.config, camera, gpu, flavour, self.settings)
         return {"executor": flavour.name, "tier": self.settings.tier, **sparse, **chosen}
 
     def make_engines(self, plan: Plan, progress: Progress) -> None:
@@ -291,7 +315,7 @@ class OpenModel(Closing):
         skip += IMAGE_ENCODER if job.clip_vision.off else []
         self._merge(job.loras, progress)
         context = job.context_plan(job.windows(frames).length(0))
-        return self._sizes.begin(plan, job.load, context, skip, progress)
+        return self._sizes.begin(plan, self._weights.load_of(job, progress), context, skip, progress)
 
     def _merge(self, loras: Sequence[Lora], progress: Progress) -> None:
         """Everything that a job computes from the transformer's weights it computes anew, so that the weights
@@ -347,14 +371,18 @@ def open_weights(weights: WeightFiles, precision: Precision, progress: Progress)
     """
     if weights.random is not None:
         config = MODELS[weights.random]
-        host = {part: RandomWeights(config, part, RANDOM_SEED) for part in PARTS}
+        camera = CameraWeights(config, weights, precision)
+        host: HostWeights = {part: RandomWeights(config, part, RANDOM_SEED) for part in PARTS}
+        host = {**host, "camera_control": camera}
         tokenizer = byte_tokenizer(config.text.vocabulary, config.text.length)
         progress(Note("The weights are random, so the picture is noise."))
-        return OpenWeights(config, host, RandomSource(RANDOM_SEED), tokenizer)
+        return OpenWeights(config, host, RandomSource(RANDOM_SEED), tokenizer, camera)
     config, checkpoints = load_weights(weights.folders, weights.files, progress, precision)
     text_encoder = checkpoints["text_encoder"]
     tokenizer = find_tokenizer(weights.tokenizer, weights.folders, text_encoder, config.text.length)
-    return OpenWeights(config, checkpoints, FileSource(checkpoints), tokenizer, tokenizer.file)
+    camera = CameraWeights(config, weights, precision)
+    parts: dict[Part, Any] = {**checkpoints, "camera_control": camera}
+    return OpenWeights(config, parts, FileSource(parts), tokenizer, camera, tokenizer.file)
 
 
 def open_gpu(settings: Settings, progress: Progress) -> tuple[Gpu, Flavour] | None:

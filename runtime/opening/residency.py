@@ -22,6 +22,7 @@ BEFORE_THE_STEPS = (
     "image_embed",
     "context_kv",
     "time_embed",
+    "uni3c_modulation",
 )
 BETWEEN_WINDOWS = ("text_embed", "context_kv")  # of these, those that prompts need which change
 KERNELS_BYTES = 200 << 20  # loaded after the CUDA context is open
@@ -55,7 +56,7 @@ def passing_bytes(networks: Mapping[str, Network], names: Collection[str] = BEFO
     """Bytes of weights on the GPU at a time while these networks pass: a set that runs, one that the GPU may
     still use, and one that is loaded.
     """
-    return 3 * max(Pack.of(networks[name], 0).size for name in names)
+    return 3 * max(Pack.of(networks[name], 0).size for name in names if name in networks)
 
 
 def plan_residency(

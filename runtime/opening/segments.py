@@ -56,8 +56,7 @@ def open_segments(
         elif candidate.maker == "attention":
             from trt_wan.runtime.segments.attention import open_attention
 
-            c = config.transformer
-            shape = c.heads, plan.tokens, c.head_dim
+            shape = networks(config, plan)[name].inputs[0].shape  # of q
             blocks = (block_order(plan), plan.tokens_per_slot) if candidate == SPARSE else ()
             segments[name] = open_attention(candidate.name, gpu, *shape, *blocks)
     return segments

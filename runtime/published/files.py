@@ -13,6 +13,7 @@ COMFY_21, COMFY_22 = "Comfy-Org/Wan_2.1_ComfyUI_repackaged", "Comfy-Org/Wan_2.2_
 FAST4, UNIPC4, QUALITY20 = "fast4", "unipc4", "quality20"
 KIJAI4, NATIVE4, NATIVE8 = "kijai4", "native4", "native8"
 ALL = (FAST4, UNIPC4, KIJAI4, NATIVE4, NATIVE8, QUALITY20)
+CAMERA = "camera"  # no preset: what `--camera` needs beside one
 FEW_STEPS = (FAST4, UNIPC4, KIJAI4, NATIVE4, NATIVE8)
 
 
@@ -138,7 +139,19 @@ FILES = (
         ALL,
         "Apache-2.0",
     ),
+    PublishedFile(  # Uni3C; about 2 GB
+        "camera_control",
+        KIJAI,
+        "Wan21_Uni3C_controlnet_fp16.safetensors",
+        "controlnet",
+        None,
+        "",
+        (CAMERA,),
+    ),
 )
+
+
+EXTRAS = {CAMERA: "the camera control Uni3C"}
 
 
 def files_of(preset: str) -> tuple[PublishedFile, ...]:

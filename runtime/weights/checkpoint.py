@@ -49,6 +49,10 @@ SPOKEN: dict[Part, tuple[str, str]] = {
         "the image encoder CLIP ViT-H/14",
         "Use clip_vision_h.safetensors or the official open-clip .pth.",
     ),
+    "camera_control": (
+        "the camera control Uni3C",
+        "Use Wan21_Uni3C_controlnet_fp16.safetensors of Kijai/WanVideo_comfy.",
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trt_wan.engines.checkpoint import PARTS, required_tensors
+from trt_wan.engines.checkpoint import OPTIONAL_PARTS, PARTS, required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.errors import WeightsError
@@ -29,6 +29,9 @@ UNUSED = (
     "visual_projection.weight",
     "spiece_model",
 )  # tensors that files have beside the needed ones
+
+
+MASK_BRANCH = "controlnet_mask_embedding."  # of Uni3C's file; no program feeds it
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ def describe(path: Path) -> Description:
     """
     path = checkpoint_in(path) if path.is_dir() else path
     file = open_file(path)
-    found = [one for part in PARTS if (one := Checkpoint(path, part, file)).layout is not None]
+    found = [
+        one for part in (*PARTS, *OPTIONAL_PARTS) if (one := Checkpoint(path, part, file)).layout is not None
+    ]
     others = [one.layout.part for one in found[1:] if one.layout]
     return _described(found[0] if found else Checkpoint(path, None, file), tuple(others))
 
@@ -108,7 +113,10 @@ def _unexpected(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -
     left = [
         name
         for name in checkpoint.places
-        if name not in wanted and name.rpartition(".")[2] not in KNOWN[2:] and not name.endswith(UNUSED)
+        if name not in wanted
+        and name.rpartition(".")[2] not in KNOWN[2:]
+        and not name.endswith(UNUSED)
+        and not name.startswith(MASK_BRANCH)
     ]
     return by_pattern(left)
 
@@ -119,7 +127,7 @@ def _problem(checkpoint: Checkpoint, part: Part | None, model: ModelConfig | Non
         if checkpoint.what() == SAM2:
             return "", ""
         what = f"{checkpoint.path} is {checkpoint.what() or UNKNOWN}, and no part of Wan2.2-Animate."
-        return what, "A run takes the transformer, the VAE, umT5, CLIP, SAM2 and LoRAs."
+        return what, "A run takes the transformer, the VAE, umT5, CLIP, Uni3C, SAM2 and LoRAs."
     try:
         checkpoint.require(required_tensors(model, part), part)
     except WeightsError as error:

@@ -15,7 +15,7 @@ must choose.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trt_wan.engines.checkpoint import PARTS, required_tensors
@@ -30,6 +30,7 @@ from trt_wan.runtime.weights.recognition.encodings import Cost, cost, encoding_o
 from trt_wan.runtime.weights.recognition.twins import QWEN_NAMED, is_named_qwen, is_qwen_vae, same_values
 
 PATCH_EMBEDDING = "patch_embedding.weight"
+CAMERA_FFN = "controlnet_blocks.0.ffn.0.bias"
 LONGEST_REASON = 110  # characters of a file's reason in a list
 Model = Callable[[Checkpoint], ModelConfig]
 Faults = Mapping[Path, WeightsError]
@@ -73,6 +74,34 @@ def load_weights(
     return model, weights
 
 
+def load_camera(
+    folders: Sequence[Path],
+    chosen: Path | None,
+    model: ModelConfig,
+    precision: Precision,
+    progress: Progress = silent,
+) -> tuple[ModelConfig, Checkpoint]:
+    """The checked checkpoint of Uni3C, as `load_weights` finds those of the model's parts, and the model with
+    the channels that it has. Raises WeightsError.
+    """
+    part: Part = "camera_control"
+    if chosen is not None and not chosen.is_dir():
+        paths = [chosen]
+    else:
+        paths = find_files(folders if chosen is None else [chosen], [part], progress)[part]
+    taken = _choose(part, paths, lambda file: with_camera_of(model, file), precision, chosen is not None)
+    model = with_camera_of(model, taken.checkpoint)
+    progress(_note(part, taken.checkpoint, taken.why, list(required_tensors(model, part))))
+    return model, taken.checkpoint
+
+
+def with_camera_of(model: ModelConfig, camera: Checkpoint) -> ModelConfig:
+    """The model, with as many channels in the FFN of Uni3C as that file has."""
+    if CAMERA_FFN not in camera or not (shape := camera.shape(CAMERA_FFN)):
+        return model
+    return replace(model, camera=replace(model.camera, ffn_dim=shape[0]))
+
+
 def identify(transformer: Checkpoint) -> ModelConfig:
     """The model whose width the transformer has."""
     dims = {model.transformer.dim: model for model in MODELS.values()}
@@ -98,7 +127,7 @@ def closest_model(checkpoint: Checkpoint, part: Part) -> ModelConfig:
     def fitting(model: ModelConfig) -> int:
         return sum(checkpoint.fault(n, shape) is None for n, shape in required_tensors(model, part).items())
 
-    return max(MODELS.values(), key=fitting)
+    return max((with_camera_of(model, checkpoint) for model in MODELS.values()), key=fitting)
 
 
 def _choose(part: Part, paths: Sequence[Path], model: Model, precision: Precision, named: bool) -> Taken:

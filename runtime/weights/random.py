@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL, PARTS, required_tensors
+from trt_wan.engines.checkpoint import DIRECTION, OPTIONAL_PARTS, ORTHONORMAL, PARTS, required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.runtime.weights.checkpoint import orthonormal
@@ -49,7 +49,7 @@ def random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
 
 def random_weights(model: ModelConfig, part: Part, seed: int) -> dict[str, NDArray[np.float32]]:
     """All tensors of `part` by canonical name; the same for the same seed on every machine."""
-    rng = np.random.default_rng([seed, PARTS.index(part)])
+    rng = np.random.default_rng([seed, (*PARTS, *OPTIONAL_PARTS).index(part)])
     shapes = required_tensors(model, part)
     return {name: random_tensor(name, shapes[name], rng) for name in _drawing_order(list(shapes))}
 

@@ -23,12 +23,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.engines.checkpoint import ORTHONORMAL, required_tensors
+from trt_wan.engines.checkpoint import ORTHONORMAL, networks_of, required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
-from trt_wan.engines.contracts import networks
 from trt_wan.engines.fp8 import E4M3
-from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.files import PARTIAL, named
 from trt_wan.errors import OutputError, UsageError, WeightsError
 from trt_wan.runtime.events import FileProgress, Progress, silent
@@ -79,7 +77,7 @@ def rewrite(
     refuse_inputs(output, {entry.file for entry in checkpoint.file.entries.values()})
     part, model = _identify(checkpoint)
     kind = kind or ("fp8" if part == "transformer" else "bf16")
-    if kind == "fp8" and part != "transformer":
+    if kind == "fp8" and part not in ("transformer", "camera_control"):
         raise UsageError(
             f"{source} is the {part.replace('_', ' ')}, whose engines take no FP8.", "Use --type bf16."
         )
@@ -155,10 +153,9 @@ def _tensors(checkpoint: Checkpoint, part: Part, model: ModelConfig, kind: Kind)
 def _engine_types(model: ModelConfig, part: Part, kind: Kind) -> dict[str, np.dtype[Any]]:
     """The type that the engines take, by tensor."""
     types: dict[str, np.dtype[Any]] = {}
-    for network in networks(model, Plan(precision=kind)).values():
-        if network.part == part:
-            for n in range(network.repeats):
-                types |= {network.weight_key(w.name, n): np.dtype(w.dtype) for w in network.weights}
+    for network in networks_of(model, part, kind):
+        for n in range(network.repeats):
+            types |= {network.weight_key(w.name, n): np.dtype(w.dtype) for w in network.weights}
     types.pop(ORTHONORMAL, None)  # computed from another tensor
     return types
 

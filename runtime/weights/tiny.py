@@ -3,7 +3,7 @@
 The transformer is a scaled-FP8 single file: the linear weights of the blocks in F8_E4M3 with an F32
 `scale_weight` each, everything else BF16, the blur kernels of the motion encoder, the marker `scaled_fp8`.
 The VAE is BF16 under the official names, umT5 a scaled-FP8 file under Hugging Face names with a real
-tokenizer.json beside it, CLIP is F16.
+tokenizer.json beside it, CLIP is F16, and so is Uni3C, under the names of its published file.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,6 +42,9 @@ def write_tiny_weights(folder: Path, seed: int) -> list[Path]:
             "scaled_fp8": np.zeros(0, E4M3),
         },
         "clip_vision_tiny.safetensors": _as(F16, random_weights(TINY, "image_encoder", seed)),
+        "Wan21_Uni3C_controlnet_tiny_fp16.safetensors": _as(
+            F16, random_weights(TINY, "camera_control", seed)
+        ),
     }
     paths = []
     for name, tensors in files.items():

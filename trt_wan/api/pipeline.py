@@ -23,8 +23,6 @@ from trt_wan.api.media import Media, as_pil, picture_file, video_file
 from trt_wan.api.names import RENAMED, unknown_setting
 from trt_wan.cli.missing import require_graphs, tile_exporter
 from trt_wan.engines.contract import Part
-from trt_wan.engines.precision import Precision
-from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError, shown
 from trt_wan.runtime.closing import Closing
 from trt_wan.runtime.events import Event, Progress, StepDone, silent
@@ -173,7 +171,7 @@ class AnimatePipeline(Closing):
             job = Job(inputs, **settings)
             with open_clips(inputs, job.history) as opened:
                 _require_size(opened.width, opened.height, width, height)
-                model = self._ready(Plan(opened.width, opened.height, job.model_window, self._precision))
+                model = self._ready(opened.width, opened.height, job)
                 progress = self._watching(job, callback_on_step_end)
                 if output is not None:
                     made = render(
@@ -228,15 +226,11 @@ class AnimatePipeline(Closing):
         """The files of the weights and of the tokenizer. Random weights have none."""
         return frozenset(file for files in self._basis.weights.files.values() for file in files)
 
-    @property
-    def _precision(self) -> Precision:
-        return self._basis.precision
-
-    def _ready(self, plan: Plan) -> OpenModel:
-        """The open model, when the graphs of that size exist. Raises GraphError, MemoryShort."""
+    def _ready(self, width: int, height: int, job: Job) -> OpenModel:
+        """The open model, when the graphs of that size exist. Raises TrtWanError."""
         if self._closed:
             raise UsageError("This pipeline is closed.", "Make another with from_pretrained.")
-        require_graphs(self._progress, self._basis, plan.width, plan.height, plan.frames, build=True)()
+        require_graphs(self._progress, self._basis, width, height, job, build=True)()
         if self._model is None:
             self._model = self._basis.open(export_tiles=tile_exporter(self._basis, build=True))
         return self._model

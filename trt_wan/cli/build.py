@@ -7,6 +7,7 @@ graphs only, which ONNX Runtime runs on the CPU.
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +15,7 @@ import click
 from trt_wan.cli.command import command, note
 from trt_wan.cli.report import Report, Result, readable_bytes, table
 from trt_wan.cli.sizes import size as size_option
-from trt_wan.errors import GraphError, UsageError, shell_command, with_commands
+from trt_wan.errors import GraphError, UsageError, shell_command, shown, with_commands
 from trt_wan.install import install_command
 
 if TYPE_CHECKING:
@@ -91,6 +92,11 @@ def _targets(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     is_flag=True,
     help="Build the VAE in two tiles instead, for jobs that do not fit into GPU memory otherwise.",
 )
+@click.option(
+    "--camera-control",
+    metavar="FILE|CHANNELS",
+    help="Build Uni3C's engines instead, for the model in a file, or for that many channels of its FFN.",
+)
 @click.option("--dry-run", is_flag=True, help="List what exists and what would be built; build nothing.")
 @command
 def build(
@@ -106,6 +112,7 @@ def build(
     check: bool,
     sam2: str | None,
     vae_tiles: bool,
+    camera_control: str | None,
     dry_run: bool,
 ) -> Any:
     """Build the engines of one size and window length for this machine's GPU, or for named ones.
@@ -123,24 +130,30 @@ def build(
     trt-wan build --sam2 base_plus
     """
     if check:
-        if sam2 is not None or targets or measure is not None or vae_tiles or dry_run:
+        if sam2 is not None or targets or measure is not None or vae_tiles or camera_control or dry_run:
             raise UsageError(
                 "--check compares the engines of this machine, and builds those that it needs.",
-                "Leave out --sam2, --target, --measure, --vae-tiles and --dry-run.",
+                "Leave out --sam2, --target, --measure, --vae-tiles, --camera-control and --dry-run.",
             )
         return _check(report, model, size, window, precision, flavour)
     if sam2 is not None:
         from trt_wan.cli.build_sam2 import build_sam2_for
 
-        if precision is not None or measure or vae_tiles:
+        if precision is not None or measure or vae_tiles or camera_control:
             raise UsageError(
                 "SAM2's engines are fp16, and they have no VAE and no candidates to measure.",
-                "Leave out --precision, --measure and --vae-tiles.",
+                "Leave out --precision, --measure, --vae-tiles and --camera-control.",
             )
         return build_sam2_for(report, sam2, targets, flavour, dry_run)
     window = WINDOW if window is None else window
+    camera_ffn = None if camera_control is None else _camera_ffn(model, camera_control)
+    if vae_tiles and camera_ffn is not None:
+        raise UsageError(
+            "Uni3C's engines and those of the VAE's tiles are built one by one.", "Leave one out."
+        )
     return build_for(
-        report, model, size or SIZE, window, precision, targets, flavour, measure, dry_run, vae_tiles
+        *(report, model, size or SIZE, window, precision, targets, flavour, measure, dry_run, vae_tiles),
+        camera_ffn,
     )
 
 
@@ -155,14 +168,17 @@ def build_for(
     measure: bool | None = None,
     dry_run: bool = False,
     vae_tiles: bool = False,
+    camera_ffn: int | None = None,
 ) -> tuple[Result, Data]:
     """The result and the data of `trt-wan build`. `measure`: see build/goals.py."""
     from trt_wan.build.goals import goals_here, named_goal
-    from trt_wan.engines.shape import Plan
+    from trt_wan.engines.shape import CameraPlan, Plan
 
     plan = Plan(*size, window)  # refuses a bad size before anything is looked for
     if vae_tiles:
         plan = _tile_of(plan)
+    if camera_ffn is not None:
+        plan = CameraPlan.beside(plan, camera_ffn)
     goals = (
         [named_goal(plan, precision, target, flavour) for target in targets]
         if targets
@@ -173,6 +189,24 @@ def build_for(
     if not goals:
         return _graphs(report, model, replace(plan, precision=precision or "fp32"), dry_run)
     return _engines(report, model, goals, measure, dry_run)
+
+
+def _camera_ffn(model: str, which: str) -> int:
+    """Raises UsageError, and WeightsError for a file that is not Uni3C's."""
+    from trt_wan.engines.config import MODELS
+    from trt_wan.runtime.events import silent
+    from trt_wan.runtime.weights.load import load_camera
+
+    if which.isdecimal():
+        if 16 <= int(which) <= 1 << 16 and int(which) % 16 == 0:
+            return int(which)
+        raise UsageError(
+            f"{shown(which)} channels are not possible in Uni3C's FFN: give a multiple of 16 up to 65536.",
+            f"Name its file, or {MODELS[model].camera.ffn_dim}, the usual number.",
+        )
+    if not Path(which).exists():
+        raise UsageError(f"There is no file {shown(which)}.", "Name Uni3C's file: --camera-control FILE")
+    return load_camera((), Path(which), MODELS[model], "bf16", silent)[0].camera.ffn_dim
 
 
 def _tile_of(plan: "Plan") -> "Plan":

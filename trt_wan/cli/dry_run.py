@@ -60,9 +60,11 @@ def forecast(
     numbers = range(windows.total) if again is None else [one.j for one in again]
     lengths = [windows.length(j) for j in numbers]
     plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
+    camera = basis.camera_plan(plan, job)
     graphs = graph_set(config, plan).missing()
+    graphs += () if camera is None else graph_set(config, camera).missing()
     needs = (
-        _on_cpu(basis, plan)
+        _on_cpu(basis, plan, job)
         if basis.place is None
         else _on_gpu(basis, plan, job, windows.length(0), lengths, not graphs)
     )
@@ -133,10 +135,12 @@ def _time(needs: Needs) -> str:
     return f"{needs.seconds:.0f} s of networks{without}"
 
 
-def _on_cpu(basis: "Basis", plan: "Plan") -> Needs:
+def _on_cpu(basis: "Basis", plan: "Plan", job: "Job") -> Needs:
+    from trt_wan.runtime.events import silent
     from trt_wan.runtime.executors.onnxruntime import least_memory
 
-    return Needs("host memory", least_memory(basis.weights.config, plan))
+    load = basis.weights.load_of(job, silent)
+    return Needs("host memory", least_memory(basis.weights.config, plan, load.camera_ffn))
 
 
 def _on_gpu(
@@ -150,25 +154,25 @@ def _on_gpu(
     from trt_wan.engines.choice.candidates import Engine
     from trt_wan.engines.choice.choose import place_of
     from trt_wan.engines.choice.recipes import recipes_here
-    from trt_wan.engines.contracts import networks
     from trt_wan.engines.store.engines import find
     from trt_wan.engines.store.measurements import read_figures
     from trt_wan.errors import MemoryShort
     from trt_wan.runtime.events import silent
     from trt_wan.runtime.opening.activation_memory import activation_bytes
-    from trt_wan.runtime.opening.gpu_sizes import choose_segments
+    from trt_wan.runtime.opening.gpu_sizes import camera_of, choose_segments, networks_for
     from trt_wan.runtime.opening.residency import CONTEXT_BYTES, Residency, plan_residency
     from trt_wan.runtime.opening.segments import machine_of
 
     assert basis.place is not None, "a job on the CPU"
     (gpu, flavour), config, settings = basis.place, basis.weights.config, basis.settings
-    context = job.context_plan(longest)
+    context, load = job.context_plan(longest), basis.weights.load_of(job, silent)
+    contracts = networks_for(config, plan, load)
     budget = int(gpu.free_bytes() if settings.vram is None else settings.vram * 1e9) - CONTEXT_BYTES
 
     def planned(tile: "VaeTile | None") -> Residency:
-        arena = activation_bytes(config, plan, job.load, context, tile)
+        arena = activation_bytes(config, plan, load, context, tile)
         keep, tiled = settings.keep_encoders, tile is not None
-        return plan_residency(config, networks(config, plan), arena, 0, budget, keep, tiled=tiled)
+        return plan_residency(config, contracts, arena, 0, budget, keep, tiled=tiled)
 
     tiles = False
     try:
@@ -184,6 +188,10 @@ def _on_gpu(
     machine = machine_of(gpu, flavour)
     recipes = recipes_here(config, plan, machine)
     chosen = choose_segments(config, plan, machine, recipes, settings, silent)
+    if (camera := camera_of(plan, load)) is not None:
+        of_camera = recipes_here(config, camera, machine)
+        chosen |= choose_segments(config, camera, machine, of_camera, settings, silent)
+        recipes |= of_camera
     ids = [recipes[row.engine].engine for row in chosen.values() if row.engine is not None]
     missing = tuple(engine.network for engine in dict.fromkeys(ids) if find(engine) is None)
     times = {}
@@ -203,19 +211,39 @@ def _seconds(
     times: dict[str, float],
 ) -> tuple[float | None, tuple[str, ...]]:
     """The time of the networks in `times`, seconds a call, and the others that run in steps or windows."""
-    from trt_wan.benchmarks.work.cost import calls
+    from trt_wan.benchmarks.work.cost import Calls, calls
 
     total, unmeasured = 0.0, []
     evaluations = _evaluations(job, lengths)
     sparse = {} if basis.settings.keep is None else _sparse_calls(basis, job, lengths)
     spans = sum(-(-length // plan.frames) for length in lengths)
-    for network, count in calls(basis.weights.config, plan, job.schedule.steps).items():
-        in_steps = count.step * evaluations + sparse.get(network, 0)
+    counts = calls(basis.weights.config, plan, job.schedule.steps)
+    extra = {**sparse, **_camera_calls(basis, job, lengths)}
+    for network, count in {**dict.fromkeys(extra, Calls()), **counts}.items():
+        in_steps = count.step * evaluations + extra.get(network, 0)
         if network in times:
             total += times[network] * (in_steps + count.window * spans + count.job)
         elif in_steps or count.window:
             unmeasured.append(network)
     return (total if times else None), tuple(unmeasured)
+
+
+def _camera_calls(basis: "Basis", job: "Job", lengths: "Sequence[int]") -> dict[str, int]:
+    """Calls of Uni3C's networks in the steps in which the camera acts. Both sides of the guidance share all
+    but the additions.
+    """
+    if job.acting_camera is None:
+        return {}
+    layers = basis.weights.config.camera.layers
+    once = both = 0
+    for length in lengths:
+        plan = job.context_plan(length)
+        for step, settings in enumerate(job.step_settings):
+            parts = 1 if plan is None else len(plan.parts(step))
+            once += settings.camera * parts
+            both += settings.camera * parts * settings.passes
+    in_blocks = dict.fromkeys(("uni3c_in", "uni3c_attention", "uni3c_out"), layers * once)
+    return {"uni3c_patch": once, **in_blocks, "uni3c_add": layers * both}
 
 
 def _sparse_calls(basis: "Basis", job: "Job", lengths: "Sequence[int]") -> dict[str, int]:

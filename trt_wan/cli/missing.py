@@ -13,6 +13,7 @@ from trt_wan.runtime.events import Note, Progress
 
 if TYPE_CHECKING:
     from trt_wan.engines.shape import VaeTile
+    from trt_wan.runtime.job import Job
     from trt_wan.runtime.opening.gpu_sizes import ExportTiles
     from trt_wan.runtime.opening.model import Basis
 
@@ -20,32 +21,36 @@ EXPORTERS = ("torch", "onnx", "onnxscript")
 
 
 def require_graphs(
-    progress: Progress, basis: "Basis", width: int, height: int, window: int, build: bool
+    progress: Progress, basis: "Basis", width: int, height: int, job: "Job", build: bool
 ) -> Callable[[], None]:
-    """Checks that jobs of that size can run here, and returns the function that exports missing graphs.
+    """Checks that a job of that size can run here, and returns the function that exports missing graphs.
 
-    Raises UsageError, MemoryShort, and GraphError for graphs that are missing and cannot be exported, or must
-    not be (`build` False).
+    Raises UsageError, MemoryShort, WeightsError for a camera without weights, and GraphError for graphs that
+    are missing and cannot be exported, or must not be (`build` False).
     """
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.graphs import graph_set
 
-    plan, config = Plan(width, height, window, basis.precision), basis.weights.config
+    plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
     basis.require_possible(plan)
-    graphs = graph_set(config, plan)
-    try:
-        graphs.require()
-        return lambda: None
-    except GraphError as error:
-        if not build:
-            raise
-        require_exporters(error)
+    camera = basis.camera_plan(plan, job, progress)
+    missing = []
+    for wanted in (plan,) if camera is None else (plan, camera):
+        try:
+            graph_set(config, wanted).require()
+        except GraphError as error:
+            if not build:
+                raise
+            require_exporters(error)
+            missing.append(wanted)
 
     def export() -> None:
         from trt_wan.build.compile import export_graphs
 
-        progress(Note(f"The graphs of {graphs.title}, are exported first, once.", "exporting_graphs"))
-        export_graphs(config, plan, progress)
+        for wanted in missing:
+            title = graph_set(config, wanted).title
+            progress(Note(f"The graphs of {title}, are exported first, once.", "exporting_graphs"))
+            export_graphs(config, wanted, progress)
 
     return export
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trt_wan.cli import context_options, guidance_options
+from trt_wan.cli import camera_options, context_options, guidance_options
 from trt_wan.cli.command import note
 from trt_wan.cli.options import is_given
 from trt_wan.cli.preprocess import PREPARING_NAMES
@@ -32,7 +32,7 @@ OWN = {
     *("text_cache", "preset", "reference", "clip", "redo", *(PREPARING_NAMES - {"compat"})),
 }
 # Files that are found without being named.
-SEARCHED = ("weights", "transformer", "vae", "text_encoder", "image_encoder", "tokenizer")
+SEARCHED = ("weights", "transformer", "vae", "text_encoder", "image_encoder", "camera_control", "tokenizer")
 # The options that decide a part of a record, where its name is not the option's.
 CUT = ("start", "end")
 OPTIONS_OF: Mapping[str, Sequence[str]] = {
@@ -48,6 +48,7 @@ OPTIONS_OF: Mapping[str, Sequence[str]] = {
     "behind": ("reference_background",),
     "nag": ("nag_prompt", *guidance_options.NAG),
     "colour": ("colour_match", "colour_anchor"),
+    **dict.fromkeys(("camera", "render"), ("camera", *camera_options.FIELDS)),
     "context": (*context_options.NAMES, "window"),
 }
 # Options that leave no room for each other: one that is given takes the place of the video's.
@@ -201,7 +202,7 @@ def lasting(made: Mapping[str, Any], inputs: Path, **chosen: Any) -> Lasting:
         name = str(parameter.name)
         if name not in values or name in {*OWN, *paths}:
             continue
-        if _names_files(parameter):
+        if _names_files(parameter, values[name]):
             paths[name] = _absolute(values[name])
             if name not in SEARCHED:
                 options[name] = _without_folder(values[name])
@@ -212,7 +213,10 @@ def lasting(made: Mapping[str, Any], inputs: Path, **chosen: Any) -> Lasting:
     return Lasting(options, paths, **chosen)
 
 
-def _names_files(parameter: click.Parameter) -> bool:
+def _names_files(parameter: click.Parameter, value: Any) -> bool:
+    """--camera names a file or a move."""
+    if isinstance(value, str) and value in camera_options.MOVES:
+        return False
     return parameter.name == "loras" or isinstance(parameter.type, click.Path)
 
 
@@ -256,7 +260,7 @@ def repeat(ctx: click.Context, param: click.Parameter, value: Path | None) -> Re
         if not _is_possible(ctx, option, typed):
             text = f"{value} has been changed: {shown(typed)!r} is no value of {option.opts[0]}."
             raise click.BadParameter(f"{text} Give {option.opts[0]} here, or name another video.", ctx, param)
-        if not _names_files(option):
+        if not _names_files(option, typed):
             values[name] = typed
             continue
         names = typed if isinstance(typed, list) else [typed]
@@ -284,7 +288,7 @@ def _displaced(given: Mapping[str, Any]) -> set[str]:
 
 def _is_possible(ctx: click.Context, option: click.Parameter, typed: Any) -> bool:
     """Whether a value of JSON is one that click can convert for `option`."""
-    if _names_files(option):
+    if _names_files(option, typed):
         names = typed if isinstance(typed, list) else [typed]
         return isinstance(typed, list) == option.multiple and all(isinstance(name, str) for name in names)
     try:

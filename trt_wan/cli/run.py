@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from trt_wan.cli.camera_options import camera_options, take_camera
 from trt_wan.cli.colour_options import colour_of, colour_options
 from trt_wan.cli.command import command, note
 from trt_wan.cli.context_options import context_options, take_context
@@ -50,6 +51,7 @@ from trt_wan.runtime.sampling.grids import GRIDS
 from trt_wan.runtime.sampling.samplers import SAMPLERS
 
 if TYPE_CHECKING:
+    from trt_wan.runtime.camera import Camera
     from trt_wan.runtime.colour import Colour
     from trt_wan.runtime.context.settings import Compat, Context
     from trt_wan.runtime.job import Inputs, Job, Lora
@@ -63,6 +65,7 @@ FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 FILE_OR_FOLDER = click.Path(path_type=Path, exists=True)
 PICTURE = click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True)
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
+ALL_PARTS = (*PARTS, "camera_control")
 SETTINGS = ("executor", "precision", "tier", "attention_keep", "flavour", "vram", "segments", "text_cache")
 
 
@@ -75,6 +78,7 @@ class RunOptions:
     vae: Path | None = None
     text_encoder: Path | None = None
     image_encoder: Path | None = None
+    camera_control: Path | None = None
     tokenizer: Path | None = None
     random_weights: str | None = None
     executor: str | None = None
@@ -110,6 +114,7 @@ class RunOptions:
     pose_end: float | None = None
     face_start: float | None = None
     face_end: float | None = None
+    camera: "Camera | None" = None
     context: "Context | None" = None
     compat: "Compat | None" = None
     trim_to_shortest: bool = False
@@ -124,7 +129,7 @@ class RunOptions:
     def weight_files(self) -> "WeightFiles":
         from trt_wan.runtime.settings import WeightFiles
 
-        files: Any = {part: file for part in PARTS if (file := getattr(self, part)) is not None}
+        files: Any = {part: file for part in ALL_PARTS if (file := getattr(self, part)) is not None}
         return WeightFiles(self.folders(), files, self.tokenizer, self.random_weights)
 
     def folders(self) -> tuple[Path, ...]:
@@ -133,14 +138,17 @@ class RunOptions:
         """
         from trt_wan.runtime.weights_folders import searched_folders
 
-        needless = self.random_weights is not None or all(getattr(self, part) for part in PARTS)
+        needed = PARTS if self.camera is None else ALL_PARTS
+        needless = self.random_weights is not None or all(getattr(self, part) for part in needed)
         return self.weights if needless else searched_folders(self.weights)
 
     def files(self) -> list[Path]:
         """Files and folders that are only read."""
-        named = [getattr(self, name) for name in (*PARTS, "tokenizer", "start_frame", "extend")]
+        named = [getattr(self, name) for name in (*ALL_PARTS, "tokenizer", "start_frame", "extend")]
         loras = [lora.file for lora in self.loras]
         named += [self.clip_vision.second, self.init]
+        if self.camera is not None and isinstance(self.camera.render, Path):
+            named.append(self.camera.render)
         return [*self.weights, *loras, *(path for path in named if path is not None)]
 
     def settings(self) -> "Settings":
@@ -320,6 +328,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     "--face-strength", type=float, default=1.0, show_default=True, help="0 leaves the face clip aside."
 )
 @guidance_options
+@camera_options
 @sampling_options
 @reference_background
 @click.option(
@@ -342,6 +351,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     metavar="FILE[:STRENGTH]",
     help="LoRA to merge into the transformer, at strength 1 if none is given; may be repeated.",
 )
+@click.option("--camera-control", type=FILE_OR_FOLDER, help="The same for Uni3C, which --camera needs.")
 @click.option("--tokenizer", type=FILE, help="tokenizer.json or spiece.model of umT5.")
 @click.option(
     "--executor",
@@ -527,8 +537,9 @@ def _chosen(
     refuse_unused_sampling()
     context = take_context(given)
     compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
+    camera = take_camera(given)
     made = with_guidance(with_preset(report, given.pop("preset"), given))
-    options = RunOptions(**made, context=context, compat=compat)
+    options = RunOptions(**made, context=context, compat=compat, camera=camera)
     if paste_back and options.mode == "animate":
         raise UsageError(
             "In the mode animate there is nothing to paste back.",
@@ -610,7 +621,7 @@ def render_prepared(
         again = [] if redo is None else redo.planned(job, clips)
         basis = basis or models.basis(files, settings, report.progress)
         basis.require_loras(job.loras)
-        require_graphs(report.progress, basis, clips.width, clips.height, job.model_window, options.build)()
+        require_graphs(report.progress, basis, clips.width, clips.height, job, options.build)()
         written = {"kind": output.suffix.lower(), "paste_back": paste_back}
         written |= as_values(quality or Quality())
         sound = audio or own_sound(clips)
@@ -687,11 +698,14 @@ def _prepare_beside(
     def planned(size: Size) -> Callable[[], None]:
         _require_fit(job, *size)
         width, height, _, _ = size
-        export = require_graphs(report.progress, basis, width, height, job.model_window, options.build)
+        export = require_graphs(report.progress, basis, width, height, job, options.build)
 
         def make() -> None:
             export()
-            basis.make_engines(Plan(width, height, job.model_window, basis.precision), report.progress)
+            plan = Plan(width, height, job.model_window, basis.precision)
+            camera = basis.camera_plan(plan, job)
+            for wanted in (plan,) if camera is None else (plan, camera):
+                basis.make_engines(wanted, report.progress)
 
         return make
 
@@ -770,7 +784,7 @@ def _forecast(
     check_target(output, overwrite)
     basis = open_basis(options.weight_files(), options.settings(), report.progress)
     basis.require_loras(job.loras)
-    require_graphs(report.progress, basis, width, height, job.model_window, options.build)
+    require_graphs(report.progress, basis, width, height, job, options.build)
     if is_typed("resume"):
         note(
             report,

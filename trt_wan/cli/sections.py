@@ -23,6 +23,7 @@ SECTIONS = {
         *("pose_strength", "pose_start", "pose_end", "face_strength", "face_start", "face_end"),
         *("clip_image_2", "clip_strength", "clip_strength_2", "clip_tiles", "clip_tile_ratio", "no_clip"),
     ),
+    "Camera": ("camera", "camera_strength", "camera_start", "camera_end"),
     "People": (
         *("person", "point", "box", "keypoints", "detector", "pose", "hands", "head", "face", "face_padding"),
         *("retarget", "edited_reference", "edited_driving", "compat"),
@@ -30,6 +31,7 @@ SECTIONS = {
     "Masks (mode replace)": ("segmenter", "sam2", "grow", "block", "fill", "mask_paint"),
     "Weights": (
         *("weights", "transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "random_weights"),
+        *("camera_control",),
         *("loras", "text_cache"),
     ),
     "Machine": ("executor", "precision", "tier", "attention_keep", "vram", "flavour", "segments", "build"),

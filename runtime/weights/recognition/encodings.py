@@ -10,11 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from trt_wan.engines.checkpoint import networks_of
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
-from trt_wan.engines.contracts import networks
 from trt_wan.engines.precision import Precision
-from trt_wan.engines.shape import Plan
 from trt_wan.runtime.weights.checkpoint import Checkpoint
 from trt_wan.runtime.weights.stored import FP8_TYPES
 
@@ -78,11 +77,10 @@ def type_of(checkpoint: Checkpoint, name: str) -> str:
 def engine_types(model: ModelConfig, part: Part, precision: Precision) -> dict[str, str]:
     """By canonical name the type that the engines take, as a key of ERRORS."""
     types = {}
-    for network in networks(model, Plan(precision=precision)).values():
-        if network.part == part:
-            for n in range(network.repeats):
-                for w in network.weights:
-                    types[network.weight_key(w.name, n)] = ENGINE_TYPES[w.dtype]
+    for network in networks_of(model, part, precision):
+        for n in range(network.repeats):
+            for w in network.weights:
+                types[network.weight_key(w.name, n)] = ENGINE_TYPES[w.dtype]
     return types
 
 

@@ -148,6 +148,12 @@ IMAGE_OPEN_CLIP: tuple[Rename, ...] = (
     (r"^(vision_model\.encoder\..*)\.mlp\.2\.", r"\1.mlp.fc2."),
 )
 
+# ComfyUI's own loader renames the attention's layers so.
+CAMERA_COMFY: tuple[Rename, ...] = (
+    (r"^(controlnet_blocks\.\d+\.self_attn)\.([qkv])\.", r"\1.to_\2."),
+    (r"^(controlnet_blocks\.\d+\.self_attn)\.o\.", r"\1.to_out.0."),
+)
+
 LAYOUTS = (
     Layout("transformer", "official names", DIRECTION),
     Layout(
@@ -184,6 +190,7 @@ LAYOUTS = (
             ),
         ),
     ),
+    Layout("camera_control", "Kijai's names", "controlnet_patch_embedding.weight", CAMERA_COMFY),
 )
 
 

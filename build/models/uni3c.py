@@ -1,0 +1,92 @@
+"""Uni3C (addons_spec.md 1.2). Rows of `modulation`: shift, scale, gate of self-attention, then of the FFN."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trt_wan.build.models.block import rope
+from trt_wan.build.models.embed import patch_linear
+from trt_wan.build.models.ops import (
+    Weights,
+    activation,
+    attend,
+    gelu_tanh,
+    layer_norm,
+    linear,
+    merge_heads,
+    operand,
+    project,
+    rms_norm,
+    split_heads,
+)
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.shape import Plan
+
+MASK_CHANNELS = 4  # the first of the condition
+
+
+def modulation(time_embedding: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor]:
+    given = F.silu(time_embedding)
+    both = torch.cat((linear(given, w, "norm1.linear"), linear(given, w, "norm2.linear")))
+    return (both.reshape(6, -1),)
+
+
+def patch(
+    latent: Tensor,
+    condition: Tensor,
+    render_latent: Tensor,
+    *,
+    w: Weights,
+    model: ModelConfig,
+    plan: Plan,
+) -> tuple[Tensor]:
+    whole = torch.cat((latent, condition[:MASK_CHANNELS], render_latent))
+    return (linear(patch_linear(whole, w, "controlnet_patch_embedding"), w, "proj_in").float(),)
+
+
+def block_in(
+    z: Tensor,
+    modulation: Tensor,
+    rope_cos: Tensor,
+    rope_sin: Tensor,
+    *,
+    w: Weights,
+    model: ModelConfig,
+    plan: Plan,
+) -> tuple[Tensor, ...]:
+    u, eps = model.camera, model.transformer.eps
+    h = operand(_modulated(z, modulation[:2], w, "norm1.norm", u.norm_eps), w["self_attn.to_q.weight"])
+    scaled = w["self_attn.norm_q.weight"] * u.head_dim**-0.5
+    q = rms_norm(project(h, w, "self_attn.to_q"), scaled, eps)
+    k = rms_norm(project(h, w, "self_attn.to_k"), w["self_attn.norm_k.weight"], eps)
+    q, k = (rope(split_heads(t, u.heads), rope_cos, rope_sin) for t in (q, k))
+    v = split_heads(project(h, w, "self_attn.to_v"), u.heads)
+    return tuple(t.to(activation(plan)) for t in (q, k, v))
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, w: Weights, model: ModelConfig, plan: Plan
+) -> tuple[Tensor]:
+    return (merge_heads(attend(q, k, v)),)
+
+
+def block_out(
+    z: Tensor, attended: Tensor, modulation: Tensor, *, w: Weights, model: ModelConfig, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    z = z + modulation[2] * linear(attended, w, "self_attn.to_out.0")
+    h = _modulated(z, modulation[3:5], w, "norm2.norm", model.camera.norm_eps)
+    z = z + modulation[5] * linear(gelu_tanh(linear(h, w, "ffn.0").float()), w, "ffn.2")
+    return z, z.to(activation(plan))
+
+
+def add(
+    x: Tensor, features: Tensor, strength: Tensor, *, w: Weights, model: ModelConfig, plan: Plan
+) -> tuple[Tensor]:
+    named = {f"proj_out.{name}": tensor for name, tensor in w.items()}
+    return (x + strength * linear(features, named, "proj_out").float(),)
+
+
+def _modulated(z: Tensor, shift_scale: Tensor, w: Weights, norm: str, eps: float) -> Tensor:
+    shift, scale = shift_scale
+    modulated: Tensor = layer_norm(z, eps, w[f"{norm}.weight"], w[f"{norm}.bias"]) * (1 + scale) + shift
+    return modulated
