@@ -8,9 +8,11 @@ its projection) are not required.
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.lynx import FacePlan, Kind, LynxPlan
 from trt_wan.engines.shape import Plan
 
 PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder", "image_encoder")
+LYNX_PARTS: tuple[Part, ...] = ("lynx_resampler", "lynx_ip", "lynx_ref")  # files that a job may need
 
 TOKEN_EMBEDDING = "shared.weight"
 FINAL_TEXT_NORM = "encoder.final_layer_norm.weight"
@@ -19,10 +21,13 @@ DIRECTION = "motion_encoder.dec.direction.weight"
 ORTHONORMAL = "motion_encoder.dec.direction.orthonormal"
 
 
-def required_tensors(model: ModelConfig, part: Part) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the file of `part` must have, in a stable order."""
+def required_tensors(model: ModelConfig, part: Part, kind: Kind = "full") -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the file of `part` must have, in a stable order. `kind` is that of
+    an IP adapter or a resampler.
+    """
+    plans = (LynxPlan(kind=kind), FacePlan()) if part in LYNX_PARTS else (Plan(),)  # no size counts
     shapes: dict[str, tuple[int, ...]] = {}
-    for network in networks(model, Plan()).values():  # weights do not depend on the plan
+    for network in (network for plan in plans for network in networks(model, plan).values()):
         if network.part == part:
             for n in range(network.repeats):
                 shapes |= {network.weight_key(w.name, n): w.shape for w in network.weights}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trt_wan.engines.lynx import Lynx
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError, shown
 from trt_wan.runtime.colour import Colour
@@ -21,6 +22,7 @@ from trt_wan.runtime.guidance import (
     per_step,
     require_strength,
 )
+from trt_wan.runtime.identity import FACE_PROMPT, FaceIdentity
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_PROMPT, Prompts
 from trt_wan.runtime.sampling.grids import Schedule, schedule, schedule_of
@@ -153,6 +155,7 @@ class Load:
     nag: bool = False
     contexts: int = 1  # prompts whose keys and values are held at a time
     travels: bool = False  # whether the prompts change, so that contexts are computed between windows
+    lynx: Lynx | None = None  # the adapters that act
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ class Job:
     pose_end: float = 100.0
     face_start: float = 0.0
     face_end: float = 100.0
+    identity: FaceIdentity | None = None  # a face, by Lynx
     # Sampling: a part of the steps, from a video
     sigmas: tuple[float, ...] = ()  # noise levels in place of grid, steps and shift
     start_step: int = 0  # the first step that is run; later than 0 with `inputs.init` alone
@@ -220,6 +224,18 @@ class Job:
         _ = self.texts, self.step_settings
 
     @property
+    def encoded_texts(self) -> tuple[str, ...]:
+        """Those of `texts`, and the text that the identity needs."""
+        identity = self.acting_identity
+        needed = identity is not None and identity.ref_scale > 0
+        return tuple(dict.fromkeys((*self.texts, *((FACE_PROMPT,) if needed else ()))))
+
+    @property
+    def acting_identity(self) -> FaceIdentity | None:
+        """None also for one that changes nothing."""
+        return self.identity if self.identity is not None and self.identity.acts else None
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """Every text that must be encoded, once, in the order of its first use."""
         return tuple(dict.fromkeys(text for prompts in self._prompts.values() for text in prompts.texts))
@@ -233,8 +249,9 @@ class Job:
         steps = self.schedule.steps
         pose = acting("pose", self.pose_start, self.pose_end, steps)
         face = acting("face", self.face_start, self.face_end, steps)
-        rows = zip(per_step(self.guidance, steps), pose, face, strict=True)
-        return tuple(StepSettings(g, pose, face) for g, pose, face in rows)
+        identity = (False,) * steps if self.identity is None else self.identity.acting(steps)
+        rows = zip(per_step(self.guidance, steps), pose, face, identity, strict=True)
+        return tuple(StepSettings(*row) for row in rows)
 
     @property
     def model_window(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from trt_wan.build.models import block, embed, face, head, image_encoder, text_encoder, vae
+from trt_wan.build.models import block, embed, face, head, image_encoder, lynx, text_encoder, vae
 
 GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "text_encoder_layer": text_encoder.layer,
@@ -35,4 +35,14 @@ GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "head": head.head,
     "vae_decode_first": vae.decode_first,
     "vae_decode_next": vae.decode_next,
+    "lynx_resampler": lynx.resampler,
+    "lynx_ip_kv": lynx.ip_kv,
+    "lynx_ip_norm": lynx.ip_norm,
+    "lynx_ip": lynx.ip,
+    "lynx_face_encode": lynx.face_encode,
+    "lynx_face_embed": lynx.face_embed,
+    "lynx_features": lynx.features,
+    "lynx_ref_kv": lynx.ref_kv,
+    "lynx_ref_norm": lynx.ref_norm,
+    "lynx_ref": lynx.ref,
 }

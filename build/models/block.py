@@ -31,7 +31,7 @@ from trt_wan.engines.contracts.sparse_attention import BLOCK, block_order
 from trt_wan.engines.shape import Plan
 
 
-def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates pairs (channels 2k, 2k+1) of [heads, tokens, head_dim]; cos, sin are [tokens, head_dim/2].
 
     Written token by token, and as a sum of two products instead of a stack of two results. TensorRT then
@@ -76,7 +76,7 @@ def attn_in(
     h = operand(layer_norm(x, c.eps) * (1 + scale) + shift, w["self_attn.q.weight"])
     q = rms_norm(project(h, w, "self_attn.q"), _scaled(w["self_attn.norm_q.weight"], c), c.eps)
     k = rms_norm(project(h, w, "self_attn.k"), w["self_attn.norm_k.weight"], c.eps)
-    q, k = (_rope(split_heads(t, c.heads), rope_cos, rope_sin) for t in (q, k))
+    q, k = (rope(split_heads(t, c.heads), rope_cos, rope_sin) for t in (q, k))
     v = split_heads(project(h, w, "self_attn.v"), c.heads)
     return tuple(t.to(activation(plan)) for t in (q, k, v))
 

@@ -21,7 +21,7 @@ def _patchify(x: Tensor) -> Tensor:
     )
 
 
-def _patch_linear(x: Tensor, w: Weights, name: str) -> Tensor:
+def patch_linear(x: Tensor, w: Weights, name: str) -> Tensor:
     return F.linear(_patchify(x), w[f"{name}.weight"].flatten(1), w[f"{name}.bias"])
 
 
@@ -35,8 +35,8 @@ def patch_embed(
     model: ModelConfig,
     plan: Plan,
 ) -> tuple[Tensor]:
-    x = _patch_linear(torch.cat((latent, condition)), w, "patch_embedding")
-    pose = _patch_linear(pose_latent, w, "pose_patch_embedding") * pose_strength
+    x = patch_linear(torch.cat((latent, condition)), w, "patch_embedding")
+    pose = patch_linear(pose_latent, w, "pose_patch_embedding") * pose_strength
     reference = plan.tokens_per_slot  # the reference slot gets no pose
     return (torch.cat((x[:reference], x[reference:] + pose)),)
 

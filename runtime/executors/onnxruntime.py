@@ -57,12 +57,20 @@ class OnnxRuntimeExecutor:
     def __init__(self, graphs: Path, weights: BoundWeights) -> None:
         refuse_two_packages()
         self.graphs, self.weights = graphs, weights
+        self.others: dict[str, Path] = {}  # folders of graphs that are elsewhere, by network
         self._sessions: dict[str, Any] = {}
 
     def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
         feeds = {**inputs, **self.weights.bind(network, n)}
         outputs = self._session(network.name).run([t.name for t in network.outputs], feeds)
         return tuple(outputs)
+
+    def replace(self, folders: Mapping[str, Path]) -> None:
+        """Takes the graphs of some networks from these folders from now on."""
+        for name in folders:
+            if self.others.get(name) != folders[name]:
+                self._sessions.pop(name, None)
+        self.others.update(folders)
 
     def place(self, array: Array) -> Array:
         return array
@@ -106,7 +114,7 @@ class OnnxRuntimeExecutor:
         if name not in self._sessions:
             import onnxruntime as ort
 
-            path = self.graphs / f"{name}.onnx"
+            path = self.others.get(name, self.graphs) / f"{name}.onnx"
             options = ort.SessionOptions()
             options.log_severity_level = 3
             try:

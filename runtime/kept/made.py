@@ -40,6 +40,7 @@ def record_of(
     paths: dict[str, list[Path]] = {role: [path] for role, path in _files(job)}
     paths |= {} if sound is None else {"sound": [sound]}
     weights = {part: list(files) for part, files in basis.weights.files.items()}
+    weights |= {part: [checkpoint.path] for part, checkpoint in basis.lynx_files(job).items()}
     identities: dict[str, list[Identity]] = {}
     for role, files in (*paths.items(), *weights.items()):
         large = role in weights or role.startswith(LORAS)

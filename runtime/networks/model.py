@@ -9,12 +9,14 @@ arrays or arrays of the executor; `np.asarray` of a result brings it to the host
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.lynx import Lynx
 from trt_wan.engines.shape import Plan, VaeTile
 from trt_wan.runtime.executors import Array, Executor, Observe
 
@@ -38,6 +40,7 @@ class Model:
     ) -> None:
         self.config, self.plan, self.executor, self.weights = config, plan, executor, weights
         self.tile, self.keep = tile, keep
+        self.lynx: LynxModel | None = None  # of the job that runs
         self.networks = {**networks(config, plan), **({} if tile is None else networks(config, tile))}
         self._kept: dict[str, Array] = {}
         self._remembered: OrderedDict[Hashable, Array] = OrderedDict()  # the one used last comes last
@@ -119,3 +122,11 @@ class Model:
             yield
         finally:
             self.executor = before
+
+
+@dataclass(frozen=True)
+class LynxModel:
+    """The adapters that act, and the model at the size of a face picture, if the ref adapter is one."""
+
+    adapters: Lynx
+    face: Model | None

@@ -2,9 +2,12 @@
 
 import platform
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.lynx import FacePlan, Lynx, LynxPlan
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.runtime.context.parts import ContextPlan
@@ -12,7 +15,7 @@ from trt_wan.runtime.events import Progress
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor, require_memory
 from trt_wan.runtime.job import Load
-from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.model import LynxModel, Model
 from trt_wan.runtime.weights.stored import Tensors
 
 
@@ -23,6 +26,7 @@ class CpuSizes:
         self._config, self._weights, self._observe = config, weights, observe
         self._bound = BoundWeights(weights)
         self._models: dict[Plan, Model] = {}
+        self._executors: dict[Plan, OnnxRuntimeExecutor] = {}
 
     @property
     def numerics(self) -> tuple[str, ...]:
@@ -40,10 +44,32 @@ class CpuSizes:
     ) -> Model:
         if plan not in self._models:
             require_memory(self._config, plan)
+            self._open(plan)
+        model = self._models[plan]
+        model.lynx = None if load.lynx is None else self._lynx(model, load.lynx)
+        return model
+
+    def _open(self, plan: Plan) -> Model:
+        if plan not in self._models:
             executor = OnnxRuntimeExecutor(require_graphs(self._config, plan), self._bound)
             observed = self._observe(executor) if self._observe else executor
+            self._executors[plan] = executor
             self._models[plan] = Model(self._config, plan, observed, self._weights)
         return self._models[plan]
+
+    def _lynx(self, model: Model, lynx: Lynx) -> LynxModel:
+        """Adds the networks of the adapters to `model`."""
+        plan = LynxPlan.of(model.plan, lynx.kind)
+        folder = require_graphs(self._config, plan)
+        added = networks(self._config, plan)
+        self._executors[model.plan].replace(dict.fromkeys(added, folder))
+        model.networks |= added
+        face = self._open(FacePlan(precision=plan.precision)) if lynx.ref else None
+        return LynxModel(lynx, face)
+
+    def take(self, parts: Mapping[Part, Any]) -> None:
+        for part, tensors in parts.items():
+            self._bound.change(part, tensors, tuple(tensors))
 
     def change(self, transformer: Tensors, changed: Collection[str]) -> None:
         self._bound.change("transformer", transformer, changed)
@@ -53,4 +79,5 @@ class CpuSizes:
 
     def close(self) -> None:
         self._models.clear()
+        self._executors.clear()
         self._bound.release()

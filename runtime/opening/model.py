@@ -12,15 +12,16 @@ engines are built on the spot.
 
 import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from trt_wan.engines.checkpoint import PARTS
+from trt_wan.engines.checkpoint import LYNX_PARTS, PARTS
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import GRAPHS_VERSION
 from trt_wan.engines.flavour import Flavour, choose_flavour
+from trt_wan.engines.lynx import Lynx
 from trt_wan.engines.precision import Precision, best_precision, require_fp8
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import EnvironmentBroken, UsageError, shown
@@ -47,6 +48,7 @@ from trt_wan.runtime.opening.gpu_sizes import (
     chosen_candidates,
     require_tier,
 )
+from trt_wan.runtime.opening.lynx import LynxSearch, acting_adapters
 from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.text_cache import TextCache
@@ -88,6 +90,10 @@ class Sizes(Protocol):
         """
         ...
 
+    def take(self, parts: Mapping[Part, Tensors]) -> None:
+        """Takes the weights of parts that are no part of every model. Call between jobs, before `begin`."""
+        ...
+
     def change(self, transformer: Tensors, changed: Collection[str]) -> None:
         """Takes the transformer's weights from `transformer`, which differs in the tensors `changed`. Call
         between jobs, before `begin`.
@@ -112,6 +118,7 @@ class OpenWeights:
     source: WeightSource
     tokenizer: Tokenizer
     tokenizer_file: Path | None = None  # None: inside the text encoder's file, or made for random weights
+    lynx: LynxSearch = field(default_factory=LynxSearch)
 
     @property
     def files(self) -> dict[str, tuple[Path, ...]]:
@@ -175,6 +182,20 @@ class Basis:
             config, host, source = opened.config, opened.host, opened.source
             sizes = GpuSizes(*self.place, config, host, source, self.settings, observe, export_tiles)
         return OpenModel(opened, self.precision, sizes, self.settings)
+
+    def lynx(self, job: Job) -> Lynx | None:
+        """The adapters that act in a job. Raises WeightsError and UsageError."""
+        identity = job.acting_identity
+        return None if identity is None else self.weights.lynx.adapters(self.weights.config, identity)
+
+    def lynx_files(self, job: Job) -> dict[Part, Checkpoint]:
+        """The files of the adapters that act in a job; random weights have none."""
+        adapters = self.lynx(job)
+        if adapters is None or self.weights.lynx.random:
+            return {}
+        used = {"lynx_ip": adapters.ip, "lynx_resampler": adapters.ip, "lynx_ref": adapters.ref}
+        parts = self.weights.lynx.files(self.weights.config).parts
+        return {part: checkpoint for part, checkpoint in parts.items() if used[part]}
 
     def require_loras(self, loras: Sequence[Lora]) -> None:
         """Raises WeightsError, from their headers, for LoRAs that this model cannot take."""
@@ -283,7 +304,7 @@ class OpenModel(Closing):
 
     def begin(self, job: Job, width: int, height: int, frames: int, progress: Progress) -> Model:
         plan = Plan(width, height, job.model_window, self.precision)
-        found = {text: self._cache.find(text) for text in job.texts}
+        found = {text: self._cache.find(text) for text in job.encoded_texts}
         self._features = {text: features for text, features in found.items() if features is not None}
         for text in found:
             self._report_cut(text, progress)
@@ -291,7 +312,23 @@ class OpenModel(Closing):
         skip += IMAGE_ENCODER if job.clip_vision.off else []
         self._merge(job.loras, progress)
         context = job.context_plan(job.windows(frames).length(0))
-        return self._sizes.begin(plan, job.load, context, skip, progress)
+        load = job.load if job.acting_identity is None else self._with_lynx(job, progress)
+        return self._sizes.begin(plan, load, context, skip, progress)
+
+    def _with_lynx(self, job: Job, progress: Progress) -> Load:
+        """Opens the files of Lynx, and says which of its adapters act."""
+        search, identity = self._weights.lynx, job.acting_identity
+        assert identity is not None
+        adapters = search.adapters(self.config, identity)
+        if search.random:
+            parts: Mapping[Part, Any] = {
+                part: RandomWeights(self.config, part, RANDOM_SEED) for part in LYNX_PARTS
+            }
+        else:
+            parts = search.files(self.config).parts
+        self._sizes.take(parts)
+        progress(acting_adapters(adapters, identity))
+        return replace(job.load, lynx=adapters)
 
     def _merge(self, loras: Sequence[Lora], progress: Progress) -> None:
         """Everything that a job computes from the transformer's weights it computes anew, so that the weights
@@ -314,7 +351,7 @@ class OpenModel(Closing):
             progress(Note(f"{text} It begins: {shown(prompt)}", "prompt_cut", data))
 
     def texts(self, model: Model, job: Job, progress: Progress) -> Mapping[str, Array]:
-        new = [text for text in job.texts if text not in self._features]
+        new = [text for text in job.encoded_texts if text not in self._features]
         if new:
             progress(StageStarted("text"))
         for start in range(0, len(new), MOST_TEXTS):
@@ -350,11 +387,13 @@ def open_weights(weights: WeightFiles, precision: Precision, progress: Progress)
         host = {part: RandomWeights(config, part, RANDOM_SEED) for part in PARTS}
         tokenizer = byte_tokenizer(config.text.vocabulary, config.text.length)
         progress(Note("The weights are random, so the picture is noise."))
-        return OpenWeights(config, host, RandomSource(RANDOM_SEED), tokenizer)
+        search = LynxSearch(random=True)
+        return OpenWeights(config, host, RandomSource(RANDOM_SEED), tokenizer, lynx=search)
     config, checkpoints = load_weights(weights.folders, weights.files, progress, precision)
     text_encoder = checkpoints["text_encoder"]
     tokenizer = find_tokenizer(weights.tokenizer, weights.folders, text_encoder, config.text.length)
-    return OpenWeights(config, checkpoints, FileSource(checkpoints), tokenizer, tokenizer.file)
+    source = FileSource(checkpoints)
+    return OpenWeights(config, checkpoints, source, tokenizer, tokenizer.file, LynxSearch(weights))
 
 
 def open_gpu(settings: Settings, progress: Progress) -> tuple[Gpu, Flavour] | None:

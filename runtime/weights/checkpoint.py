@@ -49,6 +49,18 @@ SPOKEN: dict[Part, tuple[str, str]] = {
         "the image encoder CLIP ViT-H/14",
         "Use clip_vision_h.safetensors or the official open-clip .pth.",
     ),
+    "lynx_resampler": (
+        "the resampler of Lynx",
+        "Use lynx_full_resampler_fp32.safetensors or lynx_lite_resampler_fp32.safetensors.",
+    ),
+    "lynx_ip": (
+        "the IP adapter of Lynx",
+        "Use Wan2_1-T2V-14B-Lynx_full_ip_layers_fp16.safetensors or the lite one.",
+    ),
+    "lynx_ref": (
+        "the ref adapter of Lynx",
+        "Use Wan2_1-T2V-14B-Lynx_full_ref_layers_fp16.safetensors.",
+    ),
 }
 
 

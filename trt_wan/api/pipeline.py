@@ -23,6 +23,7 @@ from trt_wan.api.media import Media, as_pil, picture_file, video_file
 from trt_wan.api.names import RENAMED, unknown_setting
 from trt_wan.cli.missing import require_graphs, tile_exporter
 from trt_wan.engines.contract import Part
+from trt_wan.engines.lynx import Lynx
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError, shown
@@ -173,7 +174,8 @@ class AnimatePipeline(Closing):
             job = Job(inputs, **settings)
             with open_clips(inputs, job.history) as opened:
                 _require_size(opened.width, opened.height, width, height)
-                model = self._ready(Plan(opened.width, opened.height, job.model_window, self._precision))
+                plan = Plan(opened.width, opened.height, job.model_window, self._precision)
+                model = self._ready(plan, self._basis.lynx(job))
                 progress = self._watching(job, callback_on_step_end)
                 if output is not None:
                     made = render(
@@ -232,11 +234,12 @@ class AnimatePipeline(Closing):
     def _precision(self) -> Precision:
         return self._basis.precision
 
-    def _ready(self, plan: Plan) -> OpenModel:
+    def _ready(self, plan: Plan, lynx: Lynx | None = None) -> OpenModel:
         """The open model, when the graphs of that size exist. Raises GraphError, MemoryShort."""
         if self._closed:
             raise UsageError("This pipeline is closed.", "Make another with from_pretrained.")
-        require_graphs(self._progress, self._basis, plan.width, plan.height, plan.frames, build=True)()
+        shape = plan.width, plan.height, plan.frames
+        require_graphs(self._progress, self._basis, *shape, build=True, lynx=lynx)()
         if self._model is None:
             self._model = self._basis.open(export_tiles=tile_exporter(self._basis, build=True))
         return self._model

@@ -5,7 +5,7 @@ opened. Time is that of the networks alone: the measured time of each chosen can
 it. Networks without a measurement are named, and without any there is no time: nothing is guessed.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trt_wan.cli.report import readable_bytes, table
@@ -48,6 +48,7 @@ def forecast(
     """`rate` is that of the clips. `again`: the only windows that are rendered, if a finished video has the
     others. Raises MemoryShort, and InputError as `frames_before`.
     """
+    from trt_wan.engines.lynx import lynx_plans
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.graphs import graph_set
     from trt_wan.runtime.pipeline import short_last_window
@@ -60,7 +61,10 @@ def forecast(
     numbers = range(windows.total) if again is None else [one.j for one in again]
     lengths = [windows.length(j) for j in numbers]
     plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
+    lynx = basis.lynx(job)
     graphs = graph_set(config, plan).missing()
+    for beside in () if lynx is None else lynx_plans(plan, lynx):
+        graphs += graph_set(config, beside).missing()
     needs = (
         _on_cpu(basis, plan)
         if basis.place is None
@@ -157,7 +161,7 @@ def _on_gpu(
     from trt_wan.runtime.events import silent
     from trt_wan.runtime.opening.activation_memory import activation_bytes
     from trt_wan.runtime.opening.gpu_sizes import choose_segments
-    from trt_wan.runtime.opening.residency import CONTEXT_BYTES, Residency, plan_residency
+    from trt_wan.runtime.opening.residency import CONTEXT_BYTES, Residency, lynx_bytes, plan_residency
     from trt_wan.runtime.opening.segments import machine_of
 
     assert basis.place is not None, "a job on the CPU"
@@ -165,10 +169,13 @@ def _on_gpu(
     context = job.context_plan(longest)
     budget = int(gpu.free_bytes() if settings.vram is None else settings.vram * 1e9) - CONTEXT_BYTES
 
+    load = replace(job.load, lynx=basis.lynx(job))
+    spare = 0 if load.lynx is None else lynx_bytes(config, plan, load.lynx)
+
     def planned(tile: "VaeTile | None") -> Residency:
-        arena = activation_bytes(config, plan, job.load, context, tile)
+        arena = activation_bytes(config, plan, load, context, tile)
         keep, tiled = settings.keep_encoders, tile is not None
-        return plan_residency(config, networks(config, plan), arena, 0, budget, keep, tiled=tiled)
+        return plan_residency(config, networks(config, plan), arena, 0, budget, keep, spare, tiled)
 
     tiles = False
     try:
@@ -192,6 +199,8 @@ def _on_gpu(
         if figure is not None and figure.ms is not None:
             times[network] = figure.ms / 1000
     seconds, unmeasured = _seconds(basis, plan, job, lengths, times)
+    if load.lynx is not None:
+        unmeasured += load.lynx.networks
     return Needs(gpu.name, memory, streamed, tiles, missing, seconds, unmeasured)
 
 

@@ -12,7 +12,9 @@ from trt_wan.install import install_command
 from trt_wan.runtime.events import Note, Progress
 
 if TYPE_CHECKING:
-    from trt_wan.engines.shape import VaeTile
+    from trt_wan.engines.config import ModelConfig
+    from trt_wan.engines.lynx import Lynx
+    from trt_wan.engines.shape import Plan, VaeTile
     from trt_wan.runtime.opening.gpu_sizes import ExportTiles
     from trt_wan.runtime.opening.model import Basis
 
@@ -20,34 +22,52 @@ EXPORTERS = ("torch", "onnx", "onnxscript")
 
 
 def require_graphs(
-    progress: Progress, basis: "Basis", width: int, height: int, window: int, build: bool
+    progress: Progress,
+    basis: "Basis",
+    width: int,
+    height: int,
+    window: int,
+    build: bool,
+    lynx: "Lynx | None" = None,
 ) -> Callable[[], None]:
     """Checks that jobs of that size can run here, and returns the function that exports missing graphs.
+    `lynx` are the adapters that act.
 
     Raises UsageError, MemoryShort, and GraphError for graphs that are missing and cannot be exported, or must
     not be (`build` False).
     """
+    from trt_wan.engines.lynx import lynx_plans
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.graphs import graph_set
 
     plan, config = Plan(width, height, window, basis.precision), basis.weights.config
     basis.require_possible(plan)
-    graphs = graph_set(config, plan)
+    plans = (plan, *(() if lynx is None else lynx_plans(plan, lynx)))
+    lacking = [each for each in plans if _lacks(config, each, build)]
+
+    def export() -> None:
+        for each in lacking:
+            from trt_wan.build.compile import export_graphs
+
+            text = f"The graphs of {graph_set(config, each).title}, are exported first, once."
+            progress(Note(text, "exporting_graphs"))
+            export_graphs(config, each, progress)
+
+    return export
+
+
+def _lacks(config: "ModelConfig", plan: "Plan", build: bool) -> bool:
+    """Whether graphs are missing. Raises GraphError if they cannot be exported, or must not be."""
+    from trt_wan.engines.store.graphs import graph_set
+
     try:
-        graphs.require()
-        return lambda: None
+        graph_set(config, plan).require()
     except GraphError as error:
         if not build:
             raise
         require_exporters(error)
-
-    def export() -> None:
-        from trt_wan.build.compile import export_graphs
-
-        progress(Note(f"The graphs of {graphs.title}, are exported first, once.", "exporting_graphs"))
-        export_graphs(config, plan, progress)
-
-    return export
+        return True
+    return False
 
 
 def tile_exporter(basis: "Basis", build: bool) -> "ExportTiles | None":
