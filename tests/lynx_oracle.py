@@ -34,9 +34,8 @@ def dense(weights: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def norm(weights: Weights, name: str, x: Tensor) -> Tensor:
-    return F.layer_norm(
-        x, x.shape[-1:], tensor(weights, f"{name}.weight"), tensor(weights, f"{name}.bias"), 1e-5
-    )
+    scale, shift = tensor(weights, f"{name}.weight"), tensor(weights, f"{name}.bias")
+    return F.layer_norm(x, x.shape[-1:], scale, shift, 1e-5)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

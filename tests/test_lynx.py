@@ -12,14 +12,16 @@ import pytest
 import torch
 from eager_vae import EagerExecutor
 from lynx_oracle import CrossAttention, SelfAttention, face_features, forward, resample
-from oracles import diffusers_transformer
+from oracles import diffusers_transformer, diffusers_vae
 from test_guidance import filled
 from test_transformer import TOLERANCE, random_inputs
 
 from trt_wan.build.models import lynx as graphs
+from trt_wan.engines import lynx
 from trt_wan.engines.checkpoint import DIRECTION, LYNX_PARTS, ORTHONORMAL
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.contracts.lynx_ip import resampler
 from trt_wan.engines.lynx import FacePlan, Kind, Lynx, LynxConfig, LynxPlan, ip_blocks, lynx_of
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.denoise import Branch, predict_window
@@ -56,7 +58,7 @@ GOLDEN = LynxConfig(dim=24, layers=2, heads=3, head_dim=6, queries=4, registers=
 @pytest.fixture
 def golden(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A model of width 12 and 2 heads."""
-    monkeypatch.setitem(__import__("trt_wan.engines.lynx").engines.lynx.SIZES, "golden", GOLDEN)
+    monkeypatch.setitem(lynx.SIZES, "golden", GOLDEN)
     return replace(TINY, name="golden", transformer=replace(TINY.transformer, dim=12, heads=2))
 
 
@@ -66,8 +68,6 @@ def is_golden(made: torch.Tensor, mean: float, first: tuple[float, ...]) -> None
 
 
 def test_the_resampler(golden: Any) -> None:
-    from trt_wan.engines.contracts.lynx_ip import resampler
-
     plan = LynxPlan(kind="lite")
     shapes = {w.name: w.shape for w in resampler(golden, plan).weights} | {"proj_in.weight": (24, 10)}
     norms = ("norm1.weight", "norm2.weight", ".1.0.weight", "norm_out.weight")
@@ -243,8 +243,6 @@ def test_the_velocity_is_that_of_the_formulas(kind: Kind) -> None:
 
 
 def test_the_latent_of_the_face_is_drawn_from_the_encoders_distribution() -> None:
-    from oracles import diffusers_vae
-
     weights, inputs = all_weights("full"), face_inputs()
     face = Model(TINY, FacePlan(), EagerExecutor(TINY, FacePlan(), weights), {})
     assert inputs.picture is not None

@@ -51,7 +51,9 @@ def random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
 def random_weights(
     model: ModelConfig, part: Part, seed: int, kind: Kind = "full"
 ) -> dict[str, NDArray[np.float32]]:
-    """All tensors of `part` by canonical name; the same for the same seed on every machine. `kind` is Lynx's."""
+    """All tensors of `part` by canonical name; the same for the same seed on every machine. `kind` is that of
+    Lynx's adapter.
+    """
     rng = np.random.default_rng([seed, (*PARTS, *LYNX_PARTS).index(part)])
     shapes = required_tensors(model, part, kind)
     return {name: random_tensor(name, shapes[name], rng) for name in _drawing_order(list(shapes))}

@@ -58,7 +58,7 @@ def write_tiny_lynx(folder: Path, seed: int, kind: Kind = "full") -> list[Path]:
     ip = random_weights(TINY, "lynx_ip", seed, kind)
     ref = random_weights(TINY, "lynx_ref", seed)
     blocks = ip_blocks(TINY, kind)
-    files = {
+    files: dict[str, Mapping[str, Array]] = {
         f"lynx_{kind}_resampler_tiny.safetensors": random_weights(TINY, "lynx_resampler", seed, kind),
         f"Lynx_{kind}_ip_layers_tiny_fp16.safetensors": _as(
             F16,
