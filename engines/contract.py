@@ -11,7 +11,17 @@ from typing import Literal
 
 from trt_wan.engines.precision import PRECISIONS, Precision
 
-Part = Literal["transformer", "vae", "text_encoder", "image_encoder", "camera_control", "sam2"]
+Part = Literal[
+    "transformer",
+    "vae",
+    "text_encoder",
+    "image_encoder",
+    "camera_control",
+    "sam2",
+    "lynx_resampler",
+    "lynx_ip",
+    "lynx_ref",
+]
 DType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "int64"]
 # A contract names the role of a tensor whose type the precision decides: see `at_precision`.
 Role = Literal["activation", "linear"]

@@ -8,6 +8,7 @@ import numpy as np
 
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.guidance import StepSettings
+from trt_wan.runtime.networks.lynx import LynxKeys
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, velocity
 from trt_wan.runtime.networks.uni3c import Residuals
@@ -28,6 +29,7 @@ class Branch:
     context: PerLayer
     window: WindowCondition
     cross_attention: str = "cross_attention"  # the network that attends to the context
+    identity: LynxKeys | None = None
 
 
 def predict_window(
@@ -69,7 +71,8 @@ def predict_window(
                 prepared.rope,
                 branch.cross_attention,
                 None if step < dense_steps(len(steps)) else keep,
-                controlled,
+                control=controlled,
+                identity=branch.identity if now.identity else None,
             )
             for branch in branches[: now.passes]
         )

@@ -99,6 +99,7 @@ class StepSettings:
     pose: bool
     face: bool
     camera: bool = False
+    identity: bool = False
 
     @property
     def passes(self) -> int:
@@ -122,8 +123,10 @@ def per_step(guidance: float | tuple[float, ...], steps: int) -> tuple[float, ..
     return values + values[-1:] * (steps - len(values))
 
 
-def acting(name: str, start: float, end: float, steps: int) -> tuple[bool, ...]:
-    """For every step whether start <= percent <= end. Raises UsageError if it is so for none."""
+def acting(name: str, start: float, end: float, steps: int, off: str = "") -> tuple[bool, ...]:
+    """For every step whether start <= percent <= end. Raises UsageError if it is so for none. `off` is the
+    option that leaves the condition aside.
+    """
     for percent in (start, end):
         if not (math.isfinite(percent) and 0 <= percent <= 100):
             raise UsageError(f"{shown(percent)} percent of the steps is not possible.", "Use 0 to 100.")
@@ -136,7 +139,8 @@ def acting(name: str, start: float, end: float, steps: int) -> tuple[bool, ...]:
     if not any(made):
         raise UsageError(
             f"Of {steps} steps none is between {start:g} and {end:g} percent, so the {name} would never act.",
-            f"Step i is at 100·i/{steps} percent. To leave the {name} aside use --{name}-strength 0.",
+            f"Step i is at 100·i/{steps} percent. To leave the {name} aside use "
+            f"{off or f'--{name}-strength 0'}.",
         )
     return made
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trt_wan.engines.lynx import Lynx
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError, shown
 from trt_wan.runtime.camera import Camera
@@ -22,6 +23,7 @@ from trt_wan.runtime.guidance import (
     per_step,
     require_strength,
 )
+from trt_wan.runtime.identity import FACE_PROMPT, FaceIdentity
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_PROMPT, Prompts
 from trt_wan.runtime.sampling.grids import Schedule, schedule, schedule_of
@@ -155,6 +157,7 @@ class Load:
     contexts: int = 1  # prompts whose keys and values are held at a time
     travels: bool = False  # whether the prompts change, so that contexts are computed between windows
     camera_ffn: int = 0  # channels of Uni3C's FFN (opening/model.py sets it); 0 without a camera
+    lynx: Lynx | None = None  # the adapters that act
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,7 @@ class Job:
     face_start: float = 0.0
     face_end: float = 100.0
     camera: Camera | None = None
+    identity: FaceIdentity | None = None  # a face, by Lynx
     # Sampling: a part of the steps, from a video
     sigmas: tuple[float, ...] = ()  # noise levels in place of grid, steps and shift
     start_step: int = 0  # the first step that is run; later than 0 with `inputs.init` alone
@@ -223,6 +227,18 @@ class Job:
         _ = self.texts, self.step_settings
 
     @property
+    def encoded_texts(self) -> tuple[str, ...]:
+        """Those of `texts`, and the text that the identity needs."""
+        identity = self.acting_identity
+        needed = identity is not None and identity.ref_scale > 0
+        return tuple(dict.fromkeys((*self.texts, *((FACE_PROMPT,) if needed else ()))))
+
+    @property
+    def acting_identity(self) -> FaceIdentity | None:
+        """None also for one that changes nothing."""
+        return self.identity if self.identity is not None and self.identity.acts else None
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """Every text that must be encoded, once, in the order of its first use."""
         return tuple(dict.fromkeys(text for prompts in self._prompts.values() for text in prompts.texts))
@@ -238,7 +254,8 @@ class Job:
         face = acting("face", self.face_start, self.face_end, steps)
         c = self.acting_camera
         camera = [False] * steps if c is None else acting("camera", c.start, c.end, steps)
-        rows = zip(per_step(self.guidance, steps), pose, face, camera, strict=True)
+        identity = (False,) * steps if self.identity is None else self.identity.acting(steps)
+        rows = zip(per_step(self.guidance, steps), pose, face, camera, identity, strict=True)
         return tuple(StepSettings(*row) for row in rows)
 
     @property

@@ -14,6 +14,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 
+from trt_wan.engines.lynx import FACE_SIDE
 from trt_wan.errors import Stopped, shown
 from trt_wan.runtime.colour import Matching, unused_match
 from trt_wan.runtime.conditioning import (
@@ -42,7 +43,9 @@ from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.finite import Broken, explained, is_finite_sum
 from trt_wan.runtime.guidance import Texts, passes
+from trt_wan.runtime.identity import ARCFACE_SIDE, aligned
 from trt_wan.runtime.job import MOST_NOISE, Job
+from trt_wan.runtime.networks.lynx_keys import FaceInputs
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import Read, decode
@@ -61,7 +64,7 @@ from trt_wan.runtime.video.clips import (
     soft_pixels,
 )
 from trt_wan.runtime.video.continued import frames_before, shifted
-from trt_wan.runtime.video.pictures import read_transparent
+from trt_wan.runtime.video.pictures import read_picture, read_transparent
 from trt_wan.runtime.video.reader import Clip
 from trt_wan.runtime.video.stills import AnyClip
 from trt_wan.runtime.video.transparency import colour
@@ -186,6 +189,7 @@ def _stream(
         model.release("text_encoder_layer")
         progress(StageStarted("image"))
         first = 0 if begin_from is None else begin_from.done
+        pictures = replace(pictures, face=face_of(job, model))
         prepared = prepared_for(model, job, features, texts.used(min(first, windows.total - 1)), pictures)
     carried: Array | None = None if before is None else to_signal(before)
     if begin_from is None:
@@ -274,14 +278,15 @@ def _under(model: Model, job: Job, prepared: Prepared, texts: WindowTexts, j: in
 def branches(prepared: Prepared, texts: Texts, window: WindowCondition) -> list[Branch]:
     """The conditional side, and with guidance the unconditional one, which NAG leaves alone."""
     contexts = prepared.contexts
+    identity, without = prepared.identity or (None, None)
     sides = [
-        Branch(contexts.of(texts.prompt), window)
+        Branch(contexts.of(texts.prompt), window, identity=identity)
         if texts.nag is None
-        else Branch(contexts.with_nag(texts.prompt, texts.nag), window, "cross_attention_nag")
+        else Branch(contexts.with_nag(texts.prompt, texts.nag), window, "cross_attention_nag", identity)
     ]
     if texts.negative is not None:
         face = None if window.face is None else prepared.blank_face
-        sides.append(Branch(contexts.of(texts.negative), replace(window, face=face)))
+        sides.append(Branch(contexts.of(texts.negative), replace(window, face=face), identity=without))
     return sides
 
 
@@ -307,6 +312,27 @@ def pictures_of(job: Job, clips: Clips) -> Pictures:
     if second is None:
         return Pictures(clips.reference)
     return Pictures(clips.reference, read_transparent(second).over(colour(job.inputs.behind)))
+
+
+def face_of(job: Job, model: Model) -> FaceInputs | None:
+    """The face for the adapters that are open; None without one. As in the official code, the picture's
+    latent is drawn from the seed after the job's. Raises InputError, WeightsError.
+    """
+    identity, lynx = job.acting_identity, model.lynx
+    if identity is None or lynx is None:
+        return None
+    picture = read_picture(identity.picture)
+    embedding = signal = None
+    if lynx.adapters.ip:
+        from trt_wan.runtime.identity_embedder import face_embedding
+
+        assert identity.embedder is not None
+        embedding = face_embedding(identity.embedder, aligned(picture, identity.points, ARCFACE_SIDE))
+    if lynx.adapters.ref:
+        signal = to_signal(aligned(picture, identity.points, FACE_SIDE)[None])
+    shape = model.config.vae.latent_channels, 1, FACE_SIDE // 8, FACE_SIDE // 8
+    noise = CpuGenerator((job.seed + 1) % 2**64).randn(shape)
+    return FaceInputs(embedding, signal, noise, identity.ip_scale, identity.ref_scale)
 
 
 def _unused_prompts(unused: Sequence[str]) -> Note:
@@ -361,7 +387,8 @@ class _Step:
         job, j = self.job, self.window
         windows = job.windows(self.known + clips.frames)
         texts = WindowTexts(job, clips.frames, float(clips.rate), self.known)
-        prepared = prepared_for(model, job, self.features, texts.used(j), pictures_of(job, clips))
+        pictures = replace(pictures_of(job, clips), face=face_of(job, model))
+        prepared = prepared_for(model, job, self.features, texts.used(j), pictures)
         signals = _signals(job, clips, j, self.known, render)
         strengths = Strengths(job.pose_strength, job.face_strength)
         window = encode_window(model, prepared.reference, signals, self.carried, strengths)

@@ -14,8 +14,10 @@ import numpy as np
 from trt_wan.runtime.conditioning import Pixels, encode_reference, to_signal
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.guidance import ClipVision, Nag
+from trt_wan.runtime.identity import FACE_PROMPT
 from trt_wan.runtime.letterbox import letterbox
 from trt_wan.runtime.networks.image_encoder import encode_image
+from trt_wan.runtime.networks.lynx_keys import FaceInputs, Sides, encode_identity
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import (
     PerLayer,
@@ -70,6 +72,7 @@ class Prepared:
     rope: tuple[Array, Array]
     reference: Array  # slot 0 of the condition, [20, 1, h, w]
     blank_face: PerLayer | None  # for the negative prompt; None without guidance
+    identity: Sides | None = None  # None: no adapter acts
     camera: PreparedCamera | None = None
 
 
@@ -87,6 +90,7 @@ class Pictures:
 
     reference: Pixels
     second: Pixels | None = None  # for CLIP alone
+    face: FaceInputs | None = None  # for Lynx
 
 
 def prepare(
@@ -115,8 +119,11 @@ def prepare(
     model.release("image_embed", "time_embed")
     cos, sin = rope_tables(model.config, model.plan)
     blank_face = encode_blank_face(model) if guided else None
+    identity: Sides | None = None
+    if pictures.face is not None:
+        identity = encode_identity(model, pictures.face, features.get(FACE_PROMPT), guided)
     rope = model.place(cos), model.place(sin)
-    return Prepared(contexts, times, rope, reference, blank_face, prepared_camera)
+    return Prepared(contexts, times, rope, reference, blank_face, identity, prepared_camera)
 
 
 def _image_features(model: Model, canvas: Pixels, clip_vision: ClipVision) -> Array:

@@ -30,6 +30,7 @@ class WeightFiles:
     files: Mapping[Part, Path] = field(default_factory=dict)
     tokenizer: Path | None = None  # tokenizer.json or spiece.model; None: found beside the text encoder
     random: str | None = None
+    lynx: tuple[Path, ...] = ()  # files and folders of Lynx, which jobs with an identity need; else `folders`
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -40,7 +41,7 @@ class WeightFiles:
                     "Name their folder with --weights DIR, or fetch them:", shell_command(("pull",))
                 ),
             )
-        if self.random is not None and (self.folders or self.files or self.tokenizer):
+        if self.random is not None and (self.folders or self.files or self.tokenizer or self.lynx):
             raise UsageError(
                 f"The random weights of {self.random} and the files exclude each other.",
                 "Leave out --random-weights, or everything that names files of weights.",

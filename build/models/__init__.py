@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from trt_wan.build.models import block, embed, face, head, image_encoder, text_encoder, uni3c, vae
+from trt_wan.build.models import block, embed, face, head, image_encoder, lynx, text_encoder, uni3c, vae
 
 GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "text_encoder_layer": text_encoder.layer,
@@ -41,4 +41,14 @@ GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "uni3c_attention": uni3c.attention,
     "uni3c_out": uni3c.block_out,
     "uni3c_add": uni3c.add,
+    "lynx_resampler": lynx.resampler,
+    "lynx_ip_kv": lynx.ip_kv,
+    "lynx_ip_norm": lynx.ip_norm,
+    "lynx_ip": lynx.ip,
+    "lynx_face_encode": lynx.face_encode,
+    "lynx_face_embed": lynx.face_embed,
+    "lynx_features": lynx.features,
+    "lynx_ref_kv": lynx.ref_kv,
+    "lynx_ref_norm": lynx.ref_norm,
+    "lynx_ref": lynx.ref,
 }

@@ -121,7 +121,7 @@ def _layer(x: Tensor, w: Weights, history: _History, layer: Layer) -> Tensor:
             return _norm_conv(x, w, history, f"{layer.name}.0", f"{layer.name}.2")
 
 
-def _walk(
+def walk(
     x: Tensor, caches: Sequence[Tensor] | None, w: Weights, layers: tuple[Layer, ...], plan: Plan
 ) -> tuple[Tensor, ...]:
     """The result and the caches for the next chunk. `caches` is None on the first chunk."""
@@ -138,19 +138,23 @@ def _per_channel(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values).reshape(-1, 1, 1, 1)
 
 
+def normalised(z: Tensor) -> Tensor:
+    """The encoder's numbers as latents."""
+    return (z - _per_channel(LATENT_MEAN)) / _per_channel(LATENT_STD)
+
+
 def _encode(
     frames: Tensor, caches: Sequence[Tensor] | None, w: Weights, model: ModelConfig, plan: Plan
 ) -> tuple[Tensor, ...]:
-    moments, *after = _walk(frames, caches, w, vae_layers.encoder(model.vae), plan)
-    mean = moments[: model.vae.latent_channels]
-    return (mean - _per_channel(LATENT_MEAN)) / _per_channel(LATENT_STD), *after
+    moments, *after = walk(frames, caches, w, vae_layers.encoder(model.vae), plan)
+    return normalised(moments[: model.vae.latent_channels]), *after
 
 
 def _decode(
     latent: Tensor, caches: Sequence[Tensor] | None, w: Weights, model: ModelConfig, plan: Plan
 ) -> tuple[Tensor, ...]:
     z = latent * _per_channel(LATENT_STD) + _per_channel(LATENT_MEAN)
-    return _walk(z, caches, w, vae_layers.decoder(model.vae), plan)
+    return walk(z, caches, w, vae_layers.decoder(model.vae), plan)
 
 
 def encode_first(frames: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor, ...]:

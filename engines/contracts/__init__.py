@@ -20,6 +20,8 @@ from trt_wan.engines.contracts import (
     head,
     image_embed,
     image_encoder,
+    lynx_ip,
+    lynx_ref,
     motion_encoder,
     patch_embed,
     sparse_attention,
@@ -30,21 +32,61 @@ from trt_wan.engines.contracts import (
     vae_decode,
     vae_encode,
 )
+from trt_wan.engines.lynx import FacePlan, LynxPlan
 from trt_wan.engines.shape import CameraPlan, Plan, VaeTile
 
 # Raise it whenever an exported graph computes something else or has other inputs or outputs: exported graphs
 # are kept under this number. tests/test_graph_hashes.py finds a change that was forgotten.
 GRAPHS_VERSION = 2
+LYNX_GRAPHS_VERSION = 1  # the same for the graphs of Lynx
 
 
 @cache
 def networks(model: ModelConfig, plan: Plan) -> Mapping[str, Network]:
     """Every network of `model` at the shapes of `plan`, by name, in the order a run first needs them. A tile
-    has those of the VAE alone, a camera plan those of Uni3C.
+    has those of the VAE alone, a camera plan those of Uni3C, and the plans of Lynx have those of Lynx.
     """
+    rows: Iterable[Network]
     if isinstance(plan, CameraPlan):
-        return _table(uni3c.networks(model, plan), plan)
-    rows = (
+        rows = uni3c.networks(model, plan)
+    elif isinstance(plan, LynxPlan):
+        rows = _lynx(model, plan)
+    elif isinstance(plan, FacePlan):
+        rows = _face(model, plan)
+    else:
+        rows = _all(model, plan)
+    used = (network for network in rows if network.part == "vae" or not isinstance(plan, VaeTile))
+    return MappingProxyType({network.name: at_precision(network, plan.precision) for network in used})
+
+
+def _lynx(model: ModelConfig, plan: LynxPlan) -> tuple[Network, ...]:
+    return (
+        lynx_ip.resampler(model, plan),
+        lynx_ip.kv(model, plan),
+        *((lynx_ip.norm(model, plan),) if plan.kind == "full" else ()),
+        lynx_ref.attention(model, plan),
+        lynx_ip.attention(model, plan),
+    )
+
+
+def _face(model: ModelConfig, plan: FacePlan) -> tuple[Network, ...]:
+    """With the networks of a block, at the face's size."""
+    return (
+        lynx_ref.encode(model, plan),
+        lynx_ref.embed(model, plan),
+        lynx_ref.features(model, plan),
+        lynx_ref.kv(model, plan),
+        lynx_ref.norm(model, plan),
+        attn_in.network(model, plan),
+        attention.network(model, plan),
+        attn_out.network(model, plan),
+        cross_attention.network(model, plan),
+        ffn.network(model, plan),
+    )
+
+
+def _all(model: ModelConfig, plan: Plan) -> tuple[Network, ...]:
+    return (
         text_encoder.network(model),
         image_encoder.embed(model),
         image_encoder.layer(model),
@@ -70,9 +112,3 @@ def networks(model: ModelConfig, plan: Plan) -> Mapping[str, Network]:
         vae_decode.first(model, plan),
         vae_decode.next_chunk(model, plan),
     )
-    used = (network for network in rows if network.part == "vae" or not isinstance(plan, VaeTile))
-    return _table(used, plan)
-
-
-def _table(rows: Iterable[Network], plan: Plan) -> Mapping[str, Network]:
-    return MappingProxyType({network.name: at_precision(network, plan.precision) for network in rows})

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trt_wan.engines.config import ModelConfig
-from trt_wan.engines.contracts import GRAPHS_VERSION, networks
+from trt_wan.engines.contracts import GRAPHS_VERSION, LYNX_GRAPHS_VERSION, networks
+from trt_wan.engines.lynx import FacePlan, LynxPlan, lynx_of
 from trt_wan.engines.shape import CameraPlan, Plan, VaeTile
 from trt_wan.engines.store.files import forget_partials, read_json, replace_atomically
 from trt_wan.engines.store.home import home
@@ -113,8 +114,12 @@ def graph_set(model: ModelConfig, plan: Plan) -> GraphSet:
     size = f"{plan.width}x{plan.height}"
     parts = {VaeTile: "VAE tiles of ", CameraPlan: "camera control of "}
     part = parts.get(type(plan), "")
+    version: object = GRAPHS_VERSION
+    if isinstance(plan, LynxPlan | FacePlan):
+        part = "Lynx in "
+        version = GRAPHS_VERSION, LYNX_GRAPHS_VERSION, lynx_of(model)
     return GraphSet(
-        named_folder(f"{model.name}-{size}x{plan.frames}-{plan.precision}", model, plan, GRAPHS_VERSION),
+        named_folder(f"{model.name}-{size}x{plan.frames}-{plan.precision}", model, plan, version),
         tuple(networks(model, plan)),
         f"{part}the model {model.name} for {size}, {plan.frames} frames per window, {plan.precision}",
         plan.build_command(model.name),

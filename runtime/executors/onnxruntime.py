@@ -62,8 +62,11 @@ class OnnxRuntimeExecutor:
         self._elsewhere: dict[str, Path] = {}  # folders of graphs, by network
 
     def add(self, graphs: Path, names: Iterable[str]) -> None:
-        """The graphs of the networks `names` are in another folder."""
-        self._elsewhere |= dict.fromkeys(names, graphs)
+        """Takes the graphs of the networks `names` from another folder from now on."""
+        for name in names:
+            if self._elsewhere.get(name) != graphs:
+                self._sessions.pop(name, None)
+            self._elsewhere[name] = graphs
 
     def run(self, network: Network, n: int, inputs: Mapping[str, Array]) -> tuple[Array, ...]:
         feeds = {**inputs, **self.weights.bind(network, n)}

@@ -38,7 +38,7 @@ def record_of(
     model = {
         "name": basis.weights.config.name,
         "precision": basis.precision,
-        **basis.choices(plan, basis.camera_plan(plan, job)),
+        **basis.choices(plan, job),
     }
     video = {"frames": clips.frames, "width": clips.width, "height": clips.height, "rate": str(clips.rate)}
     paths: dict[str, list[Path]] = {role: [path] for role, path in _files(job)}

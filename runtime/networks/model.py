@@ -9,12 +9,14 @@ arrays or arrays of the executor; `np.asarray` of a result brings it to the host
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.lynx import Lynx
 from trt_wan.engines.shape import Plan, VaeTile
 from trt_wan.runtime.executors import Array, Executor, Observe
 
@@ -38,13 +40,14 @@ class Model:
     ) -> None:
         self.config, self.plan, self.executor, self.weights = config, plan, executor, weights
         self.tile, self.keep = tile, keep
+        self.lynx: LynxModel | None = None  # of the job that runs
         self.networks = {**networks(config, plan), **({} if tile is None else networks(config, tile))}
         self._kept: dict[str, Array] = {}
         self._remembered: OrderedDict[Hashable, Array] = OrderedDict()  # the one used last comes last
         self._before_each: Callable[[], None] | None = None
 
     def take(self, plan: Plan) -> None:
-        """Adds the networks of a plan beside the model's: Uni3C's. Call between jobs."""
+        """Adds the networks of a plan beside the model's: Uni3C's, Lynx's. Call between jobs."""
         self.networks |= networks(self.config, plan)
 
     def run(self, name: str, *inputs: Array, n: int = 0) -> tuple[Array, ...]:
@@ -123,3 +126,11 @@ class Model:
             yield
         finally:
             self.executor = before
+
+
+@dataclass(frozen=True)
+class LynxModel:
+    """The adapters that act, and the model at the size of a face picture, if the ref adapter is one."""
+
+    adapters: Lynx
+    face: Model | None

@@ -13,6 +13,7 @@ import numpy as np
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
+from trt_wan.runtime.networks.lynx import LynxKeys, with_ip, with_ref
 from trt_wan.runtime.networks.model import Model
 
 ROPE_THETA = 10000.0
@@ -131,19 +132,28 @@ def velocity(
     cross_attention: str = "cross_attention",
     keep: Array | None = None,
     control: Control | None = None,
+    identity: LynxKeys | None = None,
 ) -> Array:
     """The flow velocity, noise - x0, of `latent` [16, T1, h, w]; same shape. `cross_attention` is the network
     that attends to `context`. With `keep` [1] self-attention is block-sparse, but in the first DENSE_BLOCKS.
-    `control` adds its residual behind a block and its fuser.
+    `control` adds its residual behind a block and its fuser, `identity` attention to a face to every
+    attention.
     """
     c = model.config.transformer
     time_embedding, time_modulation = time
     (x,) = model.run("patch_embed", latent, window.condition, window.pose_latent, window.pose_strength)
     for n in range(c.layers):
         name, share = ("attention", ()) if keep is None or n < DENSE_BLOCKS else ("sparse_attention", (keep,))
-        (attended,) = model.run(name, *model.run("attn_in", x, time_modulation, *rope, n=n), *share)
+        q, *kv = model.run("attn_in", x, time_modulation, *rope, n=n)
+        (attended,) = model.run(name, q, *kv, *share)
+        kv.clear()
+        if identity is not None:
+            attended = with_ref(model, identity, n, q, rope, attended)
+        del q
         x, cross_q = model.run("attn_out", x, attended, time_modulation, n=n)
         (attended,) = model.run(cross_attention, cross_q, *context[n])
+        if identity is not None:
+            attended = with_ip(model, identity, n, cross_q, attended)
         (x,) = model.run("ffn", x, attended, time_modulation, n=n)
         if window.face is not None and n % c.fuser_interval == 0:
             i = n // c.fuser_interval

@@ -13,6 +13,7 @@ import numpy as np
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
+from trt_wan.engines.lynx import EMBEDDING, FACE_SIDE, FacePlan, LynxPlan
 from trt_wan.engines.shape import CameraPlan, Plan, VaeTile
 from trt_wan.runtime.conditioning import Strengths, WindowClips, WindowRender, encode_window
 from trt_wan.runtime.context.parts import ContextPlan, Part
@@ -21,8 +22,10 @@ from trt_wan.runtime.denoise import Predict, denoise, predict_window
 from trt_wan.runtime.device.arena import Arena, Span
 from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.guidance import ClipVision, Nag, StepSettings, Texts
+from trt_wan.runtime.identity import FACE_PROMPT
 from trt_wan.runtime.job import Load
-from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.lynx_keys import FaceInputs
+from trt_wan.runtime.networks.model import LynxModel, Model
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import decode
 from trt_wan.runtime.pipeline import branches
@@ -124,6 +127,10 @@ def activation_bytes(
     model = Model(config, plan, executor, {}, tile, KEEP)
     if load.camera_ffn:
         model.take(CameraPlan.beside(plan, load.camera_ffn))
+    if load.lynx is not None:
+        model.take(LynxPlan.of(plan, load.lynx.kind))
+        face = Model(config, FacePlan(precision=plan.precision), executor, {}) if load.lynx.ref else None
+        model.lynx = LynxModel(load.lynx, face)
     _rehearse(model, load, context and _few(context))
     return int(executor.arena.peak * (1 + MARGIN))
 
@@ -145,8 +152,8 @@ def _rehearse(model: Model, load: Load, context: ContextPlan | None, sampler: st
     text = np.zeros((config.text.length, config.text.dim), np.float32)
     windows = [_texts(load, j if load.travels else 0) for j in range(WINDOWS)]
     more = [f"more {k}" for k in range(load.contexts - len(windows[0].all))]
-    features = {name: text for texts in windows for name in (*texts.all, *more)}
-    pictures = Pictures(np.zeros((plan.height, plan.width, 3), np.uint8))
+    features = {name: text for texts in windows for name in (*texts.all, *more, FACE_PROMPT)}
+    pictures = Pictures(np.zeros((plan.height, plan.width, 3), np.uint8), face=_face(model))
     nag, first = Nag("") if load.nag else None, (*windows[0].all, *more)
     camera = CameraActs([True] * load.steps, 1.0) if load.camera_ffn else None
     times = [0.0] * load.steps
@@ -163,7 +170,8 @@ def _rehearse(model: Model, load: Load, context: ContextPlan | None, sampler: st
 
     noise = np.zeros((config.vae.latent_channels, slots, plan.latent_height, plan.latent_width), zero.dtype)
     steps = min(load.steps, STEPS)
-    settings = [StepSettings(1.0 + load.guided, pose=True, face=True, camera=bool(camera))] * steps
+    acts = StepSettings(1.0 + load.guided, True, True, camera is not None, load.lynx is not None)
+    settings = [acts] * steps
     render = None if camera is None else WindowRender(lambda numbers: frames(0, len(numbers)))
     levels = schedule("official", steps, 5.0)
     for texts in windows:
@@ -183,6 +191,15 @@ def _rehearse(model: Model, load: Load, context: ContextPlan | None, sampler: st
         del solver, predict, start
         for _ in decode(model, latents):
             pass
+
+
+def _face(model: Model) -> FaceInputs | None:
+    if model.lynx is None:
+        return None
+    noise = np.zeros((model.config.vae.latent_channels, 1, FACE_SIDE // 8, FACE_SIDE // 8), np.float32)
+    return FaceInputs(
+        np.zeros(EMBEDDING, np.float32), np.zeros((3, 1, FACE_SIDE, FACE_SIDE), np.float32), noise
+    )
 
 
 def _texts(load: Load, window: int) -> Texts:

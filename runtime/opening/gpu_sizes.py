@@ -9,16 +9,19 @@ The VAE computes in tiles (networks/vae.py) for jobs that do not fit otherwise, 
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from typing import Any
 
 from trt_wan.engines.choice.candidates import SPARSE, Candidate, Engine, Machine, Tier, candidates, tiers
 from trt_wan.engines.choice.choose import choose, place_of
+from trt_wan.engines.choice.recipes import recipes as recipes_for
 from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import Capability
+from trt_wan.engines.lynx import FacePlan, Lynx, LynxPlan
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.shape import CameraPlan, Plan, VaeTile
 from trt_wan.engines.store.engine_id import Recipe
@@ -32,7 +35,7 @@ from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.job import Load
 from trt_wan.runtime.loras.merging import MergingSource
-from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.model import LynxModel, Model
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.opening.residency import (
     BEFORE_THE_STEPS,
@@ -41,20 +44,22 @@ from trt_wan.runtime.opening.residency import (
     CONTEXT_BYTES,
     KERNELS_BYTES,
     Residency,
+    lynx_bytes,
     passing_bytes,
     plan_residency,
     weight_bytes,
 )
 from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
 from trt_wan.runtime.segments.segment import Segment
-from trt_wan.runtime.segments.tensorrt import finish_engines
+from trt_wan.runtime.segments.tensorrt import finish_engines, open_engines
 from trt_wan.runtime.settings import Settings
 from trt_wan.runtime.weights.on_device import DeviceWeights
 from trt_wan.runtime.weights.pack import Pack
-from trt_wan.runtime.weights.sources import WeightSource
+from trt_wan.runtime.weights.sources import FileSource, WeightSource
 from trt_wan.runtime.weights.stored import Tensors
 
 NAG = "cross_attention_nag"
+BLOCK_OF_A_FACE = ("attn_in", "attention", "attn_out", "cross_attention", "ffn")
 MOST_SIZES = 4  # whose segments are kept
 ExportTiles = Callable[[VaeTile, Progress], None]  # exports the graphs of a tile
 
@@ -82,6 +87,7 @@ class GpuSizes:
         self.weights = DeviceWeights(gpu, source)
         self._executors: dict[Plan, GpuExecutor] = {}  # the one used last comes last; a tile has its own
         self._models: dict[Plan, Model] = {}
+        self._faces: dict[Plan, GpuExecutor] = {}  # of Lynx's picture
         self._scratch: tuple[Any, int] | None = None  # buffer, bytes
         self._slots = 0  # bytes that blocks stream through
 
@@ -123,10 +129,11 @@ class GpuSizes:
         if camera is not None:
             names = network_names(self._config, camera, self._settings.tier)
             self._open_more(plan, camera, names, progress)
+        adapters = {} if load.lynx is None else self._open_lynx(plan, load.lynx, progress)
         self._executors[plan] = self._executors.pop(plan)
         opened: Plan = plan
         try:
-            residency = self._residency(plan, load, context, self._executors[plan].scratch_bytes)
+            residency = self._residency(plan, load, context, self._scratch_bytes(plan, load))
         except MemoryShort as short:
             if (tile := plan.vae_tile) is None:
                 raise
@@ -141,14 +148,24 @@ class GpuSizes:
             text = f"{streamed} of {self._config.transformer.layers} blocks stream from host memory"
             limit = self._budget / 1e9 if self._settings.vram is None else self._settings.vram
             progress(Note(f"{text} ({limit:.1f} GB)"))
-        self.weights.plan(residency.streamed, residency.passing)
+        self.weights.plan(residency.streamed, (*residency.passing, *adapters))
         if self._gpu.arena.size != residency.arena:
             self._gpu.reserve(residency.arena)
-        executor.start(self._take_scratch(residency.scratch))
+        scratch = self._take_scratch(residency.scratch)
+        executor.start(scratch)
+        self._use_lynx(self._models[opened], load, scratch)
         self._slots = residency.slots
         room = self._budget - residency.arena - residency.scratch - residency.slots
         self.weights.prefetch([*others, *blocks], room)
         return self._models[opened]
+
+    def take(self, parts: Mapping[Part, Any]) -> None:
+        """Weights that random numbers stand for need no files."""
+        self._host = {**self._host, **parts}
+        if isinstance(self.weights.source, FileSource):
+            source = copy(self.weights.source)
+            source.parts = {**source.parts, **parts}
+            self.weights.change(source, ())
 
     def change(self, transformer: Tensors, changed: Collection[str]) -> None:
         table = networks(self._config, Plan()).values()  # weights do not depend on the plan
@@ -169,6 +186,7 @@ class GpuSizes:
         with suppress(GpuFault):  # everything else is freed all the same
             self._gpu.sync()
         self._executors.clear()
+        self._faces.clear()
         self._models.clear()
         self.weights.close()
         if self._scratch is not None:
@@ -200,7 +218,7 @@ class GpuSizes:
             self._open(plan, progress, tile)
         executor = self._executors[tile] = self._executors.pop(tile)
         executor.segments |= others  # the size may have been opened anew, or have optional ones by now
-        residency = self._residency(plan, load, context, executor.scratch_bytes, tile)
+        residency = self._residency(plan, load, context, self._scratch_bytes(tile, load), tile)
         arenas = [activation_bytes(config, plan, load, context, cut) for cut in (None, tile)]
         saved = (arenas[0] + whole.scratch_bytes - arenas[1] - executor.scratch_bytes) / 1e9
         size = f"{tile.width}x{tile.height}"
@@ -232,6 +250,47 @@ class GpuSizes:
         if missing := [name for name in names if name not in segments]:
             self._executors[plan].segments |= self._segments(of, missing, progress)
 
+    def _open_lynx(self, plan: Plan, adapters: Lynx, progress: Progress) -> dict[str, Network]:
+        """Opens the networks of the adapters, once. Returns those whose weights are freed after each use."""
+        own = LynxPlan.of(plan, adapters.kind)
+        contracts = dict(networks(self._config, own))
+        executor = self._executors[plan]
+        executor.segments |= self._engines(
+            own, [name for name in adapters.networks if name not in executor.segments], progress
+        )
+        if adapters.ref:
+            face = FacePlan(precision=plan.precision)
+            contracts |= networks(self._config, face)
+            if face not in self._faces:
+                segments = self._engines(face, list(networks(self._config, face)), progress)
+                self._faces[face] = GpuExecutor(self._gpu, segments, self.weights)
+        return {name: row for name, row in contracts.items() if row.weights and name not in BLOCK_OF_A_FACE}
+
+    def _engines(self, plan: Plan, names: Sequence[str], progress: Progress) -> dict[str, Segment]:
+        """TensorRT's engines: networks that run once, or are a small part of a step, have no other."""
+        machine = self._machine
+        recipes = recipes_for(self._config, plan, "current", machine.flavour, machine.gpu)
+        return {**open_engines(self._gpu, {name: recipes[name] for name in names}, progress)}
+
+    def _scratch_bytes(self, plan: Plan, load: Load) -> int:
+        used = [self._executors[plan], *(self._faces.values() if load.lynx and load.lynx.ref else ())]
+        return int(max(executor.scratch_bytes for executor in used))
+
+    def _use_lynx(self, model: Model, load: Load, scratch: int) -> None:
+        """Gives `model` the adapters of the job, or none."""
+        model.lynx = None
+        if load.lynx is None:
+            return
+        model.take(LynxPlan.of(model.plan, load.lynx.kind))
+        face = None
+        if load.lynx.ref:
+            plan = FacePlan(precision=model.plan.precision)
+            executor = self._faces[plan]
+            executor.start(scratch)
+            observed = self._observe(executor) if self._observe else executor
+            face = Model(self._config, plan, observed, self._host)
+        model.lynx = LynxModel(load.lynx, face)
+
     def _segments(self, plan: Plan, names: Sequence[str], progress: Progress) -> dict[str, Segment]:
         recipes = recipes_here(self._config, plan, self._machine)
         settings = self._settings
@@ -250,6 +309,8 @@ class GpuSizes:
         arena = activation_bytes(self._config, plan, load, context, tile)
         contracts = networks_for(self._config, plan, load)
         spare = passing_bytes(contracts, BETWEEN_WINDOWS) if load.travels else 0
+        if load.lynx is not None:
+            spare = max(spare, lynx_bytes(self._config, plan, load.lynx))
 
         def planned(arena: int, scratch: int) -> Residency:
             keep = self._settings.keep_encoders

@@ -12,15 +12,16 @@ engines are built on the spot.
 
 import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from trt_wan.engines.checkpoint import PARTS
+from trt_wan.engines.checkpoint import LYNX_PARTS, PARTS
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import GRAPHS_VERSION
 from trt_wan.engines.flavour import Flavour, choose_flavour
+from trt_wan.engines.lynx import Lynx, lynx_plans
 from trt_wan.engines.precision import Precision, best_precision, require_fp8
 from trt_wan.engines.shape import CameraPlan, Plan
 from trt_wan.errors import EnvironmentBroken, UsageError, shown
@@ -47,6 +48,7 @@ from trt_wan.runtime.opening.gpu_sizes import (
     chosen_candidates,
     require_tier,
 )
+from trt_wan.runtime.opening.lynx import LynxSearch, acting_adapters
 from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.text_cache import TextCache
@@ -89,6 +91,10 @@ class Sizes(Protocol):
         """
         ...
 
+    def take(self, parts: Mapping[Part, Tensors]) -> None:
+        """Takes the weights of parts that are no part of every model. Call between jobs, before `begin`."""
+        ...
+
     def change(self, transformer: Tensors, changed: Collection[str]) -> None:
         """Takes the transformer's weights from `transformer`, which differs in the tensors `changed`. Call
         between jobs, before `begin`.
@@ -116,6 +122,7 @@ class OpenWeights:
     tokenizer: Tokenizer
     camera: CameraWeights
     tokenizer_file: Path | None = None  # None: inside the text encoder's file, or made for random weights
+    lynx: LynxSearch = field(default_factory=LynxSearch)
 
     @property
     def files(self) -> dict[str, tuple[Path, ...]]:
@@ -141,15 +148,29 @@ class OpenWeights:
         return cast(Tensors, tensors)
 
     def load_of(self, job: Job, progress: Progress) -> Load:
-        """Raises WeightsError for a job with a camera whose weights are not there."""
-        if job.acting_camera is None:
-            return job.load
-        return replace(job.load, camera_ffn=self.camera.opened(progress).ffn_dim)
+        """Raises WeightsError for a job with a camera or a face whose weights are not there, UsageError for a
+        face that no adapter could take.
+        """
+        load = job.load
+        if job.acting_camera is not None:
+            load = replace(load, camera_ffn=self.camera.opened(progress).ffn_dim)
+        if job.acting_identity is not None:
+            load = replace(load, lynx=self.lynx.adapters(self.config, job.acting_identity))
+        return load
 
     def files_of(self, job: Job) -> dict[str, tuple[Path, ...]]:
-        """`files`, with that of Uni3C for a job with a camera."""
-        camera = self.camera.files if job.acting_camera is not None else ()
-        return {**self.files, **({"camera_control": camera} if camera else {})}
+        """`files`, with those of Uni3C for a job with a camera, and of the adapters that act for one with a
+        face.
+        """
+        found = self.files
+        if job.acting_camera is not None and self.camera.files:
+            found["camera_control"] = self.camera.files
+        if job.acting_identity is not None and not self.lynx.random:
+            adapters = self.lynx.adapters(self.config, job.acting_identity)
+            used = {"lynx_ip": adapters.ip, "lynx_resampler": adapters.ip, "lynx_ref": adapters.ref}
+            parts = self.lynx.files(self.config).parts
+            found |= {part: (checkpoint.path,) for part, checkpoint in parts.items() if used[part]}
+        return found
 
     def require_no_loras_of_noise(self, loras: Sequence[Lora]) -> None:
         if loras and isinstance(self.source, RandomSource):
@@ -197,39 +218,45 @@ class Basis:
         for lora in loras:
             open_lora(lora.file, self.weights.config)
 
-    def camera_plan(self, plan: Plan, job: Job, progress: Progress = silent) -> CameraPlan | None:
-        """Uni3C beside the model at the shape `plan`; None for a job without a camera. Raises WeightsError if
-        its weights are not there.
+    def beside(self, plan: Plan, job: Job, progress: Progress = silent) -> tuple[Plan, ...]:
+        """The networks that the job has beside the model's at the shape `plan`: Uni3C's, Lynx's. Raises as
+        `load_of`.
         """
-        ffn_dim = self.weights.load_of(job, progress).camera_ffn
-        return CameraPlan.beside(plan, ffn_dim) if ffn_dim else None
+        load = self.weights.load_of(job, progress)
+        camera = (CameraPlan.beside(plan, load.camera_ffn),) if load.camera_ffn else ()
+        return (*camera, *(() if load.lynx is None else lynx_plans(plan, load.lynx)))
 
     def require_possible(self, plan: Plan) -> None:
         """Raises MemoryShort if no job of that shape fits in this machine's memory."""
         if self.place is None:
             require_memory(self.weights.config, plan)
 
-    def choices(self, plan: Plan, camera: CameraPlan | None = None) -> dict[str, str]:
+    def choices(self, plan: Plan, job: Job) -> dict[str, str]:
         """The executor, and on a GPU the tier and the candidate of every network at that shape. Its graphs
         must exist.
         """
         if self.place is None:
             return {"executor": "onnxruntime"}
         gpu, flavour = self.place
-        chosen = chosen_candidates(self.weights.config, plan, gpu, flavour, self.settings)
+        chosen: dict[str, str] = {}
+        for each in self._chosen(plan, job):
+            chosen |= chosen_candidates(self.weights.config, each, gpu, flavour, self.settings)
         keep = self.settings.keep
         sparse = {} if keep is None else {"attention_keep": f"{keep:g}"}
-        if camera is not None:
-            chosen |= chosen_candidates(self.weights.config, camera, gpu, flavour, self.settings)
         return {"executor": flavour.name, "tier": self.settings.tier, **sparse, **chosen}
 
-    def make_engines(self, plan: Plan, progress: Progress) -> None:
+    def _chosen(self, plan: Plan, job: Job) -> list[Plan]:
+        """The plans whose networks have candidates: those of Lynx are TensorRT's."""
+        return [plan, *(each for each in self.beside(plan, job) if isinstance(each, CameraPlan))]
+
+    def make_engines(self, plan: Plan, job: Job, progress: Progress) -> None:
         """Builds the missing engines of that shape and finishes their kernels, ahead of the first job, which
         does the same. Its graphs must exist.
         """
         if self.place is not None:
             gpu, flavour = self.place
-            build_engines(self.weights.config, plan, gpu, flavour, self.settings, progress)
+            for each in self._chosen(plan, job):
+                build_engines(self.weights.config, each, gpu, flavour, self.settings, progress)
 
 
 def open_basis(weights: WeightFiles, settings: Settings, progress: Progress) -> Basis:
@@ -307,7 +334,7 @@ class OpenModel(Closing):
 
     def begin(self, job: Job, width: int, height: int, frames: int, progress: Progress) -> Model:
         plan = Plan(width, height, job.model_window, self.precision)
-        found = {text: self._cache.find(text) for text in job.texts}
+        found = {text: self._cache.find(text) for text in job.encoded_texts}
         self._features = {text: features for text, features in found.items() if features is not None}
         for text in found:
             self._report_cut(text, progress)
@@ -315,7 +342,23 @@ class OpenModel(Closing):
         skip += IMAGE_ENCODER if job.clip_vision.off else []
         self._merge(job.loras, progress)
         context = job.context_plan(job.windows(frames).length(0))
-        return self._sizes.begin(plan, self._weights.load_of(job, progress), context, skip, progress)
+        load = self._weights.load_of(job, progress)
+        if load.lynx is not None:
+            self._take_lynx(job, load.lynx, progress)
+        return self._sizes.begin(plan, load, context, skip, progress)
+
+    def _take_lynx(self, job: Job, adapters: Lynx, progress: Progress) -> None:
+        """Takes the weights of Lynx, and says which of its adapters act."""
+        search, identity = self._weights.lynx, job.acting_identity
+        assert identity is not None
+        if search.random:
+            parts: Mapping[Part, Any] = {
+                part: RandomWeights(self.config, part, RANDOM_SEED) for part in LYNX_PARTS
+            }
+        else:
+            parts = search.files(self.config).parts
+        self._sizes.take(parts)
+        progress(acting_adapters(adapters, identity))
 
     def _merge(self, loras: Sequence[Lora], progress: Progress) -> None:
         """Everything that a job computes from the transformer's weights it computes anew, so that the weights
@@ -338,7 +381,7 @@ class OpenModel(Closing):
             progress(Note(f"{text} It begins: {shown(prompt)}", "prompt_cut", data))
 
     def texts(self, model: Model, job: Job, progress: Progress) -> Mapping[str, Array]:
-        new = [text for text in job.texts if text not in self._features]
+        new = [text for text in job.encoded_texts if text not in self._features]
         if new:
             progress(StageStarted("text"))
         for start in range(0, len(new), MOST_TEXTS):
@@ -376,13 +419,15 @@ def open_weights(weights: WeightFiles, precision: Precision, progress: Progress)
         host = {**host, "camera_control": camera}
         tokenizer = byte_tokenizer(config.text.vocabulary, config.text.length)
         progress(Note("The weights are random, so the picture is noise."))
-        return OpenWeights(config, host, RandomSource(RANDOM_SEED), tokenizer, camera)
+        search = LynxSearch(random=True)
+        return OpenWeights(config, host, RandomSource(RANDOM_SEED), tokenizer, camera, lynx=search)
     config, checkpoints = load_weights(weights.folders, weights.files, progress, precision)
     text_encoder = checkpoints["text_encoder"]
     tokenizer = find_tokenizer(weights.tokenizer, weights.folders, text_encoder, config.text.length)
     camera = CameraWeights(config, weights, precision)
     parts: dict[Part, Any] = {**checkpoints, "camera_control": camera}
-    return OpenWeights(config, parts, FileSource(parts), tokenizer, camera, tokenizer.file)
+    search = LynxSearch(weights)
+    return OpenWeights(config, parts, FileSource(parts), tokenizer, camera, tokenizer.file, search)
 
 
 def open_gpu(settings: Settings, progress: Progress) -> tuple[Gpu, Flavour] | None:

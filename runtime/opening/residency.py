@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.lynx import Lynx, lynx_plans
+from trt_wan.engines.shape import Plan
 from trt_wan.errors import MemoryShort
 from trt_wan.runtime.weights.pack import Pack
 from trt_wan.runtime.weights.streaming import SLOTS
@@ -57,6 +60,13 @@ def passing_bytes(networks: Mapping[str, Network], names: Collection[str] = BEFO
     still use, and one that is loaded.
     """
     return 3 * max(Pack.of(networks[name], 0).size for name in names if name in networks)
+
+
+def lynx_bytes(config: ModelConfig, plan: Plan, adapters: Lynx) -> int:
+    """Bytes of weights on the GPU at a time while Lynx makes its keys, which all blocks take part in."""
+    names = [*(("lynx_ip_kv",) if adapters.ip else ()), *(("lynx_ref_kv",) if adapters.ref else ())]
+    made = {name: row for each in lynx_plans(plan, adapters) for name, row in networks(config, each).items()}
+    return passing_bytes({**networks(config, plan), **made}, (*BETWEEN_WINDOWS, *names))
 
 
 def plan_residency(

@@ -53,6 +53,18 @@ SPOKEN: dict[Part, tuple[str, str]] = {
         "the camera control Uni3C",
         "Use Wan21_Uni3C_controlnet_fp16.safetensors of Kijai/WanVideo_comfy.",
     ),
+    "lynx_resampler": (
+        "the resampler of Lynx",
+        "Use lynx_full_resampler_fp32.safetensors or lynx_lite_resampler_fp32.safetensors.",
+    ),
+    "lynx_ip": (
+        "the IP adapter of Lynx",
+        "Use Wan2_1-T2V-14B-Lynx_full_ip_layers_fp16.safetensors or the lite one.",
+    ),
+    "lynx_ref": (
+        "the ref adapter of Lynx",
+        "Use Wan2_1-T2V-14B-Lynx_full_ref_layers_fp16.safetensors.",
+    ),
 }
 
 

@@ -94,6 +94,11 @@ def checkpoint_in(folder: Path) -> Path:
     raise WeightsError(f"The folder {folder} holds {fault}.", "Name one of its files.")
 
 
+def files_with(folders: Sequence[Path], parts: Collection[Part]) -> dict[Part, list[Path]]:
+    """For each of `parts` the files in or below `folders` that may hold it; none is an empty list."""
+    return _search(folders, parts)[0]
+
+
 def missing_parts(folders: Sequence[Path], parts: Collection[Part]) -> list[Part]:
     """Those of `parts` that no file in or below `folders` holds."""
     return [part for part, paths in _search(folders, parts)[0].items() if not paths]

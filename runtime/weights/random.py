@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from trt_wan.engines.checkpoint import DIRECTION, OPTIONAL_PARTS, ORTHONORMAL, PARTS, required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
+from trt_wan.engines.lynx import Kind
 from trt_wan.runtime.weights.checkpoint import orthonormal
 from trt_wan.runtime.weights.stored import Stored
 
@@ -47,10 +48,14 @@ def random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
     return np.float32(mean) + np.float32(deviation) * rng.standard_normal(shape, dtype=np.float32)
 
 
-def random_weights(model: ModelConfig, part: Part, seed: int) -> dict[str, NDArray[np.float32]]:
-    """All tensors of `part` by canonical name; the same for the same seed on every machine."""
+def random_weights(
+    model: ModelConfig, part: Part, seed: int, kind: Kind = "full"
+) -> dict[str, NDArray[np.float32]]:
+    """All tensors of `part` by canonical name; the same for the same seed on every machine. `kind` is that of
+    Lynx's adapter.
+    """
     rng = np.random.default_rng([seed, (*PARTS, *OPTIONAL_PARTS).index(part)])
-    shapes = required_tensors(model, part)
+    shapes = required_tensors(model, part, kind)
     return {name: random_tensor(name, shapes[name], rng) for name in _drawing_order(list(shapes))}
 
 

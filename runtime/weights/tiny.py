@@ -16,6 +16,7 @@ from safetensors.numpy import save
 
 from trt_wan.engines.config import TINY, MotionConfig
 from trt_wan.engines.fp8 import E4M3, E4M3_MAX
+from trt_wan.engines.lynx import Kind, ip_blocks
 from trt_wan.engines.store.files import replace_atomically
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.weights.random import random_weights
@@ -54,6 +55,34 @@ def write_tiny_weights(folder: Path, seed: int) -> list[Path]:
     return [*paths, folder / "tokenizer.json"]
 
 
+def write_tiny_lynx(folder: Path, seed: int, kind: Kind = "full") -> list[Path]:
+    """Lynx's files for the tiny model, with Kijai's names: the resampler and both adapters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ip = random_weights(TINY, "lynx_ip", seed, kind)
+    ref = random_weights(TINY, "lynx_ref", seed)
+    blocks = ip_blocks(TINY, kind)
+    files: dict[str, Mapping[str, Array]] = {
+        f"lynx_{kind}_resampler_tiny.safetensors": random_weights(TINY, "lynx_resampler", seed, kind),
+        f"Lynx_{kind}_ip_layers_tiny_fp16.safetensors": _as(
+            F16,
+            {
+                f"blocks.{blocks[int(n)]}.cross_attn.ip_adapter.{rest}": values
+                for (n, _, rest), values in ((name.partition("."), values) for name, values in ip.items())
+            },
+        ),
+        "Lynx_full_ref_layers_tiny_fp16.safetensors": _as(
+            F16,
+            {
+                f"blocks.{n}.self_attn.ref_adapter.{rest}": values
+                for (n, _, rest), values in ((name.partition("."), values) for name, values in ref.items())
+            },
+        ),
+    }
+    for name, tensors in files.items():
+        _write(folder / name, tensors)
+    return [folder / name for name in files]
+
+
 def _as(dtype: DTypeLike, tensors: Mapping[str, Array]) -> dict[str, Array]:
     return {name: values.astype(dtype) for name, values in tensors.items()}
 
@@ -82,5 +111,5 @@ def blur_kernels(motion: MotionConfig) -> dict[str, Array]:
     return {f"motion_encoder.enc.net_app.{name}": kernel for name in names}
 
 
-def _write(path: Path, tensors: dict[str, Array]) -> None:
-    replace_atomically(path, save(tensors))
+def _write(path: Path, tensors: Mapping[str, Array]) -> None:
+    replace_atomically(path, save(dict(tensors)))

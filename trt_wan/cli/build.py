@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trt_wan.build.compile import CompileReport, EngineRow
     from trt_wan.build.goals import Goal
     from trt_wan.engines.gpu import Target
+    from trt_wan.engines.lynx import Kind
     from trt_wan.engines.precision import Precision
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.measurements import Figure
@@ -97,6 +98,11 @@ def _targets(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     metavar="FILE|CHANNELS",
     help="Build Uni3C's engines instead, for the model in a file, or for that many channels of its FFN.",
 )
+@click.option(
+    "--lynx",
+    type=click.Choice(["full", "lite"]),
+    help="Build the networks of Lynx (run --identity) instead, for this kind of its IP adapter.",
+)
 @click.option("--dry-run", is_flag=True, help="List what exists and what would be built; build nothing.")
 @command
 def build(
@@ -113,6 +119,7 @@ def build(
     sam2: str | None,
     vae_tiles: bool,
     camera_control: str | None,
+    lynx: "Kind | None",
     dry_run: bool,
 ) -> Any:
     """Build the engines of one size and window length for this machine's GPU, or for named ones.
@@ -130,19 +137,20 @@ def build(
     trt-wan build --sam2 base_plus
     """
     if check:
-        if sam2 is not None or targets or measure is not None or vae_tiles or camera_control or dry_run:
+        others = vae_tiles or camera_control or lynx
+        if sam2 is not None or targets or measure is not None or others or dry_run:
             raise UsageError(
                 "--check compares the engines of this machine, and builds those that it needs.",
-                "Leave out --sam2, --target, --measure, --vae-tiles, --camera-control and --dry-run.",
+                "Leave out --sam2, --target, --measure, --vae-tiles, --camera-control, --lynx and --dry-run.",
             )
         return _check(report, model, size, window, precision, flavour)
     if sam2 is not None:
         from trt_wan.cli.build_sam2 import build_sam2_for
 
-        if precision is not None or measure or vae_tiles or camera_control:
+        if precision is not None or measure or vae_tiles or camera_control or lynx:
             raise UsageError(
-                "SAM2's engines are fp16, and they have no VAE and no candidates to measure.",
-                "Leave out --precision, --measure, --vae-tiles and --camera-control.",
+                "SAM2's engines are fp16, and there is no VAE, Uni3C, Lynx or candidate to measure.",
+                "Leave out --precision, --measure, --vae-tiles, --camera-control and --lynx.",
             )
         return build_sam2_for(report, sam2, targets, flavour, dry_run)
     window = WINDOW if window is None else window
@@ -153,7 +161,7 @@ def build(
         )
     return build_for(
         *(report, model, size or SIZE, window, precision, targets, flavour, measure, dry_run, vae_tiles),
-        camera_ffn,
+        *(camera_ffn, lynx),
     )
 
 
@@ -169,25 +177,41 @@ def build_for(
     dry_run: bool = False,
     vae_tiles: bool = False,
     camera_ffn: int | None = None,
+    lynx: "Kind | None" = None,
 ) -> tuple[Result, Data]:
     """The result and the data of `trt-wan build`. `measure`: see build/goals.py."""
     from trt_wan.build.goals import goals_here, named_goal
+    from trt_wan.engines.lynx import Lynx, lynx_plans
     from trt_wan.engines.shape import CameraPlan, Plan
 
     plan = Plan(*size, window)  # refuses a bad size before anything is looked for
     if vae_tiles:
         plan = _tile_of(plan)
+    plans: tuple[Plan, ...] = (plan,)
     if camera_ffn is not None:
-        plan = CameraPlan.beside(plan, camera_ffn)
-    goals = (
-        [named_goal(plan, precision, target, flavour) for target in targets]
-        if targets
-        else goals_here(plan, precision, flavour, report.progress)
-    )
+        plans = (CameraPlan.beside(plan, camera_ffn),)
+    if lynx is not None:
+        if measure or vae_tiles:
+            raise UsageError(
+                "Lynx has no candidates to measure and no VAE.", "Leave out --measure and --vae-tiles."
+            )
+        plans, measure = lynx_plans(plan, Lynx(ip=True, ref=True, kind=lynx)), False
+    goals = [
+        goal
+        for each in plans
+        for goal in (
+            [named_goal(each, precision, target, flavour) for target in targets]
+            if targets
+            else goals_here(each, precision, flavour, report.progress)
+        )
+    ]
     if measure and not any(goal.gpu for goal in goals):
         raise UsageError("Candidates are measured on the GPU that they are for.", "Leave --measure out.")
     if not goals:
-        return _graphs(report, model, replace(plan, precision=precision or "fp32"), dry_run)
+        made = [_graphs(report, model, replace(p, precision=precision or "fp32"), dry_run) for p in plans]
+        if lynx is None:
+            return made[0]
+        return "\n".join(str(folder) for folder, _ in made), {"plans": [data for _, data in made]}
     return _engines(report, model, goals, measure, dry_run)
 
 

@@ -60,9 +60,9 @@ def forecast(
     numbers = range(windows.total) if again is None else [one.j for one in again]
     lengths = [windows.length(j) for j in numbers]
     plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
-    camera = basis.camera_plan(plan, job)
     graphs = graph_set(config, plan).missing()
-    graphs += () if camera is None else graph_set(config, camera).missing()
+    for beside in basis.beside(plan, job):
+        graphs += graph_set(config, beside).missing()
     needs = (
         _on_cpu(basis, plan, job)
         if basis.place is None
@@ -160,7 +160,7 @@ def _on_gpu(
     from trt_wan.runtime.events import silent
     from trt_wan.runtime.opening.activation_memory import activation_bytes
     from trt_wan.runtime.opening.gpu_sizes import camera_of, choose_segments, networks_for
-    from trt_wan.runtime.opening.residency import CONTEXT_BYTES, Residency, plan_residency
+    from trt_wan.runtime.opening.residency import CONTEXT_BYTES, Residency, lynx_bytes, plan_residency
     from trt_wan.runtime.opening.segments import machine_of
 
     assert basis.place is not None, "a job on the CPU"
@@ -169,10 +169,12 @@ def _on_gpu(
     contracts = networks_for(config, plan, load)
     budget = int(gpu.free_bytes() if settings.vram is None else settings.vram * 1e9) - CONTEXT_BYTES
 
+    spare = 0 if load.lynx is None else lynx_bytes(config, plan, load.lynx)
+
     def planned(tile: "VaeTile | None") -> Residency:
         arena = activation_bytes(config, plan, load, context, tile)
         keep, tiled = settings.keep_encoders, tile is not None
-        return plan_residency(config, contracts, arena, 0, budget, keep, tiled=tiled)
+        return plan_residency(config, contracts, arena, 0, budget, keep, spare, tiled)
 
     tiles = False
     try:
@@ -200,6 +202,8 @@ def _on_gpu(
         if figure is not None and figure.ms is not None:
             times[network] = figure.ms / 1000
     seconds, unmeasured = _seconds(basis, plan, job, lengths, times)
+    if load.lynx is not None:
+        unmeasured += load.lynx.networks
     return Needs(gpu.name, memory, streamed, tiles, missing, seconds, unmeasured)
 
 

@@ -12,7 +12,8 @@ from trt_wan.install import install_command
 from trt_wan.runtime.events import Note, Progress
 
 if TYPE_CHECKING:
-    from trt_wan.engines.shape import VaeTile
+    from trt_wan.engines.config import ModelConfig
+    from trt_wan.engines.shape import Plan, VaeTile
     from trt_wan.runtime.job import Job
     from trt_wan.runtime.opening.gpu_sizes import ExportTiles
     from trt_wan.runtime.opening.model import Basis
@@ -33,26 +34,32 @@ def require_graphs(
 
     plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
     basis.require_possible(plan)
-    camera = basis.camera_plan(plan, job, progress)
-    missing = []
-    for wanted in (plan,) if camera is None else (plan, camera):
-        try:
-            graph_set(config, wanted).require()
-        except GraphError as error:
-            if not build:
-                raise
-            require_exporters(error)
-            missing.append(wanted)
+    plans = plan, *basis.beside(plan, job, progress)
+    lacking = [each for each in plans if _lacks(config, each, build)]
 
     def export() -> None:
-        from trt_wan.build.compile import export_graphs
+        for each in lacking:
+            from trt_wan.build.compile import export_graphs
 
-        for wanted in missing:
-            title = graph_set(config, wanted).title
-            progress(Note(f"The graphs of {title}, are exported first, once.", "exporting_graphs"))
-            export_graphs(config, wanted, progress)
+            text = f"The graphs of {graph_set(config, each).title}, are exported first, once."
+            progress(Note(text, "exporting_graphs"))
+            export_graphs(config, each, progress)
 
     return export
+
+
+def _lacks(config: "ModelConfig", plan: "Plan", build: bool) -> bool:
+    """Whether graphs are missing. Raises GraphError if they cannot be exported, or must not be."""
+    from trt_wan.engines.store.graphs import graph_set
+
+    try:
+        graph_set(config, plan).require()
+    except GraphError as error:
+        if not build:
+            raise
+        require_exporters(error)
+        return True
+    return False
 
 
 def tile_exporter(basis: "Basis", build: bool) -> "ExportTiles | None":

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trt_wan.cli import camera_options, context_options, guidance_options
+from trt_wan.cli import camera_options, context_options, guidance_options, identity_options
 from trt_wan.cli.command import note
 from trt_wan.cli.options import is_given
 from trt_wan.cli.preprocess import PREPARING_NAMES
 from trt_wan.cli.report import Report
 from trt_wan.cli.sections import SectionedCommand
+from trt_wan.engines.checkpoint import LYNX_PARTS
 from trt_wan.errors import InputError, UsageError, shell_command, shown, with_commands
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ OWN = {
     *("text_cache", "preset", "reference", "clip", "redo", *(PREPARING_NAMES - {"compat"})),
 }
 # Files that are found without being named.
-SEARCHED = ("weights", "transformer", "vae", "text_encoder", "image_encoder", "camera_control", "tokenizer")
+SEARCHED = (
+    *("weights", "transformer", "vae", "text_encoder", "image_encoder", "camera_control"),
+    *("lynx", "tokenizer"),
+)
 # The options that decide a part of a record, where its name is not the option's.
 CUT = ("start", "end")
 OPTIONS_OF: Mapping[str, Sequence[str]] = {
@@ -40,6 +44,8 @@ OPTIONS_OF: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(("background", "mask"), ("inputs", "mode")),
     **dict.fromkeys(SEARCHED, ("weights", "random_weights")),
     **dict.fromkeys(("clip_vision", "second"), tuple(guidance_options.CLIP_VISION)),
+    **dict.fromkeys(("identity", "picture", "embedder"), identity_options.NAMES),
+    **dict.fromkeys(LYNX_PARTS, (*identity_options.NAMES, "lynx", "weights")),
     "frames": ("inputs", "trim_to_shortest", *CUT),
     "sound": ("inputs", "audio"),
     "kind": ("output",),
@@ -181,6 +187,11 @@ def given_options() -> dict[str, Any]:
 
 def _of_the_whole(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "seed" or not given.get("redo")}
+
+
+def as_typed(name: str, value: str) -> None:
+    """Counts an option that was left out, and has been decided, as if it had been given."""
+    click.get_current_context().meta.setdefault(GIVEN, {})[name] = value
 
 
 def lasting(made: Mapping[str, Any], inputs: Path, **chosen: Any) -> Lasting:

@@ -20,6 +20,7 @@ from trt_wan.cli.continue_options import continue_options
 from trt_wan.cli.cut_options import cut_of, cut_options
 from trt_wan.cli.dry_run import Told, forecast
 from trt_wan.cli.guidance_options import guidance_options, guidance_values, guided, with_guidance
+from trt_wan.cli.identity_options import found_landmarks, identity_options, with_identity
 from trt_wan.cli.missing import require_graphs, tile_exporter
 from trt_wan.cli.options import is_typed
 from trt_wan.cli.output_options import output_options, quality_of
@@ -39,7 +40,15 @@ from trt_wan.cli.preprocess import (
 from trt_wan.cli.preprocess import refuse_impossible as refuse_impossible_clips
 from trt_wan.cli.preset import with_preset
 from trt_wan.cli.redo_options import Redo, redo_of, redo_option
-from trt_wan.cli.repeating import Lasting, RepeatableCommand, given_options, lasting, repeat, this_command
+from trt_wan.cli.repeating import (
+    Lasting,
+    RepeatableCommand,
+    as_typed,
+    given_options,
+    lasting,
+    repeat,
+    this_command,
+)
 from trt_wan.cli.report import Report, TextReport
 from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
 from trt_wan.cli.session import current_models
@@ -54,6 +63,7 @@ if TYPE_CHECKING:
     from trt_wan.runtime.camera import Camera
     from trt_wan.runtime.colour import Colour
     from trt_wan.runtime.context.settings import Compat, Context
+    from trt_wan.runtime.identity import FaceIdentity
     from trt_wan.runtime.job import Inputs, Job, Lora
     from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.settings import Settings, WeightFiles
@@ -115,6 +125,8 @@ class RunOptions:
     face_start: float | None = None
     face_end: float | None = None
     camera: "Camera | None" = None
+    identity: "FaceIdentity | None" = None
+    lynx: tuple[Path, ...] = ()
     context: "Context | None" = None
     compat: "Compat | None" = None
     trim_to_shortest: bool = False
@@ -130,7 +142,7 @@ class RunOptions:
         from trt_wan.runtime.settings import WeightFiles
 
         files: Any = {part: file for part in ALL_PARTS if (file := getattr(self, part)) is not None}
-        return WeightFiles(self.folders(), files, self.tokenizer, self.random_weights)
+        return WeightFiles(self.folders(), files, self.tokenizer, self.random_weights, self.lynx)
 
     def folders(self) -> tuple[Path, ...]:
         """The folders that are searched. Those that are not named are left out for random weights, and where
@@ -139,14 +151,16 @@ class RunOptions:
         from trt_wan.runtime.weights_folders import searched_folders
 
         needed = PARTS if self.camera is None else ALL_PARTS
-        needless = self.random_weights is not None or all(getattr(self, part) for part in needed)
+        named = all(getattr(self, part) for part in needed) and self.identity is None
+        needless = self.random_weights is not None or named
         return self.weights if needless else searched_folders(self.weights)
 
     def files(self) -> list[Path]:
         """Files and folders that are only read."""
         named = [getattr(self, name) for name in (*ALL_PARTS, "tokenizer", "start_frame", "extend")]
         loras = [lora.file for lora in self.loras]
-        named += [self.clip_vision.second, self.init]
+        named += [self.clip_vision.second, self.init, *self.lynx]
+        named += [] if self.identity is None else [self.identity.picture, self.identity.embedder]
         if self.camera is not None and isinstance(self.camera.render, Path):
             named.append(self.camera.render)
         return [*self.weights, *loras, *(path for path in named if path is not None)]
@@ -329,6 +343,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 )
 @guidance_options
 @camera_options
+@identity_options
 @sampling_options
 @reference_background
 @click.option(
@@ -495,6 +510,7 @@ def run(
         if dry_run:
             job = options.job(options.inputs(inputs))
             return _forecast(report, job, output, options, overwrite, _size_of(job), redo)
+        options = _with_landmarks(report, options, preparing)
         if unused := unused_clips(inputs, options.mode):  # type: ignore[arg-type]  # click has checked it
             note(report, f"Not used in the mode {options.mode}: {', '.join(unused)}.")
         return render_prepared(
@@ -516,6 +532,7 @@ def run(
         size = planned_video(reference, clip, folder, overwrite=overwrite, **shared, **preparing)
         _require_fit(job, *size)
         return _forecast(report, job, output, options, overwrite, size)
+    options = _with_landmarks(report, options, preparing)
     inputs, basis = _prepare_beside(
         report, reference, clip, output, overwrite, preparing, options, long["resume"]
     )
@@ -528,6 +545,15 @@ def run(
         raise
 
 
+def _with_landmarks(report: Report, options: RunOptions, preparing: Mapping[str, Any]) -> RunOptions:
+    """With the landmarks of the identity, which a video of --from then has too."""
+    if options.identity is None or options.identity.landmarks or not options.identity.acts:
+        return options
+    identity = found_landmarks(report, options.identity, preparing["detector"], preparing["pose"])
+    as_typed("identity_landmarks", ",".join(map(str, identity.landmarks)))
+    return replace(options, identity=identity)
+
+
 def _chosen(
     report: Report, given: dict[str, Any], preparing: Mapping[str, Any], paste_back: bool
 ) -> tuple[dict[str, Any], RunOptions]:
@@ -538,7 +564,7 @@ def _chosen(
     context = take_context(given)
     compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
     camera = take_camera(given)
-    made = with_guidance(with_preset(report, given.pop("preset"), given))
+    made = with_identity(with_guidance(with_preset(report, given.pop("preset"), given)))
     options = RunOptions(**made, context=context, compat=compat, camera=camera)
     if paste_back and options.mode == "animate":
         raise UsageError(
@@ -703,9 +729,7 @@ def _prepare_beside(
         def make() -> None:
             export()
             plan = Plan(width, height, job.model_window, basis.precision)
-            camera = basis.camera_plan(plan, job)
-            for wanted in (plan,) if camera is None else (plan, camera):
-                basis.make_engines(wanted, report.progress)
+            basis.make_engines(plan, job, report.progress)
 
         return make
 
@@ -805,7 +829,8 @@ def _refuse_preparing(reference: Path | None) -> None:
     for parameter in context.command.params:
         if parameter.name == "compat" and context.params["compat"] == "kijai":
             continue  # it is about the windows too
-        if parameter.name in PREPARING_NAMES and is_typed(parameter.name):
+        finds_a_face = context.params["identity"] is not None and parameter.name in ("detector", "pose")
+        if parameter.name in PREPARING_NAMES and is_typed(parameter.name) and not finds_a_face:
             off = context.params[parameter.name] is False
             given = given or (parameter.secondary_opts if off else parameter.opts)[0]
     if given:

@@ -24,6 +24,10 @@ SECTIONS = {
         *("clip_image_2", "clip_strength", "clip_strength_2", "clip_tiles", "clip_tile_ratio", "no_clip"),
     ),
     "Camera": ("camera", "camera_strength", "camera_start", "camera_end"),
+    "Identity": (
+        *("identity", "identity_landmarks", "identity_ip_scale", "identity_ref_scale"),
+        *("identity_start", "identity_end", "face_embedder", "lynx"),
+    ),
     "People": (
         *("person", "point", "box", "keypoints", "detector", "pose", "hands", "head", "face", "face_padding"),
         *("retarget", "edited_reference", "edited_driving", "compat"),

@@ -23,7 +23,7 @@ from trt_wan.serve.settings import MODEL, NETWORKS
 COMMANDS: Mapping[Kind, click.Command] = {"video": run, "preparation": preprocess}
 # Options that name files: a request gives the id of an upload.
 FILE_OPTIONS = (
-    *("clip_image_2", "init", "start_frame", "extend", "audio", "camera"),
+    *("clip_image_2", "identity", "init", "start_frame", "extend", "audio", "camera"),
     *("keypoints", "edited_reference", "edited_driving", "mask_paint"),
 )
 # Options that the server sets itself.

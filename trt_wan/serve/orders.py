@@ -47,7 +47,8 @@ KIND_OF = {
     "keypoints": ("keypoints",),
     "audio": ("sound", "clip"),
     **dict.fromkeys(
-        ("clip_image_2", "start_frame", "mask_paint", "edited_reference", "edited_driving"), ("picture",)
+        ("clip_image_2", "identity", "start_frame", "mask_paint", "edited_reference", "edited_driving"),
+        ("picture",),
     ),
     **dict.fromkeys(("init", "extend"), ("clip",)),
 }

@@ -11,6 +11,7 @@ WEIGHTS = ("weights", "transformer", "vae", "text_encoder", "image_encoder", "to
 MODEL = (
     *WEIGHTS,
     *("executor", "precision", "tier", "attention_keep", "flavour", "vram", "segments", "text_cache"),
+    *("lynx", "face_embedder"),
 )
 NETWORKS = ("detector", "pose", "sam2")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

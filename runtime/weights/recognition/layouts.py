@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from trt_wan.engines.checkpoint import DIRECTION, TOKEN_EMBEDDING
 from trt_wan.engines.contract import Part
+from trt_wan.engines.lynx import LITE_INTERVAL
 
 Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -32,6 +33,7 @@ class Layout:
     renames: tuple[Rename, ...] = ()
     joined: tuple[tuple[str, str, int], ...] = ()  # pattern, replacement, number of the piece
     split: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    alone: bool = False  # no other part, and so no prefix, is in such a file
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,15 @@ CAMERA_COMFY: tuple[Rename, ...] = (
     (r"^(controlnet_blocks\.\d+\.self_attn)\.o\.", r"\1.to_out.0."),
 )
 
+
+def _lite(match: re.Match[str]) -> str:
+    """Kijai numbers the adapters of the lite kind by their blocks, ByteDance from 0 on."""
+    block = int(match[1])
+    return match[0] if block % LITE_INTERVAL else f"{block // LITE_INTERVAL}."
+
+
+LYNX_IP, LYNX_REF = r"^blocks\.(\d+)\.cross_attn\.ip_adapter\.", r"^blocks\.(\d+)\.self_attn\.ref_adapter\."
+
 LAYOUTS = (
     Layout("transformer", "official names", DIRECTION),
     Layout(
@@ -191,6 +202,32 @@ LAYOUTS = (
         ),
     ),
     Layout("camera_control", "Kijai's names", "controlnet_patch_embedding.weight", CAMERA_COMFY),
+    # The full IP adapter has all tensors of the lite one, so it comes first.
+    Layout(
+        "lynx_ip",
+        "Kijai, full",
+        "blocks.0.cross_attn.ip_adapter.registers",
+        ((LYNX_IP, r"\1."),),
+        alone=True,
+    ),
+    Layout("lynx_ip", "ByteDance, full", "0.registers", alone=True),
+    Layout(
+        "lynx_ip",
+        "Kijai, lite",
+        "blocks.0.cross_attn.ip_adapter.to_k_ip.weight",
+        ((LYNX_IP, _lite),),
+        alone=True,
+    ),
+    Layout("lynx_ip", "ByteDance, lite", "0.to_k_ip.weight", alone=True),
+    Layout(
+        "lynx_ref",
+        "Kijai",
+        "blocks.0.self_attn.ref_adapter.to_k_ref.weight",
+        ((LYNX_REF, r"\1."),),
+        alone=True,
+    ),
+    Layout("lynx_ref", "ByteDance", "0.to_k_ref.weight", alone=True),
+    Layout("lynx_resampler", "official names", "layers.0.0.to_kv.weight", alone=True),
 )
 
 
@@ -210,7 +247,7 @@ def find_layout(names: Iterable[str], part: Part | None = None) -> tuple[Layout,
         plain = name.replace(COMPILED, "")
         for layout in known.get(plain.rpartition(".")[2], ()):
             prefix = plain.removesuffix(layout.signature)
-            if prefix != plain and (not prefix or prefix.endswith(".")):
+            if prefix != plain and (not prefix or (prefix.endswith(".") and not layout.alone)):
                 found.append((LAYOUTS.index(layout), prefix))
     if not found:
         return None
