@@ -12,21 +12,17 @@ import numpy as np
 from trt_wan.errors import InputError
 from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.person import FACE, Keypoints
-from trt_wan.preprocess.stages import Networks, open_stages
-from trt_wan.runtime.events import Progress, silent
+from trt_wan.preprocess.stages import PeopleSource
+from trt_wan.runtime.events import silent
 from trt_wan.runtime.video.pictures import read_picture
 
 EYES, NOSE, MOUTH = (slice(36, 42), slice(42, 48)), 30, (48, 54)
 SURE = 0.3  # least score of a point that counts
 
 
-def face_landmarks(picture: Path, networks: Networks, progress: Progress = silent) -> tuple[float, ...]:
-    """x, y of five points of the picture, in pixels. Raises InputError for a picture without a face, and
-    UsageError without a network.
-    """
-    stages = open_stages(networks, "animate", None, needs_people=True, progress=progress)
-    assert stages.people is not None
-    (person,) = stages.people.follow(iter([read_picture(picture)]), PersonChoice(), silent)
+def face_landmarks(picture: Path, people: PeopleSource) -> tuple[float, ...]:
+    """x, y of five points of the picture, in pixels. Raises InputError for a picture without a face."""
+    (person,) = people.follow(iter([read_picture(picture)]), PersonChoice(), silent)
     points = None if person.keypoints is None else five_points(person.keypoints)
     if points is None:
         raise InputError(

@@ -1,11 +1,13 @@
 """Writes complete checkpoints with random values of sane magnitude in the layouts that people have.
 
     python tests/full_size.py FOLDER [--transformer fp8|bf16|int8] [--model 14b|tiny] [--seed N] [--camera F]
+        [--lynx full|lite]
 
 Layouts are those of model_spec.md 5 and files_and_loras.md 7: Kijai's scaled-FP8 transformer (18.4 GB),
 Comfy's in bf16 (34.5 GB) or in int8 ConvRot (18.4 GB; rotated random numbers are random numbers), Comfy's
-scaled-FP8 umT5 (6.7 GB), CLIP in fp16, the VAE in bf16, a tokenizer.json of umT5's vocabulary, and with
-`--camera` Uni3C with F channels in its FFN (3072: 1.9 GB).
+scaled-FP8 umT5 (6.7 GB), CLIP in fp16, the VAE in bf16, a tokenizer.json of umT5's vocabulary, with
+`--camera` Uni3C with F channels in its FFN (3072: 1.9 GB), and with `--lynx` Kijai's adapters in fp16
+(8.4 GB).
 Random numbers are made once; every tensor is a stretch of them from a place of its own. Needs no torch.
 """
 
@@ -16,7 +18,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +29,8 @@ from numpy.typing import NDArray
 from trt_wan.engines.checkpoint import required_tensors
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.fp8 import E4M3_MAX
+from trt_wan.engines.lynx import Kind as LynxKind
+from trt_wan.engines.lynx import ip_blocks
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.weights.random import random_moments
 from trt_wan.runtime.weights.tensor_file import DTYPES
@@ -180,6 +184,34 @@ def camera_layout(model: ModelConfig, ffn_dim: int) -> dict[str, Layout]:
     return {"Wan21_Uni3C_controlnet_fp16.safetensors": Layout(tensors)}
 
 
+def lynx_layouts(model: ModelConfig, kind: LynxKind = "full") -> dict[str, Layout]:
+    """Kijai's files of Lynx by name: adapters in fp16, the resampler in fp32."""
+    blocks = ip_blocks(model, kind)
+    ip, ref, resampler = (
+        required_tensors(model, part, kind) for part in ("lynx_ip", "lynx_ref", "lynx_resampler")
+    )
+
+    def renamed(
+        shapes: Mapping[str, tuple[int, ...]], inside: str, numbers: Sequence[int]
+    ) -> dict[str, Stored]:
+        named = {}
+        for name, shape in shapes.items():
+            n, _, rest = name.partition(".")
+            named[f"blocks.{numbers[int(n)]}.{inside}.{rest}"] = shape
+        return _random("F16", named)
+
+    layers = range(model.transformer.layers)
+    return {
+        f"Wan2_1-T2V-14B-Lynx_{kind}_ip_layers_fp16.safetensors": Layout(
+            renamed(ip, "cross_attn.ip_adapter", blocks)
+        ),
+        f"lynx_{kind}_resampler_fp32.safetensors": Layout(_random("F32", resampler)),
+        "Wan2_1-T2V-14B-Lynx_full_ref_layers_fp16.safetensors": Layout(
+            renamed(ref, "self_attn.ref_adapter", layers)
+        ),
+    }
+
+
 def write_full_size(
     folder: Path,
     model: ModelConfig,
@@ -259,11 +291,14 @@ def main() -> int:
     parser.add_argument("--model", choices=sorted(MODELS), default="14b")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--camera", type=int, metavar="F", help="write Uni3C too")
+    parser.add_argument("--lynx", choices=("full", "lite"), help="write the files of Lynx too")
     asked = parser.parse_args()
-    more = camera_layout(MODELS[asked.model], asked.camera) if asked.camera else {}
+    model = MODELS[asked.model]
+    more = {} if asked.camera is None else camera_layout(model, asked.camera)
+    more |= {} if asked.lynx is None else lynx_layouts(model, asked.lynx)
     began = time.perf_counter()
     try:
-        paths = write_full_size(asked.folder, MODELS[asked.model], asked.transformer, asked.seed, more)
+        paths = write_full_size(asked.folder, model, asked.transformer, asked.seed, more)
     except OSError as error:
         print(error, file=sys.stderr)
         return 1

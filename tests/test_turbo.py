@@ -23,6 +23,7 @@ from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError
 from trt_wan.runtime.denoise import Branch, dense_steps, predict_window
 from trt_wan.runtime.guidance import StepSettings
+from trt_wan.runtime.job import Load
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.opening import model as opening
 from trt_wan.runtime.settings import Settings
@@ -169,11 +170,12 @@ def test_the_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_the_record_of_a_run_names_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "chosen_candidates", lambda *given: {"sparse_attention": "native sparse"})
-    weights: Any = SimpleNamespace(config=TINY)
+    weights: Any = SimpleNamespace(config=TINY, load_of=lambda job, progress: job.load)
+    job: Any = SimpleNamespace(load=Load(), acting_camera=None, acting_identity=None)
     place: Any = (None, SimpleNamespace(name="tensorrt_rtx"))
 
     def recorded(settings: Settings) -> dict[str, str]:
-        return opening.Basis(weights, place, "fp8", settings).choices(PLAN)
+        return opening.Basis(weights, place, "fp8", settings).choices(PLAN, job)
 
     turbo = recorded(Settings(tier="turbo"))
     assert turbo["tier"] == "turbo" and turbo["attention_keep"] == "0.5"

@@ -13,6 +13,7 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import FP8_ATTENTION_RANGE, TARGETS, GpuKind, Target
+from trt_wan.engines.lynx import FacePlan
 from trt_wan.engines.precision import PRECISIONS
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.engine_id import EngineId, Recipe, wan_engine
@@ -26,7 +27,8 @@ def engine_names(model: ModelConfig, plan: Plan) -> tuple[str, ...]:
     built without a graph.
     """
     names = tuple(filter(has_engine, networks(model, plan)))
-    return (*names, ATTENTION_FP8) if PRECISIONS[plan.precision].fp8 and "attention" in names else names
+    in_steps = "attention" in names and not isinstance(plan, FacePlan)
+    return (*names, ATTENTION_FP8) if PRECISIONS[plan.precision].fp8 and in_steps else names
 
 
 def engines_of(model: ModelConfig, plan: Plan, machine: Machine) -> tuple[Engine, ...]:

@@ -12,6 +12,10 @@ KIJAI, KIJAI_FP8 = "Kijai/WanVideo_comfy", "Kijai/WanVideo_comfy_fp8_scaled"
 COMFY_21, COMFY_22 = "Comfy-Org/Wan_2.1_ComfyUI_repackaged", "Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
 FAST4, UNIPC4, QUALITY20 = "fast4", "unipc4", "quality20"
 KIJAI4, NATIVE4, NATIVE8 = "kijai4", "native4", "native8"
+# Sets beside the presets. Of Lynx's files only the sizes of the tensors are known: 4.2, 0.34 and 4.2 GB.
+LYNX = "lynx"
+EXTRAS = {LYNX: "the identity adapters (run --identity)"}
+LYNX_LICENCE = "not stated; Lynx's code Apache-2.0"
 ALL = (FAST4, UNIPC4, KIJAI4, NATIVE4, NATIVE8, QUALITY20)
 CAMERA = "camera"  # no preset: what `--camera` needs beside one
 FEW_STEPS = (FAST4, UNIPC4, KIJAI4, NATIVE4, NATIVE8)
@@ -147,6 +151,14 @@ FILES = (
         None,
         "",
         (CAMERA,),
+    ),
+    *(
+        PublishedFile(part, KIJAI, f"Lynx/{name}", "diffusion_models", None, "", (LYNX,), LYNX_LICENCE)
+        for part, name in (
+            ("lynx_ip", "Wan2_1-T2V-14B-Lynx_full_ip_layers_fp16.safetensors"),
+            ("lynx_resampler", "lynx_full_resampler_fp32.safetensors"),
+            ("lynx_ref", "Wan2_1-T2V-14B-Lynx_full_ref_layers_fp16.safetensors"),
+        )
     ),
 )
 

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trt_wan.engines.checkpoint import OPTIONAL_PARTS, PARTS, required_tensors
+from trt_wan.engines.checkpoint import OPTIONAL_PARTS, PARTS
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.weights.checkpoint import MISSING, SPOKEN, Checkpoint, by_pattern, summarised
 from trt_wan.runtime.weights.find_files import checkpoint_in
 from trt_wan.runtime.weights.load import bytes_of, closest_model
+from trt_wan.runtime.weights.needed import needed
 from trt_wan.runtime.weights.open_file import kind_of, open_file
 from trt_wan.runtime.weights.recognition.encodings import encoding_of
 from trt_wan.runtime.weights.recognition.quantised import KNOWN
@@ -77,7 +78,7 @@ def _described(checkpoint: Checkpoint, others: tuple[Part, ...]) -> Description:
     part = layout.part if layout else None
     own = [name for place in checkpoint.places.values() for name in place.stored]
     model = closest_model(checkpoint, part) if part else None
-    wanted = required_tensors(model, part) if model and part else {}
+    wanted = needed(checkpoint, model, part) if model and part else {}
     faults = {name: fault for name, shape in wanted.items() if (fault := checkpoint.fault(name, shape))}
     missing = {name: fault for name, fault in faults.items() if fault.kind == MISSING}
     known = [name for name in wanted if name in checkpoint.places]
@@ -129,7 +130,7 @@ def _problem(checkpoint: Checkpoint, part: Part | None, model: ModelConfig | Non
         what = f"{checkpoint.path} is {checkpoint.what() or UNKNOWN}, and no part of Wan2.2-Animate."
         return what, "A run takes the transformer, the VAE, umT5, CLIP, Uni3C, SAM2 and LoRAs."
     try:
-        checkpoint.require(required_tensors(model, part), part)
+        checkpoint.require(needed(checkpoint, model, part), part)
     except WeightsError as error:
         return error.message, error.hint
     if part == "vae" and is_qwen_vae(checkpoint):

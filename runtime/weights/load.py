@@ -26,6 +26,7 @@ from trt_wan.errors import LONGEST_MESSAGE, WeightsError, some_of
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.weights.checkpoint import SPOKEN, Checkpoint
 from trt_wan.runtime.weights.find_files import find_files, option, short_path, spoken
+from trt_wan.runtime.weights.needed import needed
 from trt_wan.runtime.weights.recognition.encodings import Cost, cost, encoding_of, engine_types
 from trt_wan.runtime.weights.recognition.twins import QWEN_NAMED, is_named_qwen, is_qwen_vae, same_values
 
@@ -125,7 +126,8 @@ def closest_model(checkpoint: Checkpoint, part: Part) -> ModelConfig:
     """The model with most tensors in the shapes of the file."""
 
     def fitting(model: ModelConfig) -> int:
-        return sum(checkpoint.fault(n, shape) is None for n, shape in required_tensors(model, part).items())
+        shapes = needed(checkpoint, model, part)
+        return sum(checkpoint.fault(name, shape) is None for name, shape in shapes.items())
 
     return max((with_camera_of(model, checkpoint) for model in MODELS.values()), key=fitting)
 

@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trt_wan.engines.checkpoint import LYNX_PARTS, required_tensors
+from trt_wan.engines.checkpoint import LYNX_PARTS
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
-from trt_wan.engines.lynx import Kind, lynx_of
+from trt_wan.engines.lynx import Kind
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.weights.checkpoint import SPOKEN, Checkpoint, by_pattern
 from trt_wan.runtime.weights.find_files import files_with, short_path
+from trt_wan.runtime.weights.needed import kind_of, needed
 from trt_wan.runtime.weights.recognition.quantised import KNOWN
-
-RESULT = "proj_out.weight"  # of the resampler: its width tells the kind
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,6 @@ class LynxFiles:
     def parts(self) -> dict[Part, Checkpoint]:
         found = {"lynx_ip": self.ip, "lynx_resampler": self.resampler, "lynx_ref": self.ref}
         return {part: found[part] for part in LYNX_PARTS if found[part] is not None}  # type: ignore[misc]
-
-
-def kind_of(checkpoint: Checkpoint, model: ModelConfig) -> Kind:
-    """The kind of an IP adapter or a resampler."""
-    if RESULT in checkpoint:
-        return "lite" if checkpoint.shape(RESULT)[:1] == (lynx_of(model).lite_dim,) else "full"
-    return "full" if any(name.endswith("registers") for name in checkpoint) else "lite"
 
 
 def find_lynx(model: ModelConfig, folders: Sequence[Path], named: Sequence[Path] = ()) -> LynxFiles:
@@ -117,7 +109,7 @@ def _fitting(groups: Mapping[Part, Sequence[Path]], part: Part, model: ModelConf
 def _checked(path: Path, part: Part, model: ModelConfig) -> Checkpoint:
     """Raises WeightsError for missing tensors, tensors of another shape and tensors that no adapter has."""
     checkpoint = Checkpoint(path, part)
-    wanted = required_tensors(model, part, kind_of(checkpoint, model))
+    wanted = needed(checkpoint, model, part)
     checkpoint.require(wanted, part)
     if foreign := foreign_tensors(checkpoint, wanted):
         raise WeightsError(

@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.engines.checkpoint import ORTHONORMAL, networks_of, required_tensors
+from trt_wan.engines.checkpoint import LYNX_PARTS, ORTHONORMAL, networks_of, required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.fp8 import E4M3
@@ -114,7 +114,7 @@ def _require_writable(output: Path) -> None:
 
 def _identify(checkpoint: Checkpoint) -> tuple[Part, ModelConfig]:
     """Raises WeightsError for a file that is no whole part of a model."""
-    if checkpoint.layout is None:
+    if checkpoint.layout is None or checkpoint.layout.part in LYNX_PARTS:
         raise WeightsError(
             f"{checkpoint.path} is {checkpoint.what() or 'no checkpoint'}, not a part of Wan2.2-Animate.",
             "Give the transformer, the VAE, umT5 or CLIP.",

@@ -136,9 +136,12 @@ def found_landmarks(
     if not identity.acts or identity.landmarks:
         return identity
     from trt_wan.preprocess.identity import face_landmarks
-    from trt_wan.preprocess.stages import Networks
+    from trt_wan.preprocess.stages import Networks, open_stages
 
-    found = face_landmarks(identity.picture, Networks(detector, pose), report.progress)
+    networks = Networks(detector, pose)
+    stages = open_stages(networks, "animate", None, needs_people=True, progress=report.progress)
+    assert stages.people is not None
+    found = face_landmarks(identity.picture, stages.people)
     text = ",".join(f"{number:.1f}" for number in found)
     note(report, f"identity: the face is at {text} (--identity-landmarks)", "landmarks", landmarks=text)
     return replace(identity, landmarks=tuple(float(number) for number in text.split(",")))

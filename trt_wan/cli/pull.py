@@ -9,10 +9,17 @@ import click
 from trt_wan.cli.command import command, note
 from trt_wan.cli.report import Report, table
 from trt_wan.runtime.presets import PRESETS
-from trt_wan.runtime.published.files import EXTRAS, FAST4, files_of, spoken_size
+from trt_wan.runtime.published.files import EXTRAS, FAST4, LYNX, files_of, spoken_size
 
 if TYPE_CHECKING:
     from trt_wan.runtime.published.places import Place
+
+
+NO_EMBEDDER = (
+    "The IP adapter also needs --face-embedder, ArcFace IR-SE50 as ONNX, which is not fetched: the usual "
+    "weights are for non-commercial use, and none are published as ONNX under a known name. The ref adapter "
+    "needs none."
+)
 
 
 @click.command(short_help="Fetch the model's files from the Hugging Face Hub.")
@@ -32,6 +39,7 @@ def pull(*, report: Report, preset: str, into: Path | None, dry_run: bool) -> An
     trt-wan pull                       the set of fast4
     trt-wan pull quality20 --into ~/ComfyUI
     trt-wan pull camera                the camera control Uni3C, for run --camera
+    trt-wan pull lynx                  the adapters of run --identity
 
     A stopped download goes on with the next call. Files that are there stay as they are. What is in the cache
     is found by `trt-wan run` without --weights.
@@ -41,6 +49,8 @@ def pull(*, report: Report, preset: str, into: Path | None, dry_run: bool) -> An
     place: Place = hub_cache() if into is None else comfy_folder(into)
     root = hub_cache().root if into is None else comfy_folder(into).models
     files = files_of(preset)
+    if preset == LYNX:
+        note(report, NO_EMBEDDER, "no_embedder")
     if dry_run:
         rows = [(file, place.find(file)) for file in files]
         text = [

@@ -23,12 +23,14 @@ def weights() -> None:
 @weights.command(short_help="Write a complete set of tiny random weights.")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
+@click.option("--lynx", type=click.Choice(["full", "lite"]), help="Write Lynx's files too, of this kind.")
 @command
-def tiny(*, report: Report, folder: Path, seed: int) -> Any:
+def tiny(*, report: Report, folder: Path, seed: int, lynx: Any) -> Any:
     """Write a complete set of tiny random weights to FOLDER, in the formats of the real files."""
-    from trt_wan.runtime.weights.tiny import write_tiny_weights
+    from trt_wan.runtime.weights.tiny import write_tiny_lynx, write_tiny_weights
 
     paths = write_tiny_weights(folder, seed)
+    paths += [] if lynx is None else write_tiny_lynx(folder, seed, lynx)
     return folder, {
         "files": [str(path) for path in paths],
         "bytes": sum(path.stat().st_size for path in paths),
