@@ -24,7 +24,7 @@ from trt_wan.errors import DownloadError, OutputError, UsageError
 from trt_wan.runtime.events import Event, FileProgress, FileReady
 from trt_wan.runtime.presets import PRESETS
 from trt_wan.runtime.published.fetch import FREE_AFTERWARDS, Collected, fetch
-from trt_wan.runtime.published.files import FILES, PublishedFile, files_of
+from trt_wan.runtime.published.files import EXTRAS, FILES, PublishedFile, files_of
 from trt_wan.runtime.published.places import ComfyFolder, HubCache, Place, hub_cache
 
 ROOT = Path(__file__).parents[1]
@@ -407,4 +407,4 @@ def test_the_table_is_complete_for_every_preset() -> None:
         assert {f"{lora.kind} LoRA" for lora in preset.loras} == {p for p in found if p.endswith("LoRA")}
     for file in FILES:
         assert re.fullmatch("[0-9a-f]{64}|", file.sha256) and re.fullmatch("main|[0-9a-f]{40}", file.revision)
-        assert set(file.presets) <= set(PRESETS) and "/" in file.repository
+        assert set(file.presets) <= {*PRESETS, *EXTRAS} and "/" in file.repository
