@@ -52,9 +52,10 @@ def predict_window(
 
     def control(step: int, latent: Array, now: StepSettings) -> Residuals | None:
         """One for all sides of the guidance: they have the same residuals."""
-        window = branches[0].window
-        if prepared.camera is None or window.render is None or not now.camera:
+        if not now.camera:
             return None
+        window = branches[0].window
+        assert prepared.camera is not None and window.render is not None, "a camera without its render"
         video = latent, window.condition, window.render
         return Residuals(model, prepared.camera, step, video, len(branches[: now.passes]))
 

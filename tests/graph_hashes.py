@@ -25,9 +25,14 @@ from trt_wan.engines.config import TINY
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.sam2 import contracts as sam2_contracts
 from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Plan
+from trt_wan.engines.shape import CameraPlan
 
 PINNED = Path(__file__).parent / "golden" / "graph_hashes.json"
-VERSIONS = {"wan": contracts.GRAPHS_VERSION, "sam2": sam2_contracts.GRAPHS_VERSION}
+VERSIONS = {
+    "wan": contracts.GRAPHS_VERSION,
+    "uni3c": contracts.GRAPHS_VERSION,
+    "sam2": sam2_contracts.GRAPHS_VERSION,
+}
 # One block per stage, one of them global, one layer of memory attention: every kind of layer once.
 SAM2 = replace(
     SAM2_MODELS["sam2.1_tiny"], image_size=256, blocks=(1, 1, 2, 1), global_blocks=(3,), memory_layers=1
@@ -52,6 +57,17 @@ def wan_hashes(folder: Path, ready: Ready = EMPTY) -> Iterator[tuple[str, str]]:
                     path = ready[precision] / f"{name}.onnx"
                 else:
                     export(network, TINY, plan, path := folder / f"{precision}-{name}.onnx")
+                yield f"{precision} {name}", graph_hash(path)
+
+
+def uni3c_hashes(folder: Path, ready: Ready = EMPTY) -> Iterator[tuple[str, str]]:
+    seen = set()
+    for precision in WAN_PRECISIONS:
+        plan = CameraPlan.beside(replace(PLAN, precision=precision), TINY.camera.ffn_dim)
+        for name, network in contracts.networks(TINY, plan).items():
+            if network not in seen:
+                seen.add(network)
+                export(network, TINY, plan, path := folder / f"{precision}-{name}.onnx")
                 yield f"{precision} {name}", graph_hash(path)
 
 
@@ -95,7 +111,7 @@ def _constant(tensor: onnx.TensorProto) -> tuple[int, list[int], str]:
     return tensor.data_type, list(tensor.dims), hashlib.sha256(values).hexdigest()
 
 
-HASHES = {"wan": wan_hashes, "sam2": sam2_hashes}
+HASHES = {"wan": wan_hashes, "uni3c": uni3c_hashes, "sam2": sam2_hashes}
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:

@@ -33,7 +33,7 @@ from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.precision import PRECISIONS
-from trt_wan.engines.shape import Plan
+from trt_wan.engines.shape import CameraPlan, Plan
 from trt_wan.engines.store.engine_id import Recipe, wan_engine
 from trt_wan.engines.store.engines import ensure
 from trt_wan.engines.store.entries import entries, remove
@@ -101,7 +101,10 @@ def chosen(
 
 def test_the_tables_name_what_there_is() -> None:
     assert len({(row.network, row.name) for row in CANDIDATES}) == len(CANDIDATES)
-    assert set(SEGMENTS) <= set(networks(TINY, PLAN)) and {row.network for row in DEFAULTS} == set(SEGMENTS)
+    beside = networks(TINY, CameraPlan.beside(PLAN, TINY.camera.ffn_dim))
+    assert set(SEGMENTS) <= {*networks(TINY, PLAN), *beside} and {row.network for row in DEFAULTS} == set(
+        SEGMENTS
+    )
     for default in DEFAULTS:
         rows = {row.name: row for row in CANDIDATES if row.network == default.network}
         assert set(default.exact) <= set(default.fast) <= set(rows)
@@ -334,7 +337,9 @@ def test_a_run_takes_what_was_measured_and_says_why(
     measure(recipes, *MEASURED.values())
     found, notes = segments_of(recipes, Settings())
     assert list(found) == [name for name, row in networks(TINY, PLAN).items() if not row.optional]
-    assert len(notes) == len(SEGMENTS)  # one has no choice; and a note that some were not measured
+    assert (
+        len(notes) == len(SEGMENTS) - 1
+    )  # one has no choice, one is Uni3C's; and a note that some were not measured
     told, command = notes[-1].splitlines()
     assert told == "9 parts run by default, not by measurement. Measure them once:", "all but attention"
     assert command == "trt-wan build --model tiny --size 64x48 --window 5 --precision fp8"
@@ -449,7 +454,7 @@ def test_nag_is_opened_for_the_first_job_that_has_it(
     segments = sizes._executors[PLAN].segments
     assert "cross_attention" in segments and "cross_attention_nag" not in segments
     for _ in range(2):
-        sizes._open_nag(PLAN, lambda event: None)
+        sizes._open_more(PLAN, PLAN, (open_model.NAG,), lambda event: None)
     assert segments["cross_attention_nag"] == "engine cross_attention_nag"
     assert opened == [[name for name in networks(TINY, PLAN) if name in opened[0]], ["cross_attention_nag"]]
     assert "sparse_attention" not in segments and sizes._models[PLAN].keep is None

@@ -89,7 +89,7 @@ def test_a_folder_is_searched_for_its_checkpoint(weights: Path, tmp_path: Path) 
     (tmp_path / "transformer" / source.name).write_bytes(source.read_bytes())
     (tmp_path / "broken.safetensors").touch()
     assert shown(tmp_path)["part"] == "transformer"
-    for folder, says in ((weights, "several checkpoints: clip_vision_tiny"), (tmp_path / "none", "no check")):
+    for folder, says in ((weights, "several checkpoints: Wan21_Uni3C"), (tmp_path / "none", "no check")):
         folder.mkdir(exist_ok=True)
         done = CliRunner().invoke(cli, ["weights", "show", str(folder)])
         assert done.exit_code == 1 and says in done.stderr

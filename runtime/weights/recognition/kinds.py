@@ -18,7 +18,7 @@ ADAPTERS = (
     ("a Lynx adapter", (".ip_adapter.to_k_ip", ".ref_adapter.to_k_ref")),
     ("a UniAnimate adapter", ("dwpose_embedding.",)),
     ("an IP-Adapter", ("ip_adapter.1.to_k_ip", "image_proj.")),
-    ("a Uni3C ControlNet", ("controlnet_patch_embedding.weight",)),
+    ("the camera control Uni3C", ("controlnet_patch_embedding.weight",)),
     (
         "a ControlNet",
         ("control_model.", "controlnet_cond_embedding.", "input_hint_block.", "controlnet_blocks."),
