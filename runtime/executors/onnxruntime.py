@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from trt_wan.engines.checkpoint import OPTIONAL_PARTS, PARTS, required_tensors
+from trt_wan.engines.checkpoint import PARTS, required_tensors
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.shape import Plan
@@ -150,7 +150,7 @@ def least_memory(model: ModelConfig, plan: Plan, camera_ffn: int = 0) -> int:
     """Bytes that a job needs at least: the weights in fp32, and one attention's logits. `camera_ffn` are the
     channels of Uni3C's FFN; 0 without a camera.
     """
-    parts = (*PARTS, *OPTIONAL_PARTS) if camera_ffn else PARTS
+    parts: tuple[Part, ...] = (*PARTS, "camera_control") if camera_ffn else PARTS
     model = replace(model, camera=replace(model.camera, ffn_dim=camera_ffn))
     shapes = (shape for part in parts for shape in required_tensors(model, part).values())
     weights = 4 * sum(math.prod(shape) for shape in shapes)
