@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trt_wan.runtime.conditioning import Pixels, encode_reference, to_signal
+from trt_wan.runtime.composite import composite
+from trt_wan.runtime.conditioning import (
+    Pixels,
+    encode_reference,
+    prefix_frames,
+    prefix_latents,
+    to_signal,
+)
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.guidance import ClipVision, Nag
 from trt_wan.runtime.letterbox import letterbox
@@ -25,6 +32,7 @@ from trt_wan.runtime.networks.transformer import (
     encode_time,
     rope_tables,
 )
+from trt_wan.runtime.references import Use
 
 CONTEXT_NETWORKS = ("text_embed", "context_kv")
 
@@ -67,8 +75,15 @@ class Prepared:
     contexts: Contexts
     times: list[tuple[Array, Array]]  # embedding and modulation of every step
     rope: tuple[Array, Array]
-    reference: Array  # slot 0 of the condition, [20, 1, h, w]
+    reference: Array  # the first slots of the condition, [20, 1…4, h, w]
     blank_face: PerLayer | None  # for the negative prompt; None without guidance
+    prefix: Pixels | None = None  # known frames in front of every window, [n, H, W, 3]
+
+    @property
+    def pictures(self) -> int:
+        """Slots behind the reference's in every window, which are other pictures."""
+        slots: int = self.reference.shape[1]
+        return slots - 1 + prefix_latents(self.prefix)
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,8 @@ class Pictures:
 
     reference: Pixels
     second: Pixels | None = None  # for CLIP alone
+    more: tuple[Pixels, ...] = ()  # other references
+    use: Use = "composite"
 
 
 def prepare(
@@ -89,21 +106,27 @@ def prepare(
     timesteps: Sequence[float],
     guided: bool,
 ) -> Prepared:
-    """`features` are those of every text of the job; `first` are the texts of the first window."""
+    """`features` are those of every text of the job; `first` are the texts of the first window. Of several
+    references CLIP sees the main one: its tokens are of one picture as a whole.
+    """
     width, height = model.plan.width, model.plan.height
-    canvas = letterbox(pictures.reference, width, height)
+    canvas, *others = (letterbox(picture, width, height) for picture in (pictures.reference, *pictures.more))
     seen = [canvas] if pictures.second is None else [canvas, letterbox(pictures.second, width, height)]
     images = [_image_features(model, picture, clip_vision) for picture in seen]
     model.release("image_encoder_embed", "image_encoder_layer")
-    reference = encode_reference(model, canvas)
+    prefix = prefix_frames([canvas, *others]) if pictures.use == "prefix" else None
+    if pictures.use == "composite" and others:
+        canvas = composite((pictures.reference, *pictures.more), width, height)
+    slots = [canvas, *(others if pictures.use == "slots" else ())]
+    reference = np.concatenate([encode_reference(model, slot) for slot in slots], axis=1)
     tokens = _image_tokens(model, images, clip_vision)
     contexts = Contexts(model, features, tokens, nag)
     contexts.use(first)
     times = [encode_time(model, timestep) for timestep in timesteps]
     model.release("image_embed", "time_embed")
-    cos, sin = rope_tables(model.config, model.plan)
-    blank_face = encode_blank_face(model) if guided else None
-    return Prepared(contexts, times, (model.place(cos), model.place(sin)), reference, blank_face)
+    cos, sin = rope_tables(model.config, model.plan, len(slots) - 1)
+    blank_face = encode_blank_face(model, len(slots) - 1 + prefix_latents(prefix)) if guided else None
+    return Prepared(contexts, times, (model.place(cos), model.place(sin)), reference, blank_face, prefix)
 
 
 def _image_features(model: Model, canvas: Pixels, clip_vision: ClipVision) -> Array:

@@ -28,17 +28,15 @@ def predict_latents(
     a time are placed.
     """
     if plan is None or plan.is_one:
-        face = None if window.motion is None else fuser_keys(model, window.motion)
+        face = None if window.motion is None else fuser_keys(model, window.motion, window.pictures)
         return under(condition_of(model, window, face), None)
-    faces = PartFaces(model, window.motion)
+    faces = PartFaces(model, window.motion, window.pictures)
 
     def predict(step: int, latent: Array) -> Array:
         fused: Array | None = None
         for part in plan.parts(step):
             before_each()
-            seen = replace(
-                window, condition=window.condition[:, part.seen], pose=window.pose[:, part.latents]
-            )
+            seen = replace(window, condition=window.condition[:, part.seen], pose=window.pose[:, part.posed])
             predict_part = under(condition_of(model, seen, faces.of(part)), part)
             taken = model.executor.take(latent, part.slots)
             made = (part.slots, part.weights, predict_part(step, taken))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trt_wan.cli import context_options, guidance_options
+from trt_wan.cli import context_options, guidance_options, reference_options
 from trt_wan.cli.command import note
 from trt_wan.cli.options import is_given
 from trt_wan.cli.preprocess import PREPARING_NAMES
@@ -40,6 +40,7 @@ OPTIONS_OF: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(("background", "mask"), ("inputs", "mode")),
     **dict.fromkeys(SEARCHED, ("weights", "random_weights")),
     **dict.fromkeys(("clip_vision", "second"), tuple(guidance_options.CLIP_VISION)),
+    **dict.fromkeys(("references", "pictures"), reference_options.NAMES),
     "frames": ("inputs", "trim_to_shortest", *CUT),
     "sound": ("inputs", "audio"),
     "kind": ("output",),
