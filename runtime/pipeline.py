@@ -294,10 +294,11 @@ def pictures_of(job: Job, clips: Clips) -> tuple[Pictures, list[Note]]:
     """The pictures, and notes about them. Raises InputError for one that cannot be read."""
     second, behind, references = job.clip_vision.second, job.inputs.behind, job.references
     seen = None if second is None else read_transparent(second).over(colour(behind))
+    notes = [] if seen is None else _clip_notes(job, clips.reference, seen)
     if references is None:
-        return Pictures(clips.reference, seen), []
+        return Pictures(clips.reference, seen), notes
     read = {path: read_transparent(path) for path in references.pictures}
-    notes = [
+    notes += [
         transparency_note(path, picture.opacity, behind, "--reference-background")
         for path, picture in read.items()
         if picture.opacity is not None
@@ -306,6 +307,18 @@ def pictures_of(job: Job, clips: Clips) -> tuple[Pictures, list[Note]]:
         notes.append(note)
     more = tuple(picture.over(colour(behind)) for picture in read.values())
     return Pictures(clips.reference, seen, more, references.use), notes
+
+
+def _clip_notes(job: Job, reference: Pixels, second: Pixels) -> list[Note]:
+    """Notes for a second CLIP picture that changes nothing."""
+    weights = job.clip_vision.weights
+    if weights[1] == 0:
+        text = "At --clip-strength-2 0 the second CLIP picture does nothing."
+    elif np.array_equal(reference, second) and sum(weights) == 1:
+        text = "The second CLIP picture is the reference, so it changes nothing: the strengths add up to 1."
+    else:
+        return []
+    return [Note(text, "clip_unused")]
 
 
 def references_note(job: Job) -> Note | None:
