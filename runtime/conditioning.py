@@ -182,7 +182,7 @@ def encode_window(
         key = ("prefix", _digest(prefix), count, key) if is_known else None
         latent = model.remembered(key, lambda: encode_prefixed(model, prefix, read, count))
     elif alone and clips.background is None and count == plan.frames - LATENT * pictures:
-        latent = model.kept("grey clip", lambda: encode_read(model, read, count))
+        latent = model.kept(f"grey clip of {count}", lambda: encode_read(model, read, count))
     else:
         latent = model.remembered(key, lambda: encode_read(model, read, count))
     everywhere = np.broadcast_to(np.float32(1), (count, plan.latent_height, plan.latent_width))

@@ -119,8 +119,9 @@ def fuser_keys(model: Model, motion: Array, pictures: int = 0) -> PerLayer:
         motion = np.concatenate((np.repeat(motion[:1], 4 * pictures, axis=0), motion))
     (tokens,) = model.run("face_encoder", motion)
     if pictures:
-        tokens = np.array(tokens)
-        tokens[1 : 1 + pictures] = 0
+        host = np.asarray(tokens)
+        none = np.zeros_like(host[:1]).repeat(pictures, axis=0)
+        tokens = np.concatenate((host[:1], none, host[1 + pictures :]))
     return [model.run("fuser_kv", tokens, n=i) for i in range(model.config.transformer.fusers)]
 
 
