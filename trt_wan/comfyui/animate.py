@@ -82,6 +82,14 @@ class AnimateCharacter(io.ComfyNode):  # type: ignore[misc]
                     optional=True,
                     tooltip="Keeps colours from drifting from window to window.",
                 ),
+                io.Boolean.Input(
+                    "keep_open",
+                    default=True,
+                    optional=True,
+                    tooltip="Off: the model is closed after each run, and its GPU memory is free for other "
+                    "nodes.",
+                ),
+                # Saved workflows have the widgets' values in their order: new ones come last.
                 io.Image.Input(
                     "more_references",
                     optional=True,
@@ -92,13 +100,6 @@ class AnimateCharacter(io.ComfyNode):  # type: ignore[misc]
                     options=list(USES),
                     optional=True,
                     tooltip="With more_references. " + "; ".join(f"{use}: {USES[use]}" for use in USES) + ".",
-                ),
-                io.Boolean.Input(
-                    "keep_open",
-                    default=True,
-                    optional=True,
-                    tooltip="Off: the model is closed after each run, and its GPU memory is free for other "
-                    "nodes.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="images")],
