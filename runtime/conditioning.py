@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.engines.shape import Plan
+from trt_wan.runtime.context.settings import LATENT
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, encode_motion
 from trt_wan.runtime.networks.vae import Read, encode, encode_read
+from trt_wan.runtime.references import prefix_order
 
 Pixels = NDArray[np.uint8]
 
@@ -83,11 +85,44 @@ def condition_frames(
     return read
 
 
+def prefix_frames(canvases: Sequence[Pixels]) -> Pixels:
+    """The known frames [n, H, W, 3] in front of every window: five of the first picture, four of each other,
+    so that no latent has two pictures.
+    """
+    order = prefix_order(len(canvases))
+    return np.stack([canvases[order[0]], *(canvases[k] for k in order for _ in range(LATENT))])
+
+
+def behind_prefix(prefix: Pixels, frames: Read) -> Read:
+    """A clip behind known frames. Its first frame comes four times: it is a latent of its own, as the first
+    frame of a window is.
+    """
+    first = len(prefix) + LATENT - 1  # the last time
+
+    def read(start: int, stop: int) -> Array:
+        numbers = [max(k - first, 0) for k in range(max(start, len(prefix)), stop)]
+        pieces = [to_signal(prefix[start:stop])] if start < len(prefix) else []
+        if numbers:
+            clip = frames(numbers[0], numbers[-1] + 1)
+            pieces.append(clip[:, [number - numbers[0] for number in numbers]])
+        return np.concatenate(pieces, axis=1)
+
+    return read
+
+
+def prefix_latents(prefix: Pixels | None) -> int:
+    return 0 if prefix is None else (len(prefix) - 1) // LATENT + 1
+
+
 def encode_reference(model: Model, canvas: Pixels) -> Array:
-    """Slot 0 of the condition, [20, 1, h, w]: mask 1, and the reference encoded as a video of one frame."""
-    key = "reference", hashlib.blake2b(canvas.tobytes()).digest()
+    """A slot of the condition, [20, 1, h, w]: mask 1, and a reference encoded as a video of one frame."""
+    key = "reference", _digest(canvas)
     latent = model.remembered(key, lambda: encode(model, to_signal(canvas[None])))
     return np.concatenate((np.ones((4, *latent.shape[1:]), np.float32), latent))
+
+
+def _digest(pixels: Pixels) -> bytes:
+    return hashlib.blake2b(pixels.tobytes()).digest()
 
 
 @dataclass(frozen=True)
@@ -134,20 +169,34 @@ class WindowLatents:
     pose: Array  # [16, slots - 1, h, w]
     motion: Array | None  # [frames, dim]; None without a face clip
     strengths: Strengths
+    pictures: int = 0  # slots behind the reference's that are other pictures, with a pose of zeros
     render: Array | None = None  # [16, slots, h, w]; None without a camera
 
 
 def encode_window(
-    model: Model, reference: Array, clips: WindowClips, carried: Array | None, strengths: Strengths
+    model: Model,
+    reference: Array,
+    clips: WindowClips,
+    carried: Array | None,
+    strengths: Strengths,
+    prefix: Pixels | None = None,
 ) -> WindowLatents:
-    """`carried` are the last frames of the window before, [3, r, H, W]."""
+    """`reference` are the slots of references, [20, 1…4, h, w]. `carried` are the last frames of the window
+    before, [3, r, H, W]. `prefix` are known frames in front of both.
+    """
     plan, count = model.plan, clips.frames
     read = condition_frames(plan, carried, clips.background, clips.ending, count)
     alone = carried is None and clips.ending is None
-    if alone and clips.background is None and count == plan.frames:
-        latent = model.kept("grey clip", lambda: encode_read(model, read, count))
+    lead = prefix_latents(prefix)
+    pictures = reference.shape[1] - 1 + lead
+    key = clips.keys.get("background") if alone else None
+    if prefix is not None:
+        is_known = alone and (key is not None or clips.background is None)
+        key = ("prefix", _digest(prefix), count, key) if is_known else None
+        latent = model.remembered(key, lambda: encode_prefixed(model, prefix, read, count))
+    elif alone and clips.background is None and count == plan.frames - LATENT * pictures:
+        latent = model.kept(f"grey clip of {count}", lambda: encode_read(model, read, count))
     else:
-        key = clips.keys.get("background") if alone else None
         latent = model.remembered(key, lambda: encode_read(model, read, count))
     everywhere = np.broadcast_to(np.float32(1), (count, plan.latent_height, plan.latent_width))
     known = known_mask(
@@ -155,10 +204,14 @@ def encode_window(
         everywhere if clips.person is None else clips.person,
         0 if clips.ending is None else clips.ending.shape[1],
     )
+    if lead:
+        known = np.concatenate((np.ones((4, lead, *known.shape[2:]), np.float32), known), axis=1)
     condition = np.concatenate((reference, np.concatenate((known, latent))), axis=1)
     pose, motion = np.zeros_like(latent), None
     if (read_pose := clips.pose) is not None:
         pose = model.remembered(clips.keys.get("pose"), lambda: encode_read(model, read_pose, count))
+    if (missing := condition.shape[1] - 1 - pose.shape[1]) > 0:
+        pose = np.concatenate((np.zeros((len(pose), missing, *pose.shape[2:]), np.float32), pose), axis=1)
     if (read_face := clips.face) is not None and strengths.face > 0:  # at 0 the fusers would add nothing
         motion = model.remembered(clips.keys.get("face"), lambda: encode_motion(model, read_face, count))
     strengths = replace(strengths, pose=0.0 if clips.pose is None else strengths.pose)
@@ -167,7 +220,9 @@ def encode_window(
         render = model.remembered(given.key, lambda: encode_render(model, given, count))
         if given.still:
             render = np.repeat(render, condition.shape[1], axis=1)
-    return WindowLatents(condition, pose, motion, strengths, render)
+        else:  # other pictures have the view of the reference
+            render = np.concatenate((np.repeat(render[:, :1], 1 + pictures, axis=1), render[:, 1:]), axis=1)
+    return WindowLatents(condition, pose, motion, strengths, pictures, render)
 
 
 def encode_render(model: Model, render: WindowRender, count: int) -> Array:
@@ -189,11 +244,20 @@ def encode_render(model: Model, render: WindowRender, count: int) -> Array:
     return encode_read(model, read, whole)[:, : (count - 1) // 4 + 2]
 
 
-def encode_init(model: Model, reference: Array, init: Read, frames: int) -> Array:
-    """The latent [16, slots, h, w] that a window starts from. Slot 0 is the reference's latent.
+def encode_prefixed(model: Model, prefix: Pixels | None, frames: Read, count: int) -> Array:
+    """The latents of known frames and of the `count` frames behind them."""
+    if prefix is None:
+        return encode_read(model, frames, count)
+    return encode_read(model, behind_prefix(prefix, frames), LATENT * prefix_latents(prefix) + count)
+
+
+def encode_init(
+    model: Model, reference: Array, init: Read, frames: int, prefix: Pixels | None = None
+) -> Array:
+    """The latent [16, slots, h, w] that a window starts from. The slots of references are their latents.
     (ComfyUI-WanVideoWrapper puts the clip's first latent there.)
     """
-    return np.concatenate((reference[4:], encode_read(model, init, frames)), axis=1)
+    return np.concatenate((reference[4:], encode_prefixed(model, prefix, init, frames)), axis=1)
 
 
 def condition_of(model: Model, window: WindowLatents, face: PerLayer | None) -> WindowCondition:
@@ -202,4 +266,4 @@ def condition_of(model: Model, window: WindowLatents, face: PerLayer | None) -> 
     placed = [model.place(array) for array in (window.condition, window.pose, *strengths)]
     condition, pose, pose_strength, face_strength = placed
     render = None if window.render is None else model.place(window.render)
-    return WindowCondition(condition, pose, pose_strength, face, face_strength, render)
+    return WindowCondition(condition, pose, pose_strength, face, face_strength, window.pictures, render)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from trt_wan.runtime.guidance import (
 from trt_wan.runtime.identity import FACE_PROMPT, FaceIdentity
 from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_PROMPT, Prompts
+from trt_wan.runtime.references import References, Use
 from trt_wan.runtime.sampling.grids import Schedule, schedule, schedule_of
 from trt_wan.runtime.sampling.samplers import SAMPLERS
 from trt_wan.runtime.video.cut import Cut
@@ -158,6 +159,8 @@ class Load:
     travels: bool = False  # whether the prompts change, so that contexts are computed between windows
     camera_ffn: int = 0  # channels of Uni3C's FFN (opening/model.py sets it); 0 without a camera
     lynx: Lynx | None = None  # the adapters that act
+    pictures: int = 1  # references, as far as they make the model's window longer
+    use: Use = "composite"
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,7 @@ class Job:
     cfg_zero_star: bool = False  # scales the negative prompt's side to the prompt's (addons_spec.md 6)
     nag: Nag | None = None
     clip_vision: ClipVision = ClipVision()
+    references: References | None = None  # pictures beside inputs.reference
     pose_start: float = 0.0
     pose_end: float = 100.0
     face_start: float = 0.0
@@ -214,13 +218,15 @@ class Job:
         require_strength("pose", self.pose_strength)
         require_strength("face", self.face_strength)
         # Each of these raises UsageError for its own settings.
-        if self.context is not None and self.model_window < 5:
+        if self.context is not None and self.video_window < 5:
             raise UsageError(
                 f"The wrapper counts the reference among its {self.context.frames} context frames: too few.",
                 "Use --context-frames 9 or more, or leave out --compat.",
             )
+        Plan(16, 16, self.video_window)
         Plan(16, 16, self.model_window)
         Windows(1, self.window, self.overlap)
+        self._require_references()
         self._require_long()
         self._require_init()
         CpuGenerator(self.seed)
@@ -265,7 +271,19 @@ class Job:
 
     @property
     def model_window(self) -> int:
-        """Frames of one forward of the model, for which its engines are built."""
+        """Frames of one forward of the model, for which its engines are built. Pictures in slots of their own
+        and known frames in front of the video's count.
+        """
+        return self.video_window + LATENT * self.picture_slots
+
+    @property
+    def picture_slots(self) -> int:
+        """Slots of other pictures, behind the reference's in every forward of the model."""
+        return 0 if self.references is None else self.references.latents
+
+    @property
+    def video_window(self) -> int:
+        """Frames of the video in one forward of the model."""
         if self.context is None:
             return self.window
         # The wrapper counts the reference's slot among those of a context window.
@@ -276,7 +294,7 @@ class Job:
         """Frames of a clip that may be read again. Long windows read those that are carried, and at the end
         of the clip those that fill up the shortest window.
         """
-        return self.window if self.context is None else max(self.model_window, self.overlap)
+        return self.window if self.context is None else max(self.video_window, self.overlap)
 
     def windows(self, frames: int) -> Windows:
         """The windows of the loop over a clip of that many frames."""
@@ -284,7 +302,7 @@ class Job:
         whole_frames = self.compat is not None
         if self.context is None:
             return Windows(frames, self.window, self.overlap, whole_frames=whole_frames)
-        least = self.model_window
+        least = self.video_window
         window = max(least, rounded_up(frames)) if self.context.whole else self.window
         return Windows(frames, window, self.overlap, least, whole_frames)
 
@@ -292,8 +310,19 @@ class Job:
         """The context windows of a window of the loop of that many frames."""
         if self.context is None:
             return None
-        whole, size = ((count - 1) // LATENT + 2 for count in (frames, self.model_window))
-        return ContextPlan(self.context, whole, size, self.compat)
+        shared = 1 + self.picture_slots
+        whole, size = (shared + (count - 1) // LATENT + 1 for count in (frames, self.video_window))
+        return ContextPlan(self.context, whole, size, self.compat, shared)
+
+    def _require_references(self) -> None:
+        if self.references is None:
+            return
+        self.references.require_others(self.inputs.reference)
+        if self.compat is not None and self.references.latents:
+            raise UsageError(
+                f"The wrapper gives the model no other pictures as {self.references.use!r}.",
+                "Leave out --compat, or use --reference-as composite.",
+            )
 
     def _require_long(self) -> None:
         context, compat = self.context, self.compat
@@ -390,7 +419,10 @@ class Job:
         # Context windows of one step may have any of the texts.
         together = travels and self.context is not None
         contexts = sum(len(each.texts) for each in prompts) if together else len(prompts)
-        return Load(self.schedule.steps, self.guided, self.nag is not None, contexts, travels)
+        made = Load(self.schedule.steps, self.guided, self.nag is not None, contexts, travels)
+        if self.references is None or not self.references.latents:
+            return made
+        return replace(made, pictures=1 + len(self.references.pictures), use=self.references.use)
 
     @property
     def _prompts(self) -> dict[str, Prompts]:

@@ -25,6 +25,7 @@ from trt_wan.runtime.conditioning import (
     cells,
     encode_init,
     encode_window,
+    prefix_latents,
     to_signal,
 )
 from trt_wan.runtime.context.parts import Part
@@ -67,7 +68,7 @@ from trt_wan.runtime.video.continued import frames_before, shifted
 from trt_wan.runtime.video.pictures import read_picture, read_transparent
 from trt_wan.runtime.video.reader import Clip
 from trt_wan.runtime.video.stills import AnyClip
-from trt_wan.runtime.video.transparency import colour
+from trt_wan.runtime.video.transparency import colour, transparency_note
 from trt_wan.runtime.window_state import WindowState
 from trt_wan.runtime.window_texts import WindowTexts
 from trt_wan.runtime.windows import TRAINED_OVERLAPS, Windows
@@ -152,7 +153,7 @@ def _stream(
     known = 0 if before is None else len(before)
     windows = job.windows(known + clips.frames)
     schedule = job.schedule
-    pictures = pictures_of(job, clips)
+    pictures, of_pictures = pictures_of(job, clips)
     texts = WindowTexts(job, clips.frames, float(clips.rate), known)
 
     def told(event: Event) -> None:
@@ -167,7 +168,7 @@ def _stream(
         f"face crops are {FACE_SIZE}, {config.name} takes {config.motion.size}"
     )
     latent_size = plan.latent_height, plan.latent_width
-    for note in (*clips.notes, *_long_notes(job, windows), *(render.notes if render else ())):
+    for note in (*clips.notes, *of_pictures, *_long_notes(job, windows), *(render.notes if render else ())):
         progress(note)
     if schedule.sigmas[-1]:
         progress(_noise_is_left(schedule))
@@ -214,8 +215,9 @@ def _stream(
             if signals.soft and not soft_before:
                 progress(_soft_mask(clips, signals.soft, j))
             soft_before = soft_before or signals.soft > 0
-            init = signals.init and encode_init(model, prepared.reference, signals.init, signals.frames)
-            window = encode_window(model, prepared.reference, signals, carried, strengths)
+            reference, prefix = prepared.reference, prepared.prefix
+            init = signals.init and encode_init(model, reference, signals.init, signals.frames, prefix)
+            window = encode_window(model, reference, signals, carried, strengths, prefix)
             context = job.context_plan(windows.length(j))
             prepared.contexts.use(texts.used(j))
             under = _under(model, job, prepared, texts, j)
@@ -223,10 +225,10 @@ def _stream(
 
         # 4. Denoise.
         progress(StageStarted("denoise", **here))
-        noise: Array = drawn()
+        noise = _among_pictures(drawn(), generator, prepared.pictures)
         if context is not None:
             noise = model.place(context.reorder(noise, generator))  # every part takes its slots from it
-        draw = partial(generator.randn, shape)
+        draw = partial(_drawn, generator, shape, prepared.pictures)
         solver = SAMPLERS[job.sampler].make(schedule, model.executor.combine, draw)
         try:
             latent = denoise(
@@ -242,16 +244,18 @@ def _stream(
             again = _Step(job, clips, features, j, known, carried, found.step, found.latent)
             raise Broken(when, again) from None
 
-        # 5. Decode without the reference slot; the last frames are carried into the next window as matched.
+        # 5. Decode without the references' slots; known frames of pictures are dropped, and the last frames
+        # are carried into the next window as matched.
         progress(StageStarted("decode", **here))
         kept, done = windows.keep(j), 0
         kept = slice(max(kept.start, known), kept.stop)
         continued, carried = carried, None
         finished = np.asarray(latent)
-        latents = finished[:, 1:]
+        latents = finished[:, reference.shape[1] :]
         del latent, solver, predict, under, window, noise, init
         with model.checked(clock.stop_before_next):
-            for frames in matching.window(decode(model, latents), continued, signals.person):
+            decoded = _without_first(LATENT * prefix_latents(prefix), decode(model, latents))
+            for frames in matching.window(decoded, continued, signals.person):
                 if not is_finite_sum(frames):
                     when = f"window {j + 1} of {windows.total}, decoding"
                     raise Broken(when, partial(_decode_again, latents))
@@ -306,12 +310,65 @@ def render_of(job: Job, clips: Clips) -> AbstractContextManager[Render | None]:
     return opened_render(job.acting_camera, clips.reference, size, clips.frames, job.history)
 
 
-def pictures_of(job: Job, clips: Clips) -> Pictures:
-    """Raises InputError for a second picture that cannot be read."""
-    second = job.clip_vision.second
-    if second is None:
-        return Pictures(clips.reference)
-    return Pictures(clips.reference, read_transparent(second).over(colour(job.inputs.behind)))
+def pictures_of(job: Job, clips: Clips) -> tuple[Pictures, list[Note]]:
+    """The pictures, and notes about them. Raises InputError for one that cannot be read."""
+    second, behind, references = job.clip_vision.second, job.inputs.behind, job.references
+    seen = None if second is None else read_transparent(second).over(colour(behind))
+    notes = [] if seen is None else _clip_notes(job, clips.reference, seen)
+    if references is None:
+        return Pictures(clips.reference, seen), notes
+    read = {path: read_transparent(path) for path in references.pictures}
+    notes += [
+        transparency_note(path, picture.opacity, behind, "--reference-background")
+        for path, picture in read.items()
+        if picture.opacity is not None
+    ]
+    if note := references_note(job):
+        notes.append(note)
+    more = tuple(picture.over(colour(behind)) for picture in read.values())
+    return Pictures(clips.reference, seen, more, references.use), notes
+
+
+def _clip_notes(job: Job, reference: Pixels, second: Pixels) -> list[Note]:
+    """Notes for a second CLIP picture that changes nothing."""
+    weights = job.clip_vision.weights
+    if weights[1] == 0:
+        text = "At --clip-strength-2 0 the second CLIP picture does nothing."
+    elif np.array_equal(reference, second) and sum(weights) == 1:
+        text = "The second CLIP picture is the reference, so it changes nothing: the strengths add up to 1."
+    else:
+        return []
+    return [Note(text, "clip_unused")]
+
+
+def references_note(job: Job) -> Note | None:
+    """A note for pictures that make the model's window longer."""
+    if not (extra := LATENT * job.picture_slots):
+        return None
+    text = f"The model computes windows of {job.model_window} frames, {job.video_window} of them of the video"
+    return Note(f"{text}; those of the pictures are left out.", "references", {"frames": extra})
+
+
+def _drawn(generator: CpuGenerator, shape: Sequence[int], pictures: int) -> Array:
+    return _among_pictures(generator.randn(shape), generator, pictures)
+
+
+def _among_pictures(noise: Array, generator: CpuGenerator, pictures: int) -> Array:
+    """`noise` of a job with one reference, and behind its slot 0 the next numbers for those of `pictures`. So
+    the video starts from the same noise, however many there are.
+    """
+    if not pictures:
+        return noise
+    more = generator.randn((noise.shape[0], pictures, *noise.shape[2:]))
+    return np.concatenate((noise[:, :1], more, noise[:, 1:]), axis=1)
+
+
+def _without_first(count: int, pieces: Iterator[Array]) -> Iterator[Array]:
+    """A clip in pieces [3, n, H, W] without its first `count` frames."""
+    for frames in pieces:
+        if (rest := frames[:, count:]).shape[1]:
+            yield rest
+        count = max(count - frames.shape[1], 0)
 
 
 def face_of(job: Job, model: Model) -> FaceInputs | None:
@@ -350,7 +407,7 @@ def noise_before(job: Job, j: int, seed: int, frames: int, slot: Sequence[int]) 
     lengths = [windows.length(k) for k in range(j)]
     lengths += [windows.clip_frames] if job.compat is not None and windows.total > 1 else []
     generator = CpuGenerator(seed)
-    for _ in range(sum((length - 1) // LATENT + 2 for length in lengths)):
+    for _ in range(sum((length - 1) // LATENT + 2 + job.picture_slots for length in lengths)):
         generator.randn(slot)
     return generator
 
@@ -387,11 +444,12 @@ class _Step:
         job, j = self.job, self.window
         windows = job.windows(self.known + clips.frames)
         texts = WindowTexts(job, clips.frames, float(clips.rate), self.known)
-        pictures = replace(pictures_of(job, clips), face=face_of(job, model))
+        pictures = replace(pictures_of(job, clips)[0], face=face_of(job, model))
         prepared = prepared_for(model, job, self.features, texts.used(j), pictures)
         signals = _signals(job, clips, j, self.known, render)
         strengths = Strengths(job.pose_strength, job.face_strength)
-        window = encode_window(model, prepared.reference, signals, self.carried, strengths)
+        known = prepared.reference, signals, self.carried, strengths, prepared.prefix
+        window = encode_window(model, *known)
         context = job.context_plan(windows.length(j))
         latent = self.latent if context is None else model.place(self.latent)
         under = _under(model, job, prepared, texts, j)
@@ -476,7 +534,7 @@ def _long_notes(job: Job, windows: Windows) -> list[Note]:
     if plan is not None:
         counts = sorted({len(plan.parts(step)) for step in range(job.schedule.steps)})
         parts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
-        text = f"A step takes {parts} context windows of {job.model_window} frames"
+        text = f"A step takes {parts} context windows of {job.video_window} frames"
         notes.append(Note(f"{text} over {windows.length(0)}.", "context", {"windows": counts}))
     return notes
 

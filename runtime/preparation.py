@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trt_wan.runtime.conditioning import Pixels, encode_reference, to_signal
+from trt_wan.runtime.composite import composite
+from trt_wan.runtime.conditioning import (
+    Pixels,
+    encode_reference,
+    prefix_frames,
+    prefix_latents,
+    to_signal,
+)
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.guidance import ClipVision, Nag
 from trt_wan.runtime.identity import FACE_PROMPT
@@ -28,6 +35,7 @@ from trt_wan.runtime.networks.transformer import (
     rope_tables,
 )
 from trt_wan.runtime.networks.uni3c import PreparedCamera, prepare_camera
+from trt_wan.runtime.references import Use
 
 CONTEXT_NETWORKS = ("text_embed", "context_kv")
 
@@ -70,10 +78,17 @@ class Prepared:
     contexts: Contexts
     times: list[tuple[Array, Array]]  # embedding and modulation of every step
     rope: tuple[Array, Array]
-    reference: Array  # slot 0 of the condition, [20, 1, h, w]
+    reference: Array  # the first slots of the condition, [20, 1…4, h, w]
     blank_face: PerLayer | None  # for the negative prompt; None without guidance
+    prefix: Pixels | None = None  # known frames in front of every window, [n, H, W, 3]
     identity: Sides | None = None  # None: no adapter acts
     camera: PreparedCamera | None = None
+
+    @property
+    def pictures(self) -> int:
+        """Slots behind the reference's in every window, which are other pictures."""
+        slots: int = self.reference.shape[1]
+        return slots - 1 + prefix_latents(self.prefix)
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,8 @@ class Pictures:
 
     reference: Pixels
     second: Pixels | None = None  # for CLIP alone
+    more: tuple[Pixels, ...] = ()  # other references
+    use: Use = "composite"
     face: FaceInputs | None = None  # for Lynx
 
 
@@ -104,26 +121,34 @@ def prepare(
     guided: bool,
     camera: CameraActs | None = None,
 ) -> Prepared:
-    """`features` are those of every text of the job; `first` are the texts of the first window."""
+    """`features` are those of every text of the job; `first` are the texts of the first window. Of several
+    references CLIP sees the main one: its tokens are of one picture as a whole.
+    """
     width, height = model.plan.width, model.plan.height
-    canvas = letterbox(pictures.reference, width, height)
+    canvas, *others = (letterbox(picture, width, height) for picture in (pictures.reference, *pictures.more))
     seen = [canvas] if pictures.second is None else [canvas, letterbox(pictures.second, width, height)]
     images = [_image_features(model, picture, clip_vision) for picture in seen]
     model.release("image_encoder_embed", "image_encoder_layer")
-    reference = encode_reference(model, canvas)
+    prefix = prefix_frames([canvas, *others]) if pictures.use == "prefix" else None
+    if pictures.use == "composite" and others:
+        canvas = composite((pictures.reference, *pictures.more), width, height)
+    slots = [canvas, *(others if pictures.use == "slots" else ())]
+    reference = np.concatenate([encode_reference(model, slot) for slot in slots], axis=1)
     tokens = _image_tokens(model, images, clip_vision)
     contexts = Contexts(model, features, tokens, nag)
     contexts.use(first)
     times = [encode_time(model, timestep) for timestep in timesteps]
-    prepared_camera = None if camera is None else prepare_camera(model, times, camera.steps, camera.strength)
+    prepared_camera = None
+    if camera is not None:
+        prepared_camera = prepare_camera(model, times, camera.steps, camera.strength, len(slots) - 1)
     model.release("image_embed", "time_embed")
-    cos, sin = rope_tables(model.config, model.plan)
-    blank_face = encode_blank_face(model) if guided else None
+    cos, sin = rope_tables(model.config, model.plan, len(slots) - 1)
+    blank_face = encode_blank_face(model, len(slots) - 1 + prefix_latents(prefix)) if guided else None
     identity: Sides | None = None
     if pictures.face is not None:
         identity = encode_identity(model, pictures.face, features.get(FACE_PROMPT), guided)
     rope = model.place(cos), model.place(sin)
-    return Prepared(contexts, times, rope, reference, blank_face, identity, prepared_camera)
+    return Prepared(contexts, times, rope, reference, blank_face, prefix, identity, prepared_camera)
 
 
 def _image_features(model: Model, canvas: Pixels, clip_vision: ClipVision) -> Array:

@@ -34,7 +34,7 @@ class WindowTexts:
         if windows.total > 1:
             return self.job.texts_of(partial(Prompts.of_window, j=j, seconds=seconds))
         slots = (windows.length(j) - 1) // 4 + 2
-        last = max(part.slots)
+        last = max(part.slots) - (part.shared - 1)
         return self.job.texts_of(partial(Prompts.of_slots, last=last, slots=slots, seconds=seconds))
 
     def used(self, j: int) -> tuple[str, ...]:

@@ -205,6 +205,16 @@ def test_errors_are_those_of_the_command_line(comfy: Comfy, quick: dict[str, Any
 
 
 @pytest.mark.long
+def test_more_references(comfy: Comfy, quick: dict[str, Any]) -> None:
+    model, batch = load(), torch.rand(2, 40, 30, 3)
+    alone, several = animate(model, quick), animate(model, quick, more_references=batch)
+    assert several.shape == alone.shape and not np.array_equal(several, alone)
+    np.testing.assert_array_equal(animate(model, quick, references_as="slots"), alone)
+    with pytest.raises(Exception, match="5 reference pictures are too many"):
+        animate(model, quick, more_references=torch.rand(4, 40, 30, 3))
+
+
+@pytest.mark.long
 def test_a_person_is_replaced(comfy: Comfy, quick: dict[str, Any]) -> None:
     """Background and mask, a mask without the dimension of frames, and RGBA."""
     background = torch.rand(1, PLAN.height, PLAN.width, 3)

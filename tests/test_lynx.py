@@ -267,8 +267,8 @@ def test_the_identity_acts_in_its_steps_and_on_its_side() -> None:
     prepared = Prepared(None, [window.time] * 3, window.rope, np.zeros(0), None)  # type: ignore[arg-type]
     branches = [Branch(window.context, window.window, identity=side) for side in (keys, nobody)]
     steps = [
-        StepSettings(1.0, True, True, True),
-        StepSettings(2.0, True, True, True),
+        StepSettings(1.0, True, True, identity=True),
+        StepSettings(2.0, True, True, identity=True),
         StepSettings(1.0, True, True),
     ]
     predict = predict_window(model, prepared, branches, steps)

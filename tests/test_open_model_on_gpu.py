@@ -28,6 +28,7 @@ from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.opening.residency import BLOCK, CONTEXT_BYTES, plan_residency
+from trt_wan.runtime.references import References
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.weights.pack import Pack
 from trt_wan.runtime.weights.streaming import SLOTS
@@ -61,6 +62,8 @@ def folders(gpu: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clip
         (base / "other").mkdir()
         write_reference(base / "other/src_ref.png", (OTHER.width, OTHER.height))
         write_clip(base / "other/src_pose.mp4", (OTHER.width, OTHER.height), 9)
+        for name in ("back.png", "side.png"):
+            write_reference(base / name)
         write_tiny_weights(base / "weights", seed=5)
         yield {name: base / name for name in ("first", "other", "weights")}
 
@@ -75,6 +78,16 @@ def job(folder: Path, **changes: Any) -> Job:
     return Job(Inputs.from_folder(folder, changes.get("mode", "animate")), **settings)
 
 
+def with_pictures(folders: Clips) -> dict[str, Job]:
+    """By the way that pictures are given, with the graphs of PLAN."""
+    first = job(folders["first"])
+    more = tuple(folders["first"].with_name(name) for name in ("back.png", "side.png"))
+    return {
+        "slots": replace(first, window=PLAN.frames - 8, references=References(more, "slots")),
+        "prefix": replace(first, window=PLAN.frames - 8, references=References((), "prefix")),
+    }
+
+
 def jobs(folders: Clips) -> list[Job]:
     first = job(folders["first"])
     return [
@@ -84,6 +97,7 @@ def jobs(folders: Clips) -> list[Job]:
         replace(first, **VARIATIONS["nag"]),
         replace(first, **VARIATIONS["context"]),
         job(folders["first"], mode="replace"),
+        *with_pictures(folders).values(),
         first,
     ]
 
@@ -136,20 +150,21 @@ def test_jobs_in_a_row_equal_single_runs(folders: Clips, keep: bool) -> None:
 
 
 def test_frames_are_near_those_of_the_cpu(folders: Clips) -> None:
-    """Guidance and context windows are as near as a plain job is, and far from it. NAG takes the difference
-    of two attentions 11 times: on an H200 it was 2.6 times as far off as the plain job.
+    """Guidance, context windows and pictures are as near as a plain job is, and far from it. NAG takes the
+    difference of two attentions 11 times: on an H200 it was 2.6 times as far off as the plain job.
     """
     plain = job(folders["first"])
-    tasks = {"plain": plain} | {name: replace(plain, **more) for name, more in VARIATIONS.items()}
+    varied = {name: replace(plain, **more) for name, more in VARIATIONS.items()} | with_pictures(folders)
+    tasks = {"plain": plain} | varied
     with opened(folders, executor="onnxruntime", precision=None) as model:
         wanted = {name: frames(model, task) for name, task in tasks.items()}
     with opened(folders) as model:
         made = {name: frames(model, task) for name, task in tasks.items()}
     off = {name: relative(made[name], want) for name, want in wanted.items()}
-    changes = {name: relative(wanted[name], wanted["plain"]) for name in VARIATIONS}
+    changes = {name: relative(wanted[name], wanted["plain"]) for name in varied}
     print(off, changes)
-    room = {name: 4 if name == "nag" else 2 for name in VARIATIONS}
-    near = [off[name] < min(room[name] * off["plain"], changes[name] / 2) for name in VARIATIONS]
+    room = {name: 4 if name in ("nag", "slots", "prefix") else 2 for name in varied}
+    near = [off[name] < min(room[name] * off["plain"], changes[name] / 2) for name in varied]
     assert all(near), (off, changes)
 
 

@@ -23,7 +23,7 @@ from trt_wan.engines.shape import CameraPlan, Plan, VaeTile
 from trt_wan.errors import MemoryShort
 from trt_wan.runtime import pipeline
 from trt_wan.runtime.camera import Camera
-from trt_wan.runtime.context.settings import Context
+from trt_wan.runtime.context.settings import LATENT, Context
 from trt_wan.runtime.executors import Array, BlendPart
 from trt_wan.runtime.guidance import Nag
 from trt_wan.runtime.job import Inputs, Job, Load
@@ -42,7 +42,9 @@ from trt_wan.runtime.opening.residency import (
     plan_residency,
     weight_bytes,
 )
+from trt_wan.runtime.references import References
 from trt_wan.runtime.video.clips import Clips
+from trt_wan.runtime.video.pictures import write_picture
 from trt_wan.runtime.weights.random import RandomWeights
 from trt_wan.runtime.weights.streaming import SLOTS
 
@@ -98,6 +100,9 @@ class Counting:
         shape = (array.shape[0], slots, *array.shape[2:])
         return cast(Array, Bytes(self, shape, "float32")) if onto is None else onto
 
+    def put_rows(self, onto: Array, array: Array, start: int, stop: int) -> Array:
+        return onto
+
     def is_finite(self, array: Array) -> bool:
         return True
 
@@ -129,7 +134,8 @@ class BlankClip:
 
 def a_job(plan: Plan, steps: int, context: Context | None = None, **settings: Any) -> Job:
     inputs = Inputs(Path("ref"), Path("pose"), Path("face"))
-    window = plan.frames if context is None else Job.window
+    more = LATENT * settings["references"].latents if "references" in settings else 0
+    window = plan.frames - more if context is None else Job.window
     return Job(inputs, window=window, overlap=1, steps=steps, context=context, **settings)
 
 
@@ -150,7 +156,7 @@ def counted(plan: Plan, job: Job, windows: int, more: int = 0, tile: VaeTile | N
             return dict(zip(job.texts, encode_texts(model, tokenizer, job.texts), strict=True))
 
     clip, face = BlankClip(plan.height, plan.width), BlankClip(512, 512)
-    frames = plan.frames + (windows - 1) * (plan.frames - 1) + more
+    frames = job.video_window + (windows - 1) * (job.video_window - 1) + more
     blank = cast(Any, (clip, face, clip, clip))
     size = plan.width, plan.height
     reference = np.zeros((plan.height, plan.width, 3), np.uint8)
@@ -249,6 +255,39 @@ def test_activation_bytes_do_for_context_windows(plan: Plan, guidance: float, mo
     needed = counted(plan, job, 1, more)
     planned = activation_bytes(TINY, plan, job.load, job.context_plan(plan.frames + more))
     assert needed <= planned <= 1.03 * needed
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    folder = tmp_path_factory.mktemp("pictures")
+    for k in range(3):
+        write_picture(folder / f"{k}.png", np.zeros((16, 16, 3), np.uint8))
+    return tuple(folder / f"{k}.png" for k in range(3))
+
+
+@pytest.mark.parametrize(("use", "count"), [("prefix", 1), ("prefix", 4), ("slots", 4)])
+def test_the_rehearsal_with_several_references_is_the_pipeline(
+    monkeypatch: pytest.MonkeyPatch, pictures: tuple[Path, ...], use: Any, count: int
+) -> None:
+    monkeypatch.setattr(rehearsal, "WINDOWS", 3)
+    monkeypatch.setattr(rehearsal, "MARGIN", 0)
+    references, plan = References(pictures[: count - 1], use), Plan(64, 48, 37, "bf16")
+    job = a_job(plan, 4, references=references, guidance=3.0)
+    assert job.model_window == plan.frames
+    assert activation_bytes(TINY, plan, job.load) == counted(plan, job, 3)
+    context = Context(frames=job.video_window, overlap=4)
+    job, plan = a_job(plan, 4, context, references=references), Plan(64, 48, job.model_window, "bf16")
+    planned = activation_bytes(TINY, plan, job.load, job.context_plan(job.video_window + 40))
+    assert planned <= 1.03 * counted(plan, job, 1, 40) <= 1.06 * planned
+
+
+def test_pictures_at_full_size_take_the_memory_of_their_slots() -> None:
+    """The forecast of 77 frames with three more slots is that of 89 frames. One canvas takes no memory."""
+    paths, plan = (Path("a"), Path("b"), Path("c")), Plan(832, 480, 89, "fp8")
+    job = a_job(plan, 4, references=References(paths, "slots"))
+    assert a_job(plan, 4, references=References(paths)).load == a_job(plan, 4).load
+    with_slots = activation_bytes(ANIMATE_14B, plan, job.load)
+    assert with_slots == pytest.approx(activation_bytes(ANIMATE_14B, plan, a_job(plan, 4).load), rel=0.01)
 
 
 def test_activation_bytes_grow_with_size_guidance_and_prompts() -> None:

@@ -72,6 +72,16 @@ def test_join(executor: Executor) -> None:
     np.testing.assert_array_equal(np.asarray(joined), expected)
 
 
+@pytest.mark.parametrize("placed", [True, False])
+def test_rows_are_put_in_place(executor: Executor, placed: bool) -> None:
+    onto, other = (RNG.standard_normal((6, 5)).astype(np.float32) for _ in range(2))
+    expected = np.concatenate((onto[:2], other[2:5], onto[5:]))
+    given = executor.place(onto) if placed else onto
+    made = executor.put_rows(given, executor.place(other), 2, 5)
+    np.testing.assert_array_equal(np.asarray(made), expected)
+    assert not placed or np.array_equal(np.asarray(given), expected)
+
+
 def test_blend_adds_in_the_order_given_to_the_last_bit(executor: Executor) -> None:
     parts = [
         ([0, 1, 2], [1.0, 1 / 3, 0.1], array(3)),

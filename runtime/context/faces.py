@@ -15,10 +15,12 @@ MOST_BYTES = 2 << 30
 
 
 class PartFaces:
-    """`motion` is that of all frames of the window, [frames, dim]; None without a face."""
+    """`motion` is that of all frames of the window, [frames, dim]; None without a face. `pictures` slots
+    behind the reference's have no face.
+    """
 
-    def __init__(self, model: Model, motion: Array | None, most: int = MOST_BYTES) -> None:
-        self._model, self._motion, self._room = model, motion, most
+    def __init__(self, model: Model, motion: Array | None, pictures: int = 0, most: int = MOST_BYTES) -> None:
+        self._model, self._motion, self._pictures, self._room = model, motion, pictures, most
         self._kept: dict[tuple[int, ...], PerLayer] = {}
 
     def of(self, part: Part) -> PerLayer | None:
@@ -26,7 +28,7 @@ class PartFaces:
             return None
         if part.slots in self._kept:
             return self._kept[part.slots]
-        made = fuser_keys(self._model, self._motion[part.frames])
+        made = fuser_keys(self._model, self._motion[part.frames], self._pictures)
         if self._room > 0:
             host = [tuple(np.asarray(array) for array in layer) for layer in made]
             self._room -= sum(array.nbytes for layer in host for array in layer)

@@ -1,9 +1,10 @@
 """The parts of a latent that one forward of the model takes, and the weights of their velocities.
 
-The model sees the reference in its first slot. By default that is slot 0 of the whole latent for every part;
-its velocity is the mean over the parts. With compat "kijai" slot 0 is a slot of the axis like the others, as
-in ComfyUI-WanVideoWrapper: a later window puts a slot of the video in the place of the reference, with that
-slot's noise. With linear weights its velocity counts 0 there; with pyramid it leaks into the video.
+The model sees the reference in its first slot, and other pictures behind it (references.py). By default these
+are the first slots of the whole latent for every part; their velocity is the mean over the parts. With compat
+"kijai" slot 0 is a slot of the axis like the others, as in ComfyUI-WanVideoWrapper: a later window puts a
+slot of the video in the place of the reference, with that slot's noise. With linear weights its velocity
+counts 0 there; with pyramid it leaks into the video.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from trt_wan.runtime.noise import CpuGenerator
 class Part:
     slots: tuple[int, ...]  # in the whole latent, one for every slot of the model
     weights: tuple[float, ...]  # those of a slot sum to 1 over all parts
+    shared: int = 1  # slots of pictures, the first of every part
 
     @property
     def seen(self) -> list[int]:
@@ -28,13 +30,18 @@ class Part:
         return [0, *self.slots[1:]]
 
     @property
-    def latents(self) -> list[int]:
-        """Latent frames of the video, behind the reference."""
+    def posed(self) -> list[int]:
+        """Latents of the pose, which has none for the reference."""
         return [slot - 1 for slot in self.slots[1:]]
 
     @property
+    def latents(self) -> list[int]:
+        """Latent frames of the video, behind the pictures."""
+        return [slot - self.shared for slot in self.slots[self.shared :]]
+
+    @property
     def frames(self) -> list[int]:
-        """Pixel frames behind the reference: one of the first latent, four of each other. Those of latent 0
+        """Pixel frames behind the pictures: one of the first latent, four of each other. Those of latent 0
         are frame 0, four times.
         """
         first, *others = self.latents
@@ -43,12 +50,13 @@ class Part:
 
 @dataclass(frozen=True)
 class ContextPlan:
-    """Context windows of one latent. `slots` and `size` include the reference's slot."""
+    """Context windows of one latent. `slots` and `size` include the `shared` slots of pictures."""
 
     context: Context
     slots: int  # the whole latent
     size: int  # one forward, at most `slots`
     compat: Compat | None = None
+    shared: int = 1
 
     def parts(self, step: int) -> tuple[Part, ...]:
         """The parts of a step, from 0."""
@@ -61,11 +69,11 @@ class ContextPlan:
 
     def reorder(self, noise: Array, generator: CpuGenerator) -> Array:
         """FreeNoise (kijai_semantics.md 3.6): blocks of slots behind the first window repeat earlier blocks
-        in another order. Slot 0 is left alone, unless compat is "kijai".
+        in another order. Pictures are left alone, unless compat is "kijai".
         """
         if not self.context.freenoise:
             return noise
-        first = 0 if self.compat else 1
+        first = 0 if self.compat else self.shared
         free_noise(noise[:, first:], self.size - first, self.context.latent_overlap, generator)
         return noise
 
@@ -87,13 +95,14 @@ def _parts(plan: ContextPlan, step: int) -> tuple[Part, ...]:
         np.add.at(sums, row, weights)
     assert (sums > 0).all(), f"slots without a weight: {np.flatnonzero(sums <= 0)}"
     return tuple(
-        Part(tuple(row), tuple((weights / sums[row]).tolist()))
+        Part(tuple(row), tuple((weights / sums[row]).tolist()), plan.shared)
         for row, weights in zip(slots, raw, strict=True)
     )
 
 
 def _balanced(plan: ContextPlan, step: int) -> tuple[list[list[int]], list[fuse.F64]]:
-    context, length, size = plan.context, plan.slots - 1, plan.size - 1
+    context, shared = plan.context, plan.shared
+    length, size = plan.slots - shared, plan.size - shared
     starts = schedules.balanced(context.schedule, length, size, context.latent_overlap, step)
     looped = context.schedule == "uniform_looped" and len(starts) > 1
     slots, raw = [], []
@@ -103,9 +112,9 @@ def _balanced(plan: ContextPlan, step: int) -> tuple[list[list[int]], list[fuse.
             before = before - length if looped else 0
         if i == len(starts) - 1:
             after = after - length if looped else 0
-        slots.append([0, *((start + k) % length + 1 for k in range(size))])
+        slots.append([*range(shared), *((start + k) % length + shared for k in range(size))])
         weights = fuse.fades(context.fuse, size, before, after)
-        raw.append(np.concatenate(([1.0], weights)))
+        raw.append(np.concatenate((np.ones(shared), weights)))
     return slots, raw
 
 

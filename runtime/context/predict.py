@@ -28,9 +28,9 @@ def predict_latents(
     a time are placed.
     """
     if plan is None or plan.is_one:
-        face = None if window.motion is None else fuser_keys(model, window.motion)
+        face = None if window.motion is None else fuser_keys(model, window.motion, window.pictures)
         return under(condition_of(model, window, face), None)
-    faces = PartFaces(model, window.motion)
+    faces = PartFaces(model, window.motion, window.pictures)
 
     def predict(step: int, latent: Array) -> Array:
         fused: Array | None = None
@@ -39,7 +39,7 @@ def predict_latents(
             seen = replace(
                 window,
                 condition=window.condition[:, part.seen],
-                pose=window.pose[:, part.latents],
+                pose=window.pose[:, part.posed],
                 render=None if window.render is None else window.render[:, part.seen],
             )
             predict_part = under(condition_of(model, seen, faces.of(part)), part)

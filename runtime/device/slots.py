@@ -70,6 +70,16 @@ def blend(gpu: Gpu, slots: int, parts: Sequence[BlendPart], onto: Any = None) ->
     return out
 
 
+def put_rows(gpu: Gpu, onto: Any, array: Any, start: int, stop: int) -> DeviceArray:
+    """Rows of axis 0, in place."""
+    target, source = on_device(gpu, onto), on_device(gpu, array)
+    assert target.shape == source.shape and target.dtype == source.dtype, "other shapes or types"
+    assert 0 <= start <= stop <= target.shape[0], f"rows {start} to {stop} of {target.shape[0]}"
+    row = target.nbytes // target.shape[0]
+    gpu.copy(target.address + start * row, source.address + start * row, (stop - start) * row, gpu.stream)
+    return target
+
+
 def runs(slots: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """(place in the result, first slot, count) for every run of consecutive slots."""
     start = 0

@@ -46,6 +46,12 @@ class Executor(Protocol):
         """
         ...
 
+    def put_rows(self, onto: Array, array: Array, start: int, stop: int) -> Array:
+        """Copies rows [start, stop) of `array` over those of `onto`, of the same shape, in place. Returns
+        `onto`.
+        """
+        ...
+
     def is_finite(self, array: Array) -> bool:
         """Whether an array holds neither a NaN nor an infinity. Waits for it."""
         ...

@@ -31,6 +31,9 @@ class ForwardingExecutor:
     def blend(self, slots: int, parts: Sequence[BlendPart], onto: Array | None = None) -> Array:
         return self.executor.blend(slots, parts, onto)
 
+    def put_rows(self, onto: Array, array: Array, start: int, stop: int) -> Array:
+        return self.executor.put_rows(onto, array, start, stop)
+
     def is_finite(self, array: Array) -> bool:
         return self.executor.is_finite(array)
 

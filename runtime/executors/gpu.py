@@ -62,6 +62,9 @@ class GpuExecutor:
     def blend(self, slots: int, parts: Sequence[BlendPart], onto: Array | None = None) -> Array:
         return cast(Array, on_slots.blend(self.gpu, slots, parts, onto))
 
+    def put_rows(self, onto: Array, array: Array, start: int, stop: int) -> Array:
+        return cast(Array, on_slots.put_rows(self.gpu, onto, array, start, stop))
+
     def is_finite(self, array: Array) -> bool:
         if isinstance(array, DeviceArray):
             return is_finite(self.gpu, array)

@@ -96,6 +96,10 @@ class OnnxRuntimeExecutor:
                 total[:, slot] += np.multiply(array[:, k], weight, dtype=np.float32)
         return cast(Array, total)
 
+    def put_rows(self, onto: Array, array: Array, start: int, stop: int) -> Array:
+        onto[start:stop] = array[start:stop]
+        return onto
+
     def is_finite(self, array: Array) -> bool:
         return bool(np.isfinite(array).all())
 

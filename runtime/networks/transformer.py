@@ -32,6 +32,7 @@ class WindowCondition:
     pose_strength: Array  # [1]; 0 without a pose clip
     face: PerLayer | None  # None: the fusers are skipped
     face_strength: Array  # [1]
+    pictures: int = 0  # slots behind the reference's that have no pose either (references.py)
     render: Array | None = None  # [16, T1, h, w], of the camera; None without one
 
 
@@ -43,15 +44,20 @@ class Control(Protocol):
         ...
 
 
-def rope_tables(model: ModelConfig, plan: Plan, head_dim: int | None = None) -> tuple[Array, Array]:
+def rope_tables(
+    model: ModelConfig, plan: Plan, pictures: int = 0, head_dim: int | None = None
+) -> tuple[Array, Array]:
     """cos and sin, [tokens, head_dim/2] each, pairs in the order time, height, width (model_spec.md 1.5).
-    `head_dim` is the transformer's by default.
+    `pictures` slots behind the reference's are at the times -1, -2, …, and the video begins at 1 all the same
+    (addons_spec.md 5.1). `head_dim` is the transformer's by default.
     """
     head_dim = head_dim or model.transformer.head_dim
     spatial = 2 * (head_dim // 6)
     axes = (head_dim - 2 * spatial, spatial, spatial)
     grid = (plan.slots, plan.latent_height // 2, plan.latent_width // 2)
     positions = np.indices(grid).reshape(3, -1)
+    times = [*range(0, -1 - pictures, -1), *range(1, plan.slots - pictures)]
+    positions[0] = np.array(times)[positions[0]]
     angles = np.concatenate(
         [
             np.outer(position, ROPE_THETA ** (-np.arange(0, axis, 2) / axis))
@@ -108,17 +114,27 @@ def encode_motion(model: Model, read: Callable[[int, int], Array], count: int) -
     return np.concatenate(list(model.fetched(batches())))[:count]
 
 
-def encode_blank_face(model: Model) -> PerLayer:
+def encode_blank_face(model: Model, pictures: int = 0) -> PerLayer:
     """`encode_face` of black crops (all -1), the face of the unconditional branch (model_spec.md 2.4)."""
     size = model.config.motion.size
     black = np.full((model.plan.face_batch, 3, size, size), -1, np.float32)
     (motion,) = model.run("motion_encoder", black)
-    return fuser_keys(model, np.repeat(np.asarray(motion)[:1], model.plan.frames, axis=0))
+    frames = model.plan.frames - 4 * pictures
+    return fuser_keys(model, np.repeat(np.asarray(motion)[:1], frames, axis=0), pictures)
 
 
-def fuser_keys(model: Model, motion: Array) -> PerLayer:
-    """Per fuser: face_k, face_v, from the motion of a window's frames [frames, dim]."""
+def fuser_keys(model: Model, motion: Array, pictures: int = 0) -> PerLayer:
+    """Per fuser: face_k, face_v, from the motion of a window's frames [frames, dim]. `pictures` slots behind
+    the reference's have zeros for face tokens, as that has. The encoder's convolutions are causal and repeat
+    the first frame in front, so repeating it for those slots changes no token of the video.
+    """
+    if pictures:
+        motion = np.concatenate((np.repeat(motion[:1], 4 * pictures, axis=0), motion))
     (tokens,) = model.run("face_encoder", motion)
+    if pictures:
+        host = np.asarray(tokens)
+        none = np.zeros_like(host[:1]).repeat(pictures, axis=0)
+        tokens = np.concatenate((host[:1], none, host[1 + pictures :]))
     return [model.run("fuser_kv", tokens, n=i) for i in range(model.config.transformer.fusers)]
 
 
@@ -141,7 +157,13 @@ def velocity(
     """
     c = model.config.transformer
     time_embedding, time_modulation = time
-    (x,) = model.run("patch_embed", latent, window.condition, window.pose_latent, window.pose_strength)
+    latents = latent, window.condition, window.pose_latent
+    (x,) = model.run("patch_embed", *latents, window.pose_strength)
+    if window.pictures:  # nothing is added to them: a pose of zeros would add the bias
+        (bare,) = model.run("patch_embed", *latents, np.zeros(1, np.float32))
+        size = model.plan.tokens_per_slot
+        x = model.executor.put_rows(x, bare, size, size * (1 + window.pictures))
+        del bare
     for n in range(c.layers):
         name, share = ("attention", ()) if keep is None or n < DENSE_BLOCKS else ("sparse_attention", (keep,))
         q, *kv = model.run("attn_in", x, time_modulation, *rope, n=n)

@@ -35,16 +35,20 @@ class PreparedCamera:
 
 
 def prepare_camera(
-    model: Model, times: Sequence[tuple[Array, Array]], acting: Sequence[bool], strength: float
+    model: Model,
+    times: Sequence[tuple[Array, Array]],
+    acting: Sequence[bool],
+    strength: float,
+    pictures: int = 0,
 ) -> PreparedCamera:
-    """`times` are the embedding and the modulation of every step."""
+    """`times` are the embedding and the modulation of every step. `pictures`: see `rope_tables`."""
     layers = range(model.config.camera.layers)
     modulations = [
         [model.run(MODULATION, embedding, n=n)[0] for n in layers] if acts else None
         for (embedding, _), acts in zip(times, acting, strict=True)
     ]
     model.release(MODULATION)
-    rope = rope_tables(model.config, model.plan, model.config.camera.head_dim)
+    rope = rope_tables(model.config, model.plan, pictures, model.config.camera.head_dim)
     placed = model.place(np.array([strength], np.float32))
     return PreparedCamera(modulations, (model.place(rope[0]), model.place(rope[1])), placed)
 

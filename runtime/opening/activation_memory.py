@@ -90,6 +90,9 @@ class _Rehearsal:
     def blend(self, slots: int, parts: Sequence[BlendPart], onto: Array | None = None) -> Array:
         return self._like(parts[0][2], slots, "float32") if onto is None else onto
 
+    def put_rows(self, onto: Array, array: Array, start: int, stop: int) -> Array:
+        return onto
+
     def is_finite(self, array: Array) -> bool:
         return True
 
@@ -141,7 +144,7 @@ class _Few(ContextPlan):
 
 
 def _few(plan: ContextPlan) -> ContextPlan:
-    return _Few(plan.context, plan.slots, plan.size, plan.compat)
+    return _Few(plan.context, plan.slots, plan.size, plan.compat, plan.shared)
 
 
 def _rehearse(model: Model, load: Load, context: ContextPlan | None, sampler: str = "unipc") -> None:
@@ -153,14 +156,15 @@ def _rehearse(model: Model, load: Load, context: ContextPlan | None, sampler: st
     windows = [_texts(load, j if load.travels else 0) for j in range(WINDOWS)]
     more = [f"more {k}" for k in range(load.contexts - len(windows[0].all))]
     features = {name: text for texts in windows for name in (*texts.all, *more, FACE_PROMPT)}
-    pictures = Pictures(np.zeros((plan.height, plan.width, 3), np.uint8), face=_face(model))
+    picture = np.zeros((plan.height, plan.width, 3), np.uint8)
+    pictures = Pictures(picture, None, (picture,) * (load.pictures - 1), load.use, _face(model))
     nag, first = Nag("") if load.nag else None, (*windows[0].all, *more)
     camera = CameraActs([True] * load.steps, 1.0) if load.camera_ffn else None
     times = [0.0] * load.steps
     prepared = prepare(model, features, first, pictures, ClipVision(), nag, times, load.guided, camera)
     zero = np.float32(0)
     slots = plan.slots if context is None else context.slots
-    count, size = 4 * (slots - 2) + 1, config.motion.size
+    count, size = 4 * (slots - prepared.pictures - 2) + 1, config.motion.size
 
     def frames(start: int, stop: int) -> Array:
         return np.broadcast_to(zero, (3, stop - start, plan.height, plan.width))
@@ -176,7 +180,8 @@ def _rehearse(model: Model, load: Load, context: ContextPlan | None, sampler: st
     levels = schedule("official", steps, 5.0)
     for texts in windows:
         clips = WindowClips(count, frames, faces, render=render)
-        window = encode_window(model, prepared.reference, clips, frames(0, 1), Strengths())
+        known = prepared.reference, clips, frames(0, 1), Strengths(), prepared.prefix
+        window = encode_window(model, *known)
         prepared.contexts.use((*texts.all, *more))
 
         def under(window: WindowCondition, part: Part | None, texts: Texts = texts) -> Predict:

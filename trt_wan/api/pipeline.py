@@ -29,6 +29,7 @@ from trt_wan.runtime.events import Event, Progress, StepDone, silent
 from trt_wan.runtime.job import Inputs, Job, Lora, Mode
 from trt_wan.runtime.opening.model import Basis, OpenModel, open_basis
 from trt_wan.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_PROMPT
+from trt_wan.runtime.references import References, Use
 from trt_wan.runtime.render import render
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.video.clips import open_clips
@@ -37,7 +38,16 @@ AnyPath = str | PathLike[str]
 StepCallback = Callable[["AnimatePipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
 OutputType = Literal["np", "uint8", "pil", "path"]
 RATE = Fraction(30)  # frames per second of frames that have none: that of the official preprocessing
-OWN = ("inputs", "loras", "prompt", "negative_prompt", "mode", "seed", *RENAMED.values())  # not in `more`
+OWN = (
+    "inputs",
+    "loras",
+    "references",
+    "prompt",
+    "negative_prompt",
+    "mode",
+    "seed",
+    *RENAMED.values(),
+)  # not in `more`
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +121,8 @@ class AnimatePipeline(Closing):
         output: AnyPath | None = None,
         overwrite: bool = False,
         preprocess: Mapping[str, Any] | None = None,
+        reference_images: Sequence[Media] = (),
+        reference_as: Use | None = None,
         **more: Any,
     ) -> AnimateOutput:
         """Makes a video as long as its clips.
@@ -168,6 +180,12 @@ class AnimatePipeline(Closing):
                 known = {**dict.fromkeys(given), **clips}
                 inputs = Inputs(reference, known["pose"], known["face"], known["background"], known["mask"])
                 inputs = replace(inputs, init=known["init"])
+            if len(reference_images) or reference_as is not None:
+                pictures = (
+                    picture_file(media, f"reference_{k}", folder)
+                    for k, media in enumerate(reference_images, 2)
+                )
+                settings["references"] = References(tuple(pictures), reference_as or References.use)
             job = Job(inputs, **settings)
             with open_clips(inputs, job.history) as opened:
                 _require_size(opened.width, opened.height, width, height)

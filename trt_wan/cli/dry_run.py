@@ -50,7 +50,7 @@ def forecast(
     """
     from trt_wan.engines.shape import Plan
     from trt_wan.engines.store.graphs import graph_set
-    from trt_wan.runtime.pipeline import short_last_window
+    from trt_wan.runtime.pipeline import references_note, short_last_window
     from trt_wan.runtime.video.continued import frames_before
 
     before = frames_before(job.inputs, job.overlap, width, height, rate)
@@ -74,6 +74,7 @@ def forecast(
         **{"frames": frames, "width": width, "height": height, "windows": windows.total},
         **{"window": windows.length(0), "overlap": job.overlap, "steps": job.schedule.steps},
         "evaluations": _evaluations(job, lengths),
+        **{"model_window": job.model_window, "tokens": plan.tokens},
         **{"precision": basis.precision, "missing_graphs": list(graphs)},
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(needs).items()},
     }
@@ -93,6 +94,7 @@ def forecast(
         ("what", "forecast"),
         ("video", f"{frames} frames, {width}x{height}"),
         ("windows", f"{windows.total} of {per_window}"),
+        *([("references", note.text)] if (note := references_note(job)) else []),
         *([("", note.text)] if again is None and (note := short_last_window(windows)) else []),
         *(("again", one.text) for one in again or ()),
         ("transformer", f"{data['evaluations']} evaluations, {plan.tokens} tokens each, {basis.precision}"),
@@ -220,7 +222,7 @@ def _seconds(
     total, unmeasured = 0.0, []
     evaluations = _evaluations(job, lengths)
     sparse = {} if basis.settings.keep is None else _sparse_calls(basis, job, lengths)
-    spans = sum(-(-length // plan.frames) for length in lengths)
+    spans = sum(-(-length // job.video_window) for length in lengths)
     counts = calls(basis.weights.config, plan, job.schedule.steps)
     extra = {**sparse, **_camera_calls(basis, job, lengths)}
     for network, count in {**dict.fromkeys(extra, Calls()), **counts}.items():

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trt_wan.cli import camera_options, context_options, guidance_options, identity_options
+from trt_wan.cli import (
+    camera_options,
+    context_options,
+    guidance_options,
+    identity_options,
+    reference_options,
+)
 from trt_wan.cli.command import note
 from trt_wan.cli.options import is_given
 from trt_wan.cli.preprocess import PREPARING_NAMES
@@ -46,6 +52,7 @@ OPTIONS_OF: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(("clip_vision", "second"), tuple(guidance_options.CLIP_VISION)),
     **dict.fromkeys(("identity", "picture", "embedder"), identity_options.NAMES),
     **dict.fromkeys(LYNX_PARTS, (*identity_options.NAMES, "lynx", "weights")),
+    **dict.fromkeys(("references", "pictures"), reference_options.NAMES),
     "frames": ("inputs", "trim_to_shortest", *CUT),
     "sound": ("inputs", "audio"),
     "kind": ("output",),

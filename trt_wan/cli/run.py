@@ -40,6 +40,7 @@ from trt_wan.cli.preprocess import (
 from trt_wan.cli.preprocess import refuse_impossible as refuse_impossible_clips
 from trt_wan.cli.preset import with_preset
 from trt_wan.cli.redo_options import Redo, redo_of, redo_option
+from trt_wan.cli.reference_options import reference_options, require_others, take_references
 from trt_wan.cli.repeating import (
     Lasting,
     RepeatableCommand,
@@ -56,6 +57,7 @@ from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError, WeightsError, shown, some_of, with_commands
 from trt_wan.runtime.guidance import ClipVision, Nag
 from trt_wan.runtime.presets import PRESETS
+from trt_wan.runtime.references import References
 from trt_wan.runtime.sampling.grids import GRIDS
 from trt_wan.runtime.sampling.samplers import SAMPLERS
 
@@ -120,6 +122,7 @@ class RunOptions:
     nag: Nag | None = None
     cfg_zero_star: bool = False
     clip_vision: ClipVision = ClipVision()
+    references: References | None = None
     pose_start: float | None = None
     pose_end: float | None = None
     face_start: float | None = None
@@ -163,6 +166,7 @@ class RunOptions:
         named += [] if self.identity is None else [self.identity.picture, self.identity.embedder]
         if self.camera is not None and isinstance(self.camera.render, Path):
             named.append(self.camera.render)
+        named += self.references.pictures if self.references else ()
         return [*self.weights, *loras, *(path for path in named if path is not None)]
 
     def settings(self) -> "Settings":
@@ -345,6 +349,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @camera_options
 @identity_options
 @sampling_options
+@reference_options
 @reference_background
 @click.option(
     "--trim-to-shortest",
@@ -490,6 +495,7 @@ def run(
     long = {name: given.pop(name) for name in ("resume", "sidecar", "repeated")}
     redo = redo_of(given.pop("redo"), long["repeated"], given)
     made, options = _chosen(report, given, preparing, paste_back)
+    require_others(options.references, reference)
     if redo is not None:
         options = replace(options, seed=redo.record.job.get("seed"))  # that of the other windows
     files = [reference, clip, audio, *options.files(), *(preparing[name] for name in PREPARING_FILES)]
@@ -561,11 +567,11 @@ def _chosen(
     given["colour"] = colour_of(given.pop("colour_match"), given.pop("colour_anchor"))
     given["cut"] = cut_of(given.pop("start"), given.pop("end"))
     refuse_unused_sampling()
-    context = take_context(given)
+    context, references = take_context(given), take_references(given)
     compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
     camera = take_camera(given)
     made = with_identity(with_guidance(with_preset(report, given.pop("preset"), given)))
-    options = RunOptions(**made, context=context, compat=compat, camera=camera)
+    options = RunOptions(**made, context=context, compat=compat, camera=camera, references=references)
     if paste_back and options.mode == "animate":
         raise UsageError(
             "In the mode animate there is nothing to paste back.",
@@ -597,6 +603,7 @@ def refuse_impossible(params: Mapping[str, Any]) -> RunOptions:
     output, codec, crf, paste_back = (given.pop(name) for name in ("output", "codec", "crf", "paste_back"))
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
     _, options = _chosen(TextReport(quiet=True), given, preparing, paste_back)
+    require_others(options.references, reference)
     quality_of(output, codec, crf)
     _job_to_prepare(output, preparing, options)
     if reference is not None:

@@ -12,6 +12,7 @@ from trt_wan.runtime.context.settings import SCHEDULES, Context
 from trt_wan.runtime.events import StepDone
 from trt_wan.runtime.presets import RECIPE_FIELDS, Recipe
 from trt_wan.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_PROMPT
+from trt_wan.runtime.references import MOST, USES, References
 from trt_wan.runtime.sampling.samplers import SAMPLERS
 
 OFF, AS_PRESET = "off", "as the preset"
@@ -88,6 +89,18 @@ class AnimateCharacter(io.ComfyNode):  # type: ignore[misc]
                     tooltip="Off: the model is closed after each run, and its GPU memory is free for other "
                     "nodes.",
                 ),
+                # Saved workflows have the widgets' values in their order: new ones come last.
+                io.Image.Input(
+                    "more_references",
+                    optional=True,
+                    tooltip=f"Up to {MOST - 1} other pictures of the character, as a batch.",
+                ),
+                io.Combo.Input(
+                    "references_as",
+                    options=list(USES),
+                    optional=True,
+                    tooltip="With more_references. " + "; ".join(f"{use}: {USES[use]}" for use in USES) + ".",
+                ),
             ],
             outputs=[io.Image.Output(display_name="images")],
         )
@@ -102,6 +115,8 @@ class AnimateCharacter(io.ComfyNode):  # type: ignore[misc]
         background_video: Any = None,
         character_mask: Any = None,
         colour_match: str = OFF,
+        more_references: Any = None,
+        references_as: str = References.use,
         keep_open: bool = True,
         **widgets: Any,
     ) -> io.NodeOutput:
@@ -111,10 +126,13 @@ class AnimateCharacter(io.ComfyNode):  # type: ignore[misc]
             "face_video": face_video,
             "background_video": background_video,
             "mask_video": character_mask,
+            "reference_images": more_references,
         }
         replace = background_video is not None or character_mask is not None
         with told(), shared(media) as frames:
             settings = _settings(model.recipe, **widgets) | {"mode": "replace" if replace else "animate"}
+            if more_references is not None:
+                settings["reference_as"] = references_as
             colour = None if colour_match == OFF else colour_match
             try:
                 pixels = model.ask(Animate(model.choice, frames, settings, colour), StepDone)

@@ -25,6 +25,7 @@ COMMANDS: Mapping[Kind, click.Command] = {"video": run, "preparation": preproces
 FILE_OPTIONS = (
     *("clip_image_2", "identity", "init", "start_frame", "extend", "audio", "camera"),
     *("keypoints", "edited_reference", "edited_driving", "mask_paint"),
+    *("reference_2", "reference_3", "reference_4"),
 )
 # Options that the server sets itself.
 OWN = (
@@ -40,7 +41,7 @@ OWN = (
         "redo",
         "sidecar",
     ),
-    *("frames", "codec", "loras", "as_json", "quiet", "mode", "build"),
+    *("frames", "codec", "loras", "as_json", "quiet", "mode", "build", "references"),
 )
 Name = str  # an option's, with underscores
 Value = str | int | float | bool | list[str | int | float]

@@ -41,13 +41,17 @@ from trt_wan.serve.settings import Limits, ServeSettings
 OUTPUT, PREPARED, INPUTS, SOURCE = "out.mp4", "prepared", "inputs", "source.mp4"
 PREFIX: Mapping[Kind, str] = {"video": "video_", "preparation": "prep_"}
 CHARACTER, DRIVING = "input_reference", "control_reference"
+REFERENCES = ("reference_2", "reference_3", "reference_4")  # beside the character's
 KIND_OF = {
     CHARACTER: ("picture",),
     DRIVING: ("clip", "prepared"),
     "keypoints": ("keypoints",),
     "audio": ("sound", "clip"),
     **dict.fromkeys(
-        ("clip_image_2", "identity", "start_frame", "mask_paint", "edited_reference", "edited_driving"),
+        (
+            *("clip_image_2", "identity", "start_frame", "mask_paint", "edited_reference", "edited_driving"),
+            *REFERENCES,
+        ),
         ("picture",),
     ),
     **dict.fromkeys(("init", "extend"), ("clip",)),
@@ -416,7 +420,8 @@ def _networks(settings: ServeSettings, options: Mapping[str, Any], files: Mappin
 
 
 def _file_arguments(files: Mapping[str, Path]) -> list[str]:
-    return [f"--{name.replace('_', '-')}={path}" for name, path in files.items() if name in FILE_OPTIONS]
+    named = {name: "reference" if name in REFERENCES else name for name in FILE_OPTIONS}
+    return [f"--{named[name].replace('_', '-')}={path}" for name, path in files.items() if name in named]
 
 
 def require_possible_order(

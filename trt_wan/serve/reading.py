@@ -12,7 +12,7 @@ from starlette.requests import Request
 from trt_wan.errors import UsageError, shown
 from trt_wan.serve.guard import Refused
 
-MOST_FIELDS, MOST_FILES = 50, 12
+MOST_FIELDS, MOST_FILES = 50, 16
 MOST_FIELD = 1_000_000  # bytes of a field that is no file
 MOST_JSON = 64_000_000  # bytes; with data: URLs
 MOST_VALUES = 100_000  # in JSON; 64 MB of empty lists would take gigabytes
