@@ -50,6 +50,7 @@ KIND_OF = {
         ("clip_image_2", "start_frame", "mask_paint", "edited_reference", "edited_driving"), ("picture",)
     ),
     **dict.fromkeys(("init", "extend"), ("clip",)),
+    "camera": ("clip", "picture"),
 }
 NOUNS = {
     "picture": "a picture",
