@@ -70,7 +70,7 @@ def predict_window(
                 prepared.rope,
                 branch.cross_attention,
                 None if step < dense_steps(len(steps)) else keep,
-                controlled,
+                control=controlled,
             )
             for branch in branches[: now.passes]
         )
