@@ -112,7 +112,7 @@ def inputs() -> dict[str, Array]:
 
 def condition_of(model: Model, inputs: dict[str, Array], face: Any) -> WindowCondition:
     one = np.ones(1, np.float32)
-    return WindowCondition(inputs["condition"], inputs["pose"], one, face, one, inputs["render"])
+    return WindowCondition(inputs["condition"], inputs["pose"], one, face, one, render=inputs["render"])
 
 
 def test_the_velocity_equals_diffusers_with_the_oracles_residuals(

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from trt_wan.checks.check import Check, of_error, ok
-from trt_wan.engines.checkpoint import PARTS
+from trt_wan.engines.checkpoint import OPTIONAL_PARTS, PARTS
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.precision import Precision
 from trt_wan.errors import TrtWanError, WeightsError, shell_command
@@ -17,6 +17,7 @@ from trt_wan.runtime.presets import LoraKind
 from trt_wan.runtime.published.files import FILES
 from trt_wan.runtime.settings import WeightFiles
 from trt_wan.runtime.weights.find_files import files_below, missing_parts, spoken
+from trt_wan.runtime.weights.load import load_camera
 from trt_wan.runtime.weights_folders import searched_folders
 
 PULL = shell_command(("pull",))
@@ -38,7 +39,8 @@ def weights_checks(named: Sequence[Path], precision: Precision) -> tuple[list[Ch
     searched = ok("weights", f"searched in {', '.join(map(str, folders))}")
     files = list(files_below(folders))
     parts, config = _parts(folders, precision)
-    return [searched, *parts, *_loras(files), *_people(files)], config
+    camera = [] if config is None else _camera(folders, config, precision)
+    return [searched, *parts, *camera, *_loras(files), *_people(files)], config
 
 
 def _parts(folders: Sequence[Path], precision: Precision) -> tuple[list[Check], ModelConfig | None]:
@@ -76,6 +78,18 @@ def _missing(folders: Sequence[Path]) -> list[Check]:
         Check(spoken(part), "fault", "No file holds it.", "Fetch it:", (PULL,))
         for part in missing_parts(folders, PARTS)
     ]
+
+
+def _camera(folders: Sequence[Path], config: ModelConfig, precision: Precision) -> list[Check]:
+    """Uni3C's file. No other job needs it, so that none is no fault."""
+    name = spoken("camera_control")
+    if missing_parts(folders, OPTIONAL_PARTS):
+        return [ok(name, f"none; run --camera needs it: {shell_command(('pull', 'camera'))}")]
+    try:
+        _, file = load_camera(folders, None, config, precision)
+    except WeightsError as error:
+        return [of_error(name, error)]
+    return [ok(name, f"{file.path} (Uni3C)")]
 
 
 def _loras(files: Sequence[Path]) -> list[Check]:

@@ -16,7 +16,7 @@ FIELDS = {"camera_strength": "strength", "camera_start": "start", "camera_end": 
 
 
 class RenderType(click.Path):
-    """A move, or a file or folder of the render."""
+    """A move, or a file of the render."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value in MOVES:
@@ -33,7 +33,7 @@ class RenderType(click.Path):
 OPTIONS = [
     click.option(
         "--camera",
-        type=RenderType(path_type=Path, exists=True),
+        type=RenderType(path_type=Path, exists=True, dir_okay=False),
         metavar="static|orbit|dolly|FILE",
         help="Camera control by Uni3C. static: the camera stands. orbit, dolly: it turns around the "
         "reference or comes closer, as if that were flat. FILE: a video that shows the path frame by "

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import click
 from pydantic import BaseModel, ConfigDict, Field
 
+from trt_wan.cli.camera_options import MOVES
 from trt_wan.cli.preprocess import preprocess
 from trt_wan.cli.run import run
 from trt_wan.errors import UsageError, shown
@@ -43,6 +44,13 @@ OWN = (
     ),
     *("frames", "codec", "loras", "as_json", "quiet", "mode", "build", "references"),
 )
+
+
+def names_file(name: str, value: Any) -> bool:
+    """Whether a request gives the id of an upload there. `camera` may be a move."""
+    return name in FILE_OPTIONS and not (name == "camera" and value in MOVES)
+
+
 Name = str  # an option's, with underscores
 Value = str | int | float | bool | list[str | int | float]
 

@@ -55,6 +55,7 @@ KIND_OF = {
         ("picture",),
     ),
     **dict.fromkeys(("init", "extend"), ("clip",)),
+    "camera": ("clip", "picture"),
 }
 NOUNS = {
     "picture": "a picture",

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from trt_wan.errors import UsageError, shown
 from trt_wan.serve.database import File, Job, Kind
 from trt_wan.serve.dispatch import Dispatcher
-from trt_wan.serve.fields import FILE_OPTIONS, FieldError, Fields, fields_from, parsed
+from trt_wan.serve.fields import FILE_OPTIONS, FieldError, Fields, fields_from, names_file, parsed
 from trt_wan.serve.guard import Refused
 from trt_wan.serve.live import Live
 from trt_wan.serve.metrics import Metrics
@@ -91,7 +91,7 @@ class Service:
         """The job of a request, in the queue. Raises TrtWanError, Refused."""
         await run_in_threadpool(self.store.require_room)
         async with read(request) as (values, files), AsyncExitStack() as stack:
-            fields = fields_from(kind, {n: v for n, v in values.items() if n not in FILE_OPTIONS})
+            fields = fields_from(kind, {n: v for n, v in values.items() if not names_file(n, v)})
             wanted = self._references(fields, values, files)
             given = {name: await self._given(stack, one) for name, one in wanted.items()}
             return await run_in_threadpool(self._create, kind, fields, given)
@@ -104,10 +104,10 @@ class Service:
         wanted: dict[str, UploadFile | str] = dict(files)
         extra = dict(fields.extra_params or {})
         named = {CHARACTER: fields.input_reference, DRIVING: fields.control_reference}
-        named |= {name: values[name] for name in FILE_OPTIONS if name in values}
+        named |= {name: value for name, value in values.items() if names_file(name, value)}
         if doubled := sorted(named.keys() & extra.keys()):
             raise FieldError(doubled[0], f"{doubled[0]} is given twice.", "Give it once.")
-        named |= {name: extra.pop(name) for name in FILE_OPTIONS if name in extra}
+        named |= {name: extra.pop(name) for name in list(extra) if names_file(name, extra[name])}
         if fields.extra_params is not None:
             fields.extra_params = extra
         for name, value in named.items():

@@ -7,7 +7,16 @@ from typing import Any
 
 MB = 10**6
 # Options of `run` and `preprocess` that the operator gives for all jobs.
-WEIGHTS = ("weights", "transformer", "vae", "text_encoder", "image_encoder", "tokenizer", "random_weights")
+WEIGHTS = (
+    "weights",
+    "transformer",
+    "vae",
+    "text_encoder",
+    "image_encoder",
+    "camera_control",
+    "tokenizer",
+    "random_weights",
+)
 MODEL = (
     *WEIGHTS,
     *("executor", "precision", "tier", "attention_keep", "flavour", "vram", "segments", "text_cache"),
