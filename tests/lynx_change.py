@@ -6,8 +6,8 @@
 
 For the first window: the relative change of the velocity of every step by the IP adapter alone, the ref
 adapter alone, and both, on the latents of the run without; and the median time of a step. Without --inputs
-the clips are made up, without --face-embedder the embedding is. `tests/full_size.py FOLDER --lynx full` writes
-files to load.
+the clips are made up, without --face-embedder the embedding is. `tests/full_size.py FOLDER --lynx full`
+writes files to load.
 """
 
 import argparse
