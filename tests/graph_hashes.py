@@ -3,7 +3,7 @@
     python tests/graph_hashes.py        writes tests/golden/graph_hashes.json, after GRAPHS_VERSION was raised
 
 The graphs are those of the tiny model, in fp32 and in fp8 (which has bf16 graphs too), and of a small SAM2 in
-fp16.
+fp16; Lynx's are those of the tiny model.
 """
 
 import hashlib
@@ -22,12 +22,17 @@ from trt_wan.build.export import export
 from trt_wan.build.sam2 import export_sam2
 from trt_wan.engines import contracts
 from trt_wan.engines.config import TINY
+from trt_wan.engines.lynx import FacePlan, Kind, LynxPlan
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.sam2 import contracts as sam2_contracts
 from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Plan
 
 PINNED = Path(__file__).parent / "golden" / "graph_hashes.json"
-VERSIONS = {"wan": contracts.GRAPHS_VERSION, "sam2": sam2_contracts.GRAPHS_VERSION}
+VERSIONS = {
+    "wan": contracts.GRAPHS_VERSION,
+    "sam2": sam2_contracts.GRAPHS_VERSION,
+    "lynx": contracts.LYNX_GRAPHS_VERSION,
+}
 # One block per stage, one of them global, one layer of memory attention: every kind of layer once.
 SAM2 = replace(
     SAM2_MODELS["sam2.1_tiny"], image_size=256, blocks=(1, 1, 2, 1), global_blocks=(3,), memory_layers=1
@@ -53,6 +58,22 @@ def wan_hashes(folder: Path, ready: Ready = EMPTY) -> Iterator[tuple[str, str]]:
                 else:
                     export(network, TINY, plan, path := folder / f"{precision}-{name}.onnx")
                 yield f"{precision} {name}", graph_hash(path)
+
+
+def lynx_hashes(folder: Path, ready: Ready = EMPTY) -> Iterator[tuple[str, str]]:
+    """Those of Lynx's own networks; the others of a FacePlan are the transformer's, at another size."""
+    seen = set()
+    kinds: tuple[Kind, ...] = ("full", "lite")
+    for precision in WAN_PRECISIONS:
+        plan = replace(PLAN, precision=precision)
+        plans = (*(LynxPlan.of(plan, kind) for kind in kinds), FacePlan(precision=precision))
+        for shape in plans:
+            for name, network in contracts.networks(TINY, shape).items():
+                if network not in seen and name.startswith("lynx"):
+                    seen.add(network)
+                    kind = f" {shape.kind}" if isinstance(shape, LynxPlan) else ""
+                    export(network, TINY, shape, path := folder / f"{precision}-{name}{kind}.onnx")
+                    yield f"{precision} {name}{kind}", graph_hash(path)
 
 
 def sam2_hashes(folder: Path, ready: Ready = EMPTY) -> Iterator[tuple[str, str]]:
@@ -95,7 +116,7 @@ def _constant(tensor: onnx.TensorProto) -> tuple[int, list[int], str]:
     return tensor.data_type, list(tensor.dims), hashlib.sha256(values).hexdigest()
 
 
-HASHES = {"wan": wan_hashes, "sam2": sam2_hashes}
+HASHES = {"wan": wan_hashes, "sam2": sam2_hashes, "lynx": lynx_hashes}
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:

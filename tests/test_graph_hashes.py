@@ -18,7 +18,7 @@ HINT = "raise GRAPHS_VERSION in its contracts, then run: python tests/graph_hash
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=pytest.mark.long if kind == "sam2" else ())  # its graphs change rarely
+        pytest.param(kind, marks=() if kind == "wan" else pytest.mark.long)  # these change rarely
         for kind in graph_hashes.HASHES
     ],
 )
