@@ -3,7 +3,7 @@
     python tests/graph_hashes.py        writes tests/golden/graph_hashes.json, after GRAPHS_VERSION was raised
 
 The graphs are those of the tiny model, in fp32 and in fp8 (which has bf16 graphs too), and of a small SAM2 in
-fp16.
+fp16; Lynx's are those of the tiny model.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from trt_wan.build.export import export
 from trt_wan.build.sam2 import export_sam2
 from trt_wan.engines import contracts
 from trt_wan.engines.config import TINY
+from trt_wan.engines.lynx import FacePlan, Kind, LynxPlan
 from trt_wan.engines.precision import Precision
 from trt_wan.engines.sam2 import contracts as sam2_contracts
 from trt_wan.engines.sam2.config import SAM2_MODELS, Sam2Plan
@@ -32,6 +33,7 @@ VERSIONS = {
     "wan": contracts.GRAPHS_VERSION,
     "uni3c": contracts.GRAPHS_VERSION,
     "sam2": sam2_contracts.GRAPHS_VERSION,
+    "lynx": contracts.LYNX_GRAPHS_VERSION,
 }
 # One block per stage, one of them global, one layer of memory attention: every kind of layer once.
 SAM2 = replace(
@@ -69,6 +71,22 @@ def uni3c_hashes(folder: Path, ready: Ready = EMPTY) -> Iterator[tuple[str, str]
                 seen.add(network)
                 export(network, TINY, plan, path := folder / f"{precision}-{name}.onnx")
                 yield f"{precision} {name}", graph_hash(path)
+
+
+def lynx_hashes(folder: Path, ready: Ready = EMPTY) -> Iterator[tuple[str, str]]:
+    """Those of Lynx's own networks; the others of a FacePlan are the transformer's, at another size."""
+    seen = set()
+    kinds: tuple[Kind, ...] = ("full", "lite")
+    for precision in WAN_PRECISIONS:
+        plan = replace(PLAN, precision=precision)
+        plans = (*(LynxPlan.of(plan, kind) for kind in kinds), FacePlan(precision=precision))
+        for shape in plans:
+            for name, network in contracts.networks(TINY, shape).items():
+                if network not in seen and name.startswith("lynx"):
+                    seen.add(network)
+                    kind = f" {shape.kind}" if isinstance(shape, LynxPlan) else ""
+                    export(network, TINY, shape, path := folder / f"{precision}-{name}{kind}.onnx")
+                    yield f"{precision} {name}{kind}", graph_hash(path)
 
 
 def sam2_hashes(folder: Path, ready: Ready = EMPTY) -> Iterator[tuple[str, str]]:
@@ -111,7 +129,7 @@ def _constant(tensor: onnx.TensorProto) -> tuple[int, list[int], str]:
     return tensor.data_type, list(tensor.dims), hashlib.sha256(values).hexdigest()
 
 
-HASHES = {"wan": wan_hashes, "uni3c": uni3c_hashes, "sam2": sam2_hashes}
+HASHES = {"wan": wan_hashes, "uni3c": uni3c_hashes, "sam2": sam2_hashes, "lynx": lynx_hashes}
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:

@@ -111,8 +111,14 @@ def measure(basis: Basis, job: Job, identity: FaceIdentity) -> None:
     def watch(executor: Executor) -> Executor:
         return Tape(executor)
 
+    gpu = None if basis.place is None else basis.place[0]
+    free = 0 if gpu is None else gpu.free_bytes()
     with basis.open(watch) as model:
-        found = {name: velocities(model, replace(job, identity=one)) for name, one in variants.items()}
+        found = {}
+        for name, one in variants.items():
+            found[name] = velocities(model, replace(job, identity=one))
+            if gpu is not None:
+                print(f"{name}: {(free - gpu.free_bytes()) / 1e9:.2f} GB of GPU memory", file=sys.stderr)
     plain, seconds = found["without"]
     print(f"{'':8} {'s/step':>8}  relative change of the velocity, by step")
     for name, (made, took) in found.items():
@@ -131,6 +137,7 @@ def main() -> int:
     parser.add_argument("--size", default="832x480")
     parser.add_argument("--window", type=int, default=77)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--vram", type=float, help="GB")
     parser.add_argument("--ip-scale", type=float, default=1.0)
     parser.add_argument("--ref-scale", type=float, default=1.0)
     asked = parser.parse_args()
@@ -144,7 +151,7 @@ def main() -> int:
         )
         job = Job(inputs, window=asked.window, steps=asked.steps)
         files = WeightFiles(tuple(asked.weights), random=asked.random_weights)
-        basis = open_basis(files, Settings(), lambda event: None)
+        basis = open_basis(files, Settings(vram=asked.vram), lambda event: None)
         from trt_wan.engines.shape import Plan
 
         plan = Plan(width, height, asked.window, basis.precision)

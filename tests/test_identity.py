@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -281,7 +282,7 @@ def test_memory_has_room_for_the_keys() -> None:
 
 
 @pytest.mark.long
-def test_jobs(folder: Path, picture: Path, tmp_path: Path) -> None:
+def test_jobs(folder: Path, picture: Path, tmp_path: Path, tiny_home: Path) -> None:
     """Through `trt-wan run`: off is off, each adapter acts, with guidance, context, --from, --redo."""
     (tmp_path / "clip.mp4").rename(tmp_path / "in/src_pose.mp4")
     prepare(tmp_path / "in", tmp_path / "tone.m4a", frames=20)
@@ -289,6 +290,7 @@ def test_jobs(folder: Path, picture: Path, tmp_path: Path) -> None:
         tmp_path / "net.onnx", np.random.default_rng(3).standard_normal((3, 512)).astype(np.float32)
     )
     subprocess.run([*TRT_WAN, "weights", "tiny", "models", "--lynx", "full"], check=True, capture_output=True)
+    shutil.copytree(tiny_home, tmp_path / "home")
     environment = os.environ | {"TRT_WAN_HOME": str(tmp_path / "home")}
 
     def ran(name: str, *arguments: str, identity: bool = True) -> tuple[bytes, str]:

@@ -5,6 +5,7 @@ Files are in test_lynx_files.py, the options in test_identity.py.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ from oracles import diffusers_transformer, diffusers_vae
 from test_guidance import filled
 from test_transformer import TOLERANCE, random_inputs
 
+from trt_wan.build.export import export
 from trt_wan.build.models import lynx as graphs
 from trt_wan.engines import lynx
 from trt_wan.engines.checkpoint import DIRECTION, LYNX_PARTS, ORTHONORMAL
-from trt_wan.engines.config import TINY
+from trt_wan.engines.config import ANIMATE_14B, TINY
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.contracts.lynx_ip import resampler
-from trt_wan.engines.lynx import FacePlan, Kind, Lynx, LynxConfig, LynxPlan, ip_blocks, lynx_of
+from trt_wan.engines.lynx import FacePlan, Kind, Lynx, LynxConfig, LynxPlan, ip_blocks, lynx_of, lynx_plans
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.denoise import Branch, predict_window
 from trt_wan.runtime.executors import Array
@@ -240,6 +242,16 @@ def test_the_velocity_is_that_of_the_formulas(kind: Kind) -> None:
     mine, made = oracle(nobody, np.zeros(512, np.float32), np.zeros_like(inputs.picture))
     assert np.abs(mine - made).max() <= TOLERANCE
     assert np.abs(mine - ours.velocity(both)).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["lynx_ip", "lynx_ref", "lynx_ip_kv", "lynx_ref_norm"])
+def test_full_size_graphs_are_exported(name: str, tmp_path: Path) -> None:
+    """With the contract's names, shapes and types. tests/graph_hashes.py has the tiny model's graphs."""
+    plan = Plan(832, 480, 77, "fp8")
+    made = {shape: networks(ANIMATE_14B, shape) for shape in lynx_plans(plan, Lynx(True, True))}
+    shape = next(shape for shape in made if name in made[shape])
+    export(made[shape][name], ANIMATE_14B, shape, tmp_path / "graph.onnx")
+    assert (tmp_path / "graph.onnx").stat().st_size < 1e5, "no weights and no tables in it"
 
 
 def test_the_latent_of_the_face_is_drawn_from_the_encoders_distribution() -> None:

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from full_size import lynx_layouts
 from safetensors.numpy import load_file, save_file
 
+from trt_wan.checks.weights import lynx_check
 from trt_wan.cli.main import cli
 from trt_wan.engines.checkpoint import LYNX_PARTS, required_tensors
 from trt_wan.engines.config import ANIMATE_14B, TINY
@@ -136,6 +137,18 @@ def test_full_size_files_are_recognised(kind: Kind, tmp_path: Path) -> None:
     shown = CliRunner().invoke(cli, ["weights", "show", str(ip.path), "--json"])
     data = json.loads(shown.stdout)["data"]
     assert (data["part"], data["model"], data["problem"], data["unexpected"]) == ("lynx_ip", "14b", "", "")
+
+
+def test_doctor_names_the_adapters(tmp_path: Path) -> None:
+    assert lynx_check([tmp_path], TINY) == []
+    write_tiny_lynx(tmp_path, 0)
+    (check,) = lynx_check([tmp_path], TINY)
+    assert check.state == "ok"
+    assert check.text == "the full IP adapter (with --face-embedder) and the ref adapter of Lynx"
+    (tmp_path / f"{REF}.safetensors").unlink()
+    (tmp_path / f"{RESAMPLER.format('full')}.safetensors").unlink()
+    (check,) = lynx_check([tmp_path], TINY)
+    assert check.state == "warning" and "needs a resampler" in check.text
 
 
 def test_which_adapters_act(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The weights: where they are searched, which file each part would be and why, LoRAs, the pose networks."""
 
+import dataclasses
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from trt_wan.runtime.published.files import FILES
 from trt_wan.runtime.settings import WeightFiles
 from trt_wan.runtime.weights.find_files import files_below, missing_parts, spoken
 from trt_wan.runtime.weights.load import load_camera
+from trt_wan.runtime.weights.lynx import find_lynx
 from trt_wan.runtime.weights_folders import searched_folders
 
 PULL = shell_command(("pull",))
@@ -40,7 +42,8 @@ def weights_checks(named: Sequence[Path], precision: Precision) -> tuple[list[Ch
     files = list(files_below(folders))
     parts, config = _parts(folders, precision)
     camera = [] if config is None else _camera(folders, config, precision)
-    return [searched, *parts, *camera, *_loras(files), *_people(files)], config
+    lynx = [] if config is None else lynx_check(folders, config)
+    return [searched, *parts, *camera, *_loras(files), *lynx, *_people(files)], config
 
 
 def _parts(folders: Sequence[Path], precision: Precision) -> tuple[list[Check], ModelConfig | None]:
@@ -100,6 +103,19 @@ def _loras(files: Sequence[Path]) -> list[Check]:
         else Check(f"{kind} LoRA", "warning", f"Not found; {use} need it.", "Fetch it:", (PULL,))
         for kind, use in USES.items()
     ]
+
+
+def lynx_check(folders: Sequence[Path], config: ModelConfig) -> list[Check]:
+    """The adapters of `run --identity`, if some are here."""
+    try:
+        found = find_lynx(config, folders)
+    except WeightsError as error:
+        return [dataclasses.replace(of_error("identity", error), state="warning")]
+    if not found.parts:
+        return []
+    ip = f"the {found.kind} IP adapter (with --face-embedder)"
+    adapters = [*([ip] if found.ip else []), *(["the ref adapter"] if found.ref else [])]
+    return [ok("identity", f"{' and '.join(adapters)} of Lynx")]
 
 
 def _people(files: Sequence[Path]) -> list[Check]:
