@@ -150,8 +150,8 @@ def test_jobs_in_a_row_equal_single_runs(folders: Clips, keep: bool) -> None:
 
 
 def test_frames_are_near_those_of_the_cpu(folders: Clips) -> None:
-    """Guidance, context windows and pictures are as near as a plain job is, and far from it. NAG takes the difference
-    of two attentions 11 times: on an H200 it was 2.6 times as far off as the plain job.
+    """Guidance, context windows and pictures are as near as a plain job is, and far from it. NAG takes the
+    difference of two attentions 11 times: on an H200 it was 2.6 times as far off as the plain job.
     """
     plain = job(folders["first"])
     varied = {name: replace(plain, **more) for name, more in VARIATIONS.items()} | with_pictures(folders)
