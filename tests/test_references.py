@@ -51,6 +51,7 @@ from trt_wan.runtime.networks.transformer import (
     rope_tables,
     velocity,
 )
+from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.pipeline import noise_before, stream_pieces
 from trt_wan.runtime.references import References, prefix_order
@@ -61,6 +62,7 @@ from trt_wan.runtime.weights.checkpoint import orthonormal
 from trt_wan.runtime.weights.random import random_weights
 from trt_wan.runtime.weights.tiny import write_tiny_weights
 from trt_wan.runtime.window_state import WindowState
+from trt_wan.runtime.window_texts import WindowTexts
 from trt_wan.serve.fields import FILE_OPTIONS, VideoFields, options_of
 from trt_wan.serve.orders import KIND_OF, REFERENCES, Given, _file_arguments, order_of
 from trt_wan.serve.settings import ServeSettings
@@ -455,6 +457,22 @@ def test_windows_keep_their_frames(place: Path) -> None:
             assert ours.frames == theirs.frames and ours.latents == theirs.latents
             assert ours.slots[: plan.shared] == tuple(range(plan.shared))
             assert ours.weights[plan.shared :] == theirs.weights[1:]
+
+
+def test_context_windows_have_the_same_noise_and_prompts(place: Path) -> None:
+    given: dict[str, Any] = {"context": Context(frames=21, overlap=4), "prompt": "a | b | c | d"}
+    jobs = [task(place, references, **given) for references in (None, several(place, 4, "slots"))]
+    noise = np.random.default_rng(0).standard_normal((1, 30, 2, 2))
+    found = []
+    for job in jobs:
+        plan = job.context_plan(job.windows(117).length(0))
+        assert plan is not None and plan.slots == 30 + plan.shared
+        shared = np.zeros((1, plan.shared, 2, 2))
+        ordered = plan.reorder(np.concatenate((shared, noise), axis=1), CpuGenerator(1))
+        assert not ordered[:, : plan.shared].any()
+        texts = WindowTexts(job, 117, 16.0)
+        found.append((ordered[:, plan.shared :].tobytes(), [texts.of(0, part) for part in plan.parts(0)]))
+    assert found[0] == found[1] and len({texts.prompt for texts in found[0][1]}) == 4
 
 
 @pytest.mark.parametrize(
