@@ -71,9 +71,9 @@ def test_the_first_window_goes_on_from_what_is_given(
     seen, made = [], list[Array]()
     encode_window, decode = pipeline.encode_window, pipeline.decode
 
-    def conditioned(model: Any, reference: Array, clips: Any, carried: Array | None, strengths: Any) -> Any:
+    def conditioned(model: Any, reference: Array, clips: Any, carried: Array | None, *more: Any) -> Any:
         seen.append((clips.pose(0, clips.frames), carried))
-        return encode_window(model, reference, clips, carried, strengths)
+        return encode_window(model, reference, clips, carried, *more)
 
     def decoded(*arguments: Any) -> Iterator[Array]:
         for frames in decode(*arguments):
@@ -162,9 +162,9 @@ def test_a_match_of_colours_is_what_later_windows_go_on_from(
     seen = []
     encode_window = pipeline.encode_window
 
-    def conditioned(model: Any, reference: Array, clips: Any, carried: Array | None, strengths: Any) -> Any:
+    def conditioned(model: Any, reference: Array, clips: Any, carried: Array | None, *more: Any) -> Any:
         seen.append(carried)
-        return encode_window(model, reference, clips, carried, strengths)
+        return encode_window(model, reference, clips, carried, *more)
 
     monkeypatch.setattr(pipeline, "encode_window", conditioned)
 

@@ -132,6 +132,9 @@ class AnimatePipeline(Closing):
         pose, sam2). Videos are paths, arrays [F, H, W, 3] or lists of pictures; frames that are no file have
         `fps` (30). `height` and `width` are for the clips that are made; prepared ones have theirs.
 
+        `reference_images` are other pictures of the character of `image`, given to the model as
+        `reference_as` says (runtime/references.py).
+
         `generator` is a seed, or a generator of torch on the CPU that nothing was drawn from. `more` are
         other fields of `Job`: sampler, grid, context, nag, colour and so on.
 
