@@ -12,6 +12,7 @@ from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, velocity
 from trt_wan.runtime.preparation import Prepared
 from trt_wan.runtime.sampling.stepping import Combine, Sampler
+from trt_wan.runtime.step_cache import Residual
 
 # The first steps attend to everything: they decide what is where, and the others need little but detail.
 DENSE_SHARE = 0.25  # of the steps
@@ -35,8 +36,11 @@ def predict_window(
     branches: Sequence[Branch],
     steps: Sequence[StepSettings],
     cfg_zero_star: bool = False,
+    caches: Sequence[Residual] = (),
 ) -> Predict:
-    """The velocity of one window. `branches` are the conditional one, and with guidance the unconditional."""
+    """The velocity of one window. `branches` are the conditional one, and with guidance the unconditional.
+    `caches` are theirs, or none.
+    """
     executor = model.executor
     no_pose = None if all(step.pose for step in steps) else model.place(np.zeros(1, np.float32))
     keep = None if model.keep is None else model.place(np.array([model.keep], np.float32))
@@ -59,8 +63,9 @@ def predict_window(
                 prepared.rope,
                 branch.cross_attention,
                 None if step < dense_steps(len(steps)) else keep,
+                cache=caches[side].at(step) if caches else None,
             )
-            for branch in branches[: now.passes]
+            for side, branch in enumerate(branches[: now.passes])
         )
         if not blank:
             return v

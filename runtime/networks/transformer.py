@@ -13,6 +13,7 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.step_cache import Residual
 
 ROPE_THETA = 10000.0
 
@@ -118,14 +119,18 @@ def velocity(
     rope: tuple[Array, Array],
     cross_attention: str = "cross_attention",
     keep: Array | None = None,
+    cache: Residual | None = None,
 ) -> Array:
     """The flow velocity, noise - x0, of `latent` [16, T1, h, w]; same shape. `cross_attention` is the network
     that attends to `context`. With `keep` [1] self-attention is block-sparse, but in the first DENSE_BLOCKS.
+    `cache` is at the step, and stands for the blocks where it skips them.
     """
     c = model.config.transformer
     time_embedding, time_modulation = time
     (x,) = model.run("patch_embed", latent, window.condition, window.pose_latent, window.pose_strength)
-    for n in range(c.layers):
+    if cache is not None:
+        cache.enter(x)
+    for n in range(0 if cache is not None and cache.skips else c.layers):
         name, share = ("attention", ()) if keep is None or n < DENSE_BLOCKS else ("sparse_attention", (keep,))
         (attended,) = model.run(name, *model.run("attn_in", x, time_modulation, *rope, n=n), *share)
         x, cross_q = model.run("attn_out", x, attended, time_modulation, n=n)
@@ -134,5 +139,7 @@ def velocity(
         if window.face is not None and n % c.fuser_interval == 0:
             i = n // c.fuser_interval
             (x,) = model.run("fuser", x, *window.face[i], window.face_strength, n=i)
+    if cache is not None:
+        x = cache.leave(x)
     (result,) = model.run("head", x, time_embedding)
     return result

@@ -29,6 +29,7 @@ from trt_wan.runtime.pipeline import branches
 from trt_wan.runtime.preparation import Pictures, prepare
 from trt_wan.runtime.sampling.grids import schedule
 from trt_wan.runtime.sampling.samplers import SAMPLERS
+from trt_wan.runtime.step_cache import Residuals
 
 UNBOUNDED = 1 << 50
 STEPS = 4  # enough for every sampler to reach its full memory of earlier steps
@@ -121,7 +122,8 @@ def activation_bytes(
     the VAE computes in tiles.
     """
     executor = _Rehearsal()
-    _rehearse(Model(config, plan, executor, {}, tile, KEEP), load, context and _few(context))
+    few = context if load.cached else context and _few(context)  # every part holds its residuals
+    _rehearse(Model(config, plan, executor, {}, tile, KEEP), load, few)
     return int(executor.arena.peak * (1 + MARGIN))
 
 
@@ -159,14 +161,19 @@ def _rehearse(model: Model, load: Load, context: ContextPlan | None, sampler: st
     noise = np.zeros((config.vae.latent_channels, slots, plan.latent_height, plan.latent_width), zero.dtype)
     steps = min(load.steps, STEPS)
     settings = [StepSettings(1.0 + load.guided, pose=True, face=True)] * steps
+    skips = [[step % 2 == 1 for step in range(steps)]] * (1 + load.guided) if load.cached else []
     levels = schedule("official", steps, 5.0)
     for texts in windows:
         clips = WindowClips(count, frames, faces)
         window = encode_window(model, prepared.reference, clips, frames(0, 1), Strengths())
         prepared.contexts.use((*texts.all, *more))
+        residuals = Residuals(model.executor.combine, skips)
 
-        def under(window: WindowCondition, part: Part | None, texts: Texts = texts) -> Predict:
-            return predict_window(model, prepared, branches(prepared, texts, window), settings)
+        def under(
+            window: WindowCondition, part: Part | None, texts: Texts = texts, held: Residuals = residuals
+        ) -> Predict:
+            sides, caches = branches(prepared, texts, window), held.of(part and part.slots)
+            return predict_window(model, prepared, sides, settings, caches=caches)
 
         predict = predict_latents(model, window, context, under)
         solver = SAMPLERS[sampler].make(levels, model.executor.combine, lambda: noise)

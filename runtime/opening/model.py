@@ -49,6 +49,7 @@ from trt_wan.runtime.opening.gpu_sizes import (
 )
 from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
+from trt_wan.runtime.step_ratios import with_ratios
 from trt_wan.runtime.text_cache import TextCache
 from trt_wan.runtime.video.clips import Clips
 from trt_wan.runtime.weights.checkpoint import Checkpoint
@@ -182,6 +183,10 @@ class Basis:
         for lora in loras:
             open_lora(lora.file, self.weights.config)
 
+    def with_ratios(self, job: Job, progress: Progress) -> Job:
+        """`job` with the ratios of its step cache. Raises as step_ratios.py."""
+        return _with_ratios(job, self.weights, progress)
+
     def require_possible(self, plan: Plan) -> None:
         """Raises MemoryShort if no job of that shape fits in this machine's memory."""
         if self.place is None:
@@ -268,7 +273,7 @@ class OpenModel(Closing):
         try:
             self._sizes.resume()
             for piece in stream_pieces(
-                job,
+                _with_ratios(job, self._weights, progress),
                 self,
                 clips=clips,
                 progress=progress,
@@ -339,6 +344,10 @@ class OpenModel(Closing):
         self._sizes.close()
         self._cache.close()
         gc.collect()  # TensorRT's objects and arrays free GPU memory when Python drops them
+
+
+def _with_ratios(job: Job, weights: OpenWeights, progress: Progress) -> Job:
+    return with_ratios(job, weights.config.name, weights.files.get("transformer", ()), progress)
 
 
 def open_weights(weights: WeightFiles, precision: Precision, progress: Progress) -> OpenWeights:

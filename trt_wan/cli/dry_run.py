@@ -62,7 +62,7 @@ def forecast(
     plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
     graphs = graph_set(config, plan).missing()
     needs = (
-        _on_cpu(basis, plan)
+        _on_cpu(basis, plan, job, windows.length(0))
         if basis.place is None
         else _on_gpu(basis, plan, job, windows.length(0), lengths, not graphs)
     )
@@ -73,6 +73,7 @@ def forecast(
         **{"window": windows.length(0), "overlap": job.overlap, "steps": job.schedule.steps},
         "evaluations": _evaluations(job, lengths),
         **{"precision": basis.precision, "missing_graphs": list(graphs)},
+        **_step_cache(job, plan, windows.length(0), config.transformer.dim),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(needs).items()},
     }
     if again is not None:
@@ -94,6 +95,7 @@ def forecast(
         *([("", note.text)] if again is None and (note := short_last_window(windows)) else []),
         *(("again", one.text) for one in again or ()),
         ("transformer", f"{data['evaluations']} evaluations, {plan.tokens} tokens each, {basis.precision}"),
+        *([("step cache", _skips(job, data))] if job.skips else []),
         ("graphs", f"{len(graphs)} would be exported" if graphs else "are there"),
         ("engines", _engines(needs)),
         ("memory", _memory(needs)),
@@ -102,15 +104,35 @@ def forecast(
     return table(rows), data
 
 
-def _evaluations(job: "Job", lengths: "Sequence[int]", first: int = 0) -> int:
-    """Calls of the transformer: for each step from `first` on, prompt and context window of windows of
-    `lengths` frames.
+def _step_cache(job: "Job", plan: "Plan", longest: int, dim: int) -> dict[str, Any]:
+    """The skipped steps of every side, from 0, and the bytes of their residuals at most. Empty without it."""
+    if not (skips := job.skips):
+        return {}
+    context = job.context_plan(longest)
+    parts = 1 if context is None else len(context.parts(0))
+    held = sum(map(any, skips)) * parts * plan.tokens * dim * 4
+    skipped = [[i for i, skip in enumerate(side) if skip] for side in skips]
+    return {"skipped_steps": skipped, "step_cache_bytes": held}
+
+
+def _skips(job: "Job", data: dict[str, Any]) -> str:
+    from trt_wan.runtime.step_cache import told_skips
+
+    text = f"skips {told_skips(job.skips)}"
+    held = data["step_cache_bytes"]
+    return f"{text}; holds {readable_bytes(held)}, counted below" if held else text
+
+
+def _evaluations(job: "Job", lengths: "Sequence[int]", first: int = 0, with_skipped: bool = False) -> int:
+    """Calls of the transformer's blocks: for each step from `first` on, prompt and context window of windows
+    of `lengths` frames. `with_skipped`: also those that the step cache skips.
     """
     total = 0
+    computed = [step.passes for step in job.step_settings] if with_skipped else job.computed
     for length in lengths:
         plan = job.context_plan(length)
-        for step, settings in enumerate(job.step_settings[first:], first):
-            total += settings.passes * (1 if plan is None else len(plan.parts(step)))
+        for step, passes in enumerate(computed[first:], first):
+            total += passes * (1 if plan is None else len(plan.parts(step)))
     return total
 
 
@@ -133,10 +155,12 @@ def _time(needs: Needs) -> str:
     return f"{needs.seconds:.0f} s of networks{without}"
 
 
-def _on_cpu(basis: "Basis", plan: "Plan") -> Needs:
+def _on_cpu(basis: "Basis", plan: "Plan", job: "Job", longest: int) -> Needs:
     from trt_wan.runtime.executors.onnxruntime import least_memory
 
-    return Needs("host memory", least_memory(basis.weights.config, plan))
+    config = basis.weights.config
+    held = _step_cache(job, plan, longest, config.transformer.dim).get("step_cache_bytes", 0)
+    return Needs("host memory", least_memory(config, plan) + held)
 
 
 def _on_gpu(
@@ -206,11 +230,12 @@ def _seconds(
     from trt_wan.benchmarks.work.cost import calls
 
     total, unmeasured = 0.0, []
-    evaluations = _evaluations(job, lengths)
+    evaluations, all_steps = (_evaluations(job, lengths, with_skipped=skipped) for skipped in (False, True))
     sparse = {} if basis.settings.keep is None else _sparse_calls(basis, job, lengths)
     spans = sum(-(-length // plan.frames) for length in lengths)
     for network, count in calls(basis.weights.config, plan, job.schedule.steps).items():
-        in_steps = count.step * evaluations + sparse.get(network, 0)
+        times_each = all_steps if network in ("patch_embed", "head") else evaluations
+        in_steps = count.step * times_each + sparse.get(network, 0)
         if network in times:
             total += times[network] * (in_steps + count.window * spans + count.job)
         elif in_steps or count.window:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trt_wan.cli import context_options, guidance_options
+from trt_wan.cli import context_options, guidance_options, step_cache_options
 from trt_wan.cli.command import note
 from trt_wan.cli.options import is_given
 from trt_wan.cli.preprocess import PREPARING_NAMES
@@ -49,6 +49,11 @@ OPTIONS_OF: Mapping[str, Sequence[str]] = {
     "nag": ("nag_prompt", *guidance_options.NAG),
     "colour": ("colour_match", "colour_anchor"),
     "context": (*context_options.NAMES, "window"),
+    # Its ratios follow from the weights and the levels.
+    "step_cache": (
+        *(*step_cache_options.FIELDS, *SEARCHED, "random_weights", "loras", "guidance"),
+        *("steps", "sampler", "grid", "shift", "sigmas"),
+    ),
 }
 # Options that leave no room for each other: one that is given takes the place of the video's.
 EITHER: Sequence[tuple[Sequence[str], Sequence[str]]] = (

@@ -42,6 +42,7 @@ from trt_wan.cli.repeating import Lasting, RepeatableCommand, given_options, las
 from trt_wan.cli.report import Report, TextReport
 from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
 from trt_wan.cli.session import current_models
+from trt_wan.cli.step_cache_options import step_cache_options, take_step_cache, with_ratios
 from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError, WeightsError, shown, some_of, with_commands
 from trt_wan.runtime.guidance import ClipVision, Nag
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from trt_wan.runtime.job import Inputs, Job, Lora
     from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.settings import Settings, WeightFiles
+    from trt_wan.runtime.step_cache import StepCache
     from trt_wan.runtime.video.cut import Cut
     from trt_wan.runtime.video.encoder import Quality
 
@@ -119,6 +121,7 @@ class RunOptions:
     start_step: int | None = None
     end_step: int | None = None
     denoise_strength: float | None = None
+    step_cache: "StepCache | None" = None
     build: bool = True  # whether missing graphs are exported
 
     def weight_files(self) -> "WeightFiles":
@@ -140,7 +143,7 @@ class RunOptions:
         """Files and folders that are only read."""
         named = [getattr(self, name) for name in (*PARTS, "tokenizer", "start_frame", "extend")]
         loras = [lora.file for lora in self.loras]
-        named += [self.clip_vision.second, self.init]
+        named += [self.clip_vision.second, self.init, self.step_cache and self.step_cache.file]
         return [*self.weights, *loras, *(path for path in named if path is not None)]
 
     def settings(self) -> "Settings":
@@ -321,6 +324,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 )
 @guidance_options
 @sampling_options
+@step_cache_options
 @reference_background
 @click.option(
     "--trim-to-shortest",
@@ -525,10 +529,10 @@ def _chosen(
     given["colour"] = colour_of(given.pop("colour_match"), given.pop("colour_anchor"))
     given["cut"] = cut_of(given.pop("start"), given.pop("end"))
     refuse_unused_sampling()
-    context = take_context(given)
+    context, step_cache = take_context(given), take_step_cache(given)
     compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
     made = with_guidance(with_preset(report, given.pop("preset"), given))
-    options = RunOptions(**made, context=context, compat=compat)
+    options = RunOptions(**made, context=context, compat=compat, step_cache=step_cache)
     if paste_back and options.mode == "animate":
         raise UsageError(
             "In the mode animate there is nothing to paste back.",
@@ -592,6 +596,7 @@ def render_prepared(
     from trt_wan.runtime.kept.windows import kept_of
     from trt_wan.runtime.redo import redo as render_again
     from trt_wan.runtime.render import own_sound, render
+    from trt_wan.runtime.step_cache import told_skips
     from trt_wan.runtime.video.clips import open_clips
     from trt_wan.runtime.video.continued import frames_before
     from trt_wan.runtime.video.encoder import Quality
@@ -610,6 +615,7 @@ def render_prepared(
         again = [] if redo is None else redo.planned(job, clips)
         basis = basis or models.basis(files, settings, report.progress)
         basis.require_loras(job.loras)
+        job = with_ratios(basis, job, clips.width, clips.height, report.progress)
         require_graphs(report.progress, basis, clips.width, clips.height, job.model_window, options.build)()
         written = {"kind": output.suffix.lower(), "paste_back": paste_back}
         written |= as_values(quality or Quality())
@@ -652,7 +658,11 @@ def render_prepared(
                 raise
         if stop.asked():
             note(report, "The video was finished before it could be stopped.", code="not_stopped")
-    data = {"frames": result.frames, "width": result.width, "height": result.height, "fps": result.rate}
+    data: dict[str, Any] = {"frames": result.frames, "width": result.width, "height": result.height}
+    data["fps"] = result.rate
+    if skips := job.skips:
+        note(report, f"The step cache has skipped {told_skips(skips)}, in every window.", "steps_skipped")
+        data["skipped_steps"] = [sum(side) for side in skips]
     return result.path, {**data, "seconds": round(time.perf_counter() - start, 2)}
 
 
@@ -687,6 +697,7 @@ def _prepare_beside(
     def planned(size: Size) -> Callable[[], None]:
         _require_fit(job, *size)
         width, height, _, _ = size
+        with_ratios(basis, job, width, height, silent)
         export = require_graphs(report.progress, basis, width, height, job.model_window, options.build)
 
         def make() -> None:
@@ -770,6 +781,7 @@ def _forecast(
     check_target(output, overwrite)
     basis = open_basis(options.weight_files(), options.settings(), report.progress)
     basis.require_loras(job.loras)
+    job = with_ratios(basis, job, width, height, report.progress)
     require_graphs(report.progress, basis, width, height, job.model_window, options.build)
     if is_typed("resume"):
         note(
