@@ -1,5 +1,5 @@
-"""The step cache: skip lists of the published rule, skipped steps against diffusers' blocks, and whole runs of
-the tiny model with ratios that `bench calibrate-cache` has made.
+"""The step cache: skip lists of the published rule, skipped steps against diffusers' blocks, and runs of the
+tiny model with ratios that `bench calibrate-cache` has made.
 """
 
 import itertools
@@ -38,8 +38,8 @@ from trt_wan.runtime.kept.record import Record
 from trt_wan.runtime.networks.transformer import (
     WindowCondition,
     embed_image,
+    encode_blank_face,
     encode_context,
-    encode_face,
     encode_time,
     rope_tables,
 )
@@ -253,18 +253,19 @@ def test_a_skipped_step_adds_the_residual_of_its_side(make_model: MakeModel) -> 
     """Against diffusers: the blocks of both sides are skipped in other steps."""
     weights, inputs = random_weights(TINY, "transformer", seed=1), random_inputs(PLAN, seed=4)
     rng = np.random.default_rng(1)
-    latents = [rng.standard_normal(inputs["latent"].shape, np.float32) for _ in range(4)]
+    latents = [rng.standard_normal(inputs["latent"].shape, np.float32) for _ in range(3)]
+    inputs["face"] = np.full_like(inputs["face"], -1)
     texts = [inputs["text"], rng.standard_normal(inputs["text"].shape, np.float32)]
-    times, skips = [900, 700, 400, 100], ([False, True, True, False], [False, False, True, False])
+    times, skips = [900, 700, 400], ([False, True, True], [False, False, True])
     model = make_model(TINY, PLAN, {"transformer": weights | {ORTHONORMAL: orthonormal(weights[DIRECTION])}})
     one, image = np.ones(1, np.float32), embed_image(model, inputs["image"])
-    face = encode_face(model, inputs["face"])
+    face = encode_blank_face(model)
     window = WindowCondition(inputs["condition"], inputs["pose"], one, face, one)
     branches = [Branch(encode_context(model, text, image), window) for text in texts]
     prepared: Any = Prepared([encode_time(model, t) for t in times], rope_tables(TINY, PLAN))
     caches = Residuals(model.executor.combine, skips).of(None)
-    predict = predict_window(model, prepared, branches, plain(4, 3.0), caches=caches)
-    exact = predict_window(model, prepared, branches, plain(4, 3.0))
+    predict = predict_window(model, prepared, branches, plain(3, 3.0), caches=caches)
+    exact = predict_window(model, prepared, branches, plain(3, 3.0))
     theirs, held = Blocks(weights, inputs), [torch.empty(0)] * 2
     for i, (latent, t) in enumerate(zip(latents, times, strict=True)):
         sides = []
@@ -335,6 +336,11 @@ class Made:
     def run(self, name: str, *options: str) -> dict[str, Any]:
         return data_of("run", *self.options, "-o", str(self.folder / name), *options)
 
+    @property
+    def expected(self) -> list[int]:
+        ratios = read(next((self.folder / "home" / "step_cache").iterdir())).ratios
+        return skipped(StepCache(float(THRESHOLD)), ratios.prompt, plain(15))
+
     def frames(self, name: str) -> Any:
         return read_frames(self.folder / name)
 
@@ -356,20 +362,21 @@ def error_of(*arguments: str) -> dict[str, Any]:
 
 
 class Independent(ForwardingExecutor):
-    """The residual of every pass, from the outputs of the networks."""
+    """The residual of every pass, from the outputs of the networks. None where no block ran."""
 
-    def __init__(self, executor: Executor, made: list[Array]) -> None:
+    def __init__(self, executor: Executor, made: list[Any]) -> None:
         super().__init__(executor)
-        self.made, self.first, self.last = made, np.empty(0), np.empty(0)
+        self.made, self.first = made, np.empty(0)
+        self.last: Array | None = None
 
     def run(self, network: Network, n: int, inputs: Any) -> tuple[Array, ...]:
         outputs = super().run(network, n, inputs)
         if network.name == "patch_embed":
-            self.first = np.array(outputs[0], np.float64)
+            self.first, self.last = np.array(outputs[0], np.float64), None
         elif network.name in ("ffn", "fuser"):
             self.last = np.array(outputs[0], np.float64)
         elif network.name == "head":
-            self.made.append(self.last - self.first)
+            self.made.append(None if self.last is None else self.last - self.first)
         return outputs
 
 
@@ -414,9 +421,8 @@ def test_ratios_are_the_mean_growth_of_the_tokens(made: Made) -> None:
 
 
 def test_runs_with_the_calibration(made: Made) -> None:
-    """The forecast and the run tell the steps; --from, --resume and --redo give the same bits."""
-    ratios = read(next((made.folder / "home" / "step_cache").iterdir())).ratios
-    expected = skipped(StepCache(float(THRESHOLD)), ratios.prompt, plain(15))
+    """The forecast and the run tell the steps; --from and --redo give the same bits."""
+    expected = made.expected
     assert 3 <= len(expected) <= 10, "some steps, for the rest of this test"
     cached = ("--step-cache", THRESHOLD)
     forecast = made.run("a.mp4", *cached, "--dry-run")
@@ -427,15 +433,6 @@ def test_runs_with_the_calibration(made: Made) -> None:
     assert "skipped_steps" not in without
 
     assert made.run("a.mp4", *cached)["skipped_steps"] == [len(expected)]
-    assert made.run("exact.mp4", "--step-cache", "0").keys() == {
-        "result",
-        "frames",
-        "width",
-        "height",
-        "fps",
-        "seconds",
-    }
-    assert (made.frames("a.mp4") != made.frames("exact.mp4")).any()
     video = str(made.folder / "a.mp4")
     data_of("run", "--from", video, "-o", str(made.folder / "b.mp4"))
     assert (made.folder / "b.mp4").read_bytes() == Path(video).read_bytes()
@@ -448,22 +445,24 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(made: Made) -> None:
     """Its second window begins without a residual, as in one run."""
     files, settings = WeightFiles((made.folder / "weights",)), Settings(executor="onnxruntime")
     inputs = Inputs.from_folder(made.folder / "clips", "animate")
-    job = Job(inputs, window=PLAN.frames, steps=15, sampler="euler", step_cache=StepCache(float(THRESHOLD)))
-    record = Record({}, {}, {}, {}, {})
+    job = Job(inputs, window=PLAN.frames, steps=15, sampler="euler", seed=3)
+    job = replace(job, step_cache=StepCache(float(THRESHOLD)))
     steps: list[StepDone] = []
+    blocks: list[Any] = []
 
     def count(event: Event) -> None:
         if isinstance(event, StepDone):
             steps.append(event)
 
-    with open_model(files, settings) as model:
-        whole = render(job, model, made.folder / "whole.mp4")
-        shared: Any = {"record": record, "sidecar": False, "progress": count}
+    with open_model(files, settings, observe=lambda executor: Independent(executor, blocks)) as model:
+        shared: Any = {"record": Record({}, {}, {}, {}, {}), "sidecar": False, "progress": count}
         with pytest.raises(Stopped):
             render(job, model, made.folder / "cut.mp4", should_stop=lambda: len(steps) == 22, **shared)
-        cut = render(job, model, made.folder / "cut.mp4", resume=True, **shared)
-    assert len(steps) == 22 + 15 and cut.frames == whole.frames
-    np.testing.assert_array_equal(made.frames("cut.mp4"), made.frames("whole.mp4"))
+        render(job, model, made.folder / "cut.mp4", resume=True, **shared)
+    assert [(event.window, event.step) for event in steps[20:24]] == [(2, 6), (2, 7), (2, 1), (2, 2)]
+    np.testing.assert_array_equal(made.frames("cut.mp4"), made.frames("a.mp4"))
+    skips = [i in made.expected for i in range(15)]
+    assert [residual is None for residual in blocks] == [*skips, *skips[:7], *skips], "the blocks did not run"
 
 
 def test_without_ratios_the_hint_has_the_command_that_makes_them(made: Made) -> None:
@@ -560,11 +559,11 @@ def test_skipped_steps_are_told_from_1() -> None:
 
 
 def test_what_residuals_take_at_full_size() -> None:
-    """Each 32,760 x 5,120 numbers in float32; the peak without them is the VAE's, which has more room."""
+    """0.67 GB each, which without guidance fit beside the steps: the peak is the VAE's."""
     plan = Plan(832, 480, 77, "fp8")
-    sizes = [
-        activation_bytes(ANIMATE_14B, plan, Load(20, guided, contexts=1 + guided, cached=cached))
+    peaks = [
+        activation_bytes(ANIMATE_14B, plan, Load(20, guided, contexts=1 + guided, cached=cached)) / 1e9
         for guided in (False, True)
         for cached in (False, True)
     ]
-    print([size / 1e9 for size in sizes])
+    assert peaks == pytest.approx([4.70, 4.70, 5.15, 5.64], abs=0.02)
