@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from trt_wan.engines.shape import Plan
-from trt_wan.errors import UsageError, shown
+from trt_wan.errors import UsageError, shell_command, shown, with_commands
 from trt_wan.runtime.colour import Colour
 from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.context.settings import LATENT, Compat, Context
@@ -409,7 +409,10 @@ class Job:
         if cache.ratios is not None and self.guided and not cache.ratios.negative:
             raise UsageError(
                 "The ratios of the step cache were made without guidance, so the negative prompt has none.",
-                "Make others with trt-wan bench calibrate-cache --guidance 5, or use --guidance 1.",
+                with_commands(
+                    "Make others with the options of this job, or use --guidance 1:",
+                    shell_command(("bench", "calibrate-cache", "--guidance", "5")),
+                ),
             )
 
     @property

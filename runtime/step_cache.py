@@ -41,7 +41,7 @@ class Ratios:
         ):
             raise UsageError(
                 "The ratios of a step cache are positive numbers, one for each step, as many on both sides.",
-                "Make them with trt-wan bench calibrate-cache.",
+                "Make them with `bench calibrate-cache`.",
             )
 
     @property

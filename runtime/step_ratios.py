@@ -80,7 +80,7 @@ def with_ratios(job: Job, model: str, transformer: Sequence[Path], progress: Pro
         if found.made_for.get("model") != model:
             raise UsageError(
                 f"{name} has ratios of the model {shown(found.made_for.get('model'))}, not of {model}.",
-                "Make others with trt-wan bench calibrate-cache.",
+                "Make others with `bench calibrate-cache`.",
             )
     elif (kept := _nearest(asked, steps)) is not None:
         found, name = kept, "The calibration"
@@ -121,7 +121,7 @@ def read(path: Path) -> Calibration:
     except (ValueError, RecursionError, KeyError, TypeError, UsageError) as error:
         raise InputError(
             f"{path} is no file of ratios for a step cache.",
-            "Name one that trt-wan bench calibrate-cache has written.",
+            "Name one that `bench calibrate-cache` has written.",
         ) from error
 
 

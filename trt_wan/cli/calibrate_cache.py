@@ -14,7 +14,7 @@ from trt_wan.cli.run import FOLDER, RunOptions, run
 from trt_wan.cli.sampling_options import refuse_unused_sampling
 from trt_wan.cli.sizes import Size
 from trt_wan.cli.sizes import size as size_option
-from trt_wan.cli.step_cache_options import SHARED
+from trt_wan.cli.step_ratios import SHARED
 from trt_wan.errors import UsageError
 
 SIZE = 832, 480

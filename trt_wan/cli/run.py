@@ -42,7 +42,8 @@ from trt_wan.cli.repeating import Lasting, RepeatableCommand, given_options, las
 from trt_wan.cli.report import Report, TextReport
 from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
 from trt_wan.cli.session import current_models
-from trt_wan.cli.step_cache_options import step_cache_options, take_step_cache, with_ratios
+from trt_wan.cli.step_cache_options import step_cache_options, take_step_cache
+from trt_wan.cli.step_ratios import with_ratios
 from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError, WeightsError, shown, some_of, with_commands
 from trt_wan.runtime.guidance import ClipVision, Nag
