@@ -11,9 +11,10 @@ from trt_wan.runtime.guidance import StepSettings
 from trt_wan.runtime.networks.lynx import LynxKeys
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, velocity
-from trt_wan.runtime.networks.uni3c import Residuals
+from trt_wan.runtime.networks.uni3c import CameraResiduals
 from trt_wan.runtime.preparation import Prepared
 from trt_wan.runtime.sampling.stepping import Combine, Sampler
+from trt_wan.runtime.step_cache import Residual
 
 # The first steps attend to everything: they decide what is where, and the others need little but detail.
 DENSE_SHARE = 0.25  # of the steps
@@ -38,8 +39,11 @@ def predict_window(
     branches: Sequence[Branch],
     steps: Sequence[StepSettings],
     cfg_zero_star: bool = False,
+    caches: Sequence[Residual] = (),
 ) -> Predict:
-    """The velocity of one window. `branches` are the conditional one, and with guidance the unconditional."""
+    """The velocity of one window. `branches` are the conditional one, and with guidance the unconditional.
+    `caches` are theirs, or none.
+    """
     executor = model.executor
     no_pose = None if all(step.pose for step in steps) else model.place(np.zeros(1, np.float32))
     keep = None if model.keep is None else model.place(np.array([model.keep], np.float32))
@@ -50,18 +54,21 @@ def predict_window(
             window = replace(window, pose_strength=no_pose)
         return window if now.face else replace(window, face=None)
 
-    def control(step: int, latent: Array, now: StepSettings) -> Residuals | None:
-        """One for all sides of the guidance: they have the same residuals."""
-        if not now.camera:
+    def control(step: int, latent: Array, now: StepSettings, passes: int) -> CameraResiduals | None:
+        """One for all `passes` through the blocks: both sides of the guidance have the same residuals."""
+        if not now.camera or not passes:
             return None
         window = branches[0].window
         assert prepared.camera is not None and window.render is not None, "a camera without its render"
         video = latent, window.condition, window.render
-        return Residuals(model, prepared.camera, step, video, len(branches[: now.passes]))
+        return CameraResiduals(model, prepared.camera, step, video, passes)
 
     def predict(step: int, latent: Array) -> Array:
         now = steps[step]
-        controlled = control(step, latent, now)
+        sides = branches[: now.passes]
+        held = [caches[side].at(step) if caches else None for side in range(len(sides))]
+        computed = sum(cache is None or not cache.skips for cache in held)
+        controlled = control(step, latent, now, computed)
         v, *blank = (
             velocity(
                 model,
@@ -74,8 +81,9 @@ def predict_window(
                 None if step < dense_steps(len(steps)) else keep,
                 control=controlled,
                 identity=branch.identity if now.identity else None,
+                cache=cache,
             )
-            for branch in branches[: now.passes]
+            for branch, cache in zip(sides, held, strict=True)
         )
         if not blank:
             return v

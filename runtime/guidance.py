@@ -5,7 +5,6 @@ units").
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -151,10 +150,6 @@ def require_strength(name: str, value: float) -> None:
             f"A {name} strength of {value} is not possible.",
             f"Use --{name}-strength 0 (off) to 1, or up to {MOST_STRENGTH} to exaggerate.",
         )
-
-
-def passes(steps: Sequence[StepSettings]) -> int:
-    return sum(step.passes for step in steps)
 
 
 def _require(name: str, option: str, value: float, least: float, most: float, usual: float) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from trt_wan.engines.lynx import Lynx
 from trt_wan.engines.shape import Plan
-from trt_wan.errors import UsageError, shown
+from trt_wan.errors import UsageError, shell_command, shown, with_commands
 from trt_wan.runtime.camera import Camera
 from trt_wan.runtime.colour import Colour
 from trt_wan.runtime.context.parts import ContextPlan
@@ -29,6 +29,7 @@ from trt_wan.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, DEFAULT_PROMPT, Pro
 from trt_wan.runtime.references import References, Use
 from trt_wan.runtime.sampling.grids import Schedule, schedule, schedule_of
 from trt_wan.runtime.sampling.samplers import SAMPLERS
+from trt_wan.runtime.step_cache import LEAST_STEPS, StepCache, skipped_steps
 from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.transparency import colour
 from trt_wan.runtime.windows import Windows, rounded_down, rounded_up
@@ -161,6 +162,7 @@ class Load:
     lynx: Lynx | None = None  # the adapters that act
     pictures: int = 1  # references, as far as they make the model's window longer
     use: Use = "composite"
+    cached: bool = False  # whether steps are skipped, so that residuals are held
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ class Job:
     start_step: int = 0  # the first step that is run; later than 0 with `inputs.init` alone
     end_step: int | None = None  # the first step that is not run any more
     denoise_strength: float = 1.0  # another way to say start_step
+    step_cache: StepCache | None = None  # skips the blocks in some steps
     # Long videos
     context: Context | None = None  # windows are denoised in parts that overlap
     compat: Compat | None = None  # "kijai": the windows and noise of ComfyUI-WanVideoWrapper
@@ -229,6 +232,7 @@ class Job:
         self._require_references()
         self._require_long()
         self._require_init()
+        self._require_step_cache()
         CpuGenerator(self.seed)
         _ = self.texts, self.step_settings
 
@@ -268,6 +272,28 @@ class Job:
     def acting_camera(self) -> Camera | None:
         """The camera, if it changes anything."""
         return self.camera if self.camera is not None and self.camera.acts else None
+
+    @property
+    def skips(self) -> tuple[tuple[bool, ...], ...]:
+        """For every side of the guidance whether the step cache skips a step. Empty without a cache. Call
+        when it has its ratios (step_ratios.py).
+        """
+        cache, steps = self.step_cache, self.step_settings
+        if cache is None or not cache.threshold:
+            return ()
+        assert cache.ratios is not None, "the ratios of the step cache have not been read"
+        whole = self.whole_schedule.steps
+        sides = enumerate(cache.ratios.sides[: 1 + self.guided])
+        first = self._first_step(whole)
+        return tuple(skipped_steps(cache, ratios, side, steps, whole, first) for side, ratios in sides)
+
+    @property
+    def computed(self) -> tuple[int, ...]:
+        """How many times the blocks run in every step."""
+        skips = self.skips
+        return tuple(
+            step.passes - sum(side[i] for side in skips) for i, step in enumerate(self.step_settings)
+        )
 
     @property
     def model_window(self) -> int:
@@ -364,7 +390,7 @@ class Job:
     @property
     def schedule(self) -> Schedule:
         """The noise levels of the steps that are run. Raises UsageError."""
-        whole = schedule_of(self.sigmas) if self.sigmas else schedule(self.grid, self.steps, self.shift)
+        whole = self.whole_schedule
         end = whole.steps if self.end_step is None else self.end_step
         start = self._first_step(whole.steps)
         if not 0 <= start < end <= whole.steps:
@@ -373,6 +399,11 @@ class Job:
                 f"Use --start-step from 0, and --end-step up to {whole.steps} and above the start.",
             )
         return whole.part(start, end)
+
+    @property
+    def whole_schedule(self) -> Schedule:
+        """The noise levels of all steps, also of those that are not run. Raises UsageError."""
+        return schedule_of(self.sigmas) if self.sigmas else schedule(self.grid, self.steps, self.shift)
 
     def _first_step(self, steps: int) -> int:
         """ComfyUI-WanVideoWrapper's rule: int(steps·strength) + 1 steps are run, at most all."""
@@ -407,6 +438,39 @@ class Job:
                 fewer if whole > 1 else "Use more steps, of which the first is left out: --steps 2.",
             )
 
+    def _require_step_cache(self) -> None:
+        cache, steps = self.step_cache, self.schedule.steps
+        if cache is None or not cache.threshold:
+            return
+        off = "leave out --step-cache"
+        if steps < LEAST_STEPS:
+            raise UsageError(
+                f"The step cache is for {LEAST_STEPS} steps and more: {steps} steps differ too much from one "
+                "to the next.",
+                f"Use --steps 20, or {off}: a distill LoRA saves more than it would.",
+            )
+        if SAMPLERS[self.sampler].stochastic:
+            good = ", ".join(name for name, row in SAMPLERS.items() if not row.stochastic)
+            raise UsageError(
+                f"The sampler {self.sampler} adds noise in every step, and what the step cache holds would "
+                "belong to other noise.",
+                f"Use one of --sampler {good}, or {off}.",
+            )
+        if self.context is not None and self.context.schedule != "static_standard":
+            raise UsageError(
+                f"The context windows of {self.context.schedule} move with every step, and what the step "
+                "cache holds would belong to other windows.",
+                f"Use --context static_standard, or {off}.",
+            )
+        if cache.ratios is not None and self.guided and not cache.ratios.negative:
+            raise UsageError(
+                "The ratios of the step cache were made without guidance, so the negative prompt has none.",
+                with_commands(
+                    "Make others with the options of this job, or use --guidance 1:",
+                    shell_command(("bench", "calibrate-cache", "--guidance", "5")),
+                ),
+            )
+
     @property
     def guided(self) -> bool:
         """Whether a step is computed for the negative prompt too."""
@@ -419,7 +483,8 @@ class Job:
         # Context windows of one step may have any of the texts.
         together = travels and self.context is not None
         contexts = sum(len(each.texts) for each in prompts) if together else len(prompts)
-        made = Load(self.schedule.steps, self.guided, self.nag is not None, contexts, travels)
+        cached = any(map(any, self.skips))
+        made = Load(self.schedule.steps, self.guided, self.nag is not None, contexts, travels, cached=cached)
         if self.references is None or not self.references.latents:
             return made
         return replace(made, pictures=1 + len(self.references.pictures), use=self.references.use)

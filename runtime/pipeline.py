@@ -43,7 +43,7 @@ from trt_wan.runtime.denoise import (
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.finite import Broken, explained, is_finite_sum
-from trt_wan.runtime.guidance import Texts, passes
+from trt_wan.runtime.guidance import Texts
 from trt_wan.runtime.identity import ARCFACE_SIDE, aligned
 from trt_wan.runtime.job import MOST_NOISE, Job
 from trt_wan.runtime.networks.lynx_keys import FaceInputs
@@ -54,6 +54,7 @@ from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.preparation import CameraActs, Pictures, Prepared, prepare
 from trt_wan.runtime.sampling.grids import Schedule
 from trt_wan.runtime.sampling.samplers import SAMPLERS
+from trt_wan.runtime.step_cache import Residuals, told_skips
 from trt_wan.runtime.video.camera_render import Render, opened_render
 from trt_wan.runtime.video.clips import (
     FACE_SIZE,
@@ -174,6 +175,8 @@ def _stream(
         progress(_noise_is_left(schedule))
     if clips.init is None and schedule.sigmas[0] <= MOST_NOISE:
         progress(_noise_alone(schedule))
+    if (skipping := _skipping(job)) is not None:
+        progress(skipping)
     if job.mode == "replace" and clips.face is None:
         progress(Note("There is no face clip: the model is given a grey face, which a mask needs."))
     if job.mode == "replace" and job.acting_camera is not None:
@@ -220,7 +223,7 @@ def _stream(
             window = encode_window(model, reference, signals, carried, strengths, prefix)
             context = job.context_plan(windows.length(j))
             prepared.contexts.use(texts.used(j))
-            under = _under(model, job, prepared, texts, j)
+            under = _under(model, job, prepared, texts, j, job.skips)
             predict = predict_latents(model, window, context, under, clock.between(j))
 
         # 4. Denoise.
@@ -271,10 +274,20 @@ def _stream(
         progress(WindowDone(j + 1, windows.total, kept.stop - kept.start))
 
 
-def _under(model: Model, job: Job, prepared: Prepared, texts: WindowTexts, j: int) -> PredictUnder:
+def _under(
+    model: Model,
+    job: Job,
+    prepared: Prepared,
+    texts: WindowTexts,
+    j: int,
+    skips: Sequence[Sequence[bool]] = (),
+) -> PredictUnder:
+    residuals = Residuals(model.executor.combine, skips)
+
     def under(window: WindowCondition, part: Part | None) -> Predict:
         sides = branches(prepared, texts.of(j, part), window)
-        return predict_window(model, prepared, sides, job.step_settings, job.cfg_zero_star)
+        caches = residuals.of(part and part.slots)
+        return predict_window(model, prepared, sides, job.step_settings, job.cfg_zero_star, caches)
 
     return under
 
@@ -574,6 +587,14 @@ def _noise_alone(schedule: Schedule) -> Note:
     )
 
 
+def _skipping(job: Job) -> Note | None:
+    if not (skips := job.skips):
+        return None
+    text = f"The step cache skips {told_skips(skips)}."
+    data = {"skipped": [[i for i, skipped in enumerate(side) if skipped] for side in skips]}
+    return Note(text, "step_cache", {**data, "steps": job.schedule.steps})
+
+
 def _soft_mask(clips: Clips, soft: int, window: int) -> Note:
     assert clips.mask is not None, "soft pixels are those of a mask"
     name = clips.mask.path.name
@@ -614,8 +635,8 @@ class _StepClock:
     ) -> None:
         self.wait, self.steps, self.windows = model.executor.wait, job.schedule.steps, windows
         self.progress, self.should_stop = progress, should_stop
-        self.settings = job.step_settings
-        self.durations: list[float] = []  # one pass of the transformer
+        self.computed = job.computed
+        self.durations: list[float] = []  # one pass of the blocks
 
     def stop_before_next(self) -> None:
         """Call before a network outside the steps."""
@@ -642,8 +663,9 @@ class _StepClock:
             self.wait()
             now = time.perf_counter()
             seconds, last = now - last, now
-            self.durations.append(seconds / self.settings[done - 1].passes)
-            left = passes(self.settings[done:]) + (self.windows - j - 1) * passes(self.settings)
+            if passes := self.computed[done - 1]:
+                self.durations.append(seconds / passes)
+            left = sum(self.computed[done:]) + (self.windows - j - 1) * sum(self.computed)
             eta = left * float(np.median(self.durations))
             self.progress(StepDone(j + 1, self.windows, done, self.steps, seconds, host_seconds, eta))
             if self.should_stop():

@@ -26,7 +26,6 @@ from trt_wan.runtime.conditioning import Pixels, to_signal
 from trt_wan.runtime.context.settings import LATENT
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.guidance import passes
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.kept.record import Record, write_sidecar
 from trt_wan.runtime.paste_back import pasted_back
@@ -310,7 +309,7 @@ def _told(job: Job, windows: int, progress: Progress) -> Progress:
                 return
             notes.add(event.text)
         if isinstance(event, StepDone):
-            left, whole = passes(job.step_settings[event.step :]), passes(job.step_settings)
+            left, whole = sum(job.computed[event.step :]), sum(job.computed)
             counted = left + (windows - event.window) * whole
             event = replace(event, eta=event.eta * left / counted if counted else 0.0)
         progress(event)

@@ -156,7 +156,7 @@ def test_the_line_of_the_readme_makes_a_completion(shell: str) -> None:
         ("trt-wan run --pose-", ["--pose-end", "--pose-start", "--pose-strength"]),
         ("trt-wan run --sampler ", list(SAMPLERS)),
         ("trt-wan run --grid ", list(GRIDS)),
-        ("trt-wan bench ", ["compare", "preprocess", "quality", "sweep", "vae", "window"]),
+        ("trt-wan bench ", ["calibrate-cache", "compare", "preprocess", "quality", "sweep", "vae", "window"]),
     ],
 )
 def test_a_shell_is_offered_the_words(words: str, offered: list[str]) -> None:

@@ -43,6 +43,7 @@ from trt_wan.runtime.opening.residency import (
     weight_bytes,
 )
 from trt_wan.runtime.references import References
+from trt_wan.runtime.step_cache import Ratios, Residuals, StepCache
 from trt_wan.runtime.video.clips import Clips
 from trt_wan.runtime.video.pictures import write_picture
 from trt_wan.runtime.weights.random import RandomWeights
@@ -166,6 +167,7 @@ def counted(plan: Plan, job: Job, windows: int, more: int = 0, tile: VaeTile | N
     return executor.peak
 
 
+STEPS = 8
 PLANS = [Plan(64, 48, 5, "bf16"), Plan(16, 16, 33, "fp8"), Plan(128, 128, 13), Plan(256, 256, 9, "fp8")]
 each_plan = pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.width}x{p.height}x{p.frames}")
 
@@ -288,6 +290,32 @@ def test_pictures_at_full_size_take_the_memory_of_their_slots() -> None:
     assert a_job(plan, 4, references=References(paths)).load == a_job(plan, 4).load
     with_slots = activation_bytes(ANIMATE_14B, plan, job.load)
     assert with_slots == pytest.approx(activation_bytes(ANIMATE_14B, plan, a_job(plan, 4).load), rel=0.01)
+
+
+@pytest.mark.parametrize("more", [0, pytest.param(140, marks=pytest.mark.long)])
+def test_activation_bytes_do_for_the_step_cache(monkeypatch: pytest.MonkeyPatch, more: int) -> None:
+    """Residuals of both sides and all context windows, in whatever steps they are made. At full size, where
+    they decide the peak.
+    """
+    plan = Plan(832, 480, 77 if more == 0 else 21, "fp8")
+    context = Context(frames=plan.frames, overlap=4) if more else None
+    cache, sides = StepCache(0.2, 3, 0.05), np.random.default_rng(1).uniform(0.9, 1.0, (2, 20)).tolist()
+    sides = sides if more else [sides[0]] * 2
+    job = a_job(plan, 20, context, guidance=3.0, step_cache=replace(cache, ratios=Ratios(*sides)))
+    assert all(2 < sum(side[:STEPS]) < STEPS - 2 for side in job.skips)
+    held = job.context_plan(plan.frames + more)
+    planned, without = (
+        activation_bytes(ANIMATE_14B, plan, load, held)
+        for load in (job.load, replace(job.load, cached=False))
+    )
+    activation_bytes.cache_clear()
+    steps = [side[:STEPS] for side in job.skips]
+    monkeypatch.setattr(rehearsal, "STEPS", STEPS)
+    monkeypatch.setattr(rehearsal, "MARGIN", 0)
+    monkeypatch.setattr(rehearsal, "Residuals", lambda combine, _: Residuals(combine, steps))
+    needed = activation_bytes(ANIMATE_14B, plan, job.load, held)
+    activation_bytes.cache_clear()
+    assert 1.05 * without < needed <= planned <= 1.03 * needed
 
 
 def test_activation_bytes_grow_with_size_guidance_and_prompts() -> None:

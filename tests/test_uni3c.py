@@ -32,7 +32,7 @@ from trt_wan.runtime.networks.transformer import (
     rope_tables,
     velocity,
 )
-from trt_wan.runtime.networks.uni3c import Residuals, prepare_camera
+from trt_wan.runtime.networks.uni3c import CameraResiduals, prepare_camera
 from trt_wan.runtime.weights.checkpoint import orthonormal
 from trt_wan.runtime.weights.random import random_weights
 
@@ -125,7 +125,7 @@ def test_the_velocity_equals_diffusers_with_the_oracles_residuals(
     context = encode_context(model, inputs["text"], embed_image(model, inputs["image"]))
     video = inputs["latent"], inputs["condition"], inputs["render"]
 
-    def ours(control: Residuals | None) -> Array:
+    def ours(control: CameraResiduals | None) -> Array:
         rope = rope_tables(TINY, PLAN)
         return velocity(model, inputs["latent"], time, context, window, rope, control=control)
 
@@ -152,7 +152,7 @@ def test_the_velocity_equals_diffusers_with_the_oracles_residuals(
             pose_hidden_states=batched["pose"],
             face_pixel_values=batched["face"].transpose(1, 2),
         ).sample[0]
-    with_camera = ours(Residuals(model, camera, 0, video, 1))
+    with_camera = ours(CameraResiduals(model, camera, 0, video, 1))
     assert np.abs(with_camera - theirs.numpy()).max() <= TOLERANCE
     assert np.abs(with_camera - ours(None)).max() > 0.1
 
@@ -184,7 +184,7 @@ def test_both_sides_of_the_guidance_share_the_residuals(model: Model, inputs: di
     apart = [
         velocity(
             *(model, inputs["latent"], times[0], context, window, rope),
-            control=Residuals(model, camera, 0, video, 1),
+            control=CameraResiduals(model, camera, 0, video, 1),
         )
         for context in contexts
     ]

@@ -33,12 +33,26 @@ def write_clips(folder: Path, width: int, height: int, frames: int) -> Path:
     return folder
 
 
-def write_driving(path: Path, width: int, height: int, frames: int) -> Path:
-    """Writes the sample's driving clip at that size, played back and forth for `frames` frames."""
+def write_prepared(folder: Path, width: int, height: int, frames: int) -> Path:
+    """Writes the sample's prepared clips and reference at that size into `folder`, as `write_driving`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_reference(folder / "src_ref.png", width, height)
+    for name in ("pose", "face", "bg", "mask"):
+        size = (FACE_SIZE, FACE_SIZE) if name == "face" else (width, height)
+        write_driving(folder / f"src_{name}.mp4", *size, frames, f"src_{name}.mp4")
+    return folder
+
+
+def write_driving(path: Path, width: int, height: int, frames: int, clip: str = "driving.mp4") -> Path:
+    """Writes a clip of the sample at that size, played back and forth for `frames` frames."""
     import cv2
 
-    with Clip(SAMPLE / "driving.mp4") as sample:
-        pictures = [cv2.resize(sample.window([i])[0], (width, height)) for i in range(sample.frames)]
+    how = cv2.INTER_NEAREST if clip == "src_mask.mp4" else cv2.INTER_LINEAR
+    with Clip(SAMPLE / clip) as sample:
+        pictures = [
+            cv2.resize(sample.window([i])[0], (width, height), interpolation=how)
+            for i in range(sample.frames)
+        ]
         rate = sample.rate
     around = [*pictures, *pictures[-2:0:-1]]
     with VideoWriter(path, width, height, rate, None, overwrite=True) as writer:

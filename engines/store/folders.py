@@ -25,6 +25,7 @@ ABOUT = {
     "kernels": "kernels compiled for a GPU; the next run",
     "measurements": "measured candidates; trt-wan build",
     "timings": "TensorRT's measurements; the next build",
+    "step_cache": "ratios of the step cache; trt-wan bench calibrate-cache",
     "onnx": "hashes of ONNX files; the next use of a file",
     "text": "encoded prompts; the next run",
     "weights": "the demo's random weights; trt-wan demo",

@@ -15,6 +15,7 @@ from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.lynx import LynxKeys, with_ip, with_ref
 from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.step_cache import Residual
 
 ROPE_THETA = 10000.0
 
@@ -149,11 +150,12 @@ def velocity(
     keep: Array | None = None,
     control: Control | None = None,
     identity: LynxKeys | None = None,
+    cache: Residual | None = None,
 ) -> Array:
     """The flow velocity, noise - x0, of `latent` [16, T1, h, w]; same shape. `cross_attention` is the network
     that attends to `context`. With `keep` [1] self-attention is block-sparse, but in the first DENSE_BLOCKS.
     `control` adds its residual behind a block and its fuser, `identity` attention to a face to every
-    attention.
+    attention. `cache` is at the step, and stands for the blocks where it skips them.
     """
     c = model.config.transformer
     time_embedding, time_modulation = time
@@ -164,7 +166,9 @@ def velocity(
         size = model.plan.tokens_per_slot
         x = model.executor.put_rows(x, bare, size, size * (1 + window.pictures))
         del bare
-    for n in range(c.layers):
+    if cache is not None:
+        cache.enter(x)
+    for n in range(0 if cache is not None and cache.skips else c.layers):
         name, share = ("attention", ()) if keep is None or n < DENSE_BLOCKS else ("sparse_attention", (keep,))
         q, *kv = model.run("attn_in", x, time_modulation, *rope, n=n)
         (attended,) = model.run(name, q, *kv, *share)
@@ -182,5 +186,7 @@ def velocity(
             (x,) = model.run("fuser", x, *window.face[i], window.face_strength, n=i)
         if control is not None:
             x = control.added(x, n)
+    if cache is not None:
+        x = cache.leave(x)
     (result,) = model.run("head", x, time_embedding)
     return result

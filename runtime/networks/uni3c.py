@@ -53,7 +53,7 @@ def prepare_camera(
     return PreparedCamera(modulations, (model.place(rope[0]), model.place(rope[1])), placed)
 
 
-class Residuals:
+class CameraResiduals:
     """A `Control`. `passes` is how many times the transformer runs with it; each asks for every block."""
 
     def __init__(

@@ -32,6 +32,7 @@ from trt_wan.runtime.pipeline import branches
 from trt_wan.runtime.preparation import CameraActs, Pictures, prepare
 from trt_wan.runtime.sampling.grids import schedule
 from trt_wan.runtime.sampling.samplers import SAMPLERS
+from trt_wan.runtime.step_cache import Residuals
 
 UNBOUNDED = 1 << 50
 STEPS = 4  # enough for every sampler to reach its full memory of earlier steps
@@ -134,7 +135,8 @@ def activation_bytes(
         model.take(LynxPlan.of(plan, load.lynx.kind))
         face = Model(config, FacePlan(precision=plan.precision), executor, {}) if load.lynx.ref else None
         model.lynx = LynxModel(load.lynx, face)
-    _rehearse(model, load, context and _few(context))
+    few = context if load.cached else context and _few(context)  # every part holds its residuals
+    _rehearse(model, load, few)
     return int(executor.arena.peak * (1 + MARGIN))
 
 
@@ -177,15 +179,20 @@ def _rehearse(model: Model, load: Load, context: ContextPlan | None, sampler: st
     acts = StepSettings(1.0 + load.guided, True, True, camera is not None, load.lynx is not None)
     settings = [acts] * steps
     render = None if camera is None else WindowRender(lambda numbers: frames(0, len(numbers)))
+    skips = [[step % 2 == 1 for step in range(steps)]] * (1 + load.guided) if load.cached else []
     levels = schedule("official", steps, 5.0)
     for texts in windows:
         clips = WindowClips(count, frames, faces, render=render)
         known = prepared.reference, clips, frames(0, 1), Strengths(), prepared.prefix
         window = encode_window(model, *known)
         prepared.contexts.use((*texts.all, *more))
+        residuals = Residuals(model.executor.combine, skips)
 
-        def under(window: WindowCondition, part: Part | None, texts: Texts = texts) -> Predict:
-            return predict_window(model, prepared, branches(prepared, texts, window), settings)
+        def under(
+            window: WindowCondition, part: Part | None, texts: Texts = texts, held: Residuals = residuals
+        ) -> Predict:
+            sides, caches = branches(prepared, texts, window), held.of(part and part.slots)
+            return predict_window(model, prepared, sides, settings, caches=caches)
 
         predict = predict_latents(model, window, context, under)
         solver = SAMPLERS[sampler].make(levels, model.executor.combine, lambda: noise)

@@ -51,6 +51,7 @@ from trt_wan.runtime.opening.gpu_sizes import (
 from trt_wan.runtime.opening.lynx import LynxSearch, acting_adapters
 from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
+from trt_wan.runtime.step_ratios import with_ratios
 from trt_wan.runtime.text_cache import TextCache
 from trt_wan.runtime.video.clips import Clips
 from trt_wan.runtime.weights.camera_weights import CameraWeights
@@ -226,6 +227,10 @@ class Basis:
         camera = (CameraPlan.beside(plan, load.camera_ffn),) if load.camera_ffn else ()
         return (*camera, *(() if load.lynx is None else lynx_plans(plan, load.lynx)))
 
+    def with_ratios(self, job: Job, progress: Progress) -> Job:
+        """`job` with the ratios of its step cache. Raises as step_ratios.py."""
+        return _with_ratios(job, self.weights, progress)
+
     def require_possible(self, plan: Plan) -> None:
         """Raises MemoryShort if no job of that shape fits in this machine's memory."""
         if self.place is None:
@@ -319,7 +324,7 @@ class OpenModel(Closing):
         try:
             self._sizes.resume()
             for piece in stream_pieces(
-                job,
+                _with_ratios(job, self._weights, progress),
                 self,
                 clips=clips,
                 progress=progress,
@@ -406,6 +411,10 @@ class OpenModel(Closing):
         self._sizes.close()
         self._cache.close()
         gc.collect()  # TensorRT's objects and arrays free GPU memory when Python drops them
+
+
+def _with_ratios(job: Job, weights: OpenWeights, progress: Progress) -> Job:
+    return with_ratios(job, weights.config.name, weights.files.get("transformer", ()), progress)
 
 
 def open_weights(weights: WeightFiles, precision: Precision, progress: Progress) -> OpenWeights:

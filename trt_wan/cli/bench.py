@@ -11,6 +11,7 @@ import click
 
 from trt_wan.cli.bench_preprocess import bench_preprocess
 from trt_wan.cli.bench_report import finished, show_tables
+from trt_wan.cli.calibrate_cache import calibrate_cache
 from trt_wan.cli.command import Group, command, note
 from trt_wan.cli.report import Report
 from trt_wan.cli.sizes import Size, size_of
@@ -390,7 +391,15 @@ bench = Group(
     help=measure.help,
     short_help="Measure how fast this machine is.",
 )
-for subcommand in (compare_results, sweep_shapes, quality_of, window_of, vae_of, bench_preprocess):
+for subcommand in (
+    compare_results,
+    sweep_shapes,
+    quality_of,
+    window_of,
+    vae_of,
+    bench_preprocess,
+    calibrate_cache,
+):
     bench.add_command(subcommand)
 
 

@@ -64,7 +64,7 @@ def forecast(
     for beside in basis.beside(plan, job):
         graphs += graph_set(config, beside).missing()
     needs = (
-        _on_cpu(basis, plan, job)
+        _on_cpu(basis, plan, job, windows.length(0))
         if basis.place is None
         else _on_gpu(basis, plan, job, windows.length(0), lengths, not graphs)
     )
@@ -76,6 +76,7 @@ def forecast(
         "evaluations": _evaluations(job, lengths),
         **{"model_window": job.model_window, "tokens": plan.tokens},
         **{"precision": basis.precision, "missing_graphs": list(graphs)},
+        **_step_cache(job, plan, windows.length(0), config.transformer.dim),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(needs).items()},
     }
     if again is not None:
@@ -98,6 +99,7 @@ def forecast(
         *([("", note.text)] if again is None and (note := short_last_window(windows)) else []),
         *(("again", one.text) for one in again or ()),
         ("transformer", f"{data['evaluations']} evaluations, {plan.tokens} tokens each, {basis.precision}"),
+        *([("step cache", _skips(job, data))] if job.skips else []),
         ("graphs", f"{len(graphs)} would be exported" if graphs else "are there"),
         ("engines", _engines(needs)),
         ("memory", _memory(needs)),
@@ -106,15 +108,35 @@ def forecast(
     return table(rows), data
 
 
-def _evaluations(job: "Job", lengths: "Sequence[int]", first: int = 0) -> int:
-    """Calls of the transformer: for each step from `first` on, prompt and context window of windows of
-    `lengths` frames.
+def _step_cache(job: "Job", plan: "Plan", longest: int, dim: int) -> dict[str, Any]:
+    """The skipped steps of every side, from 0, and the bytes of their residuals at most. Empty without it."""
+    if not (skips := job.skips):
+        return {}
+    context = job.context_plan(longest)
+    parts = 1 if context is None else len(context.parts(0))
+    held = sum(map(any, skips)) * parts * plan.tokens * dim * 4
+    skipped = [[i for i, skip in enumerate(side) if skip] for side in skips]
+    return {"skipped_steps": skipped, "step_cache_bytes": held}
+
+
+def _skips(job: "Job", data: dict[str, Any]) -> str:
+    from trt_wan.runtime.step_cache import told_skips
+
+    text = f"skips {told_skips(job.skips)}"
+    held = data["step_cache_bytes"]
+    return f"{text}; holds {readable_bytes(held)}, counted below" if held else text
+
+
+def _evaluations(job: "Job", lengths: "Sequence[int]", first: int = 0, with_skipped: bool = False) -> int:
+    """Calls of the transformer's blocks: for each step from `first` on, prompt and context window of windows
+    of `lengths` frames. `with_skipped`: also those that the step cache skips.
     """
     total = 0
+    computed = [step.passes for step in job.step_settings] if with_skipped else job.computed
     for length in lengths:
         plan = job.context_plan(length)
-        for step, settings in enumerate(job.step_settings[first:], first):
-            total += settings.passes * (1 if plan is None else len(plan.parts(step)))
+        for step, passes in enumerate(computed[first:], first):
+            total += passes * (1 if plan is None else len(plan.parts(step)))
     return total
 
 
@@ -137,12 +159,13 @@ def _time(needs: Needs) -> str:
     return f"{needs.seconds:.0f} s of networks{without}"
 
 
-def _on_cpu(basis: "Basis", plan: "Plan", job: "Job") -> Needs:
+def _on_cpu(basis: "Basis", plan: "Plan", job: "Job", longest: int) -> Needs:
     from trt_wan.runtime.events import silent
     from trt_wan.runtime.executors.onnxruntime import least_memory
 
-    load = basis.weights.load_of(job, silent)
-    return Needs("host memory", least_memory(basis.weights.config, plan, load.camera_ffn))
+    config, load = basis.weights.config, basis.weights.load_of(job, silent)
+    held = _step_cache(job, plan, longest, config.transformer.dim).get("step_cache_bytes", 0)
+    return Needs("host memory", least_memory(config, plan, load.camera_ffn) + held)
 
 
 def _on_gpu(
@@ -220,13 +243,14 @@ def _seconds(
     from trt_wan.benchmarks.work.cost import Calls, calls
 
     total, unmeasured = 0.0, []
-    evaluations = _evaluations(job, lengths)
+    evaluations, all_steps = (_evaluations(job, lengths, with_skipped=skipped) for skipped in (False, True))
     sparse = {} if basis.settings.keep is None else _sparse_calls(basis, job, lengths)
     spans = sum(-(-length // job.video_window) for length in lengths)
     counts = calls(basis.weights.config, plan, job.schedule.steps)
     extra = {**sparse, **_camera_calls(basis, job, lengths)}
     for network, count in {**dict.fromkeys(extra, Calls()), **counts}.items():
-        in_steps = count.step * evaluations + extra.get(network, 0)
+        times_each = all_steps if network in ("patch_embed", "head") else evaluations
+        in_steps = count.step * times_each + extra.get(network, 0)
         if network in times:
             total += times[network] * (in_steps + count.window * spans + count.job)
         elif in_steps or count.window:

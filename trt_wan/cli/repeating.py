@@ -19,6 +19,7 @@ from trt_wan.cli import (
     guidance_options,
     identity_options,
     reference_options,
+    step_cache_options,
 )
 from trt_wan.cli.command import note
 from trt_wan.cli.options import is_given
@@ -63,6 +64,11 @@ OPTIONS_OF: Mapping[str, Sequence[str]] = {
     "colour": ("colour_match", "colour_anchor"),
     **dict.fromkeys(("camera", "render"), ("camera", *camera_options.FIELDS)),
     "context": (*context_options.NAMES, "window"),
+    # Its ratios follow from the weights and the levels.
+    "step_cache": (
+        *(*step_cache_options.FIELDS, *SEARCHED, "random_weights", "loras", "guidance"),
+        *("steps", "sampler", "grid", "shift", "sigmas"),
+    ),
 }
 # Options that leave no room for each other: one that is given takes the place of the video's.
 EITHER: Sequence[tuple[Sequence[str], Sequence[str]]] = (

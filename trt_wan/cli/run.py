@@ -53,6 +53,8 @@ from trt_wan.cli.repeating import (
 from trt_wan.cli.report import Report, TextReport
 from trt_wan.cli.sampling_options import refuse_unused_sampling, sampling_options
 from trt_wan.cli.session import current_models
+from trt_wan.cli.step_cache_options import step_cache_options, take_step_cache
+from trt_wan.cli.step_ratios import with_ratios
 from trt_wan.cli.stopping import stop_at_a_safe_point
 from trt_wan.errors import TrtWanError, UsageError, WeightsError, shown, some_of, with_commands
 from trt_wan.runtime.guidance import ClipVision, Nag
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from trt_wan.runtime.job import Inputs, Job, Lora
     from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.settings import Settings, WeightFiles
+    from trt_wan.runtime.step_cache import StepCache
     from trt_wan.runtime.video.cut import Cut
     from trt_wan.runtime.video.encoder import Quality
 
@@ -139,6 +142,7 @@ class RunOptions:
     start_step: int | None = None
     end_step: int | None = None
     denoise_strength: float | None = None
+    step_cache: "StepCache | None" = None
     build: bool = True  # whether missing graphs are exported
 
     def weight_files(self) -> "WeightFiles":
@@ -167,6 +171,7 @@ class RunOptions:
         if self.camera is not None and isinstance(self.camera.render, Path):
             named.append(self.camera.render)
         named += self.references.pictures if self.references else ()
+        named += [] if self.step_cache is None else [self.step_cache.file]
         return [*self.weights, *loras, *(path for path in named if path is not None)]
 
     def settings(self) -> "Settings":
@@ -350,6 +355,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @identity_options
 @sampling_options
 @reference_options
+@step_cache_options
 @reference_background
 @click.option(
     "--trim-to-shortest",
@@ -567,11 +573,12 @@ def _chosen(
     given["colour"] = colour_of(given.pop("colour_match"), given.pop("colour_anchor"))
     given["cut"] = cut_of(given.pop("start"), given.pop("end"))
     refuse_unused_sampling()
-    context, references = take_context(given), take_references(given)
+    context, references, step_cache = take_context(given), take_references(given), take_step_cache(given)
     compat: Compat | None = "kijai" if preparing["compat"] == "kijai" else None
     camera = take_camera(given)
     made = with_identity(with_guidance(with_preset(report, given.pop("preset"), given)))
-    options = RunOptions(**made, context=context, compat=compat, camera=camera, references=references)
+    made |= {"camera": camera, "references": references, "step_cache": step_cache}
+    options = RunOptions(**made, context=context, compat=compat)
     if paste_back and options.mode == "animate":
         raise UsageError(
             "In the mode animate there is nothing to paste back.",
@@ -636,6 +643,7 @@ def render_prepared(
     from trt_wan.runtime.kept.windows import kept_of
     from trt_wan.runtime.redo import redo as render_again
     from trt_wan.runtime.render import own_sound, render
+    from trt_wan.runtime.step_cache import told_skips
     from trt_wan.runtime.video.clips import open_clips
     from trt_wan.runtime.video.continued import frames_before
     from trt_wan.runtime.video.encoder import Quality
@@ -654,6 +662,7 @@ def render_prepared(
         again = [] if redo is None else redo.planned(job, clips)
         basis = basis or models.basis(files, settings, report.progress)
         basis.require_loras(job.loras)
+        job = with_ratios(basis, job, clips.width, clips.height, report.progress)
         require_graphs(report.progress, basis, clips.width, clips.height, job, options.build)()
         written = {"kind": output.suffix.lower(), "paste_back": paste_back}
         written |= as_values(quality or Quality())
@@ -696,7 +705,11 @@ def render_prepared(
                 raise
         if stop.asked():
             note(report, "The video was finished before it could be stopped.", code="not_stopped")
-    data = {"frames": result.frames, "width": result.width, "height": result.height, "fps": result.rate}
+    data: dict[str, Any] = {"frames": result.frames, "width": result.width, "height": result.height}
+    data["fps"] = result.rate
+    if skips := job.skips:
+        note(report, f"The step cache has skipped {told_skips(skips)}, in every window.", "steps_skipped")
+        data["skipped_steps"] = [sum(side) for side in skips]
     return result.path, {**data, "seconds": round(time.perf_counter() - start, 2)}
 
 
@@ -731,6 +744,7 @@ def _prepare_beside(
     def planned(size: Size) -> Callable[[], None]:
         _require_fit(job, *size)
         width, height, _, _ = size
+        with_ratios(basis, job, width, height, silent)
         export = require_graphs(report.progress, basis, width, height, job, options.build)
 
         def make() -> None:
@@ -815,6 +829,7 @@ def _forecast(
     check_target(output, overwrite)
     basis = open_basis(options.weight_files(), options.settings(), report.progress)
     basis.require_loras(job.loras)
+    job = with_ratios(basis, job, width, height, report.progress)
     require_graphs(report.progress, basis, width, height, job, options.build)
     if is_typed("resume"):
         note(

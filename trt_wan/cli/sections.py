@@ -17,6 +17,7 @@ SECTIONS = {
     "Sampling": (
         *("preset", "prompt", "steps", "seed", "sampler", "grid", "shift"),
         *("sigmas", "init", "denoise_strength", "start_step", "end_step"),
+        *("step_cache", "step_cache_most", "step_cache_retention", "step_cache_ratios"),
         *("colour_match", "colour_anchor"),
     ),
     "Guidance": (

@@ -42,7 +42,7 @@ OWN = (
         "redo",
         "sidecar",
     ),
-    *("frames", "codec", "loras", "as_json", "quiet", "mode", "build", "references"),
+    *("frames", "codec", "loras", "as_json", "quiet", "mode", "build", "references", "step_cache_ratios"),
 )
 
 
