@@ -41,7 +41,7 @@ OWN = (
         "redo",
         "sidecar",
     ),
-    *("frames", "codec", "loras", "as_json", "quiet", "mode", "build", "references"),
+    *("frames", "codec", "loras", "as_json", "quiet", "mode", "build", "more_references"),
 )
 Name = str  # an option's, with underscores
 Value = str | int | float | bool | list[str | int | float]
