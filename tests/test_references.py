@@ -623,7 +623,7 @@ def test_the_server_takes_the_pictures_as_files(folder: Path) -> None:
     files = {"reference": Path("a.png"), "reference_2": Path("b.png"), "reference_3": Path("c.png")}
     assert _file_arguments(files) == ["--reference=b.png", "--reference=c.png"]
     assert set(REFERENCES) < set(FILE_OPTIONS) <= set(KIND_OF)
-    assert "references" not in options_of("video") and "reference_as" in options_of("video")
+    assert "more_references" not in options_of("video") and "reference_as" in options_of("video")
     uploads = {
         name: Given({"kind": "picture", "suffix": ".png"}, folder / f"view{k}.png", Path(), f"view{k}.png")
         for k, name in enumerate(("input_reference", "reference_2", "reference_3"))

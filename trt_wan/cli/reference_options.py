@@ -8,11 +8,11 @@ import click
 from trt_wan.cli.options import group
 from trt_wan.runtime.references import MOST, USES, References
 
-NAMES = ("references", "reference_as")
+NAMES = ("more_references", "reference_as")
 OPTIONS = [
     click.option(
         "--reference",
-        "references",
+        "more_references",
         type=click.Path(path_type=Path, dir_okay=False, exists=True),
         multiple=True,
         metavar="PICTURE",

@@ -6,7 +6,7 @@ import click
 SECTIONS = {
     "Video": (
         *("inputs", "output", "overwrite", "mode", "size", "fit", "rate", "start", "end"),
-        *("window", "overlap", "audio", "references", "reference_as", "reference_background"),
+        *("window", "overlap", "audio", "more_references", "reference_as", "reference_background"),
         *("trim_to_shortest", "paste_back"),
         *("start_frame", "extend", "codec", "crf", "frames"),
         *("dry_run", "resume", "repeated", "redo", "sidecar"),

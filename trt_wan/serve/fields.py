@@ -42,7 +42,17 @@ OWN = (
         "redo",
         "sidecar",
     ),
-    *("frames", "codec", "loras", "as_json", "quiet", "mode", "build", "references", "step_cache_ratios"),
+    *(
+        "frames",
+        "codec",
+        "loras",
+        "as_json",
+        "quiet",
+        "mode",
+        "build",
+        "more_references",
+        "step_cache_ratios",
+    ),
 )
 
 
