@@ -117,7 +117,8 @@ def test_the_tables_name_what_there_is() -> None:
 @pytest.mark.parametrize("machine", [H200, ADA, replace(H200, flavour=FULL)])
 def test_every_machine_has_a_default_without_any_library(machine: Machine, precision: Any) -> None:
     natives = {"native": "no", "native fp8": "no"}
-    for network in networks(TINY, replace(PLAN, precision=precision)):
+    plan = replace(PLAN, precision=precision)
+    for network in (*networks(TINY, plan), *networks(TINY, CameraPlan.beside(plan, 192))):
         for tier in tiers(precision):
             if network == SPARSE.network:  # refused for the tier as a whole
                 continue

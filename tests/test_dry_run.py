@@ -14,11 +14,17 @@ from tiny_job import PLAN, RATE, prepare, write_sound
 from trt_wan.cli.dry_run import _seconds, forecast
 from trt_wan.cli.main import cli
 from trt_wan.engines.config import TINY
-from trt_wan.engines.shape import Plan
+from trt_wan.engines.contracts import networks
+from trt_wan.engines.shape import CameraPlan, Plan
 from trt_wan.errors import MemoryShort
+from trt_wan.runtime.camera import Camera
 from trt_wan.runtime.executors.onnxruntime import least_memory
 from trt_wan.runtime.job import Inputs, Job
-from trt_wan.runtime.settings import Settings
+from trt_wan.runtime.opening.model import Basis, OpenWeights
+from trt_wan.runtime.opening.residency import weight_bytes
+from trt_wan.runtime.settings import Settings, WeightFiles
+from trt_wan.runtime.weights.camera_weights import CameraWeights
+from trt_wan.runtime.weights.sources import RandomSource
 from trt_wan.runtime.windows import Windows
 
 JOB = Job(Inputs(Path("r.png"), Path("p.mp4"), None), window=13, steps=4, guidance=3)
@@ -129,11 +135,12 @@ def test_a_video_that_does_not_fit_is_refused_before_clips_are_made(
 
 
 def a_basis(free: float) -> Any:
-    gpu = SimpleNamespace(name="GPU", capability=(9, 0), driver=13, free_bytes=lambda: free)
-    flavour = SimpleNamespace(name="tensorrt_rtx", version="1")
-    weights = SimpleNamespace(config=TINY)
-    settings = Settings(keep_encoders=False)
-    return SimpleNamespace(place=(gpu, flavour), weights=weights, settings=settings, precision="bf16")
+    gpu: Any = SimpleNamespace(name="GPU", capability=(9, 0), driver=13, free_bytes=lambda: free)
+    flavour: Any = SimpleNamespace(name="tensorrt_rtx", version="1")
+    tokenizer: Any = None
+    camera = CameraWeights(TINY, WeightFiles(random="tiny"), "bf16")
+    weights = OpenWeights(TINY, {}, RandomSource(0), tokenizer, camera)
+    return Basis(weights, (gpu, flavour), "bf16", Settings(keep_encoders=False))
 
 
 def test_the_memory_of_a_gpu_is_planned_as_before_a_job(place: Path) -> None:
@@ -142,6 +149,24 @@ def test_the_memory_of_a_gpu_is_planned_as_before_a_job(place: Path) -> None:
     assert 0.7e9 < roomy["memory"] < 1e9, "mostly the context"
     with pytest.raises(MemoryShort, match="even if all blocks stream"):
         forecast(a_basis(0.7e9), JOB, 64, 48, 40)
+
+
+def test_the_memory_and_the_graphs_of_a_camera(place: Path) -> None:
+    """Its weights but for those that pass, and its arrays; off it needs nothing."""
+    plain, off, acting = (
+        forecast(a_basis(20e9), replace(JOB, camera=camera), 64, 48, 40)[1]
+        for camera in (None, Camera(strength=0), Camera())
+    )
+    assert off == plain
+    plan = CameraPlan.beside(Plan(64, 48, 13, "bf16"), TINY.camera.ffn_dim)
+    weights = weight_bytes(networks(TINY, plan))
+    more = sum(weights.values()) - weights["uni3c_modulation"]
+    assert 0 < more <= acting["memory"] - plain["memory"] < 2 * more
+    assert len(acting["missing_graphs"]) == len(plain["missing_graphs"]) + 6
+    times = dict.fromkeys(("uni3c_add", "uni3c_attention"), 1.0)
+    camera = replace(JOB, camera=Camera(end=10))  # the first of four steps, which are guided
+    total, unmeasured = _seconds(a_basis(1), Plan(64, 48, 13), camera, [13], times)
+    assert total == (2 + 1) * TINY.camera.layers and "uni3c_out" in unmeasured
 
 
 def test_memory_that_does_with_the_vae_in_tiles(place: Path) -> None:
@@ -161,8 +186,7 @@ def test_time_is_that_of_every_call_of_the_measured_networks() -> None:
     assert total == pytest.approx(steps * (0.002 * layers + 0.5) + 3 * 7 + 11)
     assert "attention" in unmeasured and "ffn" not in unmeasured and "text_embed" not in unmeasured
     assert _seconds(a_basis(1), Plan(64, 48, 13), JOB, lengths, {})[0] is None
-    basis = a_basis(1)
-    basis.settings = Settings(tier="turbo")
+    basis = replace(a_basis(1), settings=Settings(tier="turbo"))
     times = {"attention": 1.0, "sparse_attention": 100.0}
     sparse = 3 * 3 * 2 * (layers - 2)  # all but the first of four steps, all but two blocks
     total, unmeasured = _seconds(basis, Plan(64, 48, 13), JOB, lengths, times)

@@ -192,9 +192,8 @@ def test_the_rehearsal_is_the_pipeline(
     assert activation_bytes(TINY, plan, job.load) == counted(plan, job, 4)
 
 
-@each_plan
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("render", ["static", "orbit"])
+@pytest.mark.parametrize("plan", PLANS[:2], ids=lambda p: f"{p.width}x{p.height}x{p.frames}")
+@pytest.mark.parametrize(("guidance", "render"), [(1.0, "orbit"), (3.0, "static")])
 def test_the_rehearsal_of_a_camera_is_the_pipeline(
     monkeypatch: pytest.MonkeyPatch, plan: Plan, guidance: float, render: Any
 ) -> None:
@@ -211,11 +210,11 @@ def test_the_memory_of_a_camera_at_full_size() -> None:
     blocks, [tokens, 1024] in bf16, which the second side adds.
     """
     plan = Plan(832, 480, 77, "fp8")
-    none, alone, guided = (
-        activation_bytes(ANIMATE_14B, plan, Load(4, guided=guided, camera_ffn=ffn)) / GB
-        for guided, ffn in ((False, 0), (False, 3072), (True, 3072))
+    alone, guided = (
+        activation_bytes(ANIMATE_14B, plan, Load(4, guided=guided, camera_ffn=3072)) / GB
+        for guided in (False, True)
     )
-    assert [none, alone, guided] == pytest.approx([4.70, 4.71, 5.82], abs=0.02)
+    assert [alone, guided] == pytest.approx([4.71, 5.82], abs=0.02), "4.70 and 5.15 without"
     assert 20 * plan.tokens * 1024 * 2 == pytest.approx(1.34 * GB, rel=0.01)
     contracts = networks(ANIMATE_14B, CameraPlan.beside(plan, 3072))
     bytes_of = weight_bytes(contracts)

@@ -27,8 +27,9 @@ from trt_wan.runtime.networks.transformer import (
     WindowCondition,
     embed_image,
     encode_context,
-    encode_face,
+    encode_motion,
     encode_time,
+    fuser_keys,
     rope_tables,
     velocity,
 )
@@ -106,7 +107,7 @@ def model(make_model: MakeModel, weights: dict[str, dict[str, Array]]) -> Model:
 @pytest.fixture(scope="module")
 def inputs() -> dict[str, Array]:
     made = random_inputs(PLAN, seed=4)
-    made["face"][:] = made["face"][:1]  # the oracle remembers a face that it has encoded
+    made["face"][:] = made["face"][:1]  # one crop is encoded, here and by the oracle
     return made | {"render": random_inputs(PLAN, seed=5)["latent"]}
 
 
@@ -121,7 +122,8 @@ def test_the_velocity_equals_diffusers_with_the_oracles_residuals(
     """Behind the fuser, in front of the next block: a residual elsewhere, or none, is another velocity."""
     strength, time = 0.7, encode_time(model, T)
     camera = prepare_camera(model, [time], [True], strength)
-    window = condition_of(model, inputs, encode_face(model, inputs["face"]))
+    motion = encode_motion(model, lambda start, stop: inputs["face"][start:stop], 1)
+    window = condition_of(model, inputs, fuser_keys(model, motion.repeat(PLAN.frames, axis=0)))
     context = encode_context(model, inputs["text"], embed_image(model, inputs["image"]))
     video = inputs["latent"], inputs["condition"], inputs["render"]
 
@@ -132,6 +134,8 @@ def test_the_velocity_equals_diffusers_with_the_oracles_residuals(
     transformer = diffusers_transformer(
         TINY, {n: v for n, v in weights["transformer"].items() if n != ORTHONORMAL}
     )
+    motion_of = transformer.motion_encoder.forward
+    transformer.motion_encoder.forward = lambda x, **more: motion_of(x[:1], **more).expand(len(x), -1)
     whole = torch.from_numpy(np.concatenate((inputs["latent"], inputs["condition"][:4], inputs["render"])))
     e = torch.from_numpy(np.asarray(time[0]))
     added = residuals(of_numpy(weights["camera_control"]), whole, e, TINY.camera.heads)
