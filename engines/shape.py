@@ -1,7 +1,8 @@
 """The shape of one window, for which a set of graphs is exported.
 
 Pixel frames F per window, latent frames T = (F-1)/4 + 1, slots T1 = T + 1 (slot 0 is the reference),
-tokens per slot P = (H/16)(W/16), tokens L = T1·P.
+tokens per slot P = (H/16)(W/16), tokens L = T1·P. Slots of other pictures count as 4 frames each
+(Job.model_window).
 """
 
 from dataclasses import dataclass

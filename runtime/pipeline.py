@@ -367,8 +367,8 @@ def _drawn(generator: CpuGenerator, shape: Sequence[int], pictures: int) -> Arra
 
 
 def _among_pictures(noise: Array, generator: CpuGenerator, pictures: int) -> Array:
-    """`noise` of a job with one reference, and behind its slot 0 the next numbers for those of `pictures`. So
-    the video starts from the same noise, however many there are.
+    """`noise` of a job with one reference, and behind its slot 0 the next numbers, for other `pictures`. So
+    the first window has the same noise for the video, however many there are.
     """
     if not pictures:
         return noise
