@@ -40,7 +40,7 @@ OWN = (
         "redo",
         "sidecar",
     ),
-    *("frames", "codec", "loras", "as_json", "quiet", "mode", "build", "step_cache_ratios"),
+    *("frames", "codec", "encoder", "loras", "as_json", "quiet", "mode", "build", "step_cache_ratios"),
 )
 Name = str  # an option's, with underscores
 Value = str | int | float | bool | list[str | int | float]
