@@ -4,6 +4,8 @@ A skipped step embeds the latent, adds R and runs the head. R is float32 [tokens
 behind the last block minus that before the first, of the last step that was computed. Each side of the
 guidance (0: the prompt's, 1: the negative prompt's) has its own, and so has each context window.
 
+Block-sparse attention is no condition of its own: R of a dense step may be added in a sparse one.
+
 Which steps are skipped follows from the settings and from `Ratios` alone, so it is known before a run.
 """
 

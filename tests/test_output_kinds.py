@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import click
@@ -16,13 +18,16 @@ from lengths import write as write_greys
 from test_video import SOLIDS, difference, numbered, read_all
 
 from trt_wan.cli import output_options
+from trt_wan.cli.main import cli
 from trt_wan.cli.run import run
-from trt_wan.errors import OutputError, UsageError
-from trt_wan.runtime.video.encoder import CODECS, Quality
+from trt_wan.errors import LONGEST_MESSAGE, InputError, OutputError, UsageError
+from trt_wan.runtime.device.driver import has_nvidia_gpu
+from trt_wan.runtime.video.encoder import CODECS, NVENC, Codec, Quality, usable
 from trt_wan.runtime.video.frame_folder import FrameFolder
 from trt_wan.runtime.video.kinds import KINDS
 from trt_wan.runtime.video.pictures import read_picture
 from trt_wan.runtime.video.reader import Clip, Picture
+from trt_wan.runtime.video.splice import require_same_encoder
 from trt_wan.runtime.video.writer import VideoWriter
 
 # Codec of the pictures and ending, but for those of test_video.py; the name that ffmpeg reads.
@@ -123,6 +128,10 @@ def test_the_number_of_cpus_makes_no_difference(tmp_path: Path) -> None:
         ("out.mp4", Quality("h264", 52)),
         ("out.mp4", Quality(None, -1)),
         ("out.webm", Quality("av1", 64)),
+        ("out.mp4", Quality("av1", encoder="nvenc")),
+        ("out.webm", Quality(encoder="nvenc")),
+        ("out.mov", Quality("prores", encoder="nvenc")),
+        ("out.mp4", Quality("hevc", 52, encoder="nvenc")),
     ],
 )
 def test_what_a_file_cannot_have_is_refused(name: str, quality: Quality) -> None:
@@ -130,7 +139,59 @@ def test_what_a_file_cannot_have_is_refused(name: str, quality: Quality) -> None
         quality.require_possible(Path(name))
     assert caught.value.hint
     with pytest.raises(UsageError):
-        output_options.quality_of(Path(name), quality.codec, quality.crf)
+        output_options.quality_of(Path(name), quality.codec, quality.crf, quality.encoder or "auto")
+
+
+def test_without_nvenc_the_cpu_encodes_and_a_note_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the card has none, and where PyAV was built without it."""
+    for lacks in ("h264_nvenc", "no_such_encoder"):
+        if lacks == "h264_nvenc" and has_nvidia_gpu():
+            continue
+        monkeypatch.setitem(NVENC, "h264", replace(NVENC["h264"], encoder=lacks))
+        notes: list[Any] = []
+        made = usable(Quality(crf=20, encoder="nvenc"), KINDS[".mp4"], notes.append)
+        assert made == Quality(crf=20) and [note.code for note in notes] == ["no_nvenc"]
+        assert lacks in notes[0].text and len(notes[0].text) < LONGEST_MESSAGE
+    assert usable(Quality("av1"), KINDS[".mp4"], notes.append) == Quality("av1") and len(notes) == 1
+
+
+def test_the_encoder_of_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x264 in its place: the options reach the encoder, and the same pictures give the same bytes."""
+    for codec in ("h264", "hevc"):
+        encoding = Quality(codec, 23, encoder="nvenc").encoding(KINDS[".mp4"], 64, 48, Fraction(25))
+        assert (encoding.encoder, encoding.options["qp"]) == (f"{codec}_nvenc", "23")
+        assert encoding.options["rc"] == "constqp" and "crf" not in encoding.options
+    monkeypatch.setitem(NVENC, "h264", Codec("libx264", 18, 51, {"preset": "ultrafast"}, quality="qp"))
+    noise = np.random.default_rng(0).integers(0, 256, (6, 64, 96, 3)).astype(np.uint8)
+    quality = Quality(encoder="nvenc")
+    assert usable(quality, KINDS[".mp4"], lambda event: pytest.fail(str(event))) == quality
+    card, again, cpu = (
+        write(tmp_path / f"{n}.mp4", noise, made) for n, made in enumerate((quality, quality, Quality()))
+    )
+    assert card.read_bytes() == again.read_bytes() != cpu.read_bytes()
+    coarse = write(tmp_path / "coarse.mp4", noise, replace(quality, crf=40))
+    assert coarse.stat().st_size < 0.8 * card.stat().st_size
+    with pytest.raises(InputError, match="another program, or another version of the encoder"):
+        require_same_encoder(cpu, coarse)
+
+
+def test_a_run_records_the_encoder_that_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that could be opened, not the one that was asked for."""
+    seen: list[Any] = []
+
+    def rendered(*arguments: Any, **options: Any) -> Any:
+        seen.append(options["quality"])
+        raise UsageError("Here.", "Nothing to do.")
+
+    monkeypatch.setattr("trt_wan.cli.run.render_prepared", rendered)
+    for lacks, expected in (("no_such_encoder", None), ("libx264", "nvenc")):
+        monkeypatch.setitem(NVENC, "h264", Codec(lacks, 18, 51, {}, quality="qp"))
+        output = ("-o", str(tmp_path / "a.mp4"), "--encoder", "nvenc", "--random-weights", "tiny")
+        result = CliRunner().invoke(cli, ["run", "--inputs", str(tmp_path), *output])
+        assert seen[-1].encoder == expected and "Here." in result.stderr
+        assert ("no_such_encoder cannot be opened" in result.stderr) == (expected is None)
 
 
 def test_the_choices_are_those_of_the_table() -> None:

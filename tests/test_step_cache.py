@@ -465,6 +465,37 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(made: Made) -> None:
     assert [residual is None for residual in blocks] == [*skips, *skips[:7], *skips], "the blocks did not run"
 
 
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (("--step-cache", "0"), True),
+        (("--step-cache", "0.2", "--step-cache-most", "3"), True),
+        (("--step-cache-ratios", "other.json"), True),
+        (("--steps", "16"), True),
+        ((), False),  # the calibration has been made anew since
+    ],
+)
+def test_what_a_given_option_changes_was_asked_for(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], asked: bool
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise UsageError("opened", "")
+
+    record = json.loads((made.folder / "a.json").read_text())
+    (place,) = (made.folder / "home" / "step_cache").iterdir()
+    other = json.loads(place.read_text())
+    other["prompt"][1] += 0.5
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    if not asked:
+        record["job"]["step_cache"]["ratios"]["prompt"][1] += 0.5
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Basis, "open", refuse)
+    error = error_of("run", "--from", "a.json", "-o", "x.mp4", *options)
+    assert ("opened" == error["message"]) is asked, error
+    assert asked or "would not repeat a.json: step cache ratios prompt" in error["message"]
+
+
 def test_without_ratios_the_hint_has_the_command_that_makes_them(made: Made) -> None:
     output = ("-o", str(made.folder / "no.mp4"), "--step-cache", "0.06")
     for more in (("--shift", "3"), ("--shift", "3", "--dry-run")):

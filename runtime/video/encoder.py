@@ -3,7 +3,7 @@
 import gc
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from av.video.stream import VideoStream
 
 from trt_wan.errors import UsageError, shown
+from trt_wan.runtime.events import Note, Progress
 from trt_wan.runtime.video.kinds import KINDS, Kind
 
 # x264's output depends on its number of threads, so the number is computed from the picture's height. By
@@ -35,6 +36,7 @@ class Codec:
     most_crf: int
     options: Mapping[str, str]
     pixels: str = "yuv420p"
+    quality: str = "crf"  # the encoder's option
 
 
 # The defaults of `crf` give the PSNR of x264 at 18 (visually lossless) within 1 dB, on the sample at 832x480
@@ -52,6 +54,14 @@ CODECS = {
     ),
     "prores": Codec("prores_ks", None, 0, {"profile": "hq", "vendor": "apl0"}, "yuv422p10le"),
 }
+# On the card, which data-centre cards (A100, H100, H200) cannot. The number of `crf` is taken as a constant
+# quantiser, on the same scale; sizes and times were not measured.
+_NVENC = {"preset": "p5", "tune": "hq", "rc": "constqp"}
+NVENC = {
+    "h264": Codec("h264_nvenc", 18, 51, _NVENC, quality="qp"),
+    "hevc": Codec("hevc_nvenc", 18, 51, _NVENC, quality="qp"),
+}
+PROBE = 256, 144, Fraction(25)  # a size that every NVENC takes
 
 
 @dataclass(frozen=True)
@@ -61,15 +71,19 @@ class Quality:
     codec: str | None = None
     crf: int | None = None
     preset: str | None = None  # x264's
+    encoder: str | None = None  # "nvenc"; None: the CPU's
+
+    def codec_of(self, kind: Kind) -> Codec:
+        name = self.codec or kind.codecs[0]
+        return (CODECS if self.encoder is None else NVENC)[name]
 
     def encoding(self, kind: Kind, width: int, height: int, rate: Fraction) -> "Encoding":
-        name = self.codec or kind.codecs[0]
-        codec = CODECS[name]
+        codec = self.codec_of(kind)
         options = {**codec.options}
         if codec.crf is not None:
-            options["crf"] = str(codec.crf if self.crf is None else self.crf)
+            options[codec.quality] = str(codec.crf if self.crf is None else self.crf)
         if self.preset is not None:
-            assert name == "h264", "presets are x264's"
+            assert codec is CODECS["h264"], "presets are x264's"
             options["preset"] = self.preset
         return Encoding(codec.encoder, width, height, rate, options, codec.pixels)
 
@@ -83,7 +97,12 @@ class Quality:
                 f"A file that ends in {suffix} cannot have the codec {name}.",
                 f"Use one of {', '.join(KINDS[suffix].codecs)} for it; {name} goes into {files}.",
             )
-        codec = CODECS[name]
+        if self.encoder is not None and name not in NVENC:
+            raise UsageError(
+                f"NVENC does not encode {name} here.",
+                f"Use --codec {' or '.join(NVENC)} where the file can have it, or leave out --encoder.",
+            )
+        codec = self.codec_of(KINDS[suffix])
         if self.crf is None:
             return
         if codec.crf is None:
@@ -93,6 +112,22 @@ class Quality:
                 f"{name} has no CRF of {shown(self.crf)}.",
                 f"Use --crf 0 (best) to {codec.most_crf}; {codec.crf} is the default.",
             )
+
+
+def usable(quality: Quality, kind: Kind, progress: Progress) -> Quality:
+    """`quality`, without NVENC where it cannot be opened, of which a note tells. Call before the record is
+    made: it names the encoder.
+    """
+    if quality.encoder is None:
+        return quality
+    try:
+        quality.encoding(kind, *PROBE).open()
+    except (av.FFmpegError, ValueError) as error:  # a ValueError: this build of PyAV lacks it
+        name = quality.codec_of(kind).encoder
+        text = f"{name} cannot be opened ({shown(error)}): the CPU encodes. H100s and H200s have no NVENC."
+        progress(Note(text, "no_nvenc", {"encoder": name}))
+        return replace(quality, encoder=None)
+    return quality
 
 
 @dataclass(frozen=True)

@@ -479,6 +479,7 @@ def run(
     dry_run: bool,
     codec: str | None,
     crf: int | None,
+    encoder: str,
     frames: Path | None,
     **given: Any,
 ) -> Any:
@@ -493,7 +494,9 @@ def run(
     """
     from trt_wan.runtime.job import unused_clips
     from trt_wan.runtime.kept.windows import forget_finished
+    from trt_wan.runtime.video.encoder import usable
     from trt_wan.runtime.video.frame_folder import require_free
+    from trt_wan.runtime.video.kinds import KINDS
     from trt_wan.runtime.video.sound import require_sound
     from trt_wan.runtime.video.target import refuse_inputs, require_audible
 
@@ -507,9 +510,11 @@ def run(
     files = [reference, clip, audio, *options.files(), *(preparing[name] for name in PREPARING_FILES)]
     refuse_inputs(output, [*files, *(inputs.glob("src_*") if inputs else ())])
     written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
-    written |= {"quality": quality_of(output, codec, crf), "frames": frames}
+    written |= {"quality": quality_of(output, codec, crf, encoder), "frames": frames}
     if not dry_run:
         forget_finished(output)
+        if (kind := KINDS.get(output.suffix.lower())) is not None:  # others are refused later
+            written["quality"] = usable(written["quality"], kind, report.progress)
     if frames is not None:
         if frames.absolute() == output.absolute():
             raise UsageError("The frames and the video have the same name.", "Give --frames a folder.")
@@ -607,11 +612,12 @@ def refuse_impossible(params: Mapping[str, Any]) -> RunOptions:
         given.pop(name)
     for name in ("overwrite", "dry_run", "frames"):
         given.pop(name)
-    output, codec, crf, paste_back = (given.pop(name) for name in ("output", "codec", "crf", "paste_back"))
+    output, paste_back = given.pop("output"), given.pop("paste_back")
+    codec, crf, encoder = (given.pop(name) for name in ("codec", "crf", "encoder"))
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
     _, options = _chosen(TextReport(quiet=True), given, preparing, paste_back)
     require_others(options.references, reference)
-    quality_of(output, codec, crf)
+    quality_of(output, codec, crf, encoder)
     _job_to_prepare(output, preparing, options)
     if reference is not None:
         refuse_impossible_clips(params)

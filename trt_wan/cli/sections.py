@@ -8,7 +8,7 @@ SECTIONS = {
         *("inputs", "output", "overwrite", "mode", "size", "fit", "rate", "start", "end"),
         *("window", "overlap", "audio", "more_references", "reference_as", "reference_background"),
         *("trim_to_shortest", "paste_back"),
-        *("start_frame", "extend", "codec", "crf", "frames"),
+        *("start_frame", "extend", "codec", "crf", "encoder", "frames"),
         *("dry_run", "resume", "repeated", "redo", "sidecar"),
     ),
     "Context windows": (

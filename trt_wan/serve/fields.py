@@ -42,17 +42,8 @@ OWN = (
         "redo",
         "sidecar",
     ),
-    *(
-        "frames",
-        "codec",
-        "loras",
-        "as_json",
-        "quiet",
-        "mode",
-        "build",
-        "more_references",
-        "step_cache_ratios",
-    ),
+    *("frames", "codec", "encoder", "loras", "as_json", "quiet", "mode", "build"),
+    *("more_references", "step_cache_ratios"),
 )
 
 
