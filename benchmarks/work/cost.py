@@ -109,7 +109,7 @@ def seconds_at_best(work: Work, rates: Mapping[Unit, float], bytes_per_second: f
 def _work(network: Network, model: ModelConfig, plan: Plan) -> Work:
     linear, attention, convolution = _flops(network.name, model, plan)
     moved = sum(nbytes(t) for t in (*network.inputs, *network.weights, *network.outputs))
-    fp8 = network.fp8 and PRECISIONS[plan.precision].fp8
+    fp8 = network.quantised and PRECISIONS[plan.precision].fp8
     return Work(linear, attention, convolution, moved, fp8)
 
 

@@ -33,3 +33,4 @@ __device__ float normal(u64 seed, u64 i) {
 RANDOM(random_float32, float)
 RANDOM(random_bfloat16, bf16)
 RANDOM(random_float8_e4m3fn, e4m3)
+RANDOM(random_int8, int8)

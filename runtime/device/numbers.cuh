@@ -11,6 +11,7 @@ struct bf16 { u16 bits; };
 struct fp16 { u16 bits; };
 struct e4m3 { u8 bits; };
 struct e5m2 { u8 bits; };
+struct int8 { signed char value; };
 
 constexpr float E4M3_MAX = 448.0f;
 
@@ -36,6 +37,8 @@ __device__ float widen(e4m3 x) {  // its bits make a float 2^120 times too small
     if ((x.bits & 0x7F) == 0x7F) return not_a_number();
     return __uint_as_float((u32)(x.bits & 0x80) << 24 | (u32)(x.bits & 0x7F) << 20) * 0x1p120f;
 }
+
+__device__ float widen(int8 x) { return x.value; }
 
 __device__ float load(const float* from) { return *from; }
 template <class T>
@@ -85,3 +88,4 @@ __device__ void store(float* to, float x) { *to = x; }
 __device__ void store(bf16* to, float x) { to->bits = pack_bf16(x, 0); }
 __device__ void store(fp16* to, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x)); }
 __device__ void store(e4m3* to, float x) { to->bits = pack_e4m3(x, 0); }
+__device__ void store(int8* to, float x) { to->value = __float2int_rn(fminf(fmaxf(x, -127.0f), 127.0f)); }

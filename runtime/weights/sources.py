@@ -2,8 +2,8 @@
 
 A source cuts a pack into pieces. A piece is read into pinned memory by one thread and enqueued by another:
 copied straight into the pack where the engine takes the stored type, else copied to a staging buffer on the
-device and converted from there, GGUF blocks and rotated columns through float32. A scaled-FP8 checkpoint
-reaches the GEMM bit for bit.
+device and converted from there, GGUF blocks, rotated columns and what becomes int8 through float32. A
+scaled-FP8 checkpoint reaches an FP8 product bit for bit, int8 ConvRot an int8 product.
 """
 
 import math
@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.engines.contract import Part, Tensor, scale_name
+from trt_wan.engines.contract import QUANTISED, Part, Tensor, scale_name
+from trt_wan.engines.int8 import GROUP, INT8
 from trt_wan.runtime.device.arena import ALIGNMENT, laid_out
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.weights.convert import Converter
@@ -24,12 +24,12 @@ from trt_wan.runtime.weights.pack import Pack
 from trt_wan.runtime.weights.random import random_moments
 from trt_wan.runtime.weights.stored import BLOCKS, Stored, Tensors
 
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 PIECE_BYTES = 16 << 20
 PIECE_ROWS = 1 << 16  # at most, where rows have scales
 SLOT_BYTES = PIECE_BYTES + 4 * PIECE_ROWS  # a piece and the scales of its rows
 FLOAT32_BYTES = 32 << 20  # a piece in float32: it stays in the GPU's cache
-RANDOM_E4M3_DEVIATION = 100.0  # 448 is 4.5 deviations away
+# Of random codes. The largest is 4.5 deviations away.
+RANDOM_DEVIATIONS = {"float8_e4m3fn": 100.0, "int8": 28.0}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class StoredPiece:
 
     def enqueue(self, place: Place) -> None:
         assert self.stored.delta is None
-        if _through_float32(self.stored):
+        if _through_float32(self.stored, self.dtype):
             self.decode(place, place.float32())
             self.encode(place, place.float32())
         elif self.stored.encoding == self.dtype.name:
@@ -111,8 +111,13 @@ class StoredPiece:
             converter.rotate(stream, target, self.count * self.inner, self.stored.rotation)
 
     def encode(self, place: Place, values: int) -> None:
-        """Enqueues float32 [count, inner] from `values` on the device into the pack."""
-        self._encode(place, "float32", values, 0)
+        """Enqueues float32 [count, inner] from `values` on the device into the pack. Int8 rotates them."""
+        if self.dtype != INT8:
+            self._encode(place, "float32", values, 0)
+            return
+        converter, results = _converter(place.gpu), (self._target(place), self._scales(place))
+        converter.rotate(place.gpu.loads, values, self.count * self.inner, GROUP)
+        converter.quantise_int8(place.gpu.loads, values, *results, self.count, self.inner)
 
     def _encode(self, place: Place, encoding: str, values: int, scales: int) -> None:
         converter, stream, target = _converter(place.gpu), place.gpu.loads, self._target(place)
@@ -120,7 +125,7 @@ class StoredPiece:
             encodings = encoding, self.dtype.name
             converter.convert(stream, encodings, (values, scales, target), self.count, self.inner)
         else:
-            results = target, place.pack + self.scales_at + 4 * self.first
+            results = target, self._scales(place)
             converter.quantise(stream, encoding, (values, scales, *results), self.count, self.inner)
 
     def _staged(self, place: Place) -> tuple[int, int]:
@@ -131,9 +136,21 @@ class StoredPiece:
     def _target(self, place: Place) -> int:
         return place.pack + self.offset + self.first * self.inner * self.dtype.itemsize
 
+    def _scales(self, place: Place) -> int:
+        assert self.scales_at is not None
+        return place.pack + self.scales_at + 4 * self.first
 
-def _through_float32(stored: Stored) -> bool:
-    return bool(stored.blocks or stored.rotation or stored.delta is not None)
+
+def _through_float32(stored: Stored, dtype: np.dtype[Any]) -> bool:
+    return bool(stored.blocks or stored.rotation or stored.delta is not None or dtype == INT8)
+
+
+def _as_it_is(stored: Stored, dtype: np.dtype[Any]) -> bool:
+    """Whether the stored codes are those of the pack."""
+    rotation = GROUP if dtype == INT8 else 0
+    return (
+        stored.dtype == dtype and not stored.blocks and stored.rotation == rotation and stored.delta is None
+    )
 
 
 def _converter(gpu: Gpu) -> Converter:
@@ -190,16 +207,16 @@ class FileSource:
                 continue  # written with its weight
             stored = tensors.stored(pack.network.weight_key(tensor.name, pack.n))
             offset, dtype = pack.offsets[tensor.name], np.dtype(tensor.dtype)
-            if dtype != E4M3:
+            if tensor.dtype not in QUANTISED:
                 yield from self._cut(stored, dtype, offset, None)
                 continue
             scales_at = pack.offsets[scale_name(tensor.name)]
-            if stored.dtype != E4M3 or _through_float32(stored):
+            if not _as_it_is(stored, dtype):
                 yield from self._cut(stored, dtype, offset, scales_at)
                 continue
             scales = np.ones(tensor.shape[0], np.float32) if stored.scales is None else stored.scales
-            unscaled = Stored(stored.values, None, stored.file, stored.start)
-            yield from self._cut(unscaled, dtype, offset, None)
+            codes = Stored(stored.values.view(np.uint8), None, stored.file, stored.start)
+            yield from self._cut(codes, codes.dtype, offset, None)
             yield from self._cut(Stored(scales), np.dtype(np.float32), scales_at, None)
 
     def _cut(
@@ -210,7 +227,7 @@ class FileSource:
         inner = stored.row if by_row else BLOCKS.get(stored.blocks, (1,))[0]
         rows = math.prod(stored.shape) // inner
         step = self._piece_bytes // stored.nbytes(inner)
-        if _through_float32(stored):
+        if _through_float32(stored, dtype):
             step = min(step, FLOAT32_BYTES // (4 * inner))
         assert step, f"a row of {inner} numbers does not fit into a piece"
         step = min(step, PIECE_ROWS) if by_row else step
@@ -250,10 +267,10 @@ class RandomSource:
 
 
 def _moments(pack: Pack, tensor: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation. FP8 values times their scale have those of the weight they stand for."""
+    """Mean and standard deviation. Codes times their scale have those of the weight they stand for."""
     if weight := pack.scaled.get(tensor.name):
         _, deviation = random_moments(pack.network.weight_key(weight.name, pack.n), weight.shape)
-        return deviation / RANDOM_E4M3_DEVIATION, 0.0
-    if tensor.dtype == "float8_e4m3fn":
-        return 0.0, RANDOM_E4M3_DEVIATION
+        return deviation / RANDOM_DEVIATIONS[weight.dtype], 0.0
+    if tensor.dtype in QUANTISED:
+        return 0.0, RANDOM_DEVIATIONS[tensor.dtype]
     return random_moments(pack.network.weight_key(tensor.name, pack.n), tensor.shape)
