@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from weight_oracle import converted, plain, quantised, rotated
+from weight_oracle import converted, int8_rows, plain, quantised, rotated
 
 from trt_wan.engines.fp8 import quantise_rows
 from trt_wan.runtime.device.gpu import DeviceArray
@@ -125,6 +125,17 @@ class LateConverter:
         def work() -> None:
             there = at(values, 4 * numbers, np.float32)
             there[:] = rotated(there, group)
+
+        stream.enqueue(work)
+
+    def quantise_int8(
+        self, stream: Any, values: int, target: int, scales: int, rows: int, inner: int
+    ) -> None:
+        def work() -> None:
+            turned = at(values, 4 * rows * inner, np.float32).reshape(rows, inner)
+            made, factors = int8_rows(turned)
+            at(target, rows * inner)[:] = made.reshape(-1).view(np.uint8)
+            at(scales, 4 * rows, np.float32)[:] = factors
 
         stream.enqueue(work)
 

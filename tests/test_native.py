@@ -151,7 +151,7 @@ def test_kernels_read_what_was_given_or_written_before(case: str, monkeypatch: p
 
 
 def test_the_reason_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native.missing("ffn", (8, 0)) == "A GPU of compute capability 8.0 has no FP8."
+    assert native.missing("ffn", (7, 5)) == "A GPU of compute capability 7.5 has no bf16 products."
 
     def absent() -> Any:
         raise EnvironmentBroken("cuBLASLt is not installed.", "Run:\npip install it")
