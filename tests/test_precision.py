@@ -94,7 +94,9 @@ def test_the_types_of_weights(model: ModelConfig, precision: Precision) -> None:
     for name, (dtype, _) in weight_types(model, precision).items():
         block = re.fullmatch(r"blocks\.\d+\.(.*)", name)
         if block and block[1] in BLOCK_LINEARS:
-            expected = {"fp32": "float32", "bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}[precision]
+            expected = {"fp32": "float32", "bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}[
+                precision
+            ]
         elif re.fullmatch(OTHER_LINEARS, name) or _is_vae_convolution(name):
             expected = "float32" if precision == "fp32" else "bfloat16"
         else:
