@@ -531,7 +531,9 @@ def test_all_places(recipes: dict[Engine, Recipe]) -> None:
         assert (errors[network, "tensorrt"] or 0) < 3e-3
 
 
-@pytest.mark.parametrize(("noise", "best"), [(1.2e-2, "native int8"), (3e-2, "tensorrt")])
+@pytest.mark.parametrize(
+    ("noise", "best"), [(1.2e-2, "native int8"), pytest.param(3e-2, "tensorrt", marks=pytest.mark.long)]
+)
 def test_int8_on_a_gpu_without_fp8(
     recipes: dict[Engine, Recipe], monkeypatch: pytest.MonkeyPatch, noise: float, best: str
 ) -> None:

@@ -62,8 +62,8 @@ def project(x: Operand, w: Weights, name: str) -> Tensor:
     weight, bias = w[f"{name}.weight"], w.get(f"{name}.bias")
     if weight.dtype not in (torch.float8_e4m3fn, torch.int8):
         return F.linear(x.values, weight, None if bias is None else bias.to(weight.dtype))
-    scale = w[f"{name}.scale"] if x.scale is None else x.scale * w[f"{name}.scale"]
-    y = (x.values @ _values(weight).t()).float() * scale
+    y = (x.values @ _values(weight).t()).float()
+    y = y * (w[f"{name}.scale"] if x.scale is None else x.scale * w[f"{name}.scale"])
     return y if bias is None else y + bias
 
 
