@@ -227,7 +227,9 @@ class LateGpu:
     ) -> None:
         def work() -> None:
             values = np.random.default_rng(seed).standard_normal(array.shape, np.float32)
-            made = (values * np.float32(deviation) + np.float32(mean)).clip(-448, 448).astype(array.dtype)
+            drawn = values * np.float32(deviation) + np.float32(mean)
+            whole = array.dtype == np.int8
+            made = (np.rint(drawn).clip(-127, 127) if whole else drawn.clip(-448, 448)).astype(array.dtype)
             at(array.address, array.nbytes)[:] = np.ascontiguousarray(made).reshape(-1).view(np.uint8)
 
         stream.enqueue(work)

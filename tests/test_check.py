@@ -190,7 +190,7 @@ def test_intermediate_results_in_bfloat16_compile_as_outputs(tmp_path: Path) -> 
 # --- on a GPU ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
 def test_every_engine_is_checked_on_the_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
 ) -> None:

@@ -296,18 +296,19 @@ def test_values_that_are_computed_are_weights_too(tiny: Parts) -> None:
     run.end()
 
 
-def test_random_weights_are_seeded_and_of_the_promised_moments() -> None:
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_random_weights_are_seeded_and_of_the_promised_moments(precision: Precision) -> None:
     def drawn(seed: int) -> Job:
         gpu = LateGpu()
         run = Job(gpu, DeviceWeights(cast(Any, gpu), RandomSource(seed)))
-        for pack in packs_of("fp8"):
+        for pack in packs_of(precision):
             run.use(pack)
         run.end()
         return run
 
     first, second, third = drawn(1), drawn(1), drawn(2)
     assert first.seen == second.seen and first.weights.loaded_bytes == 0
-    for pack in packs_of("fp8"):
+    for pack in packs_of(precision):
         data, start, values = first.seen[pack.key], 0, dict[str, Any]()
         for tensor in pack.network.weights:
             stop = start + nbytes(tensor)
