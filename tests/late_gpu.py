@@ -223,13 +223,19 @@ class LateGpu:
         stream.enqueue(lambda: ctypes.memmove(target, source, size))
 
     def fill_random(
-        self, array: DeviceArray, seed: int, mean: float, deviation: float, stream: LateStream
+        self,
+        array: DeviceArray,
+        seed: int,
+        mean: float,
+        deviation: float,
+        stream: LateStream,
+        *,
+        first: int = 0,
     ) -> None:
         def work() -> None:
-            values = np.random.default_rng(seed).standard_normal(array.shape, np.float32)
-            drawn = values * np.float32(deviation) + np.float32(mean)
-            whole = array.dtype == np.int8
-            made = (np.rint(drawn).clip(-127, 127) if whole else drawn.clip(-448, 448)).astype(array.dtype)
+            numbers = np.random.default_rng(seed).standard_normal(first + array.size, np.float32)
+            values = numbers[first:].reshape(array.shape)
+            made = (values * np.float32(deviation) + np.float32(mean)).clip(-448, 448).astype(array.dtype)
             at(array.address, array.nbytes)[:] = np.ascontiguousarray(made).reshape(-1).view(np.uint8)
 
         stream.enqueue(work)

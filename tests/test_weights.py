@@ -17,7 +17,7 @@ import pytest
 from late_gpu import LateGpu, at
 from quantised_weights import FORMS, QuantisedTensors, with_quantised_block
 from safetensors.numpy import save_file
-from weight_oracle import E4M3, contents
+from weight_oracle import E4M3, contents, rotated
 
 from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.config import TINY
@@ -28,7 +28,7 @@ from trt_wan.engines.shape import Plan
 from trt_wan.errors import MemoryShort, WeightsError
 from trt_wan.runtime.device.arena import ALIGNMENT
 from trt_wan.runtime.opening.residency import BLOCK
-from trt_wan.runtime.weights import convert
+from trt_wan.runtime.weights import convert, sources
 from trt_wan.runtime.weights.checkpoint import Checkpoint
 from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.on_device import AHEAD, LEAVING, DeviceWeights
@@ -329,6 +329,28 @@ def test_random_weights_are_seeded_and_of_the_promised_moments(precision: Precis
             assert abs(got.mean() - mean) <= deviation * few + 1e-6, key
             if got.size > 50:
                 assert got.std() == pytest.approx(deviation, rel=0.01 + few), key
+
+
+def test_random_int8_weights_are_those_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the rotated basis, also if they are drawn a few rows at a time: qualities can be compared."""
+    monkeypatch.setattr(sources, "FLOAT32_BYTES", 4 * 512 * 3)
+    seen = {}
+    for precision in ("bf16", "int8"):
+        gpu = LateGpu()
+        run = Job(gpu, DeviceWeights(cast(Any, gpu), RandomSource(1)))
+        (pack,) = (pack for pack in packs_of(cast(Precision, precision), "ffn") if pack.n == 1)
+        run.use(pack)
+        run.end()
+        start, seen[precision] = 0, dict[str, Any]()
+        for tensor in pack.network.weights:
+            stop = start + nbytes(tensor)
+            data = np.frombuffer(run.seen[pack.key][start:stop], np.dtype(tensor.dtype))
+            seen[precision][tensor.name] = data.reshape(tensor.shape)
+            start = stop
+    for name in (name for name in seen["bf16"] if name.endswith(".weight") and seen["bf16"][name].ndim == 2):
+        drawn, scale = seen["bf16"][name].astype(np.float32), seen["int8"][scale_name(name)]
+        made = rotated(seen["int8"][name] * scale[:, None], 256)
+        assert np.linalg.norm(made - drawn) < 1e-2 * np.linalg.norm(drawn), name
 
 
 def test_random_weights_do_not_depend_on_what_streams() -> None:

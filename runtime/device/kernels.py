@@ -13,7 +13,7 @@ import numpy as np
 from trt_wan.runtime.device.checked import cuda, cuda_core
 from trt_wan.runtime.device.cubins import kept
 
-NAMES = ("combine", "random_float32", "random_bfloat16", "random_float8_e4m3fn", "random_int8")
+NAMES = ("combine", "random_float32", "random_bfloat16", "random_float8_e4m3fn")
 THREADS = 256
 MAX_TERMS = 6  # in a linear combination; UniPC's corrector has four
 

@@ -88,4 +88,3 @@ __device__ void store(float* to, float x) { *to = x; }
 __device__ void store(bf16* to, float x) { to->bits = pack_bf16(x, 0); }
 __device__ void store(fp16* to, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x)); }
 __device__ void store(e4m3* to, float x) { to->bits = pack_e4m3(x, 0); }
-__device__ void store(int8* to, float x) { to->value = __float2int_rn(fminf(fmaxf(x, -127.0f), 127.0f)); }

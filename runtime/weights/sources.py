@@ -26,10 +26,10 @@ from trt_wan.runtime.weights.stored import BLOCKS, Stored, Tensors
 
 PIECE_BYTES = 16 << 20
 PIECE_ROWS = 1 << 16  # at most, where rows have scales
+FLOAT32 = np.dtype(np.float32)
 SLOT_BYTES = PIECE_BYTES + 4 * PIECE_ROWS  # a piece and the scales of its rows
 FLOAT32_BYTES = 32 << 20  # a piece in float32: it stays in the GPU's cache
-# Of random codes. The largest is 4.5 deviations away.
-RANDOM_DEVIATIONS = {"float8_e4m3fn": 100.0, "int8": 28.0}
+RANDOM_E4M3_DEVIATION = 100.0  # 448 is 4.5 deviations away
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,25 @@ class RandomPiece:
         place.gpu.fill_random(array, self.seed, self.mean, self.deviation, place.gpu.loads)
 
 
+@dataclass(frozen=True)
+class RandomRows:
+    """Rows of a weight that becomes int8: the numbers that other types have for the same seed."""
+
+    rows: StoredPiece
+    seed: int
+    deviation: float
+    size = 0
+
+    def read(self, slot: NDArray[np.uint8]) -> None:
+        raise AssertionError("nothing is read")
+
+    def enqueue(self, place: Place) -> None:
+        rows, gpu, values = self.rows, place.gpu, place.float32()
+        array, first = gpu.view(values, (rows.count, rows.inner), FLOAT32), rows.first * rows.inner
+        gpu.fill_random(array, self.seed, 0.0, self.deviation, gpu.loads, first=first)
+        rows.encode(place, values)
+
+
 class RandomSource:
     """Weights of any model without its files: speed and numerics can be shown with them, pictures cannot."""
 
@@ -263,14 +282,29 @@ class RandomSource:
     def pieces(self, pack: Pack) -> Iterator[Piece]:
         for tensor in pack.network.weights:
             seed = zlib.crc32(pack.network.weight_key(tensor.name, pack.n).encode(), self.seed)
+            if tensor.dtype == "int8":
+                yield from _random_rows(pack, tensor, seed)
+                continue
+            if tensor.name in pack.scaled and pack.scaled[tensor.name].dtype == "int8":
+                continue  # written with its weight
             yield RandomPiece(tensor, pack.offsets[tensor.name], seed, *_moments(pack, tensor))
 
 
+def _random_rows(pack: Pack, tensor: Tensor, seed: int) -> Iterator[Piece]:
+    rows, inner = tensor.shape
+    step, scales_at = FLOAT32_BYTES // (4 * inner), pack.offsets[scale_name(tensor.name)]
+    _, deviation = random_moments(pack.network.weight_key(tensor.name, pack.n), tensor.shape)
+    for first in range(0, rows, step):
+        place = first, min(step, rows - first), inner
+        piece = StoredPiece(Stored(np.empty(0)), INT8, pack.offsets[tensor.name], scales_at, *place)
+        yield RandomRows(piece, seed, deviation)
+
+
 def _moments(pack: Pack, tensor: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation. Codes times their scale have those of the weight they stand for."""
+    """Mean and standard deviation. FP8 values times their scale have those of the weight they stand for."""
     if weight := pack.scaled.get(tensor.name):
         _, deviation = random_moments(pack.network.weight_key(weight.name, pack.n), weight.shape)
-        return deviation / RANDOM_DEVIATIONS[weight.dtype], 0.0
-    if tensor.dtype in QUANTISED:
-        return 0.0, RANDOM_DEVIATIONS[tensor.dtype]
+        return deviation / RANDOM_E4M3_DEVIATION, 0.0
+    if tensor.dtype == "float8_e4m3fn":
+        return 0.0, RANDOM_E4M3_DEVIATION
     return random_moments(pack.network.weight_key(tensor.name, pack.n), tensor.shape)
