@@ -31,6 +31,7 @@ _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float8_e4m3fn": torch.float8_e4m3fn,
+    "int8": torch.int8,
     "int64": torch.int64,
 }
 _ONNX_TYPES = {
@@ -38,6 +39,7 @@ _ONNX_TYPES = {
     "float16": onnx.TensorProto.FLOAT16,
     "bfloat16": onnx.TensorProto.BFLOAT16,
     "float8_e4m3fn": onnx.TensorProto.FLOAT8E4M3FN,
+    "int8": onnx.TensorProto.INT8,
     "int64": onnx.TensorProto.INT64,
 }
 

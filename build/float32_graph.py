@@ -1,14 +1,14 @@
 """An exported graph with all numbers in float32, which ONNX Runtime runs on the CPU: an engine's oracle.
 
-Nodes and tensors keep their names. Rounding to bfloat16 and to FP8 is left out; an FP8 weight keeps its
-values and its scale.
+Nodes and tensors keep their names. Rounding to bfloat16 and to FP8 is left out; a weight of 8 bits
+keeps its values and its scale.
 """
 
 import ml_dtypes  # noqa: F401  (registers its types with numpy)
 import numpy as np
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-ROUNDED = (TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.FLOAT8E4M3FN)
+ROUNDED = (TensorProto.BFLOAT16, TensorProto.FLOAT16, TensorProto.FLOAT8E4M3FN, TensorProto.INT8)
 
 
 def in_float32(model: ModelProto) -> ModelProto:

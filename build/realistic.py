@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.engines.contract import Network, scale_name
-from trt_wan.engines.fp8 import E4M3, quantise_rows
+from trt_wan.engines import fp8, int8
+from trt_wan.engines.contract import QUANTISED, Network, scale_name
 
 Host = NDArray[Any]
 Float = NDArray[np.float32]
@@ -46,8 +46,9 @@ def realistic(network: Network, seed: int) -> dict[str, Host]:
         if tensor.name.endswith("SelfAttention.q.weight"):  # T5 has no softmax scale: its q learned it
             heads = next(t.shape[1] for t in network.weights if t.name.endswith("attention_bias.weight"))
             values *= (tensor.shape[0] // heads) ** -0.5
-        if types[tensor.name] == E4M3:
-            made[tensor.name], made[scale_name(tensor.name)] = quantise_rows(values)
+        if tensor.dtype in QUANTISED:
+            quantise = {"int8": int8.quantise_rows, "float8_e4m3fn": fp8.quantise_rows}[tensor.dtype]
+            made[tensor.name], made[scale_name(tensor.name)] = quantise(values)
         else:
             made[tensor.name] = values
     return {name: values.astype(types[name], copy=False) for name, values in made.items()}
@@ -55,8 +56,11 @@ def realistic(network: Network, seed: int) -> dict[str, Host]:
 
 def dequantised(name: str, values: dict[str, Host]) -> Float:
     """The float32 numbers that the tensor `name` stands for."""
-    tensor = values[name].astype(np.float32)
-    return tensor * values[scale_name(name)][:, None] if values[name].dtype == E4M3 else tensor
+    kind, tensor = values[name].dtype.name, values[name].astype(np.float32)
+    if kind not in QUANTISED:
+        return tensor
+    tensor *= values[scale_name(name)][:, None]
+    return int8.rotated(tensor) if kind == "int8" else tensor
 
 
 def outlier_channels(size: int, count: int) -> NDArray[np.int64]:

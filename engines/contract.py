@@ -22,7 +22,8 @@ Part = Literal[
     "lynx_ip",
     "lynx_ref",
 ]
-DType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "int64"]
+DType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "int64"]
+QUANTISED = ("float8_e4m3fn", "int8")  # weights of these types have a scale per row
 # A contract names the role of a tensor whose type the precision decides: see `at_precision`.
 Role = Literal["activation", "linear"]
 
@@ -45,7 +46,7 @@ class Network:
     outputs: tuple[Tensor, ...]
     scope: str = ""
     repeats: int = 1
-    fp8: bool = False  # whether its linear weights are FP8 where the precision is
+    quantised: bool = False  # whether its linear weights have 8 bits where the precision has
     optional: bool = False  # exported and built with the others, opened for jobs that run it
 
     def weight_key(self, name: str, n: int = 0) -> str:
@@ -69,11 +70,11 @@ def exact_linear(name: str, out: int, inner: int) -> tuple[Tensor, Tensor]:
 
 
 def at_precision(network: Network, precision: Precision) -> Network:
-    """`network` with a type for every tensor. An FP8 weight `x.weight` is followed by its scale `x.scale`,
-    one float32 per output channel (all the same for a checkpoint with one scale per tensor).
+    """`network` with a type for every tensor. A weight `x.weight` of 8 bits is followed by its scale
+    `x.scale`, one float32 per output channel (all the same for a checkpoint with one scale per tensor).
     """
     row = PRECISIONS[precision]
-    linear_type = "float8_e4m3fn" if row.fp8 and network.fp8 else row.linear
+    linear_type = (network.quantised and row.quantised) or row.linear
 
     def typed(tensors: tuple[Tensor, ...]) -> Iterator[Tensor]:
         for tensor in tensors:
@@ -81,7 +82,7 @@ def at_precision(network: Network, precision: Precision) -> Network:
                 yield replace(tensor, dtype=row.activation)
             elif tensor.dtype == "linear":
                 yield replace(tensor, dtype=linear_type)
-                if linear_type == "float8_e4m3fn":
+                if linear_type in QUANTISED:
                     yield Tensor(scale_name(tensor.name), tensor.shape[:1])
             else:
                 yield tensor
@@ -95,5 +96,5 @@ def at_precision(network: Network, precision: Precision) -> Network:
 
 
 def scale_name(weight: str) -> str:
-    """The name of an FP8 weight's scale."""
+    """The name of the scale of a weight of 8 bits."""
     return weight.removesuffix("weight") + "scale"

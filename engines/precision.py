@@ -13,21 +13,27 @@ from trt_wan.errors import UsageError
 
 FP8_CAPABILITY: Capability = (8, 9)  # Ada, the first with FP8 products
 
-Precision = Literal["fp32", "bf16", "fp8"]
+Precision = Literal["fp32", "bf16", "fp8", "int8"]
 
 
 @dataclass(frozen=True)
 class PrecisionRow:
     activation: Literal["float32", "bfloat16"]  # q, k, v, attention outputs, caches
     linear: Literal["float32", "bfloat16"]  # weights of linear layers and VAE convolutions
-    # Linear weights of the transformer's blocks are FP8, their activations quantised per token.
-    fp8: bool = False
+    # Of the linear weights of the transformer's blocks, if they have 8 bits. Their activations are quantised
+    # per token; int8 stands in the rotated basis of engines/int8.py.
+    quantised: Literal["", "float8_e4m3fn", "int8"] = ""
+
+    @property
+    def fp8(self) -> bool:
+        return self.quantised == "float8_e4m3fn"
 
 
 PRECISIONS: dict[Precision, PrecisionRow] = {
     "fp32": PrecisionRow("float32", "float32"),
     "bf16": PrecisionRow("bfloat16", "bfloat16"),
-    "fp8": PrecisionRow("bfloat16", "bfloat16", fp8=True),
+    "fp8": PrecisionRow("bfloat16", "bfloat16", "float8_e4m3fn"),
+    "int8": PrecisionRow("bfloat16", "bfloat16", "int8"),
 }
 
 

@@ -2,8 +2,8 @@
 
     python tests/graph_hashes.py        writes tests/golden/graph_hashes.json, after GRAPHS_VERSION was raised
 
-The graphs are those of the tiny model, in fp32 and in fp8 (which has bf16 graphs too), and of a small SAM2 in
-fp16; Lynx's are those of the tiny model.
+The graphs are those of the tiny model, in fp32, in fp8 (which has bf16 graphs too) and in int8, and of a
+small SAM2 in fp16; Lynx's are those of the tiny model.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ SAM2 = replace(
     SAM2_MODELS["sam2.1_tiny"], image_size=256, blocks=(1, 1, 2, 1), global_blocks=(3,), memory_layers=1
 )
 SAM2_PLAN = Sam2Plan("fp16", batch=2, memories=(7,))
-WAN_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp8")
+WAN_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp8", "int8")
 
 
 Ready = Mapping[Precision, Path]  # folders with graphs that are made already
@@ -48,7 +48,7 @@ EMPTY: Ready = MappingProxyType({})
 
 
 def wan_hashes(folder: Path, ready: Ready = EMPTY) -> Iterator[tuple[str, str]]:
-    """By precision and network; a network that FP8 leaves as it was comes once."""
+    """By precision and network; a network that 8 bits leave as it was comes once."""
     seen = set()
     for precision in WAN_PRECISIONS:
         plan = replace(PLAN, precision=precision)

@@ -23,15 +23,9 @@ HEADER = r"""
 #include <cstdlib>
 #include <mutex>
 
-#undef __launch_bounds__
-#define __launch_bounds__(...)
 #define __grid_constant__
 #define __forceinline__ inline
 using std::max, std::min;
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
 
 alignas(1024) u8 shared_bytes[232448];
 u8* shared_memory() { return shared_bytes + 16; }

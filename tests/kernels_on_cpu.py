@@ -28,10 +28,23 @@ WORDS = r"""
 
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 #define __align__(n) alignas(n)
 #define __CUDA_ARCH__ 900
+
+struct alignas(8) uint2 { unsigned x, y; };
+uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+template <class T> T __ldg(const T* from) { return *from; }
+template <class... T> void load_words(const void* from, T&... to) {
+    const char* at = (const char*)from;
+    ((memcpy(&to, at, sizeof to), at += sizeof to), ...);
+}
 
 struct Index { unsigned x, y, z; };
 thread_local Index threadIdx, blockIdx;
@@ -94,13 +107,16 @@ template <class X> void cvt_rn_bf16x2_f32(X& to, float upper, float lower) {
 template <class X> void cvt_rn_f16x2_f32(X& to, float upper, float lower) {
     to = as<unsigned short>((_Float16)upper) << 16 | as<unsigned short>((_Float16)lower);
 }
+void rcp_approx_ftz_f32(float& to, float x) { to = 1 / x; }
+void ex2_approx_ftz_f32(float& to, float x) { to = std::exp2(x); }
 template <class X> void cvt_rn_satfinite_e4m3x2_f32(X& to, float upper, float lower) {
     to = to_e4m3(upper) << 8 | to_e4m3(lower);
 }
 """
 LAUNCH = r"""
 // A float has its own register, wherever it stands. A kernel leaves out what it does not take.
-typedef void Kernel(i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, float);
+typedef void Kernel(
+    i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, float);
 extern "C" void launch(
     Kernel* kernel, const Index* grid, unsigned threads, bool barriers, const i64* a, float number) {
     gridDim = *grid;
@@ -116,7 +132,7 @@ extern "C" void launch(
             for (blockIdx.y = 0; blockIdx.y < grid->y; blockIdx.y++)
                 for (blockIdx.x = 0; blockIdx.x < grid->x; blockIdx.x++) {
                     kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12],
-                           number);
+                           a[13], a[14], a[15], a[16], a[17], number);
                     if (barriers) __syncthreads();
                 }
     };
@@ -127,12 +143,13 @@ extern "C" void launch(
     for (auto& thread : running) thread.join();
 }
 """
+LOAD = re.compile(r'asm volatile\("ld\.global[^"]*"\s*: ([^:]*) : "l"\((\w+)\) : "memory"\);')
 PTX = re.compile(r'asm\("([\w.]+) [^"]*" : "=\w"\(([^)]*)\) : (.*)\);')
 
 
 class CpuKernels:
     """The kernels of a source that numbers.cuh stands in front of. Their arguments are addresses and 64-bit
-    integers, up to thirteen, and one float, `number`.
+    integers, up to eighteen, and one float, `number`.
     """
 
     def __init__(self, source: str, folder: Path) -> None:
@@ -145,7 +162,11 @@ class CpuKernels:
             operands = re.sub(r'"\w"\(([^)]*)\)', r"\1", match[3])
             return f"{match[1].replace('.', '_')}({match[2]}, {operands});"
 
-        text = PTX.sub(function, text)
+        def load(match: re.Match[str]) -> str:
+            targets = re.findall(r'"=\w"\(([^)]*)\)', match[1])
+            return f"load_words({match[2]}, {', '.join(targets)});"
+
+        text = PTX.sub(function, LOAD.sub(load, text))
         assert "asm(" not in text
         (folder / "kernels.cpp").write_text(WORDS + text + LAUNCH)
         library = folder / "kernels.so"
@@ -164,7 +185,7 @@ class CpuKernels:
     ) -> None:
         """Arrays are passed by address."""
         values = [a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in arguments]
-        packed: NDArray[np.int64] = np.array(values + [0] * (13 - len(values)), np.int64)
+        packed: NDArray[np.int64] = np.array(values + [0] * (18 - len(values)), np.int64)
         kernel = ctypes.cast(getattr(self._library, name), ctypes.c_void_p)
         blocks = (ctypes.c_uint * 3)(*(*((grid,) if isinstance(grid, int) else grid), 1, 1)[:3])
         self._library.launch(

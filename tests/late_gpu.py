@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from weight_oracle import converted, plain, quantised, rotated
+from weight_oracle import converted, int8_rows, plain, quantised, rotated
 
 from trt_wan.engines.fp8 import quantise_rows
 from trt_wan.runtime.device.gpu import DeviceArray
@@ -128,6 +128,17 @@ class LateConverter:
 
         stream.enqueue(work)
 
+    def quantise_int8(
+        self, stream: Any, values: int, target: int, scales: int, rows: int, inner: int
+    ) -> None:
+        def work() -> None:
+            turned = at(values, 4 * rows * inner, np.float32).reshape(rows, inner)
+            made, factors = int8_rows(turned)
+            at(target, rows * inner)[:] = made.reshape(-1).view(np.uint8)
+            at(scales, 4 * rows, np.float32)[:] = factors
+
+        stream.enqueue(work)
+
     @staticmethod
     def _numbers(encoding: str, stored: int, scales: int, rows: int, inner: int) -> Any:
         factors = at(scales, 4 * rows, np.float32) if scales else None
@@ -212,10 +223,18 @@ class LateGpu:
         stream.enqueue(lambda: ctypes.memmove(target, source, size))
 
     def fill_random(
-        self, array: DeviceArray, seed: int, mean: float, deviation: float, stream: LateStream
+        self,
+        array: DeviceArray,
+        seed: int,
+        mean: float,
+        deviation: float,
+        stream: LateStream,
+        *,
+        first: int = 0,
     ) -> None:
         def work() -> None:
-            values = np.random.default_rng(seed).standard_normal(array.shape, np.float32)
+            numbers = np.random.default_rng(seed).standard_normal(first + array.size, np.float32)
+            values = numbers[first:].reshape(array.shape)
             made = (values * np.float32(deviation) + np.float32(mean)).clip(-448, 448).astype(array.dtype)
             at(array.address, array.nbytes)[:] = np.ascontiguousarray(made).reshape(-1).view(np.uint8)
 

@@ -12,8 +12,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from trt_wan.engines.int8 import rotated
 from trt_wan.runtime.weights.gguf_file import GgufFile
-from trt_wan.runtime.weights.stored import BLOCKS, Stored, Tensors, rotated
+from trt_wan.runtime.weights.stored import BLOCKS, Stored, Tensors
 from trt_wan.runtime.weights.tensor_file import TensorFile
 
 FORMS = ("int8", "int8 rows", "int8 convrot", *BLOCKS)  # of `quantised_file`

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -529,6 +529,30 @@ def test_all_places(recipes: dict[Engine, Recipe]) -> None:
         assert errors[network, "cudnn"] == pytest.approx(5e-3, rel=0.3)
         assert errors[network, "native"] == pytest.approx(6e-3, rel=0.3)
         assert (errors[network, "tensorrt"] or 0) < 3e-3
+
+
+@pytest.mark.parametrize(
+    ("noise", "best"), [(1.2e-2, "native int8"), pytest.param(3e-2, "tensorrt", marks=pytest.mark.long)]
+)
+def test_int8_on_a_gpu_without_fp8(
+    recipes: dict[Engine, Recipe], monkeypatch: pytest.MonkeyPatch, noise: float, best: str
+) -> None:
+    machine, plan = Machine(GpuKind("NVIDIA A100", 13), (8, 0), RTX), replace(PLAN, precision="int8")
+    lab = Lab(FAKES | {"native int8": Fake(4.5, noise=noise)})
+    found = autotune(
+        TINY,
+        plan,
+        machine,
+        cast(Any, lab.gpu),
+        lambda row: None if row.network == "attn_out" else "Not in this test.",
+        lab.events.append,
+        clock=lab.clock,
+        opened=lab.open,
+    )
+    figures = {figure.candidate: figure for figure in found if figure.network == "attn_out"}
+    assert set(figures) == {"tensorrt", "native int8"}
+    assert figures["native int8"].error == pytest.approx(noise, rel=0.2)
+    assert {name for name, figure in figures.items() if figure.chosen} == {best}
 
 
 def test_what_is_not_written_is_infinitely_wrong(recipes: dict[Engine, Recipe]) -> None:

@@ -48,6 +48,7 @@ RTX = Flavour("tensorrt_rtx", "1.6.1.120", SimpleNamespace(), "a test")
 FULL = Flavour("tensorrt", "10.14.0", SimpleNamespace(), "a test")
 H200 = Machine(GpuKind("NVIDIA H200", 13), (9, 0), RTX)
 ADA = Machine(GpuKind("NVIDIA L40S", 13), (8, 9), RTX)
+A100 = Machine(GpuKind("NVIDIA A100", 13), (8, 0), FULL)
 PLAN = Plan(64, 48, 5, "fp8")
 
 Absent = Mapping[str, str]
@@ -114,7 +115,7 @@ def test_the_tables_name_what_there_is() -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("machine", [H200, ADA, replace(H200, flavour=FULL)])
+@pytest.mark.parametrize("machine", [H200, ADA, A100, replace(H200, flavour=FULL)])
 def test_every_machine_has_a_default_without_any_library(machine: Machine, precision: Any) -> None:
     natives = {"native": "no", "native fp8": "no"}
     plan = replace(PLAN, precision=precision)
@@ -137,6 +138,8 @@ def test_rows_fit_precision_flavour_and_gpu() -> None:
     assert "tensorrt sm89" not in names("attn_out", "fp8", replace(H200, flavour=FULL))
     assert names("attn_in", "bf16", ADA) == {"tensorrt"}
     assert names("attn_in", "fp8", ADA) == {"tensorrt", "native"}
+    assert names("attn_in", "int8", A100) == names("ffn", "int8", H200) == {"tensorrt", "native int8"}
+    assert names("context_kv", "int8", A100) == {"tensorrt"}
     assert names("vae_decode_next", "fp32", H200) == {"tensorrt"}
     assert names("vae_decode_next", "bf16", ADA) == {"tensorrt", "cudnn", "native"}
     assert default_order("vae_decode_next", "exact", (9, 0)) == ("native", "cudnn", "tensorrt")
@@ -153,6 +156,20 @@ def test_a_machine_builds_its_own_engines_and_its_guests() -> None:
     ]
 
 
+@pytest.mark.parametrize("machine", [A100, ADA, H200])
+@pytest.mark.parametrize("network", ["attn_in", "attn_out", "ffn"])
+def test_int8_is_taken_by_measurement_or_on_request(machine: Machine, network: str) -> None:
+    def int8(figures: Mapping[str, Figure], asked: str | None = None) -> str:
+        return chosen("exact", figures, machine, {}, network, "int8", asked).candidate.name
+
+    times = {"tensorrt": (20.0, 3e-3), "native int8": (12.0, 1.2e-2)}
+    figures = {name: figure(name, *row, network, machine) for name, row in times.items()}
+    assert (int8({}), int8(figures), int8({}, "native int8")) == ("tensorrt", "native int8", "native int8")
+    unrotated = figures | {"native int8": figure("native int8", 12.0, 6e-2, network, machine)}
+    assert int8(unrotated) == "tensorrt"
+    assert trt_wan.runtime.segments.native.missing(network, (7, 5), "native int8") is not None
+
+
 def test_tolerances() -> None:
     """Errors measured on the H200 with the tiny model are inside; SM89's wrong engines are outside."""
     measured = {
@@ -164,6 +181,7 @@ def test_tolerances() -> None:
         ("vae_encode_first", "fp8"): 1.4e-2,
         ("attention", "fp8"): 6.4e-3,
         ("motion_encoder", "fp32"): 4.1e-3,
+        ("attn_out", "int8"): 1.1e-2,  # in numpy
     }
     for (network, precision), error in measured.items():
         assert 1.3 < tolerance(network, precision, "exact") / error < 1.8, network  # type: ignore[arg-type]

@@ -88,11 +88,11 @@ def test_the_bisection_asks_few_times(graph: onnx.ModelProto) -> None:
     assert "with intermediate results as outputs" in first_difference(graph, names, lambda some: False)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
 def test_a_graph_in_float32_computes_what_the_float32_network_does(
     graph: onnx.ModelProto, tmp_path: Path, precision: Precision
 ) -> None:
-    """With the numbers that FP8 weights stand for; intermediate results keep their names."""
+    """With the numbers that weights of 8 bits stand for; intermediate results keep their names."""
     plan = Plan(PLAN.width, PLAN.height, PLAN.frames, precision)
     network = networks(TINY, plan)["ffn"]
     export(network, TINY, plan, tmp_path / "ffn.onnx")
@@ -190,7 +190,7 @@ def test_intermediate_results_in_bfloat16_compile_as_outputs(tmp_path: Path) -> 
 # --- on a GPU ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
 def test_every_engine_is_checked_on_the_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
 ) -> None:

@@ -156,12 +156,14 @@ def test_a_named_file_and_a_named_folder_are_taken(folder: Path, tmp_path: Path)
 
 V1 = fp8()
 COMFY = fp8(scale="weight_scale", more=described({"format": "float8_e4m3fn"}))
+CONVROT = int8({"format": "int8_tensorwise", "convrot": True}, 256)
 ORDER: tuple[tuple[Precision, dict[str, Maker], str, str], ...] = (
     ("fp8", {"bf16": prefixed(""), "v1": V1, "f32": prefixed("", F32)}, "v1", "the shortest of those"),
     ("fp8", {"v2": fp8(among=V2), "v1": V1}, "v1", "its smaller tensors lose least in fp8, of 2"),
     ("fp8", {"plain": fp8(scale=""), "bf16": prefixed("")}, "bf16", "it loses least"),
     ("fp8", {"q4": gguf_file("Q4_0"), "int8": int8({"format": "int8_tensorwise"})}, "int8", "it loses least"),
     ("fp8", {"v1": V1, "comfy": COMFY}, "comfy", "its layout is the newest, of 2"),
+    ("int8", {"bf16": prefixed(""), "v1": V1, "convrot": CONVROT}, "convrot", "it loses least in int8"),
     ("bf16", {"bf16": prefixed(""), "v1": V1, "f32": prefixed("", F32)}, "bf16", "the shortest of those"),
     ("bf16", {"f16": prefixed("", F16), "bf16": prefixed("")}, "bf16", "it loses least in bf16"),
     ("fp32", {"bf16": prefixed(""), "f32": prefixed("", F32)}, "f32", "it loses least in fp32"),

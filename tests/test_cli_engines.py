@@ -213,7 +213,7 @@ def test_without_a_gpu_it_says_that_it_exports_graphs(
 ) -> None:
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path))
     monkeypatch.setattr(trt_wan.build.goals, "Gpu", without_gpu)
-    for precision in ("fp32", "bf16", "fp8"):
+    for precision in ("fp32", "bf16", "fp8", "int8"):
         options = ["--precision", precision] if precision != "fp32" else []
         result = invoke(*BUILD[:-2], "--dry-run", *options)
         assert result.exit_code == 0 and f"-{precision}-" in result.stdout

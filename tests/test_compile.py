@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import pytest
 from conftest import Engines
-from plan_text import fused_attentions, gemms
+from plan_text import fused_attentions, gemms, kernels
 from tiny_job import PLAN
 
 from trt_wan.build.compile import compile_engines
@@ -72,6 +73,7 @@ for target in sys.argv[2:]:
 SUBSET = """
 import resource, sys
 from pathlib import Path
+from typing import cast
 from trt_wan.build.export import export
 from trt_wan.engines.config import ANIMATE_14B as model
 from trt_wan.engines.contracts import networks
@@ -168,6 +170,22 @@ def test_every_fp8_linear_is_an_fp8_gemm(home: Path, target: Target) -> None:
     }
     for name, plan in bf16_plans(home, target).items():
         assert [gemm[:2] for gemm in gemms(plan)] == [BF16] * FP8_GEMMS[name], name
+
+
+@pytest.mark.parametrize(
+    "name", ["ffn", *(pytest.param(n, marks=pytest.mark.long) for n in FP8_GEMMS if n != "ffn")]
+)
+def test_int8_compiles_for_gpus_without_fp8(tmp_path: Path, name: str) -> None:
+    """Products in bf16, of the weights and of the tokens' rotation. TensorRT makes one of several."""
+    plan = replace(PLAN, precision="int8")
+    export(networks(TINY, plan)[name], TINY, plan, tmp_path / "graph")
+    rotations = {"attn_in": 1, "attn_out": 2, "ffn": 3, "context_kv": 2}
+    for target in ("sm80", "sm86"):
+        graph, flavour = (tmp_path / "graph").read_bytes(), choose_flavour("tensorrt_rtx", None)
+        made = compile_onnx(flavour, graph, cast(Target, target), lambda *progress: None)
+        assert {gemm[:2] for gemm in gemms(made)} == {BF16}
+        names = [kernel.name for kernel in kernels(made) if kernel.kind == "fully_connected"]
+        assert len("+".join(names).split("+")) == FP8_GEMMS[name] + rotations[name], target
 
 
 @pytest.mark.parametrize("target", TARGETS)

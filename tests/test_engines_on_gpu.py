@@ -18,14 +18,14 @@ from tiny_job import PLAN, prepare, write_sound
 from trt_wan.build.graphs import build_graphs
 from trt_wan.build.realistic import dequantised
 from trt_wan.build.reference import ADDED_TO
+from trt_wan.engines import fp8, int8
 from trt_wan.engines.choice.candidates import Candidate, candidates
 from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.choice.tolerances import tolerance
 from trt_wan.engines.config import TINY
-from trt_wan.engines.contract import Network, scale_name
+from trt_wan.engines.contract import QUANTISED, Network, scale_name
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import choose_flavour
-from trt_wan.engines.fp8 import E4M3, quantise_rows
 from trt_wan.engines.precision import PRECISIONS, Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.engines.store.engine_id import Recipe
@@ -75,14 +75,15 @@ def calls(gpu: Any, tiny_home: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def at_types(network: Network, values: Values) -> Values:
-    """The numbers in the contract's types; FP8 weights get their scales."""
+    """The numbers in the contract's types; weights of 8 bits get their scales."""
     typed: Values = {}
     for tensor in network.inputs + network.weights:
         if tensor.name in typed:
             continue
         host = np.ascontiguousarray(np.asarray(values[tensor.name]))
-        if np.dtype(tensor.dtype) == E4M3:
-            typed[tensor.name], typed[scale_name(tensor.name)] = quantise_rows(host)
+        if tensor.dtype in QUANTISED:
+            quantise = int8.quantise_rows if tensor.dtype == "int8" else fp8.quantise_rows
+            typed[tensor.name], typed[scale_name(tensor.name)] = quantise(host)
         else:
             typed[tensor.name] = host.astype(tensor.dtype)
     return typed

@@ -18,6 +18,7 @@ from lora_files import BF16, FAMILIES, OF_BASE, Array, Made, of_base
 from quantised_weights import QuantisedTensors, quantised_file
 from weight_oracle import E4M3, contents
 
+from trt_wan.engines import int8
 from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contract import scale_name
@@ -180,7 +181,7 @@ def fetched(
 
 
 def values_of(pack: Pack, data: Mapping[str, bytes]) -> dict[str, Array]:
-    """float32 by tensor; FP8 times its scales."""
+    """float32 by tensor; codes times their scales."""
     read = {
         t.name: np.frombuffer(data[t.name], np.dtype(t.dtype)).reshape(t.shape) for t in pack.network.weights
     }
@@ -197,7 +198,8 @@ def require_close(pack: Pack, got: Mapping[str, bytes], wanted: Mapping[str, byt
             continue
         a, b = first[tensor.name], second[tensor.name]
         step = {"float8_e4m3fn": 1 / 8, "bfloat16": 1 / 128}.get(tensor.dtype, 2e-6)
-        limit = step * np.maximum(np.abs(a), np.abs(b)) + 3e-6 * np.abs(b).max() + 1e-12
+        coarse = np.abs(b).max(axis=-1, keepdims=True) / 126 if tensor.dtype == "int8" else 0.0
+        limit = coarse + step * np.maximum(np.abs(a), np.abs(b)) + 3e-6 * np.abs(b).max() + 1e-12
         assert np.all(np.abs(a - b) <= limit), f"{pack.key} {tensor.name}"
         if tensor.dtype != "float32":
             apart = np.abs(a - b) > 1e-5 * np.abs(b)
@@ -216,8 +218,9 @@ def wanted(pack: Pack, base: Tensors, merged: Any) -> dict[str, bytes]:
         if name not in merged.changed or tensor.name in pack.scaled:
             continue
         values = merged.tensors[name]
-        if tensor.name in (fp8.name for fp8 in pack.scaled.values()):
-            values, scales = quantise_rows(values)
+        if tensor.name in (coded.name for coded in pack.scaled.values()):
+            as_codes = quantise_rows if tensor.dtype == "float8_e4m3fn" else int8.quantise_rows
+            values, scales = as_codes(values)
             made[scale_name(tensor.name)] = scales.tobytes()
         made[tensor.name] = values.astype(np.dtype(tensor.dtype)).tobytes()
     return made
@@ -260,7 +263,8 @@ BASES = ("fp32", "bf16", "int8", "int8 rows", "int8 convrot", "Q8_0", "Q4_0", "Q
 
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [*((kind, "fp8") for kind in BASES), ("bf16", "bf16"), ("int8 convrot", "bf16"), ("Q8_0", "bf16")],
+    [*((kind, "fp8") for kind in BASES), ("bf16", "bf16"), ("int8 convrot", "bf16"), ("Q8_0", "bf16")]
+    + [("bf16", "int8"), ("int8 convrot", "int8")],
 )
 def test_every_base(bases: Any, tmp_path: Path, kind: str, precision: Precision) -> None:
     path = FAMILIES["lightx2v_own"]().save(tmp_path / "lora.safetensors")

@@ -4,8 +4,10 @@ With one, the parts of a block are compared with the fp32 graphs, on the same aw
 measures candidates with, every weight random.
 """
 
+import ctypes
 import gc
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -37,10 +39,17 @@ def test_channels_that_warps_cannot_share_are_a_mistake() -> None:
         block.threads_for(200, 320)
 
 
-@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (12, 0)])
+@pytest.mark.parametrize(
+    ("capability", "operands"),
+    [
+        *(((8, 9), "fp8"), ((9, 0), "fp8"), ((12, 0), "fp8"), ((8, 0), "int8")),
+        *(pytest.param(c, "int8", marks=pytest.mark.long) for c in ((8, 6), (8, 9), (9, 0), (12, 0))),
+        pytest.param((8, 0), "fp8", marks=pytest.mark.long),  # for the fuser in bf16
+    ],
+)
 @pytest.mark.parametrize("model", ["14b", pytest.param("tiny", marks=pytest.mark.long)])
-def test_kernels_compile(nvrtc: None, model: str, capability: tuple[int, int]) -> None:
-    code = bytes(compile_source(block.SOURCE, capability, block.macros(MODELS[model])).code)
+def test_kernels_compile(nvrtc: None, model: str, capability: tuple[int, int], operands: Any) -> None:
+    code = bytes(compile_source(block.SOURCE, capability, block.macros(MODELS[model], operands)).code)
     for name in block.KERNELS:
         assert f".text.{name}".encode() + b"\0" in code
 
@@ -102,6 +111,9 @@ LAUNCHES = {
 }
 
 
+LAUNCHES |= {f"{part} native int8": LAUNCHES[f"{part} native"] for part in block.PARTS}
+
+
 class Recorder:
     """The kernels and products of a segment, as a list of launches."""
 
@@ -120,10 +132,10 @@ class Recorder:
 @pytest.mark.parametrize("case", LAUNCHES)
 def test_kernels_read_what_was_given_or_written_before(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is read that an earlier segment left in the scratch, which all segments share."""
-    plan, recorder = Plan(64, 48, 5, "fp8"), Recorder()
-    for kind in ("Fp8Gemm", "Bf16Gemm"):
-        monkeypatch.setattr(block, kind, recorder.product)
     name, candidate = case.removesuffix(" 8.9").split(" ", 1)
+    plan, recorder = Plan(64, 48, 5, "int8" if candidate == "native int8" else "fp8"), Recorder()
+    for kind in ("Fp8Gemm", "Int8Gemm", "Bf16Gemm"):
+        monkeypatch.setattr(block, kind, recorder.product)
     capability = (8, 9) if case.endswith("8.9") else (9, 0)
     gpu = SimpleNamespace(
         stream=None, once=lambda key, make: recorder, capability=capability, multiprocessors=132
@@ -151,7 +163,7 @@ def test_kernels_read_what_was_given_or_written_before(case: str, monkeypatch: p
 
 
 def test_the_reason_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native.missing("ffn", (8, 0)) == "A GPU of compute capability 8.0 has no FP8."
+    assert native.missing("ffn", (7, 5)) == "A GPU of compute capability 7.5 has no bf16 products."
 
     def absent() -> Any:
         raise EnvironmentBroken("cuBLASLt is not installed.", "Run:\npip install it")
@@ -167,11 +179,13 @@ class FakeCublasLt:
 
     def __init__(self) -> None:
         self.alive = dict[int, str]()
+        self.types = list[int]()  # of sums, scales and matrices
 
     def __getattr__(self, function: str) -> Any:
         kind = function.removeprefix("cublasLt").removesuffix("Create").removesuffix("Destroy")
 
         def create(made: Any, *arguments: Any) -> int:
+            self.types += [argument for argument in arguments if isinstance(argument, int)]
             if kind == "MatrixLayout" and arguments[2].value == 77:
                 return 7
             made._obj.value = max(self.alive, default=0) + 1
@@ -205,6 +219,15 @@ def test_all_that_cublaslt_creates_is_destroyed() -> None:
     assert not fake.alive
 
 
+def test_int8_products_have_int32_sums_and_scales() -> None:
+    fake = FakeCublasLt()
+    product = gemm.Int8Gemm(cast(Any, None), gemm.CublasLt(fake), 36, 256, 512)
+    compute_32i, int8, int32 = 72, 3, 10  # of cublasLt.h and library_types.h
+    assert fake.types == [compute_32i, int32, int8, int8, int32]
+    assert type(product._factor) is type(product._zero) is ctypes.c_int
+    assert (product._factor.value, product._zero.value) == (1, 0)
+
+
 def test_a_product_that_cublaslt_refuses_leaves_nothing() -> None:
     fake = FakeCublasLt()
     library = gemm.CublasLt(fake)
@@ -232,6 +255,9 @@ def gpu() -> Any:
     ("name", "candidate"),
     [
         ("attn_in", "native"),
+        ("attn_in", "native int8"),
+        ("attn_out", "native int8"),
+        ("ffn", "native int8"),
         ("attn_out", "native"),
         ("cross_attention", "native"),
         ("ffn", "native"),
@@ -250,6 +276,7 @@ def gpu() -> Any:
 def test_networks_against_the_fp32_graphs(
     gpu: Any, model: Any, plan: Plan, name: str, candidate: str
 ) -> None:
+    plan = replace(plan, precision="int8") if candidate == "native int8" else plan
     segment = native.open_native(networks(model, plan)[name], model, plan, gpu, candidate)
     compare(gpu, segment, model, plan, name, "fast" if candidate == "native fp8" else "exact")
 
@@ -274,4 +301,4 @@ def compare(gpu: Any, segment: Any, model: Any, plan: Plan, name: str, tier: Any
     made, again = (run_segment(gpu, segment, network, values, poison) for poison in (0xFF, 0x7F))
     assert all((made[n].view(np.uint8) == again[n].view(np.uint8)).all() for n in made)
     error = relative_error(made, reference(name, model, values, tokens), values, tokens)
-    assert error <= tolerance(name, "fp8", tier)
+    assert error <= tolerance(name, plan.precision, tier)

@@ -7,6 +7,7 @@ import pytest
 
 from trt_wan.engines.config import ANIMATE_14B, TINY, ModelConfig
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.int8 import GROUP
 from trt_wan.engines.precision import PRECISIONS, Precision
 from trt_wan.engines.shape import Plan
 
@@ -65,18 +66,24 @@ def test_fp8_are_the_linear_weights_of_the_blocks(model: ModelConfig) -> None:
     layers = model.transformer.layers
     assert fp8 == {f"blocks.{n}.{name}" for n in range(layers) for name in BLOCK_LINEARS}
     assert len(fp8) == 12 * layers
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "int8"):
         assert "float8_e4m3fn" not in {dtype for dtype, _ in weight_types(model, precision).values()}
+    int8 = {name for name, (dtype, _) in weight_types(model, "int8").items() if dtype == "int8"}
+    assert int8 == fp8
 
 
 @every_model
-def test_every_fp8_weight_is_followed_by_a_scale_per_output_channel(model: ModelConfig) -> None:
-    for network in networks(model, Plan(precision="fp8")).values():
+@pytest.mark.parametrize(("precision", "dtype"), [("fp8", "float8_e4m3fn"), ("int8", "int8")])
+def test_every_weight_of_8_bits_is_followed_by_a_scale_per_output_channel(
+    model: ModelConfig, precision: Precision, dtype: str
+) -> None:
+    for network in networks(model, Plan(precision=precision)).values():
         for weight, after in pairwise((*network.weights, None)):
-            if weight is not None and weight.dtype == "float8_e4m3fn":
+            if weight is not None and weight.dtype == dtype:
                 assert after is not None and after.name == weight.name.removesuffix("weight") + "scale"
                 assert (after.dtype, after.shape) == ("float32", weight.shape[:1])
-    scales = [name for name in weight_types(model, "fp8") if name.endswith(".scale")]
+                assert precision != "int8" or weight.shape[1] % GROUP == 0
+    scales = [name for name in weight_types(model, precision) if name.endswith(".scale")]
     assert len(scales) == 12 * model.transformer.layers
     assert not [name for name in weight_types(model, "bf16") if name.endswith(".scale")]
 
@@ -87,7 +94,9 @@ def test_the_types_of_weights(model: ModelConfig, precision: Precision) -> None:
     for name, (dtype, _) in weight_types(model, precision).items():
         block = re.fullmatch(r"blocks\.\d+\.(.*)", name)
         if block and block[1] in BLOCK_LINEARS:
-            expected = {"fp32": "float32", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}[precision]
+            expected = {"fp32": "float32", "bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}[
+                precision
+            ]
         elif re.fullmatch(OTHER_LINEARS, name) or _is_vae_convolution(name):
             expected = "float32" if precision == "fp32" else "bfloat16"
         else:
@@ -118,6 +127,6 @@ def test_the_types_of_inputs_and_outputs(model: ModelConfig, precision: Precisio
 @every_model
 def test_precision_changes_types_and_no_shapes(model: ModelConfig) -> None:
     exact = {name: shape for name, (_, shape) in weight_types(model, "fp32").items()}
-    for precision in ("bf16", "fp8"):
+    for precision in ("bf16", "fp8", "int8"):
         types = weight_types(model, precision)
         assert {name: shape for name, (_, shape) in types.items() if not name.endswith(".scale")} == exact

@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from quantised_weights import FORMS, decoded, quantised_file, random_blocks
 
-from trt_wan.runtime.weights.stored import BLOCKS, CHUNK, ROTATIONS, Stored, rotated
+from trt_wan.engines.int8 import rotated
+from trt_wan.runtime.weights.stored import BLOCKS, CHUNK, ROTATIONS, Stored
 
 # The largest error over the largest weight, of normal numbers; a tenth more than measured.
 ERRORS = {

@@ -17,18 +17,18 @@ import pytest
 from late_gpu import LateGpu, at
 from quantised_weights import FORMS, QuantisedTensors, with_quantised_block
 from safetensors.numpy import save_file
-from weight_oracle import E4M3, contents
+from weight_oracle import E4M3, contents, rotated
 
 from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.config import TINY
-from trt_wan.engines.contract import Network, Part, Tensor, scale_name
+from trt_wan.engines.contract import QUANTISED, Network, Part, Tensor, scale_name
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.precision import Precision
+from trt_wan.engines.precision import PRECISIONS, Precision
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import MemoryShort, WeightsError
 from trt_wan.runtime.device.arena import ALIGNMENT
 from trt_wan.runtime.opening.residency import BLOCK
-from trt_wan.runtime.weights import convert
+from trt_wan.runtime.weights import convert, sources
 from trt_wan.runtime.weights.checkpoint import Checkpoint
 from trt_wan.runtime.weights.load import load_weights
 from trt_wan.runtime.weights.on_device import AHEAD, LEAVING, DeviceWeights
@@ -156,7 +156,7 @@ restless = pytest.mark.parametrize(("seed", "chance"), [(0, 0.0), (1, 0.1), (2, 
 # ---- packs and sources ----
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_tensors_of_a_pack_are_aligned_and_apart(precision: Precision) -> None:
     for pack in packs_of(precision):
         end = 0
@@ -167,7 +167,7 @@ def test_tensors_of_a_pack_are_aligned_and_apart(precision: Precision) -> None:
         assert end <= pack.size < end + 256
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_network_gets_the_numbers_of_the_file(tiny: Parts, precision: Precision) -> None:
     """Scaled FP8 reaches an FP8 engine bit for bit, with the scale of the file for every row."""
     gpu = LateGpu()
@@ -194,9 +194,9 @@ def test_a_transformer_of_any_type_is_converted(
 
 @pytest.mark.parametrize("kind", FORMS)
 def test_a_quantised_transformer_is_decoded(quantised: Callable[[str], Parts], kind: str) -> None:
-    """In pieces of 16 MB, and of 2 KB for FP8."""
+    """In pieces of 16 MB, and of 2 KB for 8 bits."""
     parts = quantised(kind)
-    for precision, piece in (("bf16", 16 << 20), ("fp8", 2048)):
+    for precision, piece in (("bf16", 16 << 20), ("fp8", 2048), ("int8", 2048)):
         gpu = LateGpu(0, 0.2)
         run = Job(gpu, DeviceWeights(cast(Any, gpu), FileSource(parts, piece)), parts)
         for pack in blocks(cast(Precision, precision))[:2]:
@@ -219,7 +219,23 @@ def test_rotated_weights_are_never_copied_as_they_are(tiny: Parts, kind: Any, pr
     run.end()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_int8_convrot_is_used_bit_for_bit(quantised: Callable[[str], Parts]) -> None:
+    """Codes and scales of the file; other layouts of int8 are made anew."""
+    for kind, same in (("int8 convrot", True), ("int8 rows", False)):
+        parts = quantised(kind)
+        run = job(LateGpu(), parts)
+        for pack in blocks("int8")[:2]:
+            run.use(pack)
+        run.end()
+        for pack in blocks("int8")[:2]:
+            for scale, tensor in pack.scaled.items():
+                stored = parts["transformer"].stored(pack.network.weight_key(tensor.name, pack.n))
+                assert stored.dtype == np.int8 and stored.scales is not None
+                assert (stored.values.tobytes() in run.seen[pack.key]) == same, tensor.name
+                assert (np.ascontiguousarray(stored.scales).tobytes() in run.seen[pack.key]) == same, scale
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int8"])
 def test_a_piece_that_is_decoded_fits_into_the_memory_for_it(dtype: str) -> None:
     """A piece of Q2_K has 3 bits a number: 16 MB of it are 200 MB of float32."""
     rows, inner = 8192, 2048
@@ -227,7 +243,7 @@ def test_a_piece_that_is_decoded_fits_into_the_memory_for_it(dtype: str) -> None
         np.broadcast_to(np.uint8(0), (rows, inner // 256 * 84)), blocks="Q2_K", dims=(rows, inner)
     )
     weight = Tensor("w.weight", (rows, inner), dtype)
-    scales = (Tensor(scale_name(weight.name), (rows,)),) if dtype == "float8_e4m3fn" else ()
+    scales = (Tensor(scale_name(weight.name), (rows,)),) if dtype in QUANTISED else ()
     network = Network("w", "transformer", (), (weight, *scales), (), "blocks.{n}.", 1)
     tensors = QuantisedTensors(cast(Any, None), {"blocks.0.w.weight": stored})
     numbers = 0
@@ -280,18 +296,19 @@ def test_values_that_are_computed_are_weights_too(tiny: Parts) -> None:
     run.end()
 
 
-def test_random_weights_are_seeded_and_of_the_promised_moments() -> None:
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_random_weights_are_seeded_and_of_the_promised_moments(precision: Precision) -> None:
     def drawn(seed: int) -> Job:
         gpu = LateGpu()
         run = Job(gpu, DeviceWeights(cast(Any, gpu), RandomSource(seed)))
-        for pack in packs_of("fp8"):
+        for pack in packs_of(precision):
             run.use(pack)
         run.end()
         return run
 
     first, second, third = drawn(1), drawn(1), drawn(2)
     assert first.seen == second.seen and first.weights.loaded_bytes == 0
-    for pack in packs_of("fp8"):
+    for pack in packs_of(precision):
         data, start, values = first.seen[pack.key], 0, dict[str, Any]()
         for tensor in pack.network.weights:
             stop = start + nbytes(tensor)
@@ -304,7 +321,7 @@ def test_random_weights_are_seeded_and_of_the_promised_moments() -> None:
             if tensor.name in pack.scaled:
                 continue
             got = values[tensor.name].astype(np.float32)
-            if tensor.dtype == "float8_e4m3fn":
+            if tensor.dtype in QUANTISED:
                 got = got * values[tensor.name.removesuffix("weight") + "scale"][:, None]
             key = pack.network.weight_key(tensor.name, pack.n)
             mean, deviation = random_moments(key, tensor.shape)
@@ -312,6 +329,28 @@ def test_random_weights_are_seeded_and_of_the_promised_moments() -> None:
             assert abs(got.mean() - mean) <= deviation * few + 1e-6, key
             if got.size > 50:
                 assert got.std() == pytest.approx(deviation, rel=0.01 + few), key
+
+
+def test_random_int8_weights_are_those_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the rotated basis, also if they are drawn a few rows at a time: qualities can be compared."""
+    monkeypatch.setattr(sources, "FLOAT32_BYTES", 4 * 512 * 3)
+    seen = {}
+    for precision in ("bf16", "int8"):
+        gpu = LateGpu()
+        run = Job(gpu, DeviceWeights(cast(Any, gpu), RandomSource(1)))
+        (pack,) = (pack for pack in packs_of(cast(Precision, precision), "ffn") if pack.n == 1)
+        run.use(pack)
+        run.end()
+        start, seen[precision] = 0, dict[str, Any]()
+        for tensor in pack.network.weights:
+            stop = start + nbytes(tensor)
+            data = np.frombuffer(run.seen[pack.key][start:stop], np.dtype(tensor.dtype))
+            seen[precision][tensor.name] = data.reshape(tensor.shape)
+            start = stop
+    for name in (name for name in seen["bf16"] if name.endswith(".weight") and seen["bf16"][name].ndim == 2):
+        drawn, scale = seen["bf16"][name].astype(np.float32), seen["int8"][scale_name(name)]
+        made = rotated(seen["int8"][name] * scale[:, None], 256)
+        assert np.linalg.norm(made - drawn) < 1e-2 * np.linalg.norm(drawn), name
 
 
 def test_random_weights_do_not_depend_on_what_streams() -> None:

@@ -237,7 +237,7 @@ def fetched(weights: DeviceWeights, pack: Pack) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("piece", [2048, 16 << 20])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "int8"])
 def test_every_network_gets_the_numbers_of_the_file(
     gpu: Gpu, tiny: Any, precision: Precision, piece: int
 ) -> None:
@@ -254,7 +254,7 @@ def test_a_quantised_transformer_is_decoded(
     gpu: Gpu, tiny: Any, tmp_path: Path, kind: str, piece: int
 ) -> None:
     made: Any = with_quantised_block(tiny["transformer"], tmp_path / "file", kind)
-    for precision in ("fp32", "bf16", "fp8"):
+    for precision in ("fp32", "bf16", "fp8", "int8"):
         weights = DeviceWeights(gpu, FileSource({"transformer": made}, piece))
         for pack in blocks(precision)[:2]:
             assert fetched(weights, pack) == contents(pack, made), (precision, pack.key)
@@ -270,7 +270,7 @@ def test_generated_checkpoints_are_quantised(gpu: Gpu) -> None:
 
 
 @pytest.mark.parametrize("kind", ["files", "random"])
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
 def test_streamed_is_resident(gpu: Gpu, tiny: Any, precision: Precision, kind: str) -> None:
     source = FileSource(tiny) if kind == "files" else RandomSource(7)
     order = blocks(precision)

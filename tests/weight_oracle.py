@@ -37,6 +37,12 @@ def quantised(
     return (weight / scale[:, None]).astype(E4M3), scale
 
 
+def int8_rows(turned: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """int8 [rows, inner] of rotated rows, and float32 [rows]: a scale for each output channel."""
+    scale = np.maximum(np.abs(turned).max(axis=1) / np.float32(127), np.float32(1e-12))
+    return np.rint(turned / scale[:, None]).astype(np.int8), scale
+
+
 def plain(values: NDArray[Any], blocks: str) -> NDArray[Any]:
     """The numbers of GGUF blocks [rows, bytes]; other values as they are."""
     if not blocks:
@@ -59,10 +65,16 @@ def rotated(values: NDArray[np.float32], group: int) -> NDArray[np.float32]:
 
 
 def as_contract(stored: Stored, tensor: Tensor) -> dict[str, NDArray[Any]]:
-    """The tensor, and the scale if it is FP8, by name."""
+    """The tensor, and the scale if it has 8 bits, by name."""
+    if tensor.dtype == "int8" and stored.dtype == np.int8 and stored.rotation == 256:
+        assert stored.scales is not None
+        return {tensor.name: stored.values, scale_name(tensor.name): stored.scales}
     numbers, scales = plain(stored.values, stored.blocks).reshape(stored.shape), stored.scales
     if stored.rotation:
         numbers, scales = rotated(converted(numbers, scales, np.float32), stored.rotation), None
+    if tensor.dtype == "int8":
+        values, scale = int8_rows(rotated(converted(numbers, scales, np.dtype(np.float32)), 256))
+        return {tensor.name: values, scale_name(tensor.name): scale}
     if np.dtype(tensor.dtype) != E4M3:
         return {tensor.name: converted(numbers, scales, np.dtype(tensor.dtype))}
     if stored.dtype == E4M3 and not stored.rotation:

@@ -31,7 +31,7 @@ class Work:
     attention: int = 0  # q kᵀ and probabilities times v
     convolution: int = 0
     bytes: int = 0
-    fp8: bool = False  # whether its linear layers are FP8
+    fp8: bool = False  # whether its linear layers have 8 bits; int8 counts as FP8, whose peak is the same
 
     @property
     def flops(self) -> int:
@@ -109,8 +109,8 @@ def seconds_at_best(work: Work, rates: Mapping[Unit, float], bytes_per_second: f
 def _work(network: Network, model: ModelConfig, plan: Plan) -> Work:
     linear, attention, convolution = _flops(network.name, model, plan)
     moved = sum(nbytes(t) for t in (*network.inputs, *network.weights, *network.outputs))
-    fp8 = network.fp8 and PRECISIONS[plan.precision].fp8
-    return Work(linear, attention, convolution, moved, fp8)
+    eight_bits = network.quantised and PRECISIONS[plan.precision].quantised != ""
+    return Work(linear, attention, convolution, moved, eight_bits)
 
 
 def _flops(name: str, model: ModelConfig, plan: Plan) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trt_wan.engines.fp8 import E4M3_MAX
+from trt_wan.engines.int8 import GROUP, hadamard
 from trt_wan.engines.precision import PRECISIONS
 from trt_wan.engines.shape import Plan
 
@@ -31,32 +32,38 @@ def activation(plan: Plan) -> torch.dtype:
 
 
 class Operand(NamedTuple):
-    """The left side of matrix products: values in the weights' type, and the scale of FP8 values."""
+    """The left side of matrix products: values in the weights' type or bf16, and the scale of FP8 values."""
 
     values: Tensor
     scale: Tensor | None = None
 
 
 def operand(x: Tensor, weight: Tensor) -> Operand:
-    """`x` [tokens, channels] made ready for weights of `weight`'s type; FP8 gets a scale per token."""
+    """`x` [tokens, channels] made ready for weights of `weight`'s type; FP8 gets a scale per token. For int8
+    it is rotated as the weights are, and stays in bf16.
+    """
+    if weight.dtype == torch.int8:
+        turned = x.to(torch.bfloat16).reshape(-1, GROUP) @ torch.from_numpy(hadamard(GROUP)).bfloat16()
+        return Operand(turned.reshape(x.shape))
     if weight.dtype != torch.float8_e4m3fn:
         return Operand(x.to(weight.dtype))
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-10)
-    return Operand(_fp8_values(_fp8(x * (E4M3_MAX / largest))), largest * (1 / E4M3_MAX))
+    return Operand(_values(_fp8(x * (E4M3_MAX / largest))), largest * (1 / E4M3_MAX))
 
 
 def project(x: Operand, w: Weights, name: str) -> Tensor:
     """A linear layer [out, in], with its bias if it has one.
 
     TensorRT keeps an FP8 GEMM only if the scales of its Q/DQ nodes are constants. They are 1; the scales of
-    tokens and weights are multiplied outside (trt_facts.md 2.3). Returns float32 for FP8, otherwise the
-    weights' type.
+    tokens and weights are multiplied outside (trt_facts.md 2.3). Returns float32 for weights of 8 bits,
+    otherwise their type.
     """
     weight, bias = w[f"{name}.weight"], w.get(f"{name}.bias")
-    if x.scale is None:
+    if weight.dtype not in (torch.float8_e4m3fn, torch.int8):
         return F.linear(x.values, weight, None if bias is None else bias.to(weight.dtype))
-    y = (x.values @ _fp8_values(weight).t()).float() * (x.scale * w[f"{name}.scale"])
+    y = (x.values @ _values(weight).t()).float()
+    y = y * (w[f"{name}.scale"] if x.scale is None else x.scale * w[f"{name}.scale"])
     return y if bias is None else y + bias
 
 
@@ -73,8 +80,8 @@ def _fp8(x: Tensor) -> Tensor:
     )
 
 
-def _fp8_values(x: Tensor) -> Tensor:
-    """DequantizeLinear with scale 1: the bf16 numbers that FP8 values are."""
+def _values(x: Tensor) -> Tensor:
+    """DequantizeLinear with scale 1: the bf16 numbers that FP8 or int8 values are."""
     one = torch.ones((), dtype=torch.bfloat16)
     return torch.onnx.ops.symbolic(
         "DequantizeLinear", (x, one), dtype=torch.bfloat16, shape=x.shape, version=OPSET

@@ -59,15 +59,17 @@ class Candidate:
         assert (self.maker == "engine") == (self.engine is not None), self
 
 
-ALL: tuple[Precision, ...] = ("fp32", "bf16", "fp8")
-BF16: tuple[Precision, ...] = ("bf16", "fp8")  # q, k, v and the fusers' weights are bf16
+ALL: tuple[Precision, ...] = tuple(PRECISIONS)
+BF16: tuple[Precision, ...] = ("bf16", "fp8", "int8")  # q, k, v and the fusers' weights are bf16
 FP8: tuple[Precision, ...] = ("fp8",)
+INT8: tuple[Precision, ...] = ("int8",)
 
 VAE = ("vae_encode_first", "vae_encode_next", "vae_decode_first", "vae_decode_next")
 
 CANDIDATES = (
     Candidate("attn_in", "tensorrt", ALL, engine=Engine("attn_in")),
     Candidate("attn_in", "native", FP8, maker="native"),
+    Candidate("attn_in", "native int8", INT8, maker="native"),
     Candidate("attention", "tensorrt", ALL, engine=Engine("attention")),
     Candidate("attention", "tensorrt sm89", ALL, engine=Engine("attention", "sm89")),
     Candidate("attention", "native", BF16, maker="attention"),
@@ -82,10 +84,12 @@ CANDIDATES = (
     Candidate("sparse_attention", "native sparse", FP8, "turbo", maker="attention"),
     Candidate("attn_out", "tensorrt", ALL, engine=Engine("attn_out")),
     Candidate("attn_out", "native", FP8, maker="native"),
+    Candidate("attn_out", "native int8", INT8, maker="native"),
     Candidate("cross_attention", "tensorrt", ALL, engine=Engine("cross_attention")),
-    Candidate("cross_attention", "native", FP8, maker="native"),
+    Candidate("cross_attention", "native", FP8 + INT8, maker="native"),
     Candidate("ffn", "tensorrt", ALL, engine=Engine("ffn")),
     Candidate("ffn", "native", FP8, maker="native"),
+    Candidate("ffn", "native int8", INT8, maker="native"),
     *(Candidate(name, "tensorrt", ALL, engine=Engine(name)) for name in VAE),
     *(Candidate(name, made, BF16, maker="native") for name in VAE for made in ("cudnn", "native")),
     Candidate("fuser", "tensorrt", ALL, engine=Engine("fuser")),

@@ -14,7 +14,7 @@ def network(model: ModelConfig, plan: Plan) -> Network:
         part="transformer",
         scope="blocks.{n}.",
         repeats=c.layers,
-        fp8=True,
+        quantised=True,
         inputs=(
             Tensor("x", (tokens, c.dim)),
             Tensor("time_modulation", (6, c.dim)),

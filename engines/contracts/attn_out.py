@@ -18,7 +18,7 @@ def network(model: ModelConfig, plan: Plan) -> Network:
         part="transformer",
         scope="blocks.{n}.",
         repeats=c.layers,
-        fp8=True,
+        quantised=True,
         inputs=(
             Tensor("x", tokens),
             Tensor("attended", tokens, "activation"),

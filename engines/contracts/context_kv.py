@@ -13,7 +13,7 @@ def network(model: ModelConfig) -> Network:
         part="transformer",
         scope="blocks.{n}.cross_attn.",
         repeats=c.layers,
-        fp8=True,
+        quantised=True,
         inputs=(
             Tensor("text_tokens", (model.text.length, c.dim)),
             Tensor("image_tokens", (model.image.tokens, c.dim)),

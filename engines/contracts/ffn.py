@@ -13,7 +13,7 @@ def network(model: ModelConfig, plan: Plan) -> Network:
         part="transformer",
         scope="blocks.{n}.",
         repeats=c.layers,
-        fp8=True,
+        quantised=True,
         inputs=(
             Tensor("x", tokens),
             Tensor("cross_attended", tokens, "activation"),

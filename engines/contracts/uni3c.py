@@ -24,6 +24,7 @@ def networks(model: ModelConfig, plan: CameraPlan) -> tuple[Network, ...]:
     modulation = Tensor("modulation", (6, u.dim))
     video = (plan.slots, plan.latent_height, plan.latent_width)
     channels = 2 * c.latent_channels + 4
+    eight = plan.precision == "fp8"  # int8 is the transformer's alone
     return (
         Network(
             name="uni3c_modulation",
@@ -57,7 +58,7 @@ def networks(model: ModelConfig, plan: CameraPlan) -> tuple[Network, ...]:
             part="camera_control",
             scope=BLOCK,
             repeats=u.layers,
-            fp8=True,
+            quantised=eight,
             inputs=(
                 Tensor("z", z),
                 modulation,
@@ -86,7 +87,7 @@ def networks(model: ModelConfig, plan: CameraPlan) -> tuple[Network, ...]:
             part="camera_control",
             scope=BLOCK,
             repeats=u.layers,
-            fp8=True,
+            quantised=eight,
             inputs=(Tensor("z", z), Tensor("attended", z, "activation"), modulation),
             weights=(
                 *linear("self_attn.to_out.0", u.dim, u.dim),
@@ -101,7 +102,7 @@ def networks(model: ModelConfig, plan: CameraPlan) -> tuple[Network, ...]:
             part="camera_control",
             scope="proj_out.{n}.",
             repeats=u.layers,
-            fp8=True,
+            quantised=eight,
             inputs=(Tensor("x", x), Tensor("features", z, "activation"), Tensor("strength", (1,))),
             weights=(Tensor("weight", (c.dim, u.dim), "linear"), Tensor("bias", (c.dim,))),
             outputs=(Tensor("x_out", x),),

@@ -27,8 +27,8 @@ __device__ float normal(u64 seed, u64 i) {
 }
 
 #define RANDOM(name, type) \
-    extern "C" __global__ void name(type* out, i64 n, u64 seed, float mean, float deviation) { \
-        EACH(i, n) store(out + i, mean + deviation * normal(seed, i)); \
+    extern "C" __global__ void name(type* out, i64 n, u64 seed, i64 first, float mean, float deviation) { \
+        EACH(i, n) store(out + i, mean + deviation * normal(seed, first + i)); \
     }
 RANDOM(random_float32, float)
 RANDOM(random_bfloat16, bf16)

@@ -212,10 +212,17 @@ class Gpu:
         return out
 
     def fill_random(
-        self, array: DeviceArray, seed: int, mean: float, deviation: float, stream: Any = None
+        self,
+        array: DeviceArray,
+        seed: int,
+        mean: float,
+        deviation: float,
+        stream: Any = None,
+        *,
+        first: int = 0,
     ) -> None:
-        """Normal numbers, the same for the same seed and size on every GPU."""
-        numbers = np.uint64(seed), np.float32(mean), np.float32(deviation)
+        """Normal numbers, the same for the same seed on every GPU, from number `first` of the sequence."""
+        numbers = np.uint64(seed), np.int64(first), np.float32(mean), np.float32(deviation)
         kernel = f"random_{array.dtype.name}"
         self._launch(stream or self.stream, kernel, array.size, array.address, np.int64(array.size), *numbers)
 

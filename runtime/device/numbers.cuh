@@ -11,6 +11,7 @@ struct bf16 { u16 bits; };
 struct fp16 { u16 bits; };
 struct e4m3 { u8 bits; };
 struct e5m2 { u8 bits; };
+struct int8 { signed char value; };
 
 constexpr float E4M3_MAX = 448.0f;
 
@@ -36,6 +37,8 @@ __device__ float widen(e4m3 x) {  // its bits make a float 2^120 times too small
     if ((x.bits & 0x7F) == 0x7F) return not_a_number();
     return __uint_as_float((u32)(x.bits & 0x80) << 24 | (u32)(x.bits & 0x7F) << 20) * 0x1p120f;
 }
+
+__device__ float widen(int8 x) { return x.value; }
 
 __device__ float load(const float* from) { return *from; }
 template <class T>

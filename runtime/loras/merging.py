@@ -1,6 +1,6 @@
 """Weights with LoRAs for the GPU: rows decoded to float32 on the device, changes added there, then encoded.
 
-    base rows --decode--> float32 [count, inner] --merge.cu--> float32, or E4M3 and a scale per row --> pack
+    base rows --decode--> float32 [count, inner] --merge.cu--> float32, or codes and a scale per row --> pack
 
 The factors of a low-rank change travel with the rows, in the type of their file. LoHa, LoKr, DoRA and
 replaced weights are computed on the host, row by row. So are small tensors as a whole.
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trt_wan.engines.contract import Part
+from trt_wan.engines.int8 import INT8
 from trt_wan.runtime.device.arena import ALIGNMENT
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.loras.changes import Change, LowRank, Shifted, Whole, matrix, needs_base, widened
@@ -205,7 +206,7 @@ class Encoded:
 
     def enqueue(self, place: Place) -> None:
         piece = self.piece
-        if piece.scales_at is None:
+        if piece.scales_at is None or piece.dtype == INT8:
             piece.encode(place, place.float32())
             return
         target = place.pack + piece.offset + piece.first * piece.inner

@@ -3,9 +3,6 @@
 // A weight is [rows, inner], row after row. `scales` are those of scaled FP8 and int8, one per row, or null. A scaled
 // value is rounded to float32 first, as numpy does.
 
-struct int8 { signed char value; };
-__device__ float widen(int8 x) { return x.value; }
-
 template <class In>
 __device__ float scaled(const In* in, i64 i, float scale) { return __fmul_rn(load(in + i), scale); }
 
@@ -66,6 +63,24 @@ extern "C" __global__ void rotate(float* values, i64 n, i64 group) {
         }
         for (i64 i = threadIdx.x; i < 1024 && first + i < n; i += 256) values[first + i] = x[i];
         __syncthreads();  // `x` is written again for the next 1024
+    }
+}
+
+// int8 with a scale per row, its largest magnitude over 127. A number that is not finite shows in the scale.
+extern "C" __global__ void quantise_to_int8(const float* values, int8* out, float* out_scales, i64 rows, i64 inner) {
+    __shared__ float largest[256];
+    for (i64 row = blockIdx.x; row < rows; row += gridDim.x) {
+        const i64 first = row * inner;
+        float most = 0;
+        for (i64 i = threadIdx.x; i < inner; i += blockDim.x) {
+            const float size = fabsf(values[first + i]);
+            most = size < infinity() ? fmaxf(most, size) : infinity();
+        }
+        const float out_scale = fmaxf(largest_of_block(most, largest) / 127.0f, 1e-12f);
+        if (threadIdx.x == 0) out_scales[row] = out_scale;
+        for (i64 i = threadIdx.x; i < inner; i += blockDim.x)
+            out[first + i].value = __float2int_rn(values[first + i] / out_scale);
+        __syncthreads();  // `largest` is written again for the next row
     }
 }
 

@@ -19,6 +19,7 @@ NAMES = (
     *(f"quantise_{source}" for source in SOURCES),
     *(f"convert_{blocks}_to_float32" for blocks in BLOCKS),
     "rotate",
+    "quantise_to_int8",
 )
 SOURCE = read_source(__package__, "gguf_blocks.cuh", "convert.cu")
 
@@ -50,6 +51,13 @@ class Converter:
         numbers, their scales, the result, and its scales.
         """
         self._launch(stream, f"quantise_{encoding}", rows, *addresses, np.int64(rows), np.int64(inner))
+
+    def quantise_int8(
+        self, stream: Any, values: int, target: int, scales: int, rows: int, inner: int
+    ) -> None:
+        """float32 [rows, inner] to int8 with a scale per row. Addresses of the device."""
+        sizes = np.int64(rows), np.int64(inner)
+        self._launch(stream, "quantise_to_int8", rows, values, target, scales, *sizes)
 
     def rotate(self, stream: Any, values: int, numbers: int, group: int) -> None:
         """Rotates float32 numbers in place, as stored.py does; `numbers` is a multiple of `group`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trt_wan.engines.contract import Network, Tensor, scale_name
+from trt_wan.engines.contract import QUANTISED, Network, Tensor, scale_name
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu
 
@@ -37,8 +37,8 @@ class Pack:
 
     @property
     def scaled(self) -> dict[str, Tensor]:
-        """The FP8 weights by the names of their scales."""
-        return {scale_name(t.name): t for t in self.network.weights if t.dtype == "float8_e4m3fn"}
+        """The weights of 8 bits by the names of their scales."""
+        return {scale_name(t.name): t for t in self.network.weights if t.dtype in QUANTISED}
 
     def arrays(self, gpu: Gpu, address: int) -> dict[str, DeviceArray]:
         return {

@@ -54,7 +54,7 @@ def decoded(stored: Stored) -> NDArray[np.float32]:
 
 def _rotated(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows times H of files_and_loras.md 7, one pass for each of its 4x4 factors J/2 - P, J of ones and P the
-    reversal. `stored.rotated` is a product with H, which rounds otherwise.
+    reversal. `int8.rotated` is a product with H, which rounds otherwise.
     """
     width = 1
     while width < rows.shape[1]:

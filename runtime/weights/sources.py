@@ -2,8 +2,8 @@
 
 A source cuts a pack into pieces. A piece is read into pinned memory by one thread and enqueued by another:
 copied straight into the pack where the engine takes the stored type, else copied to a staging buffer on the
-device and converted from there, GGUF blocks and rotated columns through float32. A scaled-FP8 checkpoint
-reaches the GEMM bit for bit.
+device and converted from there, GGUF blocks, rotated columns and what becomes int8 through float32. A
+scaled-FP8 checkpoint reaches an FP8 product bit for bit, int8 ConvRot an int8 product.
 """
 
 import math
@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from trt_wan.engines.contract import Part, Tensor, scale_name
+from trt_wan.engines.contract import QUANTISED, Part, Tensor, scale_name
+from trt_wan.engines.int8 import GROUP, INT8
 from trt_wan.runtime.device.arena import ALIGNMENT, laid_out
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.weights.convert import Converter
@@ -24,9 +24,9 @@ from trt_wan.runtime.weights.pack import Pack
 from trt_wan.runtime.weights.random import random_moments
 from trt_wan.runtime.weights.stored import BLOCKS, Stored, Tensors
 
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 PIECE_BYTES = 16 << 20
 PIECE_ROWS = 1 << 16  # at most, where rows have scales
+FLOAT32 = np.dtype(np.float32)
 SLOT_BYTES = PIECE_BYTES + 4 * PIECE_ROWS  # a piece and the scales of its rows
 FLOAT32_BYTES = 32 << 20  # a piece in float32: it stays in the GPU's cache
 RANDOM_E4M3_DEVIATION = 100.0  # 448 is 4.5 deviations away
@@ -94,7 +94,7 @@ class StoredPiece:
 
     def enqueue(self, place: Place) -> None:
         assert self.stored.delta is None
-        if _through_float32(self.stored):
+        if _through_float32(self.stored, self.dtype):
             self.decode(place, place.float32())
             self.encode(place, place.float32())
         elif self.stored.encoding == self.dtype.name:
@@ -111,8 +111,13 @@ class StoredPiece:
             converter.rotate(stream, target, self.count * self.inner, self.stored.rotation)
 
     def encode(self, place: Place, values: int) -> None:
-        """Enqueues float32 [count, inner] from `values` on the device into the pack."""
-        self._encode(place, "float32", values, 0)
+        """Enqueues float32 [count, inner] from `values` on the device into the pack. Int8 rotates them."""
+        if self.dtype != INT8:
+            self._encode(place, "float32", values, 0)
+            return
+        converter, results = _converter(place.gpu), (self._target(place), self._scales(place))
+        converter.rotate(place.gpu.loads, values, self.count * self.inner, GROUP)
+        converter.quantise_int8(place.gpu.loads, values, *results, self.count, self.inner)
 
     def _encode(self, place: Place, encoding: str, values: int, scales: int) -> None:
         converter, stream, target = _converter(place.gpu), place.gpu.loads, self._target(place)
@@ -120,7 +125,7 @@ class StoredPiece:
             encodings = encoding, self.dtype.name
             converter.convert(stream, encodings, (values, scales, target), self.count, self.inner)
         else:
-            results = target, place.pack + self.scales_at + 4 * self.first
+            results = target, self._scales(place)
             converter.quantise(stream, encoding, (values, scales, *results), self.count, self.inner)
 
     def _staged(self, place: Place) -> tuple[int, int]:
@@ -131,9 +136,21 @@ class StoredPiece:
     def _target(self, place: Place) -> int:
         return place.pack + self.offset + self.first * self.inner * self.dtype.itemsize
 
+    def _scales(self, place: Place) -> int:
+        assert self.scales_at is not None
+        return place.pack + self.scales_at + 4 * self.first
 
-def _through_float32(stored: Stored) -> bool:
-    return bool(stored.blocks or stored.rotation or stored.delta is not None)
+
+def _through_float32(stored: Stored, dtype: np.dtype[Any]) -> bool:
+    return bool(stored.blocks or stored.rotation or stored.delta is not None or dtype == INT8)
+
+
+def _as_it_is(stored: Stored, dtype: np.dtype[Any]) -> bool:
+    """Whether the stored codes are those of the pack."""
+    rotation = GROUP if dtype == INT8 else 0
+    return (
+        stored.dtype == dtype and not stored.blocks and stored.rotation == rotation and stored.delta is None
+    )
 
 
 def _converter(gpu: Gpu) -> Converter:
@@ -190,16 +207,16 @@ class FileSource:
                 continue  # written with its weight
             stored = tensors.stored(pack.network.weight_key(tensor.name, pack.n))
             offset, dtype = pack.offsets[tensor.name], np.dtype(tensor.dtype)
-            if dtype != E4M3:
+            if tensor.dtype not in QUANTISED:
                 yield from self._cut(stored, dtype, offset, None)
                 continue
             scales_at = pack.offsets[scale_name(tensor.name)]
-            if stored.dtype != E4M3 or _through_float32(stored):
+            if not _as_it_is(stored, dtype):
                 yield from self._cut(stored, dtype, offset, scales_at)
                 continue
             scales = np.ones(tensor.shape[0], np.float32) if stored.scales is None else stored.scales
-            unscaled = Stored(stored.values, None, stored.file, stored.start)
-            yield from self._cut(unscaled, dtype, offset, None)
+            codes = Stored(stored.values.view(np.uint8), None, stored.file, stored.start)
+            yield from self._cut(codes, codes.dtype, offset, None)
             yield from self._cut(Stored(scales), np.dtype(np.float32), scales_at, None)
 
     def _cut(
@@ -210,7 +227,7 @@ class FileSource:
         inner = stored.row if by_row else BLOCKS.get(stored.blocks, (1,))[0]
         rows = math.prod(stored.shape) // inner
         step = self._piece_bytes // stored.nbytes(inner)
-        if _through_float32(stored):
+        if _through_float32(stored, dtype):
             step = min(step, FLOAT32_BYTES // (4 * inner))
         assert step, f"a row of {inner} numbers does not fit into a piece"
         step = min(step, PIECE_ROWS) if by_row else step
@@ -237,6 +254,25 @@ class RandomPiece:
         place.gpu.fill_random(array, self.seed, self.mean, self.deviation, place.gpu.loads)
 
 
+@dataclass(frozen=True)
+class RandomRows:
+    """Rows of a weight that becomes int8: the numbers that other types have for the same seed."""
+
+    rows: StoredPiece
+    seed: int
+    deviation: float
+    size = 0
+
+    def read(self, slot: NDArray[np.uint8]) -> None:
+        raise AssertionError("nothing is read")
+
+    def enqueue(self, place: Place) -> None:
+        rows, gpu, values = self.rows, place.gpu, place.float32()
+        array, first = gpu.view(values, (rows.count, rows.inner), FLOAT32), rows.first * rows.inner
+        gpu.fill_random(array, self.seed, 0.0, self.deviation, gpu.loads, first=first)
+        rows.encode(place, values)
+
+
 class RandomSource:
     """Weights of any model without its files: speed and numerics can be shown with them, pictures cannot."""
 
@@ -246,7 +282,22 @@ class RandomSource:
     def pieces(self, pack: Pack) -> Iterator[Piece]:
         for tensor in pack.network.weights:
             seed = zlib.crc32(pack.network.weight_key(tensor.name, pack.n).encode(), self.seed)
+            if tensor.dtype == "int8":
+                yield from _random_rows(pack, tensor, seed)
+                continue
+            if tensor.name in pack.scaled and pack.scaled[tensor.name].dtype == "int8":
+                continue  # written with its weight
             yield RandomPiece(tensor, pack.offsets[tensor.name], seed, *_moments(pack, tensor))
+
+
+def _random_rows(pack: Pack, tensor: Tensor, seed: int) -> Iterator[Piece]:
+    rows, inner = tensor.shape
+    step, scales_at = FLOAT32_BYTES // (4 * inner), pack.offsets[scale_name(tensor.name)]
+    _, deviation = random_moments(pack.network.weight_key(tensor.name, pack.n), tensor.shape)
+    for first in range(0, rows, step):
+        place = first, min(step, rows - first), inner
+        piece = StoredPiece(Stored(np.empty(0)), INT8, pack.offsets[tensor.name], scales_at, *place)
+        yield RandomRows(piece, seed, deviation)
 
 
 def _moments(pack: Pack, tensor: Tensor) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from trt_wan.engines.int8 import rotated
 from trt_wan.errors import WeightsError
 from trt_wan.runtime.weights.tensor_file import DTYPES
 
@@ -158,19 +159,6 @@ class Tensors(Protocol):
     def rows(self, name: str, indices: Sequence[int]) -> NDArray[np.float32]:
         """Some rows of a table in float32."""
         ...
-
-
-def rotated(values: NDArray[np.float32], group: int) -> NDArray[np.float32]:
-    """Each run of `group` columns times H of files_and_loras.md 7, which is its own inverse."""
-    return (values.reshape(-1, group) @ _hadamard(group)).reshape(values.shape)
-
-
-@cache
-def _hadamard(group: int) -> NDArray[np.float32]:
-    if group == 1:
-        return np.ones((1, 1), np.float32)
-    factor = np.ones((4, 4), np.float32) - 2 * np.eye(4, dtype=np.float32)[::-1]
-    return np.kron(_hadamard(group // 4), factor / 2)
 
 
 @cache

@@ -89,7 +89,9 @@ _SHAPE = (
 _SETTINGS = (
     click.option("--executor", type=click.Choice(["auto", "onnxruntime", "tensorrt"])),
     click.option(
-        "--precision", type=click.Choice(["fp32", "bf16", "fp8"]), help="Default: the best the GPU has."
+        "--precision",
+        type=click.Choice(["fp32", "bf16", "fp8", "int8"]),
+        help="Default: the best the GPU has.",
     ),
     click.option(
         "--tier",

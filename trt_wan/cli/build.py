@@ -57,7 +57,7 @@ def _targets(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 @click.option("--window", type=int, show_default="77; with --check 9", help="Frames per window, 4k+1.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16", "fp8"]),
+    type=click.Choice(["fp32", "bf16", "fp8", "int8"]),
     help="Default: fp8 where the GPU has it, else bf16; fp32 for graphs alone.",
 )
 @click.option(

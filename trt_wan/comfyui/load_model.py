@@ -51,7 +51,7 @@ class LoadModel(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no types for
             + [
                 io.Combo.Input(
                     "precision",
-                    options=[AUTOMATIC, "fp8", "bf16", "fp32"],
+                    options=[AUTOMATIC, "fp8", "int8", "bf16", "fp32"],
                     optional=True,
                     tooltip="automatic: fp8 where the GPU has it, else bf16; fp32 on the CPU.",
                 ),

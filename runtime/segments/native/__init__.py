@@ -6,7 +6,6 @@ from trt_wan.engines.choice.candidates import VAE
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network
 from trt_wan.engines.gpu import HOPPER, Capability
-from trt_wan.engines.precision import FP8_CAPABILITY
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.segments import cudnn_library
@@ -20,16 +19,15 @@ def missing(network: str, capability: Capability, name: str = "native") -> str |
     from trt_wan.runtime.segments.native.gemm import missing as missing_library
 
     vae = network in VAE
-    if capability < (BF16_CAPABILITY if vae else FP8_CAPABILITY):
-        number = "bf16 convolutions" if vae else "FP8"
-        return f"A GPU of compute capability {capability[0]}.{capability[1]} has no {number}."
+    if capability < BF16_CAPABILITY:
+        return f"A GPU of compute capability {capability[0]}.{capability[1]} has no bf16 products."
     if vae and name == "native" and capability != HOPPER:
         return "Our convolution is for Hopper alone."
     return missing_library() or (cudnn_library.missing() if vae else None)
 
 
 def open_native(network: Network, model: ModelConfig, plan: Plan, gpu: Gpu, name: str = "native") -> Segment:
-    """The segment of candidate `name`: a part of a block in FP8, a fuser, or the VAE in bf16, whose
+    """The segment of candidate `name`: a part of a block in FP8 or int8, a fuser, or the VAE in bf16, whose
     candidates are "cudnn" and, with our convolution, "native".
     """
     if network.part == "vae":
@@ -41,7 +39,7 @@ def open_native(network: Network, model: ModelConfig, plan: Plan, gpu: Gpu, name
     from trt_wan.runtime.segments.native.fuser import Fp8Fuser, Fuser
 
     rows: dict[tuple[str, str], Callable[[ModelConfig, Plan, Gpu], Segment]] = {
-        **{(part, "native"): opened for part, opened in PARTS.items()},
+        **{(part, name): opened for part, opened in PARTS.items() for name in ("native", "native int8")},
         ("cross_attention", "native"): HopperCrossAttention if gpu.capability == HOPPER else CrossAttention,
         ("fuser", "native"): Fuser,
         ("fuser", "native fp8"): Fp8Fuser,

@@ -2,9 +2,10 @@
 //
 // One block of threads works on one token. Its channels stay in registers from the load to the store, so every tensor
 // is read once and written once. Threads hold vectors of neighbouring channels: eight, or four of the float32 residual
-// stream, so that a warp's accesses have no gaps. FP8 operands have one scale per token. Products arrive unscaled: the
-// kernel that loads one multiplies it by `token_scale * weight_scale` and adds the bias. Macros: DIM, FFN, HEADS,
-// HEAD_DIM, EPS, SOFTMAX_SCALE, DIM_THREADS, HEADS_BLOCKS, FFN_THREADS.
+// stream, so that a warp's accesses have no gaps. Operands have 8 bits and one scale per token. Products arrive
+// unscaled: the kernel that loads one multiplies it by `token_scale * weight_scale` and adds the bias. Macros: DIM, FFN,
+// HEADS, HEAD_DIM, EPS, SOFTMAX_SCALE, DIM_THREADS, HEADS_BLOCKS, FFN_THREADS; INT8, for int8 operands that are rotated
+// in groups of 256 channels (engines/int8.py) and int32 products, instead of E4M3 and bf16.
 
 constexpr int DIM_VECTORS = DIM / 8 / DIM_THREADS;  // eight channels each, per thread
 constexpr int FFN_VECTORS = FFN / 8 / FFN_THREADS;
@@ -20,9 +21,31 @@ constexpr int NORM_BLOCKS = 5, GELU_BLOCKS = 2;
 constexpr int NORM_BLOCKS = 4, GELU_BLOCKS = 1;
 #endif
 
+#ifdef INT8
+typedef int8 Code;
+typedef int Product;
+constexpr float CODE_MAX = 127.0f;
+struct Raw { uint4 half[2]; };  // eight numbers of a product
+#else
+typedef e4m3 Code;
+typedef bf16 Product;
+constexpr float CODE_MAX = E4M3_MAX;
+typedef uint4 Raw;
+#endif
+
+// The first channel of a thread's vector `v` of N.
+template <int THREADS, int N>
+__device__ int channel_of(int v) {
+#ifdef INT8
+    if (N == 4)  // a warp's vectors v and v + 1 are a group
+        return ((v / 2 * THREADS + threadIdx.x / 32 * 32) * 2 + v % 2 * 32 + threadIdx.x % 32) * 4;
+#endif
+    return (v * THREADS + threadIdx.x) * N;
+}
+
 // Loads and stores of a vector. Tensors that a kernel reads once bypass L1.
 
-__device__ uint4 load_once(const bf16* from) {
+__device__ uint4 load_once(const void* from) {
     uint4 raw;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(from) : "memory");
@@ -36,6 +59,22 @@ __device__ void widen(uint4 raw, float (&x)[8]) {
 }
 
 __device__ void load(const bf16* from, float (&x)[8]) { widen(load_once(from), x); }
+
+#ifdef INT8
+__device__ Raw load_raw(const int* from) { return {load_once(from), load_once(from + 4)}; }
+
+__device__ void widen_four(uint4 raw, float* x) {
+    x[0] = (int)raw.x, x[1] = (int)raw.y, x[2] = (int)raw.z, x[3] = (int)raw.w;
+}
+
+__device__ void widen(Raw raw, float (&x)[8]) { widen_four(raw.half[0], x), widen_four(raw.half[1], x + 4); }
+
+__device__ void load(const int* from, float (&x)[4]) { widen_four(load_once(from), x); }
+
+__device__ void load(const int* from, float (&x)[8]) { widen(load_raw(from), x); }
+#else
+__device__ Raw load_raw(const bf16* from) { return load_once(from); }
+#endif
 
 __device__ void load(const bf16* from, float (&x)[4]) {
     uint2 raw;
@@ -74,11 +113,28 @@ __device__ void store(e4m3* to, const float (&x)[8], float factor) {
     *(uint2*)to = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
 }
 
+__device__ u32 pack_int8(const float* x, float factor) {
+    u32 codes = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) codes |= (u32)(u8)__float2int_rn(x[i] * factor) << 8 * i;
+    return codes;
+}
+
+__device__ void store(int8* to, const float (&x)[4], float factor) { *(u32*)to = pack_int8(x, factor); }
+
+__device__ void store(int8* to, const float (&x)[8], float factor) {
+    *(uint2*)to = make_uint2(pack_int8(x, factor), pack_int8(x + 4, factor));
+}
+
 // Reductions over the threads of a token. Every thread gets the result, added in the same order every time. `turn`
 // alternates between 0 and 1 in a row of reductions: while some threads read the last one's numbers, others write.
 
 __device__ float add(float a, float b) { return a + b; }
+#ifdef INT8  // NaN if one is: int8 has no code for it, so the scale tells
+__device__ float largest(float a, float b) { return a > b || a != a ? a : b; }
+#else
 __device__ float largest(float a, float b) { return fmaxf(a, b); }
+#endif
 
 template <int THREADS, float (*combine)(float, float)>
 __device__ float reduce(float x, int turn = 0) {
@@ -95,20 +151,75 @@ __device__ float reduce(float x, int turn = 0) {
     return x;
 }
 
-// Quantises a token's values and writes its scale, like `operand` in build/models/ops.py.
+#ifdef INT8
+// The rotation of 256 channels takes four steps, for the digits of a channel's number in base 4: each makes number i of
+// four half their sum less number 3 - i.
+
+__device__ void rotate_four(float* x) {
+    const float a = x[0], b = x[1], c = x[2], d = x[3], half = ((a + b) + (c + d)) * 0.5f;
+    x[0] = half - d, x[1] = half - c, x[2] = half - b, x[3] = half - a;
+}
+
+__device__ float rotate_lanes(float x, int lane) {  // the four are so many lanes apart
+    float sum = x + __shfl_xor_sync(~0u, x, lane);
+    sum += __shfl_xor_sync(~0u, sum, 2 * lane);
+    return sum * 0.5f - __shfl_xor_sync(~0u, x, 3 * lane);
+}
+
+template <int VECTORS>
+__device__ void rotate(float (&x)[VECTORS][8]) {  // a warp's vectors v are a group
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+        rotate_four(x[v]), rotate_four(x[v] + 4);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float &a = x[v][i], &b = x[v][i + 4];
+            const float sum = a + b, c = __shfl_xor_sync(~0u, a, 1), d = __shfl_xor_sync(~0u, b, 1);
+            const float half = (sum + (c + d)) * 0.5f;
+            a = half - d, b = half - c;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[v][i] = rotate_lanes(rotate_lanes(x[v][i], 2), 8);
+    }
+}
+
+template <int VECTORS>
+__device__ void rotate(float (&x)[VECTORS][4]) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+        rotate_four(x[v]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[v][i] = rotate_lanes(rotate_lanes(x[v][i], 1), 4);
+    }
+#pragma unroll
+    for (int v = 0; v < VECTORS; v += 2)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float &a = x[v][i], &c = x[v + 1][i];
+            const float b = __shfl_xor_sync(~0u, a, 16), d = __shfl_xor_sync(~0u, c, 16);
+            const float half = ((a + b) + (c + d)) * 0.5f;
+            a = half - d, c = half - b;
+        }
+}
+#endif
+
+// Quantises a token's values and writes its scale, like `operand` in build/models/ops.py. Changes `x`.
 template <int THREADS, int VECTORS, int N>
-__device__ void quantize(const float (&x)[VECTORS][N], e4m3* out, float* out_scale) {
+__device__ void quantize(float (&x)[VECTORS][N], Code* out, float* out_scale) {
+#ifdef INT8
+    rotate(x);
+#endif
     float most = 0;
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v)
 #pragma unroll
-        for (int i = 0; i < N; ++i) most = fmaxf(most, fabsf(x[v][i]));
-    most = fmaxf(reduce<THREADS, largest>(most), 1e-10f);
-    if (threadIdx.x == 0) out_scale[blockIdx.x] = most * (1.0f / E4M3_MAX);
-    const float factor = E4M3_MAX / most;
-    e4m3* row = out + (i64)blockIdx.x * (THREADS * VECTORS * N);
+        for (int i = 0; i < N; ++i) most = largest(most, fabsf(x[v][i]));
+    most = largest(1e-10f, reduce<THREADS, largest>(most));
+    if (threadIdx.x == 0) out_scale[blockIdx.x] = most * (1.0f / CODE_MAX);
+    const float factor = CODE_MAX / most;
+    Code* row = out + (i64)blockIdx.x * (THREADS * VECTORS * N);
 #pragma unroll
-    for (int v = 0; v < VECTORS; ++v) store(row + (v * THREADS + threadIdx.x) * N, x[v], factor);
+    for (int v = 0; v < VECTORS; ++v) store(row + channel_of<THREADS, N>(v), x[v], factor);
 }
 
 // Layer norm over the channels, then x * gain + offset. A null `gain` leaves both out.
@@ -127,7 +238,7 @@ __device__ void norm(float (&x)[STREAM_VECTORS][4], const float* gain, const flo
     const float inverse = rsqrtf(reduce<DIM_THREADS, add>(squares, 1) * (1.0f / DIM) + EPS);
 #pragma unroll
     for (int v = 0; v < STREAM_VECTORS; ++v) {
-        const int channel = (v * DIM_THREADS + threadIdx.x) * 4;
+        const int channel = channel_of<DIM_THREADS, 4>(v);
         float g[4] = {1, 1, 1, 1}, o[4] = {};
         if (gain) {
             load_shared_by_tokens(gain + channel, g);
@@ -140,7 +251,7 @@ __device__ void norm(float (&x)[STREAM_VECTORS][4], const float* gain, const flo
 
 // A product's vector of channels, with the scales and the bias.
 template <int N>
-__device__ void load_product(const bf16* product, float token_scale, const float* weight_scale, const float* bias,
+__device__ void load_product(const Product* product, float token_scale, const float* weight_scale, const float* bias,
                              float (&y)[N]) {
     float s[N], b[N];
     load(product, y);
@@ -159,16 +270,16 @@ extern "C" __global__ void modulation_rows(const float* modulation, const float*
 }
 
 extern "C" __global__ void __launch_bounds__(DIM_THREADS, NORM_BLOCKS)
-norm_quantize(const float* x, const float* gain, const float* offset, e4m3* out, float* out_scale) {
+norm_quantize(const float* x, const float* gain, const float* offset, Code* out, float* out_scale) {
     float values[STREAM_VECTORS][4];
 #pragma unroll
     for (int v = 0; v < STREAM_VECTORS; ++v)
-        load(x + (i64)blockIdx.x * DIM + (v * DIM_THREADS + threadIdx.x) * 4, values[v]);
+        load(x + (i64)blockIdx.x * DIM + channel_of<DIM_THREADS, 4>(v), values[v]);
     norm(values, gain, offset);
     quantize<DIM_THREADS>(values, out, out_scale);
 }
 
-extern "C" __global__ void __launch_bounds__(DIM_THREADS) quantize_tokens(const bf16* x, e4m3* out, float* out_scale) {
+extern "C" __global__ void __launch_bounds__(DIM_THREADS) quantize_tokens(const bf16* x, Code* out, float* out_scale) {
     float values[DIM_VECTORS][8];
 #pragma unroll
     for (int v = 0; v < DIM_VECTORS; ++v)
@@ -180,12 +291,13 @@ extern "C" __global__ void __launch_bounds__(DIM_THREADS) quantize_tokens(const 
 // blockIdx.y selects one of the three. q's norm includes the softmax scale. A block goes through tokens: what they
 // share stays in registers, and the next one's numbers are loaded while this one's are computed.
 extern "C" __global__ void __launch_bounds__(DIM_THREADS, HEADS_BLOCKS)
-heads_from_products(const bf16* product_q, const bf16* product_k, const bf16* product_v, const float* token_scale,
-                    const float* scale_q, const float* scale_k, const float* scale_v, const float* bias_q,
-                    const float* bias_k, const float* bias_v, const float* norm_q, const float* norm_k,
-                    const float* cosines, const float* sines, bf16* q, bf16* k, bf16* v_out, int tokens) {
+heads_from_products(const Product* product_q, const Product* product_k, const Product* product_v,
+                    const float* token_scale, const float* scale_q, const float* scale_k, const float* scale_v,
+                    const float* bias_q, const float* bias_k, const float* bias_v, const float* norm_q,
+                    const float* norm_k, const float* cosines, const float* sines, bf16* q, bf16* k, bf16* v_out,
+                    int tokens) {
     const int which = blockIdx.y;
-    const bf16* product = which == 0 ? product_q : which == 1 ? product_k : product_v;
+    const Product* product = which == 0 ? product_q : which == 1 ? product_k : product_v;
     const float* scale = which == 0 ? scale_q : which == 1 ? scale_k : scale_v;
     const float* bias = which == 0 ? bias_q : which == 1 ? bias_k : bias_v;
     const float* weight = which == 0 ? norm_q : norm_k;
@@ -199,14 +311,14 @@ heads_from_products(const bf16* product_q, const bf16* product_k, const bf16* pr
         if (which < 2) load_shared_by_tokens(weight + channel, w[v]);
     }
     const int pair = threadIdx.x * 8 % HEAD_DIM / 2;  // of RoPE, the same in all vectors of a thread
-    uint4 coming[DIM_VECTORS];
+    Raw coming[DIM_VECTORS];
     float4 cosine, sine;
     float coming_scale;
     auto fetch = [&](i64 token) {
         coming_scale = token_scale[token];
 #pragma unroll
         for (int v = 0; v < DIM_VECTORS; ++v)
-            coming[v] = load_once(product + token * DIM + (v * DIM_THREADS + threadIdx.x) * 8);
+            coming[v] = load_raw(product + token * DIM + (v * DIM_THREADS + threadIdx.x) * 8);
         if (which < 2) {
             cosine = __ldg((const float4*)(cosines + token * (HEAD_DIM / 2) + pair));
             sine = __ldg((const float4*)(sines + token * (HEAD_DIM / 2) + pair));
@@ -249,7 +361,7 @@ heads_from_products(const bf16* product_q, const bf16* product_k, const bf16* pr
 
 // q [tokens, channels] of the cross-attention from a product: scales, bias, RMS norm with the softmax scale.
 extern "C" __global__ void __launch_bounds__(DIM_THREADS)
-rms_norm_product(const bf16* product, const float* token_scale, const float* weight_scale, const float* bias,
+rms_norm_product(const Product* product, const float* token_scale, const float* weight_scale, const float* bias,
                  const float* weight, bf16* out) {
     const i64 token = blockIdx.x;
     float y[DIM_VECTORS][8];
@@ -274,11 +386,11 @@ rms_norm_product(const bf16* product, const float* token_scale, const float* wei
 }
 
 // Writes the new residual stream, x + gate * product. A null `gate` counts as 1.
-__device__ void add_product(const float* x, const bf16* product, float token_scale, const float* weight_scale,
+__device__ void add_product(const float* x, const Product* product, float token_scale, const float* weight_scale,
                             const float* bias, const float* gate, float* x_out, float (&values)[STREAM_VECTORS][4]) {
 #pragma unroll
     for (int v = 0; v < STREAM_VECTORS; ++v) {
-        const int channel = (v * DIM_THREADS + threadIdx.x) * 4;
+        const int channel = channel_of<DIM_THREADS, 4>(v);
         const i64 at = (i64)blockIdx.x * DIM + channel;
         float y[4], g[4];
         load(x + at, values[v]);
@@ -292,9 +404,9 @@ __device__ void add_product(const float* x, const bf16* product, float token_sca
 
 // Adds a product to the residual stream and quantises its norm for the next product. `x_out` may be `x`.
 extern "C" __global__ void __launch_bounds__(DIM_THREADS, NORM_BLOCKS)
-add_norm_quantize(const float* x, const bf16* product, const float* token_scale, const float* weight_scale,
+add_norm_quantize(const float* x, const Product* product, const float* token_scale, const float* weight_scale,
                   const float* bias, const float* gate, float* x_out, const float* gain, const float* offset,
-                  e4m3* out, float* out_scale) {
+                  Code* out, float* out_scale) {
     float values[STREAM_VECTORS][4];
     add_product(x, product, token_scale[blockIdx.x], weight_scale, bias, gate, x_out, values);
     norm(values, gain, offset);
@@ -302,8 +414,8 @@ add_norm_quantize(const float* x, const bf16* product, const float* token_scale,
 }
 
 extern "C" __global__ void __launch_bounds__(DIM_THREADS)
-add_gated(const float* x, const bf16* product, const float* token_scale, const float* weight_scale, const float* bias,
-          const float* gate, float* x_out) {
+add_gated(const float* x, const Product* product, const float* token_scale, const float* weight_scale,
+          const float* bias, const float* gate, float* x_out) {
     float values[STREAM_VECTORS][4];
     add_product(x, product, token_scale[blockIdx.x], weight_scale, bias, gate, x_out, values);
 }
@@ -317,8 +429,8 @@ __device__ float gelu_tanh(float x) {
 }
 
 extern "C" __global__ void __launch_bounds__(FFN_THREADS, GELU_BLOCKS)
-gelu_quantize(const bf16* product, const float* token_scale, const float* weight_scale, const float* bias, e4m3* out,
-              float* out_scale) {
+gelu_quantize(const Product* product, const float* token_scale, const float* weight_scale, const float* bias,
+              Code* out, float* out_scale) {
     float y[FFN_VECTORS][8];
 #pragma unroll
     for (int v = 0; v < FFN_VECTORS; ++v) {

@@ -1,14 +1,16 @@
-"""A block without its self-attention, in FP8 without TensorRT: native kernels between products of cuBLASLt.
+"""A block without its self-attention, in FP8 or int8 without TensorRT: native kernels between products of
+cuBLASLt.
 
-The arithmetic and its roundings are those of the graphs in build/models/block.py: FP8 operands with a scale
-per token, products in bf16, all other numbers in float32. Between two products these kernels read the tokens
-once, TensorRT's several times.
+In FP8 the arithmetic and its roundings are those of the graphs in build/models/block.py: operands with a
+scale per token, products in bf16, all other numbers in float32. Between two products these kernels read the
+tokens once, TensorRT's several times. In int8, where the graphs keep the tokens in bf16, they are rotated
+(engines/int8.py) and quantised in the same pass, and products are int32.
 """
 
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,11 +19,22 @@ from trt_wan.engines.shape import Plan
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import ATTENTION, Module, read_source
-from trt_wan.runtime.segments.native.gemm import WORKSPACE_BYTES, Bf16Gemm, CublasLt, Fp8Gemm, Gemm, Product
+from trt_wan.runtime.segments.native.gemm import (
+    WORKSPACE_BYTES,
+    Bf16Gemm,
+    CublasLt,
+    Fp8Gemm,
+    Gemm,
+    Int8Gemm,
+    Product,
+)
+
+Operands = Literal["bf16", "fp8", "int8"]  # of products
 
 VECTOR = 8  # channels that a thread loads at once
 DIM_THREADS, FFN_THREADS = 320, 864  # at most, per token
-HEADS_BLOCKS = 2  # of heads_from_products per multiprocessor
+# Blocks of heads_from_products per multiprocessor. Products of int8 take the registers of two.
+HEADS_BLOCKS = {"int8": 1, "fp8": 2, "bf16": 2}
 QUERIES = 128  # per block of threads in the cross-attention
 CROSS_THREADS = 256
 CROSS_SHARED_BYTES = 64 << 10  # two tiles of 64 keys and values
@@ -51,9 +64,10 @@ def threads_for(channels: int, limit: int) -> int:
     return fitting[-1]
 
 
-def macros(model: ModelConfig) -> dict[str, object]:
+def macros(model: ModelConfig, operands: Operands = "fp8") -> dict[str, object]:
     c = model.transformer
-    return {
+    kind = {"INT8": 1} if operands == "int8" else {}
+    return kind | {
         "DIM": c.dim,
         "FFN": c.ffn_dim,
         "HEADS": c.heads,
@@ -62,7 +76,7 @@ def macros(model: ModelConfig) -> dict[str, object]:
         "SOFTMAX_SCALE": f"{c.head_dim**-0.5}f",
         "FACE_TOKENS": FACE_TOKENS,
         "DIM_THREADS": threads_for(c.dim, DIM_THREADS),
-        "HEADS_BLOCKS": HEADS_BLOCKS,
+        "HEADS_BLOCKS": HEADS_BLOCKS[operands],
         "FFN_THREADS": threads_for(c.ffn_dim, FFN_THREADS),
     }
 
@@ -73,11 +87,14 @@ class Native:
     Nothing in the scratch survives a segment: all that another segment needs is an output.
     """
 
+    operands: Operands = "fp8"
+
     def __init__(self, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
         c = model.transformer
         self.tokens, self.dim, self.ffn, self.heads = plan.tokens, c.dim, c.ffn_dim, c.heads
         self.text_keys, self.image_keys = model.text.length, model.image.tokens
-        module = gpu.once((self._compiled.__qualname__, model), lambda: self._compiled(model, gpu))
+        key = self._compiled.__qualname__, model, self.operands == "int8"
+        module = gpu.once(key, lambda: self._compiled(model, gpu))
         self._launch = partial(module.launch, gpu.stream)
         self._offsets, self.scratch_bytes = laid_out(self._parts())
         self._at: dict[str, int] = {}
@@ -92,7 +109,7 @@ class Native:
         pass
 
     def _compiled(self, model: ModelConfig, gpu: Gpu) -> Module:
-        module = Module(gpu.device, SOURCE, KERNELS, macros(model))
+        module = Module(gpu.device, SOURCE, KERNELS, macros(model, self.operands))
         module.allow_shared("cross_attention", CROSS_SHARED_BYTES)
         return module
 
@@ -104,8 +121,6 @@ class Native:
 class Linear(Native):
     """Steps of the segments with matrix products."""
 
-    fp8 = True  # its products
-
     def __init__(self, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
         super().__init__(model, plan, gpu)
         self._dim_threads = threads_for(self.dim, DIM_THREADS)
@@ -115,8 +130,13 @@ class Linear(Native):
         return {
             "workspace": WORKSPACE_BYTES,
             "scale": self.tokens * 4,
-            "operand": self.tokens * self.dim * (1 if self.fp8 else 2),
+            "operand": self.tokens * self.dim * (2 if self.operands == "bf16" else 1),
         }
+
+    @property
+    def _product_bytes(self) -> int:
+        """Of a number."""
+        return 4 if self.operands == "int8" else 2
 
     def _each_token(self, kernel: str, *arguments: Any) -> None:
         self._launch(kernel, self.tokens, self._dim_threads, *arguments)
@@ -126,9 +146,10 @@ class Linear(Native):
 
     def _gemm(self, gpu: Gpu, out: int, inner: int) -> Gemm:
         library = gpu.once(CublasLt, CublasLt)
-        if self.fp8:
-            return Fp8Gemm(gpu, library, self.tokens, out, inner)
-        return Bf16Gemm(gpu, library, Product(self.tokens, out, inner))
+        if self.operands == "bf16":
+            return Bf16Gemm(gpu, library, Product(self.tokens, out, inner))
+        kind = Int8Gemm if self.operands == "int8" else Fp8Gemm
+        return kind(gpu, library, self.tokens, out, inner)
 
     def _multiply(self, gemm: Gemm, operand: str, weight: int, product: str) -> None:
         gemm.enqueue(self._at[operand], weight, self._at[product], self._at["workspace"])
@@ -140,6 +161,10 @@ class Linear(Native):
 
 class _Modulated(Linear):
     """Parts of a block."""
+
+    def __init__(self, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
+        self.operands = "int8" if plan.precision == "int8" else "fp8"
+        super().__init__(model, plan, gpu)
 
     def _parts(self) -> dict[str, int]:
         return super()._parts() | {"modulation": 6 * self.dim * 4}
@@ -157,11 +182,11 @@ class _Modulated(Linear):
 class AttnIn(_Modulated):
     def __init__(self, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
         super().__init__(model, plan, gpu)
-        self._heads_blocks = HEADS_BLOCKS * gpu.multiprocessors
+        self._heads_blocks = HEADS_BLOCKS[self.operands] * gpu.multiprocessors
 
     def _parts(self) -> dict[str, int]:
         products = ("product_q", "product_k", "product_v")
-        return super()._parts() | dict.fromkeys(products, self.tokens * self.dim * 2)
+        return super()._parts() | dict.fromkeys(products, self.tokens * self.dim * self._product_bytes)
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         a, at = addresses, self._at
@@ -184,7 +209,7 @@ class AttnIn(_Modulated):
 
 class AttnOut(_Modulated):
     def _parts(self) -> dict[str, int]:
-        return super()._parts() | {"product": self.tokens * self.dim * 2}
+        return super()._parts() | {"product": self.tokens * self.dim * self._product_bytes}
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         a, at = addresses, self._at
@@ -223,8 +248,8 @@ class Ffn(_Modulated):
     def _parts(self) -> dict[str, int]:
         return super()._parts() | {
             "hidden_scale": self.tokens * 4,
-            "hidden": self.tokens * self.ffn,  # FP8
-            "product": self.tokens * self.ffn * 2,
+            "hidden": self.tokens * self.ffn,  # 8 bits
+            "product": self.tokens * self.ffn * self._product_bytes,
         }
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:

@@ -11,14 +11,14 @@ import numpy as np
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.segments.native.block import Linear
+from trt_wan.runtime.segments.native.block import Linear, Operands
 
 PARTS_OF_SLOT = 4  # blocks of threads that share a slot's tokens, for each pair of heads
 ATTENTION_THREADS = 128
 
 
 class Fuser(Linear):
-    fp8 = False
+    operands: Operands = "bf16"
 
     def __init__(self, model: ModelConfig, plan: Plan, gpu: Gpu) -> None:
         super().__init__(model, plan, gpu)
@@ -50,7 +50,7 @@ class Fuser(Linear):
 
 
 class Fp8Fuser(Fuser):
-    fp8 = True
+    operands = "fp8"
 
     def _parts(self) -> dict[str, int]:
         weight = {"weight": self.dim * self.dim, "weight_scale": self.dim * 4}

@@ -1,4 +1,4 @@
-"""Matrix products in FP8 and bf16 by cuBLASLt, called through ctypes, without torch.
+"""Matrix products in FP8, int8 and bf16 by cuBLASLt, called through ctypes, without torch.
 
 There is no bias and no scale of rows or columns: the kernels that read y apply them.
 """
@@ -16,8 +16,9 @@ from trt_wan.runtime.device.gpu import Gpu
 WORKSPACE_BYTES = 32 << 20  # recommended by cuBLAS for Hopper
 
 # cublasLt.h, library_types.h
-_COMPUTE_32F = 68
-_FLOAT32, _BFLOAT16, _E4M3 = 0, 14, 28
+_COMPUTE_32F, _COMPUTE_32I = 68, 72
+_FLOAT32, _INT8, _INT32, _BFLOAT16, _E4M3 = 0, 3, 10, 14, 28
+_TITLES = {_E4M3: "FP8", _INT8: "int8", _BFLOAT16: "bf16"}
 _TRANSA, _FAST_ACCUM = 3, 25  # attributes of a MatmulDesc
 _MAX_WORKSPACE = 1  # attribute of a MatmulPreference
 _TRANSPOSED = 1
@@ -83,17 +84,18 @@ class Gemm:
         self, gpu: Gpu, library: CublasLt, product: Product, io: int, y: int = _BFLOAT16, fast: bool = False
     ) -> None:
         self._gpu, self._library, p = gpu, library, product
-        self._product = library.create(self, "MatmulDesc", _COMPUTE_32F, _FLOAT32)
+        whole = io == _INT8
+        sums = (_COMPUTE_32I, _INT32) if whole else (_COMPUTE_32F, _FLOAT32)
+        self._product = library.create(self, "MatmulDesc", *sums)
         library.set("MatmulDesc", self._product, _TRANSA, c_int(0 if p.turned else _TRANSPOSED))
         if fast:
             library.set("MatmulDesc", self._product, _FAST_ACCUM, ctypes.c_int8(1))
         self._w = self._matrix(io, *((p.inner, p.out) if p.turned else (p.out, p.inner)), p.w_pitch)
         self._x = self._matrix(io, p.rows, p.inner, p.x_pitch)
         self._y = self._matrix(y, p.rows, p.out)
-        self._factor, self._zero = c_float(p.factor), c_float(0)
-        self._algorithm = self._choose(
-            f"{'FP8' if io == _E4M3 else 'bf16'} product of {p.rows}x{p.out}x{p.inner}"
-        )
+        scalar: Any = c_int if whole else c_float
+        self._factor, self._zero = scalar(1 if whole else p.factor), scalar(0)
+        self._algorithm = self._choose(f"{_TITLES[io]} product of {p.rows}x{p.out}x{p.inner}")
 
     def enqueue(self, x: int, w: int, y: int, workspace: int) -> None:
         """Takes addresses on the device; the workspace has WORKSPACE_BYTES."""
@@ -132,6 +134,15 @@ class Fp8Gemm(Gemm):
 
     def __init__(self, gpu: Gpu, library: CublasLt, tokens: int, out: int, inner: int) -> None:
         super().__init__(gpu, library, Product(tokens, out, inner), _E4M3, fast=True)
+
+
+class Int8Gemm(Gemm):
+    """x and w in int8, y in int32, which holds every sum. Rows and pitches are multiples of 4 bytes, as
+    cuBLASLt's tensor cores need: `out` and `inner` are channels.
+    """
+
+    def __init__(self, gpu: Gpu, library: CublasLt, tokens: int, out: int, inner: int) -> None:
+        super().__init__(gpu, library, Product(tokens, out, inner), _INT8, _INT32)
 
 
 class Bf16Gemm(Gemm):

@@ -39,7 +39,13 @@ ERRORS = {
     "Q3_K": 1.8e-1,
     "Q2_K": 3.3e-1,
 }
-ENGINE_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "scaled F8_E4M3"}
+ENGINE_TYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "scaled F8_E4M3",
+    "int8": "int8 ConvRot",
+}
 DIGITS = 4  # kept of a cost; files that differ by less compete
 NEWEST = 2  # Quantised.age of the newest layout
 
