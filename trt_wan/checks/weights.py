@@ -87,7 +87,7 @@ def _camera(folders: Sequence[Path], config: ModelConfig, precision: Precision) 
     """Uni3C's file. No other job needs it, so that none is no fault."""
     name = spoken("camera_control")
     if missing_parts(folders, OPTIONAL_PARTS):
-        return [ok(name, f"none; run --camera needs it: {shell_command(('pull', 'camera'))}")]
+        return [ok(name, "none, which only --camera needs")]
     try:
         _, file = load_camera(folders, None, config, precision)
     except WeightsError as error:
