@@ -14,9 +14,11 @@ from tiny_job import PLAN, RATE, prepare, write_sound
 from trt_wan.cli.dry_run import _seconds, forecast
 from trt_wan.cli.main import cli
 from trt_wan.engines.config import TINY
+from trt_wan.engines.lynx import Lynx
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import MemoryShort
 from trt_wan.runtime.executors.onnxruntime import least_memory
+from trt_wan.runtime.identity import FaceIdentity
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.settings import Settings
 from trt_wan.runtime.windows import Windows
@@ -133,13 +135,21 @@ def a_basis(free: float) -> Any:
     flavour = SimpleNamespace(name="tensorrt_rtx", version="1")
     weights = SimpleNamespace(config=TINY)
     settings = Settings(keep_encoders=False)
-    return SimpleNamespace(place=(gpu, flavour), weights=weights, settings=settings, precision="bf16")
+    return SimpleNamespace(
+        place=(gpu, flavour),
+        weights=weights,
+        settings=settings,
+        precision="bf16",
+        lynx=lambda job: job.identity and Lynx(True, True),
+    )
 
 
 def test_the_memory_of_a_gpu_is_planned_as_before_a_job(place: Path) -> None:
     roomy = forecast(a_basis(20e9), JOB, 64, 48, 40)[1]
     assert roomy["engines"] is None and roomy["streamed_blocks"] == 0, "unknown without the graphs"
     assert 0.7e9 < roomy["memory"] < 1e9, "mostly the context"
+    face = replace(JOB, identity=FaceIdentity(Path("face.png")))
+    assert forecast(a_basis(20e9), face, 64, 48, 40)[1]["memory"] > roomy["memory"] + 4e6, "keys of a face"
     with pytest.raises(MemoryShort, match="even if all blocks stream"):
         forecast(a_basis(0.7e9), JOB, 64, 48, 40)
 
