@@ -19,7 +19,9 @@ from trt_wan.engines.shape import CameraPlan, Plan
 from trt_wan.errors import MemoryShort
 from trt_wan.runtime.camera import Camera
 from trt_wan.runtime.executors.onnxruntime import least_memory
+from trt_wan.runtime.identity import FaceIdentity
 from trt_wan.runtime.job import Inputs, Job
+from trt_wan.runtime.opening.lynx import LynxSearch
 from trt_wan.runtime.opening.model import Basis, OpenWeights
 from trt_wan.runtime.opening.residency import weight_bytes
 from trt_wan.runtime.settings import Settings, WeightFiles
@@ -139,7 +141,8 @@ def a_basis(free: float) -> Any:
     flavour: Any = SimpleNamespace(name="tensorrt_rtx", version="1")
     tokenizer: Any = None
     camera = CameraWeights(TINY, WeightFiles(random="tiny"), "bf16")
-    weights = OpenWeights(TINY, {}, RandomSource(0), tokenizer, camera)
+    lynx = LynxSearch(random=True)
+    weights = OpenWeights(TINY, {}, RandomSource(0), tokenizer, camera, lynx=lynx)
     return Basis(weights, (gpu, flavour), "bf16", Settings(keep_encoders=False))
 
 
@@ -147,6 +150,8 @@ def test_the_memory_of_a_gpu_is_planned_as_before_a_job(place: Path) -> None:
     roomy = forecast(a_basis(20e9), JOB, 64, 48, 40)[1]
     assert roomy["engines"] is None and roomy["streamed_blocks"] == 0, "unknown without the graphs"
     assert 0.7e9 < roomy["memory"] < 1e9, "mostly the context"
+    face = replace(JOB, identity=FaceIdentity(Path("face.png")))
+    assert forecast(a_basis(20e9), face, 64, 48, 40)[1]["memory"] > roomy["memory"] + 4e6, "keys of a face"
     with pytest.raises(MemoryShort, match="even if all blocks stream"):
         forecast(a_basis(0.7e9), JOB, 64, 48, 40)
 

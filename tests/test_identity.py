@@ -315,11 +315,12 @@ def test_jobs(folder: Path, picture: Path, tmp_path: Path, tiny_home: Path) -> N
     assert len({off, both, ref, ip, first}) == 5
     guided, _ = ran("guided", *embedding, "--guidance", "3")
     assert guided not in (both, ran("plain", "--guidance", "3", identity=False)[0])
-    context = ("--context", "static_standard", "--context-frames", "13")
+    context = ("--context", "static_standard", "--context-frames", "13", "--context-overlap", "4")
     assert ran("context", *embedding, *context)[0] != ran("bare", *context, identity=False)[0]
 
+    named = ("--inputs", "in", "--weights", "models")
     repeated = subprocess.run(
-        [*TRT_WAN, "run", "--from", "both.mp4", "-o", "again.mp4", "--json"],
+        [*TRT_WAN, "run", "--from", "both.mp4", *named, "-o", "again.mp4", "--json"],
         capture_output=True,
         text=True,
         env=environment,
@@ -328,7 +329,7 @@ def test_jobs(folder: Path, picture: Path, tmp_path: Path, tiny_home: Path) -> N
     assert json.loads(repeated.stdout.splitlines()[-1])["ok"]
     assert read_frames(tmp_path / "again.mp4").tobytes() == both
     redo = subprocess.run(
-        [*TRT_WAN, "run", "--from", "both.mp4", "--redo", "2", "--seed", "0", "-o", "redone.mp4"],
+        [*TRT_WAN, "run", "--from", "both.mp4", *named, "--redo", "2", "--seed", "1", "-o", "redone.mp4"],
         capture_output=True,
         text=True,
         env=environment,

@@ -26,7 +26,6 @@ from trt_wan.cli.options import is_given
 from trt_wan.cli.preprocess import PREPARING_NAMES
 from trt_wan.cli.report import Report
 from trt_wan.cli.sections import SectionedCommand
-from trt_wan.engines.checkpoint import LYNX_PARTS
 from trt_wan.errors import InputError, UsageError, shell_command, shown, with_commands
 
 if TYPE_CHECKING:
@@ -46,13 +45,14 @@ SEARCHED = (
 )
 # The options that decide a part of a record, where its name is not the option's.
 CUT = ("start", "end")
+LYNX = ("lynx_resampler", "lynx_ip", "lynx_ref")  # engines.checkpoint.LYNX_PARTS, whose import is slow
 OPTIONS_OF: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(("reference", "pose", "face", "width", "height", "rate"), ("inputs",)),
     **dict.fromkeys(("background", "mask"), ("inputs", "mode")),
     **dict.fromkeys(SEARCHED, ("weights", "random_weights")),
     **dict.fromkeys(("clip_vision", "second"), tuple(guidance_options.CLIP_VISION)),
     **dict.fromkeys(("identity", "picture", "embedder"), identity_options.NAMES),
-    **dict.fromkeys(LYNX_PARTS, (*identity_options.NAMES, "lynx", "weights")),
+    **dict.fromkeys(LYNX, (*identity_options.NAMES, "lynx", "weights")),
     **dict.fromkeys(("references", "pictures"), reference_options.NAMES),
     "frames": ("inputs", "trim_to_shortest", *CUT),
     "sound": ("inputs", "audio"),
