@@ -217,9 +217,11 @@ def test_the_velocity_is_that_of_the_formulas(kind: Kind) -> None:
     theirs = diffusers_transformer(TINY, random_weights(TINY, "transformer", 1))
     i = {name: torch.from_numpy(values)[None] for name, values in ours.inputs.items()}
 
-    def oracle(keys: LynxKeys, face: Array, picture: Array) -> tuple[Array, Array]:
+    def features_of(picture: Array) -> list[torch.Tensor]:
         (latent,) = model.lynx.face.run("lynx_face_encode", picture, inputs.noise)  # type: ignore[union-attr]
-        features = face_features(theirs, torch.from_numpy(latent), torch.from_numpy(other_text()))
+        return face_features(theirs, torch.from_numpy(latent), torch.from_numpy(other_text()))
+
+    def oracle(keys: LynxKeys, face: Array, features: list[torch.Tensor]) -> tuple[Array, Array]:
         tokens = resample(weights["lynx_resampler"], torch.from_numpy(face)[None], lynx_of(TINY).heads)
         blocks = list(ip_blocks(TINY, kind))
         for n, block in enumerate(theirs.blocks):
@@ -235,16 +237,17 @@ def test_the_velocity_is_that_of_the_formulas(kind: Kind) -> None:
     assert inputs.embedding is not None and inputs.picture is not None
     plain = ours.velocity(None)
     alone = [replace(both, ip=None), replace(both, ref=None)]
+    features = features_of(inputs.picture)
     for keys in (both, *alone):
-        mine, made = oracle(keys, inputs.embedding, inputs.picture)
+        mine, made = oracle(keys, inputs.embedding, features)
         assert np.abs(mine - made).max() <= TOLERANCE
         assert np.abs(mine - plain).max() > 100 * TOLERANCE, "the adapter acts"
-    mine, made = oracle(nobody, np.zeros(512, np.float32), np.zeros_like(inputs.picture))
+    mine, made = oracle(nobody, np.zeros(512, np.float32), features_of(np.zeros_like(inputs.picture)))
     assert np.abs(mine - made).max() <= TOLERANCE
     assert np.abs(mine - ours.velocity(both)).max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["lynx_ip", "lynx_ref", "lynx_ip_kv", "lynx_ref_norm"])
+@pytest.mark.parametrize("name", ["lynx_ref", "lynx_ref_kv"])
 def test_full_size_graphs_are_exported(name: str, tmp_path: Path) -> None:
     """With the contract's names, shapes and types. tests/graph_hashes.py has the tiny model's graphs."""
     plan = Plan(832, 480, 77, "fp8")
