@@ -17,8 +17,9 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import MakeModel
 from oracles import diffusers_transformer
+from residual_passes import Passes, require_held
 from test_transformer import random_inputs
-from tiny_job import PLAN, prepare, read_frames, write_sound
+from tiny_job import FRAMES, PLAN, prepare, read_frames, write_sound
 
 from trt_wan.cli.calibrate_cache import calibrate_cache
 from trt_wan.cli.main import cli
@@ -494,6 +495,21 @@ def test_what_a_given_option_changes_was_asked_for(
     error = error_of("run", "--from", "a.json", "-o", "x.mp4", *options)
     assert ("opened" == error["message"]) is asked, error
     assert asked or "would not repeat a.json: step cache ratios prompt" in error["message"]
+
+
+def test_each_context_window_has_its_own_residual(made: Made) -> None:
+    files, settings = WeightFiles((made.folder / "weights",)), Settings(executor="onnxruntime")
+    job = Job(
+        Inputs.from_folder(made.folder / "clips", "animate"),
+        context=Context(frames=PLAN.frames, overlap=4),
+        steps=15,
+        step_cache=StepCache(0.06, ratios=Ratios((1.0,) * 15)),
+    )
+    passes: list[Any] = []
+    with open_model(files, settings, observe=lambda executor: Passes(executor, passes)) as model:
+        assert len(list(model.stream(job))) == FRAMES
+    assert len(passes) == 2 * 15 and job.skips[0].count(True) == 8
+    require_held(job, passes)
 
 
 def test_without_ratios_the_hint_has_the_command_that_makes_them(made: Made) -> None:
