@@ -1,4 +1,6 @@
-"""The residual stream of every forward pass of a job, and whether a step cache has added what it must."""
+"""The residual stream of every forward pass of a job, whether a step cache has added what it must, and the
+published ratios of another model. Needs no torch.
+"""
 
 from typing import Any
 
@@ -9,6 +11,17 @@ from trt_wan.engines.contract import Network
 from trt_wan.runtime.executors import Array, Executor
 from trt_wan.runtime.executors.forwarding import ForwardingExecutor
 from trt_wan.runtime.job import Job
+
+# Wan2.1-I2V-480, 40 steps, the prompt's side (addons_spec.md 4.1).
+PUBLISHED = tuple(
+    map(
+        float,
+        """
+    1 .98783 .97559 .98311 .98202 .9888 .98762 .98957 .99052 .99383 .98857 .99065 .98845 .99057 .98957 .98601
+    .98823 .98756 .98808 .98721 .98571 .98543 .98157 .98411 .97952 .98149 .9774 .97825 .97355 .97085 .97056
+    .96588 .96113 .9567 .94961 .93973 .93217 .91878 .90955 .92617""".split(),
+    )
+)
 
 
 class Passes(ForwardingExecutor):
