@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from test_step_cache import PUBLISHED
+from residual_passes import PUBLISHED
 
 from trt_wan.benchmarks.measure.calibrate_cache import calibrate
 from trt_wan.benchmarks.measure.sample_clips import write_prepared

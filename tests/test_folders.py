@@ -77,6 +77,7 @@ FILES = {
     "weights/.making-x/src_pose.mp4": ("leftovers", 1 << 17),
     "my own/film.mp4": ("unknown", 1 << 18),
     "letter.txt": ("unknown", 1 << 19),
+    "step_cache/a-20.json": ("step_cache", 1 << 20),
 }
 
 # Leftovers, and a lock, that go with a row.
@@ -109,7 +110,7 @@ def test_every_file_is_in_one_row(full: Path) -> None:
     assert data["home"] == str(full)
     told = invoke("list").stdout
     assert all(f"\n{row} " in told for row in wanted)
-    assert told.endswith(f"\n1.05 MB in {full}\n")
+    assert told.endswith(f"\n2.10 MB in {full}\n")
 
 
 def test_everything_is_removed_but_what_others_made(full: Path) -> None:

@@ -13,18 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 from on_gpu import require_gpu
-from tiny_job import FRAMES, PLAN, prepare, write_clip, write_reference, write_sound
+from residual_passes import Passes, require_held
+from tiny_job import PLAN, prepare, write_clip, write_reference, write_sound
 
 from trt_wan.build.graphs import build_graphs
 from trt_wan.engines.config import TINY
-from trt_wan.engines.contract import Network
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import MemoryShort, Stopped
 from trt_wan.runtime.context.settings import Context
 from trt_wan.runtime.events import Event, Note, StepDone
-from trt_wan.runtime.executors import Array, Executor, Observe
-from trt_wan.runtime.executors.forwarding import ForwardingExecutor
+from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.guidance import Nag
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.opening.activation_memory import activation_bytes
@@ -171,23 +170,6 @@ def test_frames_are_near_those_of_the_cpu(folders: Clips) -> None:
     assert all(near), (off, changes)
 
 
-class Passes(ForwardingExecutor):
-    """The residual stream before the first block and behind the last, of every forward pass."""
-
-    def __init__(self, executor: Executor, made: list[tuple[Array, Array, bool]]) -> None:
-        super().__init__(executor)
-        self.made, self.entered, self.ran = made, np.empty(0), False
-
-    def run(self, network: Network, n: int, inputs: Any) -> tuple[Array, ...]:
-        if network.name == "head":
-            self.made.append((self.entered, np.asarray(inputs["x"]), self.ran))
-        outputs = super().run(network, n, inputs)
-        self.ran = network.name == "ffn" or (self.ran and network.name != "patch_embed")
-        if network.name == "patch_embed":
-            self.entered = np.asarray(outputs[0])
-        return outputs
-
-
 def test_the_step_cache_holds_residuals_in_the_arena(folders: Clips) -> None:
     """To the last bit, with guidance and context windows, while the blocks use the memory around them."""
     ratios = Ratios((1.0,) * 15, (1.0, *(0.99,) * 14))
@@ -196,16 +178,7 @@ def test_the_step_cache_holds_residuals_in_the_arena(folders: Clips) -> None:
         made: list[tuple[Array, Array, bool]] = []
         with opened(folders, observe=lambda executor, made=made: Passes(executor, made)) as model:
             frames(model, cached := replace(task, **more))
-        plan = cached.context_plan(cached.windows(FRAMES).length(0))
-        streams = 2 * (1 if plan is None else len(plan.parts(0)))
-        for k in range(streams):
-            held = None
-            for step, (entered, left, ran) in enumerate(made[k : 15 * streams : streams]):
-                assert ran != cached.skips[k % 2][step]
-                if ran:
-                    held = left - entered
-                else:
-                    np.testing.assert_array_equal(left, entered + held)
+        require_held(cached, made)
 
 
 def relative(made: Array, wanted: Array) -> float:
