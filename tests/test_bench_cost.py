@@ -35,6 +35,7 @@ def test_flops_are_those_of_the_full_size_graph(tmp_path: Path) -> None:
         same_as_graph(name, ANIMATE_14B, plan, path)
 
 
+@pytest.mark.long
 def test_flops_of_longer_vae_chunks(tmp_path: Path) -> None:
     path, plan = tmp_path / "encode.onnx", Plan(64, 48, 13, vae_chunk=3)
     export(networks(TINY, plan)["vae_encode_next"], TINY, plan, path)

@@ -58,6 +58,7 @@ def test_the_module_built_without_memory_is_the_real_one(peer: DiffusersPeer, st
     assert error < 0.05  # bf16 against float32
 
 
+@pytest.mark.long
 def test_a_peer_at_rest_holds_nothing_and_comes_back_the_same(
     peer: DiffusersPeer, stepped: torch.Tensor
 ) -> None:

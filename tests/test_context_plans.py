@@ -231,7 +231,7 @@ def loops(draw: st.DrawFn) -> tuple[int, Job]:
     return draw(st.integers(1, 1200)), job(window=window, overlap=overlap)
 
 
-@settings(max_examples=700, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(loops())
 def test_every_frame_is_made_once_by_the_loop(drawn: tuple[int, Job]) -> None:
     frames, task = drawn
@@ -278,7 +278,7 @@ def contexts(draw: st.DrawFn) -> tuple[int, Job, int]:
     return frames, job(context=context, window=window, overlap=overlap), step
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(contexts())
 def test_context_windows_cover_every_slot(drawn: tuple[int, Job, int]) -> None:
     frames, task, step = drawn
@@ -316,7 +316,7 @@ def check_parts(plan: ContextPlan, step: int) -> None:
     np.testing.assert_allclose(sums, 1, rtol=1e-12)
 
 
-@settings(max_examples=700, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.integers(3, 24),
     st.integers(0, 100),

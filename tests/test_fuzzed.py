@@ -105,7 +105,7 @@ def test_a_whole_png_is_read(tmp_path: Path, more: bytes) -> None:
 def test_a_few_damaged_inputs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten thousand of each by hand."""
     monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path / "home"))
-    outcomes = {k: fuzz.run_one(kind, k, tmp_path / str(k)) for k in range(40)}
+    outcomes = {k: fuzz.run_one(kind, k, tmp_path / str(k)) for k in range(20)}
     assert {k: text for k, (outcome, text) in outcomes.items() if outcome not in ("read", "refused")} == {}
     assert {outcome for outcome, _ in outcomes.values()} == {"read", "refused"}, "damage is seen, not all is"
 

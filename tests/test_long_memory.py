@@ -22,7 +22,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return {frames: write_clips(base / str(frames), frames, *SIZE) for frames in (SHORT, LONG)}
 
 
-@pytest.mark.parametrize("mode", ["loop", "hybrid"])
+@pytest.mark.parametrize("mode", ["loop", pytest.param("hybrid", marks=pytest.mark.long)])
 def test_memory_does_not_grow_with_length(folders: dict[int, Path], mode: str) -> None:
     short, long = (peak(folders[frames], mode, "--short", "--unwritten") for frames in (SHORT, LONG))
     assert long - short < (LONG - SHORT) * FRAME / 3

@@ -54,6 +54,7 @@ def test_frames_without_a_person(tmp_path: Path) -> None:
     assert note.data == data and "joints_outside" not in notes_of(events)
 
 
+@pytest.mark.long
 def test_a_short_gap_is_filled_and_not_told(tmp_path: Path) -> None:
     events: list[Event] = []
     make(tmp_path, write_clip(tmp_path / "c.mkv", 12), FakePeople(0, [4, 5]), events=events)

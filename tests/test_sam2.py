@@ -217,6 +217,7 @@ def test_frames_without_the_object(folder: Path) -> None:
     assert len({float(found.memory.sum()) for found in got}) == len(got)
 
 
+@pytest.mark.long
 def test_one_point_is_answered_with_the_best_of_three(folder: Path) -> None:
     compare("sam2.1_tiny", folder, 2, prompts((0,), count=1), seed=4)
 

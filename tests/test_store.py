@@ -192,7 +192,14 @@ def test_a_failed_build_keeps_its_error_and_its_finished_graphs(home: Path) -> N
     assert build() == tuple(NAMES[1:])
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how",
+    [
+        signal.SIGINT,
+        signal.SIGKILL,
+        *(pytest.param(one, marks=pytest.mark.long) for one in (signal.SIGTERM, signal.SIGHUP)),
+    ],
+)
 def test_a_stopped_build_goes_on_where_it_was(home: Path, how: signal.Signals) -> None:
     """Stopped while the first, some middle and the last graphs are being written."""
     folder = graphs_folder(TINY, PLAN)

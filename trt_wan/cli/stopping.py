@@ -119,7 +119,7 @@ def _raised_again(interrupt: Handler) -> Iterator[None]:
             before(dropped)
             return
         signal.signal(signal.SIGINT, interrupt)
-        timer = threading.Timer(0.01, signal.raise_signal, [signal.SIGINT])  # when the destructor has ended
+        timer = threading.Timer(0.1, signal.raise_signal, [signal.SIGINT])  # when the destructor has ended
         timer.daemon = True
         timer.start()
 
