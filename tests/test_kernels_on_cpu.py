@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from kernels_on_cpu import CpuKernels
 from quantised_weights import extreme_blocks, random_blocks
-from weight_oracle import converted, plain, quantised, rotated
+from weight_oracle import converted, int8_rows, plain, quantised, rotated
 
 from trt_wan.runtime.weights.convert import SOURCE, SOURCES, TARGETS
 from trt_wan.runtime.weights.stored import BLOCKS, ROTATIONS
@@ -75,6 +75,22 @@ def test_numbers_are_quantised_as_by_numpy(kernels: CpuKernels, source: str) -> 
     kernels.launch(f"quantise_{source}", 2, 256, True, values, factors, got, got_scales, *shape)
     same(got_scales, want_scales, f"scales of {source}")
     same(got, want, source)
+
+
+def test_numbers_are_quantised_to_int8_as_by_numpy(kernels: CpuKernels) -> None:
+    """A number that is not finite shows in the scale."""
+    values = np.random.default_rng(0).standard_normal((5, 512)).astype(np.float32) * np.float32(3)
+    values[1] = 0
+    codes, scales = np.zeros(values.shape, np.int8), np.zeros(5, np.float32)
+    kernels.launch("quantise_to_int8", 2, 256, True, values, codes, scales, *values.shape)
+    want, want_scales = int8_rows(values)
+    same(scales, want_scales, "scales")
+    same(codes, want, "codes")
+    assert np.abs(codes[[0, 2, 3, 4]]).max(axis=1).tolist() == [127] * 4
+    for value in (np.nan, np.inf):
+        values[3, 300] = value
+        kernels.launch("quantise_to_int8", 2, 256, True, values, codes, scales, *values.shape)
+        assert np.isfinite(scales).tolist() == [True, True, True, False, True]
 
 
 @pytest.mark.parametrize("group", ROTATIONS)

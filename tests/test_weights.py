@@ -196,7 +196,8 @@ def test_a_transformer_of_any_type_is_converted(
 def test_a_quantised_transformer_is_decoded(quantised: Callable[[str], Parts], kind: str) -> None:
     """In pieces of 16 MB, and of 2 KB for 8 bits."""
     parts = quantised(kind)
-    for precision, piece in (("bf16", 16 << 20), ("fp8", 2048), ("int8", 2048)):
+    some = [("int8", 2048)] if kind in ("int8 convrot", "Q5_0") else []
+    for precision, piece in (("bf16", 16 << 20), ("fp8", 2048), *some):
         gpu = LateGpu(0, 0.2)
         run = Job(gpu, DeviceWeights(cast(Any, gpu), FileSource(parts, piece)), parts)
         for pack in blocks(cast(Precision, precision))[:2]:
