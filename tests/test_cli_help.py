@@ -55,8 +55,8 @@ def test_every_option_is_in_one_section(command: click.Command) -> None:
 def test_the_sections_of_run() -> None:
     shown = sections(CliRunner().invoke(run, ["--help"]).stdout)
     assert list(shown) == [*SECTIONS, OTHERS] == [
-        "Video", "Context windows", "Sampling", "Guidance", "Camera", "Identity", "People", "Masks (mode replace)",
-        "Weights", "Machine", "Other"
+        "Video", "Context windows", "Sampling", "Guidance", "Camera", "Identity", "People",
+        "Masks (mode replace)", "Weights", "Machine", "Other"
     ]  # fmt: skip
     assert {"--size", "--audio"} <= set(shown["Video"]) and "--seed" in shown["Sampling"]
     assert "--point" in shown["People"] and "--vram" in shown["Machine"]

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from trt_wan.checks.check import Check, of_error, ok
-from trt_wan.engines.checkpoint import OPTIONAL_PARTS, PARTS
+from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.precision import Precision
 from trt_wan.errors import TrtWanError, WeightsError, shell_command
@@ -86,7 +86,7 @@ def _missing(folders: Sequence[Path]) -> list[Check]:
 def _camera(folders: Sequence[Path], config: ModelConfig, precision: Precision) -> list[Check]:
     """Uni3C's file. No other job needs it, so that none is no fault."""
     name = spoken("camera_control")
-    if missing_parts(folders, OPTIONAL_PARTS):
+    if missing_parts(folders, ("camera_control",)):
         return [ok(name, "none, which only --camera needs")]
     try:
         _, file = load_camera(folders, None, config, precision)
