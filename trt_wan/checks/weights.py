@@ -8,6 +8,7 @@ from pathlib import Path
 from trt_wan.checks.check import Check, of_error, ok
 from trt_wan.engines.checkpoint import PARTS
 from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contract import Part
 from trt_wan.engines.precision import Precision
 from trt_wan.errors import TrtWanError, WeightsError, shell_command
 from trt_wan.install import install_command
@@ -86,7 +87,8 @@ def _missing(folders: Sequence[Path]) -> list[Check]:
 def _camera(folders: Sequence[Path], config: ModelConfig, precision: Precision) -> list[Check]:
     """Uni3C's file. No other job needs it, so that none is no fault."""
     name = spoken("camera_control")
-    if missing_parts(folders, ("camera_control",)):
+    part: tuple[Part, ...] = ("camera_control",)
+    if missing_parts(folders, part):
         return [ok(name, "none, which only --camera needs")]
     try:
         _, file = load_camera(folders, None, config, precision)
