@@ -18,6 +18,7 @@ from trt_wan.build.models import uni3c as graphs
 from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL
 from trt_wan.engines.config import TINY, CameraConfig
 from trt_wan.engines.contract import Network
+from trt_wan.engines.contracts.uni3c import STEPS
 from trt_wan.engines.shape import CameraPlan, Plan
 from trt_wan.runtime.denoise import Branch, predict_window
 from trt_wan.runtime.executors import Array
@@ -79,7 +80,7 @@ def test_our_graphs_have_the_golden_numbers() -> None:
     made = []
     for n in range(2):
         w = at(f"controlnet_blocks.{n}.")
-        (modulation,) = graphs.modulation(TIME.float(), w=w, **shared)
+        ((modulation,),) = graphs.modulation(TIME.float(), w=w, **shared)
         heads = graphs.block_in(z, modulation, *rope, w=w, **shared)
         (attended,) = graphs.attention(*heads, w={}, **shared)
         z, features = graphs.block_out(z, attended, modulation, w=w, **shared)
@@ -210,3 +211,15 @@ def test_both_sides_of_the_guidance_share_the_residuals(model: Model, inputs: di
         counting.calls.clear()
         predict(1, inputs["latent"])
         assert not any(name.startswith("uni3c") for name in counting.calls), "the camera is off in that step"
+
+
+def test_the_modulation_of_more_steps_than_a_call_takes(model: Model) -> None:
+    times = [encode_time(model, 1000 - 20 * step) for step in range(STEPS + 2)]
+    acting = [step != 3 for step in range(len(times))]
+    made = prepare_camera(model, times, acting, 1.0).modulations
+    assert [modulation is not None for modulation in made] == acting
+    for step in (0, 4, STEPS - 1, STEPS + 1):
+        (alone,) = prepare_camera(model, times[step : step + 1], [True], 1.0).modulations
+        for ours, one in zip(made[step] or (), alone or (), strict=True):
+            np.testing.assert_allclose(ours, one, atol=1e-5)
+    assert not np.allclose((made[0] or [0])[0], (made[1] or [0])[0])

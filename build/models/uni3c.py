@@ -25,10 +25,10 @@ from trt_wan.engines.shape import Plan
 MASK_CHANNELS = 4  # the first of the condition
 
 
-def modulation(time_embedding: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor]:
-    given = F.silu(time_embedding)
-    both = torch.cat((linear(given, w, "norm1.linear"), linear(given, w, "norm2.linear")))
-    return (both.reshape(6, -1),)
+def modulation(time_embeddings: Tensor, *, w: Weights, model: ModelConfig, plan: Plan) -> tuple[Tensor]:
+    given = F.silu(time_embeddings)
+    both = torch.cat((linear(given, w, "norm1.linear"), linear(given, w, "norm2.linear")), dim=1)
+    return (both.reshape(len(given), 6, -1),)
 
 
 def patch(

@@ -1,10 +1,10 @@
 """Uni3C's networks (addons_spec.md 1.2): a small transformer beside the large one. It turns the noisy
 latent and a render of the wanted camera path into a residual for each of the first blocks.
 
-`uni3c_modulation` runs once per step of a job and block, the others in every step. `uni3c_add` is apart from
-`uni3c_out` because both sides of the guidance add the same residuals: they share `features`, [tokens, 1024],
-where the residuals themselves would be [tokens, 5120]. Attention is a network of its own for the same reason
-as the large one's: TensorRT-RTX cannot build it for Hopper at full size, other libraries can.
+`uni3c_modulation` runs once per block for all steps of a job, the others in every step. `uni3c_add` is apart
+from `uni3c_out` because both sides of the guidance add the same residuals: they share `features`,
+[tokens, 1024], where the residuals themselves would be [tokens, 5120]. Attention is a network of its own for
+the same reason as the large one's: TensorRT-RTX cannot build it for Hopper at full size, other libraries can.
 
 The mask and camera branch of the published file (controlnet_mask_embedding) is not run: ComfyUI and its
 wrapper feed it nothing either.
@@ -15,6 +15,7 @@ from trt_wan.engines.contract import Network, Tensor, exact_linear, linear
 from trt_wan.engines.shape import CameraPlan
 
 BLOCK = "controlnet_blocks.{n}."
+STEPS = 32  # of a call of `uni3c_modulation`: its weights, 2.5 GB in float32, pass once for as many
 
 
 def networks(model: ModelConfig, plan: CameraPlan) -> tuple[Network, ...]:
@@ -31,12 +32,12 @@ def networks(model: ModelConfig, plan: CameraPlan) -> tuple[Network, ...]:
             part="camera_control",
             scope=BLOCK,
             repeats=u.layers,
-            inputs=(Tensor("time_embedding", (1, c.dim)),),
+            inputs=(Tensor("time_embeddings", (STEPS, c.dim)),),
             weights=(
                 *exact_linear("norm1.linear", 3 * u.dim, c.dim),
                 *exact_linear("norm2.linear", 3 * u.dim, c.dim),
             ),
-            outputs=(modulation,),  # shift, scale, gate of self-attention; the same of the FFN
+            outputs=(Tensor("modulations", (STEPS, 6, u.dim)),),
         ),
         Network(
             name="uni3c_patch",

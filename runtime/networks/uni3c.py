@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trt_wan.engines.contracts.uni3c import STEPS
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import rope_tables
@@ -42,15 +43,26 @@ def prepare_camera(
     pictures: int = 0,
 ) -> PreparedCamera:
     """`times` are the embedding and the modulation of every step. `pictures`: see `rope_tables`."""
-    layers = range(model.config.camera.layers)
-    modulations = [
-        [model.run(MODULATION, embedding, n=n)[0] for n in layers] if acts else None
-        for (embedding, _), acts in zip(times, acting, strict=True)
-    ]
-    model.release(MODULATION)
+    made = iter(_modulations(model, [time[0] for time, acts in zip(times, acting, strict=True) if acts]))
+    modulations = [next(made) if acts else None for acts in acting]
     rope = rope_tables(model.config, model.plan, pictures, model.config.camera.head_dim)
     placed = model.place(np.array([strength], np.float32))
     return PreparedCamera(modulations, (model.place(rope[0]), model.place(rope[1])), placed)
+
+
+def _modulations(model: Model, embeddings: Sequence[Array]) -> list[list[Array]]:
+    """By embedding and block. A call takes many embeddings, for on a GPU its weights pass anew each time."""
+    rows = np.concatenate([np.asarray(embedding) for embedding in embeddings])
+    made: list[list[Array]] = [[] for _ in embeddings]
+    for n in range(model.config.camera.layers):
+        for first in range(0, len(rows), STEPS):
+            batch = rows[first : first + STEPS]
+            filled = np.concatenate((batch, np.repeat(batch[-1:], STEPS - len(batch), axis=0)))
+            (result,) = model.run(MODULATION, filled, n=n)
+            for k, modulation in enumerate(np.asarray(result)[: len(batch)], first):
+                made[k].append(model.place(np.ascontiguousarray(modulation)))
+    model.release(MODULATION)
+    return made
 
 
 class CameraResiduals:
