@@ -25,6 +25,7 @@ from trt_wan.runtime.executors.onnxruntime import OnnxRuntimeExecutor
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.pipeline import stream_pieces
+from trt_wan.runtime.references import References
 from trt_wan.runtime.window_state import WindowState
 
 FRAMES, SIZE = 60, 16  # of the folders; one token is a slot
@@ -146,6 +147,21 @@ def test_a_render_is_where_the_pose_is(files: dict[str, Path], seed: int) -> Non
     starts = {slots[0] for _, slots, _ in seen}
     loops = settings.get("context") is None or not settings["context"].whole
     assert min(starts) == 0 and (loops or starts == {0}), "slot 0 is the first frame of the loop's window"
+
+
+@pytest.mark.parametrize("use", ["slots", "prefix"])
+@pytest.mark.parametrize(
+    "settings", [{"window": 13, "overlap": 5}, {"context": Context(frames=13, overlap=4)}]
+)
+def test_other_references_have_the_view_of_the_first_frame(
+    files: dict[str, Path], use: Any, settings: dict[str, Any]
+) -> None:
+    references = References((files["start"],), use)
+    seen = traced(job_of(files, 30, files["pose"], steps=1, references=references, **settings)).seen
+    more = references.latents
+    assert seen and more == {"slots": 1, "prefix": 4}[use]
+    for _, slots, pose in seen:
+        assert slots[1 : 1 + more] == slots[:1] * more and slots[1 + more :] == pose[more:]
 
 
 def test_slot_0_of_the_wrappers_windows_is_the_first_frame_too(files: dict[str, Path]) -> None:
