@@ -8,7 +8,7 @@ from typing import Literal
 
 from trt_wan.engines.lynx import Lynx
 from trt_wan.engines.shape import Plan
-from trt_wan.errors import UsageError, shell_command, shown, with_commands
+from trt_wan.errors import UsageError, shown
 from trt_wan.runtime.camera import Camera
 from trt_wan.runtime.colour import Colour
 from trt_wan.runtime.context.parts import ContextPlan
@@ -465,10 +465,7 @@ class Job:
         if cache.ratios is not None and self.guided and not cache.ratios.negative:
             raise UsageError(
                 "The ratios of the step cache were made without guidance, so the negative prompt has none.",
-                with_commands(
-                    "Make others with the options of this job, or use --guidance 1:",
-                    shell_command(("bench", "calibrate-cache", "--guidance", "5")),
-                ),
+                "Make others with `bench calibrate-cache` and the options of this job, or use --guidance 1.",
             )
 
     @property

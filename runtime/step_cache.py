@@ -163,12 +163,17 @@ class Residuals:
         return self._made[part]
 
 
+def numbers(side: Sequence[bool]) -> list[int]:
+    """The skipped steps of a side, from 1."""
+    return [i for i, skipped in enumerate(side, 1) if skipped]
+
+
 def told_skips(skips: Sequence[Sequence[bool]]) -> str:
-    """The skipped steps of every side, numbered from 1."""
+    """The skipped steps of every side."""
     said = []
     for side in skips:
-        numbers = [str(i) for i, skipped in enumerate(side, 1) if skipped]
-        more = [f"{len(numbers) - MOST_TOLD} more"] if len(numbers) > MOST_TOLD else []
-        listed = f" ({', '.join([*numbers[:MOST_TOLD], *more])})" if numbers else ""
-        said.append(f"{len(numbers)} of {len(side)} steps{listed}")
+        skipped = [str(i) for i in numbers(side)]
+        more = [f"{len(skipped) - MOST_TOLD} more"] if len(skipped) > MOST_TOLD else []
+        listed = f" ({', '.join([*skipped[:MOST_TOLD], *more])})" if skipped else ""
+        said.append(f"{len(skipped)} of {len(side)} steps{listed}")
     return ", and for the negative prompt ".join(said)

@@ -93,12 +93,21 @@ def with_ratios(job: Job, model: str, transformer: Sequence[Path], progress: Pro
             ),
             COMMAND,
         )
+    if job.guided and not found.ratios.negative:
+        raise NotCalibrated(
+            f"The ratios of {name} were made without guidance, so the negative prompt has none.",
+            with_commands(
+                "Make others with the options of this job, or use --guidance 1:", shell_command(COMMAND)
+            ),
+            COMMAND,
+        )
     other = [
         key for key in dict.fromkeys((*asked, *found.made_for)) if asked.get(key) != found.made_for.get(key)
     ]
     if other:
         text = (
-            f"{name} was not made for this job: {', '.join(other)} differ. The steps it skips may be wrong."
+            f"{name} was not made for this job, from which it differs in: {', '.join(other)}. The steps it "
+            "skips may be wrong."
         )
         progress(Note(text, "step_cache_of_another", {"differ": other}))
     if (count := len(found.ratios.prompt)) != steps:

@@ -130,6 +130,7 @@ def test_the_number_of_cpus_makes_no_difference(tmp_path: Path) -> None:
         ("out.webm", Quality("av1", 64)),
         ("out.mp4", Quality("av1", encoder="nvenc")),
         ("out.webm", Quality(encoder="nvenc")),
+        ("out.gif", Quality(encoder="nvenc")),
         ("out.mov", Quality("prores", encoder="nvenc")),
         ("out.mp4", Quality("hevc", 52, encoder="nvenc")),
     ],

@@ -370,6 +370,14 @@ def test_two_at_once_wait_for_each_other(hub: FakeHub, tmp_path: Path) -> None:
     assert (tmp_path / "loras" / "big.safetensors").read_bytes() == BIG_BYTES
 
 
+@pytest.mark.parametrize(("extra", "files"), [("camera", 1), ("lynx", 3)])
+def test_files_that_no_preset_needs(extra: str, files: int, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    shown = CliRunner().invoke(cli, ["pull", extra, "--into", str(tmp_path), "--dry-run", "--json"])
+    data = json.loads(shown.stdout.splitlines()[-1])["data"]
+    assert shown.exit_code == 0 and len(data["files"]) == files and data["bytes"] is None
+
+
 def test_the_command_prints_the_folder_and_honours_hf_endpoint(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,7 +169,7 @@ def test_threshold_0_skips_nothing_and_needs_no_ratios() -> None:
         ({"sampler": "lcm"}, "lcm adds noise", "unipc, euler, dpm++"),
         ({"context": Context("uniform_standard")}, "uniform_standard move", "--context static_standard"),
         ({"context": Context("uniform_looped")}, "uniform_looped move", "--context static_standard"),
-        ({"guidance": 5.0}, "made without guidance", "calibrate-cache --guidance 5"),
+        ({"guidance": 5.0}, "made without guidance", "`bench calibrate-cache`"),
     ],
 )
 def test_jobs_are_refused(settings: dict[str, Any], says: str, fix: str) -> None:
@@ -180,6 +180,21 @@ def test_jobs_are_refused(settings: dict[str, Any], says: str, fix: str) -> None
             Job(INPUTS, step_cache=StepCache(0.06, ratios=ratios), **settings)
         assert says in caught.value.message and fix in caught.value.hint
     assert Job(INPUTS, step_cache=StepCache(0.06), context=Context())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--sampler", "lcm", "--steps", "15", "--size", "64x48"), "no job with it takes the step cache"),
+        (("--steps", "14", "--size", "64x48"), "14 steps have no use"),
+        (("--steps", "15", "--size", "7x7"), "7x7"),
+        (("--steps", "15", "--size", "99999x99999"), "99999"),
+    ],
+)
+def test_what_cannot_be_calibrated(options: tuple[str, ...], says: str) -> None:
+    command = ["bench", "calibrate-cache", "--random-weights", "tiny", "--window", "5", *options]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 2 and says in result.stderr, result.output
 
 
 @pytest.mark.parametrize(
@@ -415,15 +430,15 @@ def test_runs_with_the_calibration(made: Made) -> None:
     """The forecast and the run tell the steps; --from and --redo give the same bits."""
     expected = made.expected
     assert 3 <= len(expected) <= 10, "some steps, for the rest of this test"
-    cached = ("--step-cache", THRESHOLD)
+    cached, told = ("--step-cache", THRESHOLD), [[step + 1 for step in expected]]
     forecast = made.run("a.mp4", *cached, "--dry-run")
-    assert forecast["skipped_steps"] == [expected] and forecast["evaluations"] == 2 * (15 - len(expected))
+    assert forecast["skipped_steps"] == told and forecast["evaluations"] == 2 * (15 - len(expected))
     assert forecast["step_cache_bytes"] == PLAN.tokens * TINY.transformer.dim * 4
     without = made.run("a.mp4", "--dry-run")
     assert forecast["memory"] - without["memory"] == forecast["step_cache_bytes"]
     assert "skipped_steps" not in without
 
-    assert made.run("a.mp4", *cached)["skipped_steps"] == [len(expected)]
+    assert made.run("a.mp4", *cached)["skipped_steps"] == told
     video = str(made.folder / "a.mp4")
     data_of("run", "--from", video, "-o", str(made.folder / "b.mp4"))
     assert (made.folder / "b.mp4").read_bytes() == Path(video).read_bytes()
@@ -577,7 +592,7 @@ def test_a_file_that_is_named(home: Path) -> None:
     notes: list[Any] = []
     found = with_ratios(named, "tiny", (), notes.append)
     assert found.step_cache == StepCache(0.06, ratios=LEVEL), "the record has the ratios, not their place"
-    assert "was not made for this job: shift differ" in notes[0].text
+    assert "from which it differs in: shift" in notes[0].text
     assert with_ratios(found, "tiny", (), notes.append) is found and len(notes) == 1
     with pytest.raises(UsageError, match="of the model tiny, not of 14b"):
         with_ratios(named, "14b", (), silent)

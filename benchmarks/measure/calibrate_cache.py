@@ -17,6 +17,7 @@ from trt_wan.runtime.executors.forwarding import ForwardingExecutor
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.opening.gpu_sizes import ExportTiles
 from trt_wan.runtime.opening.model import Basis
+from trt_wan.runtime.sampling.samplers import SAMPLERS
 from trt_wan.runtime.step_cache import LEAST_STEPS, Ratios
 from trt_wan.runtime.step_ratios import Calibration, made_for
 from trt_wan.runtime.video.clips import open_clips
@@ -90,6 +91,12 @@ def require_calibration(job: Job) -> None:
             f"The step cache is for {LEAST_STEPS} steps and more, so {job.schedule.steps} steps have no use "
             "for its ratios.",
             "Use --steps 20.",
+        )
+    if SAMPLERS[job.sampler].stochastic:
+        good = ", ".join(name for name, row in SAMPLERS.items() if not row.stochastic)
+        raise UsageError(
+            f"The sampler {job.sampler} adds noise in every step, so no job with it takes the step cache.",
+            f"Use the sampler of the job, one of --sampler {good}.",
         )
     if len({step.passes for step in job.step_settings}) > 1:
         raise UsageError(

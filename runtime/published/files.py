@@ -13,11 +13,10 @@ COMFY_21, COMFY_22 = "Comfy-Org/Wan_2.1_ComfyUI_repackaged", "Comfy-Org/Wan_2.2_
 FAST4, UNIPC4, QUALITY20 = "fast4", "unipc4", "quality20"
 KIJAI4, NATIVE4, NATIVE8 = "kijai4", "native4", "native8"
 # Sets beside the presets. Of Lynx's files only the sizes of the tensors are known: 4.2, 0.34 and 4.2 GB.
-LYNX = "lynx"
-EXTRAS = {LYNX: "the identity adapters (run --identity)"}
+CAMERA, LYNX = "camera", "lynx"
+EXTRAS = {CAMERA: "the camera control Uni3C (run --camera)", LYNX: "the identity adapters (run --identity)"}
 LYNX_LICENCE = "not stated; Lynx's code Apache-2.0"
 ALL = (FAST4, UNIPC4, KIJAI4, NATIVE4, NATIVE8, QUALITY20)
-CAMERA = "camera"  # no preset: what `--camera` needs beside one
 FEW_STEPS = (FAST4, UNIPC4, KIJAI4, NATIVE4, NATIVE8)
 
 
@@ -161,9 +160,6 @@ FILES = (
         )
     ),
 )
-
-
-EXTRAS = {CAMERA: "the camera control Uni3C"}
 
 
 def files_of(preset: str) -> tuple[PublishedFile, ...]:

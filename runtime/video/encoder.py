@@ -97,6 +97,8 @@ class Quality:
                 f"A file that ends in {suffix} cannot have the codec {name}.",
                 f"Use one of {', '.join(KINDS[suffix].codecs)} for it; {name} goes into {files}.",
             )
+        if self.encoder is not None and KINDS[suffix].is_gif:
+            raise UsageError("A GIF has no use for NVENC.", "Leave out --encoder, or write an .mp4.")
         if self.encoder is not None and name not in NVENC:
             raise UsageError(
                 f"NVENC does not encode {name} here.",
@@ -124,8 +126,11 @@ def usable(quality: Quality, kind: Kind, progress: Progress) -> Quality:
         quality.encoding(kind, *PROBE).open()
     except (av.FFmpegError, ValueError) as error:  # a ValueError: this build of PyAV lacks it
         name = quality.codec_of(kind).encoder
-        text = f"{name} cannot be opened ({shown(error)}): the CPU encodes. H100s and H200s have no NVENC."
-        progress(Note(text, "no_nvenc", {"encoder": name}))
+        text = (
+            f"{name} cannot be opened here, so the CPU encodes. It needs an NVIDIA GPU with NVENC, which an "
+            "H100 or H200 has not, and its driver."
+        )
+        progress(Note(text, "no_nvenc", {"encoder": name, "reason": str(error)}))
         return replace(quality, encoder=None)
     return quality
 

@@ -9,7 +9,7 @@
 Nothing is computed here: a call becomes a `Job`, which the open model streams.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from os import PathLike, fspath
@@ -183,6 +183,8 @@ class AnimatePipeline(Closing):
                 known = {**dict.fromkeys(given), **clips}
                 inputs = Inputs(reference, known["pose"], known["face"], known["background"], known["mask"])
                 inputs = replace(inputs, init=known["init"])
+            if not isinstance(reference_images, Iterable):
+                raise UsageError("reference_images is no list of pictures.", "Give a list, of 3 at most.")
             if len(reference_images) or reference_as is not None:
                 pictures = (
                     picture_file(media, f"reference_{k}", folder)

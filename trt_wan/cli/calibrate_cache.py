@@ -15,6 +15,7 @@ from trt_wan.cli.sampling_options import refuse_unused_sampling
 from trt_wan.cli.sizes import Size
 from trt_wan.cli.sizes import size as size_option
 from trt_wan.cli.step_ratios import SHARED
+from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError
 
 SIZE = 832, 480
@@ -44,11 +45,13 @@ def calibrate_cache(
         raise UsageError("The clips of --inputs have a size.", "Leave out --size, or --inputs.")
     refuse_unused_sampling()
     options = RunOptions(**with_preset(report, given.pop("preset"), given))
+    width, height = size or SIZE
+    Plan(width, height, options.window or 77)  # refuses a bad size before clips are made
     with tempfile.TemporaryDirectory(prefix="trt-wan-calibrate-") as temporary:
         if inputs is None:
             from trt_wan.benchmarks.measure.sample_clips import write_prepared
 
-            inputs = write_prepared(Path(temporary) / "clips", *(size or SIZE), options.window or 77)
+            inputs = write_prepared(Path(temporary) / "clips", width, height, options.window or 77)
         return _calibrated(report, options, inputs, out)
 
 

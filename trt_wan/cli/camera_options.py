@@ -26,7 +26,7 @@ class RenderType(click.Path):
         except click.BadParameter as error:
             moves = ", ".join(MOVES)
             raise click.BadParameter(
-                f"{error.message.rstrip('.')}, and no move: {moves}.", ctx, param
+                f"{error.message.rstrip('.')}, and it is none of the moves {moves}.", ctx, param
             ) from None
 
 
@@ -66,6 +66,7 @@ def take_camera(given: dict[str, Any]) -> "Camera | None":
     chosen = {field: value for name, field in FIELDS.items() if (value := given.pop(name)) is not None}
     if render is None:
         typed = [f"--{name.replace('_', '-')}" for name in FIELDS if is_typed(name)]
+        typed += ["--camera-control"] if is_typed("camera_control") else []
         if typed:
             raise UsageError(
                 f"Without --camera {typed[0]} would do nothing.", "Add --camera static, or leave it out."

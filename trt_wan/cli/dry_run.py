@@ -109,13 +109,15 @@ def forecast(
 
 
 def _step_cache(job: "Job", plan: "Plan", longest: int, dim: int) -> dict[str, Any]:
-    """The skipped steps of every side, from 0, and the bytes of their residuals at most. Empty without it."""
+    """The skipped steps of every side, from 1, and the bytes of their residuals at most. Empty without it."""
     if not (skips := job.skips):
         return {}
+    from trt_wan.runtime.step_cache import numbers
+
     context = job.context_plan(longest)
     parts = 1 if context is None else len(context.parts(0))
     held = sum(map(any, skips)) * parts * plan.tokens * dim * 4
-    skipped = [[i for i, skip in enumerate(side) if skip] for side in skips]
+    skipped = [numbers(side) for side in skips]
     return {"skipped_steps": skipped, "step_cache_bytes": held}
 
 

@@ -54,15 +54,19 @@ def pull(*, report: Report, preset: str, into: Path | None, dry_run: bool) -> An
     if dry_run:
         rows = [(file, place.find(file)) for file in files]
         text = [
-            (file.part, spoken_size(file.size), str(path or "missing"), file.licence) for file, path in rows
+            (file.part, spoken_size(file.size), str(path or f"missing: {file.name}"), file.licence)
+            for file, path in rows
         ]
         missing = [file for file, path in rows if path is None]
         data = [
             {"part": file.part, "name": file.name, "bytes": file.size, "path": str(path) if path else None}
             for file, path in rows
         ]
-        total = sum(file.size or 0 for file in missing)
-        note(report, f"{len(missing)} files to fetch, {spoken_size(total)}, into {root}.", "to_fetch")
+        known = [file.size for file in missing if file.size is not None]
+        total = sum(known) if len(known) == len(missing) else None
+        size = "of unknown size" if total is None else spoken_size(total)
+        noun = "file" if len(missing) == 1 else "files"
+        note(report, f"{len(missing)} {noun} to fetch, {size}, into {root}.", "to_fetch")
         return table([("part", "size", "file", "licence"), *text]), {"files": data, "bytes": total}
 
     from trt_wan.runtime.published.fetch import fetch

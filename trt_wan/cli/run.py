@@ -651,7 +651,7 @@ def render_prepared(
     from trt_wan.runtime.kept.windows import kept_of
     from trt_wan.runtime.redo import redo as render_again
     from trt_wan.runtime.render import own_sound, render
-    from trt_wan.runtime.step_cache import told_skips
+    from trt_wan.runtime.step_cache import numbers, told_skips
     from trt_wan.runtime.video.clips import open_clips
     from trt_wan.runtime.video.continued import frames_before
     from trt_wan.runtime.video.encoder import Quality
@@ -717,7 +717,7 @@ def render_prepared(
     data["fps"] = result.rate
     if skips := job.skips:
         note(report, f"The step cache has skipped {told_skips(skips)}, in every window.", "steps_skipped")
-        data["skipped_steps"] = [sum(side) for side in skips]
+        data["skipped_steps"] = [numbers(side) for side in skips]
     return result.path, {**data, "seconds": round(time.perf_counter() - start, 2)}
 
 
