@@ -187,7 +187,7 @@ def test_jobs_are_refused(settings: dict[str, Any], says: str, fix: str) -> None
     [
         (("--sampler", "lcm", "--steps", "15", "--size", "64x48"), "no job with it takes the step cache"),
         (("--steps", "14", "--size", "64x48"), "14 steps have no use"),
-        (("--steps", "15", "--size", "7x7"), "7x7"),
+        (("--steps", "15", "--size", "7x7"), "not a multiple of 16"),
         (("--steps", "15", "--size", "99999x99999"), "99999"),
     ],
 )
