@@ -391,7 +391,7 @@ OTHERS: dict[str, dict[str, tuple[int, ...]]] = {
     "an upscaler": {"model.1.sub.0.RDB1.conv1.0.weight": (8, 8, 3, 3)},
     "a ControlNet": {"control_model.input_hint_block.0.weight": (8, 3, 3, 3)},
     "the camera control Uni3C": {"controlnet_patch_embedding.weight": (8, 20, 1, 2, 2)},
-    "a Lynx adapter": {"blocks.0.self_attn.ref_adapter.to_k_ref.weight": (8, 8)},
+    "the ref adapter of Lynx": {"blocks.0.self_attn.ref_adapter.to_k_ref.weight": (8, 8)},
     "a T5 text encoder": {"encoder.block.0.layer.0.SelfAttention.q.weight": (8, 8)},
     "the VAE of Wan2.1": {"decoder.upsamples.0.residual.2.weight": (8, 8, 3, 3, 3)},
     "the VAE of Wan2.2 5B": {"decoder.upsamples.0.upsamples.0.residual.2.weight": (8, 8, 3, 3, 3)},

@@ -99,11 +99,11 @@ from trt_wan.runtime import denoise
 
 velocity, calls = denoise.velocity, []
 
-def stuck(*arguments):
+def stuck(*arguments, **more):
     calls.append(1)
     if len(calls) > 2:
         time.sleep(120)
-    return velocity(*arguments)
+    return velocity(*arguments, **more)
 
 denoise.velocity = stuck
 from trt_wan.__main__ import main

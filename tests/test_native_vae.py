@@ -164,7 +164,7 @@ def test_the_reason_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(gemm, "missing", lambda: None)
     monkeypatch.setattr(cudnn_library, "missing", lambda: "cuDNN is not here.")
     for name, capability, says in (
-        ("cudnn", (7, 5), "A GPU of compute capability 7.5 has no bf16 convolutions."),
+        ("cudnn", (7, 5), "A GPU of compute capability 7.5 has no bf16 products."),
         ("native", (8, 9), "Our convolution is for Hopper alone."),
         ("native", (9, 0), "cuDNN is not here."),
         ("cudnn", (8, 9), "cuDNN is not here."),

@@ -191,9 +191,10 @@ def build_for(
     if camera_ffn is not None:
         plans = (CameraPlan.beside(plan, camera_ffn),)
     if lynx is not None:
-        if measure or vae_tiles:
+        if measure or vae_tiles or camera_ffn is not None:
             raise UsageError(
-                "Lynx has no candidates to measure and no VAE.", "Leave out --measure and --vae-tiles."
+                "Lynx has no candidates to measure, no VAE and no Uni3C.",
+                "Leave out --measure, --vae-tiles and --camera-control.",
             )
         plans, measure = lynx_plans(plan, Lynx(ip=True, ref=True, kind=lynx)), False
     goals = [
@@ -222,8 +223,9 @@ def _camera_ffn(model: str, which: str) -> int:
     from trt_wan.runtime.weights.load import load_camera
 
     if which.isdecimal():
-        if 16 <= int(which) <= 1 << 16 and int(which) % 16 == 0:
-            return int(which)
+        channels = int(which) if len(which) < 9 else 0
+        if 16 <= channels <= 1 << 16 and channels % 16 == 0:
+            return channels
         raise UsageError(
             f"{shown(which)} channels are not possible in Uni3C's FFN: give a multiple of 16 up to 65536.",
             f"Name its file, or {MODELS[model].camera.ffn_dim}, the usual number.",
