@@ -37,8 +37,8 @@ from trt_wan.serve.check import suffix_of
 from trt_wan.serve.database import Database
 from trt_wan.serve.fields import FieldError, options_given, options_of
 from trt_wan.serve.guard import is_token
-from trt_wan.serve.orders import require_limits, told
-from trt_wan.serve.settings import Limits
+from trt_wan.serve.orders import command_of, require_limits, told
+from trt_wan.serve.settings import Limits, ServeSettings
 from trt_wan.serve.store import Store
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -483,6 +483,21 @@ def test_one_server_per_folder(server: Server, tiny_home: Path, weights: Path) -
         command, capture_output=True, text=True, env=os.environ | {"TRT_WAN_HOME": str(tiny_home)}
     )
     assert ran.returncode == 1 and "Another server uses" in ran.stderr
+
+
+def test_files_of_an_identity_go_to_jobs_with_one(tmp_path: Path) -> None:
+    of_identity = ["--lynx=/lynx", "--face-embedder=/net.onnx"]
+    settings = ServeSettings(tmp_path, model=("--tier=fast", *of_identity))
+    request: dict[str, Any] = {"options": {}, "redo": [], "inputs": True, "loras": [], "files": []}
+
+    def given(**changed: Any) -> list[str]:
+        made = command_of("video", request | changed, tmp_path, settings, again=False)
+        assert "--tier=fast" in made
+        return [option for option in made if option in of_identity]
+
+    assert given() == []
+    assert given(files=["identity.png"]) == of_identity
+    assert given(files=["source.mp4"], redo=[1]) == of_identity  # its source may have an identity
 
 
 def test_options_are_those_of_the_command_line() -> None:
