@@ -54,8 +54,9 @@ def _opened(embedder: Path, optimised: bool = True) -> Any:
     except Exception as error:  # as above
         raise _refused(embedder, str(error)) from error
     inputs, outputs = session.get_inputs(), session.get_outputs()
-    if len(inputs) != 1 or not _fits(inputs[0].shape, (1, 3, ARCFACE_SIDE, ARCFACE_SIDE)):
-        taken = " and ".join(" x ".join(map(str, each.shape)) for each in inputs)
+    face = (1, 3, ARCFACE_SIDE, ARCFACE_SIDE)
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or not _fits(inputs[0].shape, face):
+        taken = " and ".join(f"{' x '.join(map(str, each.shape))} of {each.type}" for each in inputs)
         raise _refused(embedder, f"it takes {taken}")
     made = outputs[0].shape[1:]
     if made and all(isinstance(length, int) for length in made) and math.prod(made) != EMBEDDING:

@@ -314,7 +314,7 @@ def test_what_cannot_work_is_refused_at_once(
     aligned = ("--identity-landmarks", "aligned", "--face-embedder")
     assert "cannot be run as a face embedder" in refused(*aligned, "ref.png")
     assert "gives 128 numbers for a face, not 512" in refused(*aligned, "short.onnx")
-    assert "(it takes 1 x 3 x 224 x 224)" in refused(*aligned, "large.onnx")
+    assert "(it takes 1 x 3 x 224 x 224 of tensor(float))" in refused(*aligned, "large.onnx")
 
 
 def test_landmarks_outside_are_refused_by_a_job(picture: Path) -> None:

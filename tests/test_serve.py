@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,6 +29,7 @@ from serving import SHORT, Server, error, ok, serving, zipped
 from tiny_job import FRAMES, PLAN, TRT_WAN, prepare, read_frames, write_reference, write_sound
 
 from trt_wan.cli.main import cli
+from trt_wan.cli.serve import _require_jobs
 from trt_wan.errors import OutputError
 from trt_wan.preprocess.clips.keypoints import FoundPeople, write_keypoints
 from trt_wan.preprocess.people.choice import PersonChoice
@@ -40,6 +42,7 @@ from trt_wan.serve.guard import is_token
 from trt_wan.serve.orders import command_of, require_limits, told
 from trt_wan.serve.settings import Limits, ServeSettings
 from trt_wan.serve.store import Store
+from trt_wan.serve.warm_up import warm_up
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -498,6 +501,12 @@ def test_files_of_an_identity_go_to_jobs_with_one(tmp_path: Path) -> None:
     assert given() == []
     assert given(files=["identity.png"]) == of_identity
     assert given(files=["source.mp4"], redo=[1]) == of_identity  # its source may have an identity
+    small = {"size": "64x48", "window": 5}
+    settings = ServeSettings(tmp_path, model=(f"--lynx={tmp_path}", "--random-weights=tiny"), defaults=small)
+    _require_jobs(settings)
+    worker: Any = SimpleNamespace(run=lambda id, command, _: {"command": command})
+    warm = warm_up("warm", worker, settings, tmp_path)
+    assert warm is not None and not any("lynx" in option for option in warm["command"])
 
 
 def test_options_are_those_of_the_command_line() -> None:
