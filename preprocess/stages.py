@@ -164,22 +164,28 @@ def open_stages(
     )
 
 
-def _open_people(
-    networks: Networks, compat: Compat | None, progress: Progress, observe: Observe
-) -> PeopleSource:
+def require_finder(networks: Networks) -> None:
+    """Raises UsageError if nothing can find people. Opens nothing."""
     if networks.detector is None and networks.pose is None:
         if not _has_mediapipe():
             raise UsageError(
                 "There is nothing to find people with: no --detector and --pose, and no MediaPipe.",
                 with_commands("Give the two ONNX files, or install MediaPipe:", install_command("mediapipe")),
             )
-        return MediapipeSource()
-    if networks.detector is None or networks.pose is None:
+    elif networks.detector is None or networks.pose is None:
         missing = "--detector" if networks.detector is None else "--pose"
         raise UsageError(
             f"A detector and a pose network work together, and {missing} is not given.",
             "Give --detector yolov10m.onnx and --pose vitpose-h-wholebody.onnx, or neither.",
         )
+
+
+def _open_people(
+    networks: Networks, compat: Compat | None, progress: Progress, observe: Observe
+) -> PeopleSource:
+    require_finder(networks)
+    if networks.detector is None or networks.pose is None:
+        return MediapipeSource()
     from trt_wan.preprocess.people.detect import open_detector
     from trt_wan.preprocess.people.onnx_people import OnnxPeople
     from trt_wan.preprocess.people.pose import open_pose

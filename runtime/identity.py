@@ -24,6 +24,11 @@ Points = NDArray[np.float64]  # [5, 2] pixels: eyes, tip of the nose, corners of
 
 FACE_PROMPT = "image of a face"  # of the picture, in the official code
 MOST_COORDINATE = 1 << 15  # px: larger than any picture
+# The best similarity leaves this share of a template's spread (RMS about the centre) at most. A turned head
+# of five points leaves 0.04 from the front, 0.17 at 30 degrees, 0.40 at 60 and 0.68 in profile; ArcFace's
+# points in a wrong order leave 0.73 (corners of the mouth swapped) to 0.97 (right ones first).
+MOST_RESIDUAL = 0.7
+LEAST_BREADTH = 0.1  # of the points across their longest direction; a profile has 0.37, a line 0
 # ArcFace's points in 112x112. Lynx's picture of 256x256 shows more: points are moved down by 10, shrunk to
 # 0.8 about the centre, scaled by 2 and moved right by 16.
 ARCFACE: Points = np.array(
@@ -31,6 +36,10 @@ ARCFACE: Points = np.array(
 )
 WIDER: Points = (((ARCFACE + (0, 10)) - 56) * 0.8 + 56) * 2 + (16, 0)
 ARCFACE_SIDE = 112
+ORDER = (
+    "Give --identity-landmarks the left eye, the right eye, the tip of the nose and the corners of "
+    "the mouth, left ones first as the picture shows them."
+)
 TEMPLATES = {ARCFACE_SIDE: ARCFACE, 256: WIDER}  # by the picture's side
 
 
@@ -79,15 +88,39 @@ class FaceIdentity:
 
 def require_landmarks(landmarks: Sequence[float]) -> None:
     """Raises UsageError for landmarks that cannot be aligned."""
-    if len(landmarks) != 10 or not all(math.isfinite(v) and abs(v) < MOST_COORDINATE for v in landmarks):
+    if len(landmarks) != 10:
         raise UsageError(
-            f"The identity has {len(landmarks)} numbers as landmarks, not x and y of five points.",
-            "Give --identity-landmarks the left eye, the right eye, the tip of the nose and the corners of "
-            "the mouth, left ones first as the picture shows them.",
+            f"The identity has {len(landmarks)} numbers as landmarks, not x and y of five points.", ORDER
         )
-    points = np.reshape(landmarks, (5, 2))
+    if wrong := [v for v in landmarks if not (math.isfinite(v) and abs(v) < MOST_COORDINATE)]:
+        kind = "too large" if math.isfinite(wrong[0]) else "not finite"
+        raise UsageError(f"The number {shown(wrong[0])} of the landmarks is {kind}.", ORDER)
+    points = np.reshape(landmarks, (5, 2)).astype(np.float64)
     if np.ptp(points, axis=0).max() < 2:  # pixels
         raise UsageError("The five landmarks are all at one place.", "Give the points of one face.")
+    longest, across = np.linalg.svd(points - points.mean(0), compute_uv=False)
+    if across < LEAST_BREADTH * longest:
+        raise UsageError("The five landmarks are on one line.", ORDER)
+    if residual(points) > MOST_RESIDUAL:
+        raise UsageError("The five landmarks are in another order than a face's, or of no face.", ORDER)
+
+
+def require_inside(identity: FaceIdentity, picture: Picture) -> None:
+    """Raises UsageError for a landmark outside `picture`, uint8 [height, width, 3]."""
+    height, width, _ = picture.shape
+    for x, y in identity.points:
+        if not (0 <= x <= width and 0 <= y <= height):
+            raise UsageError(
+                f"The landmark {x:g},{y:g} is outside {identity.picture}, which is {width}x{height}.",
+                "Give --identity-landmarks in pixels of that picture, from its upper left corner.",
+            )
+
+
+def residual(points: Points) -> float:
+    """The distance from ArcFace's points after the best similarity, as a share of those points' spread."""
+    transform = similarity(points, ARCFACE)
+    left = points @ transform[:, :2].T + transform[:, 2] - ARCFACE
+    return float(np.linalg.norm(left) / np.linalg.norm(ARCFACE - ARCFACE.mean(0)))
 
 
 def similarity(points: Points, template: Points) -> NDArray[np.float64]:

@@ -44,7 +44,7 @@ from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.finite import Broken, explained, is_finite_sum
 from trt_wan.runtime.guidance import Texts
-from trt_wan.runtime.identity import ARCFACE_SIDE, aligned
+from trt_wan.runtime.identity import ARCFACE_SIDE, aligned, require_inside
 from trt_wan.runtime.job import MOST_NOISE, Job
 from trt_wan.runtime.networks.lynx_keys import FaceInputs
 from trt_wan.runtime.networks.model import Model
@@ -386,12 +386,13 @@ def _without_first(count: int, pieces: Iterator[Array]) -> Iterator[Array]:
 
 def face_of(job: Job, model: Model) -> FaceInputs | None:
     """The face for the adapters that are open; None without one. As in the official code, the picture's
-    latent is drawn from the seed after the job's. Raises InputError, WeightsError.
+    latent is drawn from the seed after the job's. Raises InputError, UsageError, WeightsError.
     """
     identity, lynx = job.acting_identity, model.lynx
     if identity is None or lynx is None:
         return None
     picture = read_picture(identity.picture)
+    require_inside(identity, picture)
     embedding = signal = None
     if lynx.adapters.ip:
         from trt_wan.runtime.identity_embedder import face_embedding

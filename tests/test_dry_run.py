@@ -1,6 +1,7 @@
 """`run --dry-run` tells the windows and the needs of a job, and makes nothing."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,6 +155,18 @@ def test_the_memory_of_a_gpu_is_planned_as_before_a_job(place: Path) -> None:
     assert forecast(a_basis(20e9), face, 64, 48, 40)[1]["memory"] > roomy["memory"] + 4e6, "keys of a face"
     with pytest.raises(MemoryShort, match="even if all blocks stream"):
         forecast(a_basis(0.7e9), JOB, 64, 48, 40)
+
+
+def test_the_adapters_of_an_identity_are_told(place: Path) -> None:
+    identity = ("--identity", "character.png", "--identity-landmarks", "30,30,60,30,45,45,33,60,57,60")
+    shared = ("--inputs", "clips", "--window", "13")
+    told = dry_run(*shared, *identity)["identity"]
+    assert (told["ip"], told["ref"], told["kind"]) == (False, True, "full")
+    assert told["text"].endswith("no IP adapter: there is no --face-embedder")
+    assert "identity" not in dry_run(*shared)
+    options = ("--random-weights", "tiny", "-o", "out.mp4", "--dry-run")
+    done = CliRunner().invoke(cli, ["run", *shared, *identity, *options])
+    assert re.search(r"identity +the ref adapter \(of a picture, scale 1\)", done.output), done.output
 
 
 def test_the_memory_and_the_graphs_of_a_camera(place: Path) -> None:

@@ -1,5 +1,6 @@
 """The identity of a face: its alignment, landmarks, embedding, options, and whole jobs on the CPU."""
 
+import itertools
 import json
 import math
 import os
@@ -25,13 +26,16 @@ from trt_wan.engines.config import ANIMATE_14B
 from trt_wan.engines.lynx import FacePlan, Lynx, LynxPlan, lynx_plans
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import InputError, UsageError, WeightsError
+from trt_wan.preprocess import stages
 from trt_wan.preprocess.identity import face_landmarks, five_points
 from trt_wan.preprocess.people.person import JOINTS, PersonFrame
 from trt_wan.runtime.identity import ARCFACE, FACE_PROMPT, WIDER, FaceIdentity, aligned, similarity
 from trt_wan.runtime.identity_embedder import face_embedding
 from trt_wan.runtime.job import Inputs, Job, Load
+from trt_wan.runtime.opening import model
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.opening.residency import lynx_bytes
+from trt_wan.runtime.pipeline import face_of
 from trt_wan.runtime.video.reader import Picture
 
 INPUTS = Inputs(Path("ref.png"), Path("pose.mp4"), None)
@@ -182,6 +186,10 @@ def test_an_identity_that_does_nothing_asks_for_nothing() -> None:
     assert only_ip.encoded_texts == plain.texts
 
 
+def order(*numbers: int) -> tuple[float, ...]:
+    return tuple(WIDER[list(numbers)].reshape(-1))
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -189,7 +197,15 @@ def test_an_identity_that_does_nothing_asks_for_nothing() -> None:
         ({"ref_scale": math.nan}, "An identity scale of nan"),
         ({"landmarks": (1.0,) * 8}, "has 8 numbers as landmarks"),
         ({"landmarks": (1.0,) * 10}, "all at one place"),
-        ({"landmarks": (math.inf,) * 10}, "has 10 numbers as landmarks"),
+        ({"landmarks": (*POINTS[:9], math.inf)}, "The number inf of the landmarks is not finite"),
+        ({"landmarks": (*POINTS[:9], math.nan)}, "The number nan of the landmarks is not finite"),
+        ({"landmarks": (*POINTS[:9], 1e9)}, r"The number 1000000000\.0 of the landmarks is too large"),
+        ({"landmarks": tuple(range(1, 11))}, "are on one line"),
+        ({"landmarks": order(1, 0, 2, 4, 3)}, "in another order"),  # right ones first
+        ({"landmarks": order(1, 0, 2, 3, 4)}, "in another order"),
+        ({"landmarks": order(0, 1, 2, 4, 3)}, "in another order"),
+        ({"landmarks": order(3, 4, 2, 0, 1)}, "in another order"),
+        ({"landmarks": tuple((ARCFACE * (1, -1)).reshape(-1))}, "in another order"),  # a mirror's
     ],
 )
 def test_identities_are_refused(settings: dict[str, Any], says: str) -> None:
@@ -200,6 +216,20 @@ def test_identities_are_refused(settings: dict[str, Any], says: str) -> None:
     assert "--identity-end 0" in caught.value.hint
     with pytest.raises(UsageError, match="has 0 numbers as landmarks"):
         _ = FaceIdentity(Path("face.png")).points
+
+
+@pytest.mark.parametrize(
+    "yaw, pitch", [(-90, 0), (90, 0), *itertools.product(range(-75, 76, 15), (-20, 0, 20))]
+)
+def test_turned_heads_are_faces(yaw: int, pitch: int) -> None:
+    """Five points of a head in mm, x to the right, y down and z to the viewer; the picture is tilted too."""
+    head = np.array([(-31.5, 0, -25), (31.5, 0, -25), (0, 38, 8), (-25, 70, -18), (25, 70, -18)])
+    a, b, c = (math.radians(angle) for angle in (yaw, pitch, 130))
+    around = [[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]]
+    nod = [[1, 0, 0], [0, math.cos(b), -math.sin(b)], [0, math.sin(b), math.cos(b)]]
+    tilt = [[math.cos(c), -math.sin(c)], [math.sin(c), math.cos(c)]]
+    points = (head @ np.transpose(around) @ np.transpose(nod))[:, :2] @ np.transpose(tilt) * 0.7 + 300
+    assert FaceIdentity(Path("face.png"), tuple(points.reshape(-1))).landmarks
 
 
 @pytest.fixture
@@ -234,9 +264,21 @@ def test_the_options(folder: Path, picture: Path) -> None:
     points = tuple(float(number) for number in text.split(","))
     assert options.identity == FaceIdentity(picture, points, None, 0.7, 0.6, 0, 50)
     assert chosen(*shared).identity is None
+    assert chosen(*shared, "--redo", "1", "--lynx", ".").lynx == (Path("."),), "a server's, for each job"
     cv2.imwrite("wide.png", np.zeros((100, 200, 3), np.uint8))
     for arguments, says in (
         (("--identity-ip-scale", "1"), "Without --identity --identity-ip-scale would do nothing"),
+        (("--face-embedder", "wide.png"), "Without --identity --face-embedder would do nothing"),
+        (("--lynx", "."), "Without --identity --lynx would do nothing"),
+        (
+            (
+                "--identity",
+                "wide.png",
+                "--identity-landmarks",
+                "5000,5000,5040,5000,5020,5020,5005,5040,5035,5040",
+            ),
+            "The landmark 5000,5000 is outside wide.png, which is 200x100",
+        ),
         (
             ("--identity", "wide.png", "--identity-landmarks", "aligned"),
             "An aligned face is 112x112 or 256x256; wide.png is 200x100",
@@ -249,6 +291,44 @@ def test_the_options(folder: Path, picture: Path) -> None:
         cli, ["run", "a", "b", "-o", "c.mp4", "--identity", "ref.png", "--identity-landmarks", "1,2"]
     )
     assert done.exit_code == 2 and "is not x,y of five points" in done.output
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_what_cannot_work_is_refused_at_once(
+    folder: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, dry: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(stages, "_has_mediapipe", lambda: False)
+    monkeypatch.setattr(model, "open_basis", lambda *_: pytest.fail("weights are opened"))
+    embedder(folder / "short.onnx", np.ones((3, 128), np.float32))
+    embedder(folder / "large.onnx", np.ones((3, 512), np.float32), 224)
+
+    def refused(*more: str) -> str:
+        command = ["run", "ref.png", "clip.mp4", "-o", "out.mp4", "--random-weights", "tiny", *dry]
+        done = CliRunner().invoke(cli, [*command, "--identity", str(picture), *more])
+        assert done.exit_code in (1, 2), done.output
+        return " ".join(done.output.split())
+
+    told = refused()
+    assert "nothing to find people with" in told
+    assert "Name the face's points with --identity-landmarks X,Y,… or aligned." in told
+    aligned = ("--identity-landmarks", "aligned", "--face-embedder")
+    assert "cannot be run as a face embedder" in refused(*aligned, "ref.png")
+    assert "gives 128 numbers for a face, not 512" in refused(*aligned, "short.onnx")
+    assert "(it takes 1 x 3 x 224 x 224 of tensor(float))" in refused(*aligned, "large.onnx")
+
+
+def test_landmarks_outside_are_refused_by_a_job(picture: Path) -> None:
+    """Without the command line too."""
+    points = tuple(number + 5000 for number in POINTS)
+    job: Any = SimpleNamespace(acting_identity=FaceIdentity(picture, points), seed=0)
+    opened: Any = SimpleNamespace(lynx=SimpleNamespace(adapters=Lynx(False, True)))
+    with pytest.raises(UsageError, match="is outside"):
+        face_of(job, opened)
+
+
+def test_options_without_a_value_name_the_choices() -> None:
+    done = CliRunner().invoke(cli, ["weights", "tiny", "models", "--lynx"])
+    assert done.exit_code == 2 and "--lynx needs one of these behind it: full, lite." in done.output
 
 
 # --- Plans and memory ------------------------------------------------------------------------------------

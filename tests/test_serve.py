@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,6 +29,7 @@ from serving import SHORT, Server, error, ok, serving, zipped
 from tiny_job import FRAMES, PLAN, TRT_WAN, prepare, read_frames, write_reference, write_sound
 
 from trt_wan.cli.main import cli
+from trt_wan.cli.serve import _require_jobs
 from trt_wan.errors import OutputError
 from trt_wan.preprocess.clips.keypoints import FoundPeople, write_keypoints
 from trt_wan.preprocess.people.choice import PersonChoice
@@ -37,9 +39,10 @@ from trt_wan.serve.check import suffix_of
 from trt_wan.serve.database import Database
 from trt_wan.serve.fields import FieldError, options_given, options_of
 from trt_wan.serve.guard import is_token
-from trt_wan.serve.orders import require_limits, told
-from trt_wan.serve.settings import Limits
+from trt_wan.serve.orders import command_of, require_limits, told
+from trt_wan.serve.settings import Limits, ServeSettings
 from trt_wan.serve.store import Store
+from trt_wan.serve.warm_up import warm_up
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -483,6 +486,27 @@ def test_one_server_per_folder(server: Server, tiny_home: Path, weights: Path) -
         command, capture_output=True, text=True, env=os.environ | {"TRT_WAN_HOME": str(tiny_home)}
     )
     assert ran.returncode == 1 and "Another server uses" in ran.stderr
+
+
+def test_files_of_an_identity_go_to_jobs_with_one(tmp_path: Path) -> None:
+    of_identity = ["--lynx=/lynx", "--face-embedder=/net.onnx"]
+    settings = ServeSettings(tmp_path, model=("--tier=fast", *of_identity))
+    request: dict[str, Any] = {"options": {}, "redo": [], "inputs": True, "loras": [], "files": []}
+
+    def given(**changed: Any) -> list[str]:
+        made = command_of("video", request | changed, tmp_path, settings, again=False)
+        assert "--tier=fast" in made
+        return [option for option in made if option in of_identity]
+
+    assert given() == []
+    assert given(files=["identity.png"]) == of_identity
+    assert given(files=["source.mp4"], redo=[1]) == of_identity  # its source may have an identity
+    small = {"size": "64x48", "window": 5}
+    settings = ServeSettings(tmp_path, model=(f"--lynx={tmp_path}", "--random-weights=tiny"), defaults=small)
+    _require_jobs(settings)
+    worker: Any = SimpleNamespace(run=lambda id, command, _: {"command": command})
+    warm = warm_up("warm", worker, settings, tmp_path)
+    assert warm is not None and not any("lynx" in option for option in warm["command"])
 
 
 def test_options_are_those_of_the_command_line() -> None:

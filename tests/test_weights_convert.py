@@ -323,8 +323,9 @@ def test_an_error_leaves_no_half_file(
 
 def test_what_is_no_part_is_refused(tmp_path: Path, numbers: Numbers) -> None:
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
-    with pytest.raises(WeightsError, match="not a part of Wan2.2-Animate"):
+    with pytest.raises(WeightsError, match="not a part of Wan2.2-Animate") as caught:
         rewrite(tmp_path / "other.safetensors", tmp_path / "out.safetensors")
+    assert "Uni3C" in caught.value.hint
     some = {name: values for name, values in numbers.items() if "blocks.1." not in name}
     save_file(some, tmp_path / "cut.safetensors")
     with pytest.raises(WeightsError, match="does not fit"):

@@ -117,7 +117,7 @@ def _identify(checkpoint: Checkpoint) -> tuple[Part, ModelConfig]:
     if checkpoint.layout is None or checkpoint.layout.part in LYNX_PARTS:
         raise WeightsError(
             f"{checkpoint.path} is {checkpoint.what() or 'no checkpoint'}, not a part of Wan2.2-Animate.",
-            "Give the transformer, the VAE, umT5 or CLIP.",
+            "Give the transformer, the VAE, umT5, CLIP or Uni3C.",
         )
     part = checkpoint.layout.part
     model = closest_model(checkpoint, part)

@@ -82,8 +82,25 @@ def _told_by_system(error: OSError, notes: str) -> OutputError:
     return OutputError(f"{file}: {reason}.", "\n".join(filter(None, (hint, notes))))
 
 
+class Command(click.Command):
+    """Names the choices of an option that has none."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.BadOptionUsage as error:
+            option = next((each for each in self.params if error.option_name in each.opts), None)
+            if option is not None and isinstance(option.type, click.Choice):
+                choices = ", ".join(map(str, option.type.choices))
+                text = f"{error.option_name} needs one of these behind it: {choices}."
+                raise click.BadOptionUsage(error.option_name, text, error.ctx) from error
+            raise
+
+
 class Group(click.Group):
     """A group that reports click's own errors as JSON too, when the command line asks for JSON."""
+
+    command_class = Command
 
     def invoke(self, ctx: click.Context) -> Any:
         as_json = "--json" in ctx.args

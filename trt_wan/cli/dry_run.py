@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fractions import Fraction
 
     from trt_wan.engines.shape import Plan, VaeTile
+    from trt_wan.runtime.events import Note
     from trt_wan.runtime.job import Job
     from trt_wan.runtime.opening.model import Basis
     from trt_wan.runtime.redo import Again
@@ -60,6 +61,7 @@ def forecast(
     numbers = range(windows.total) if again is None else [one.j for one in again]
     lengths = [windows.length(j) for j in numbers]
     plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
+    identity = _identity(basis, job)
     graphs = graph_set(config, plan).missing()
     for beside in basis.beside(plan, job):
         graphs += graph_set(config, beside).missing()
@@ -77,6 +79,7 @@ def forecast(
         **{"model_window": job.model_window, "tokens": plan.tokens},
         **{"precision": basis.precision, "missing_graphs": list(graphs)},
         **_step_cache(job, plan, windows.length(0), config.transformer.dim),
+        **({} if identity is None else {"identity": {**identity.data, "text": identity.text}}),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(needs).items()},
     }
     if again is not None:
@@ -100,12 +103,22 @@ def forecast(
         *(("again", one.text) for one in again or ()),
         ("transformer", f"{data['evaluations']} evaluations, {plan.tokens} tokens each, {basis.precision}"),
         *([("step cache", _skips(job, data))] if job.skips else []),
+        *([] if identity is None else [("identity", identity.text.removeprefix("identity: "))]),
         ("graphs", f"{len(graphs)} would be exported" if graphs else "are there"),
         ("engines", _engines(needs)),
         ("memory", _memory(needs)),
         ("time", _time(needs)),
     ]
     return table(rows), data
+
+
+def _identity(basis: "Basis", job: "Job") -> "Note | None":
+    """The adapters of Lynx that act. Raises as `load_of`."""
+    from trt_wan.runtime.events import silent
+    from trt_wan.runtime.opening.lynx import acting_adapters
+
+    face, adapters = job.acting_identity, basis.weights.load_of(job, silent).lynx
+    return None if face is None or adapters is None else acting_adapters(adapters, face)
 
 
 def _step_cache(job: "Job", plan: "Plan", longest: int, dim: int) -> dict[str, Any]:

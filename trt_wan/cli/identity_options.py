@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.command import note
-from trt_wan.cli.options import group, is_given
+from trt_wan.cli.options import group, is_given, is_typed
 from trt_wan.cli.report import Report
 from trt_wan.errors import UsageError, shown
 
@@ -88,6 +88,7 @@ FIELDS = {
     "identity_end": "end",
     "face_embedder": "embedder",
 }
+FILES = ("face_embedder", "lynx")
 NAMES = ("identity", "identity_landmarks", *FIELDS)
 identity_options = group(OPTIONS)
 
@@ -97,7 +98,10 @@ def with_identity(given: dict[str, Any]) -> dict[str, Any]:
     made = {name: value for name, value in given.items() if name not in NAMES}
     picture = given["identity"]
     if picture is None:
-        if others := [name for name in NAMES if name != "face_embedder" and is_given(name)]:
+        others = [name for name in NAMES if name not in FILES and is_given(name)]
+        if not is_typed("redo"):  # a server names its files for each
+            others += [name for name in FILES if is_typed(name)]
+        if others:
             option = f"--{others[0].replace('_', '-')}"
             raise UsageError(
                 f"Without --identity {option} would do nothing.",
@@ -109,7 +113,7 @@ def with_identity(given: dict[str, Any]) -> dict[str, Any]:
     fields = {field: given[name] for name, field in FIELDS.items() if given[name] is not None}
     identity = FaceIdentity(picture, **fields)
     if identity.acts and given["identity_landmarks"] is not None:
-        identity = replace(identity, landmarks=_points(picture, given["identity_landmarks"]))
+        identity = _inside(replace(identity, landmarks=_points(picture, given["identity_landmarks"])))
     return made | {"identity": identity}
 
 
@@ -129,6 +133,32 @@ def _points(picture: Path, landmarks: str) -> tuple[float, ...]:
     return tuple(float(number) for number in TEMPLATES[width].reshape(-1))
 
 
+def _inside(identity: "FaceIdentity") -> "FaceIdentity":
+    from trt_wan.runtime.identity import require_inside
+    from trt_wan.runtime.video.pictures import read_picture
+
+    require_inside(identity, read_picture(identity.picture))
+    return identity
+
+
+def require_usable(identity: "FaceIdentity | None", detector: Path | None, pose: Path | None) -> None:
+    """Raises UsageError for a face that nothing can find, WeightsError for a file that embeds no face."""
+    if identity is None or not identity.acts:
+        return
+    if identity.embedder is not None and identity.ip_scale > 0:
+        from trt_wan.runtime.identity_embedder import require_embedder
+
+        require_embedder(identity.embedder)
+    if not identity.landmarks:
+        from trt_wan.preprocess.stages import Networks, require_finder
+
+        try:
+            require_finder(Networks(detector, pose))
+        except UsageError as error:
+            points = f"Name the face's points with --identity-landmarks X,Y,… or {ALIGNED}."
+            raise UsageError(error.message, f"{points} Or let it be found. {error.hint}") from error
+
+
 def found_landmarks(
     report: Report, identity: "FaceIdentity", detector: Path | None, pose: Path | None
 ) -> "FaceIdentity":
@@ -144,4 +174,4 @@ def found_landmarks(
     found = face_landmarks(identity.picture, stages.people)
     text = ",".join(f"{number:.1f}" for number in found)
     note(report, f"identity: the face is at {text} (--identity-landmarks)", "landmarks", landmarks=text)
-    return replace(identity, landmarks=tuple(float(number) for number in text.split(",")))
+    return _inside(replace(identity, landmarks=tuple(float(number) for number in text.split(","))))

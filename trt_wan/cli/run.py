@@ -20,7 +20,7 @@ from trt_wan.cli.continue_options import continue_options
 from trt_wan.cli.cut_options import cut_of, cut_options
 from trt_wan.cli.dry_run import Told, forecast
 from trt_wan.cli.guidance_options import guidance_options, guidance_values, guided, with_guidance
-from trt_wan.cli.identity_options import found_landmarks, identity_options, with_identity
+from trt_wan.cli.identity_options import found_landmarks, identity_options, require_usable, with_identity
 from trt_wan.cli.missing import require_graphs, tile_exporter
 from trt_wan.cli.options import is_typed
 from trt_wan.cli.output_options import output_options, quality_of
@@ -511,6 +511,7 @@ def run(
         options = replace(options, seed=redo.record.job.get("seed"))  # that of the other windows
     files = [reference, clip, audio, *options.files(), *(preparing[name] for name in PREPARING_FILES)]
     refuse_inputs(output, [*files, *(inputs.glob("src_*") if inputs else ())])
+    require_usable(options.identity, preparing["detector"], preparing["pose"])
     written: dict[str, Any] = {"audio": audio, "overwrite": overwrite, "paste_back": paste_back}
     written |= {"quality": quality_of(output, codec, crf, encoder), "frames": frames}
     if not dry_run:

@@ -179,7 +179,7 @@ def _require_jobs(settings: "ServeSettings") -> None:
     from trt_wan.serve.fields import arguments, require_possible
     from trt_wan.serve.orders import require_limits
 
-    argv = [*settings.model, *arguments("video", settings.defaults), "-o", "out.mp4"]
+    argv = [*settings.plain_model, *arguments("video", settings.defaults), "-o", "out.mp4"]
     params, options = require_possible("video", argv)
     require_limits(params, options, {}, params["size"], settings.limits)
 

@@ -402,7 +402,8 @@ def command_of(
         files = {name: path for name, path in files.items() if not _shapes_clips(name)}
     else:
         made += [str(files["reference"]), str(files["clip"]), *_networks(settings, options, files)]
-    made += ["-o", str(folder / OUTPUT), *settings.model, "--no-sidecar"]
+    model = settings.model if "identity" in files else settings.plain_model
+    made += ["-o", str(folder / OUTPUT), *model, "--no-sidecar"]
     made += arguments(kind, options) + _file_arguments(files)
     if request["loras"]:  # searching reads the headers of all files
         found = loras(settings)

@@ -22,6 +22,7 @@ MODEL = (
     *("executor", "precision", "tier", "attention_keep", "flavour", "vram", "segments", "text_cache"),
     *("lynx", "face_embedder"),
 )
+OF_IDENTITY = ("--lynx", "--face-embedder")  # a run without --identity refuses them
 NETWORKS = ("detector", "pose", "sam2")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -57,3 +58,8 @@ class ServeSettings:
     ray: str | None = None  # the address of a cluster
     name: str = "wan2.2-animate-14b"
     limits: Limits = Limits()
+
+    @property
+    def plain_model(self) -> tuple[str, ...]:
+        """`model` for a job without an identity."""
+        return tuple(option for option in self.model if option.partition("=")[0] not in OF_IDENTITY)

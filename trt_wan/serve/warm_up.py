@@ -22,9 +22,10 @@ def warm_up(id: str, worker: Runs, settings: ServeSettings, place: Path) -> dict
     folder = place / id
     shutil.rmtree(folder, ignore_errors=True)
     write_clips(folder, width, height, window)
-    command = ["run", f"--inputs={folder}", "-o", str(folder / "out.mp4"), *settings.model, "--no-sidecar"]
+    command = ["run", f"--inputs={folder}", "-o", str(folder / "out.mp4"), *settings.plain_model]
+    command += ["--no-sidecar", f"--window={window}", "--steps=1"]
     try:
-        return worker.run(id, [*command, f"--window={window}", "--steps=1"], lambda event: None)
+        return worker.run(id, command, lambda event: None)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
