@@ -81,6 +81,7 @@ def test_fp8_linears_are_near_the_layers_they_replace() -> None:
     assert stored.min() == stored.max() == 448  # a scale per output channel uses the whole range
 
 
+@pytest.mark.long
 def test_fp8_replaces_every_linear_of_blocks_and_adapters() -> None:
     model = make_model(SHAPE, "cpu")
     quantize_blocks(model)
@@ -100,6 +101,7 @@ def test_fp8_replaces_every_linear_of_blocks_and_adapters() -> None:
         assert 0.3 < float(peer.step().float().std() / quantised.float().std()) < 3
 
 
+@pytest.mark.long
 def test_self_attention_goes_to_the_chosen_kernel_and_nothing_else(
     peer: DiffusersPeer, stepped: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def result(ran: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
     return document
 
 
+@pytest.mark.long
 def test_stdout_is_the_document_that_is_written(
     ran: "subprocess.CompletedProcess[str]", result: dict[str, Any], out: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_stdout_is_the_document_that_is_written(
     assert "frames/s" in ran.stderr and f"trt-wan build --sam2 {SMALL.name}" in ran.stderr
 
 
+@pytest.mark.long
 def test_networks_are_timed_as_often_as_was_asked_for(result: dict[str, Any]) -> None:
     assert [row["name"] for row in result["networks"]] == ["detector", "pose", "sam2"]
     for row in result["networks"]:
@@ -134,6 +136,7 @@ def test_networks_are_timed_as_often_as_was_asked_for(result: dict[str, Any]) ->
     assert f"{SMALL.name}, fp32" in sam2["runs_on"]
 
 
+@pytest.mark.long
 def test_the_whole_is_the_sum_of_its_parts(result: dict[str, Any]) -> None:
     animate, replace = result["whole"]
     assert (animate["mode"], replace["mode"]) == ("animate", "replace")
@@ -151,6 +154,7 @@ def test_the_whole_is_the_sum_of_its_parts(result: dict[str, Any]) -> None:
     assert {"segment", "cut background"} <= {part["name"] for part in replace["parts"]}
 
 
+@pytest.mark.long
 def test_files_are_complete(result: dict[str, Any], out: Path) -> None:
     for name in ("preprocess-networks", "preprocess-whole"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")

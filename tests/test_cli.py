@@ -338,7 +338,7 @@ def test_a_signal_keeps_the_finished_windows(place: Workplace, tmp_path: Path, s
         assert clip.rate == RATE and clip.has_sound
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+@pytest.mark.parametrize("suffix", [".mp4", pytest.param(".webm", marks=pytest.mark.long)])
 def test_a_killed_run_leaves_its_finished_windows(place: Workplace, tmp_path: Path, suffix: str) -> None:
     """All of them, once they are told. The next run says so, and leaves them alone."""
     output = tmp_path / f"out{suffix}"

@@ -456,6 +456,7 @@ def test_a_resumed_run_prepares_nothing_again(
     assert (place / "out.mp4").read_bytes() == resumed
 
 
+@pytest.mark.long
 def test_run_says_each_note_once(place: Path, fakes: list[Networks]) -> None:
     """What is unusual about the given files while they are prepared, and about prepared ones in the job."""
     cut_out(place / "character.png")
@@ -493,6 +494,7 @@ def test_a_run_that_fails_later_says_where_the_clips_are(
     assert (place / "out.inputs" / "src_pose.mp4").exists() and not (place / "out.mp4").exists()
 
 
+@pytest.mark.long
 def test_run_makes_the_graphs_before_it_prepares(
     place: Path, fakes: list[Networks], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,7 @@ def test_one_table_of_operators_serves_all_graphs(tmp_path: Path, anew: pytest.M
     assert exported(tmp_path / "graph.onnx") == first, "the table is as it was"
 
 
-@pytest.mark.parametrize("torch_lacks", ["the module", "the argument"])
+@pytest.mark.parametrize("torch_lacks", ["the module", pytest.param("the argument", marks=pytest.mark.long)])
 def test_a_torch_without_its_private_function_exports_the_same_bytes(
     tmp_path: Path, anew: pytest.MonkeyPatch, torch_lacks: str
 ) -> None:

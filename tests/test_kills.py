@@ -42,6 +42,7 @@ def test_a_killed_command_loses_nothing(
     assert not moment.faults, moment
 
 
+@pytest.mark.long
 def test_a_build_goes_on_where_it_was_killed(base: Base, tmp_path: Path) -> None:
     timed = replace(base, seconds={"build": IN_A_BUILD})
     moment = run_moment(timed, Moment("build", KILL, 1), tmp_path / "moment")

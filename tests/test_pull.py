@@ -355,6 +355,7 @@ def test_ctrl_c_keeps_what_can_be_resumed(hub: FakeHub, tmp_path: Path) -> None:
     assert (tmp_path / "loras" / "big.safetensors").read_bytes() == BIG_BYTES
 
 
+@pytest.mark.long
 def test_two_at_once_wait_for_each_other(hub: FakeHub, tmp_path: Path) -> None:
     hub.stalls[NAME] = CHUNK + 5000
     first = start(hub, tmp_path, "--json")

@@ -597,6 +597,7 @@ def test_the_forecast_counts_the_pictures(
         assert code == (1 if str(bad) in arguments else 2) and says in told["error"]["message"], told
 
 
+@pytest.mark.long
 def test_a_video_with_pictures_is_repeated(folder: Path, tiny_home: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRT_WAN_HOME", str(tiny_home))

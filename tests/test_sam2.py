@@ -233,6 +233,7 @@ def test_sam_2_0(folder: Path, tmp_path: Path) -> None:
     compare("sam2_tiny", tmp_path, 3, prompts((0,)), score=3.0)
 
 
+@pytest.mark.long
 def test_a_box(folder: Path) -> None:
     """Two corners with labels of their own, and no best of three."""
     c = config("sam2.1_tiny")
