@@ -15,6 +15,7 @@ from tiny_job import PLAN
 from uni3c_oracle import fill, golden_weights, of_numpy, residuals
 
 from trt_wan.build.models import uni3c as graphs
+from trt_wan.build.models.block import attention
 from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL
 from trt_wan.engines.config import TINY, CameraConfig
 from trt_wan.engines.contract import Network
@@ -82,7 +83,7 @@ def test_our_graphs_have_the_golden_numbers() -> None:
         w = at(f"controlnet_blocks.{n}.")
         ((modulation,),) = graphs.modulation(TIME.float(), w=w, **shared)
         heads = graphs.block_in(z, modulation, *rope, w=w, **shared)
-        (attended,) = graphs.attention(*heads, w={}, **shared)
+        (attended,) = attention(*heads, w={}, **shared)
         z, features = graphs.block_out(z, attended, modulation, w=w, **shared)
         zero, twice = torch.zeros(len(z), 48), torch.tensor([2.0])
         made.append(graphs.add(zero, features, twice, w=at(f"proj_out.{n}."), **shared)[0] / 2)

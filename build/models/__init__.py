@@ -38,7 +38,7 @@ GRAPHS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "uni3c_modulation": uni3c.modulation,
     "uni3c_patch": uni3c.patch,
     "uni3c_in": uni3c.block_in,
-    "uni3c_attention": uni3c.attention,
+    "uni3c_attention": block.attention,
     "uni3c_out": uni3c.block_out,
     "uni3c_add": uni3c.add,
     "lynx_resampler": lynx.resampler,

@@ -21,12 +21,13 @@ from trt_wan.build.models.ops import (
     layer_norm,
     linear,
     merge_heads,
+    modulated,
     operand,
     project,
     rms_norm,
     split_heads,
 )
-from trt_wan.engines.config import ModelConfig, TransformerConfig
+from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts.sparse_attention import BLOCK, block_order
 from trt_wan.engines.shape import Plan
 
@@ -44,9 +45,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.flatten(-2).transpose(0, 1)
 
 
-def _scaled(norm_weight: Tensor, c: TransformerConfig) -> Tensor:
+def _scaled(norm_weight: Tensor, head_dim: int) -> Tensor:
     """The weight of q's norm times the softmax scale, so that no attention has to multiply."""
-    scaled: Tensor = norm_weight * c.head_dim**-0.5
+    scaled: Tensor = norm_weight * head_dim**-0.5
     return scaled
 
 
@@ -73,11 +74,22 @@ def attn_in(
 ) -> tuple[Tensor, ...]:
     c = model.transformer
     shift, scale = (w["modulation"][0] + time_modulation)[:2]
-    h = operand(layer_norm(x, c.eps) * (1 + scale) + shift, w["self_attn.q.weight"])
-    q = rms_norm(project(h, w, "self_attn.q"), _scaled(w["self_attn.norm_q.weight"], c), c.eps)
-    k = rms_norm(project(h, w, "self_attn.k"), w["self_attn.norm_k.weight"], c.eps)
-    q, k = (rope(split_heads(t, c.heads), rope_cos, rope_sin) for t in (q, k))
-    v = split_heads(project(h, w, "self_attn.v"), c.heads)
+    h = modulated(x, c.eps, shift, scale)
+    return rotated_heads(h, w, "self_attn.", c.heads, c.eps, (rope_cos, rope_sin), plan)
+
+
+def rotated_heads(
+    h: Tensor, w: Weights, layers: str, heads: int, eps: float, tables: tuple[Tensor, Tensor], plan: Plan
+) -> tuple[Tensor, ...]:
+    """q times the softmax scale, k and v of self-attention, [heads, tokens, head_dim] each. `layers` is what
+    the names of their layers begin with.
+    """
+    given = operand(h, w[f"{layers}q.weight"])
+    head_dim = w["self_attn.norm_q.weight"].shape[0] // heads
+    q = rms_norm(project(given, w, f"{layers}q"), _scaled(w["self_attn.norm_q.weight"], head_dim), eps)
+    k = rms_norm(project(given, w, f"{layers}k"), w["self_attn.norm_k.weight"], eps)
+    q, k = (rope(split_heads(t, heads), *tables) for t in (q, k))
+    v = split_heads(project(given, w, f"{layers}v"), heads)
     return tuple(t.to(activation(plan)) for t in (q, k, v))
 
 
@@ -135,7 +147,7 @@ def attn_out(
     gate = (w["modulation"][0] + time_modulation)[2]
     x = x + gate * linear(attended, w, "self_attn.o")
     h = layer_norm(x, c.eps, w["norm3.weight"], w["norm3.bias"])
-    q = rms_norm(linear(h, w, "cross_attn.q"), _scaled(w["cross_attn.norm_q.weight"], c), c.eps)
+    q = rms_norm(linear(h, w, "cross_attn.q"), _scaled(w["cross_attn.norm_q.weight"], c.head_dim), c.eps)
     return x, q.to(activation(plan))
 
 
@@ -191,5 +203,5 @@ def ffn(
 ) -> tuple[Tensor]:
     shift, scale, gate = (w["modulation"][0] + time_modulation)[3:]
     x = x + linear(cross_attended, w, "cross_attn.o")
-    h = layer_norm(x, model.transformer.eps) * (1 + scale) + shift
+    h = modulated(x, model.transformer.eps, shift, scale)
     return (x + gate * linear(gelu_tanh(linear(h, w, "ffn.0").float()), w, "ffn.2"),)

@@ -13,6 +13,7 @@ from trt_wan.build.models.ops import (
     layer_norm,
     linear,
     merge_heads,
+    modulated,
     rms_norm,
     split_heads,
 )
@@ -21,7 +22,7 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import vae_layers
 from trt_wan.engines.lynx import FacePlan, LynxPlan, lynx_of
 
-LITE_EPS = 1e-5  # of the lite adapter's keys, whose norm has no weight
+LITE_EPS = 1e-5  # for the lite adapter's keys, whose norm has no weight
 LOG_VARIANCE = (-30.0, 20.0)  # as the VAE's distribution is clamped (diffusers)
 
 
@@ -104,7 +105,7 @@ def features(
     x: Tensor, time_modulation: Tensor, *, w: Weights, model: ModelConfig, plan: FacePlan
 ) -> tuple[Tensor]:
     shift, scale = (w["modulation"][0] + time_modulation)[:2]
-    return (layer_norm(x, model.transformer.eps) * (1 + scale) + shift,)
+    return (modulated(x, model.transformer.eps, shift, scale),)
 
 
 def ref_kv(features: Tensor, *, w: Weights, model: ModelConfig, plan: FacePlan) -> tuple[Tensor, Tensor]:

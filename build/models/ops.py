@@ -93,6 +93,10 @@ def layer_norm(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
+def modulated(x: Tensor, eps: float, shift: Tensor, scale: Tensor, *weight_and_bias: Tensor) -> Tensor:
+    return layer_norm(x, eps, *weight_and_bias) * (1 + scale) + shift
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Computed and returned in float32 for every type of x."""
     x = x.float()

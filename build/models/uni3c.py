@@ -4,21 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trt_wan.build.models.block import rope
+from trt_wan.build.models.block import rotated_heads
 from trt_wan.build.models.embed import patch_linear
-from trt_wan.build.models.ops import (
-    Weights,
-    activation,
-    attend,
-    gelu_tanh,
-    layer_norm,
-    linear,
-    merge_heads,
-    operand,
-    project,
-    rms_norm,
-    split_heads,
-)
+from trt_wan.build.models.ops import Weights, activation, gelu_tanh, linear, modulated
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.shape import Plan
 
@@ -54,20 +42,9 @@ def block_in(
     model: ModelConfig,
     plan: Plan,
 ) -> tuple[Tensor, ...]:
-    u, eps = model.camera, model.transformer.eps
-    h = operand(_modulated(z, modulation[:2], w, "norm1.norm", u.norm_eps), w["self_attn.to_q.weight"])
-    scaled = w["self_attn.norm_q.weight"] * u.head_dim**-0.5
-    q = rms_norm(project(h, w, "self_attn.to_q"), scaled, eps)
-    k = rms_norm(project(h, w, "self_attn.to_k"), w["self_attn.norm_k.weight"], eps)
-    q, k = (rope(split_heads(t, u.heads), rope_cos, rope_sin) for t in (q, k))
-    v = split_heads(project(h, w, "self_attn.to_v"), u.heads)
-    return tuple(t.to(activation(plan)) for t in (q, k, v))
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, w: Weights, model: ModelConfig, plan: Plan
-) -> tuple[Tensor]:
-    return (merge_heads(attend(q, k, v)),)
+    u, tables = model.camera, (rope_cos, rope_sin)
+    h = _modulated(z, modulation[:2], w, "norm1.norm", u.norm_eps)
+    return rotated_heads(h, w, "self_attn.to_", u.heads, model.transformer.eps, tables, plan)
 
 
 def block_out(
@@ -88,5 +65,4 @@ def add(
 
 def _modulated(z: Tensor, shift_scale: Tensor, w: Weights, norm: str, eps: float) -> Tensor:
     shift, scale = shift_scale
-    modulated: Tensor = layer_norm(z, eps, w[f"{norm}.weight"], w[f"{norm}.bias"]) * (1 + scale) + shift
-    return modulated
+    return modulated(z, eps, shift, scale, w[f"{norm}.weight"], w[f"{norm}.bias"])
