@@ -38,16 +38,11 @@ AnyPath = str | PathLike[str]
 StepCallback = Callable[["AnimatePipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
 OutputType = Literal["np", "uint8", "pil", "path"]
 RATE = Fraction(30)  # frames per second of frames that have none: that of the official preprocessing
+# Fields of Job that are not in `more`.
 OWN = (
-    "inputs",
-    "loras",
-    "references",
-    "prompt",
-    "negative_prompt",
-    "mode",
-    "seed",
+    *("inputs", "loras", "references", "prompt", "negative_prompt", "mode", "seed"),
     *RENAMED.values(),
-)  # not in `more`
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trt_wan.cli.options import group, is_typed
-from trt_wan.errors import UsageError
+from trt_wan.cli.options import group, is_typed, refuse_without
 
 if TYPE_CHECKING:
     from trt_wan.runtime.camera import Camera
@@ -65,12 +64,8 @@ def take_camera(given: dict[str, Any]) -> "Camera | None":
     render = given.pop("camera")
     chosen = {field: value for name, field in FIELDS.items() if (value := given.pop(name)) is not None}
     if render is None:
-        typed = [f"--{name.replace('_', '-')}" for name in FIELDS if is_typed(name)]
-        typed += ["--camera-control"] if is_typed("camera_control") else []
-        if typed:
-            raise UsageError(
-                f"Without --camera {typed[0]} would do nothing.", "Add --camera static, or leave it out."
-            )
+        typed = [name for name in (*FIELDS, "camera_control") if is_typed(name)]
+        refuse_without("--camera", typed, "--camera static")
         return None
     from trt_wan.runtime.camera import Camera
 

@@ -4,8 +4,7 @@ from typing import Any
 
 import click
 
-from trt_wan.cli.options import group, is_given
-from trt_wan.errors import UsageError
+from trt_wan.cli.options import group, is_given, refuse_without
 from trt_wan.runtime.context.settings import FUSES, SCHEDULES, Context
 
 
@@ -65,12 +64,11 @@ def take_context(given: dict[str, Any]) -> Context | None:
     schedule = given.pop("context")
     settings = {field: given.pop(name) for name, field in NAMES.items()}
     if schedule is None:
-        if named := [name for name in NAMES if is_given(name)]:
-            off = "no-" if settings[NAMES[named[0]]] is False else ""
-            option = f"--{off}{named[0].replace('_', '-')}"
-            raise UsageError(
-                f"Without context windows {option} would do nothing.",
-                f"Add --context static_standard, or leave out {option}.",
-            )
+        named = [
+            f"no_{name}" if settings[field] is False else name
+            for name, field in NAMES.items()
+            if is_given(name)
+        ]
+        refuse_without("context windows", named, "--context static_standard")
         return None
     return Context(schedule, **settings, whole=not is_given("window"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.command import note
-from trt_wan.cli.options import group, is_given, is_typed
+from trt_wan.cli.options import group, is_given, is_typed, refuse_without
 from trt_wan.cli.report import Report
 from trt_wan.errors import UsageError, shown
 
@@ -101,12 +101,7 @@ def with_identity(given: dict[str, Any]) -> dict[str, Any]:
         others = [name for name in NAMES if name not in FILES and is_given(name)]
         if not is_typed("redo"):  # a server names its files for each
             others += [name for name in FILES if is_typed(name)]
-        if others:
-            option = f"--{others[0].replace('_', '-')}"
-            raise UsageError(
-                f"Without --identity {option} would do nothing.",
-                f"Add --identity PICTURE, or leave out {option}.",
-            )
+        refuse_without("--identity", others, "--identity PICTURE")
         return made | {"identity": None}
     from trt_wan.runtime.identity import FaceIdentity
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from trt_wan.errors import UsageError
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -28,3 +30,10 @@ def is_given(name: str) -> bool:
     """Whether it is typed, or comes from the video of `run --from`."""
     source = click.get_current_context().get_parameter_source(name)
     return is_typed(name) or source is click.core.ParameterSource.DEFAULT_MAP
+
+
+def refuse_without(needed: str, options: Sequence[str], fix: str) -> None:
+    """Raises UsageError if there are `options` (names): without `needed` they do nothing."""
+    if options:
+        option = f"--{options[0].replace('_', '-')}"
+        raise UsageError(f"Without {needed} {option} would do nothing.", f"Add {fix}, or leave out {option}.")

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trt_wan.cli.options import group, is_typed
-from trt_wan.errors import UsageError
+from trt_wan.cli.options import group, is_typed, refuse_without
 
 if TYPE_CHECKING:
     from trt_wan.runtime.step_cache import StepCache
@@ -46,13 +45,8 @@ def take_step_cache(given: dict[str, Any]) -> "StepCache | None":
     """Takes its options out of `given`. None: it is off. Raises UsageError."""
     threshold = given.pop("step_cache")
     values = {field: value for name, field in FIELDS.items() if (value := given.pop(name)) is not None}
-    if not threshold and (typed := [name for name in FIELDS if is_typed(name)]):
-        option = f"--{typed[0].replace('_', '-')}"
-        raise UsageError(
-            f"Without --step-cache {option} would do nothing.",
-            f"Add --step-cache 0.06, or leave out {option}.",
-        )
     if not threshold:
+        refuse_without("--step-cache", [name for name in FIELDS if is_typed(name)], "--step-cache 0.06")
         return None
     from trt_wan.runtime.step_cache import StepCache
 
