@@ -100,7 +100,7 @@ class CameraConfig:
     heads: int = 16
     ffn_dim: int = 3072  # a file's own is read from it; the paper's 0.95 B parameters fit this one
     layers: int = 20
-    norm_eps: float = 1e-5  # of its layer norms; those of q and k have the transformer's
+    norm_eps: float = 1e-5  # in its layer norms; those of q and k have the transformer's
 
     @property
     def head_dim(self) -> int:

@@ -29,7 +29,7 @@ class LynxConfig:
     head_dim: int = 64
     queries: int = 16
     registers: int = 16
-    lite_dim: int = 2048  # of the resampler's result; that of "full" has the transformer's width
+    lite_dim: int = 2048  # the width of a lite resampler's result; a full one has the transformer's
     eps: float = 1e-5
 
     def result_dim(self, model: ModelConfig, kind: Kind) -> int:

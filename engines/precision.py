@@ -20,8 +20,8 @@ Precision = Literal["fp32", "bf16", "fp8", "int8"]
 class PrecisionRow:
     activation: Literal["float32", "bfloat16"]  # q, k, v, attention outputs, caches
     linear: Literal["float32", "bfloat16"]  # weights of linear layers and VAE convolutions
-    # Of the linear weights of the transformer's blocks, if they have 8 bits. Their activations are quantised
-    # per token; int8 stands in the rotated basis of engines/int8.py.
+    # The type of the blocks' linear weights, if they have 8 bits. Their activations are quantised per token;
+    # int8 stands in the rotated basis of engines/int8.py.
     quantised: Literal["", "float8_e4m3fn", "int8"] = ""
 
     @property

@@ -123,7 +123,7 @@ class Plan:
 class CameraPlan(Plan):
     """Uni3C at the shape of a plan. Its networks are its only ones."""
 
-    ffn_dim: int = 0  # of its file
+    ffn_dim: int = 0  # channels, read from Uni3C's file
 
     @staticmethod
     def beside(plan: Plan, ffn_dim: int) -> "CameraPlan":

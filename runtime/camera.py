@@ -1,7 +1,7 @@
 """The camera of a job: which render Uni3C is given, how strongly, and in which steps.
 
 A render shows the camera's path frame by frame. It is a video or a picture of the user's, or is made from the
-reference by a simple path of our own: the reference held still, or seen as a flat picture by a camera that
+reference by a simple path: the reference held still, or seen as a flat picture by a camera that
 turns around it or comes closer. Nothing is known of its depth, so near and far parts do not move against each
 other as in a render of a point cloud; pixels beyond the picture's edges are black, as holes are there.
 """

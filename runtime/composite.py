@@ -8,7 +8,7 @@ from trt_wan.runtime.letterbox import letterbox
 from trt_wan.runtime.video.reader import Picture
 
 STRIP = 1 / 3  # part of the canvas beside the main view, at least
-MOST_AREA = 0.5  # of another view, as a part of the main view's
+MOST_AREA = 0.5  # the largest other view, as a part of the main view
 TOKEN = 16  # pixels of a token: views share none
 
 Box = tuple[int, int, int, int]  # left, top, width, height

@@ -94,7 +94,7 @@ def prefix_frames(canvases: Sequence[Pixels]) -> Pixels:
 
 
 def behind_prefix(prefix: Pixels, frames: Read) -> Read:
-    """A clip behind known frames. Its first frame comes four times: it is a latent of its own, as the first
+    """A clip behind known frames. Its first frame comes four times: it fills one latent, as the first
     frame of a window is.
     """
     first = len(prefix) + LATENT - 1  # the last time
@@ -116,12 +116,12 @@ def prefix_latents(prefix: Pixels | None) -> int:
 
 def encode_reference(model: Model, canvas: Pixels) -> Array:
     """A slot of the condition, [20, 1, h, w]: mask 1, and a reference encoded as a video of one frame."""
-    key = "reference", _digest(canvas)
+    key = "reference", digest(canvas)
     latent = model.remembered(key, lambda: encode(model, to_signal(canvas[None])))
     return np.concatenate((np.ones((4, *latent.shape[1:]), np.float32), latent))
 
 
-def _digest(pixels: Pixels) -> bytes:
+def digest(pixels: Pixels) -> bytes:
     return hashlib.blake2b(pixels.tobytes()).digest()
 
 
@@ -192,7 +192,7 @@ def encode_window(
     key = clips.keys.get("background") if alone else None
     if prefix is not None:
         is_known = alone and (key is not None or clips.background is None)
-        key = ("prefix", _digest(prefix), count, key) if is_known else None
+        key = ("prefix", digest(prefix), count, key) if is_known else None
         latent = model.remembered(key, lambda: encode_prefixed(model, prefix, read, count))
     elif alone and clips.background is None and count == plan.frames - LATENT * pictures:
         latent = model.kept(f"grey clip of {count}", lambda: encode_read(model, read, count))
@@ -233,10 +233,8 @@ def encode_render(model: Model, render: WindowRender, count: int) -> Array:
     """
     if render.still:
         return encode(model, render.frames([0]))
-    step = 4 * model.plan.vae_chunk
-    whole = (
-        1 + -(-(count + 3) // step) * step
-    )  # filled up with the last frame, which no latent before it sees
+    step = LATENT * model.plan.vae_chunk
+    whole = 1 + -(-(count + 3) // step) * step  # the last frame fills it up: no latent before it sees that
 
     def read(start: int, stop: int) -> Array:
         return render.frames([min(max(k - 4, 0), count - 1) for k in range(start, stop)])

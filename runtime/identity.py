@@ -22,13 +22,13 @@ from trt_wan.runtime.video.reader import Picture
 
 Points = NDArray[np.float64]  # [5, 2] pixels: eyes, tip of the nose, corners of the mouth; left ones first
 
-FACE_PROMPT = "image of a face"  # of the picture, in the official code
+FACE_PROMPT = "image of a face"  # the official code's prompt for the picture
 MOST_COORDINATE = 1 << 15  # px: larger than any picture
 # The best similarity leaves this share of a template's spread (RMS about the centre) at most. A turned head
 # of five points leaves 0.04 from the front, 0.17 at 30 degrees, 0.40 at 60 and 0.68 in profile; ArcFace's
 # points in a wrong order leave 0.73 (corners of the mouth swapped) to 0.97 (right ones first).
 MOST_RESIDUAL = 0.7
-LEAST_BREADTH = 0.1  # of the points across their longest direction; a profile has 0.37, a line 0
+LEAST_BREADTH = 0.1  # how broad the points are, as a part of their length: 0.37 in profile, 0 on a line
 # ArcFace's points in 112x112. Lynx's picture of 256x256 shows more: points are moved down by 10, shrunk to
 # 0.8 about the centre, scaled by 2 and moved right by 16.
 ARCFACE: Points = np.array(

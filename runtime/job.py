@@ -297,8 +297,8 @@ class Job:
 
     @property
     def model_window(self) -> int:
-        """Frames of one forward of the model, for which its engines are built. Pictures in slots of their own
-        and known frames in front of the video's count.
+        """Frames of one forward of the model, for which its engines are built. Known frames in front of the
+        video count, and so do pictures in their own slots.
         """
         return self.video_window + LATENT * self.picture_slots
 

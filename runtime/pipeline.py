@@ -54,7 +54,7 @@ from trt_wan.runtime.noise import CpuGenerator
 from trt_wan.runtime.preparation import CameraActs, Pictures, Prepared, prepare
 from trt_wan.runtime.sampling.grids import Schedule
 from trt_wan.runtime.sampling.samplers import SAMPLERS
-from trt_wan.runtime.step_cache import Residuals, told_skips
+from trt_wan.runtime.step_cache import Residuals, numbers, told_skips
 from trt_wan.runtime.video.camera_render import Render, opened_render
 from trt_wan.runtime.video.clips import (
     FACE_SIZE,
@@ -592,7 +592,7 @@ def _skipping(job: Job) -> Note | None:
     if not (skips := job.skips):
         return None
     text = f"The step cache skips {told_skips(skips)}."
-    data = {"skipped": [[i for i, skipped in enumerate(side) if skipped] for side in skips]}
+    data = {"skipped": [numbers(side) for side in skips]}
     return Note(text, "step_cache", {**data, "steps": job.schedule.steps})
 
 

@@ -5,7 +5,6 @@ are computed when a window first needs them. activation_memory.py runs the same 
 numbers.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import numpy as np
 from trt_wan.runtime.composite import composite
 from trt_wan.runtime.conditioning import (
     Pixels,
+    digest,
     encode_reference,
     prefix_frames,
     prefix_latents,
@@ -155,7 +155,7 @@ def _image_features(model: Model, canvas: Pixels, clip_vision: ClipVision) -> Ar
     if clip_vision.off:
         return np.zeros((model.config.image.tokens, model.config.image.dim), np.float32)
     tiles, ratio = clip_vision.tiles, clip_vision.tile_ratio
-    key = "image", hashlib.blake2b(canvas.tobytes()).digest(), tiles, ratio
+    key = "image", digest(canvas), tiles, ratio
     return model.remembered(key, lambda: encode_image(model, to_signal(canvas[None])[:, 0], tiles, ratio))
 
 

@@ -4,7 +4,8 @@ A skipped step embeds the latent, adds R and runs the head. R is float32 [tokens
 behind the last block minus that before the first, of the last step that was computed. Each side of the
 guidance (0: the prompt's, 1: the negative prompt's) has its own, and so has each context window.
 
-Block-sparse attention is no condition of its own: R of a dense step may be added in a sparse one.
+A change from dense to block-sparse attention does not count as another condition: a sparse step may add R
+of a dense one.
 
 Which steps are skipped follows from the settings and from `Ratios` alone, so it is known before a run.
 """
@@ -57,7 +58,7 @@ class StepCache:
     (step_ratios.py).
     """
 
-    threshold: float  # of the summed error of skipped steps in a row
+    threshold: float  # skipping ends where the summed error reaches it
     most: int = 2  # steps that are skipped in a row
     retention: float = 0.2  # the share of the steps, from the first, that is always computed
     file: Path | None = None

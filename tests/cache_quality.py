@@ -33,7 +33,7 @@ from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.opening.model import OpenModel, open_basis
 from trt_wan.runtime.pipeline import to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
-from trt_wan.runtime.step_cache import Ratios, StepCache
+from trt_wan.runtime.step_cache import Ratios, StepCache, numbers
 
 
 def measured(model: OpenModel, job: Job, exact: Array | None) -> tuple[dict[str, Any], Array]:
@@ -47,7 +47,7 @@ def measured(model: OpenModel, job: Job, exact: Array | None) -> tuple[dict[str,
     begun = time.perf_counter()
     frames = np.concatenate(list(model.pieces(job, progress=progress)), axis=1)
     row: dict[str, Any] = {
-        "skipped": [[i for i, skip in enumerate(side) if skip] for side in job.skips],
+        "skipped": [numbers(side) for side in job.skips],
         "share": round(sum(map(sum, job.skips)) / sum(step.passes for step in job.step_settings), 3),
         "steps_s": round(sum(steps), 3),
         "median_step_s": round(float(np.median(steps)), 4),

@@ -3,7 +3,7 @@ latent and a render of the wanted camera path into a residual for each of the fi
 
 `uni3c_modulation` runs once per block for all steps of a job, the others in every step. `uni3c_add` is apart
 from `uni3c_out` because both sides of the guidance add the same residuals: they share `features`,
-[tokens, 1024], where the residuals themselves would be [tokens, 5120]. Attention is a network of its own for
+[tokens, 1024], where the residuals themselves would be [tokens, 5120]. Attention is a separate network for
 the same reason as the large one's: TensorRT-RTX cannot build it for Hopper at full size, other libraries can.
 
 The mask and camera branch of the published file (controlnet_mask_embedding) is not run: ComfyUI and its
@@ -15,7 +15,7 @@ from trt_wan.engines.contract import Network, Tensor, exact_linear, linear
 from trt_wan.engines.shape import CameraPlan
 
 BLOCK = "controlnet_blocks.{n}."
-STEPS = 32  # of a call of `uni3c_modulation`: its weights, 2.5 GB in float32, pass once for as many
+STEPS = 32  # that one call of `uni3c_modulation` takes: its weights, 2.5 GB in float32, pass once for all
 
 
 def networks(model: ModelConfig, plan: CameraPlan) -> tuple[Network, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.model import Model
 
-Keys = tuple[Array, Array]  # of a block: keys and values, [heads, n, head_dim] each
+Keys = tuple[Array, Array]  # a block has keys and values, [heads, n, head_dim] each
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Model:
     ) -> None:
         self.config, self.plan, self.executor, self.weights = config, plan, executor, weights
         self.tile, self.keep = tile, keep
-        self.lynx: LynxModel | None = None  # of the job that runs
+        self.lynx: LynxModel | None = None  # the adapters of the job that runs
         self.networks = {**networks(config, plan), **({} if tile is None else networks(config, tile))}
         self._kept: dict[str, Array] = {}
         self._remembered: OrderedDict[Hashable, Array] = OrderedDict()  # the one used last comes last

@@ -28,9 +28,8 @@ MODULATION = "uni3c_modulation"
 class PreparedCamera:
     """The part of a job that all its windows share."""
 
-    modulations: Sequence[
-        Sequence[Array] | None
-    ]  # by step and block, [6, dim]; None: the camera is off there
+    # By step and block, [6, dim]. None: the camera is off in that step.
+    modulations: Sequence[Sequence[Array] | None]
     rope: tuple[Array, Array]
     strength: Array  # [1]
 

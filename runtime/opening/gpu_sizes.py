@@ -87,7 +87,7 @@ class GpuSizes:
         self.weights = DeviceWeights(gpu, source)
         self._executors: dict[Plan, GpuExecutor] = {}  # the one used last comes last; a tile has its own
         self._models: dict[Plan, Model] = {}
-        self._faces: dict[Plan, GpuExecutor] = {}  # of Lynx's picture
+        self._faces: dict[Plan, GpuExecutor] = {}  # they compute Lynx's picture
         self._scratch: tuple[Any, int] | None = None  # buffer, bytes
         self._slots = 0  # bytes that blocks stream through
 

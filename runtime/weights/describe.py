@@ -32,7 +32,7 @@ UNUSED = (
 )  # tensors that files have beside the needed ones
 
 
-MASK_BRANCH = "controlnet_mask_embedding."  # of Uni3C's file; no program feeds it
+MASK_BRANCH = "controlnet_mask_embedding."  # Uni3C's file has it, and no program feeds it
 
 
 @dataclass(frozen=True)

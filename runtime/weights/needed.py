@@ -6,7 +6,7 @@ from trt_wan.engines.contract import Part
 from trt_wan.engines.lynx import Kind, lynx_of
 from trt_wan.runtime.weights.checkpoint import Checkpoint
 
-RESULT = "proj_out.weight"  # of the resampler: its width tells the kind
+RESULT = "proj_out.weight"  # its width tells a resampler's kind
 
 
 def kind_of(checkpoint: Checkpoint, model: ModelConfig) -> Kind:

@@ -29,7 +29,7 @@ from trt_wan.runtime.segments.native.gemm import (
     Product,
 )
 
-Operands = Literal["bf16", "fp8", "int8"]  # of products
+Operands = Literal["bf16", "fp8", "int8"]  # types that products take
 
 VECTOR = 8  # channels that a thread loads at once
 DIM_THREADS, FFN_THREADS = 320, 864  # at most, per token
