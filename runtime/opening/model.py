@@ -51,7 +51,7 @@ from trt_wan.runtime.opening.gpu_sizes import (
 )
 from trt_wan.runtime.opening.lynx import LynxSearch, acting_adapters
 from trt_wan.runtime.parallel.group import Group
-from trt_wan.runtime.parallel.planner import Choice, choose_split
+from trt_wan.runtime.parallel.planner import Choice, choose_split, groups_of
 from trt_wan.runtime.parallel.ranks import RankLost, Ranks
 from trt_wan.runtime.parallel.sequence import Share
 from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
@@ -78,6 +78,11 @@ MOST_TEXTS = 16  # encoded at a time: more would take more memory than the conte
 
 class Sizes(Protocol):
     """The model at every size that jobs have asked for."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether ranks exchange heads while they attend with others."""
+        ...
 
     @property
     def numerics(self) -> tuple[str, ...]:
@@ -240,7 +245,7 @@ class Basis:
         """
         load = self.weights.load_of(job, progress)
         camera = (CameraPlan.beside(plan, load.camera_ffn),) if load.camera_ffn else ()
-        shared = share_of(self.weights.config, plan, job, self.settings)
+        shared = shares(self.weights.config, plan, self.settings, self.place is not None)
         return (*shared, *camera, *(() if load.lynx is None else lynx_plans(plan, load.lynx)))
 
     def with_ratios(self, job: Job, progress: Progress) -> Job:
@@ -410,10 +415,13 @@ class OpenModel(Closing):
         choice = split_of(job, context, self.ranks.count)
         progress(Note(choice.text, "split", {"gpus": self.ranks.count, "split": choice.split}))
         share = None
-        for own in share_of(self.config, plan, job, self.settings) if choice.split == "tokens" else ():
+        if choice.split == "tokens":
+            (own,) = shares(self.config, plan, self.settings, self._sizes.overlaps)
             share = Share(self.ranks, own)
         model = self._sizes.begin(plan, load, context, skip, progress, share)
         model.ranks, model.split = self.ranks, choice.split
+        if self._group is not None and model.sequence is not None:
+            self._group.abandon = model.sequence.abandon
         return model
 
     def _take_lynx(self, job: Job, adapters: Lynx, progress: Progress) -> None:
@@ -493,11 +501,12 @@ def split_of(job: Job, context: ContextPlan | None, count: int) -> Choice:
     return choose_split([step.passes for step in job.step_settings], parts, count, beside)
 
 
-def share_of(config: ModelConfig, plan: Plan, job: Job, settings: Settings) -> tuple[ShardPlan, ...]:
-    """The share of each GPU in a block, if the job runs on several."""
+def shares(config: ModelConfig, plan: Plan, settings: Settings, overlaps: bool) -> tuple[ShardPlan, ...]:
+    """The share of each GPU in a block, if there are several. `overlaps` as in `Sizes`."""
     if settings.gpus == 1:
         return ()
-    return (ShardPlan.of(plan, settings.gpus),)
+    heads = -(-config.transformer.heads // settings.gpus)
+    return (ShardPlan.of(plan, settings.gpus, groups_of(heads) if overlaps else 1),)
 
 
 def _with_ratios(job: Job, weights: OpenWeights, progress: Progress) -> Job:
@@ -534,10 +543,10 @@ def open_gpu(settings: Settings, progress: Progress, rank: int = 0) -> tuple[Gpu
     try:
         gpu = Gpu(rank)
         flavour = choose_flavour(settings.flavour, gpu.capability)
-        if settings.gpus > device_count():
+        if settings.gpus > (count := device_count()):
             raise UsageError(
-                f"--gpus asks for {settings.gpus}, and here are {device_count()} (CUDA_VISIBLE_DEVICES counts).",
-                f"Use --gpus {device_count()}.",
+                f"--gpus asks for {settings.gpus}, and CUDA shows {count} here.",
+                f"Use --gpus {count}, or let CUDA_VISIBLE_DEVICES name more.",
             )
     except EnvironmentBroken as error:
         if settings.executor == "tensorrt":

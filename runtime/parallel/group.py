@@ -37,7 +37,7 @@ class Group:
         self._lifelines: list[int] = []
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._closing = False
-        self._on_loss: list[Callable[[], None]] = []
+        self.abandon: Callable[[], None] = lambda: None  # ends this process's waits for lost ranks
         self.lost: RankLost | None = None
         try:
             for rank in range(1, count):
@@ -82,12 +82,6 @@ class Group:
         others.close()
         os.close(reading)
 
-    def on_loss(self, act: Callable[[], None]) -> None:
-        """Has `act` called when a rank is lost, in another thread, or the group is closed: waits on the GPU
-        for others must end then.
-        """
-        self._on_loss.append(act)
-
     def begin(self, job: Job, begin_from: WindowState | None) -> None:
         """Has the other ranks compute a job from now on. Raises RankLost."""
         order = pickle.dumps((job, begin_from))
@@ -119,9 +113,7 @@ class Group:
     def close(self) -> None:
         """Ends the other processes. A second call does nothing."""
         self._closing = True
-        for act in self._on_loss:
-            act()
-        self._on_loss.clear()
+        self.abandon()
         for process in self._processes.values():
             process.kill()
         for process in self._processes.values():
@@ -140,8 +132,7 @@ class Group:
         self.lost = RankLost(rank, _ending(code))
         for process in self._processes.values():
             process.kill()
-        for act in list(self._on_loss):
-            act()
+        self.abandon()
 
 
 def _ending(code: int) -> str:

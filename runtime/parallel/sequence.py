@@ -36,7 +36,13 @@ class SequenceParallel(Protocol):
         ...
 
     def join(self, x: Array) -> Array:
-        """The rows of all ranks, [tokens, channels], from each rank's own."""
+        """The rows of all ranks, [tokens, channels], from each rank's own. Valid until the next call."""
+        ...
+
+    def abandon(self) -> None:
+        """Ends all waits for other ranks, of which one is lost. Any thread may call it. Results mean nothing
+        then.
+        """
         ...
 
 
@@ -54,6 +60,9 @@ class HostSequence:
         whole = [self._shards.to_heads([each[i] for each in given], rank) for i in range(3)]
         made = self._ranks.gather([attention(*whole)])
         return self._shards.to_tokens([attended for (attended,) in made], rank)
+
+    def abandon(self) -> None:
+        pass  # a lost rank closes its sockets
 
     def join(self, x: Array) -> Array:
         return self._shards.join([rows for (rows,) in self._ranks.gather([x])])
