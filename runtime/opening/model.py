@@ -54,6 +54,7 @@ from trt_wan.runtime.parallel.group import Group
 from trt_wan.runtime.parallel.planner import Choice, choose_split, groups_of
 from trt_wan.runtime.parallel.ranks import RankLost, Ranks
 from trt_wan.runtime.parallel.sequence import Share
+from trt_wan.runtime.parallel.trace import traced
 from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.step_ratios import with_ratios
@@ -359,6 +360,7 @@ class OpenModel(Closing):
         try:
             self._sizes.resume()
             should_stop = self._with_others(job, begin_from, should_stop)
+            progress = traced(progress, self.ranks)
             for piece in stream_pieces(
                 _with_ratios(job, self._weights, progress),
                 self,

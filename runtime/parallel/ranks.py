@@ -8,6 +8,7 @@ ends closes its sockets: whoever waits for it gets RankLost at once.
 import math
 import mmap
 import pickle
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -54,6 +55,7 @@ class Ranks:
         self._sockets = dict(links.sockets) if links else {}
         self._memories = [mmap.mmap(fd, 2 * HALF) for fd in links.memories] if links else []
         self._turn = 0
+        self.watch: Callable[[str, float], object] = lambda name, seconds: None  # told of every own task
 
     def exchange(self, payload: bytes) -> list[bytes]:
         """What every rank has given, by rank: a few KB each. Raises RankLost."""
@@ -89,13 +91,18 @@ class Ranks:
     def divide(self, tasks: Sequence[Task]) -> list[Array]:
         """The results of all tasks, in order, on the host of every rank. Each is computed by one rank."""
         if self.count == 1:
-            return [make() for _, make in tasks]
+            return [self._made(make) for _, make in tasks]
         owners = shared_out([cost for cost, _ in tasks], self.count)
-        own = [
-            np.asarray(make()) for owner, (_, make) in zip(owners, tasks, strict=True) if owner == self.rank
-        ]
+        own = [self._made(make) for owner, (_, make) in zip(owners, tasks, strict=True) if owner == self.rank]
         made = [iter(arrays) for arrays in self.gather(own)]
         return [np.array(next(made[owner])) for owner in owners]
+
+    def _made(self, make: Callable[[], Array]) -> Array:
+        start = time.perf_counter()
+        made = make() if self.count == 1 else np.asarray(make())
+        function = getattr(make, "func", make)  # of a partial
+        self.watch(getattr(function, "__name__", "task"), time.perf_counter() - start)
+        return made
 
     def of_first(self, arrays: Sequence[Array]) -> list[Array]:
         """The arrays of rank 0, on the host of every rank. The others' count for nothing."""
