@@ -4,6 +4,7 @@ Samples come from NVML if nvidia-ml-py is installed, else from nvidia-smi. Memor
 minus the memory in use before.
 """
 
+import os
 import subprocess
 import threading
 import time
@@ -51,11 +52,12 @@ class Monitor:
     _done: threading.Event = field(default_factory=threading.Event)
 
     @staticmethod
-    def open() -> "Monitor":
-        if read := _nvml_reader():
-            return Monitor("NVML", read, NVML_INTERVAL)
-        if read := _smi_reader():
-            return Monitor("nvidia-smi", read, SMI_INTERVAL)
+    def open(gpu: str = "0", before: int | None = None) -> "Monitor":
+        """`gpu` is a number of nvidia-smi, or a UUID."""
+        if read := _nvml_reader(gpu):
+            return Monitor("NVML", read, NVML_INTERVAL, before)
+        if read := _smi_reader(gpu):
+            return Monitor("nvidia-smi", read, SMI_INTERVAL, before)
         return Monitor("none: no GPU driver", None)
 
     def __enter__(self) -> "Monitor":
@@ -113,14 +115,21 @@ class Monitor:
         self._samples.append((time.perf_counter(), self.read()))
 
 
-def _nvml_reader() -> Reader | None:
+def visible_gpus(count: int) -> list[str]:
+    """For `Monitor.open`, the first `count` GPUs that CUDA_VISIBLE_DEVICES leaves, in its order."""
+    named = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+    return (named or [str(number) for number in range(count)])[:count]
+
+
+def _nvml_reader(which: str) -> Reader | None:
     try:
         import pynvml
     except ImportError:
         return None
     try:
         pynvml.nvmlInit()
-        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        by_number, by_name = pynvml.nvmlDeviceGetHandleByIndex, pynvml.nvmlDeviceGetHandleByUUID
+        gpu = by_number(int(which)) if which.isdecimal() else by_name(which)
     except pynvml.NVMLError:
         return None
 
@@ -147,12 +156,12 @@ def _nvml_reader() -> Reader | None:
     return read
 
 
-def _smi_reader() -> Reader | None:
+def _smi_reader(which: str) -> Reader | None:
     command = [
         "nvidia-smi",
         "--query-gpu=memory.used,power.draw,clocks.sm",
         "--format=csv,noheader,nounits",
-        "--id=0",
+        f"--id={which}",
     ]
 
     def number(text: str) -> float | None:

@@ -16,6 +16,11 @@ from trt_wan.runtime.parallel.ranks import Ranks
 VARIABLE = "TRT_WAN_TRACE"
 
 
+def now() -> float:
+    """Seconds of the clock of all traces."""
+    return time.monotonic()
+
+
 def traced(progress: Progress, ranks: Ranks) -> Progress:
     """`progress`, which also writes the trace of a job. Without the variable it is returned as it is."""
     if not (folder := os.environ.get(VARIABLE)):
@@ -24,7 +29,7 @@ def traced(progress: Progress, ranks: Ranks) -> Progress:
 
     def tell(what: str, seconds: float | None = None, window: int = 0) -> None:
         with path.open("a") as file:
-            line = {"at": time.monotonic(), "what": what, "seconds": seconds, "window": window}
+            line = {"at": now(), "what": what, "seconds": seconds, "window": window}
             file.write(f"{json.dumps(line)}\n")
 
     def told(event: Event) -> None:

@@ -11,6 +11,7 @@ import click
 
 from trt_wan.cli.bench_preprocess import bench_preprocess
 from trt_wan.cli.bench_report import finished, show_tables
+from trt_wan.cli.bench_scaling import scale, scaling_options, take_scaling
 from trt_wan.cli.calibrate_cache import calibrate_cache
 from trt_wan.cli.command import Group, command, note
 from trt_wan.cli.report import Report
@@ -155,6 +156,7 @@ def _options(*rows: Decorator) -> Decorator:
 @click.option("--lightx2v", type=THERE, help="A checkout of LightX2V, for the peer of that name.")
 @click.option("--cold/--no-cold", default=True, show_default=True, help="Measure a cold start as well.")
 @click.option("--repeat", type=COUNT, default=1, show_default=True, help="Runs in a row: the spread.")
+@scaling_options(_sizes)
 @_OUT
 @command
 def measure(
@@ -181,12 +183,17 @@ def measure(
     \b
     trt-wan bench --out bench/
     trt-wan bench --peers all --rounds 3 --out bench/
+    trt-wan bench --gpus 1,2,4 --tier fast --out scaling/
     trt-wan bench compare before/bench.json after/bench.json
     """
     from trt_wan.benchmarks.bench import Options, run_bench
     from trt_wan.benchmarks.peers.contest import Contest
     from trt_wan.benchmarks.report.repeat import JOBS, Repeats
 
+    if (scaling := take_scaling(settings)) is not None:
+        sizes = map(size_of, scaling["sizes"])
+        shapes = [_shape(model, each, window) for each in sizes] or [_shape(model, size, window)]
+        return scale(report, shapes, _given(settings), scaling, job_steps, weights, out)
     options = Options(
         shape=_shape(model, size, window),
         settings=_given(settings),
