@@ -31,8 +31,8 @@ from trt_wan.benchmarks.measure.similarity import relative_error
 from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.measure.workplace import SHARED, with_graphs, workplace
 from trt_wan.benchmarks.peers.shape import Shape
-from trt_wan.benchmarks.report.scaling import STAGES, TASKS, Scaling, ScalingRow, Span, Throughput
-from trt_wan.errors import EnvironmentBroken, TrtWanError
+from trt_wan.benchmarks.report.scaling import STAGES, TASKS, Scaling, ScalingRow, Span, Throughput, gpus_text
+from trt_wan.errors import EnvironmentBroken, TrtWanError, UsageError
 from trt_wan.runtime.device.gpu import device_count
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.parallel.trace import VARIABLE
@@ -76,20 +76,26 @@ def announced(wanted: Wanted) -> list[dict[str, Any]]:
 def measure_scaling(
     wanted: Wanted, progress: Progress = silent, keep: Callable[[Scaling], object] = lambda unfinished: None
 ) -> Scaling:
-    """`keep` gets the rows so far after every row. Raises the first failure if there is no row at all."""
+    """`keep` gets the rows so far after every row. Raises TrtWanError if there is none in the end."""
+    here = gpus_here(wanted.settings)
+    if here is not None and wanted.gpus[0] > here:
+        raise UsageError(
+            f"--gpus begins with {wanted.gpus[0]}, and CUDA shows {gpus_text(here)} here.",
+            f"Use --gpus 1 to {here}, or let CUDA_VISIBLE_DEVICES name more.",
+        )
     with (
         tempfile.TemporaryDirectory() as folder,
         workplace(wanted.shapes[0], (*SHARED, "kernels")) as (env, _),
     ):
-        bench = _Bench(wanted, Path(folder), env, progress, keep)
-        here = gpus_here(wanted.settings)
+        bench = _Bench(wanted, Path(folder), env, here is not None, progress, keep)
         for n in wanted.gpus:
             if here is not None and n > here:
-                bench.leave_out(f"{n} GPUs and more: this machine shows {here}")
+                bench.leave_out(f"{n} GPUs and more: CUDA shows {gpus_text(here)} here")
                 break
             bench.measure(n)
         if not bench.rows:
-            raise bench.failures[0]
+            nothing = UsageError(f"Nothing was measured: {bench.not_measured[0]}.", "Use a larger --budget.")
+            raise next(iter(bench.failures), nothing)
         largest = max(row.gpus for row in bench.rows)
         if wanted.throughput and largest > 1:
             bench.measure_throughput(largest)
@@ -102,9 +108,11 @@ class _Bench:
         wanted: Wanted,
         folder: Path,
         env: Mapping[str, str],
+        on_gpus: bool,
         progress: Progress,
         keep: Callable[[Scaling], object],
     ) -> None:
+        self.on_gpus = on_gpus
         self.wanted, self.folder, self.progress, self.keep = wanted, folder, progress, keep
         self.card = read_card()
         self.until = time.monotonic() + (math.inf if wanted.budget is None else wanted.budget)
@@ -143,19 +151,29 @@ class _Bench:
 
     def measure(self, n: int) -> None:
         """All sizes on `n` GPUs. A size that fails is left out, and the others get a new process."""
+        if not self._may_open(gpus_text(n)):
+            return
         while any((n, shape) not in self.done for shape in self.wanted.shapes):
             try:
                 with_graphs(partial(self._measure_rest, n), self.progress)
             except TrtWanError as error:
                 self.done.add((n, self.now))
                 self.failures.append(error)
-                self.leave_out(f"{self.now.title}, {n} GPUs: {error.message}")
+                self.leave_out(f"{self.now.title}, {gpus_text(n)}: {error.message}")
+
+    def _may_open(self, what: str) -> bool:
+        """Whether there is time to open the model, as far as is known."""
+        needed = min((row.start_seconds for row in self.rows), default=0.0)
+        left = max(self.until - time.monotonic(), 0.0)
+        if needed > left:
+            self.leave_out(f"{what}: opening the model takes {needed:.0f} s, {left:.0f} s are left")
+        return needed <= left
 
     def _measure_rest(self, n: int) -> None:
-        gpus = visible_gpus(n)
+        gpus = visible_gpus(n) if self.on_gpus else []
         idle = {gpu: _used(Monitor.open(gpu)) for gpu in gpus}
         self.now = next(shape for shape in self.wanted.shapes if (n, shape) not in self.done)
-        self.progress(Note(f"{n} GPU{'s' if n > 1 else ''}: opening the model"))
+        self.progress(Note(f"{gpus_text(n)}: opening the model"))
         with Child(MODULE, [self._spec(n, self.now).to_json()], self.env) as child:
             for shape in self.wanted.shapes:
                 if (n, shape) in self.done:
@@ -175,11 +193,10 @@ class _Bench:
         first = self._ask(child, n, shape, MOST_WINDOWS, 1, steps=1)
         started = time.time() - child.started_at
         predicted = _window_seconds(_stages(first, 1), self.wanted.steps)
-        left = self.until - time.monotonic()
+        left = max(self.until - time.monotonic(), 0.0)
         if predicted > left:
-            self.leave_out(
-                f"{shape.title}, {n} GPUs: a window takes {predicted:.0f} s, {left:.0f} s are left"
-            )
+            text = f"a window takes {predicted:.0f} s, {left:.0f} s are left"
+            self.leave_out(f"{shape.title}, {gpus_text(n)}: {text}")
             return None
         count = max(1, min(MOST_WINDOWS, int(min(ROW_SECONDS, left) / predicted)))
         for file in self.trace.iterdir():
@@ -188,7 +205,9 @@ class _Bench:
         stages = _stages(said, count)
         seconds = sum(stages.values())
         step = Spread.of(said["steps"])
-        self.progress(Note(f"{shape.title}, {n} GPUs: {step.median:.3f} s a step, {seconds:.2f} s a window"))
+        self.progress(
+            Note(f"{shape.title}, {gpus_text(n)}: {step.median:.3f} s a step, {seconds:.2f} s a window")
+        )
         return ScalingRow(
             shape=shape,
             gpus=n,
@@ -210,6 +229,8 @@ class _Bench:
 
     def measure_throughput(self, n: int) -> None:
         """`n` jobs at the same time, each on one GPU, where one job on `n` was measured."""
+        if not self._may_open(f"{n} jobs at the same time"):
+            return
         together = {row.shape: row for row in self.rows if row.gpus == n}
         try:
             with_graphs(partial(self._measure_jobs, n, together), self.progress)
@@ -221,9 +242,10 @@ class _Bench:
         with ExitStack() as stack, ThreadPoolExecutor(n) as threads:
             spec = self._spec(1, self.wanted.shapes[0]).to_json()
             jobs = []
-            for number, gpu in enumerate(visible_gpus(n)):
+            for number in range(n):
                 env = {name: value for name, value in self.env.items() if name != VARIABLE}
-                env |= {"CUDA_VISIBLE_DEVICES": gpu}
+                if self.on_gpus:
+                    env["CUDA_VISIBLE_DEVICES"] = visible_gpus(n)[number]
                 jobs.append((number, stack.enter_context(Child(MODULE, [spec], env))))
 
             def asked(shape: Shape, first: int, windows: int, steps: int) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ class ScalingRow:
     windows: int
     writing_seconds: float  # of the writing thread for a window, beside the rest
     start_seconds: float  # from the process's start to the end of a first window with one step
-    memory_bytes: list[int | None]  # peak by rank, of the whole GPU less the bytes in use before
+    memory_bytes: list[int | None]  # peak by rank, of the whole GPU less the bytes before; none on the CPU
     error_first_step: float | None  # relative, of the latent after one step, against fewest GPUs
     error: float | None  # the same after all steps
     precision: str
@@ -171,7 +171,7 @@ class Scaling:
         if any(ups.values()):
             drawn["speed-up"] = plots.speed_up("Speed-up over GPUs", self.hardware, ups)
         groups = {_name(row): [_parts(row, plots.LEAST, plots.EXCESS, plots.OTHER)] for row in self.rows}
-        under = f"{self.hardware}\n{WRITING} not shown"
+        under = f"{self.hardware}\nthe writing beside it is not shown"
         drawn["windows"] = plots.bars("A window of a long video", under, groups, "seconds of a window")
         for row in self.rows:
             if row.gpus > 1 and row.shape == self.rows[0].shape:
@@ -186,8 +186,12 @@ class Scaling:
         return drawn
 
 
+def gpus_text(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count} GPUs"
+
+
 def _name(row: ScalingRow) -> str:
-    return f"{row.shape.title}, {row.gpus} GPU{'s' if row.gpus > 1 else ''}"
+    return f"{row.shape.title}, {gpus_text(row.gpus)}"
 
 
 def _window(row: ScalingRow) -> Row:
@@ -197,7 +201,7 @@ def _window(row: ScalingRow) -> Row:
 
 
 def _gpus(row: ScalingRow) -> Row:
-    memory = ", ".join(Figure(size, "GB").text for size in row.memory_bytes)
+    memory = ", ".join(Figure(size, "GB").text for size in row.memory_bytes) or "on the CPU"
     errors = (row.error_first_step, row.error)
     first, last = ("-" if error is None else f"{error:.2e}" for error in errors)
     return _name(row), f"{memory}; latent off by {first} after a step, {last} after all"
@@ -226,13 +230,14 @@ COLOURS = {
 
 def _lanes(row: ScalingRow, bar: Any) -> dict[str, Any]:
     """A bar for each rank, whose gaps are `WAITING`, and one for the writing."""
-    found = {}
-    for rank in range(row.gpus):
-        own = [s for s in row.spans if s.rank == rank]
-        found[f"GPU {rank}"] = _lane([s for s in own if s.what != "writing"], row.window_seconds, bar)
-        if writing := [s for s in own if s.what == "writing"]:
-            found["writing, on the host"] = _lane(writing, 0.0, bar)
-    return found
+    writing = [span for span in row.spans if span.what == "writing"]
+    found = {
+        f"GPU {rank}": _lane(
+            [span for span in row.spans if span.rank == rank and span not in writing], row.window_seconds, bar
+        )
+        for rank in range(row.gpus)
+    }
+    return {**found, "writing, on the host": _lane(writing, 0.0, bar)} if writing else found
 
 
 def _lane(spans: Sequence[Span], until: float, bar: Any) -> Any:

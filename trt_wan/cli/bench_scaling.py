@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.bench_report import finished
-from trt_wan.cli.options import Decorator, group, is_typed, refuse_without
+from trt_wan.cli.options import Decorator, group, refuse_without
 from trt_wan.cli.report import Report
 from trt_wan.errors import UsageError, shown
 
@@ -58,16 +58,26 @@ def scaling_options(sizes: Callable[..., Any]) -> Decorator:
     )
 
 
+def _is_typed(name: str) -> bool:
+    """`bench` itself has parsed the command line, and has invoked the command behind it."""
+    context: click.Context | None = click.get_current_context()
+    while context is not None:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            return True
+        context = context.parent
+    return False
+
+
 def take_scaling(options: dict[str, Any]) -> dict[str, Any] | None:
     """Takes the options of `scaling_options` out of `options`; None without --gpus. Raises UsageError for
     options that would do nothing.
     """
     gpus, own = options.pop("gpus"), {name: options.pop(name) for name in OWN}
     if not gpus:
-        refuse_without("--gpus", [name for name in OWN if is_typed(name)], "--gpus 1,2")
+        refuse_without("--gpus", [name for name in OWN if _is_typed(name)], "--gpus 1,2")
         return None
-    both = own["sizes"] and is_typed("size")
-    idle = [name for name in OTHERS if is_typed(name) and (name != "size" or both)]
+    both = own["sizes"] and _is_typed("size")
+    idle = [name for name in OTHERS if _is_typed(name) and (name != "size" or both)]
     if idle:
         option = f"--{idle[0].replace('_', '-')}"
         use = {"size": "--sizes alone", "steps": "--job-steps, the steps of a window"}.get(idle[0])
@@ -87,6 +97,7 @@ def scale(
     out: Path | None,
 ) -> Any:
     from trt_wan.benchmarks.measure.scaling import Wanted, announced, measure_scaling
+    from trt_wan.benchmarks.report.scaling import gpus_text
     from trt_wan.benchmarks.report.sheet import write_document
     from trt_wan.runtime.settings import Settings
 
@@ -98,7 +109,7 @@ def scale(
     if scaling["dry_run"]:
         plan = announced(wanted)
         lines = [
-            f"{row['gpus']} GPUs, {row['processes']} processes: {', '.join(row['sizes'])}, {steps} steps"
+            f"{gpus_text(row['gpus'])}: {', '.join(row['sizes'])}, {steps} steps"
             + ("" if row["possible"] else " (not here: this machine has fewer)")
             for row in plan
         ]
