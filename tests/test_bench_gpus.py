@@ -20,7 +20,7 @@ from tiny_job import PLAN, as_argv
 from trt_wan.benchmarks.machine.card import read_card
 from trt_wan.benchmarks.machine.monitor import visible_gpus
 from trt_wan.benchmarks.measure import scaling
-from trt_wan.benchmarks.measure.scaling import Wanted, measure_scaling, spans
+from trt_wan.benchmarks.measure.scaling import Wanted, _Bench, measure_scaling, spans
 from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.scaling import Scaling, ScalingRow, Span, Throughput
@@ -174,7 +174,7 @@ def test_the_spans_of_a_window(tmp_path: Path) -> None:
     ]
     first += [(9.5, "step", 2.0, 2), (9.5, "decode", None, 2), (11.0, "done", None, 2)]
     other = [*before, (6.5, "condition", None, 2), (7.5, "encode_motion", 1.0, 0), (8.0, "denoise", None, 2)]
-    other += [(9.5, "step", 1.5, 2), (9.5, "decode", None, 2), (11.5, "done", None, 2)]
+    other += [(9.5, "step", 1.5, 2), (9.5, "decode", None, 2)]  # it has not written yet that it is done
     (tmp_path / "0.jsonl").write_text(lines(first))
     (tmp_path / "1.jsonl").write_text(lines(other))
     assert spans(tmp_path, 2, 2, [{"window": 1, "at": 6.25}, {"window": 2, "at": 12.0}]) == [
@@ -185,6 +185,15 @@ def test_the_spans_of_a_window(tmp_path: Path) -> None:
         Span(1, "face", 0.5, 1.5),
         Span(1, "step", 2.0, 3.5),
     ]
+
+
+def test_the_error_is_that_of_the_latents_against_fewest_gpus(tmp_path: Path) -> None:
+    bench = _Bench(Wanted([SHAPE], [2, 4]), tmp_path, {}, 0, silent, lambda unfinished: None)
+    np.save(bench._latent(2, SHAPE, 4), np.array([3.0, 4.0], np.float32))
+    assert bench._error(2, SHAPE, 4) is None
+    bench.rows.append(row(2, 1.0, 1.0))
+    np.save(bench._latent(4, SHAPE, 4), np.array([3.0, 4.5], np.float32))
+    assert bench._error(4, SHAPE, 4) == pytest.approx(0.1)
 
 
 def test_the_gpus_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,3 +252,14 @@ def test_a_budget_ends_it(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("TRT_WAN_HOME", str(tiny_home))
     with pytest.raises(UsageError, match="a window takes"):
         measure_scaling(Wanted([SHAPE], [1, 2], {"executor": "onnxruntime"}, steps=900, budget=1.0))
+
+
+@pytest.mark.long
+def test_it_stops_at_the_first_number_that_is_not_there(
+    tiny_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tiny_home))
+    monkeypatch.setattr(scaling, "gpus_here", lambda settings: 1)
+    made = measure_scaling(Wanted([SHAPE], [1, 2, 4], {"executor": "onnxruntime"}, steps=1))
+    assert [each.gpus for each in made.rows] == [1] and len(made.rows[0].memory_bytes) == 1
+    assert made.not_measured == ["2 GPUs and more: CUDA shows 1 GPU here"] and made.throughput == []

@@ -24,7 +24,7 @@ import numpy as np
 from trt_wan.benchmarks.machine.card import read_card
 from trt_wan.benchmarks.machine.monitor import Monitor, visible_gpus
 from trt_wan.benchmarks.measure.measured_process import Spec
-from trt_wan.benchmarks.measure.processes import Child
+from trt_wan.benchmarks.measure.processes import PATIENCE, Child
 from trt_wan.benchmarks.measure.sample_clips import write_clips
 from trt_wan.benchmarks.measure.scaling_job import Asked
 from trt_wan.benchmarks.measure.similarity import relative_error
@@ -40,6 +40,7 @@ from trt_wan.runtime.parallel.trace import VARIABLE
 MODULE = "trt_wan.benchmarks.measure.scaling_job"
 MOST_WINDOWS = 3  # the third has another before and its writing beside it
 ROW_SECONDS = 20.0
+LEAST_PATIENCE = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def measure_scaling(
         tempfile.TemporaryDirectory() as folder,
         workplace(wanted.shapes[0], (*SHARED, "kernels")) as (env, _),
     ):
-        bench = _Bench(wanted, Path(folder), env, here is not None, progress, keep)
+        bench = _Bench(wanted, Path(folder), env, min(wanted.gpus[-1], here or 0), progress, keep)
         for n in wanted.gpus:
             if here is not None and n > here:
                 bench.leave_out(f"{n} GPUs and more: CUDA shows {gpus_text(here)} here")
@@ -108,11 +109,10 @@ class _Bench:
         wanted: Wanted,
         folder: Path,
         env: Mapping[str, str],
-        on_gpus: bool,
+        gpus: int,
         progress: Progress,
         keep: Callable[[Scaling], object],
     ) -> None:
-        self.on_gpus = on_gpus
         self.wanted, self.folder, self.progress, self.keep = wanted, folder, progress, keep
         self.card = read_card()
         self.until = time.monotonic() + (math.inf if wanted.budget is None else wanted.budget)
@@ -125,9 +125,13 @@ class _Bench:
         self.failures: list[TrtWanError] = []
         self.done: set[tuple[int, Shape]] = set()
         self.now = wanted.shapes[0]  # the size that is being measured
-        for shape in wanted.shapes:
-            frames = (MOST_WINDOWS + 1) * (shape.window - 1)
-            write_clips(self.clips(shape), shape.width, shape.height, frames, ("pose", "face"))
+        self.idle = [(gpu, _used(Monitor.open(gpu))) for gpu in visible_gpus(gpus)]
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(self._write_clips, dict.fromkeys(wanted.shapes)))
+
+    def _write_clips(self, shape: Shape) -> None:
+        frames = (MOST_WINDOWS + 1) * (shape.window - 1)
+        write_clips(self.clips(shape), shape.width, shape.height, frames, ("pose", "face"))
 
     def clips(self, shape: Shape) -> Path:
         return self.folder / f"{shape.width}x{shape.height}"
@@ -169,18 +173,20 @@ class _Bench:
             self.leave_out(f"{what}: opening the model takes {needed:.0f} s, {left:.0f} s are left")
         return needed <= left
 
+    def _patience(self) -> float:
+        """Seconds to wait for an answer. GPUs that wait for each other for ever must not take the budget."""
+        return min(PATIENCE, max(self.until - time.monotonic(), LEAST_PATIENCE))
+
     def _measure_rest(self, n: int) -> None:
-        gpus = visible_gpus(n) if self.on_gpus else []
-        idle = {gpu: _used(Monitor.open(gpu)) for gpu in gpus}
         self.now = next(shape for shape in self.wanted.shapes if (n, shape) not in self.done)
         self.progress(Note(f"{gpus_text(n)}: opening the model"))
-        with Child(MODULE, [self._spec(n, self.now).to_json()], self.env) as child:
+        with Child(MODULE, [self._spec(n, self.now).to_json()], self.env, self._patience()) as child:
             for shape in self.wanted.shapes:
                 if (n, shape) in self.done:
                     continue
                 self.now = shape
                 with ExitStack() as stack:
-                    monitors = [stack.enter_context(Monitor.open(gpu, idle[gpu])) for gpu in gpus]
+                    monitors = [stack.enter_context(Monitor.open(*gpu)) for gpu in self.idle[:n]]
                     row = self._row(child, n, shape)
                 self.done.add((n, shape))
                 if row is not None:
@@ -244,9 +250,9 @@ class _Bench:
             jobs = []
             for number in range(n):
                 env = {name: value for name, value in self.env.items() if name != VARIABLE}
-                if self.on_gpus:
-                    env["CUDA_VISIBLE_DEVICES"] = visible_gpus(n)[number]
-                jobs.append((number, stack.enter_context(Child(MODULE, [spec], env))))
+                if self.idle:
+                    env["CUDA_VISIBLE_DEVICES"] = self.idle[number][0]
+                jobs.append((number, stack.enter_context(Child(MODULE, [spec], env, self._patience()))))
 
             def asked(shape: Shape, first: int, windows: int, steps: int) -> list[dict[str, Any]]:
                 def ask(job: tuple[int, Child]) -> dict[str, Any]:
@@ -307,21 +313,22 @@ def _window_seconds(first: Mapping[str, float], steps: int) -> float:
 def spans(trace: Path, ranks: int, window: int, written: Sequence[Mapping[str, float]]) -> list[Span]:
     """What the ranks did in one window of a traced job. `written` is that of scaling_job.py."""
     found = []
-    begun = 0.0
+    begun = until = 0.0
     for rank in range(ranks):
         lines = list(map(json.loads, (trace / f"{rank}.jsonl").read_text().splitlines()))
         stages = {
             line["what"]: line["at"] for line in lines if line["window"] == window and not line["seconds"]
         }
-        begun = begun or stages["condition"]
+        if rank == 0:  # others may not have written yet that they are done
+            begun, until = stages["condition"], stages["done"]
         for line in lines:
             ended, what = line["at"], line["what"]
-            if line["seconds"] and stages["condition"] < ended <= stages["done"]:
+            if line["seconds"] and stages["condition"] < ended <= until:
                 found.append(
                     Span(rank, TASKS.get(what, what), ended - line["seconds"] - begun, ended - begun)
                 )
         if rank == 0:
-            found.append(Span(0, "decode", stages["decode"] - begun, stages["done"] - begun))
+            found.append(Span(0, "decode", stages["decode"] - begun, until - begun))
             ready = [row["at"] for row in written if row["window"] == window]
             found += [Span(0, "writing", stages["decode"] - begun, at - begun) for at in ready]
     return found
