@@ -19,7 +19,10 @@ from trt_wan.engines.contracts import networks
 from trt_wan.engines.lynx import Lynx
 from trt_wan.engines.shape import Plan, VaeTile
 from trt_wan.runtime.executors import Array, Executor, Observe
+from trt_wan.runtime.parallel.ranks import Ranks
+from trt_wan.runtime.parallel.vae_pipeline import VaePipeline
 
+ALONE = Ranks()
 MOST_REMEMBERED = 256 * 10**6  # bytes of the host
 
 
@@ -37,10 +40,12 @@ class Model:
         weights: Mapping[Part, Mapping[str, Array]],
         tile: VaeTile | None = None,
         keep: float | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.plan, self.executor, self.weights = config, plan, executor, weights
-        self.tile, self.keep = tile, keep
+        self.tile, self.keep, self.ranks = tile, keep, ranks
         self.lynx: LynxModel | None = None  # the adapters of the job that runs
+        self.vae_pipeline: VaePipeline | None = None
         self.networks = {**networks(config, plan), **({} if tile is None else networks(config, tile))}
         self._kept: dict[str, Array] = {}
         self._remembered: OrderedDict[Hashable, Array] = OrderedDict()  # the one used last comes last
@@ -49,6 +54,12 @@ class Model:
     def take(self, plan: Plan) -> None:
         """Adds the networks of a plan beside the model's: Uni3C's, Lynx's. Call between jobs."""
         self.networks |= networks(self.config, plan)
+
+    def take_pipeline(self, pipeline: VaePipeline | None) -> None:
+        """Has the ranks decode together, and encode where that is asked for. None: as on one GPU."""
+        self.vae_pipeline = pipeline
+        if pipeline is not None:
+            self.networks |= pipeline.networks
 
     def run(self, name: str, *inputs: Array, n: int = 0) -> tuple[Array, ...]:
         """The outputs of network `name`. Exceptions of the check in `checked` pass through."""

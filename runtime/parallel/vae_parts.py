@@ -4,7 +4,7 @@ A part is a range of a network's steps. Parts are cut where little lives (`Cut`)
 networks of the first chunk and of later ones, so that a cache is written and read by one rank.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -23,8 +23,8 @@ def common_cuts(vae: Vae, other: Vae) -> list[Cut]:
 
 def balanced(seconds: Sequence[float], nbytes: Sequence[int], bandwidth: float, count: int) -> Balance:
     """The cuts whose longest part is the shortest; of equals, those with the fewest bytes. Cut i, where
-    `nbytes[i]` are handed over, lies between pieces i and i + 1 of `seconds`. A part lasts no less than what it
-    hands over.
+    `nbytes[i]` are handed over, lies between pieces i and i + 1 of `seconds`. A part lasts no less than the
+    copy to the next one.
     """
     assert count <= len(seconds), f"{len(seconds)} pieces in {count} parts"
 
