@@ -45,10 +45,18 @@ class World:
             with self._lock:
                 ready = [stream for stream in self._streams if stream.queue and stream.queue[0][0]()]
                 if ready and not event.done:
-                    self._random.choice(ready).queue.popleft()[1]()
+                    self._one_of(ready).queue.popleft()[1]()
             if not ready:
                 time.sleep(0.001)  # another rank may enqueue more
                 assert time.monotonic() < end, "the ranks wait for each other"
+
+
+    def _one_of(self, ready: list["Stream"]) -> "Stream":
+        """Some streams are a thousand times slower than others, and other ones after a while."""
+        if self._random.random() < 0.01:
+            for stream in self._streams:
+                stream.pace = 10 ** self._random.uniform(-3, 0)
+        return self._random.choices(ready, [stream.pace for stream in ready])[0]
 
 
 class Event:
@@ -59,7 +67,7 @@ class Stream:
     handle = 0
 
     def __init__(self, world: World) -> None:
-        self.world = world
+        self.world, self.pace = world, 1.0
         self.queue: deque[tuple[Callable[[], bool], Callable[[], object]]] = deque()
 
     def do(self, work: Callable[[], object], ready: Callable[[], bool] = lambda: True) -> None:
