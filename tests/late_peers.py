@@ -1,6 +1,6 @@
-"""Ranks of a group without GPUs, in one process. Each rank enqueues all its work first, for its host never waits.
-Then the streams of all ranks run in a random order, or one always before another, as far as events and flags
-allow. So a read before a write, or a write before the last read, shows in the numbers.
+"""Ranks of a group without GPUs, in one process. Each rank enqueues all its work first, for its host never
+waits. Then the streams of all ranks run in a random order, or one always before another, as far as events
+and flags allow. So a read before a write, or a write before the last read, shows in the numbers.
 """
 
 import ctypes

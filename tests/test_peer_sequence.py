@@ -1,5 +1,5 @@
-"""Sequence parallelism over peer memory without GPUs: the numbers of plain attention, in every order in which the
-streams of all ranks may run (late_peers.py).
+"""Sequence parallelism over peer memory without GPUs: the numbers of plain attention, in every order in
+which the streams of all ranks may run (late_peers.py).
 """
 
 import threading
