@@ -42,10 +42,12 @@ def encode_read(model: Model, read: Read, count: int) -> Array:
 
 
 def decode(model: Model, latent: Array) -> Iterator[Array]:
-    """The frames of a clip as they are ready: one, then 4·vae_chunk at a time.
+    """The frames of a clip as they are ready: one, then 4·vae_chunk at a time. Ranks other than 0 have none.
 
     T is 1, or 1 and a multiple of vae_chunk.
     """
+    if model.ranks.rank:
+        return
     step = model.plan.vae_chunk
     latent = np.asarray(latent)
     count = latent.shape[1]
