@@ -16,6 +16,8 @@ from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor, require_memory
 from trt_wan.runtime.job import Load
 from trt_wan.runtime.networks.model import LynxModel, Model
+from trt_wan.runtime.parallel.sequence import HostSequence, Share
+from trt_wan.runtime.parallel.shards import Shards
 from trt_wan.runtime.weights.stored import Tensors
 
 
@@ -27,6 +29,8 @@ class CpuSizes:
         self._bound = BoundWeights(weights)
         self._models: dict[Plan, Model] = {}
         self._executors: dict[Plan, OnnxRuntimeExecutor] = {}
+
+    overlaps = False
 
     @property
     def numerics(self) -> tuple[str, ...]:
@@ -41,30 +45,39 @@ class CpuSizes:
         context: ContextPlan | None,
         skip: Collection[str],
         progress: Progress,
+        share: Share | None = None,
     ) -> Model:
         if plan not in self._models:
             require_memory(self._config, plan)
-        model = self._open(plan)
+        model = self._open(plan, share)
+        opened = plan if share is None else share.plan
         if load.camera_ffn:
-            self._beside(model, CameraPlan.beside(plan, load.camera_ffn))
-        model.lynx = None if load.lynx is None else self._lynx(model, load.lynx)
+            self._beside(opened, CameraPlan.beside(plan, load.camera_ffn))
+        model.lynx = None if load.lynx is None else self._lynx(opened, load.lynx)
         return model
 
-    def _open(self, plan: Plan) -> Model:
-        if plan not in self._models:
+    def _open(self, plan: Plan, share: Share | None = None) -> Model:
+        opened = plan if share is None else share.plan
+        if opened not in self._models:
             executor = OnnxRuntimeExecutor(require_graphs(self._config, plan), self._bound)
             observed = self._observe(executor) if self._observe else executor
-            self._executors[plan] = executor
-            self._models[plan] = Model(self._config, plan, observed, self._weights)
-        return self._models[plan]
+            self._executors[opened] = executor
+            self._models[opened] = Model(self._config, plan, observed, self._weights)
+            if share is not None:
+                self._beside(opened, share.plan)
+        model = self._models[opened]
+        if share is not None:
+            model.sequence = HostSequence(share.ranks, Shards.of(self._config, share.plan))
+        return model
 
-    def _beside(self, model: Model, plan: Plan) -> None:
+    def _beside(self, opened: Plan, plan: Plan) -> None:
         """Adds the networks of `plan` to those of an open model."""
-        self._executors[model.plan].add(require_graphs(self._config, plan), networks(self._config, plan))
-        model.take(plan)
+        self._executors[opened].add(require_graphs(self._config, plan), networks(self._config, plan))
+        self._models[opened].take(plan)
 
-    def _lynx(self, model: Model, lynx: Lynx) -> LynxModel:
-        self._beside(model, LynxPlan.of(model.plan, lynx.kind))
+    def _lynx(self, opened: Plan, lynx: Lynx) -> LynxModel:
+        model = self._models[opened]
+        self._beside(opened, LynxPlan.of(model.plan, lynx.kind))
         face = self._open(FacePlan(precision=model.plan.precision)) if lynx.ref else None
         return LynxModel(lynx, face)
 

@@ -11,8 +11,9 @@ engines are built on the spot.
 """
 
 import gc
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -23,13 +24,13 @@ from trt_wan.engines.contracts import GRAPHS_VERSION
 from trt_wan.engines.flavour import Flavour, choose_flavour
 from trt_wan.engines.lynx import Lynx, lynx_plans
 from trt_wan.engines.precision import Precision, best_precision, require_fp8
-from trt_wan.engines.shape import CameraPlan, Plan
+from trt_wan.engines.shape import CameraPlan, Plan, ShardPlan
 from trt_wan.errors import EnvironmentBroken, UsageError, shown
 from trt_wan.runtime.closing import Closing
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.device.driver import has_nvidia_gpu
-from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.device.gpu import Gpu, device_count
 from trt_wan.runtime.events import Note, Progress, StageStarted, silent
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.onnxruntime import require_memory
@@ -37,7 +38,7 @@ from trt_wan.runtime.finite import Broken, explained, is_finite
 from trt_wan.runtime.job import Job, Load, Lora
 from trt_wan.runtime.loras.lora_file import open_lora
 from trt_wan.runtime.loras.loras import Loras
-from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.model import ALONE, Model
 from trt_wan.runtime.networks.text_encoder import encode_texts
 from trt_wan.runtime.networks.tokenizer import Tokenizer, byte_tokenizer
 from trt_wan.runtime.opening.cpu_sizes import CpuSizes
@@ -49,6 +50,10 @@ from trt_wan.runtime.opening.gpu_sizes import (
     require_tier,
 )
 from trt_wan.runtime.opening.lynx import LynxSearch, acting_adapters
+from trt_wan.runtime.parallel.group import Group
+from trt_wan.runtime.parallel.planner import Choice, choose_split, groups_of
+from trt_wan.runtime.parallel.ranks import RankLost, Ranks
+from trt_wan.runtime.parallel.sequence import Share
 from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.step_ratios import with_ratios
@@ -75,6 +80,11 @@ class Sizes(Protocol):
     """The model at every size that jobs have asked for."""
 
     @property
+    def overlaps(self) -> bool:
+        """Whether ranks exchange heads while they attend with others."""
+        ...
+
+    @property
     def numerics(self) -> tuple[str, ...]:
         """Names everything beside weights and graphs that decides the bits of a result."""
         ...
@@ -86,9 +96,10 @@ class Sizes(Protocol):
         context: ContextPlan | None,
         skip: Collection[str],
         progress: Progress,
+        share: Share | None = None,
     ) -> Model:
         """The model at a size, with memory for a job. The job does not run the networks `skip`; `context` is
-        of its longest window.
+        of its longest window. `share` is the rank's part of a job that is split by tokens.
         """
         ...
 
@@ -198,11 +209,17 @@ class Basis:
     place: tuple[Gpu, Flavour] | None  # None: the CPU
     precision: Precision
     settings: Settings
+    files: WeightFiles
 
-    def open(self, observe: Observe | None = None, export_tiles: ExportTiles | None = None) -> "OpenModel":
+    def open(
+        self,
+        observe: Observe | None = None,
+        export_tiles: ExportTiles | None = None,
+        ranks: Ranks | None = None,
+    ) -> "OpenModel":
         """Call when nothing else takes GPU memory: the model counts the free bytes. `export_tiles` is called
         for a job that fits with the VAE in tiles alone; without it such a job raises MemoryShort where the
-        tile's graphs are missing.
+        tile's graphs are missing. `ranks` are those of a process that another one has started.
         """
         opened = self.weights
         sizes: Sizes
@@ -211,7 +228,10 @@ class Basis:
         else:
             config, host, source = opened.config, opened.host, opened.source
             sizes = GpuSizes(*self.place, config, host, source, self.settings, observe, export_tiles)
-        return OpenModel(opened, self.precision, sizes, self.settings)
+        start = (
+            partial(Group, self.files, self.settings) if ranks is None and self.settings.gpus > 1 else None
+        )
+        return OpenModel(opened, self.precision, sizes, self.settings, ranks or ALONE, start)
 
     def require_loras(self, loras: Sequence[Lora]) -> None:
         """Raises WeightsError, from their headers, for LoRAs that this model cannot take."""
@@ -225,7 +245,8 @@ class Basis:
         """
         load = self.weights.load_of(job, progress)
         camera = (CameraPlan.beside(plan, load.camera_ffn),) if load.camera_ffn else ()
-        return (*camera, *(() if load.lynx is None else lynx_plans(plan, load.lynx)))
+        shared = shares(self.weights.config, plan, self.settings, self.place is not None)
+        return (*shared, *camera, *(() if load.lynx is None else lynx_plans(plan, load.lynx)))
 
     def with_ratios(self, job: Job, progress: Progress) -> Job:
         """`job` with the ratios of its step cache. Raises as step_ratios.py."""
@@ -264,20 +285,33 @@ class Basis:
                 build_engines(self.weights.config, each, gpu, flavour, self.settings, progress)
 
 
-def open_basis(weights: WeightFiles, settings: Settings, progress: Progress) -> Basis:
-    """Reads headers, tokenizer and GPU; computes nothing. Raises TrtWanError."""
-    place = open_gpu(settings, progress)
+def open_basis(weights: WeightFiles, settings: Settings, progress: Progress, rank: int = 0) -> Basis:
+    """Reads headers, tokenizer and GPU; computes nothing. Of several GPUs the one with the number `rank` is
+    taken. Raises TrtWanError.
+    """
+    place = open_gpu(settings, progress, rank)
     precision = choose_precision(settings, place[0] if place else None)
     opened = open_weights(weights, precision, progress)
     if place is not None:
         require_tier(settings.tier, precision, place[0].capability)
-    return Basis(opened, place, precision, settings)
+    return Basis(opened, place, precision, settings, weights)
 
 
 class OpenModel(Closing):
     """Runs one job at a time. `close` frees all GPU memory; the end of a `with` block closes too."""
 
-    def __init__(self, weights: OpenWeights, precision: Precision, sizes: Sizes, settings: Settings) -> None:
+    def __init__(
+        self,
+        weights: OpenWeights,
+        precision: Precision,
+        sizes: Sizes,
+        settings: Settings,
+        ranks: Ranks = ALONE,
+        start: Callable[[], Group] | None = None,
+    ) -> None:
+        """`start` starts the other ranks, of which this process is the first."""
+        self.ranks, self._start = ranks, start
+        self._group = start() if start is not None else None  # they open the model meanwhile
         self.config, self.precision, self.settings = weights.config, precision, settings
         self._weights, self._sizes = weights, sizes
         self._running = self._closed = False
@@ -321,8 +355,10 @@ class OpenModel(Closing):
         if self._running:
             raise UsageError("This model is running another job.", "Wait for it, or open a second model.")
         self._running = True
+        finished = False
         try:
             self._sizes.resume()
+            should_stop = self._with_others(job, begin_from, should_stop)
             for piece in stream_pieces(
                 _with_ratios(job, self._weights, progress),
                 self,
@@ -334,8 +370,32 @@ class OpenModel(Closing):
             ):
                 yield piece
                 self._sizes.resume()  # the consumer may go on in another thread
+            finished = True
+        except RankLost as lost:
+            raise lost if self._group is None else self._group.reason(lost) from None
         finally:
             self._running = False
+            if not finished:  # the others are in the middle of the job
+                self._end_group()
+
+    def _with_others(self, job: Job, begin_from: WindowState | None, should_stop: ShouldStop) -> ShouldStop:
+        """Has the other ranks begin a job, and returns `should_stop` that raises when one is lost."""
+        if self._start is None:
+            return should_stop
+        group = self._group = self._group or self._start()
+        self.ranks = group.ranks
+        group.begin(job, begin_from)
+
+        def stop() -> bool:
+            group.check()
+            return should_stop()
+
+        return stop
+
+    def _end_group(self) -> None:
+        if self._group is not None:
+            group, self._group = self._group, None
+            group.close()
 
     def begin(self, job: Job, width: int, height: int, frames: int, progress: Progress) -> Model:
         plan = Plan(width, height, job.model_window, self.precision)
@@ -343,14 +403,26 @@ class OpenModel(Closing):
         self._features = {text: features for text, features in found.items() if features is not None}
         for text in found:
             self._report_cut(text, progress)
-        skip = [TEXT_ENCODER] if len(self._features) == len(found) else []
+        skip = [TEXT_ENCODER] if len(self._features) == len(found) or self.ranks.rank else []
         skip += IMAGE_ENCODER if job.clip_vision.off else []
         self._merge(job.loras, progress)
         context = job.context_plan(job.windows(frames).length(0))
         load = self._weights.load_of(job, progress)
         if load.lynx is not None:
             self._take_lynx(job, load.lynx, progress)
-        return self._sizes.begin(plan, load, context, skip, progress)
+        if self.ranks.count == 1:
+            return self._sizes.begin(plan, load, context, skip, progress)
+        choice = split_of(job, context, self.ranks.count)
+        progress(Note(choice.text, "split", {"gpus": self.ranks.count, "split": choice.split}))
+        share = None
+        if choice.split == "tokens":
+            (own,) = shares(self.config, plan, self.settings, self._sizes.overlaps)
+            share = Share(self.ranks, own)
+        model = self._sizes.begin(plan, load, context, skip, progress, share)
+        model.ranks, model.split = self.ranks, choice.split
+        if self._group is not None and model.sequence is not None:
+            self._group.abandon = model.sequence.abandon
+        return model
 
     def _take_lynx(self, job: Job, adapters: Lynx, progress: Progress) -> None:
         """Takes the weights of Lynx, and says which of its adapters act."""
@@ -386,11 +458,15 @@ class OpenModel(Closing):
             progress(Note(f"{text} It begins: {shown(prompt)}", "prompt_cut", data))
 
     def texts(self, model: Model, job: Job, progress: Progress) -> Mapping[str, Array]:
-        new = [text for text in job.encoded_texts if text not in self._features]
+        new = [text for text in job.encoded_texts if text not in self._features and not self.ranks.rank]
         if new:
             progress(StageStarted("text"))
         for start in range(0, len(new), MOST_TEXTS):
             self._encode(model, new[start : start + MOST_TEXTS])
+        if self.ranks.count > 1:  # the store may have changed since another rank read it
+            texts = job.encoded_texts
+            made = self.ranks.of_first([] if self.ranks.rank else [self._features[text] for text in texts])
+            self._features = dict(zip(texts, made, strict=True))
         return self._features
 
     def _encode(self, model: Model, texts: Sequence[str]) -> None:
@@ -408,9 +484,29 @@ class OpenModel(Closing):
         if self._closed:
             return
         self._closed = True
+        self._end_group()
         self._sizes.close()
         self._cache.close()
         gc.collect()  # TensorRT's objects and arrays free GPU memory when Python drops them
+
+
+def split_of(job: Job, context: ContextPlan | None, count: int) -> Choice:
+    """How `count` GPUs share the steps of a job. Raises UsageError for a job that cannot be shared."""
+    parts = 1 if context is None or context.is_one else len(context.parts(0))
+    beside = [
+        option
+        for option, acts in (("--camera", job.acting_camera), ("--identity", job.acting_identity))
+        if acts is not None
+    ]
+    return choose_split([step.passes for step in job.step_settings], parts, count, beside)
+
+
+def shares(config: ModelConfig, plan: Plan, settings: Settings, overlaps: bool) -> tuple[ShardPlan, ...]:
+    """The share of each GPU in a block, if there are several. `overlaps` as in `Sizes`."""
+    if settings.gpus == 1:
+        return ()
+    heads = -(-config.transformer.heads // settings.gpus)
+    return (ShardPlan.of(plan, settings.gpus, groups_of(heads) if overlaps else 1),)
 
 
 def _with_ratios(job: Job, weights: OpenWeights, progress: Progress) -> Job:
@@ -439,14 +535,19 @@ def open_weights(weights: WeightFiles, precision: Precision, progress: Progress)
     return OpenWeights(config, parts, FileSource(parts), tokenizer, camera, tokenizer.file, search)
 
 
-def open_gpu(settings: Settings, progress: Progress) -> tuple[Gpu, Flavour] | None:
+def open_gpu(settings: Settings, progress: Progress, rank: int = 0) -> tuple[Gpu, Flavour] | None:
     """The GPU and its TensorRT, or None if jobs run on the CPU; reports which and why."""
     if settings.executor == "onnxruntime":
         _refuse_settings_of_a_gpu(settings, "it was asked for")
         return None
     try:
-        gpu = Gpu()
+        gpu = Gpu(rank)
         flavour = choose_flavour(settings.flavour, gpu.capability)
+        if settings.gpus > (count := device_count()):
+            raise UsageError(
+                f"--gpus asks for {settings.gpus}, and CUDA shows {count} here.",
+                f"Use --gpus {count}, or let CUDA_VISIBLE_DEVICES name more.",
+            )
     except EnvironmentBroken as error:
         if settings.executor == "tensorrt":
             raise

@@ -26,7 +26,7 @@ from trt_wan.runtime.device.gpu import MOST_BLOCKS, Gpu
 from trt_wan.runtime.device.kernels import Module, read_source
 from trt_wan.runtime.parallel.ranks import Ranks
 
-SOURCE = read_source(__package__, "peer.cu")
+SOURCE = read_source(__package__, "flags.cu", "beside.cu")
 NAMES = ("set_flag", "wait_flag", "beside")
 SHARED = Path("/dev/shm")  # memory as files; CUDA registers no pages of a disk
 LINE = 128  # bytes from flag to flag: no two in a cache line
@@ -99,7 +99,7 @@ class PeerMemory:
     def lay_beside(
         self, out: int, pieces: int, rows: int, widths: tuple[int, int], share: int, filled: int
     ) -> None:
-        """Enqueues kernel `beside` of peer.cu on the compute stream. `widths`: the bytes of a row of `out`
+        """Enqueues the kernel of beside.cu on the compute stream. `widths`: the bytes of a row of `out`
         and of a piece, multiples of 16.
         """
         numbers = map(np.int64, (rows, widths[0] // 16, widths[1] // 16, share, filled))

@@ -1,17 +1,3 @@
-// What ranks need beside copies (peer_memory.py, peer_sequence.py).
-
-// Streams without memory operations signal and wait by kernels of one thread. Values wrap, as those of CUDA do.
-extern "C" __global__ void set_flag(u32* flag, u32 value) {
-    __threadfence_system();  // all that the stream did before
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
-}
-
-extern "C" __global__ void wait_flag(const u32* flag, u32 value) {
-    u32 now;
-    do asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(now) : "l"(flag) : "memory");
-    while ((int)(now - value) < 0);
-}
-
 // out [rows, width], in 16 bytes, of pieces [pieces, rows, piece_width], which lie beside each other in a row. Channels
 // behind `width` are dropped. Of every `share` rows those from `filled` on are padding, and become 0. A block has a row.
 extern "C" __global__ void beside(uint4* out, const uint4* pieces, i64 rows, i64 width, i64 piece_width, i64 share,
