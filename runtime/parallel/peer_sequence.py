@@ -70,7 +70,6 @@ class PeerSequence:
         return PeerSequence(gpu, ranks.rank, shards, memory, dtype)
 
     def abandon(self) -> None:
-        """Ends all waits, for a rank is lost. Any thread may call it."""
         self.memory.poison()
 
     def close(self) -> None:
