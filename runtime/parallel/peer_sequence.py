@@ -69,10 +69,6 @@ class PeerSequence:
         memory = PeerMemory(gpu, ranks, block_bytes(shards, dtype, joined), flags_of(shards))
         return PeerSequence(gpu, ranks.rank, shards, memory, dtype)
 
-    def abandon(self) -> None:
-        """Ends all waits, for a rank is lost. Any thread may call it."""
-        self.memory.poison()
-
     def close(self) -> None:
         """Call before the Gpu's `close`."""
         self.memory.close()

@@ -110,6 +110,15 @@ class VaePipeline:
             for chunk, vae in zip(("next", "first"), pair, strict=True):
                 self._open(networks[f"vae_{half}_{chunk}"], vae, divided.cuts)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this GPU."""
+        return self._memory.size
+
+    def abandon(self) -> None:
+        """Ends all waits: another rank is lost."""
+        self._memory.poison()
+
     def close(self) -> None:
         """Call when no rank runs a part any more, or to end all waits when one is lost."""
         self._memory.close()
