@@ -79,6 +79,12 @@ class SimulatedGpu:
         self.world, self.stream = world, world.stream()
         self.device = SimpleNamespace(create_stream=world.stream)
 
+    def allocate(self, size: int) -> Any:
+        return SimpleNamespace(handle=self.world.memory(size), close=lambda stream: None)
+
+    def sync(self) -> None:
+        self.stream.sync()
+
     def copy(self, target: int, source: int, size: int, stream: Stream) -> None:
         stream.enqueue(lambda: ctypes.memmove(target, source, size))
 

@@ -89,7 +89,14 @@ class Weights:
     def used(self, network: Network, n: int) -> None: ...
 
 
-def opened(cpu: VaeOnCpu, plan: Plan, gpu: SimulatedGpu, ranks: Any, peers: SimulatedPeers | None) -> Model:
+def opened(
+    cpu: VaeOnCpu,
+    plan: Plan,
+    gpu: SimulatedGpu,
+    ranks: Any,
+    peers: SimulatedPeers | None,
+    measure: bool = False,
+) -> Model:
     """The model of one rank; its kernels run when their turn comes."""
     contracts = networks(TINY, plan)
     vaes = {name: cpu.open(contracts[name]) for name in VAE}
@@ -104,8 +111,8 @@ def opened(cpu: VaeOnCpu, plan: Plan, gpu: SimulatedGpu, ranks: Any, peers: Simu
             peers.connect(size, flags)
             return peers.of(ranks.rank)
 
-        measured = {half: uniform(vaes, half) for half in ("encode", "decode")}
-        pipeline = VaePipeline(gpu, ranks, vaes, contracts, connect, measured)  # type: ignore[arg-type]
+        pieces = None if measure else {half: uniform(vaes, half) for half in ("encode", "decode")}
+        pipeline = VaePipeline(gpu, ranks, vaes, contracts, connect, pieces)  # type: ignore[arg-type]
         executor.segments |= pipeline.segments
         model.take_pipeline(pipeline)
     return model
@@ -190,6 +197,31 @@ def test_only_what_lives_at_a_cut_is_needed_behind_it(cpu: VaeOnCpu) -> None:
         whole.enqueue_steps(range(start, len(whole.steps)), addresses, scratch)
         for key, array in made.items():
             assert array.tobytes() == want[key].tobytes(), (name, key)
+
+
+def test_rank_0_measures_for_all(cpu: VaeOnCpu, monkeypatch: Any) -> None:
+    marks, world, told = iter(range(10**6)), World(0), list[bytes]()
+    monkeypatch.setattr(vae_pipeline, "_mark", lambda gpu: next(marks) ** 2)
+    monkeypatch.setattr(vae_pipeline, "_elapsed", lambda start, end: end - start)
+
+    def exchanged(rank: int) -> Any:
+        left = list(told)
+
+        def exchange(payload: bytes) -> list[bytes]:
+            told.extend([] if rank else [payload])
+            return [left.pop(0) if rank else payload]
+
+        return exchange
+
+    peers, divided = SimulatedPeers(world, 2), []
+    for rank in range(2):
+        ranks = SimpleNamespace(rank=rank, count=2, exchange=exchanged(rank))
+        model = opened(cpu, PLAN, SimulatedGpu(world), ranks, peers, measure=True)
+        assert model.vae_pipeline is not None
+        divided.append(model.vae_pipeline.divided)
+    assert divided[0] == divided[1] and next(marks) > 0
+    for half, (first, second) in ((half, row.seconds) for half, row in divided[0].items()):
+        assert first == pytest.approx(second, rel=0.15), half
 
 
 @pytest.fixture

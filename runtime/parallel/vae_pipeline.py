@@ -50,6 +50,7 @@ from trt_wan.runtime.segments.native.vae import Cut, Vae
 from trt_wan.runtime.segments.segment import Segment
 
 DATA, DONE, RESULT = FLAGS = range(3)
+ROUNDS = 4  # of measuring
 SLOTS = 32  # latents that a rank may leave unread: more than a window of 77 frames has
 
 Connect = Callable[[int, int], PeerMemory]  # of a size in bytes and a number of flags
@@ -237,23 +238,24 @@ def _divided(cuts: Sequence[Cut], figures: Measured, count: int) -> Divided:
 def _measure(
     gpu: Gpu, vae: Vae, network: Network, bounds: Sequence[range], handed: int, scratch: int, other: int
 ) -> tuple[list[float], float]:
-    """The seconds of some steps each, and the bytes a second of a copy of `handed` bytes to another rank. All
-    tensors are the same memory: times do not depend on numbers.
+    """The seconds of some steps each, and the bytes a second of a copy of `handed` bytes to another rank: the
+    shortest of some rounds, for weights may be loaded meanwhile. All tensors are the same memory, for times do
+    not depend on numbers.
     """
     tensors = *network.inputs, *network.weights, *network.outputs
     memory = gpu.allocate(max(map(_nbytes, tensors)))
     addresses = {tensor.name: int(memory.handle) for tensor in tensors}
-    for _ in range(2):  # the first loads kernels; during the second the host gets ahead
-        gpu.sync()
-        vae.enqueue_steps(range(len(vae.steps)), addresses, scratch)
-    marks = [_mark(gpu)]
-    for steps in bounds:
-        vae.enqueue_steps(steps, addresses, scratch)
+    rounds = []
+    for _ in range(ROUNDS):  # the first loads kernels and waits for the host
+        marks = [_mark(gpu)]
+        for steps in bounds:
+            vae.enqueue_steps(steps, addresses, scratch)
+            marks.append(_mark(gpu))
+        gpu.copy(other, scratch, handed, gpu.stream)
         marks.append(_mark(gpu))
-    gpu.copy(other, scratch, handed, gpu.stream)
-    marks.append(_mark(gpu))
+        rounds.append(marks)
     gpu.sync()
-    *seconds, copying = map(_elapsed, marks, marks[1:])
+    *seconds, copying = map(min, zip(*(map(_elapsed, marks, marks[1:]) for marks in rounds), strict=True))
     memory.close(gpu.stream)
     return seconds, handed / copying
 
