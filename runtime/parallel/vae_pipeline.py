@@ -239,8 +239,8 @@ def _measure(
     gpu: Gpu, vae: Vae, network: Network, bounds: Sequence[range], handed: int, scratch: int, other: int
 ) -> tuple[list[float], float]:
     """The seconds of some steps each, and the bytes a second of a copy of `handed` bytes to another rank: the
-    shortest of some rounds, for weights may be loaded meanwhile. All tensors are the same memory, for times do
-    not depend on numbers.
+    shortest of some rounds, for weights may be loaded meanwhile. Times do not depend on numbers, so all tensors
+    are the same memory.
     """
     tensors = *network.inputs, *network.weights, *network.outputs
     memory = gpu.allocate(max(map(_nbytes, tensors)))
