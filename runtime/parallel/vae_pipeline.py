@@ -238,9 +238,10 @@ def _divided(cuts: Sequence[Cut], figures: Measured, count: int) -> Divided:
 def _measure(
     gpu: Gpu, vae: Vae, network: Network, bounds: Sequence[range], handed: int, scratch: int, other: int
 ) -> tuple[list[float], float]:
-    """The seconds of some steps each, and the bytes a second of a copy of `handed` bytes to another rank: the
-    shortest of some rounds, for weights may be loaded meanwhile. Times do not depend on numbers, so all tensors
-    are the same memory.
+    """The seconds of some steps each, and the bytes a second of a copy of `handed` bytes to another rank.
+
+    The shortest of some rounds counts, for weights may be loaded meanwhile. Times do not depend on numbers:
+    all tensors are the same memory.
     """
     tensors = *network.inputs, *network.weights, *network.outputs
     memory = gpu.allocate(max(map(_nbytes, tensors)))
