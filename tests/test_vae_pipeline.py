@@ -168,6 +168,9 @@ def test_ranks_equal_one_gpu(cpu: VaeOnCpu, count: int, plan: Plan, monkeypatch:
     ranks = [SimpleNamespace(rank=rank, count=count) for rank in range(count)]
     models = [opened(cpu, plan, SimulatedGpu(world), each, peers) for each in ranks]
     made = together([partial(program, model, *given) for model in models])
+    for model in models:
+        assert model.vae_pipeline is not None
+        model.vae_pipeline.close()
     assert [len(decoded) for decoded, *_ in made] == [len(frames)] + [0] * (count - 1)
     for decoded, want in zip(made[0][0], frames, strict=True):
         assert decoded.tobytes() == want.tobytes()

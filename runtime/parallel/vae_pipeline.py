@@ -121,7 +121,9 @@ class VaePipeline:
         self._memory.poison()
 
     def close(self) -> None:
-        """Call when no rank runs a part any more, or to end all waits when one is lost."""
+        """Call when all ranks have enqueued all their parts, or after `abandon`. Waits for copies."""
+        with suppress(TrtWanError), cuda_core():
+            self._stream.sync()
         self._memory.close()
         with suppress(TrtWanError), cuda_core():
             self._stream.close()
