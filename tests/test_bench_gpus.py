@@ -17,8 +17,7 @@ from filelock import FileLock
 from rich.console import Console
 from tiny_job import PLAN, as_argv
 
-from trt_wan.benchmarks.machine.card import read_card
-from trt_wan.benchmarks.machine.monitor import visible_gpus
+from trt_wan.benchmarks.machine.card import read_card, visible_gpus
 from trt_wan.benchmarks.measure import scaling
 from trt_wan.benchmarks.measure.scaling import Wanted, _Bench, measure_scaling, spans
 from trt_wan.benchmarks.measure.spread import Spread

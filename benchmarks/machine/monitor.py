@@ -4,13 +4,14 @@ Samples come from NVML if nvidia-ml-py is installed, else from nvidia-smi. Memor
 minus the memory in use before.
 """
 
-import os
 import subprocess
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
+
+from trt_wan.benchmarks.machine.card import first_gpu
 
 NVML_INTERVAL, SMI_INTERVAL = 0.05, 0.5  # seconds
 
@@ -52,8 +53,9 @@ class Monitor:
     _done: threading.Event = field(default_factory=threading.Event)
 
     @staticmethod
-    def open(gpu: str = "0", before: int | None = None) -> "Monitor":
-        """`gpu` is a number of nvidia-smi, or a UUID."""
+    def open(gpu: str | None = None, before: int | None = None) -> "Monitor":
+        """`gpu` is as in `visible_gpus`, the first of these by default."""
+        gpu = gpu or first_gpu()
         if read := _nvml_reader(gpu):
             return Monitor("NVML", read, NVML_INTERVAL, before)
         if read := _smi_reader(gpu):
@@ -113,12 +115,6 @@ class Monitor:
         while not self._done.wait(self.interval):
             self._samples.append((time.perf_counter(), self.read()))
         self._samples.append((time.perf_counter(), self.read()))
-
-
-def visible_gpus(count: int) -> list[str]:
-    """For `Monitor.open`, the first `count` GPUs that CUDA_VISIBLE_DEVICES leaves, in its order."""
-    named = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
-    return (named or [str(number) for number in range(count)])[:count]
 
 
 def _nvml_reader(which: str) -> Reader | None:

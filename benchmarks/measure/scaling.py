@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from trt_wan.benchmarks.machine.card import read_card
-from trt_wan.benchmarks.machine.monitor import Monitor, visible_gpus
+from trt_wan.benchmarks.machine.card import read_card, visible_gpus
+from trt_wan.benchmarks.machine.monitor import Monitor
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.processes import PATIENCE, Child
 from trt_wan.benchmarks.measure.sample_clips import write_clips

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from trt_wan.cli.bench_preprocess import bench_preprocess
-from trt_wan.cli.bench_report import finished, show_tables
+from trt_wan.cli.bench_report import finished, keeper, show_tables
 from trt_wan.cli.bench_scaling import scale, scaling_options, take_scaling
 from trt_wan.cli.calibrate_cache import calibrate_cache
 from trt_wan.cli.command import Group, command, note
@@ -22,7 +22,6 @@ from trt_wan.errors import shown
 if TYPE_CHECKING:
     from trt_wan.benchmarks.measure.quality import Wanted
     from trt_wan.benchmarks.peers.shape import Shape
-    from trt_wan.benchmarks.report.sheet import Report as Measured
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 THERE = click.Path(path_type=Path, file_okay=False, exists=True)
@@ -301,19 +300,13 @@ def quality_of(
     trt-wan bench quality --weights models/ --peers
     """
     from trt_wan.benchmarks.measure.quality import Wanted, measure_quality
-    from trt_wan.benchmarks.report.sheet import write_document
 
     shape, files, given = _shape(model, size, window), str(weights) if weights else None, _given(settings)
     if not rows and peers and "tier" not in given:
         wanted = [Wanted(f"trt-wan {tier}", _given({**given, "tier": tier})) for tier in _tiers(given)]
     else:
         wanted = _wanted(rows, settings)
-
-    def keep(unfinished: "Measured") -> None:
-        if out is not None:
-            write_document(unfinished, out)
-
-    result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress, keep)
+    result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress, keeper(out))
     return finished(report, result, out)
 
 
@@ -382,7 +375,7 @@ def vae_of(
     if weights is None:
         raise click.UsageError("name the folder of the weights with --weights DIR.")
     shape, wanted = _shape(model, size, window), _wanted(rows, settings)
-    result = measure_vae(shape, wanted, str(weights), repeats, report.progress)
+    result = measure_vae(shape, wanted, str(weights), repeats, report.progress, keeper(out))
     return finished(report, result, out)
 
 

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trt_wan.cli.bench_report import finished
+from trt_wan.cli.bench_report import finished, keeper
 from trt_wan.cli.options import Decorator, group, refuse_without
 from trt_wan.cli.report import Report
 from trt_wan.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from trt_wan.benchmarks.peers.shape import Shape
-    from trt_wan.benchmarks.report.sheet import Report as Measured
 
 OWN = ("sizes", "budget", "throughput", "dry_run")
 OTHERS = ("size", "steps", "rounds", "jobs", "peers", "peer_steps", "lightx2v", "cold", "repeat")
@@ -98,7 +97,6 @@ def scale(
 ) -> Any:
     from trt_wan.benchmarks.measure.scaling import Wanted, announced, measure_scaling
     from trt_wan.benchmarks.report.scaling import gpus_text
-    from trt_wan.benchmarks.report.sheet import write_document
     from trt_wan.runtime.settings import Settings
 
     assert Settings(**{**settings, "gpus": max(scaling["gpus"])}), "UsageError for too many"
@@ -115,8 +113,4 @@ def scale(
         ]
         return "\n".join(lines), {"plan": plan}
 
-    def keep(unfinished: "Measured") -> None:
-        if out is not None:
-            write_document(unfinished, out)
-
-    return finished(report, measure_scaling(wanted, report.progress, keep), out)
+    return finished(report, measure_scaling(wanted, report.progress, keeper(out)), out)
