@@ -173,7 +173,11 @@ def test_the_spans_of_a_window(tmp_path: Path) -> None:
     ]
     first += [(9.5, "step", 2.0, 2), (9.5, "decode", None, 2), (11.0, "done", None, 2)]
     other = [*before, (6.5, "condition", None, 2), (7.5, "encode_motion", 1.0, 0), (8.0, "denoise", None, 2)]
-    other += [(9.5, "step", 1.5, 2), (9.5, "decode", None, 2)]  # it has not written yet that it is done
+    other += [
+        (9.5, "step", 1.5, 2),
+        (9.5, "decode", None, 2),
+        (10.5, "decode", 1.0, 0),
+    ]  # it has not written yet that it is done
     (tmp_path / "0.jsonl").write_text(lines(first))
     (tmp_path / "1.jsonl").write_text(lines(other))
     assert spans(tmp_path, 2, 2, [{"window": 1, "at": 6.25}, {"window": 2, "at": 12.0}]) == [
@@ -183,6 +187,7 @@ def test_the_spans_of_a_window(tmp_path: Path) -> None:
         Span(0, "writing", 3.5, 6.0),
         Span(1, "face", 0.5, 1.5),
         Span(1, "step", 2.0, 3.5),
+        Span(1, "decode", 3.5, 4.5),
     ]
 
 

@@ -55,7 +55,7 @@ class Ranks:
         self._sockets = dict(links.sockets) if links else {}
         self._memories = [mmap.mmap(fd, 2 * HALF) for fd in links.memories] if links else []
         self._turn = 0
-        self.watch: Callable[[str, float], object] = lambda name, seconds: None  # told of every own task
+        self.watch: Callable[[str, float], object] = lambda name, seconds: None  # told of own tasks
 
     def exchange(self, payload: bytes) -> list[bytes]:
         """What every rank has given, by rank: a few KB each. Raises RankLost."""
