@@ -23,9 +23,15 @@ from trt_wan.runtime.weights.stored import Tensors
 
 class CpuSizes:
     def __init__(
-        self, config: ModelConfig, weights: Mapping[Part, Mapping[str, Array]], observe: Observe | None
+        self,
+        config: ModelConfig,
+        weights: Mapping[Part, Mapping[str, Array]],
+        observe: Observe | None,
+        processes: int = 1,
     ) -> None:
+        """`processes` of this machine compute the same job together."""
         self._config, self._weights, self._observe = config, weights, observe
+        self._processes = processes
         self._bound = BoundWeights(weights)
         self._models: dict[Plan, Model] = {}
         self._executors: dict[Plan, OnnxRuntimeExecutor] = {}
@@ -48,7 +54,7 @@ class CpuSizes:
         share: Share | None = None,
     ) -> Model:
         if plan not in self._models:
-            require_memory(self._config, plan)
+            require_memory(self._config, plan, self._processes)
         model = self._open(plan, share)
         opened = plan if share is None else share.plan
         if load.camera_ffn:
@@ -59,7 +65,7 @@ class CpuSizes:
     def _open(self, plan: Plan, share: Share | None = None) -> Model:
         opened = plan if share is None else share.plan
         if opened not in self._models:
-            executor = OnnxRuntimeExecutor(require_graphs(self._config, plan), self._bound)
+            executor = OnnxRuntimeExecutor(require_graphs(self._config, plan), self._bound, self._processes)
             observed = self._observe(executor) if self._observe else executor
             self._executors[opened] = executor
             self._models[opened] = Model(self._config, plan, observed, self._weights)

@@ -73,7 +73,8 @@ def _rows(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -
             if not given:
                 settings["tier"] = name
             elif (field := name.replace("-", "_")) in Settings.__dataclass_fields__:
-                settings[field] = float(text) if re.fullmatch("[0-9]*[.]?[0-9]+", text) else text
+                number = int if text.isdecimal() else float
+                settings[field] = number(text) if re.fullmatch("[0-9]*[.]?[0-9]+", text) else text
             else:
                 settings.setdefault("segments", {})[name] = text
         found[value] = settings
@@ -101,6 +102,7 @@ _SETTINGS = (
     click.option("--attention-keep", type=float, metavar="SHARE", help="turbo: of the key blocks kept."),
     click.option("--flavour", type=click.Choice(["tensorrt", "tensorrt_rtx"])),
     click.option("--vram", type=float, help="GB of GPU memory to use at most."),
+    click.option("--gpus", type=int, help="GPUs that share a job. Default: 1."),
     click.option(
         "--segment",
         "segments",
