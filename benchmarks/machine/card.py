@@ -114,6 +114,13 @@ def datasheet(name: str) -> Datasheet | None:
     return next((row for part, row in DATASHEETS.items() if part in name), None)
 
 
+def first_gpu() -> str:
+    """The number or UUID of CUDA's first GPU, as NVML and nvidia-smi have it: they list all GPUs, also those
+    that CUDA_VISIBLE_DEVICES hides.
+    """
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip() or "0"
+
+
 def read_gpu() -> Gpu | None:
     """Returns the first GPU, or None without a driver. Makes no CUDA context."""
     fields = (
@@ -122,7 +129,7 @@ def read_gpu() -> Gpu | None:
     )
     try:
         answer = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"],
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={first_gpu()}"],
             capture_output=True,
             text=True,
             timeout=30,

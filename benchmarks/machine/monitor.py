@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from trt_wan.benchmarks.machine.card import first_gpu
+
 NVML_INTERVAL, SMI_INTERVAL = 0.05, 0.5  # seconds
 
 
@@ -120,7 +122,11 @@ def _nvml_reader() -> Reader | None:
         return None
     try:
         pynvml.nvmlInit()
-        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        name = first_gpu()
+        if name.isdecimal():
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(int(name))
+        else:
+            gpu = pynvml.nvmlDeviceGetHandleByUUID(name)
     except pynvml.NVMLError:
         return None
 
@@ -152,7 +158,7 @@ def _smi_reader() -> Reader | None:
         "nvidia-smi",
         "--query-gpu=memory.used,power.draw,clocks.sm",
         "--format=csv,noheader,nounits",
-        "--id=0",
+        f"--id={first_gpu()}",
     ]
 
     def number(text: str) -> float | None:

@@ -23,6 +23,7 @@ from trt_wan.runtime.executors import Array, Executor, Observe
 from trt_wan.runtime.parallel.planner import Split
 from trt_wan.runtime.parallel.ranks import Ranks, Task
 from trt_wan.runtime.parallel.sequence import SequenceParallel
+from trt_wan.runtime.parallel.vae_pipeline import VaePipeline
 
 ALONE = Ranks()
 MOST_REMEMBERED = 256 * 10**6  # bytes of the host
@@ -49,6 +50,7 @@ class Model:
         self.split: Split = "tokens"  # how the ranks share the steps of the job that runs
         self.sequence: SequenceParallel | None = None  # splits tokens; None on one GPU
         self.lynx: LynxModel | None = None  # the adapters of the job that runs
+        self.vae_pipeline: VaePipeline | None = None
         self.networks = {**networks(config, plan), **({} if tile is None else networks(config, tile))}
         self._remembered: OrderedDict[Hashable, Array] = OrderedDict()  # the one used last comes last
         self._before_each: Callable[[], None] | None = None
@@ -56,6 +58,12 @@ class Model:
     def take(self, plan: Plan) -> None:
         """Adds the networks of a plan beside the model's: Uni3C's, Lynx's, a rank's. Call between jobs."""
         self.networks |= networks(self.config, plan)
+
+    def take_pipeline(self, pipeline: VaePipeline | None) -> None:
+        """Has the ranks decode together, and encode where that is asked for. None: as on one GPU."""
+        self.vae_pipeline = pipeline
+        if pipeline is not None:
+            self.networks |= pipeline.networks
 
     def run(self, name: str, *inputs: Array, n: int = 0) -> tuple[Array, ...]:
         """The outputs of network `name`. Exceptions of the check in `checked` pass through."""

@@ -8,15 +8,16 @@ from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Part
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.lynx import FacePlan, Lynx, LynxPlan
-from trt_wan.engines.shape import CameraPlan, Plan
+from trt_wan.engines.shape import CameraPlan, Plan, ShardPlan
 from trt_wan.engines.store.graphs import require_graphs
 from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.events import Progress
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.onnxruntime import BoundWeights, OnnxRuntimeExecutor, require_memory
 from trt_wan.runtime.job import Load
-from trt_wan.runtime.networks.model import LynxModel, Model
-from trt_wan.runtime.parallel.sequence import HostSequence, Share
+from trt_wan.runtime.networks.model import ALONE, LynxModel, Model
+from trt_wan.runtime.parallel.ranks import Ranks
+from trt_wan.runtime.parallel.sequence import HostSequence
 from trt_wan.runtime.parallel.shards import Shards
 from trt_wan.runtime.weights.stored import Tensors
 
@@ -51,30 +52,31 @@ class CpuSizes:
         context: ContextPlan | None,
         skip: Collection[str],
         progress: Progress,
-        share: Share | None = None,
+        ranks: Ranks = ALONE,
+        share: ShardPlan | None = None,
     ) -> Model:
         if plan not in self._models:
             require_memory(self._config, plan, self._processes)
+        opened = share or plan
         model = self._open(plan, share)
-        opened = plan if share is None else share.plan
+        model.ranks = ranks
+        if share is not None:
+            model.sequence = HostSequence(ranks, Shards.of(self._config, share))
         if load.camera_ffn:
             self._beside(opened, CameraPlan.beside(plan, load.camera_ffn))
         model.lynx = None if load.lynx is None else self._lynx(opened, load.lynx)
         return model
 
-    def _open(self, plan: Plan, share: Share | None = None) -> Model:
-        opened = plan if share is None else share.plan
+    def _open(self, plan: Plan, share: ShardPlan | None = None) -> Model:
+        opened = share or plan
         if opened not in self._models:
             executor = OnnxRuntimeExecutor(require_graphs(self._config, plan), self._bound, self._processes)
             observed = self._observe(executor) if self._observe else executor
             self._executors[opened] = executor
             self._models[opened] = Model(self._config, plan, observed, self._weights)
             if share is not None:
-                self._beside(opened, share.plan)
-        model = self._models[opened]
-        if share is not None:
-            model.sequence = HostSequence(share.ranks, Shards.of(self._config, share.plan))
-        return model
+                self._beside(opened, share)
+        return self._models[opened]
 
     def _beside(self, opened: Plan, plan: Plan) -> None:
         """Adds the networks of `plan` to those of an open model."""
@@ -96,6 +98,9 @@ class CpuSizes:
 
     def resume(self) -> None:
         pass
+
+    def abandon(self) -> None:
+        pass  # a lost rank closes its sockets
 
     def close(self) -> None:
         self._models.clear()

@@ -10,6 +10,7 @@ The VAE computes in tiles (networks/vae.py) for jobs that do not fit otherwise, 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
+from functools import partial
 from typing import Any
 
 from trt_wan.engines.choice.candidates import SPARSE, Candidate, Engine, Machine, Tier, candidates, tiers
@@ -23,7 +24,7 @@ from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import Capability
 from trt_wan.engines.lynx import FacePlan, Lynx, LynxPlan
 from trt_wan.engines.precision import Precision
-from trt_wan.engines.shape import CameraPlan, Plan, VaeTile
+from trt_wan.engines.shape import CameraPlan, Plan, ShardPlan, VaeTile
 from trt_wan.engines.store.engine_id import Recipe
 from trt_wan.engines.store.graphs import graph_set
 from trt_wan.engines.store.measurements import read_figures
@@ -35,7 +36,7 @@ from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.job import Load
 from trt_wan.runtime.loras.merging import MergingSource
-from trt_wan.runtime.networks.model import LynxModel, Model
+from trt_wan.runtime.networks.model import ALONE, LynxModel, Model
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.opening.residency import (
     BEFORE_THE_STEPS,
@@ -50,10 +51,11 @@ from trt_wan.runtime.opening.residency import (
     weight_bytes,
 )
 from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
+from trt_wan.runtime.parallel.peer_memory import PeerMemory
 from trt_wan.runtime.parallel.peer_sequence import PeerSequence
 from trt_wan.runtime.parallel.ranks import Ranks
-from trt_wan.runtime.parallel.sequence import Share
 from trt_wan.runtime.parallel.shards import Shards
+from trt_wan.runtime.parallel.vae_pipeline import VaePipeline, open_pipeline
 from trt_wan.runtime.segments.segment import Segment
 from trt_wan.runtime.segments.tensorrt import finish_engines, open_engines
 from trt_wan.runtime.settings import Settings
@@ -64,6 +66,7 @@ from trt_wan.runtime.weights.stored import Tensors
 
 NAG = "cross_attention_nag"
 BLOCK_OF_A_FACE = ("attn_in", "attention", "attn_out", "cross_attention", "ffn")
+PIPELINE_ROOM = 40 * 10**9  # bytes of every GPU: on smaller ones rank 0 decodes alone
 MOST_SIZES = 4  # whose segments are kept
 ExportTiles = Callable[[VaeTile, Progress], None]  # exports the graphs of a tile
 
@@ -95,6 +98,8 @@ class GpuSizes:
         self._scratch: tuple[Any, int] | None = None  # buffer, bytes
         self._peers: PeerSequence | None = None
         self._shared: tuple[Ranks, Shards] | None = None  # what they are for
+        self._pipeline: VaePipeline | None = None
+        self._piped: tuple[Ranks, Plan] | None = None
         self._slots = 0  # bytes that blocks stream through
 
     overlaps = True
@@ -111,11 +116,12 @@ class GpuSizes:
         context: ContextPlan | None,
         skip: Collection[str],
         progress: Progress,
-        share: Share | None = None,
+        ranks: Ranks = ALONE,
+        share: ShardPlan | None = None,
     ) -> Model:
-        opened: Plan = plan if share is None else share.plan
+        opened: Plan = share or plan
         if share is not None:
-            self._open_peers(plan, share)
+            self._open_peers(plan, ranks, share)
         contracts = networks_for(self._config, plan, load)
         blocks = [
             Pack.of(contracts[name], n) for n in range(self._config.transformer.layers) for name in BLOCK
@@ -135,6 +141,8 @@ class GpuSizes:
             )
             self.weights.prefetch(others, room)  # while the segments are opened
             self._open(plan, progress, share=share)
+        if ranks.count > 1:
+            self._open_pipeline(plan, opened, ranks)
         if load.nag:
             self._open_more(opened, opened, (NAG,), progress)
         camera = camera_of(plan, load)
@@ -169,7 +177,7 @@ class GpuSizes:
         room = self._budget - residency.arena - residency.scratch - residency.slots
         self.weights.prefetch([*others, *blocks], room)
         model = self._models[opened]
-        model.sequence = self._peers if share is not None else None
+        model.ranks, model.sequence = ranks, self._peers if share is not None else None
         return model
 
     def take(self, parts: Mapping[Part, Any]) -> None:
@@ -192,6 +200,12 @@ class GpuSizes:
         parts: dict[Part, Any] = {**self._host, "transformer": transformer}
         self.weights.change(MergingSource(parts), keys)
 
+    def abandon(self) -> None:
+        if self._peers is not None:
+            self._peers.memory.poison()
+        if self._pipeline is not None:
+            self._pipeline.abandon()
+
     def resume(self) -> None:
         self._gpu.device.set_current()
 
@@ -199,6 +213,7 @@ class GpuSizes:
         with suppress(GpuFault):  # everything else is freed all the same
             self._gpu.sync()
         self._close_peers()
+        self._close_pipeline()
         self._executors.clear()
         self._faces.clear()
         self._models.clear()
@@ -208,15 +223,15 @@ class GpuSizes:
             self._scratch = None
         self._gpu.close()
 
-    def _open_peers(self, plan: Plan, share: Share) -> None:
+    def _open_peers(self, plan: Plan, ranks: Ranks, share: ShardPlan) -> None:
         """Takes the memory that the ranks exchange tokens and heads through, unless it is there."""
-        shards = Shards.of(self._config, share.plan)
-        if self._shared != (share.ranks, shards):
+        shards = Shards.of(self._config, share)
+        if self._shared != (ranks, shards):
             self._close_peers()
             joined = 4 * plan.tokens * self._config.transformer.dim
-            dtype = networks(self._config, share.plan)["attention"].inputs[0].dtype
-            self._peers = PeerSequence.open(self._gpu, share.ranks, shards, dtype, joined)
-            self._shared = share.ranks, shards
+            dtype = networks(self._config, share)["attention"].inputs[0].dtype
+            self._peers = PeerSequence.open(self._gpu, ranks, shards, dtype, joined)
+            self._shared = ranks, shards
             self._budget -= self._peers.memory.size
 
     def _close_peers(self) -> None:
@@ -224,6 +239,28 @@ class GpuSizes:
             self._budget += self._peers.memory.size
             self._peers.close()
         self._peers = self._shared = None
+
+    def _open_pipeline(self, plan: Plan, opened: Plan, ranks: Ranks) -> None:
+        """Splits the layers of the VAE of a size over the ranks, once, where there is room for two scratches
+        more.
+        """
+        if self._piped != (ranks, opened):
+            self._close_pipeline()
+            self._piped = ranks, opened
+            if ranks.least(self._budget) >= PIPELINE_ROOM:
+                segments, contracts = self._executors[opened].segments, networks(self._config, plan)
+                connect = partial(PeerMemory, self._gpu, ranks)
+                self._pipeline = open_pipeline(self._gpu, segments, contracts, ranks, connect)
+            if self._pipeline is not None:
+                self._budget -= self._pipeline.nbytes
+                segments.update(self._pipeline.segments)
+        self._models[opened].take_pipeline(self._pipeline)
+
+    def _close_pipeline(self) -> None:
+        if self._pipeline is not None:
+            self._budget += self._pipeline.nbytes
+            self._pipeline.close()
+        self._pipeline = self._piped = None
 
     def _in_tiles(
         self,
@@ -264,27 +301,27 @@ class GpuSizes:
         return residency
 
     def _open(
-        self, plan: Plan, progress: Progress, tile: VaeTile | None = None, share: Share | None = None
+        self, plan: Plan, progress: Progress, tile: VaeTile | None = None, share: ShardPlan | None = None
     ) -> None:
         """With `tile` only the VAE's segments are opened. Those of a block are the rank's, with `share`."""
         opened = tile or plan
         names, keep = network_names(self._config, opened, self._settings.tier), self._settings.keep
         own: tuple[str, ...] = ()
         if share is not None:
-            own = network_names(self._config, share.plan, self._settings.tier)
+            own = network_names(self._config, share, self._settings.tier)
             names = tuple(name for name in names if name not in own)
         if keep is not None and tile is None:
             exact = f"{keep:.0%} of its blocks of keys exactly, the others by their means"
             progress(Note(f"turbo: attention takes {exact}, after the first quarter of the steps."))
         executor = GpuExecutor(self._gpu, self._segments(opened, names, progress), self.weights)
         if share is not None:
-            opened = share.plan
+            opened = share
             executor.segments |= self._segments(opened, own, progress)
         self._executors[opened] = executor
         observed = self._observe(executor) if self._observe else executor
         model = self._models[opened] = Model(self._config, plan, observed, self._host, tile, keep)
         if share is not None:
-            model.take(share.plan)
+            model.take(share)
 
     def _open_more(self, plan: Plan, of: Plan, names: Sequence[str], progress: Progress) -> None:
         """Opens optional networks, of `of`, for a size that is open, once."""

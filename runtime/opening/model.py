@@ -53,7 +53,6 @@ from trt_wan.runtime.opening.lynx import LynxSearch, acting_adapters
 from trt_wan.runtime.parallel.group import Group
 from trt_wan.runtime.parallel.planner import Choice, choose_split, share_plan
 from trt_wan.runtime.parallel.ranks import RankLost, Ranks
-from trt_wan.runtime.parallel.sequence import Share
 from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.step_ratios import with_ratios
@@ -96,10 +95,11 @@ class Sizes(Protocol):
         context: ContextPlan | None,
         skip: Collection[str],
         progress: Progress,
-        share: Share | None = None,
+        ranks: Ranks = ALONE,
+        share: ShardPlan | None = None,
     ) -> Model:
         """The model at a size, with memory for a job. The job does not run the networks `skip`; `context` is
-        of its longest window. `share` is the rank's part of a job that is split by tokens.
+        of its longest window. `share` is a rank's part of a job that is split by tokens.
         """
         ...
 
@@ -111,6 +111,10 @@ class Sizes(Protocol):
         """Takes the transformer's weights from `transformer`, which differs in the tensors `changed`. Call
         between jobs, before `begin`.
         """
+        ...
+
+    def abandon(self) -> None:
+        """Ends all waits for other ranks, of which one is lost. Any thread may call it."""
         ...
 
     def resume(self) -> None:
@@ -404,7 +408,7 @@ class OpenModel(Closing):
         if self._group is not None and self._group.lost is not None and self._group.has_begun:
             self._end_group()  # it was lost after the last job
         group = self._group = self._group or self._start()
-        self.ranks = group.ranks
+        self.ranks, group.abandon = group.ranks, self._sizes.abandon
         group.begin(job, begin_from, {} if clips is None else clips.endings)
 
         def stop() -> bool:
@@ -437,12 +441,9 @@ class OpenModel(Closing):
         progress(Note(choice.text, "split", {"gpus": self.ranks.count, "split": choice.split}))
         share = None
         if choice.split == "tokens":
-            own = share_plan(self.config, plan, self.ranks.count, self._sizes.overlaps)
-            share = Share(self.ranks, own)
-        model = self._sizes.begin(plan, load, context, skip, progress, share)
-        model.ranks, model.split = self.ranks, choice.split
-        if self._group is not None and model.sequence is not None:
-            self._group.abandon = model.sequence.abandon
+            share = share_plan(self.config, plan, self.ranks.count, self._sizes.overlaps)
+        model = self._sizes.begin(plan, load, context, skip, progress, self.ranks, share)
+        model.split = choice.split
         return model
 
     def _take_lynx(self, job: Job, adapters: Lynx, progress: Progress) -> None:

@@ -75,9 +75,6 @@ class PeerSequence:
         for stream in (self._send, self._back):
             stream.close()
 
-    def abandon(self) -> None:
-        self.memory.poison()
-
     def split(self, x: Array) -> Array:
         shards, stream = self._shards, self._gpu.stream
         given, own = cast(DeviceArray, x), shards.tokens_of(self._rank)
@@ -128,7 +125,7 @@ class PeerSequence:
             self._signal(rank, "joined", 0, self._joins, self._send)
         stream.wait(self._send.record())
         for rank in self._others:
-            pass
+            self.memory.wait(self._flag("joined", rank), self._joins, stream)
         self._joined = True
         shape = shards.slots * shards.slot_tokens, *given.shape[1:]
         return cast(Array, self._gpu.view(self.memory.address(self._rank), shape, given.dtype))

@@ -3,25 +3,15 @@ over all tokens (DeepSpeed-Ulysses; shards.py has the numbers).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from trt_wan.engines.shape import ShardPlan
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.parallel.ranks import Ranks
 from trt_wan.runtime.parallel.shards import Shards
 
 Attention = Callable[[Array, Array, Array], Array]  # q, k, v of some heads -> [tokens, channels]
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a rank has of a job whose forwards are split by tokens."""
-
-    ranks: Ranks
-    plan: ShardPlan
 
 
 class SequenceParallel(Protocol):
@@ -39,12 +29,6 @@ class SequenceParallel(Protocol):
         """The rows of all ranks, [tokens, channels], from each rank's own. Valid until the next call."""
         ...
 
-    def abandon(self) -> None:
-        """Ends all waits for other ranks, of which one is lost. Any thread may call it. Results mean nothing
-        then.
-        """
-        ...
-
 
 class HostSequence:
     """On the CPU, through the host's memory, and in one group."""
@@ -60,9 +44,6 @@ class HostSequence:
         whole = [self._shards.to_heads([each[i] for each in given], rank) for i in range(3)]
         made = self._ranks.gather([attention(*whole)])
         return self._shards.to_tokens([attended for (attended,) in made], rank)
-
-    def abandon(self) -> None:
-        pass  # a lost rank closes its sockets
 
     def join(self, x: Array) -> Array:
         return self._shards.join([rows for (rows,) in self._ranks.gather([x])])

@@ -296,20 +296,25 @@ def quality_of(
     trt-wan bench quality --weights models/ --peers
     """
     from trt_wan.benchmarks.measure.quality import Wanted, measure_quality
-    from trt_wan.benchmarks.report.sheet import write_document
 
     shape, files, given = _shape(model, size, window), str(weights) if weights else None, _given(settings)
     if not rows and peers and "tier" not in given:
         wanted = [Wanted(f"trt-wan {tier}", _given({**given, "tier": tier})) for tier in _tiers(given)]
     else:
         wanted = _wanted(rows, settings)
+    result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress, _keeper(out))
+    return finished(report, result, out)
+
+
+def _keeper(out: Path | None) -> "Callable[[Measured], None]":
+    """Writes the document of a measurement that goes on, so that a stopped one keeps its rows."""
+    from trt_wan.benchmarks.report.sheet import write_document
 
     def keep(unfinished: "Measured") -> None:
         if out is not None:
             write_document(unfinished, out)
 
-    result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress, keep)
-    return finished(report, result, out)
+    return keep
 
 
 def _wanted(rows: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> "list[Wanted]":
@@ -377,7 +382,7 @@ def vae_of(
     if weights is None:
         raise click.UsageError("name the folder of the weights with --weights DIR.")
     shape, wanted = _shape(model, size, window), _wanted(rows, settings)
-    result = measure_vae(shape, wanted, str(weights), repeats, report.progress)
+    result = measure_vae(shape, wanted, str(weights), repeats, report.progress, _keeper(out))
     return finished(report, result, out)
 
 
