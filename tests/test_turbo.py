@@ -26,7 +26,7 @@ from trt_wan.runtime.guidance import StepSettings
 from trt_wan.runtime.job import Load
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.opening import model as opening
-from trt_wan.runtime.settings import Settings
+from trt_wan.runtime.settings import Settings, WeightFiles
 
 PLAN = Plan(192, 160, 13)  # four blocks of 128 tokens, and one of 88; its sides are no multiples of 8
 GRID = (5, 10, 12)  # slots, rows, columns
@@ -175,7 +175,7 @@ def test_the_record_of_a_run_names_the_share(monkeypatch: pytest.MonkeyPatch) ->
     place: Any = (None, SimpleNamespace(name="tensorrt_rtx"))
 
     def recorded(settings: Settings) -> dict[str, str]:
-        return opening.Basis(weights, place, "fp8", settings).choices(PLAN, job)
+        return opening.Basis(weights, place, "fp8", settings, WeightFiles(random="tiny")).choices(PLAN, job)
 
     turbo = recorded(Settings(tier="turbo"))
     assert turbo["tier"] == "turbo" and turbo["attention_keep"] == "0.5"
