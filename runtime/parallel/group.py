@@ -23,7 +23,7 @@ from trt_wan.runtime.parallel.ranks import SECONDS as ANSWER_SECONDS
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.window_state import WindowState
 
-SECONDS = 5.0  # for a process to say why it ends
+SECONDS = 5.0  # for a process to end, when its sockets are closed
 
 
 class Group:
@@ -111,7 +111,7 @@ class Group:
         noticed = {0: lost}
         for rank, control in self._controls.items():
             with suppress(EOFError, OSError):
-                if control.poll(SECONDS if rank == lost.rank else 0):
+                if control.poll(0):  # a process tells before it ends
                     told = pickle.loads(control.recv_bytes())
                     if not isinstance(told, RankLost):
                         return _told(rank, told)
@@ -155,5 +155,6 @@ def _told(rank: int, told: Any) -> TrtWanError:
     """The error of another rank, as it would be if this one had it."""
     if isinstance(told, TrtWanError):
         told.message = f"GPU {rank}: {told.message}"
+        told.args = (told.message,)
         return told
     return GpuFault(f"GPU {rank}: {told}", "This is a mistake in trt-wan; please report it.")
