@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import late_peers
 import numpy as np
 from native_on_cpu import at
 
@@ -39,7 +40,7 @@ class World:
         self._memory.append(block)
         return int(block.ctypes.data) + -int(block.ctypes.data) % 256
 
-    def wait(self, event: "Event") -> None:
+    def wait(self, event: Any) -> None:
         end = time.monotonic() + SECONDS
         while not event.done:
             with self._lock:
@@ -58,33 +59,17 @@ class World:
         return self._random.choices(ready, [stream.pace for stream in ready])[0]
 
 
-class Event:
-    done = False
-
-
-class Stream:
+class Stream(late_peers.Stream):
     handle = 0
 
     def __init__(self, world: World) -> None:
+        super().__init__(deque())
         self.world, self.pace = world, 1.0
-        self.queue: deque[tuple[Callable[[], bool], Callable[[], object]]] = deque()
-
-    def do(self, work: Callable[[], object], ready: Callable[[], bool] = lambda: True) -> None:
-        self.queue.append((ready, work))
-
-    def record(self) -> Event:
-        event = Event()
-        self.do(lambda: setattr(event, "done", True))
-        return event
-
-    def wait(self, event: Event) -> None:
-        self.do(lambda: None, lambda: event.done)
 
     def sync(self) -> None:
         self.world.wait(self.record())
 
-    def close(self) -> None:
-        self.sync()
+    close = sync
 
 
 class SimulatedGpu:
@@ -94,8 +79,14 @@ class SimulatedGpu:
         self.world, self.stream = world, world.stream()
         self.device = SimpleNamespace(create_stream=world.stream)
 
+    def allocate(self, size: int) -> Any:
+        return SimpleNamespace(handle=self.world.memory(size), close=lambda stream: None)
+
+    def sync(self) -> None:
+        self.stream.sync()
+
     def copy(self, target: int, source: int, size: int, stream: Stream) -> None:
-        stream.do(lambda: ctypes.memmove(target, source, size))
+        stream.enqueue(lambda: ctypes.memmove(target, source, size))
 
     def empty(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -109,7 +100,7 @@ class SimulatedGpu:
         at(array.address, array.shape, array.dtype)[...] = host
         return array
 
-    def download(self, array: DeviceArray, computed: Event | None = None) -> Any:
+    def download(self, array: DeviceArray, computed: Any = None) -> Any:
         self.world.wait(computed or self.stream.record())
         return at(array.address, tuple(array.shape), array.dtype).copy()
 
@@ -133,10 +124,10 @@ class SimulatedPeers:
                 assert value > self._flags[to][flag], "flags rise"
                 self._flags[to][flag] = value
 
-            stream.do(work)
+            stream.enqueue(work)
 
         def wait(flag: int, value: int, stream: Stream) -> None:
-            stream.do(lambda: None, lambda: self._flags[rank][flag] >= value)
+            stream.enqueue(lambda: None, lambda: self._flags[rank][flag] >= value)
 
         def close() -> None: ...
 

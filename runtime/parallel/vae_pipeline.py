@@ -40,7 +40,7 @@ from trt_wan.engines.choice.candidates import VAE
 from trt_wan.engines.contract import Network, Tensor
 from trt_wan.errors import TrtWanError
 from trt_wan.runtime.device.arena import laid_out
-from trt_wan.runtime.device.checked import cuda_core
+from trt_wan.runtime.device.checked import cuda, cuda_core
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.parallel.peer_memory import PeerMemory
@@ -50,6 +50,7 @@ from trt_wan.runtime.segments.native.vae import Cut, Vae
 from trt_wan.runtime.segments.segment import Segment
 
 DATA, DONE, RESULT = FLAGS = range(3)
+ROUNDS = 4  # of measuring
 SLOTS = 32  # latents that a rank may leave unread: more than a window of 77 frames has
 
 Connect = Callable[[int, int], PeerMemory]  # of a size in bytes and a number of flags
@@ -60,6 +61,16 @@ class Measured:
     """The seconds between a network's cuts, and the bytes a second that a rank copies to the next one."""
 
     seconds: Sequence[float]
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Divided:
+    """How a half is divided among the ranks, in the order of its layers."""
+
+    seconds: tuple[float, ...]  # of each part, for a chunk
+    cuts: tuple[str, ...]
+    handed: tuple[int, ...]  # bytes at each cut, a chunk
     bandwidth: float
 
 
@@ -84,7 +95,7 @@ class VaePipeline:
         self.runs = 0
         self.networks: dict[str, Network] = {}
         self.segments: dict[str, Segment] = {}
-        self.longest: dict[str, float] = {}  # seconds of the longest part of a chunk, by half, as measured
+        self.divided: dict[str, Divided] = {}  # by half
         self._scratch = max(vae.scratch_bytes for vae in vaes.values())
         _, self._slot = laid_out({"": _nbytes(networks["vae_encode_next"].outputs[0])})
         self._memory = connect(2 * self._scratch + SLOTS * self._slot, len(FLAGS))
@@ -94,15 +105,11 @@ class VaePipeline:
         for half in ("encode", "decode"):
             pair = vaes[f"vae_{half}_next"], vaes[f"vae_{half}_first"]
             cuts = common_cuts(*pair)
-            if measured is None:
-                figures = self._measured(ranks, pair[0], networks[f"vae_{half}_next"], cuts)
-            else:
-                figures = measured[half]
-            sizes = [cut.nbytes for cut in cuts]
-            self.longest[half], _, chosen = balanced(figures.seconds, sizes, figures.bandwidth, self.count)
-            names = [cuts[i].name for i in chosen]
+            row = networks[f"vae_{half}_next"]
+            figures = measured[half] if measured else self._measured(ranks, pair[0], row, cuts)
+            divided = self.divided[half] = _divided(cuts, figures, self.count)
             for chunk, vae in zip(("next", "first"), pair, strict=True):
-                self._open(networks[f"vae_{half}_{chunk}"], vae, names)
+                self._open(networks[f"vae_{half}_{chunk}"], vae, divided.cuts)
 
     @property
     def nbytes(self) -> int:
@@ -114,7 +121,9 @@ class VaePipeline:
         self._memory.poison()
 
     def close(self) -> None:
-        """Call when no rank runs a part any more, or to end all waits when one is lost."""
+        """Call when all ranks have enqueued all their parts, or after `abandon`. Waits for copies."""
+        with suppress(TrtWanError), cuda_core():
+            self._stream.sync()
         self._memory.close()
         with suppress(TrtWanError), cuda_core():
             self._stream.close()
@@ -220,32 +229,55 @@ def open_pipeline(
     return VaePipeline(gpu, ranks, vaes, networks, connect) if len(vaes) == len(VAE) else None
 
 
+def _divided(cuts: Sequence[Cut], figures: Measured, count: int) -> Divided:
+    _, _, chosen = balanced(figures.seconds, [cut.nbytes for cut in cuts], figures.bandwidth, count)
+    ends = [0, *(i + 1 for i in chosen), len(figures.seconds)]
+    seconds = tuple(sum(figures.seconds[start:stop]) for start, stop in pairwise(ends))
+    names, handed = tuple(cuts[i].name for i in chosen), tuple(cuts[i].nbytes for i in chosen)
+    return Divided(seconds, names, handed, figures.bandwidth)
+
+
 def _measure(
     gpu: Gpu, vae: Vae, network: Network, bounds: Sequence[range], handed: int, scratch: int, other: int
 ) -> tuple[list[float], float]:
-    """The seconds of some steps each, and the bytes a second of a copy of `handed` bytes to another rank. All
-    tensors are the same memory: times do not depend on numbers.
-    """
-    from cuda.core import EventOptions
+    """The seconds of some steps each, and the bytes a second of a copy of `handed` bytes to another rank.
 
+    The shortest of some rounds counts, for weights may be loaded meanwhile. Times do not depend on numbers:
+    all tensors are the same memory.
+    """
     tensors = *network.inputs, *network.weights, *network.outputs
     memory = gpu.allocate(max(map(_nbytes, tensors)))
     addresses = {tensor.name: int(memory.handle) for tensor in tensors}
-    timing = EventOptions(timing_enabled=True)
-    for _ in range(2):  # the first loads kernels; during the second the host gets ahead
-        gpu.sync()
-        vae.enqueue_steps(range(len(vae.steps)), addresses, scratch)
-    with cuda_core():
-        marks = [gpu.stream.record(options=timing)]
+    rounds = []
+    for _ in range(ROUNDS):  # the first loads kernels and waits for the host
+        marks = [_mark(gpu)]
         for steps in bounds:
             vae.enqueue_steps(steps, addresses, scratch)
-            marks.append(gpu.stream.record(options=timing))
+            marks.append(_mark(gpu))
         gpu.copy(other, scratch, handed, gpu.stream)
-        marks.append(gpu.stream.record(options=timing))
-        gpu.sync()
-        *seconds, copying = [(after - before) / 1e3 for before, after in pairwise(marks)]
+        marks.append(_mark(gpu))
+        rounds.append(marks)
+    gpu.sync()
+    *seconds, copying = map(min, zip(*(map(_elapsed, marks, marks[1:]) for marks in rounds), strict=True))
     memory.close(gpu.stream)
     return seconds, handed / copying
+
+
+def _mark(gpu: Gpu) -> Any:
+    from cuda.bindings import runtime
+
+    event = cuda(runtime.cudaEventCreate())
+    cuda(runtime.cudaEventRecord(event, gpu.handle))
+    return event
+
+
+def _elapsed(start: Any, end: Any) -> float:
+    """Seconds between two marks that are reached; frees the first."""
+    from cuda.bindings import runtime
+
+    milliseconds = cuda(runtime.cudaEventElapsedTime(start, end))
+    cuda(runtime.cudaEventDestroy(start))
+    return float(milliseconds) / 1e3
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -267,6 +267,7 @@ class _Walk:
             return
         if self._first:  # goes on with the same picture
             self._finish(None, self._taken(0, layer.out))
+            self.cuts.pop()  # `made` lives on: the next layer finishes it once more
             self._to_cache(time_conv, self.frames - 1, 1)
             return
         self._finish(None, self._taken(1, layer.out))
