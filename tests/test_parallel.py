@@ -236,7 +236,7 @@ def settled(place: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """With the files of the place."""
     made = dict(changes)
     if use := changes.get("references"):
-        made["references"] = References((place / "other.png",), use)
+        made["references"] = References((place / "other.png",) if use == "slots" else (), use)
     if lora := changes.get("loras"):
         made["loras"] = (Lora(place / lora),)
     return made

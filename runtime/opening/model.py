@@ -245,7 +245,7 @@ class Basis:
 
     def beside(self, plan: Plan, job: Job, progress: Progress = silent) -> tuple[Plan, ...]:
         """The networks that the job has beside the model's at the shape `plan`: a rank's, Uni3C's, Lynx's.
-        Raises as `load_of`, and UsageError for a job that several GPUs cannot share.
+        Raises as `load_of`.
         """
         load = self.weights.load_of(job, progress)
         camera = (CameraPlan.beside(plan, load.camera_ffn),) if load.camera_ffn else ()
@@ -253,10 +253,10 @@ class Basis:
 
     def _share(self, plan: Plan, job: Job) -> tuple[ShardPlan, ...]:
         """The share of a GPU, if there are several and the steps may be split by tokens."""
-        count, context = self.settings.gpus, job.context
-        if count == 1 or (context is None and split_of(job, None, count).split != "tokens"):
+        count = self.settings.gpus
+        if count == 1 or _take_all_tokens(job):
             return ()
-        if _take_all_tokens(job):
+        if job.context is None and split_of(job, None, count).split != "tokens":
             return ()
         return (share_plan(self.weights.config, plan, count, self.place is not None),)
 
