@@ -193,8 +193,9 @@ def encode_window(
     alone = carried is None and clips.ending is None
     lead = prefix_latents(prefix)
     pictures = reference.shape[1] - 1 + lead
-    grey = ("grey", count) if clips.background is None else None
-    key = clips.keys.get("background", grey) if alone else None
+    key: Hashable = None
+    if alone:
+        key = ("grey", count) if clips.background is None else clips.keys.get("background")
     if prefix is not None and key is not None:
         key = "prefix", digest(prefix), count, key
     frames = count + LATENT * lead

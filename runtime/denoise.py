@@ -68,8 +68,9 @@ def predict_window(
         now = steps[step]
         sides = branches[: now.passes]
         held = [caches[side].at(step) if caches else None for side in range(len(sides))]
-        apart = model.split == "sides" and len(sides) > 1
-        computed = 1 if apart else sum(cache is None or not cache.skips for cache in held)
+        # Split by sides, rank k has side k, also in steps without another: the step cache holds each apart.
+        own = held[model.ranks.rank :][:1] if model.split == "sides" else held
+        computed = sum(cache is None or not cache.skips for cache in own)
         controlled = control(step, latent, now, computed)
 
         def one_side(branch: Branch, cache: Residual | None) -> Array:
@@ -88,7 +89,7 @@ def predict_window(
             )
 
         forwards = [partial(one_side, *side) for side in zip(sides, held, strict=True)]
-        if apart:
+        if model.split == "sides":
             v, *blank = model.ranks.divide([(1.0, forward) for forward in forwards])
         else:
             v, *blank = (forward() for forward in forwards)

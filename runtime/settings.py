@@ -51,6 +51,14 @@ class WeightFiles:
             raise UsageError(f"There is no model {self.random!r}.", f"Use one of: {', '.join(MODELS)}.")
 
 
+def require_gpus(count: int) -> None:
+    """Raises UsageError for a number of GPUs that no machine has."""
+    if not 1 <= count <= MOST_GPUS:
+        raise UsageError(
+            f"{shown(count)} GPUs are not possible.", f"Use --gpus 1 to {MOST_GPUS}, mostly 2, 4 or 8."
+        )
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a model is run. None and "auto" are decided from the machine; each decision is reported."""
@@ -70,11 +78,7 @@ class Settings:
         check_fields(self)
         if self.vram is not None and not 0 < self.vram < math.inf:
             raise UsageError(f"{self.vram} GB of GPU memory is not possible.", "Use --vram 12, for example.")
-        if not 1 <= self.gpus <= MOST_GPUS:
-            raise UsageError(
-                f"{shown(self.gpus)} GPUs are not possible.",
-                f"Use --gpus 1 to {MOST_GPUS}, mostly 2, 4 or 8.",
-            )
+        require_gpus(self.gpus)
         if self.attention_keep is not None:
             if self.tier != "turbo":
                 raise UsageError(

@@ -119,11 +119,14 @@ class Model:
         return made
 
     def side_by_side(self, wanted: Sequence[tuple[Hashable, Task]]) -> list[Array]:
-        """`remembered` of several arrays, each of which one of the ranks computes."""
+        """`remembered` of several arrays, each of which one of the ranks computes. A rank whose process is
+        younger than others remembers less.
+        """
+        known = self.ranks.all_have([key in self._remembered for key, _ in wanted])
         found = {
             k: self.remembered(key, task[1])
-            for k, (key, task) in enumerate(wanted)
-            if key is not None and key in self._remembered
+            for k, ((key, task), is_known) in enumerate(zip(wanted, known, strict=True))
+            if is_known
         }
         new = [k for k in range(len(wanted)) if k not in found]
         made = self.ranks.divide([wanted[k][1] for k in new])

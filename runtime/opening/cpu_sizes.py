@@ -24,9 +24,15 @@ from trt_wan.runtime.weights.stored import Tensors
 
 class CpuSizes:
     def __init__(
-        self, config: ModelConfig, weights: Mapping[Part, Mapping[str, Array]], observe: Observe | None
+        self,
+        config: ModelConfig,
+        weights: Mapping[Part, Mapping[str, Array]],
+        observe: Observe | None,
+        processes: int = 1,
     ) -> None:
+        """`processes` of this machine compute the same job together."""
         self._config, self._weights, self._observe = config, weights, observe
+        self._processes = processes
         self._bound = BoundWeights(weights)
         self._models: dict[Plan, Model] = {}
         self._executors: dict[Plan, OnnxRuntimeExecutor] = {}
@@ -50,7 +56,7 @@ class CpuSizes:
         share: ShardPlan | None = None,
     ) -> Model:
         if plan not in self._models:
-            require_memory(self._config, plan)
+            require_memory(self._config, plan, self._processes)
         opened = share or plan
         model = self._open(plan, share)
         model.ranks = ranks
@@ -64,7 +70,7 @@ class CpuSizes:
     def _open(self, plan: Plan, share: ShardPlan | None = None) -> Model:
         opened = share or plan
         if opened not in self._models:
-            executor = OnnxRuntimeExecutor(require_graphs(self._config, plan), self._bound)
+            executor = OnnxRuntimeExecutor(require_graphs(self._config, plan), self._bound, self._processes)
             observed = self._observe(executor) if self._observe else executor
             self._executors[opened] = executor
             self._models[opened] = Model(self._config, plan, observed, self._weights)

@@ -51,7 +51,7 @@ from trt_wan.runtime.opening.gpu_sizes import (
 )
 from trt_wan.runtime.opening.lynx import LynxSearch, acting_adapters
 from trt_wan.runtime.parallel.group import Group
-from trt_wan.runtime.parallel.planner import Choice, choose_split, groups_of
+from trt_wan.runtime.parallel.planner import Choice, choose_split, share_plan
 from trt_wan.runtime.parallel.ranks import RankLost, Ranks
 from trt_wan.runtime.parallel.trace import traced
 from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
@@ -229,7 +229,7 @@ class Basis:
         opened = self.weights
         sizes: Sizes
         if self.place is None:
-            sizes = CpuSizes(opened.config, opened.host, observe)
+            sizes = CpuSizes(opened.config, opened.host, observe, self.settings.gpus)
         else:
             config, host, source = opened.config, opened.host, opened.source
             sizes = GpuSizes(*self.place, config, host, source, self.settings, observe, export_tiles)
@@ -245,13 +245,29 @@ class Basis:
             open_lora(lora.file, self.weights.config)
 
     def beside(self, plan: Plan, job: Job, progress: Progress = silent) -> tuple[Plan, ...]:
-        """The networks that the job has beside the model's at the shape `plan`: Uni3C's, Lynx's. Raises as
-        `load_of`.
+        """The networks that the job has beside the model's at the shape `plan`: a rank's, Uni3C's, Lynx's.
+        Raises as `load_of`.
         """
         load = self.weights.load_of(job, progress)
         camera = (CameraPlan.beside(plan, load.camera_ffn),) if load.camera_ffn else ()
-        shared = shares(self.weights.config, plan, self.settings, self.place is not None)
-        return (*shared, *camera, *(() if load.lynx is None else lynx_plans(plan, load.lynx)))
+        return (*self._share(plan, job), *camera, *(() if load.lynx is None else lynx_plans(plan, load.lynx)))
+
+    def _share(self, plan: Plan, job: Job) -> tuple[ShardPlan, ...]:
+        """The share of a GPU, if there are several and the steps may be split by tokens."""
+        count = self.settings.gpus
+        if count == 1 or _take_all_tokens(job):
+            return ()
+        if job.context is None and split_of(job, None, count).split != "tokens":
+            return ()
+        return (share_plan(self.weights.config, plan, count, self.place is not None),)
+
+    def split(self, job: Job, frames: int) -> Choice | None:
+        """How the GPUs share the steps of a job over clips of that many frames; None for one GPU. Raises
+        UsageError for a job that cannot be shared.
+        """
+        if self.settings.gpus == 1:
+            return None
+        return split_of(job, job.context_plan(job.windows(frames).length(0)), self.settings.gpus)
 
     def with_ratios(self, job: Job, progress: Progress) -> Job:
         """`job` with the ratios of its step cache. Raises as step_ratios.py."""
@@ -260,7 +276,7 @@ class Basis:
     def require_possible(self, plan: Plan) -> None:
         """Raises MemoryShort if no job of that shape fits in this machine's memory."""
         if self.place is None:
-            require_memory(self.weights.config, plan)
+            require_memory(self.weights.config, plan, self.settings.gpus)
 
     def choices(self, plan: Plan, job: Job) -> dict[str, str]:
         """The executor, and on a GPU the tier and the candidate of every network at that shape. Its graphs
@@ -272,9 +288,10 @@ class Basis:
         chosen: dict[str, str] = {}
         for each in self._chosen(plan, job):
             chosen |= chosen_candidates(self.weights.config, each, gpu, flavour, self.settings)
-        keep = self.settings.keep
-        sparse = {} if keep is None else {"attention_keep": f"{keep:g}"}
-        return {"executor": flavour.name, "tier": self.settings.tier, **sparse, **chosen}
+        keep, gpus = self.settings.keep, self.settings.gpus
+        more = {} if keep is None else {"attention_keep": f"{keep:g}"}
+        more |= {} if gpus == 1 else {"gpus": str(gpus)}
+        return {"executor": flavour.name, "tier": self.settings.tier, **more, **chosen}
 
     def _chosen(self, plan: Plan, job: Job) -> list[Plan]:
         """The plans whose networks have candidates: those of Lynx are TensorRT's."""
@@ -316,7 +333,6 @@ class OpenModel(Closing):
     ) -> None:
         """`start` starts the other ranks, of which this process is the first."""
         self.ranks, self._start = ranks, start
-        self._group = start() if start is not None else None  # they open the model meanwhile
         self.config, self.precision, self.settings = weights.config, precision, settings
         self._weights, self._sizes = weights, sizes
         self._running = self._closed = False
@@ -325,6 +341,7 @@ class OpenModel(Closing):
         self._cache = TextCache(cached, weights.text_files, numbers, (text.length, text.dim))
         self._features: dict[str, Array] = {}  # by prompt of the job, as far as they are known
         self._loras = Loras(weights.config, weights.transformer)
+        self._group = start() if start is not None else None  # they open the model meanwhile
 
     def stream(
         self,
@@ -363,7 +380,7 @@ class OpenModel(Closing):
         finished = False
         try:
             self._sizes.resume()
-            should_stop = self._with_others(job, begin_from, should_stop)
+            should_stop = self._with_others(job, clips, begin_from, should_stop)
             progress = traced(progress, self.ranks)
             for piece in stream_pieces(
                 _with_ratios(job, self._weights, progress),
@@ -384,13 +401,17 @@ class OpenModel(Closing):
             if not finished:  # the others are in the middle of the job
                 self._end_group()
 
-    def _with_others(self, job: Job, begin_from: WindowState | None, should_stop: ShouldStop) -> ShouldStop:
+    def _with_others(
+        self, job: Job, clips: Clips | None, begin_from: WindowState | None, should_stop: ShouldStop
+    ) -> ShouldStop:
         """Has the other ranks begin a job, and returns `should_stop` that raises when one is lost."""
         if self._start is None:
             return should_stop
+        if self._group is not None and self._group.lost is not None and self._group.has_begun:
+            self._end_group()  # it was lost after the last job
         group = self._group = self._group or self._start()
         self.ranks, group.abandon = group.ranks, self._sizes.abandon
-        group.begin(job, begin_from)
+        group.begin(job, begin_from, {} if clips is None else clips.endings)
 
         def stop() -> bool:
             group.check()
@@ -422,7 +443,7 @@ class OpenModel(Closing):
         progress(Note(choice.text, "split", {"gpus": self.ranks.count, "split": choice.split}))
         share = None
         if choice.split == "tokens":
-            (share,) = shares(self.config, plan, self.settings, self._sizes.overlaps)
+            share = share_plan(self.config, plan, self.ranks.count, self._sizes.overlaps)
         model = self._sizes.begin(plan, load, context, skip, progress, self.ranks, share)
         model.split = choice.split
         return model
@@ -496,20 +517,13 @@ class OpenModel(Closing):
 def split_of(job: Job, context: ContextPlan | None, count: int) -> Choice:
     """How `count` GPUs share the steps of a job. Raises UsageError for a job that cannot be shared."""
     parts = 1 if context is None or context.is_one else len(context.parts(0))
-    beside = [
-        option
-        for option, acts in (("--camera", job.acting_camera), ("--identity", job.acting_identity))
-        if acts is not None
-    ]
-    return choose_split([step.passes for step in job.step_settings], parts, count, beside)
+    return choose_split([step.passes for step in job.step_settings], parts, count, _take_all_tokens(job))
 
 
-def shares(config: ModelConfig, plan: Plan, settings: Settings, overlaps: bool) -> tuple[ShardPlan, ...]:
-    """The share of each GPU in a block, if there are several. `overlaps` as in `Sizes`."""
-    if settings.gpus == 1:
-        return ()
-    heads = -(-config.transformer.heads // settings.gpus)
-    return (ShardPlan.of(plan, settings.gpus, groups_of(heads) if overlaps else 1),)
+def _take_all_tokens(job: Job) -> list[str]:
+    """The options of networks that are not split by tokens."""
+    acting = (("--camera", job.acting_camera), ("--identity", job.acting_identity))
+    return [option for option, acts in acting if acts is not None]
 
 
 def _with_ratios(job: Job, weights: OpenWeights, progress: Progress) -> Job:

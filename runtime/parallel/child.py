@@ -9,11 +9,14 @@ import pickle
 import sys
 import threading
 import traceback
+from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
+from typing import Any
 
 from trt_wan.errors import TrtWanError
 from trt_wan.runtime.events import silent
-from trt_wan.runtime.parallel.ranks import Links, RankLost, Ranks
+from trt_wan.runtime.parallel.ranks import Links, Ranks
 
 
 def main() -> None:
@@ -23,27 +26,39 @@ def main() -> None:
     }
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     control = Connection(control_fd)
-    ranks = Ranks(rank, count, Links(sockets, [int(fd) for fd in sys.argv[6].split(",")]))
+    links = Links(sockets, [int(fd) for fd in sys.argv[6].split(",")])
+    told: object
     try:
-        _compute(control, ranks)
-    except (EOFError, RankLost):
-        os._exit(1)  # rank 0 knows it, or has ended
+        # Rank 0 may be as slow as its consumers. It finds ranks that do not answer, and ends all.
+        _compute(control, Ranks(rank, count, links, seconds=None))
+    except TrtWanError as error:
+        told = error
     except BaseException as error:
         traceback.print_exc()
-        known = isinstance(error, TrtWanError)
-        control.send_bytes(pickle.dumps(error if known else f"{type(error).__name__}: {error}"))
-        os._exit(1)
+        told = f"{type(error).__name__}: {error}"
+    with suppress(OSError):  # rank 0 has ended
+        control.send_bytes(pickle.dumps(told))
+    os._exit(1)
 
 
 def _compute(control: Connection, ranks: Ranks) -> None:
     from trt_wan.runtime.opening.model import open_basis
+    from trt_wan.runtime.video.clips import open_clips
 
-    files, settings = pickle.loads(control.recv_bytes())
+    files, settings = _received(control)
     with open_basis(files, settings, silent, ranks.rank).open(ranks=ranks) as model:
         while True:
-            job, begin_from = pickle.loads(control.recv_bytes())
-            for _ in model.pieces(job, begin_from=begin_from):
-                pass
+            job, begin_from, endings = _received(control)
+            with open_clips(job.inputs, job.history) as clips:
+                for _ in model.pieces(job, clips=replace(clips, endings=endings), begin_from=begin_from):
+                    pass
+
+
+def _received(control: Connection) -> Any:
+    try:
+        return pickle.loads(control.recv_bytes())
+    except (EOFError, OSError):
+        os._exit(1)  # rank 0 has ended
 
 
 def _end_with_parent(lifeline: int) -> None:

@@ -1,7 +1,7 @@
 """The other ranks' processes, started and watched by rank 0, which is the process that the user started.
 
-They are started when a job first needs them, and end with the model, with this process, or with the first of
-them that ends. They open the same files with the same settings, and compute the same jobs.
+They are started with the model, and end with it, with this process, or with the first of them that ends. They
+open the same files with the same settings, and compute the same jobs.
 """
 
 import os
@@ -9,24 +9,31 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
+from signal import Signals
 from typing import Any
 
-from trt_wan.errors import GpuFault, TrtWanError
+from trt_wan.errors import GpuFault, TrtWanError, UsageError
+from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Job
 from trt_wan.runtime.parallel.ranks import HALF, Links, RankLost, Ranks
+from trt_wan.runtime.parallel.ranks import SECONDS as ANSWER_SECONDS
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.window_state import WindowState
 
-SECONDS = 5.0  # for a process to say why it ends
+SECONDS = 5.0  # for a process to end, when its sockets are closed
 
 
 class Group:
     """`ranks` is this process's place. `close` ends the others."""
 
-    def __init__(self, files: WeightFiles, settings: Settings) -> None:
+    def __init__(self, files: WeightFiles, settings: Settings, seconds: float = ANSWER_SECONDS) -> None:
+        """`seconds` are those to wait for a rank that lives."""
         count = settings.gpus
+        if not hasattr(os, "memfd_create"):
+            raise UsageError("Several GPUs need Linux.", "Leave --gpus out.")
         pairs: dict[tuple[int, int], tuple[Connection, Connection]] = {
             (i, j): Pipe() for j in range(count) for i in range(j)
         }
@@ -39,6 +46,7 @@ class Group:
         self._closing = False
         self.abandon: Callable[[], None] = lambda: None  # ends this process's waits for lost ranks
         self.lost: RankLost | None = None
+        self.has_begun = False  # a job, at any time
         try:
             for rank in range(1, count):
                 ends = {
@@ -52,7 +60,7 @@ class Group:
                 if i:
                     mine.close()
             links = Links({rank: pairs[0, rank][0] for rank in range(1, count)}, memories)
-            self.ranks = Ranks(0, count, links)
+            self.ranks = Ranks(0, count, links, seconds)
         except BaseException:
             self.close()
             raise
@@ -61,7 +69,8 @@ class Group:
                 os.close(memory)  # it is mapped
         setup = pickle.dumps((files, settings))
         for rank, control in self._controls.items():
-            control.send_bytes(setup)
+            with suppress(OSError):  # it has ended: the first job tells why
+                control.send_bytes(setup)
             threading.Thread(target=self._watch, args=(rank,), daemon=True).start()
 
     def _start(self, rank: int, count: int, ends: dict[int, Connection], memories: list[int]) -> None:
@@ -82,14 +91,15 @@ class Group:
         others.close()
         os.close(reading)
 
-    def begin(self, job: Job, begin_from: WindowState | None) -> None:
-        """Has the other ranks compute a job from now on. Raises RankLost."""
-        order = pickle.dumps((job, begin_from))
+    def begin(self, job: Job, begin_from: WindowState | None, endings: Mapping[int, Array]) -> None:
+        """Has the other ranks compute a job from now on. `endings` are its clips'. Raises RankLost."""
+        self.has_begun = True
+        order = pickle.dumps((job, begin_from, endings))
         for rank, control in self._controls.items():
             try:
                 control.send_bytes(order)
             except OSError:
-                raise self.reason(RankLost(rank, "has ended")) from None
+                raise RankLost(rank, "has ended") from None
 
     def check(self) -> None:
         """Raises RankLost if a rank is lost."""
@@ -97,18 +107,20 @@ class Group:
             raise self.lost
 
     def reason(self, lost: RankLost) -> TrtWanError:
-        """What a lost rank said, or how it ended, in place of `lost`."""
+        """The error of a rank that has told one, or how the process ended whose loss the others noticed."""
+        noticed = {0: lost}
         for rank, control in self._controls.items():
-            try:
-                if control.poll(SECONDS if rank == lost.rank else 0):
-                    return _told(rank, pickle.loads(control.recv_bytes()))
-            except (EOFError, OSError):
-                continue
-        try:
-            code = self._processes[lost.rank].wait(SECONDS) if lost.rank in self._processes else None
-        except subprocess.TimeoutExpired:
-            code = None
-        return lost if code is None else RankLost(lost.rank, _ending(code))
+            with suppress(EOFError, OSError):
+                if control.poll(0):  # a process tells before it ends
+                    told = pickle.loads(control.recv_bytes())
+                    if not isinstance(told, RankLost):
+                        return _told(rank, told)
+                    noticed[rank] = told
+        lost = next((each for each in noticed.values() if each.rank not in noticed), lost)
+        with suppress(subprocess.TimeoutExpired):
+            if lost.rank in self._processes and lost is not self.lost:
+                lost = RankLost(lost.rank, _ending(self._processes[lost.rank].wait(SECONDS)))
+        return lost
 
     def close(self) -> None:
         """Ends the other processes. A second call does nothing."""
@@ -136,12 +148,13 @@ class Group:
 
 
 def _ending(code: int) -> str:
-    return f"was ended by signal {-code}" if code < 0 else f"has ended with exit code {code}"
+    return f"was ended by {Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"
 
 
 def _told(rank: int, told: Any) -> TrtWanError:
     """The error of another rank, as it would be if this one had it."""
     if isinstance(told, TrtWanError):
         told.message = f"GPU {rank}: {told.message}"
+        told.args = (told.message,)
         return told
     return GpuFault(f"GPU {rank}: {told}", "This is a mistake in trt-wan; please report it.")

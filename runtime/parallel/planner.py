@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.shape import Plan, ShardPlan
 from trt_wan.errors import UsageError
 
 Split = Literal["tokens", "sides", "windows"]
@@ -34,6 +36,14 @@ def groups_of(heads: int) -> int:
     a GPU less well.
     """
     return next(groups for groups in (4, 2, 1) if heads % groups == 0)
+
+
+def share_plan(config: ModelConfig, plan: Plan, count: int, overlaps: bool) -> ShardPlan:
+    """The share of one of `count` GPUs. `overlaps`: whether ranks exchange heads while they attend with
+    others, as they do on GPUs.
+    """
+    heads = -(-config.transformer.heads // count)
+    return ShardPlan.of(plan, count, groups_of(heads) if overlaps else 1)
 
 
 def choose_split(passes: Sequence[int], parts: int, count: int, beside: Sequence[str] = ()) -> Choice:

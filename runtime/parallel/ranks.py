@@ -31,7 +31,7 @@ class RankLost(GpuFault):
     def __init__(self, rank: int, why: str) -> None:
         super().__init__(
             f"The process of GPU {rank} {why}, so the job cannot go on.",
-            "Start it again with --resume, or leave --gpus out to use one GPU.",
+            "Start it again; without --gpus one GPU computes it alone.",
         )
         self.rank = rank
 
@@ -45,10 +45,12 @@ class Links:
 
 
 class Ranks:
-    """Rank `rank` of `count`. Without links there is one rank, and nothing is told to anyone."""
+    """Rank `rank` of `count`. Without links there is one rank, and nothing is told to anyone. `seconds` are
+    those to wait for a rank that lives, None for any time.
+    """
 
     def __init__(
-        self, rank: int = 0, count: int = 1, links: Links | None = None, seconds: float = SECONDS
+        self, rank: int = 0, count: int = 1, links: Links | None = None, seconds: float | None = SECONDS
     ) -> None:
         assert (count > 1) == (links is not None), "links connect several ranks"
         self.rank, self.count, self._seconds = rank, count, seconds
@@ -70,7 +72,7 @@ class Ranks:
 
     def gather(self, arrays: Sequence[Array]) -> list[list[Array]]:
         """The arrays that every rank has given, by rank. Those of others are views that are valid until the
-        next call but one; copy what stays. Raises RankLost.
+        next call, which may be given them; copy what stays. Raises RankLost.
         """
         if self.count == 1:
             return [list(arrays)]
@@ -111,6 +113,10 @@ class Ranks:
         first = self.gather(arrays if self.rank == 0 else ())[0]
         return [np.array(array) for array in first]
 
+    def all_have(self, having: Sequence[bool]) -> list[bool]:
+        """By place, whether it is True on every rank."""
+        return [all(column) for column in zip(*self.exchange(bytes(having)), strict=True)]
+
     def least(self, value: int) -> int:
         """The least of the values of all ranks."""
         return min(int(given) for given in self.exchange(str(value).encode()))
@@ -127,7 +133,7 @@ class Ranks:
     def _received(self, rank: int, socket: Connection) -> bytes:
         try:
             if not socket.poll(self._seconds):
-                raise RankLost(rank, f"has not answered for {self._seconds:.0f} s")
+                raise RankLost(rank, f"has not answered for {self._seconds:g} s")
             return socket.recv_bytes()
         except (EOFError, OSError):
             raise RankLost(rank, "has ended") from None

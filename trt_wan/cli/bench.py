@@ -73,7 +73,8 @@ def _rows(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -
             if not given:
                 settings["tier"] = name
             elif (field := name.replace("-", "_")) in Settings.__dataclass_fields__:
-                settings[field] = float(text) if re.fullmatch("[0-9]*[.]?[0-9]+", text) else text
+                number = int if text.isdecimal() else float
+                settings[field] = number(text) if re.fullmatch("[0-9]*[.]?[0-9]+", text) else text
             else:
                 settings.setdefault("segments", {})[name] = text
         found[value] = settings
@@ -110,6 +111,7 @@ _SETTINGS = (
         help="Take this candidate, such as attention=cudnn; may be repeated.",
     ),
 )
+_GPUS = click.option("--gpus", type=int, help="GPUs that share a job. Default: 1.")  # `bench` takes several
 _ROWS = click.option(
     "--row",
     "rows",
@@ -224,7 +226,7 @@ def compare_results(*, report: Report, first: Path, second: Path) -> Any:
 
 
 @click.command("sweep", short_help="Measure how the cost grows.")
-@_options(*_SHAPE, *_SETTINGS)
+@_options(*_SHAPE, *_SETTINGS, _GPUS)
 @click.option(
     "--axes", default="size,window", show_default=True, help="Of size, window, steps, precision, vram."
 )
@@ -269,7 +271,7 @@ def sweep_shapes(
 
 
 @click.command("quality", short_help="Measure what a precision or tier costs in quality.")
-@_options(*_SHAPE, *_SETTINGS, _ROWS)
+@_options(*_SHAPE, *_SETTINGS, _GPUS, _ROWS)
 @click.option("--steps", type=COUNT, default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -327,7 +329,7 @@ def _tiers(given: Mapping[str, Any]) -> Sequence[str]:
 
 
 @click.command("window", short_help="Measure a window of a long video, part by part.")
-@_options(*_SHAPE, *_SETTINGS)
+@_options(*_SHAPE, *_SETTINGS, _GPUS)
 @click.option("--steps", type=COUNT, default=4, show_default=True, help="Steps of a window.")
 @click.option("--windows", type=click.IntRange(3, 20), default=4, show_default=True)
 @_OUT
@@ -353,7 +355,7 @@ def window_of(
 
 
 @click.command("vae", short_help="Measure the VAE of a window beside diffusers'.")
-@_options(*_SHAPE, *_SETTINGS, _ROWS)
+@_options(*_SHAPE, *_SETTINGS, _GPUS, _ROWS)
 @click.option("--repeats", type=COUNT, default=3, show_default=True)
 @_OUT
 @command
