@@ -11,6 +11,7 @@ faster than the model loses frames here, as evenly as can be, in two places:
 So a frame never waits longer than the window before its own takes, and SLACK.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,8 @@ from trt_wan.runtime.video.reader import Picture
 
 SLACK = Fraction(1, 4)  # of a window's new frames may wait for the next window
 MOST_WINDOWS = 2  # windows that may wait while one takes very long; then every second frame is dropped
-RECENT = 3  # windows whose median time is the pace
+RECENT = 4  # windows whose median time is the pace: an even number, so that times that alternate count half
+EARLY = 0.25  # of a slot: so much before it a frame is taken for it, as times are rounded
 POLL = 0.1  # seconds between looks for a signal, while frames are awaited
 Pictures = Mapping[str, Picture]  # by the name of the clip: pose, face, background, mask
 Item = TypeVar("Item")
@@ -76,7 +78,7 @@ class Intake:
         more frames than `rate` has them left out, uncounted.
         """
         with self._changed:
-            slot = round(seconds * float(self.rate))
+            slot = math.floor(seconds * float(self.rate) + EARLY)
             if slot <= self._slot:
                 return None
             self._slot = slot

@@ -37,7 +37,7 @@ URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 CAMERA = re.compile(r"/dev/video\d+")
 PAUSES = (1.0, 2.0, 4.0)  # seconds before each attempt to open a lost rtsp stream again
 OPENING, READING_SECONDS = 15.0, 8.0  # seconds without a byte after which a stream is lost
-JUMP = 3.0  # seconds between a frame's own time and that of its arrival: the stream's clock was set anew
+JUMP = 3.0  # seconds from frame to frame that no stream has: its clock was set anew
 # Little is read to find the streams, and nothing is kept back: a stream is shown as it comes.
 LIVE = {"fflags": "nobuffer", "flags": "low_delay", "probesize": "1000000", "analyzeduration": "1000000"}
 MOST_BROKEN = 300  # packets in a row that cannot be decoded
@@ -130,6 +130,7 @@ class Stream:
         self._ended: Ended | None = None
         self._began: float | None = None  # the clock at the first delivered frame
         self._zero: float | None = None  # the stream's own time there
+        self._last = 0.0  # the stream's own time at the last frame
         self._paced = name.lower().startswith("http")  # a file on the web comes faster than it plays
         container = self._open(name)
         try:
@@ -201,16 +202,13 @@ class Stream:
             self._began = now
         if frame.time is None:
             return now - self._began
-        if self._zero is None or not self._paced and self._is_jump(frame.time, now):
+        if self._zero is None or not 0 <= frame.time - self._last <= JUMP:
             self._zero = frame.time - (now - self._began)
+        self._last = frame.time
         seconds = frame.time - self._zero
         if self._paced:
             self._stop.wait(max(self._began + seconds - now, 0))
         return seconds
-
-    def _is_jump(self, own: float, now: float) -> bool:
-        assert self._zero is not None and self._began is not None
-        return abs((own - self._zero) - (now - self._began)) > JUMP
 
     def _again(self, why: str) -> tuple[InputContainer, Iterator[VideoFrame]] | None:
         """The stream, opened again; None if it is not found."""

@@ -20,6 +20,7 @@ from trt_wan.cli.options import is_typed
 from trt_wan.cli.output_options import quality_of
 from trt_wan.cli.preprocess import NETWORKS, PREPARING_NAMES, job_of, open_networks
 from trt_wan.cli.report import JsonReport, Report, TextReport
+from trt_wan.cli.reference_options import require_others
 from trt_wan.cli.run import FOLDER, RunOptions, chosen, refuse_preparing, run
 from trt_wan.cli.sections import SectionedCommand
 from trt_wan.cli.session import current_models
@@ -140,6 +141,7 @@ def live(
     quality, overwrite = _quality(output, given), given["overwrite"]
     others = pictures if inputs is not None else pictures[1:]
     options, preparing = _options(report, given, others)
+    require_others(options.references, None if inputs is not None else pictures[0])
     progress = _in_turn(report)
     with ExitStack() as held, stop_at_a_safe_point() as stop:
         _claim(held, output, overwrite, [*options.files(), *pictures], progress)
@@ -166,7 +168,8 @@ def live(
         job, size, holds = held_with(job, opened.size, wanted, measured, progress)
         intake = Intake(rate, job.window, job.overlap, holds.window)
         clips = ArrivingClips(job, reference, size, opened.names, intake)
-        feed, target = _feed(opened, intake, size, progress), _output(output, size, rate, quality, overwrite)
+        feed = _feed(opened, intake, size, progress)
+        target = _output(output, size, rate, quality, overwrite, progress)
         went = go_live(job, model, clips, opened.source, feed, target, progress, stop.asked)
     data = {**asdict(went), "width": size[0], "height": size[1], "fps": float(rate), "steps": job.steps}
     return (None if _is_stream(output) else Path(output)), data
@@ -364,11 +367,16 @@ def _feed(opened: Opened, intake: "Intake", size: Size, progress: "Progress") ->
     return LivePreparing(intake, prepared.people, prepared.job, sizes, progress)
 
 
-def _output(output: str, size: Size, rate: Fraction, quality: "Quality", overwrite: bool) -> "Output":
+def _output(
+    output: str, size: Size, rate: Fraction, quality: "Quality", overwrite: bool, progress: "Progress"
+) -> "Output":
     if _is_stream(output):
         from trt_wan.runtime.live.outputs import StreamOutput
 
         return StreamOutput(output, *size, rate, quality.crf)
+    from trt_wan.runtime.video.encoder import usable
+    from trt_wan.runtime.video.kinds import KINDS
     from trt_wan.runtime.video.writer import VideoWriter
 
+    quality = usable(quality, KINDS[Path(output).suffix.lower()], progress)
     return VideoWriter(Path(output), *size, rate, overwrite=overwrite, quality=quality)
