@@ -1,9 +1,11 @@
-"""Sends made-up pictures as a camera does: `python tests/live_sender.py URL SECONDS`.
+"""Sends made-up pictures as a camera does: `python tests/live_sender.py URL SECONDS [FILE]`.
 
 H.264 at RATE frames per second; picture k is 4·k grey, mod 256. Waits until somebody listens, and prints the
-number of frames that were sent. It is a process of its own: PyAV holds Python's lock while it connects.
+number of frames that were sent. With FILE, the seconds begin when that file exists. It is a process of its
+own: PyAV holds Python's lock while it connects.
 """
 
+import os
 import socket
 import sys
 import time
@@ -42,19 +44,24 @@ def connected(url: str) -> av.container.OutputContainer:
             time.sleep(0.05)
 
 
-def main(url: str, seconds: float) -> None:
+def main(url: str, seconds: float, file: str | None = None) -> None:
     container = connected(url)
     (stream,) = container.streams.video
     began = time.monotonic()
-    for k in range(round(seconds * RATE)):
+    until = None if file else began + seconds
+    k = 0
+    while until is None or began + k / RATE < until:
         frame = av.VideoFrame.from_ndarray(np.full((180, 320, 3), 4 * k % 256, np.uint8), format="rgb24")
         frame.pts = k
         container.mux(stream.encode(frame))
-        time.sleep(max(0, began + (k + 1) / RATE - time.monotonic()))
+        k += 1
+        time.sleep(max(0, began + k / RATE - time.monotonic()))
+        if until is None and file and os.path.exists(file):
+            until = time.monotonic() + seconds
     container.mux(stream.encode(None))
     container.close()
-    print(round(seconds * RATE))
+    print(k)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main(sys.argv[1], float(sys.argv[2]), *sys.argv[3:])
