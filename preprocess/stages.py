@@ -45,7 +45,9 @@ class PeopleSource(Protocol):
         ...
 
     def following(self, choice: PersonChoice, progress: Progress) -> AbstractContextManager[Follow]:
-        """The same for frames that come a few at a time: each call goes on after the one before."""
+        """The same for frames that come a few at a time: each call goes on after the one before. Enter it in
+        the thread that calls.
+        """
         ...
 
 

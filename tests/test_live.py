@@ -33,6 +33,7 @@ from trt_wan.runtime.live.intake import Intake
 from trt_wan.runtime.live.live import ArrivingClips, Feed, Went, go_live
 from trt_wan.runtime.live.outputs import StreamOutput, muxer_of
 from trt_wan.runtime.live.sources import FRAME, PlayedClip, Stream, open_live
+from trt_wan.runtime.step_cache import StepCache
 from trt_wan.runtime.video.clips import Clips
 from trt_wan.runtime.video.reader import Picture
 from trt_wan.runtime.video.writer import VideoWriter
@@ -410,7 +411,7 @@ def test_a_source_that_cannot_be_opened(name: str) -> None:
 @pytest.mark.parametrize("scheme", ["tcp", "udp", "rtsp"])
 def test_a_stream_over_loopback(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A camera in another process: MPEG-TS over TCP and UDP, and RTSP, with us as the server."""
-    monkeypatch.setattr(sources, "READING_SECONDS", 2.0)
+    monkeypatch.setattr(sources, "SILENCE", 2.0)
     where = f"{scheme}://127.0.0.1:{free_port()}"
     url = where + ("/x" if scheme == "rtsp" else "")
     sender = subprocess.Popen(
@@ -540,10 +541,11 @@ def test_what_cannot_be_held_is_told() -> None:
     assert any(text.startswith("200 frames per second cannot be held: ") for text in notes)
 
 
-def test_a_list_of_noise_levels_stays() -> None:
-    job = replace(JOB, sigmas=(1.0, 0.5, 0.0))
-    made, size, _ = hold(job, (832, 480), 16, of_size(832 * 480 / 0.4))
-    assert made is job and size != (832, 480)
+def test_chosen_noise_levels_and_the_steps_of_a_cache_stay() -> None:
+    cached = replace(JOB, steps=20, step_cache=StepCache(0.0))
+    for job in (replace(JOB, sigmas=(1.0, 0.5, 0.0)), cached):
+        made, size, _ = hold(job, (832, 480), 16, of_size(832 * 480 / 0.4))
+        assert made is job and size != (832, 480)
 
 
 def test_sizes_become_smaller_until_there_is_none() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import live_on_gpu
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -254,6 +255,14 @@ def test_bad_input_is_one_sentence(
     assert "Traceback" not in said and not (tmp_path / "out.mp4").exists()
 
 
+def test_an_input_is_not_overwritten(folder: Path) -> None:
+    pose = folder / "src_pose.mp4"
+    before = pose.read_bytes()
+    result = run("--inputs", folder, "-o", pose, "-y", *TINY)
+    assert result.exit_code == 2 and "is an input of this job" in result.stderr
+    assert pose.read_bytes() == before
+
+
 def test_the_options_of_the_job_are_those_of_run(folder: Path, tmp_path: Path) -> None:
     """The same objects: a new option of `run` that is taken over needs no copy."""
     shared = {id(parameter) for parameter in cli.commands["run"].params}
@@ -271,3 +280,35 @@ def test_without_a_pose_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "--input", "tcp://127.0.0.1:9", "--reference", tmp_path / "c.png", "-o", tmp_path / "o.mp4", *TINY
     )
     assert result.exit_code == 2 and "There is nothing to find people with" in result.stderr
+
+
+# --- live_on_gpu.py --------------------------------------------------------------------------------------
+
+BY_HAND = ["--random", "--model", "tiny", "--size", "64x48", "--window", "13", "--steps", "1"]
+
+
+def test_the_command_of_live_on_gpu(tmp_path: Path) -> None:
+    """Its options are those of the command, and what is given after -- comes last."""
+    asked = live_on_gpu.parsed([str(tmp_path), *BY_HAND, "--seconds", "1", "--", "--seed", "3"])
+    made = live_on_gpu.command(asked, "")
+    assert made[-2:] == ["--seed", "3"] and "--gpus" not in made
+    cli.commands["live"].make_context("live", made[len(TRT_WAN) + 1 :])
+    assert len(read_frames(tmp_path / "clips-64x48-16-16" / "src_pose.mp4")) == 16
+    assert live_on_gpu.command(asked, "2")[-4:-2] == ["--gpus", "2"]
+    raw = live_on_gpu.command(live_on_gpu.parsed([str(tmp_path), *BY_HAND, "--raw", "--seconds", "1"]), "")
+    cli.commands["live"].make_context("live", raw[len(TRT_WAN) + 1 :])
+
+
+def test_live_on_gpu_tells_of_a_failure() -> None:
+    failed = {"ok": False, "error": {"message": "The GPU is gone.", "hint": "Plug it in."}}
+    with pytest.raises(RuntimeError, match="The GPU is gone. Plug it in."):
+        live_on_gpu.line_of(json.dumps(failed))
+
+
+@pytest.mark.long
+def test_live_on_gpu_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert live_on_gpu.main([str(tmp_path), *BY_HAND, "--seconds", "3", "--", "--seed", "3"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["frames_in"] == 48 == line["frames_out"] + line["dropped"]
+    assert line["holds"] > 0 and line["rate"] > 0 and line["latency_worst"] >= line["latency_median"] > 0
+    assert line["windows"][-1]["frames_out"] == line["frames_out"]

@@ -35,6 +35,8 @@ class OnnxPeople:
 
     @contextmanager
     def following(self, choice: PersonChoice, progress: Progress) -> Iterator[Follow]:
+        for net in (self.detector.net, self.pose.net):
+            net.begin()
         tracker = Tracker(choice)
         yield lambda frames: list(self.follow(frames, choice, progress, tracker))
 

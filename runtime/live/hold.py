@@ -12,7 +12,6 @@ from math import sqrt
 
 import numpy as np
 
-from trt_wan.errors import UsageError
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.job import Job
@@ -133,13 +132,10 @@ def blank_clips(job: Job, reference: Pixels, size: Size) -> Clips:
 def with_fewer_steps(job: Job, held: Held, rate: float) -> Job | None:
     """The job with the most steps that hold `rate`, or with LEAST_STEPS. None: it can have no fewer."""
     lower = None
-    if job.sigmas:
+    if job.sigmas or job.step_cache is not None:  # whose ratios are those of its steps
         return None
     for steps in range(job.steps - 1, LEAST_STEPS - 1, -1):
-        try:
-            lower = replace(job, steps=steps)
-        except UsageError:  # a step cache is for 15 steps and more
-            break
+        lower = replace(job, steps=steps)
         if held.with_steps(lower).rate(lower) >= rate:
             break
     return lower

@@ -144,6 +144,7 @@ def go_live(
         output.finish()
     except BaseException as error:
         source.stop()
+        feed.end("stopped")
         if (partial := output.abandon(keep=True)) is not None:
             where = f"The finished frames are in {partial}."
             if isinstance(error, TrtWanError):

@@ -36,7 +36,8 @@ Open = Callable[[str], InputContainer]
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 CAMERA = re.compile(r"/dev/video\d+")
 PAUSES = (1.0, 2.0, 4.0)  # seconds before each attempt to open a lost rtsp stream again
-OPENING, READING_SECONDS = 15.0, 8.0  # seconds without a byte after which a stream is lost
+OPENING, LISTENING = 30.0, 600.0  # seconds for a stream to begin; LISTENING where we wait for its sender
+SILENCE = 8.0  # seconds without a byte after which a stream is lost
 JUMP = 3.0  # seconds from frame to frame that no stream has: its clock was set anew
 # Little is read to find the streams, and nothing is kept back: a stream is shown as it comes.
 LIVE = {"fflags": "nobuffer", "flags": "low_delay", "probesize": "1000000", "analyzeduration": "1000000"}
@@ -270,11 +271,12 @@ def _reason(error: Exception) -> str:
 def open_live(name: str, options: dict[str, str] | None = None) -> InputContainer:
     """Opens a URL, /dev/videoN or `-`. Raises InputError."""
     chosen = {**READING, **LIVE, **(options or {})}
-    more: dict[str, Any] = {"timeout": (OPENING, READING_SECONDS), "options": chosen}
+    opening = LISTENING if "listen=1" in name else OPENING
+    more: dict[str, Any] = {"timeout": (opening, SILENCE), "options": chosen}
     if CAMERA.fullmatch(name):
         more["format"] = "v4l2"
     elif name.lower().startswith("rtsp"):
-        chosen.setdefault("rtsp_transport", "tcp")  # UDP loses packets, and does not pass most firewalls
+        chosen.setdefault("rtsp_flags", "prefer_tcp")  # UDP loses packets, and does not pass most firewalls
     try:
         container: InputContainer = av.open(
             "pipe:0" if name == "-" else name, metadata_errors="ignore", **more

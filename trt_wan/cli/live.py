@@ -19,8 +19,8 @@ from trt_wan.cli.missing import require_graphs, tile_exporter
 from trt_wan.cli.options import is_typed
 from trt_wan.cli.output_options import quality_of
 from trt_wan.cli.preprocess import NETWORKS, PREPARING_NAMES, job_of, open_networks
-from trt_wan.cli.report import JsonReport, Report, TextReport
 from trt_wan.cli.reference_options import require_others
+from trt_wan.cli.report import JsonReport, Report, TextReport
 from trt_wan.cli.run import FOLDER, RunOptions, chosen, refuse_preparing, run
 from trt_wan.cli.sections import SectionedCommand
 from trt_wan.cli.session import current_models
@@ -144,7 +144,7 @@ def live(
     require_others(options.references, None if inputs is not None else pictures[0])
     progress = _in_turn(report)
     with ExitStack() as held, stop_at_a_safe_point() as stop:
-        _claim(held, output, overwrite, [*options.files(), *pictures], progress)
+        _claim(held, output, overwrite, [*options.files(), *_played(source, inputs, pictures)], progress)
         models = current_models()
         basis = models.basis(options.weight_files(), options.settings(), progress)
         if inputs is not None:
@@ -260,6 +260,12 @@ def _is_stream(output: str) -> bool:
     from trt_wan.runtime.live.outputs import is_stream
 
     return is_stream(output)
+
+
+def _played(source: str | None, inputs: Path | None, pictures: tuple[Path, ...]) -> list[Path]:
+    """The files that are only read."""
+    clips = [*inputs.glob("src_*")] if inputs is not None else [Path(source or "")]
+    return [*clips, *pictures]
 
 
 def _claim(held: ExitStack, output: str, overwrite: bool, files: list[Path], progress: "Progress") -> None:
