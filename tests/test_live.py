@@ -208,6 +208,18 @@ def test_ctrl_c_finishes_what_came() -> None:
     assert 25 < went.frames_in <= 40
 
 
+def test_ctrl_c_does_not_wait_for_a_silent_camera() -> None:
+    class Silent(Clock):
+        """Its thread waits for a picture and does not hear that it shall stop."""
+
+        def advance(self, seconds: float) -> None:
+            if not self.stopped:
+                super().advance(seconds)
+
+    went, output, _ = run(Silent(16, 10_000), 0.5, stop_at=1.8)
+    assert went.ended == "stopped" and output.finished and went.frames_out == went.frames_in
+
+
 def test_a_file_is_finished_and_plays(tmp_path: Path) -> None:
     writer = VideoWriter(tmp_path / "out.mp4", *SIZE, Fraction(16))
 
@@ -377,6 +389,12 @@ def test_time_goes_on_after_a_stream_was_lost(clip: Path) -> None:
             assert gate.wait(SOON)
             return super()._read(frames)
 
+        def _first(self, container: Any) -> Any:
+            """The second connection's own clock goes on, half a second after the first's last frame."""
+            first, others = super()._first(container)
+            is_later = not camera.clips
+            return _later(first, is_later), (_later(each, is_later) for each in others)
+
     stream = Gated("rtsp://camera/x", open_stream=opened, pauses=(0.01,), clock=lambda: now[0])
     made = Delivered().of(stream, gate.set)
     spacing = np.diff(made.times)
@@ -384,6 +402,12 @@ def test_time_goes_on_after_a_stream_was_lost(clip: Path) -> None:
     assert (
         spacing.max() == pytest.approx(7 - 8 / 12, abs=0.01) and np.isclose(spacing, 1 / 12, 1e-2).sum() == 16
     )
+
+
+def _later(frame: av.VideoFrame, is_later: bool) -> av.VideoFrame:
+    if is_later:
+        frame.pts += round(Fraction(14, 12) / frame.time_base)
+    return frame
 
 
 def test_other_streams_are_not_opened_again(clip: Path) -> None:

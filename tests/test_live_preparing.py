@@ -16,7 +16,7 @@ from trt_wan.errors import UsageError
 from trt_wan.preprocess.clips.streams import BATCH
 from trt_wan.preprocess.footage import plan_sizes
 from trt_wan.preprocess.job import PreprocessJob
-from trt_wan.preprocess.live import MOST_WAITING, LivePreparing
+from trt_wan.preprocess.live import BEHIND, MOST_WAITING, LivePreparing
 from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.onnx_people import OnnxPeople
 from trt_wan.preprocess.people.person import PersonFrame
@@ -95,13 +95,17 @@ def test_poses_and_faces_are_those_of_the_whole_clip(tmp_path: Path) -> None:
 
 
 def test_a_short_gap_is_filled_and_a_long_one_is_not(tmp_path: Path) -> None:
-    """The person is away for 2 frames, then for 20; only what comes at most BEHIND later is looked at."""
-    away = (*range(10, 12), *range(20, FRAMES))
+    """Pictures are looked at 8 at a time. The gap at 4 has its beginning among those that are finished, and
+    the gap at 15 its end among those that have not come yet. The gap at 24 is too long.
+    """
+    away = (4, 5, 15, 16, *range(24, 36))
     preparing, source = started(tmp_path, FakePeople(away=away))
-    sent_slowly(source, preparing, FRAMES)
+    for sent in range(8, FRAMES + 1, 8):
+        source.send(8)
+        until(lambda sent=sent: len(preparing.intake._ready) == sent - BEHIND)
     source.ended("the clip has ended", None)
     seen = [bool(frame.pictures["pose"].any()) for frame in preparing.intake.take(FRAMES)]
-    assert seen == [k < 20 for k in range(FRAMES)]
+    assert seen == [not 24 <= k < 36 for k in range(FRAMES)]
 
 
 def test_nothing_is_held_back_while_the_model_waits(tmp_path: Path) -> None:

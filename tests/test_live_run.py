@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,14 @@ class OnDemand:
 def test_a_clip_that_is_played_gives_the_frames_of_run(
     mode: Any, overlap: int, folder: Path, tmp_path: Path, model: OpenModel
 ) -> None:
-    """Three windows and more, the last one filled up: the same file, bit for bit."""
+    """Three windows and more, each with its prompt, the last one filled up: the same pixels. In the mode
+    replace also with a frame before the first.
+    """
     inputs = Inputs.from_folder(folder, mode)
+    if mode == "replace":
+        inputs = replace(inputs, start_frame=inputs.reference)
     job = Job(inputs, mode=mode, window=PLAN.frames, overlap=overlap, steps=1, seed=7, sampler="lcm")
+    job = replace(job, prompt="he walks | he dances | he sits")
     quality = Quality()
     render(job, model, tmp_path / "run.mkv", quality=quality, sidecar=False)
     events: list[Event] = []
