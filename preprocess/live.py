@@ -68,6 +68,12 @@ class LivePreparing:
             self._ended = self._ended or (why, error)
             self._changed.notify()
 
+    def close(self) -> None:
+        """Ends, and waits for the thread."""
+        self.end("stopped")
+        if self._thread.ident is not None:
+            self._thread.join()
+
     def _deliver(self, seconds: float, pictures: Callable[[], Pictures]) -> None:
         with self._changed:
             if self._ended is not None or (arrived := self.intake.admit(seconds)) is None:

@@ -159,7 +159,10 @@ def run(
     intake = Intake(Fraction(clock.rate), WINDOW, OVERLAP, guess, clock=clock)
     clips = ArrivingClips(JOB, np.zeros((48, 64, 3), np.uint8), SIZE, ("pose",), intake)
 
+    end = time.monotonic() + SOON
+
     def should_stop() -> bool:
+        assert time.monotonic() < end, "it did not end"
         if intake.lacking:
             clock.advance(1 / clock.rate)
         return stop_at is not None and clock.now >= stop_at
@@ -430,6 +433,26 @@ def test_a_source_that_cannot_be_opened(name: str) -> None:
     with pytest.raises(InputError, match=r"^The (stream|camera) .* cannot be opened \(.*\)\.$") as caught:
         Stream(name)
     assert "Check" in caught.value.hint
+
+
+def test_passwords_are_not_told(clip: Path) -> None:
+    url, opened, events = "rtsp://me:secret@camera:554/x?y=a@b", list[str](), list[Event]()
+    camera = Camera([clip])
+
+    def open_one(name: str) -> Any:
+        opened.append(name)
+        return camera(name)
+
+    made = Delivered().of(Stream(url, events.append, open_one, pauses=(0.01,)))
+    assert opened == [url, url] and made.why == "rtsp://camera:554/x?y=a@b has ended"
+    assert "secret" not in str(events)
+    for name in ("rtsp://me:secret@127.0.0.1:9/x", "tcp://me:secret@127.0.0.1:9"):
+        with pytest.raises(InputError) as caught:
+            Stream(name)
+        assert "secret" not in str(caught.value) and "127.0.0.1:9" in caught.value.message
+    with pytest.raises(OutputError) as failed:
+        StreamOutput("rtmp://me:secret@127.0.0.1:9/live", *SIZE, Fraction(12))
+    assert "secret" not in failed.value.message
 
 
 @pytest.mark.parametrize("scheme", ["tcp", "udp", "rtsp"])

@@ -29,11 +29,11 @@ SIDE_STEP = 16
 
 @dataclass(frozen=True)
 class Held:
-    """What a window takes, in seconds: all of it, and one pass of the blocks."""
+    """The measured seconds of a window and of its steps."""
 
     window: float
-    steps: float  # all steps
-    passes: int
+    steps: float  # in all
+    passes: int  # of the blocks, in these steps
 
     def with_steps(self, job: Job) -> "Held":
         """Of a job that differs in its steps alone."""
@@ -54,7 +54,7 @@ def hold(
     progress: Progress = silent,
 ) -> tuple[Job, Size, Held]:
     """The job and the size with which the model holds `rate` frames per second, or those that come closest:
-    fewer steps first, then a smaller size. None: as they are. Says what it holds.
+    fewer steps first, then a smaller size. None: as they are. The rate is told to `progress`.
     """
     held = measured(job, size)
     progress(_holds(job, size, held))

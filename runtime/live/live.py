@@ -201,7 +201,7 @@ class Feed:
 
 
 class _Written:
-    """The writing thread's part: pictures to the output, with what their arrivals say."""
+    """The writing thread's part: pictures go to the output, and their latencies are measured."""
 
     def __init__(self, clips: ArrivingClips, output: Output, clock: Callable[[], float]) -> None:
         self._clips, self._output, self._clock = clips, output, clock

@@ -13,6 +13,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
 from trt_wan.errors import OutputError, UsageError
+from trt_wan.runtime.live.sources import without_password
 from trt_wan.runtime.video.reader import Picture
 from trt_wan.runtime.video.writer import SCALER
 
@@ -120,6 +121,5 @@ class StreamOutput:
         if self.name == "-" and isinstance(error, BrokenPipeError):
             return BrokenPipeError(*error.args[:2])
         reason = getattr(error, "strerror", None) or str(error)
-        return OutputError(
-            f"The output {self.name} {what} ({reason}).", "Check that its receiver is running."
-        )
+        text = f"The output {without_password(self.name)} {what} ({reason})."
+        return OutputError(text, "Check that its receiver is running.")

@@ -66,6 +66,11 @@ def is_stream(name: str) -> bool:
     return name == "-" or bool(URL.match(name) or CAMERA.fullmatch(name))
 
 
+def without_password(name: str) -> str:
+    """A URL for messages and logs: rtsp://host/x of rtsp://user:password@host/x."""
+    return re.sub(r"(?<=://)[^/]*@", "", name)
+
+
 class PlayedClip:
     """A finished clip of `frames` frames, played at `rate`. `pictures` are those of frame k."""
 
@@ -124,7 +129,7 @@ class Stream:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`progress` is called in the source's thread when the stream is lost and found."""
-        self.name, self._progress, self._clock = name, progress, clock
+        self.name, self._url, self._progress, self._clock = without_password(name), name, progress, clock
         self._open, self._stop = open_stream or open_live, Event()
         self._pauses = pauses if name.lower().startswith("rtsp") else ()
         self._deliver: Deliver | None = None
@@ -135,11 +140,11 @@ class Stream:
         self._paced = name.lower().startswith("http")  # a file on the web comes faster than it plays
         container = self._open(name)
         try:
-            stream = video_stream(container, Path(name))
+            stream = video_stream(container, Path(self.name))
             rate = stream.average_rate or stream.guessed_rate
             self.rate = Fraction(rate) if rate and 1 <= rate <= MOST_RATE else USUAL_RATE
             first, frames = self._first(container)
-            self._upright = Upright(first, stream.sample_aspect_ratio, Path(name))
+            self._upright = Upright(first, stream.sample_aspect_ratio, Path(self.name))
         except BaseException:
             container.close()
             raise
@@ -219,7 +224,7 @@ class Stream:
             if self._stop.wait(pause):
                 return None
             with suppress(InputError):
-                container = self._open(self.name)
+                container = self._open(self._url)
                 try:
                     first, frames = self._first(container)
                 except BaseException:
@@ -286,5 +291,7 @@ def open_live(name: str, options: dict[str, str] | None = None) -> InputContaine
         hint = "Check the address, and that it is sending."
         if kind == "camera":
             hint = "Check its number with `ls /dev/video*`, and that no other program has it."
-        raise InputError(f"The {kind} {name} cannot be opened ({_reason(error)}).", hint) from error
+        raise InputError(
+            f"The {kind} {without_password(name)} cannot be opened ({_reason(error)}).", hint
+        ) from error
     return container

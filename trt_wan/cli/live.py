@@ -143,7 +143,7 @@ def live(
     options, preparing = _options(report, given, others)
     require_others(options.references, None if inputs is not None else pictures[0])
     progress = _in_turn(report)
-    with ExitStack() as held, stop_at_a_safe_point() as stop:
+    with ExitStack() as until_the_model_is_closed, ExitStack() as held:
         _claim(held, output, overwrite, [*options.files(), *_played(source, inputs, pictures)], progress)
         models = current_models()
         basis = models.basis(options.weight_files(), options.settings(), progress)
@@ -157,6 +157,7 @@ def live(
         job = with_ratios(basis, job, *opened.size, progress)
         require_graphs(progress, basis, *opened.size, job, options.build)()
         model = held.enter_context(models.opened(basis, tile_exporter(basis, options.build)))
+        stop = until_the_model_is_closed.enter_context(stop_at_a_safe_point())
         reference = read_transparent(job.inputs.reference).over(colour(job.inputs.behind))
 
         def measured(job: "Job", size: Size) -> Any:
@@ -168,7 +169,7 @@ def live(
         job, size, holds = held_with(job, opened.size, wanted, measured, progress)
         intake = Intake(rate, job.window, job.overlap, holds.window)
         clips = ArrivingClips(job, reference, size, opened.names, intake)
-        feed = _feed(opened, intake, size, progress)
+        feed = _feed(held, opened, intake, size, progress)
         target = _output(output, size, rate, quality, overwrite, progress)
         went = go_live(job, model, clips, opened.source, feed, target, progress, stop.asked)
     data = {**asdict(went), "width": size[0], "height": size[1], "fps": float(rate), "steps": job.steps}
@@ -196,6 +197,11 @@ def _refuse_impossible(
         refuse_preparing(None)
     elif not pictures:
         raise UsageError("There is no character to animate.", "Give its picture with --reference PICTURE.")
+    if source == "-" and sys.stdin.isatty():
+        raise UsageError(
+            "- stands for a stream that is piped in, and stdin is a terminal.",
+            with_commands("For example:", "ffmpeg ... -f mpegts - | trt-wan live --input - ..."),
+        )
     if output == "-" and isinstance(report, JsonReport):
         raise UsageError(
             "stdout cannot carry the video and the JSON lines.", "Leave out --json, or give another --output."
@@ -309,6 +315,7 @@ def _open_raw(
     from trt_wan.preprocess.footage import plan_sizes
     from trt_wan.preprocess.stages import Networks, require_finder
     from trt_wan.runtime.job import Inputs
+    from trt_wan.runtime.live.sources import without_password
     from trt_wan.runtime.video.pictures import read_picture
 
     if options.mode == "replace":
@@ -318,7 +325,8 @@ def _open_raw(
         )
     values = {**preparing, "reference_background": options.reference_background, "mode": "animate"}
     networks = Networks(**{each: values.pop(each) for each in NETWORKS}, executor=options.executor or "auto")  # type: ignore[arg-type]
-    job = job_of(reference, Path(name), Path("live"), **values)
+    label = Path(without_password(name))
+    job = job_of(reference, label, Path("live"), **values)
     require_finder(networks)
     picture = read_picture(reference)
     source = _open_source(held, name, preparing["rate"], progress)
@@ -326,8 +334,7 @@ def _open_raw(
     sizes = plan_sizes(job, picture, source)
     people = open_networks(report, networks, job).people
     assert people is not None, "they are searched for"
-    face = Path(name) if job.face else None
-    inputs = Inputs(reference, Path(name), face, behind=options.reference_background)
+    inputs = Inputs(reference, label, label if job.face else None, behind=options.reference_background)
     names = ("pose", "face") if job.face else ("pose",)
     return Opened(source, inputs, names, sizes.canvas, Preparing(job, sizes, people))
 
@@ -361,7 +368,7 @@ def _rate(source: Fraction, asked: Fraction | None, hold: float | None) -> Fract
     return rate if hold is None else min(Fraction(hold).limit_denominator(1001), rate)
 
 
-def _feed(opened: Opened, intake: "Intake", size: Size, progress: "Progress") -> "Feeding":
+def _feed(held: ExitStack, opened: Opened, intake: "Intake", size: Size, progress: "Progress") -> "Feeding":
     from trt_wan.runtime.live.live import Feed
 
     if opened.preparing is None:
@@ -370,7 +377,9 @@ def _feed(opened: Opened, intake: "Intake", size: Size, progress: "Progress") ->
 
     prepared = opened.preparing
     sizes = replace(prepared.sizes, canvas=size)
-    return LivePreparing(intake, prepared.people, prepared.job, sizes, progress)
+    feed = LivePreparing(intake, prepared.people, prepared.job, sizes, progress)
+    held.callback(feed.close)
+    return feed
 
 
 def _output(
