@@ -63,7 +63,7 @@ class Clock:
         return self.now
 
     def start(self, deliver: Any, ended: Any) -> None:
-        self.deliver, self.ended = deliver, ended
+        self.deliver, self.ended, self.began = deliver, ended, self.now
 
     def stop(self) -> None:
         self.stopped = True
@@ -71,8 +71,11 @@ class Clock:
     def advance(self, seconds: float) -> None:
         """Frames that are due come meanwhile."""
         until = self.now + seconds
-        while not self.stopped and self.sent < self.frames and self.sent / self.rate <= until + 1e-9:
-            self.now = max(self.now, self.sent / self.rate)
+        while not self.stopped and self.sent < self.frames:
+            due = self.began + self.sent / self.rate
+            if due > until + 1e-9:
+                break
+            self.now = max(self.now, due)
             self.deliver(self.sent / self.rate, partial(picture, self.sent))
             self.sent += 1
         self.now = until
@@ -152,10 +155,11 @@ def run(
     stop_at: float | None = None,
     events: list[Event] | None = None,
     guess: float | None = None,
+    model: Repeats | None = None,
 ) -> tuple[Went, Any, Repeats]:
     """`stop_at`: the time of Ctrl-C."""
     output = output or Output()
-    model = Repeats(clock, output, seconds)
+    model = model or Repeats(clock, output, seconds)
     intake = Intake(Fraction(clock.rate), WINDOW, OVERLAP, guess, clock=clock)
     clips = ArrivingClips(JOB, np.zeros((48, 64, 3), np.uint8), SIZE, ("pose",), intake)
 
@@ -209,6 +213,25 @@ def test_ctrl_c_finishes_what_came() -> None:
     assert went.ended == "stopped" and output.finished and not output.abandoned
     assert output.levels == list(range(went.frames_in)) and went.frames_out == went.frames_in
     assert 25 < went.frames_in <= 40
+
+
+def test_the_source_starts_when_the_model_is_ready() -> None:
+    """Seconds in which the prompt is encoded cost no frame; Ctrl-C in them ends it."""
+
+    class Late(Repeats):
+        def pieces(self, job: Job, *, clips: Clips, progress: Progress, **options: Any) -> Iterator[Array]:
+            assert self.clock.deliver is None
+            self.clock.now += 60
+            progress(Note("The prompt is encoded."))
+            yield from super().pieces(job, clips=clips, progress=progress, **options)
+
+    clock, output = Clock(16, 40), Output()
+    went, _, _ = run(clock, 0.5, output, model=Late(clock, output, 0.5))
+    assert (went.frames_in, went.frames_out, went.dropped) == (40, 40, 0) and went.latency_worst < 2
+    clock, output = Clock(16, 40), Output()
+    with pytest.raises(Stopped, match="before the first frame"):
+        run(clock, 0.5, output, stop_at=30, model=Late(clock, output, 0.5))
+    assert output.abandoned and not output.levels
 
 
 def test_ctrl_c_does_not_wait_for_a_silent_camera() -> None:
