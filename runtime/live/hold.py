@@ -126,7 +126,8 @@ def blank_clips(job: Job, reference: Pixels, size: Size) -> Clips:
         return Stills(path, frames, rate, lambda k: picture, [])
 
     pose, face, background, mask = map(black, CLIPS)
-    return Clips(reference, pose, face, background, mask, *size, frames, rate)
+    sizes = (*size, frames, rate)
+    return Clips(reference, pose, face, background, mask, *sizes, coming=lambda wanted: min(wanted, frames))
 
 
 def with_fewer_steps(job: Job, held: Held, rate: float) -> Job | None:
