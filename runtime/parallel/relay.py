@@ -18,7 +18,7 @@ def empty_copy(clips: Clips, history: int) -> Clips:
     """What the other ranks are told of live clips. `history` are the frames that a window reads."""
 
     def empty(clip: AnyClip | None) -> ArrivingClip | None:
-        return clip and ArrivingClip(clip.path, clip.width, clip.height, clip.rate, history)
+        return None if clip is None else ArrivingClip(clip.path, clip.width, clip.height, clip.rate, history)
 
     pose, face, background, mask = (empty(getattr(clips, name)) for name in NAMES)
     return replace(clips, pose=pose, face=face, background=background, mask=mask, coming=None)

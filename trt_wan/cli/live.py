@@ -45,6 +45,7 @@ MOST_HOLD = 240  # frames per second
 # Options of `run`. Those that need a whole clip, or a length, are left out.
 TAKEN = {
     *SHARED,
+    "gpus",
     *("overlap", "overwrite", "reference_as", "reference_background", "trim_to_shortest"),
     *("cfg_zero_star", "nag_prompt", "nag_scale", "nag_tau", "nag_alpha"),
     *("pose_strength", "pose_start", "pose_end", "face_strength", "face_start", "face_end"),
