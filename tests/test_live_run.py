@@ -306,7 +306,9 @@ def test_the_command_of_live_on_gpu(tmp_path: Path) -> None:
     assert made[-2:] == ["--seed", "3"] and "--gpus" not in made
     cli.commands["live"].make_context("live", made[len(TRT_WAN) + 1 :])
     assert len(read_frames(tmp_path / "clips-64x48-16-16" / "src_pose.mp4")) == 16
-    assert live_on_gpu.command(asked, "2")[-4:-2] == ["--gpus", "2"]
+    on_two = live_on_gpu.command(asked, "2")
+    assert on_two[-4:-2] == ["--gpus", "2"]
+    assert cli.commands["live"].make_context("live", on_two[len(TRT_WAN) + 1 :]).params["gpus"] == 2
     raw = live_on_gpu.command(live_on_gpu.parsed([str(tmp_path), *BY_HAND, "--raw", "--seconds", "1"]), "")
     cli.commands["live"].make_context("live", raw[len(TRT_WAN) + 1 :])
 
