@@ -27,6 +27,7 @@ from trt_wan.runtime.events import Event, LiveWindow
 from trt_wan.runtime.job import Inputs, Job
 from trt_wan.runtime.live.intake import Intake
 from trt_wan.runtime.live.live import CLIPS, ArrivingClips, Feed, go_live
+from trt_wan.runtime.live.sources import Stream
 from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.render import render
 from trt_wan.runtime.settings import Settings, WeightFiles
@@ -59,10 +60,12 @@ def model() -> Iterator[OpenModel]:
 
 
 class OnDemand:
-    """Plays prepared clips by a clock that stands still: each frame comes when the model waits for it."""
+    """Plays prepared clips by a clock that stands still: each look for a signal gives a frame."""
+
+    deliver: Any
 
     def __init__(self, clips: Any) -> None:
-        self.clips, self.sent = clips, 0
+        self.clips, self.sent, self.deliver = clips, 0, None
         self.width, self.height, self.rate = clips.width, clips.height, clips.rate
 
     def start(self, deliver: Any, ended: Any) -> None:
@@ -73,6 +76,8 @@ class OnDemand:
 
     def send(self) -> bool:
         """For `should_stop`."""
+        if self.deliver is None:
+            return False
         if self.sent < self.clips.frames:
             given = {name: clip for name in CLIPS if (clip := getattr(self.clips, name)) is not None}
             k = self.sent
@@ -160,7 +165,8 @@ def test_a_camera_over_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     made_up_people(monkeypatch)
     write_reference(tmp_path / "character.png")
     url = f"tcp://127.0.0.1:{free_port()}"
-    begun = tmp_path / "out.partial.mp4"
+    begun, start = tmp_path / "begun", Stream.start
+    monkeypatch.setattr(Stream, "start", lambda stream, *more: (start(stream, *more), begun.touch()))
     sending = [sys.executable, str(TESTS / "live_sender.py"), url, str(SENT), str(begun)]
     with subprocess.Popen(sending, stdout=subprocess.PIPE, text=True) as sender:
         result = run(
@@ -300,7 +306,9 @@ def test_the_command_of_live_on_gpu(tmp_path: Path) -> None:
     assert made[-2:] == ["--seed", "3"] and "--gpus" not in made
     cli.commands["live"].make_context("live", made[len(TRT_WAN) + 1 :])
     assert len(read_frames(tmp_path / "clips-64x48-16-16" / "src_pose.mp4")) == 16
-    assert live_on_gpu.command(asked, "2")[-4:-2] == ["--gpus", "2"]
+    on_two = live_on_gpu.command(asked, "2")
+    assert on_two[-4:-2] == ["--gpus", "2"]
+    assert cli.commands["live"].make_context("live", on_two[len(TRT_WAN) + 1 :]).params["gpus"] == 2
     raw = live_on_gpu.command(live_on_gpu.parsed([str(tmp_path), *BY_HAND, "--raw", "--seconds", "1"]), "")
     cli.commands["live"].make_context("live", raw[len(TRT_WAN) + 1 :])
 

@@ -18,7 +18,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 
-from trt_wan.errors import InputError, TrtWanError
+from trt_wan.errors import InputError, Stopped, TrtWanError
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.events import Event, LiveWindow, Note, Progress, WindowDone, silent
 from trt_wan.runtime.executors import Array
@@ -32,6 +32,7 @@ from trt_wan.runtime.video.arriving import ArrivingClip
 from trt_wan.runtime.video.clips import FACE_SIZE, Clips
 from trt_wan.runtime.video.writer_thread import Beside
 
+STOPPED = "stopped"  # the reason of an end that was asked for
 CLIPS = ("pose", "face", "background", "mask")
 
 
@@ -59,6 +60,7 @@ class ArrivingClips:
     ) -> None:
         """`names` are those of the clips: pose, face, background, mask."""
         self.intake, self.taken = intake, deque[Arrived]()
+        self._begin: Callable[[], None] | None = None
         self._look: Callable[[], None] = lambda: None
         self._count = 0
         paths = {name: getattr(job.inputs, name) or job.inputs.reference for name in names}
@@ -73,16 +75,21 @@ class ArrivingClips:
         sizes = (*size, two_windows, intake.rate)
         self.clips = Clips(reference, pose, face, background, mask, *sizes, coming=self._until)
 
-    def watch(self, look: Callable[[], None]) -> None:
-        """`look` is called while frames are awaited."""
-        self._look = look
+    def watch(self, begin: Callable[[], None], look: Callable[[], None]) -> None:
+        """`begin` is called when frames are awaited for the first time, `look` while they are awaited."""
+        self._begin, self._look = begin, look
 
     def _until(self, frames: int) -> int:
+        begin, self._begin = self._begin, None
+        if begin is not None:
+            begin()
         for frame in self.intake.take(frames - self._count, self._look):
             for name, clip in self._clips.items():
                 clip.add(frame.pictures[name])
             self.taken.append(frame.arrived)
             self._count += 1
+        if not self._count and self.intake.why_ended == STOPPED:
+            raise Stopped("Stopped before the first frame.")
         if not self._count:
             raise InputError("No frame came from the live source.", f"It said: {self.intake.why_ended}.")
         return self._count
@@ -106,18 +113,24 @@ def go_live(
     progress: Progress = silent,
     should_stop: ShouldStop = lambda: False,
 ) -> Went:
-    """Runs until the source ends, or `should_stop`: then frames that have come are finished first. `feed`
-    makes a clip's pictures of the source's and puts them into the intake. The output is finished; when the
-    job fails it is left with the finished frames, and the error says where. Raises TrtWanError.
+    """Starts the source when the model is ready for the first frame. Runs until the source ends, or
+    `should_stop`: then frames that have come are finished first. `feed` puts the source's pictures into the
+    intake as those of the clips. The output is finished; when the job fails it is left with the finished
+    frames, and the error says where. Raises TrtWanError, Stopped before the first frame.
     """
-    intake, began = clips.intake, time.monotonic()
+    intake, began = clips.intake, list[float]()
     written = _Written(clips, output, intake.clock)
+
+    def begin() -> None:
+        began.append(time.monotonic())
+        written.begin()
+        feed.start(source)
 
     def look() -> None:
         written_beside.check()
         if should_stop():
             source.stop()
-            feed.end("stopped")
+            feed.end(STOPPED)
 
     def told(event: Event) -> None:
         written.tell(progress)
@@ -127,10 +140,9 @@ def go_live(
             progress(event)
         look()
 
-    clips.watch(look)
+    clips.watch(begin, look)
     try:
         with Beside(written.write, ROOM) as written_beside:
-            feed.start(source)
             for piece in model.pieces(
                 job,
                 clips=clips.clips,
@@ -144,7 +156,7 @@ def go_live(
         output.finish()
     except BaseException as error:
         source.stop()
-        feed.end("stopped")
+        feed.end(STOPPED)
         if (partial := output.abandon(keep=True)) is not None:
             where = f"The finished frames are in {partial}."
             if isinstance(error, TrtWanError):
@@ -152,7 +164,7 @@ def go_live(
             else:
                 error.add_note(where)
         raise
-    why = intake.why_ended or "stopped"
+    why = intake.why_ended or STOPPED
     progress(Note(f"The live video is finished: {why}.", "live_ended"))
     return Went(
         intake.frames_in,
@@ -161,7 +173,7 @@ def go_live(
         written.windows,
         round(median(written.latencies), 3),
         round(max(written.latencies), 3),
-        round(time.monotonic() - began, 2),
+        round(time.monotonic() - began[0], 2),
         why,
     )
 
@@ -205,10 +217,14 @@ class _Written:
 
     def __init__(self, clips: ArrivingClips, output: Output, clock: Callable[[], float]) -> None:
         self._clips, self._output, self._clock = clips, output, clock
-        self._slot, self._before = -1, clock()
+        self._slot, self._before = -1, 0.0
         self.latencies: list[float] = []
         self.windows = 0
         self._told: deque[LiveWindow] = deque()
+
+    def begin(self) -> None:
+        """Call when the source starts."""
+        self._before = self._clock()
 
     def write(self, items: Iterator[Array | WindowDone]) -> None:
         last: Pixels | None = None
