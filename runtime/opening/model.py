@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 from trt_wan.engines.checkpoint import LYNX_PARTS, PARTS
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.contract import Part
-from trt_wan.engines.contracts import GRAPHS_VERSION
+from trt_wan.engines.contracts import GRAPHS_VERSION, networks
 from trt_wan.engines.flavour import Flavour, choose_flavour
 from trt_wan.engines.lynx import Lynx, lynx_plans
 from trt_wan.engines.precision import Precision, best_precision, require_fp8
@@ -304,8 +304,11 @@ class Basis:
         """
         if self.place is not None:
             gpu, flavour = self.place
-            for each in self._chosen(plan, job):
-                build_engines(self.weights.config, each, gpu, flavour, self.settings, progress)
+            config, shares = self.weights.config, self._share(plan, job)
+            divided = {name for share in shares for name in networks(config, share)}
+            for each in (*self._chosen(plan, job), *shares):
+                without = () if each in shares else divided
+                build_engines(config, each, gpu, flavour, self.settings, progress, without)
 
 
 def open_basis(weights: WeightFiles, settings: Settings, progress: Progress, rank: int = 0) -> Basis:

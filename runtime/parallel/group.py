@@ -81,7 +81,7 @@ class Group:
         held = ",".join(map(str, memories))
         arguments = map(str, (rank, count, others.fileno(), reading, sockets, held))
         self._processes[rank] = subprocess.Popen(
-            (sys.executable, "-m", "trt_wan.runtime.parallel.child", *arguments),
+            (sys.executable, "-P", "-m", "trt_wan.runtime.parallel.child", *arguments),
             pass_fds=(others.fileno(), reading, *(end.fileno() for end in ends.values()), *memories),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
