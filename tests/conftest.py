@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,12 @@ from typing import Any
 
 import onnxruntime
 import pytest
+from click.testing import CliRunner
 from filelock import FileLock
 from tiny_job import BUILD, BUILD_ENGINES, BUILD_FP8, PLAN, as_argv
 
 from trt_wan.build.export import export
+from trt_wan.cli.main import cli
 from trt_wan.engines.config import TINY, ModelConfig
 from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.contracts import networks
@@ -149,6 +152,20 @@ def told_by(command: str, home: Path) -> "subprocess.CompletedProcess[str]":
 def tiny_home(shared: Path) -> Path:
     """A TRT_WAN_HOME with the graphs of tiny_job.PLAN, made by the command that `trt-wan run` asks for."""
     told_by(BUILD, home := shared / "tiny-home")
+    return home
+
+
+@pytest.fixture(scope="session")
+def home_of_ranks(tiny_home: Path) -> Callable[[int], Path]:
+    """home_of_ranks(count): `tiny_home` with the graphs of so many ranks, made by the command."""
+
+    def home(count: int) -> Path:
+        with FileLock(f"{tiny_home}.ranks"), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRT_WAN_HOME", str(tiny_home))
+            ran = CliRunner().invoke(cli, [*shlex.split(BUILD)[1:], "--gpus", str(count)])
+        assert ran.exit_code == 0, ran.stderr
+        return tiny_home
+
     return home
 
 

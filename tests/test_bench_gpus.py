@@ -4,16 +4,14 @@ are processes.
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from filelock import FileLock
 from rich.console import Console
-from tiny_job import PLAN
 
 from trt_wan.benchmarks.machine.card import read_card, visible_gpus
 from trt_wan.benchmarks.measure import scaling
@@ -22,10 +20,7 @@ from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.scaling import Scaling, ScalingRow, Span, Throughput
 from trt_wan.benchmarks.report.sheet import Report, as_line, tables, write
-from trt_wan.build.compile import export_graphs
 from trt_wan.cli.main import cli
-from trt_wan.engines.config import TINY
-from trt_wan.engines.shape import ShardPlan
 from trt_wan.errors import UsageError
 from trt_wan.runtime.events import Event, Note, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.parallel.ranks import Ranks
@@ -218,21 +213,12 @@ def test_one_process(tiny_home: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert document["throughput"] == [] and (tmp_path / "windows.png").exists()
 
 
-@pytest.fixture(scope="session")
-def home_of_ranks(tiny_home: Path) -> Path:
-    """`tiny_home` with the graphs of 2 and 4 ranks."""
-    with FileLock(f"{tiny_home}.ranks"), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRT_WAN_HOME", str(tiny_home))
-        for ranks in (2, 4):
-            export_graphs(TINY, ShardPlan.of(PLAN, ranks), silent)
-    return tiny_home
-
-
 @pytest.mark.long
 def test_one_two_and_four_processes(
-    home_of_ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home_of_ranks: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRT_WAN_HOME", str(home_of_ranks))
+    for ranks in (2, 4):
+        monkeypatch.setenv("TRT_WAN_HOME", str(home_of_ranks(ranks)))
     kept: list[int] = []
     wanted = Wanted([SHAPE], [1, 2, 4], {"executor": "onnxruntime"}, steps=2)
     made = measure_scaling(wanted, keep=lambda unfinished: kept.append(len(unfinished.rows)))

@@ -188,6 +188,7 @@ def test_a_camera_over_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert frames.shape[1:] == (48, 64, 3)
 
 
+@pytest.mark.long
 def test_a_raw_clip_is_played_and_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a lower rate than its own."""
     made_up_people(monkeypatch)
@@ -203,6 +204,7 @@ def test_a_raw_clip_is_played_and_prepared(tmp_path: Path, monkeypatch: pytest.M
     assert len(read_frames(tmp_path / "out.mp4")) <= 20
 
 
+@pytest.mark.long
 def test_stdout_and_ctrl_c(folder: Path, tmp_path: Path) -> None:
     """A stream on stdout, one line a window on stderr; after Ctrl-C what came is finished, exit code 0."""
     long = tmp_path / "long"

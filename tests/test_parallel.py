@@ -13,11 +13,11 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from conftest import MakeModel, Weights, told_by
+from conftest import MakeModel, Weights
 from lora_files import FAMILIES
 from ranks_in_threads import at_once, connected
 from test_transformer import random_inputs
-from tiny_job import BUILD, PLAN, prepare, write_reference, write_sound
+from tiny_job import PLAN, prepare, write_reference, write_sound
 
 from trt_wan.build.export import export
 from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL
@@ -63,13 +63,6 @@ TOLERANCE = 1e-5  # fp32; values of order 1
 
 
 GraphsOf = Callable[[ShardPlan], Path]
-
-
-@pytest.fixture(scope="module")
-def home(tiny_home: Path) -> Path:
-    """With the graphs of two ranks, made by the command."""
-    told_by(f"{BUILD} --gpus 2", tiny_home)
-    return tiny_home
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +113,13 @@ def rank_model(whole: Model, weights: Weights, graphs: Path, ranks: Ranks) -> Mo
 
 
 @pytest.fixture(scope="module")
-def graphs_of(home: Path, tmp_path_factory: pytest.TempPathFactory) -> GraphsOf:
+def graphs_of(home_of_ranks: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> GraphsOf:
     """graphs_of(share): a folder with its graphs. Those of equal networks are exported once: of one rank,
     which are the whole ones, and of several numbers of ranks with equally many tokens and heads.
     """
     made: list[tuple[Network, Path]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRT_WAN_HOME", str(home))
+        patch.setenv("TRT_WAN_HOME", str(home_of_ranks(2)))
         for plan in (PLAN, share_plan(TINY, PLAN, 2, overlaps=False)):
             folder = graph_set(TINY, plan).require()
             made += [(each, folder / f"{name}.onnx") for name, each in networks(TINY, plan).items()]
@@ -178,7 +171,7 @@ def test_the_velocity_of_ranks_is_that_of_one(
 
 
 @pytest.fixture(scope="module")
-def place(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def place(home_of_ranks: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """weights/, clips/ and a LoRA."""
     base = tmp_path_factory.mktemp("jobs")
     prepare(base / "clips", write_sound(base / "tone.m4a", 1))
@@ -186,7 +179,7 @@ def place(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     write_tiny_weights(base / "weights", seed=5)
     FAMILIES["high_noise"]().save(base / "lora.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRT_WAN_HOME", str(home))
+        patch.setenv("TRT_WAN_HOME", str(home_of_ranks(2)))
         yield base
 
 
@@ -195,7 +188,7 @@ Opened = Callable[[int], Models]
 
 
 @pytest.fixture(scope="module")
-def opened(place: Path, home: Path) -> Iterator[Opened]:
+def opened(place: Path, home_of_ranks: Callable[[int], Path]) -> Iterator[Opened]:
     """opened(count): the models of all ranks, which stay open for all jobs."""
     files = WeightFiles((place / "weights",))
     made: dict[int, Models] = {}
@@ -203,7 +196,7 @@ def opened(place: Path, home: Path) -> Iterator[Opened]:
     def models(count: int) -> Models:
         if count not in made:
             if count > 2:
-                told_by(f"{BUILD} --gpus {count}", home)
+                home_of_ranks(count)
             settings = Settings(executor="onnxruntime", text_cache=False, gpus=count)
             made[count] = [
                 held.enter_context(open_basis(files, settings, silent).open(ranks=ranks))

@@ -149,7 +149,7 @@ def program(model: Model, latent: Any, frames: Any) -> tuple[Any, Any, Any]:
     [
         (2, PLAN, True),
         (3, PLAN, False),
-        (4, PLAN, True),
+        pytest.param(4, PLAN, True, marks=pytest.mark.long),
         pytest.param(2, Plan(16, 32, 17, "bf16", vae_chunk=2), True, marks=pytest.mark.long),
         pytest.param(8, PLAN, True, marks=pytest.mark.long),
     ],
@@ -178,7 +178,7 @@ def test_ranks_equal_one_gpu(cpu: VaeOnCpu, count: int, plan: Plan, monkeypatch:
         assert [latent.tobytes() for latent in ours] == [latent.tobytes() for latent in latents]
 
 
-@pytest.mark.parametrize("cpu", [True, False], indirect=True)
+@pytest.mark.parametrize("cpu", [pytest.param(True, marks=pytest.mark.long), False], indirect=True)
 def test_only_what_lives_at_a_cut_is_needed_behind_it(cpu: VaeOnCpu) -> None:
     """Moves to another scratch, full of NaN, at every cut."""
     rng, weights = np.random.default_rng(1), random_weights(TINY)
