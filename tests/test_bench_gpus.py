@@ -202,7 +202,7 @@ def test_the_gpus_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_process(tiny_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRT_WAN_HOME", str(tiny_home))
-    monkeypatch.setattr(scaling, "MOST_WINDOWS", 2)
+    monkeypatch.setattr(scaling, "MOST_WINDOWS", 1)
     ran = bench(f"--gpus 1 {TINY_ARGUMENTS} --job-steps 2 --out {tmp_path}")
     assert ran.exit_code == 0, ran.stderr
     document = json.loads(ran.stdout)

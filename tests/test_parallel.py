@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -63,6 +63,7 @@ TOLERANCE = 1e-5  # fp32; values of order 1
 
 
 GraphsOf = Callable[[ShardPlan], Path]
+Undivided = Callable[[Plan], tuple[Model, dict[str, Array], list[Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,18 @@ def forwards(model: Model, inputs: dict[str, Array]) -> list[Any]:
         run(context, replace(window, pictures=1), ropes[1]),
         run(context, window, keep=np.array([0.5], np.float32)),
     ]
+
+
+@pytest.fixture(scope="module")
+def undivided(make_model: MakeModel, weights: Weights) -> Undivided:
+    """undivided(plan): a whole model, inputs, and its forwards."""
+
+    @cache
+    def made(plan: Plan) -> tuple[Model, dict[str, Array], list[Any]]:
+        whole, inputs = make_model(TINY, plan, weights), random_inputs(plan, seed=1)
+        return whole, inputs, forwards(whole, inputs)
+
+    return made
 
 
 def rank_model(whole: Model, weights: Weights, graphs: Path, ranks: Ranks) -> Model:
@@ -151,11 +164,10 @@ SIZES = [(64, 48, 13), (64, 96, 5), (112, 48, 13), (48, 32, 77)]  # of test_tran
     ],
 )
 def test_the_velocity_of_ranks_is_that_of_one(
-    make_model: MakeModel, weights: Weights, graphs_of: GraphsOf, size: tuple[int, int, int], count: int
+    undivided: Undivided, weights: Weights, graphs_of: GraphsOf, size: tuple[int, int, int], count: int
 ) -> None:
     plan = Plan(*size)
-    inputs, whole = random_inputs(plan, seed=count), make_model(TINY, plan, weights)
-    alone = forwards(whole, inputs)
+    whole, inputs, alone = undivided(plan)
     others = alone[:4]  # attention over one block of tokens is dense
     apart = [np.abs(a - b).max() for k, a in enumerate(others) for b in others[:k]]
     assert min(apart) > TOLERANCE, "two of the forwards are the same"

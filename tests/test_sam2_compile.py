@@ -64,6 +64,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", ["sm89", "sm120"])
 @pytest.mark.parametrize("name", networks(MODEL, PLAN))
 def test_every_graph_compiles_and_heavy_attention_is_fused(graphs: Path, name: str, target: Target) -> None:
@@ -74,6 +75,7 @@ def test_every_graph_compiles_and_heavy_attention_is_fused(graphs: Path, name: s
     assert fused_attentions(plan) == [HALF] * FUSED.get(name, 0)
 
 
+@pytest.mark.long
 def test_fp16_is_near_float32(graphs: Path) -> None:
     """The fp16 graphs in ONNX Runtime against the same functions run by torch in float32."""
     weights = weights_of(MODEL, random_sam2_weights(MODEL, 1))
