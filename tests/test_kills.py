@@ -12,21 +12,23 @@ from kills import KILL, Base, Moment, fill_a_disk, make_base, report, run_moment
 IN_A_BUILD = 6.0  # seconds; on a slow machine torch is still being imported
 
 
+def base_with(folder: Path, tiny_home: Path, kind: str) -> Base:
+    """The graphs are there: `tiny_home` is of the same size and window."""
+    shutil.copytree(tiny_home, folder / "home")
+    return make_base(folder, (kind,))
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, tiny_home: Path) -> Base:
-    """The graphs are there: `tiny_home` is of the same size and window."""
-    folder = tmp_path_factory.mktemp("kills") / "base"
-    shutil.copytree(tiny_home, folder / "home")
-    base = make_base(folder, ("run", "preprocess"))
+    base = base_with(tmp_path_factory.mktemp("kills") / "base", tiny_home, "run")
     return replace(base, seconds={**base.seconds, "resume": base.seconds["run"]})
 
 
 @pytest.mark.parametrize(
     ("kind", "part", "number"),
     [
-        ("run", 0.75, KILL),
-        ("resume", 0.85, KILL),
-        ("preprocess", 0.8, KILL),
+        ("resume", 0.85, KILL),  # a run that is killed, and goes on
+        pytest.param("run", 0.75, KILL, marks=pytest.mark.long),
         pytest.param("resume", 0.7, KILL, marks=pytest.mark.long),
         pytest.param("resume", 0.95, KILL, marks=pytest.mark.long),
         pytest.param("run", 0.75, signal.SIGTERM, marks=pytest.mark.long),
@@ -39,6 +41,13 @@ def test_a_killed_command_loses_nothing(
     base: Base, tmp_path: Path, kind: str, part: float, number: int
 ) -> None:
     moment = run_moment(base, Moment(kind, number, part), tmp_path / "moment")
+    assert not moment.faults, moment
+
+
+@pytest.mark.long
+def test_a_killed_preparation_loses_nothing(tmp_path: Path, tiny_home: Path) -> None:
+    base = base_with(tmp_path / "base", tiny_home, "preprocess")
+    moment = run_moment(base, Moment("preprocess", KILL, 0.8), tmp_path / "moment")
     assert not moment.faults, moment
 
 
