@@ -281,6 +281,7 @@ def test_a_mask(folder: Path) -> None:
     assert np.abs(ours - theirs).max() <= BF16_STEP * np.abs(theirs).max()
 
 
+@pytest.mark.long
 def test_objects_do_not_see_each_other(folder: Path) -> None:
     """Two objects in one run are what they are alone."""
     c = config("sam2.1_tiny")
