@@ -373,6 +373,7 @@ def requests(quick: dict[str, Any]) -> tuple[list[Block], Animate]:
     )
 
 
+@pytest.mark.long
 def test_a_process_that_dies(comfy: Comfy, quick: dict[str, Any]) -> None:
     shared, job = requests(quick)
 
