@@ -22,7 +22,7 @@ from trt_wan.build.export import export
 from trt_wan.engines.checkpoint import DIRECTION, ORTHONORMAL
 from trt_wan.engines.config import TINY
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.shape import Plan
+from trt_wan.engines.shape import Plan, ShardPlan
 from trt_wan.errors import UsageError
 from trt_wan.runtime.camera import Camera
 from trt_wan.runtime.colour import Anchor, Colour
@@ -43,7 +43,6 @@ from trt_wan.runtime.networks.transformer import (
     velocity,
 )
 from trt_wan.runtime.opening.model import OpenModel, open_basis
-from trt_wan.runtime.parallel.planner import share_plan
 from trt_wan.runtime.parallel.ranks import Ranks
 from trt_wan.runtime.parallel.sequence import HostSequence
 from trt_wan.runtime.parallel.shards import Shards
@@ -70,7 +69,9 @@ def forwards(model: Model, inputs: dict[str, Array]) -> list[Any]:
     one, rank = np.ones(1, np.float32), model.ranks
     face = encode_face(model, inputs["face"])
     image = embed_image(model, inputs["image"])
-    context, away = (encode_context(model, text, image) for text in (inputs["text"], np.negative(inputs["text"])))
+    context, away = (
+        encode_context(model, text, image) for text in (inputs["text"], np.negative(inputs["text"]))
+    )
     number = [np.array([value], np.float32) for value in (4, 1.5, 0.5)]
     nag = [(*layer, *other[:2], *number) for layer, other in zip(context, away, strict=True)]
     time = encode_time(model, 500)
@@ -94,7 +95,7 @@ def forwards(model: Model, inputs: dict[str, Array]) -> list[Any]:
 
 def rank_model(whole: Model, weights: Weights, graphs: Path, ranks: Ranks) -> Model:
     """A rank's model, with the graphs of `whole` beside those of its share."""
-    share = share_plan(TINY, whole.plan, ranks.count, overlaps=False)
+    share = ShardPlan.of(whole.plan, ranks.count)
     exported: Any = whole.executor
     executor = OnnxRuntimeExecutor(exported.graphs, BoundWeights(weights))
     executor.add(graphs, networks(TINY, share))
@@ -126,7 +127,7 @@ def test_the_velocity_of_ranks_is_that_of_one(
     others = alone[:4]  # attention over one block of tokens is dense
     apart = [np.abs(a - b).max() for k, a in enumerate(others) for b in others[:k]]
     assert min(apart) > TOLERANCE, "two of the forwards are the same"
-    share = share_plan(TINY, plan, count, overlaps=False)
+    share = ShardPlan.of(plan, count)
     for name, network in networks(TINY, share).items():
         export(network, TINY, share, tmp_path / f"{name}.onnx")
     with connected(count) as all_ranks:

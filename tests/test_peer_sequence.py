@@ -101,16 +101,19 @@ def compute(
         job.check(rank, given)
 
 
-# Ranks, slots, tokens of a slot, heads, channels, groups; the last two have ranks without tokens, or heads.
+# Ranks, slots, tokens of a slot, heads, channels, groups. The last five have ranks that lack tokens or heads.
 CASES = [
-    Shards(1, 2, 3, 2, HEAD, 2),
-    Shards(2, 3, 4, 4, HEAD, 1),
-    Shards(2, 3, 5, 4, HEAD, 2),
-    Shards(2, 2, 5, 8, HEAD, 4),
-    Shards(2, 2, 3, 3, HEAD, 2),
-    Shards(3, 2, 7, 4, HEAD, 2),
-    Shards(4, 2, 6, 8, HEAD, 2),
-    Shards(4, 3, 5, 2, HEAD, 1),
+    Shards(1, 2, 3, 2, HEAD, (1, 1)),
+    Shards(2, 3, 4, 4, HEAD),
+    Shards(2, 3, 5, 4, HEAD, (1, 1)),
+    Shards(2, 2, 5, 8, HEAD, (1, 3)),
+    Shards(2, 2, 4, 10, HEAD, (1, 3, 1)),
+    Shards(4, 2, 6, 12, HEAD, (2, 1)),
+    Shards(2, 2, 3, 3, HEAD, (1, 1)),
+    Shards(2, 2, 3, 9, HEAD, (2, 3)),
+    Shards(3, 2, 7, 4, HEAD, (1, 1)),
+    Shards(3, 2, 7, 10, HEAD, (1, 3)),
+    Shards(4, 3, 5, 2, HEAD),
 ]
 
 
@@ -123,14 +126,14 @@ def test_attention_is_that_of_one_gpu_in_any_order(kernels: CpuKernels, shards: 
 
 @pytest.mark.parametrize("ranks", (2, 3, 4))
 def test_streams_may_share_a_queue_of_the_hardware(kernels: CpuKernels, ranks: int) -> None:
-    job = Job(Shards(ranks, 2, 5, 8, HEAD, 1), seed=0)
+    job = Job(Shards(ranks, 2, 5, 8, HEAD), seed=0)
     for seed in range(10):
         compute(job, kernels, seed, one_queue=True)
 
 
 def test_without_flags_the_numbers_are_wrong(kernels: CpuKernels) -> None:
     """So the orders that are tried find a missing wait."""
-    job, wrong = Job(Shards(2, 3, 4, 4, HEAD, 2), seed=0), 0
+    job, wrong = Job(Shards(2, 3, 4, 4, HEAD, (1, 1)), seed=0), 0
     for seed in range(10):
         try:
             compute(job, kernels, seed, blind=True)

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,33 @@ NAMES = ("set_flag", "wait_flag", "beside")
 SHARED = Path("/dev/shm")  # memory as files; CUDA registers no pages of a disk
 LINE = 128  # bytes from flag to flag: no two in a cache line
 PIECE = 2 << 20  # CUDA exports memory in such pieces: a smaller block would share its neighbours too
+VECTOR = 16  # bytes that a thread copies
 ENDED = 0x7FFF_FFFF  # at least any value that is waited for
 HANDLE_BYTES = 64  # of cudaIpcMemHandle_t
 PROBE_SECONDS = 5.0
 ONE_GPU = "Leave --gpus out to use one GPU."
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Channels that go beside each other into rows. Of every `share` rows those from `filled` on are padding.
+    Other numbers are bytes, multiples of VECTOR.
+    """
+
+    rows: int
+    share: int
+    filled: int
+    count: int
+    width: int  # of a row of a piece
+    step: int  # from where a piece goes in a row to where the next one does
+    first: int  # where the first one goes
+    whole: int  # the width of the rows, behind which channels are dropped
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Arguments of the kernel."""
+        in_vectors = (size // VECTOR for size in (self.width, self.step, self.first, self.whole))
+        return self.rows, self.share, self.filled, self.count, *in_vectors
 
 
 class PeerMemory:
@@ -96,14 +120,13 @@ class PeerMemory:
         if width and height:
             cuda(runtime.cudaMemset2DAsync(*target, 0, width, height, int(stream.handle)))
 
-    def lay_beside(
-        self, out: int, pieces: int, rows: int, widths: tuple[int, int], share: int, filled: int
-    ) -> None:
-        """Enqueues the kernel of beside.cu on the compute stream. `widths`: the bytes of a row of `out`
-        and of a piece, multiples of 16.
+    def lay_beside(self, out: int, address: int, pieces: Pieces) -> None:
+        """Enqueues the kernel of beside.cu on the compute stream: from the pieces at `address`, of which one
+        begins where the one before ends, to the rows at `out`.
         """
-        numbers = map(np.int64, (rows, widths[0] // 16, widths[1] // 16, share, filled))
-        self._module.launch(self._gpu.stream, "beside", min(rows, MOST_BLOCKS), 256, out, pieces, *numbers)
+        blocks = min(pieces.rows, MOST_BLOCKS)
+        numbers = map(np.int64, pieces.numbers)
+        self._module.launch(self._gpu.stream, "beside", blocks, 256, out, address, *numbers)
 
     def signal(self, rank: int, flag: int, value: int, stream: Any) -> None:
         """Sets a rank's flag when all earlier work of the stream is done and visible there."""
