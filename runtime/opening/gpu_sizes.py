@@ -183,7 +183,7 @@ class GpuSizes:
         self._slots = residency.slots
         room = self._budget - residency.arena - residency.scratch - residency.slots
         model = self._models[opened]
-        if model.vae_pipeline is not None and model.tile is None:
+        if model.vae_pipeline is not None:
             others = [_own_part(pack, model.vae_pipeline) for pack in others]
         self.weights.prefetch([*others, *blocks], room)
         model.ranks, model.sequence = ranks, self._peers if share is not None else None

@@ -47,8 +47,8 @@ def open_segments(
     progress: Progress,
     contracts: Mapping[str, Network] | None = None,
 ) -> dict[str, Segment]:
-    """By network, of `contracts` if given, else of the plan. All engines are opened in one call: new ones have
-    their kernels finished side by side.
+    """By network, of `contracts` if given, else of the plan. All engines are opened in one call: new ones
+    have their kernels finished side by side.
     """
     contracts = networks(config, plan) if contracts is None else contracts
     engines = {name: recipes[row.engine] for name, row in chosen.items() if row.engine is not None}

@@ -76,11 +76,10 @@ class PeerMemory:
         self._closed, self._lost = threading.Event(), threading.Event()
         self._watch: threading.Thread | None = None
         self._blocks: dict[int, int] = {}
-        self._map = _shared_pages(ranks, ranks.count * flags * LINE)
-        self._whole: NDArray[np.uint32] | None = np.frombuffer(self._map, np.uint32)
-        values = self._whole[: ranks.count * flags * LINE // 4].reshape(ranks.count, flags, LINE // 4)
-        self._own = values[self._rank, :, 0]
         self._pitch = flags * LINE
+        pages = _shared_pages(ranks, ranks.count * self._pitch)
+        self._whole: NDArray[np.uint32] | None = np.frombuffer(pages, np.uint32)
+        self._own = self._whole[self._rank * self._pitch // 4 :: LINE // 4][:flags]
         try:
             self._flags = _registered(self._whole)
             self._by_kernels = kernels or not self._streams_signal()
@@ -187,8 +186,7 @@ class PeerMemory:
             cuda(runtime.cudaHostUnregister(self._whole.ctypes.data))
         self._blocks.clear()
         self._own = np.zeros(1, np.uint32)
-        self._whole = None
-        self._map.close()
+        self._whole = None  # the pages go with the last array of them, which a traceback may hold
 
     def _take(self, ranks: Ranks, size: int) -> None:
         """Allocates the own block and maps those of the others."""
@@ -216,6 +214,10 @@ class PeerMemory:
     def _works(self) -> bool:
         """Whether a stream that waits for flag 0 goes on when another has set it."""
         self._own[0] = 0
+        # CUDA loads a kernel at its first launch, for which no kernel may be waiting here.
+        self.signal(self._rank, 0, 0, self._gpu.loads)
+        self.wait(0, 0, self._gpu.loads)
+        self._gpu.loads.sync()
         self.wait(0, 1, self._gpu.copies)
         try:
             waited = self._gpu.copies.record()
