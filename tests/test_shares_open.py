@@ -46,7 +46,8 @@ class Opened:
         self.loaded: list[list[str]] = []  # by call, the names of the packs
         self.opened: list[str] = []
         self.ran: list[str] = []
-        self.ranks: Any = SimpleNamespace(rank=0, count=2, least=lambda value: min(value, processors))
+        self.processors = processors
+        self.ranks: Any = SimpleNamespace(rank=0, count=2, least=self._least)
         choice = SimpleNamespace(engine=engine)
         patch.setattr(gpu_sizes, "recipes_here", lambda *_: {})
         patch.setattr(gpu_sizes, "choose_segments", lambda *given: dict.fromkeys(given[-1], choice))
@@ -81,6 +82,10 @@ class Opened:
         rows = rest[3] if len(rest) > 3 else networks(config, plan)
         self.opened += chosen
         return {name: Segment(rows[name]) for name in chosen}
+
+    def _least(self, value: int) -> int:
+        """Of processors. The other rank has as much memory."""
+        return min(value, self.processors) if value < 1000 else value
 
     def _open_peers(self, gpu: Any, ranks: Any, shards: Any, *_: Any) -> Any:
         return SimpleNamespace(shards=shards, memory=SimpleNamespace(size=0))
