@@ -33,7 +33,7 @@ from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.precision import PRECISIONS
-from trt_wan.engines.shape import CameraPlan, Plan
+from trt_wan.engines.shape import CameraPlan, Plan, ShardPlan
 from trt_wan.engines.store.engine_id import Recipe, wan_engine
 from trt_wan.engines.store.engines import ensure
 from trt_wan.engines.store.entries import entries, remove
@@ -407,6 +407,13 @@ def test_engines_made_ahead_are_those_of_a_job(
         open_model.build_engines(TINY, PLAN, gpu, RTX, settings, lambda event: None)
         chosen, _ = segments_of(recipes, settings)
         assert made.pop() == [recipes[row.engine] for row in chosen.values() if row.engine is not None]
+    # A GPU's share has the candidates of the whole. Where it is made, the whole has none of its networks.
+    share, settings = ShardPlan.of(PLAN, 2), Settings(segments={"attention": "tensorrt"})
+    for plan, without in ((share, ()), (PLAN, networks(TINY, share)), (PLAN, ())):
+        open_model.build_engines(TINY, plan, gpu, RTX, settings, lambda event: None, without)
+    own, rest, whole = made
+    assert own and rest and not {id(one) for one in own} & {id(one) for one in rest}
+    assert sorted(map(id, [*own, *rest])) == sorted(map(id, whole))
     with pytest.raises(UsageError, match="fast needs FP8"):
         open_model.build_engines(
             TINY, replace(PLAN, precision="bf16"), gpu, RTX, Settings(tier="fast"), lambda event: None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from trt_wan.engines.choice.candidates import VAE
 from trt_wan.engines.config import ANIMATE_14B
 from trt_wan.engines.contract import Network
 from trt_wan.engines.contracts import networks
@@ -91,7 +92,7 @@ class Opened:
         return SimpleNamespace(shards=shards, memory=SimpleNamespace(size=0))
 
     def _open_pipeline(self, gpu: Any, segments: Any, contracts: Any, *_: Any) -> Any:
-        parts = {part_name(name): replace(contracts[name], name=part_name(name)) for name in DECODE}
+        parts = {part_name(name): replace(contracts[name], name=part_name(name)) for name in VAE}
         return SimpleNamespace(networks=parts, segments={}, nbytes=0)
 
     def _prefetch(self, packs: Any, room: int) -> None:
@@ -141,10 +142,16 @@ def test_turbo_attends_in_the_same_groups(monkeypatch: pytest.MonkeyPatch) -> No
     }
 
 
-def test_a_rank_loads_its_layers_of_the_decoder_only(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_loads_its_layers_of_the_decoder_only(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """Four ranks encode together too."""
     opened = Opened(monkeypatch)
+    opened.ranks.count = ranks
     opened.begin()
     first, last = opened.loaded
-    assert not {*first, *last} & {*DECODE} and "vae_encode_next" in last
+    encoders = {"vae_encode_first", "vae_encode_next"}
+    parts = {part_name(name) for name in ({*DECODE} if ranks == 2 else {*DECODE, *encoders})}
+    assert {name for name in first if name.startswith("vae")} == encoders
+    assert {name for name in last if name.startswith("vae")} == encoders | parts
     opened.begin()
     assert opened.loaded[2] == last

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from trt_wan.engines.choice.candidates import SPARSE, Candidate, Engine, Machine, Tier, candidates, tiers
+from trt_wan.engines.choice.candidates import SPARSE, VAE, Candidate, Engine, Machine, Tier, candidates, tiers
 from trt_wan.engines.choice.choose import choose, place_of
 from trt_wan.engines.choice.recipes import recipes as recipes_for
 from trt_wan.engines.choice.recipes import recipes_here
@@ -31,6 +31,7 @@ from trt_wan.engines.store.engine_id import Recipe
 from trt_wan.engines.store.graphs import graph_set
 from trt_wan.engines.store.measurements import read_figures
 from trt_wan.errors import GpuFault, MemoryShort, UsageError, shell_command, with_commands
+from trt_wan.runtime.conditioning import MANY_RANKS
 from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, silent
@@ -184,7 +185,7 @@ class GpuSizes:
         room = self._budget - residency.arena - residency.scratch - residency.slots
         model = self._models[opened]
         if model.vae_pipeline is not None:
-            others = [_own_part(pack, model.vae_pipeline) for pack in others]
+            others = _with_parts(others, model.vae_pipeline, encodes=ranks.count >= MANY_RANKS)
         self.weights.prefetch([*others, *blocks], room)
         model.ranks, model.sequence = ranks, self._peers if share is not None else None
         return model
@@ -454,10 +455,17 @@ class GpuSizes:
         return int(self._scratch[0].handle)
 
 
-def _own_part(pack: Pack, pipeline: VaePipeline) -> Pack:
-    """The pack of a rank's layers, where the ranks decode together."""
-    name = pack.network.name
-    return Pack.of(pipeline.networks[part_name(name)], pack.n) if name in DECODERS else pack
+def _with_parts(packs: Sequence[Pack], pipeline: VaePipeline, encodes: bool) -> list[Pack]:
+    """A rank's own layers in place of the decoder. With `encodes` also those of the encoder, which is run
+    whole for some pictures.
+    """
+    made: list[Pack] = []
+    for pack in packs:
+        decodes = (name := pack.network.name) in DECODERS
+        made += () if decodes else (pack,)
+        if decodes or (encodes and name in VAE):
+            made.append(Pack.of(pipeline.networks[part_name(name)], pack.n))
+    return made
 
 
 def camera_of(plan: Plan, load: Load) -> CameraPlan | None:
@@ -476,12 +484,23 @@ def _would_fit(short: MemoryShort, command: tuple[str, ...]) -> MemoryShort:
 
 
 def build_engines(
-    config: ModelConfig, plan: Plan, gpu: Gpu, flavour: Flavour, settings: Settings, progress: Progress
+    config: ModelConfig,
+    plan: Plan,
+    gpu: Gpu,
+    flavour: Flavour,
+    settings: Settings,
+    progress: Progress,
+    without: Collection[str] = (),
 ) -> None:
-    """Builds the engines that `GpuSizes` would choose at that shape, and finishes their kernels."""
-    machine = machine_of(gpu, flavour)
-    recipes = recipes_here(config, plan, machine)
-    chosen = choose_segments(config, plan, machine, recipes, settings, silent).values()
+    """Builds the engines that `GpuSizes` would choose at that shape for all networks but `without`, and
+    finishes their kernels.
+    """
+    machine, whole = machine_of(gpu, flavour), plan.undivided
+    recipes = recipes_here(config, whole, machine)
+    names = [name for name in network_names(config, plan, settings.tier) if name not in without]
+    chosen = choose_segments(config, whole, machine, recipes, settings, silent, names).values()
+    if whole != plan:
+        recipes = recipes_here(config, plan, machine)
     finish_engines(gpu, [recipes[row.engine] for row in chosen if row.engine is not None], progress)
 
 
