@@ -165,7 +165,7 @@ def test_ranks_equal_one_gpu(cpu: VaeOnCpu, count: int, plan: Plan, monkeypatch:
 
     world = World(count)
     peers = SimulatedPeers(world, count)
-    ranks = [SimpleNamespace(rank=rank, count=count) for rank in range(count)]
+    ranks = [SimpleNamespace(rank=rank, count=count, watch=lambda *_: None) for rank in range(count)]
     models = [opened(cpu, plan, SimulatedGpu(world), each, peers) for each in ranks]
     made = together([partial(program, model, *given) for model in models])
     for model in models:
@@ -218,7 +218,7 @@ def test_rank_0_measures_for_all(cpu: VaeOnCpu, monkeypatch: Any) -> None:
 
     peers, divided = SimulatedPeers(world, 2), []
     for rank in range(2):
-        ranks = SimpleNamespace(rank=rank, count=2, exchange=exchanged(rank))
+        ranks = SimpleNamespace(rank=rank, count=2, exchange=exchanged(rank), watch=lambda *_: None)
         model = opened(cpu, PLAN, SimulatedGpu(world), ranks, peers, measure=True)
         assert model.vae_pipeline is not None
         divided.append(model.vae_pipeline.divided)

@@ -114,11 +114,16 @@ def datasheet(name: str) -> Datasheet | None:
     return next((row for part, row in DATASHEETS.items() if part in name), None)
 
 
-def first_gpu() -> str:
-    """The number or UUID of CUDA's first GPU, as NVML and nvidia-smi have it: they list all GPUs, also those
-    that CUDA_VISIBLE_DEVICES hides.
+def visible_gpus(count: int) -> list[str]:
+    """The numbers or UUIDs of CUDA's first `count` GPUs, as NVML and nvidia-smi have them: they list all,
+    also those that CUDA_VISIBLE_DEVICES hides.
     """
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip() or "0"
+    named = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+    return (named or [str(number) for number in range(count)])[:count]
+
+
+def first_gpu() -> str:
+    return visible_gpus(1)[0]
 
 
 def read_gpu() -> Gpu | None:

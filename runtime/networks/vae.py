@@ -11,6 +11,7 @@ Several ranks compute a clip together where the model has a pipeline (parallel/v
 of one GPU. Elsewhere, and in tiles, rank 0 decodes alone.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -63,8 +64,12 @@ def decode(model: Model, latent: Array) -> Iterator[Array]:
     count = latent.shape[1]
     assert (count - 1) % step == 0, f"{count} latent frames are not one and a multiple of {step}"
     spans = _spans(count, step)
+    since = time.perf_counter()
     chunks = _computed(model, "decode", lambda start, stop: latent[:, start:stop], spans, pipeline)
     yield from model.fetched(chunks)
+    if model.ranks.rank:  # it waits for rank 0's frames next in any case
+        model.executor.wait()
+        model.ranks.watch("decode", time.perf_counter() - since)
 
 
 def _spans(count: int, step: int) -> list[Span]:

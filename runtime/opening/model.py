@@ -53,6 +53,8 @@ from trt_wan.runtime.opening.lynx import LynxSearch, acting_adapters
 from trt_wan.runtime.parallel.group import Group
 from trt_wan.runtime.parallel.planner import Choice, choose_split, share_plan
 from trt_wan.runtime.parallel.ranks import RankLost, Ranks
+from trt_wan.runtime.parallel.relay import empty_copy, giving
+from trt_wan.runtime.parallel.trace import traced
 from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.step_ratios import with_ratios
@@ -382,7 +384,8 @@ class OpenModel(Closing):
         finished = False
         try:
             self._sizes.resume()
-            should_stop = self._with_others(job, clips, begin_from, should_stop)
+            clips, should_stop = self._with_others(job, clips, begin_from, should_stop)
+            progress = traced(progress, self.ranks)
             for piece in stream_pieces(
                 _with_ratios(job, self._weights, progress),
                 self,
@@ -404,21 +407,26 @@ class OpenModel(Closing):
 
     def _with_others(
         self, job: Job, clips: Clips | None, begin_from: WindowState | None, should_stop: ShouldStop
-    ) -> ShouldStop:
-        """Has the other ranks begin a job, and returns `should_stop` that raises when one is lost."""
+    ) -> tuple[Clips | None, ShouldStop]:
+        """Has the other ranks begin a job. Returns clips whose frames they get, if no file has them, and
+        `should_stop` that raises when a rank is lost.
+        """
         if self._start is None:
-            return should_stop
+            return clips, should_stop
         if self._group is not None and self._group.was_lost():
             self._end_group()
         group = self._group = self._group or self._start()
         self.ranks, group.abandon = group.ranks, self._sizes.abandon
-        group.begin(job, begin_from, {} if clips is None else clips.endings)
+        live = None
+        if clips is not None and clips.coming is not None:
+            live, clips = empty_copy(clips, job.history), giving(clips, group.ranks)
+        group.begin(job, begin_from, {} if clips is None else clips.endings, live)
 
         def stop() -> bool:
             group.check()
             return should_stop()
 
-        return stop
+        return clips, stop
 
     def _end_group(self) -> None:
         if self._group is not None:

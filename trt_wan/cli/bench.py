@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from trt_wan.cli.bench_preprocess import bench_preprocess
-from trt_wan.cli.bench_report import finished, show_tables
+from trt_wan.cli.bench_report import finished, keeper, show_tables
+from trt_wan.cli.bench_scaling import scale, scaling_options, take_scaling
 from trt_wan.cli.calibrate_cache import calibrate_cache
 from trt_wan.cli.command import Group, command, note
 from trt_wan.cli.report import Report
@@ -21,7 +22,6 @@ from trt_wan.errors import shown
 if TYPE_CHECKING:
     from trt_wan.benchmarks.measure.quality import Wanted
     from trt_wan.benchmarks.peers.shape import Shape
-    from trt_wan.benchmarks.report.sheet import Report as Measured
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 THERE = click.Path(path_type=Path, file_okay=False, exists=True)
@@ -102,7 +102,6 @@ _SETTINGS = (
     click.option("--attention-keep", type=float, metavar="SHARE", help="turbo: of the key blocks kept."),
     click.option("--flavour", type=click.Choice(["tensorrt", "tensorrt_rtx"])),
     click.option("--vram", type=float, help="GB of GPU memory to use at most."),
-    click.option("--gpus", type=int, help="GPUs that share a job. Default: 1."),
     click.option(
         "--segment",
         "segments",
@@ -112,6 +111,7 @@ _SETTINGS = (
         help="Take this candidate, such as attention=cudnn; may be repeated.",
     ),
 )
+_GPUS = click.option("--gpus", type=int, help="GPUs that share a job. Default: 1.")  # `bench` takes several
 _ROWS = click.option(
     "--row",
     "rows",
@@ -157,6 +157,7 @@ def _options(*rows: Decorator) -> Decorator:
 @click.option("--lightx2v", type=THERE, help="A checkout of LightX2V, for the peer of that name.")
 @click.option("--cold/--no-cold", default=True, show_default=True, help="Measure a cold start as well.")
 @click.option("--repeat", type=COUNT, default=1, show_default=True, help="Runs in a row: the spread.")
+@scaling_options(_sizes)
 @_OUT
 @command
 def measure(
@@ -183,12 +184,17 @@ def measure(
     \b
     trt-wan bench --out bench/
     trt-wan bench --peers all --rounds 3 --out bench/
+    trt-wan bench --gpus 1,2,4 --tier fast --out scaling/
     trt-wan bench compare before/bench.json after/bench.json
     """
     from trt_wan.benchmarks.bench import Options, run_bench
     from trt_wan.benchmarks.peers.contest import Contest
     from trt_wan.benchmarks.report.repeat import JOBS, Repeats
 
+    if (scaling := take_scaling(settings)) is not None:
+        sizes = map(size_of, scaling["sizes"])
+        shapes = [_shape(model, each, window) for each in sizes] or [_shape(model, size, window)]
+        return scale(report, shapes, _given(settings), scaling, job_steps, weights, out)
     options = Options(
         shape=_shape(model, size, window),
         settings=_given(settings),
@@ -220,7 +226,7 @@ def compare_results(*, report: Report, first: Path, second: Path) -> Any:
 
 
 @click.command("sweep", short_help="Measure how the cost grows.")
-@_options(*_SHAPE, *_SETTINGS)
+@_options(*_SHAPE, *_SETTINGS, _GPUS)
 @click.option(
     "--axes", default="size,window", show_default=True, help="Of size, window, steps, precision, vram."
 )
@@ -265,7 +271,7 @@ def sweep_shapes(
 
 
 @click.command("quality", short_help="Measure what a precision or tier costs in quality.")
-@_options(*_SHAPE, *_SETTINGS, _ROWS)
+@_options(*_SHAPE, *_SETTINGS, _GPUS, _ROWS)
 @click.option("--steps", type=COUNT, default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -302,19 +308,8 @@ def quality_of(
         wanted = [Wanted(f"trt-wan {tier}", _given({**given, "tier": tier})) for tier in _tiers(given)]
     else:
         wanted = _wanted(rows, settings)
-    result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress, _keeper(out))
+    result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress, keeper(out))
     return finished(report, result, out)
-
-
-def _keeper(out: Path | None) -> "Callable[[Measured], None]":
-    """Writes the document of a measurement that goes on, so that a stopped one keeps its rows."""
-    from trt_wan.benchmarks.report.sheet import write_document
-
-    def keep(unfinished: "Measured") -> None:
-        if out is not None:
-            write_document(unfinished, out)
-
-    return keep
 
 
 def _wanted(rows: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> "list[Wanted]":
@@ -334,7 +329,7 @@ def _tiers(given: Mapping[str, Any]) -> Sequence[str]:
 
 
 @click.command("window", short_help="Measure a window of a long video, part by part.")
-@_options(*_SHAPE, *_SETTINGS)
+@_options(*_SHAPE, *_SETTINGS, _GPUS)
 @click.option("--steps", type=COUNT, default=4, show_default=True, help="Steps of a window.")
 @click.option("--windows", type=click.IntRange(3, 20), default=4, show_default=True)
 @_OUT
@@ -360,7 +355,7 @@ def window_of(
 
 
 @click.command("vae", short_help="Measure the VAE of a window beside diffusers'.")
-@_options(*_SHAPE, *_SETTINGS, _ROWS)
+@_options(*_SHAPE, *_SETTINGS, _GPUS, _ROWS)
 @click.option("--repeats", type=COUNT, default=3, show_default=True)
 @_OUT
 @command
@@ -382,7 +377,7 @@ def vae_of(
     if weights is None:
         raise click.UsageError("name the folder of the weights with --weights DIR.")
     shape, wanted = _shape(model, size, window), _wanted(rows, settings)
-    result = measure_vae(shape, wanted, str(weights), repeats, report.progress, _keeper(out))
+    result = measure_vae(shape, wanted, str(weights), repeats, report.progress, keeper(out))
     return finished(report, result, out)
 
 
