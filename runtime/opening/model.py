@@ -408,8 +408,8 @@ class OpenModel(Closing):
         """
         if self._start is None:
             return clips, should_stop
-        if self._group is not None and self._group.lost is not None and self._group.has_begun:
-            self._end_group()  # it was lost after the last job
+        if self._group is not None and self._group.was_lost():
+            self._end_group()
         group = self._group = self._group or self._start()
         self.ranks, group.abandon = group.ranks, self._sizes.abandon
         live = None
