@@ -129,6 +129,8 @@ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
 void load_shared(float (&x)[4], u32 from) { memcpy(x, shared_bytes + from, 16); }
 void store_shared(u32 to, const float (&x)[4]) { memcpy(shared_bytes + to, x, 16); }
 float power_of_2(float x) { return std::exp2(x); }
+float saturated(float a, float b, float c) { return std::fmin(std::fmax(std::fma(a, b, c), 0.0f), 1.0f); }
+u32 load_word(u32 from) { return *(const u32*)(shared_bytes + from); }
 void needed(float, u32) {}
 
 template <class T, int COUNT> void settled_scores(T (&)[COUNT]) {}
@@ -148,18 +150,29 @@ typedef e4m3 Weight;
 #else
 typedef bf16 Weight;
 #endif
-void multiply_values(float (&o)[64], const u32 (&a)[4], u64 b, bool sum) {
+template <class T>
+auto in_registers(const u32 (&a)[4]) {  // four threads have 16 bytes of a row, then the next 16
     static u32 of_block[2][384][4];
     static thread_local int times;
     auto& words = of_block[times++ % 2];
     std::copy(a, a + 4, words[threadIdx.x]);
     warp_together();
-    if (!sum) std::fill(o, o + 64, 0);
-    multiply<Weight>(o, [&](int more, int k) {  // four threads have 16 bytes of a row, then the next 16
-        const int byte = k * sizeof(Weight);
+    return [&](int more, int k) {
+        const int byte = k * sizeof(T);
         const u32* word = words[threadIdx.x / 4 * 4 + byte % 16 / 4] + byte / 16 * 2 + more / 8;
-        return widen(((const Weight*)word)[byte % 4 / sizeof(Weight)]);
-    }, b);
+        return widen(((const T*)word)[byte % 4 / sizeof(T)]);
+    };
+}
+void multiply_values(float (&o)[64], const u32 (&a)[4], u64 b, bool sum) {
+    const auto rows = in_registers<Weight>(a);
+    if (!sum) std::fill(o, o + 64, 0);
+    multiply<Weight>(o, rows, b);
+}
+template <int COUNT>
+void multiply_scores_held(int (&s)[COUNT], const u32 (&a)[4], u64 b, bool sum) {
+    const auto rows = in_registers<signed char>(a);
+    if (!sum) std::fill(s, s + COUNT, 0);
+    multiply<signed char>(s, rows, b);
 }
 """
 WRAPPER = r"""
