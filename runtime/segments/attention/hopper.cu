@@ -11,7 +11,8 @@
 // HALVES 1 is another order of the same work: half a tile at a time. While the weights of a half are computed, the scores
 // of the half after it and the products of the half before it with the values are multiplied. Weights are computed with
 // the maximum known before, and once more if one of them may not fit into E4M3, so that no maximum is looked for in most
-// halves. POLY of 8 weights are then polynomials; HELD_Q 1 keeps int8 queries in registers.
+// halves. POLY of 8 weights are then polynomials; HELD_Q 1 keeps int8 queries in registers; SPREAD 1 starts the products
+// with the values one by one, between weights.
 
 #ifndef HALVES
 #define HALVES 0
@@ -21,6 +22,9 @@
 #endif
 #ifndef HELD_Q
 #define HELD_Q 0
+#endif
+#ifndef SPREAD
+#define SPREAD 0
 #endif
 #ifndef FLUSHED
 #define FLUSHED 4
@@ -344,9 +348,10 @@ __device__ float power_by_polynomial(float n, float factor, float offset) {
 
 // Scores to packed weights and their sums, with the rows' maxima as they are. AGAIN 1: of the same scores, which are made
 // numbers in another way, or ptxas would keep them for it in registers.
-template <bool AGAIN>
+// `between` is called before every slice.
+template <bool AGAIN, class Between>
 __device__ void weigh(const Score (&s)[SCORES], const float (&factor)[2], const Rows& r, u32 (&a)[STEP_SLICES][4],
-                      float (&sums)[2][2]) {
+                      float (&sums)[2][2], Between between) {
     float offset[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -356,14 +361,16 @@ __device__ void weigh(const Score (&s)[SCORES], const float (&factor)[2], const 
     auto weight = [&](int i) {
         const int half = i / 2 % 2;
         const float n = AGAIN ? plain(s[i]) : number(s[i]);
-        const float y = !AGAIN && BY_POLYNOMIAL[POLY] >> i % 8 & 1
+        float y = !AGAIN && BY_POLYNOMIAL[POLY] >> i % 8 & 1
             ? power_by_polynomial(n, factor[half] / 64, (offset[half] + 40) / 64)
             : power_of_2(fmaf(n, factor[half], offset[half]));
+        if (AGAIN && s[i] == least()) y = 0;  // a plain int is not -infinity
         sums[half][i % 2] += y;
         return y;
     };
 #pragma unroll
-    for (int g = 0; g < STEP_SLICES; ++g)
+    for (int g = 0; g < STEP_SLICES; ++g) {
+        between(g);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int at = (PV == 1 ? 2 * g + i / 2 : 4 * g + i / 2 * 2) * 4 + i % 2 * 2;
@@ -375,22 +382,23 @@ __device__ void weigh(const Score (&s)[SCORES], const float (&factor)[2], const 
             a[g][i] = pack_e4m3(first, second) | pack_e4m3(third, fourth) << 16;
 #endif
         }
+    }
 }
 
 // Scores of half a tile to packed weights; true if what was added up before must be shrunk by `shrink`.
-template <bool FIRST>
+template <bool FIRST, class Between>
 __device__ bool soften(Score (&s)[SCORES], u32 (&a)[STEP_SLICES][4], Rows& r, float key_scale, int valid,
-                       float (&shrink)[2]) {
+                       float (&shrink)[2], Between between) {
     if (valid < STEP) hide(s, valid);
     const float factor[2] = {r.scale[0] * key_scale, r.scale[1] * key_scale};
     float sums[2][2];
     bool grown = false;
     if (FIRST) {
         largest(s, factor, r.most);
-        weigh<false>(s, factor, r, a, sums);
+        weigh<false>(s, factor, r, a, sums, between);
     } else {
         shrink[0] = shrink[1] = 1;
-        weigh<false>(s, factor, r, a, sums);
+        weigh<false>(s, factor, r, a, sums, between);
         grown = __any_sync(~0u, fmaxf(fmaxf(sums[0][0], sums[0][1]), fmaxf(sums[1][0], sums[1][1])) > LIMIT);
         if (grown) {
             float high[2];
@@ -402,7 +410,7 @@ __device__ bool soften(Score (&s)[SCORES], u32 (&a)[STEP_SLICES][4], Rows& r, fl
                 r.most[half] = most;
                 r.sum[half] *= shrink[half];
             }
-            weigh<true>(s, factor, r, a, sums);
+            weigh<true>(s, factor, r, a, sums, [](int) {});
         }
     }
 #pragma unroll
@@ -445,10 +453,12 @@ __device__ void scores(Score (&s)[SCORES], const Queries& q, u32 k) {
     }
 }
 
+__device__ void slice_of_values(float (&o)[64], const u32 (&a)[4], u32 v, int g, bool sum) {
+    multiply_values(o, a, descriptor(v + g * SLICE_BYTES / 16, ROWS_OF_32), sum || g > 0);
+}
 __device__ void values(float (&o)[64], const u32 (&a)[STEP_SLICES][4], u32 v, bool sum) {
 #pragma unroll
-    for (int g = 0; g < STEP_SLICES; ++g)
-        multiply_values(o, a[g], descriptor(v + g * SLICE_BYTES / 16, ROWS_OF_32), sum || g > 0);
+    for (int g = 0; g < STEP_SLICES; ++g) slice_of_values(o, a[g], v, g, sum);
 }
 
 // q [heads, tiles of 128 queries, parts, 128, 128 bytes]; k [heads, tiles of KEYS, parts, KEYS, 128 bytes]; v [heads,
@@ -534,7 +544,8 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
 #pragma unroll
             for (int n = 0; n < 64; ++n) o[n] *= shrink[n / 2 % 2];
         };
-        auto due = [](int i) { return FLUSH > 0 && i % (FLUSH > 0 ? FLUSH : 1) == 0; };
+        const int turn = HALVES ? group * FLUSH / 2 : 0;  // one warpgroup multiplies while the other one adds up
+        auto due = [&](int i) { return FLUSH > 0 && (i + turn) % (FLUSH > 0 ? FLUSH : 1) == 0; };
         int tile = number_of(0), stage = 0, phase = 0;
         float key = scales[tile], next_key = count > 1 ? scales[number_of(1)] : 0.0f;
         Queries my_q;
@@ -595,7 +606,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         wgmma_fence();
         scores(s1, my_q, all_k + K_HALF);
         wgmma_commit();
-        soften<true>(s0, a0, r, key, valid(tile), shrink);
+        soften<true>(s0, a0, r, key, valid(tile), shrink, [](int) {});
         wgmma_wait<0>();
         settled_scores(s1);
         if (lane == 0) barrier_arrive(k_free);
@@ -613,9 +624,11 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             wgmma_fence();
             scores(s0, my_q, k_now);
             wgmma_commit();
-            values(o, a0, v_now, true);
-            wgmma_commit();
-            bool grown = soften<false>(s1, a1, r, key_before, valid(tile_before) - STEP, shrink);
+            if (!SPREAD) values(o, a0, v_now, true), wgmma_commit();
+            bool grown = soften<false>(s1, a1, r, key_before, valid(tile_before) - STEP, shrink, [&](int g) {
+                if (SPREAD) slice_of_values(o, a0[g], v_now, g, true);
+                if (SPREAD && g == STEP_SLICES - 1) wgmma_commit();
+            });
             needed(r.sum[0] + r.sum[1], q_full);
             wgmma_wait<0>();
             settled_scores(s0);
@@ -624,9 +637,11 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             wgmma_fence();
             scores(s1, my_q, k_now + K_HALF);
             wgmma_commit();
-            values(o, a1, v_now + V_HALF, true);
-            wgmma_commit();
-            grown = soften<false>(s0, a0, r, key, valid(tile), shrink);
+            if (!SPREAD) values(o, a1, v_now + V_HALF, true), wgmma_commit();
+            grown = soften<false>(s0, a0, r, key, valid(tile), shrink, [&](int g) {
+                if (SPREAD) slice_of_values(o, a1[g], v_now + V_HALF, g, true);
+                if (SPREAD && g == STEP_SLICES - 1) wgmma_commit();
+            });
             needed(r.sum[0] + r.sum[1], q_full);
             wgmma_wait<0>();
             if (lane == 0) barrier_arrive(k_free + stage * 8), barrier_arrive(v_free + before * 8);
@@ -639,7 +654,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         wgmma_fence();
         values(o, a0, last_v, true);
         wgmma_commit();
-        const bool grown = soften<false>(s1, a1, r, key, valid(tile) - STEP, shrink);
+        const bool grown = soften<false>(s1, a1, r, key, valid(tile) - STEP, shrink, [](int) {});
         wgmma_wait<0>();
         settled(o);
         if (grown) shrunk();
