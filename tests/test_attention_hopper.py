@@ -132,7 +132,8 @@ def test_attention_on_the_cpu(
 
 
 HALVES = {"HALVES": 1}
-EVERYTHING = {"HALVES": 1, "POLY": 3, "HELD_Q": 1, "SPREAD": 1, "FLUSHED": 2}
+DEEP = {"HALVES": 1, "DEEP": 1}
+EVERYTHING = {"HALVES": 1, "POLY": 3, "HELD_Q": 1, "SPREAD": 1, "DEEP": 1, "FLUSHED": 2}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +146,8 @@ EVERYTHING = {"HALVES": 1, "POLY": 3, "HELD_Q": 1, "SPREAD": 1, "FLUSHED": 2}
             for case in (
                 ("int8", "e4m3", 1, HALVES, 5e-2),
                 ("int8", "e4m3", 97, HALVES, 5e-2),
+                ("int8", "e4m3", 1300, HALVES, 5e-2),
+                ("int8", "e4m3", 1300, DEEP, 5e-2),
                 ("int8", "e4m3", 1300, EVERYTHING, 5e-2),
                 ("int8", "bf16", 1300, HALVES, 3e-2),
                 ("bf16", "bf16", 1300, HALVES, 1e-2),
@@ -162,8 +165,9 @@ def test_half_a_tile_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = inputs(tokens)
+    q, k, v = given
     got, lse = attend(tmp_path, monkeypatch, scores, values, given, order=order)
-    expected, expected_lse = reference(*given, True)
+    expected, expected_lse = reference(q, k, v, True)
     assert np.linalg.norm(got - expected) <= largest * np.linalg.norm(expected - np.float32(VALUE))
     np.testing.assert_allclose(got[0], expected[0], rtol=2**-8, atol=1e-3)
     assert np.abs(lse - expected_lse).max() <= (5e-2 if scores == "int8" else 1e-4)
@@ -171,9 +175,10 @@ def test_half_a_tile_at_a_time(
 
 def test_half_a_listed_tile_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = inputs(300)
-    *arguments, seen = listed(((0, 2), (2,), (2, 0, 1)), 300)
-    got, lse = attend(tmp_path, monkeypatch, "int8", "e4m3", given, *arguments, order=HALVES)
-    expected, expected_lse = reference(*given, seen)
+    numbers, counts, seen = listed(((0, 2), (2,), (2, 0, 1)), 300)
+    got, lse = attend(tmp_path, monkeypatch, "int8", "e4m3", given, numbers, counts, HALVES)
+    q, k, v = given
+    expected, expected_lse = reference(q, k, v, seen)
     assert np.linalg.norm(got - expected) <= 5e-2 * np.linalg.norm(expected - np.float32(VALUE))
     assert np.abs(lse - expected_lse).max() <= 5e-2
 

@@ -12,7 +12,7 @@
 // of the half after it and the products of the half before it with the values are multiplied. Weights are computed with
 // the maximum known before, and once more if one of them may not fit into E4M3, so that no maximum is looked for in most
 // halves. POLY of 8 weights are then polynomials; HELD_Q 1 keeps int8 queries in registers; SPREAD 1 starts the products
-// with the values one by one, between weights.
+// with the values one by one, between weights. DEEP 1 starts a tile's second products while its first ones go on.
 
 #ifndef HALVES
 #define HALVES 0
@@ -25,6 +25,9 @@
 #endif
 #ifndef SPREAD
 #define SPREAD 0
+#endif
+#ifndef DEEP
+#define DEEP 0
 #endif
 #ifndef FLUSHED
 #define FLUSHED 4
@@ -630,14 +633,27 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
                 if (SPREAD && g == STEP_SLICES - 1) wgmma_commit();
             });
             needed(r.sum[0] + r.sum[1], q_full);
+#if DEEP
+            wgmma_wait<1>();
+            settled_scores(s0);
+            if (grown) {
+                wgmma_wait<0>();
+                settled(o);
+                shrunk();
+            }
+#else
             wgmma_wait<0>();
             settled_scores(s0);
             settled(o);
             if (grown) shrunk();
+#endif
             wgmma_fence();
             scores(s1, my_q, k_now + K_HALF);
             wgmma_commit();
             if (!SPREAD) values(o, a1, v_now + V_HALF, true), wgmma_commit();
+#if DEEP
+            wgmma_wait<SPREAD ? 1 : 2>();  // a0 may be written again
+#endif
             grown = soften<false>(s0, a0, r, key, valid(tile), shrink, [&](int g) {
                 if (SPREAD) slice_of_values(o, a1[g], v_now + V_HALF, g, true);
                 if (SPREAD && g == STEP_SLICES - 1) wgmma_commit();
