@@ -106,6 +106,15 @@ class Plan:
         return self.slots * self.tokens_per_slot
 
     @property
+    def undivided(self) -> "Plan":
+        """The shape of the window, of which a `ShardPlan` is a part."""
+        return self
+
+    def attended_heads(self, heads: int) -> int:
+        """How many of the transformer's heads one call of self-attention computes."""
+        return heads
+
+    @property
     def vae_tile(self) -> "VaeTile | None":
         """The shape of both tiles into which the VAE cuts the longer side where GPU memory is short. They
         share TILE_OVERLAP latents, or two more. None for a side that is too short to be cut.
@@ -132,6 +141,38 @@ class CameraPlan(Plan):
 
     def build_command(self, model: str) -> tuple[str, ...]:
         return (*super().build_command(model), "--camera-control", str(self.ffn_dim))
+
+
+@dataclass(frozen=True)
+class ShardPlan(Plan):
+    """The share of one of `ranks` GPUs in a plan (runtime/parallel/shards.py): its tokens of every slot, and
+    in self-attention its heads over all tokens, in `groups` calls. The networks of a block are its only ones.
+    """
+
+    ranks: int = 1
+    groups: int = 1
+
+    @staticmethod
+    def of(plan: Plan, ranks: int, groups: int = 1) -> "ShardPlan":
+        shape = plan.width, plan.height, plan.frames, plan.precision
+        return ShardPlan(*shape, plan.vae_chunk, plan.face_batch, ranks, groups)
+
+    def build_command(self, model: str) -> tuple[str, ...]:
+        return (*super().build_command(model), "--gpus", str(self.ranks))
+
+    @property
+    def undivided(self) -> Plan:
+        shape = self.width, self.height, self.frames, self.precision
+        return Plan(*shape, self.vae_chunk, self.face_batch)
+
+    @property
+    def tokens_per_slot(self) -> int:
+        return -(-self.undivided.tokens_per_slot // self.ranks)
+
+    def attended_heads(self, heads: int) -> int:
+        share = -(-heads // self.ranks)
+        assert share % self.groups == 0, f"{share} heads in {self.groups} groups"
+        return share // self.groups
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ different to the model.
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import cv2
 import numpy as np
@@ -20,9 +21,12 @@ from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, encode_motion
 from trt_wan.runtime.networks.vae import Read, encode, encode_read
+from trt_wan.runtime.parallel.ranks import Task
 from trt_wan.runtime.references import prefix_order
 
 Pixels = NDArray[np.uint8]
+
+MOTION_COST = 0.4  # of a face crop, where a frame of the VAE costs 1 (H200, 832x480)
 
 
 LEVELS = np.arange(256).astype(np.float32) / 127.5 - 1
@@ -189,15 +193,33 @@ def encode_window(
     alone = carried is None and clips.ending is None
     lead = prefix_latents(prefix)
     pictures = reference.shape[1] - 1 + lead
-    key = clips.keys.get("background") if alone else None
-    if prefix is not None:
-        is_known = alone and (key is not None or clips.background is None)
-        key = ("prefix", digest(prefix), count, key) if is_known else None
-        latent = model.remembered(key, lambda: encode_prefixed(model, prefix, read, count))
-    elif alone and clips.background is None and count == plan.frames - LATENT * pictures:
-        latent = model.kept(f"grey clip of {count}", lambda: encode_read(model, read, count))
-    else:
-        latent = model.remembered(key, lambda: encode_read(model, read, count))
+    key: Hashable = None
+    if alone:
+        key = ("grey", count) if clips.background is None else clips.keys.get("background")
+    if prefix is not None and key is not None:
+        key = "prefix", digest(prefix), count, key
+    frames = count + LATENT * lead
+    wanted: dict[str, tuple[Hashable, Task]] = {
+        "condition": (key, (frames, partial(encode_prefixed, model, prefix, read, count)))
+    }
+    if clips.pose is not None:
+        wanted["pose"] = clips.keys.get("pose"), (count, partial(encode_read, model, clips.pose, count))
+    faces = []
+    if (read_face := clips.face) is not None and strengths.face > 0:  # at 0 the fusers would add nothing
+        key = clips.keys.get("face")
+        for start, stop in _in_batches(count, plan.face_batch, model.ranks.count):
+            name, cost = f"face {start}", MOTION_COST * (stop - start)
+            wanted[name] = (
+                None if key is None else (key, start, stop),
+                (cost, partial(encode_motion, model, partial(_from, read_face, start), stop - start)),
+            )
+            faces.append(name)
+    if (given := clips.render) is not None:
+        cost = 1 if given.still else count
+        wanted["render"] = given.key, (cost, partial(encode_render, model, given, count))
+    made = dict(zip(wanted, model.side_by_side(list(wanted.values())), strict=True))
+    latent, render = made["condition"], made.get("render")
+    motion = np.concatenate([made[name] for name in faces]) if faces else None
     everywhere = np.broadcast_to(np.float32(1), (count, plan.latent_height, plan.latent_width))
     known = known_mask(
         0 if carried is None else carried.shape[1],
@@ -207,22 +229,26 @@ def encode_window(
     if lead:
         known = np.concatenate((np.ones((4, lead, *known.shape[2:]), np.float32), known), axis=1)
     condition = np.concatenate((reference, np.concatenate((known, latent))), axis=1)
-    pose, motion = np.zeros_like(latent), None
-    if (read_pose := clips.pose) is not None:
-        pose = model.remembered(clips.keys.get("pose"), lambda: encode_read(model, read_pose, count))
+    pose = made.get("pose", np.zeros_like(latent))
     if (missing := condition.shape[1] - 1 - pose.shape[1]) > 0:
         pose = np.concatenate((np.zeros((len(pose), missing, *pose.shape[2:]), np.float32), pose), axis=1)
-    if (read_face := clips.face) is not None and strengths.face > 0:  # at 0 the fusers would add nothing
-        motion = model.remembered(clips.keys.get("face"), lambda: encode_motion(model, read_face, count))
     strengths = replace(strengths, pose=0.0 if clips.pose is None else strengths.pose)
-    render = None
-    if (given := clips.render) is not None:
-        render = model.remembered(given.key, lambda: encode_render(model, given, count))
+    if given is not None and render is not None:
         if given.still:
             render = np.repeat(render, condition.shape[1], axis=1)
         else:  # other pictures have the view of the reference
             render = np.concatenate((np.repeat(render[:, :1], 1 + pictures, axis=1), render[:, 1:]), axis=1)
     return WindowLatents(condition, pose, motion, strengths, pictures, render)
+
+
+def _in_batches(count: int, batch: int, parts: int) -> list[tuple[int, int]]:
+    """[start, stop) of at most `parts` parts of `count`, each but the last of whole batches."""
+    each = batch * -(-count // (batch * parts))
+    return [(start, min(start + each, count)) for start in range(0, count, each)]
+
+
+def _from(read: Read, first: int, start: int, stop: int) -> Array:
+    return read(first + start, first + stop)
 
 
 def encode_render(model: Model, render: WindowRender, count: int) -> Array:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -67,10 +68,13 @@ def predict_window(
         now = steps[step]
         sides = branches[: now.passes]
         held = [caches[side].at(step) if caches else None for side in range(len(sides))]
-        computed = sum(cache is None or not cache.skips for cache in held)
+        # Split by sides, rank k has side k, also in steps without another: the step cache holds each apart.
+        own = held[model.ranks.rank :][:1] if model.split == "sides" else held
+        computed = sum(cache is None or not cache.skips for cache in own)
         controlled = control(step, latent, now, computed)
-        v, *blank = (
-            velocity(
+
+        def one_side(branch: Branch, cache: Residual | None) -> Array:
+            return velocity(
                 model,
                 latent,
                 prepared.times[step],
@@ -83,8 +87,12 @@ def predict_window(
                 identity=branch.identity if now.identity else None,
                 cache=cache,
             )
-            for branch, cache in zip(sides, held, strict=True)
-        )
+
+        forwards = [partial(one_side, *side) for side in zip(sides, held, strict=True)]
+        if model.split == "sides":
+            v, *blank = model.ranks.divide([(1.0, forward) for forward in forwards])
+        else:
+            v, *blank = (forward() for forward in forwards)
         if not blank:
             return v
         (u,) = blank

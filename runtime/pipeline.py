@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from trt_wan.engines.lynx import FACE_SIDE
-from trt_wan.errors import Stopped, shown
+from trt_wan.errors import NotFinite, Stopped, shown
 from trt_wan.runtime.colour import Matching, unused_match
 from trt_wan.runtime.conditioning import (
     Pixels,
@@ -51,6 +51,7 @@ from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.networks.vae import Read, decode
 from trt_wan.runtime.noise import CpuGenerator
+from trt_wan.runtime.parallel.ranks import Ranks
 from trt_wan.runtime.preparation import CameraActs, Pictures, Prepared, prepare
 from trt_wan.runtime.sampling.grids import Schedule
 from trt_wan.runtime.sampling.samplers import SAMPLERS
@@ -83,6 +84,8 @@ Keep = Callable[[WindowState], None]
 
 class Opened(Protocol):
     """A model that stays open: any number of jobs, one after another."""
+
+    ranks: Ranks
 
     def begin(self, job: Job, width: int, height: int, frames: int, progress: Progress) -> Model:
         """The model at the size of a job, with memory for its windows and steps. `frames` are the clips'."""
@@ -130,6 +133,11 @@ def stream_pieces(
         with render_of(job, clips) as render:
             yield from _stream(job, opened, clips, render, progress, should_stop, begin_from, keep)
     except Broken as broken:
+        if opened.ranks.count > 1:
+            raise NotFinite(
+                f"A result is not a number: {broken.when}.",
+                "Run the job again with --gpus 1, which finds the layer.",
+            ) from None
         fault = broken
     else:
         return
@@ -258,7 +266,9 @@ def _stream(
         del latent, solver, predict, under, window, noise, init
         with model.checked(clock.stop_before_next):
             decoded = _without_first(LATENT * prefix_latents(prefix), decode(model, latents))
-            for frames in matching.window(decoded, continued, signals.person):
+            if model.ranks.rank == 0:
+                decoded = matching.window(decoded, continued, signals.person)
+            for frames in decoded:
                 if not is_finite_sum(frames):
                     when = f"window {j + 1} of {windows.total}, decoding"
                     raise Broken(when, partial(_decode_again, latents))
@@ -266,6 +276,8 @@ def _stream(
                 if (piece := frames[:, max(kept.start - done, 0) : max(kept.stop - done, 0)]).shape[1]:
                     yield piece
                 done += frames.shape[1]
+        if model.ranks.count > 1:  # rank 0 has the frames
+            (carried,) = model.ranks.of_first([] if carried is None else [carried])
         if j == first:
             model.executor.settle()
         if keep is not None:

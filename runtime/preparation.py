@@ -148,6 +148,8 @@ def prepare(
     if pictures.face is not None:
         identity = encode_identity(model, pictures.face, features.get(FACE_PROMPT), guided)
     rope = model.place(cos), model.place(sin)
+    if model.sequence is not None:
+        rope = model.sequence.split(rope[0]), model.sequence.split(rope[1])
     return Prepared(contexts, times, rope, reference, blank_face, prefix, identity, prepared_camera)
 
 

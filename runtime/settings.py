@@ -14,6 +14,7 @@ from trt_wan.errors import UsageError, shell_command, shown, with_commands
 from trt_wan.runtime.fields import check_fields
 
 KEEP = 0.5
+MOST_GPUS = 64
 
 ExecutorName = Literal["auto", "onnxruntime", "tensorrt"]
 
@@ -50,6 +51,14 @@ class WeightFiles:
             raise UsageError(f"There is no model {self.random!r}.", f"Use one of: {', '.join(MODELS)}.")
 
 
+def require_gpus(count: int) -> None:
+    """Raises UsageError for a number of GPUs that no machine has."""
+    if not 1 <= count <= MOST_GPUS:
+        raise UsageError(
+            f"{shown(count)} GPUs are not possible.", f"Use --gpus 1 to {MOST_GPUS}, mostly 2, 4 or 8."
+        )
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a model is run. None and "auto" are decided from the machine; each decision is reported."""
@@ -62,12 +71,14 @@ class Settings:
     vram: float | None = None  # GB to use at most
     segments: Mapping[str, str] = field(default_factory=dict)  # candidates asked for, by network
     text_cache: bool = True  # whether the features of prompts are kept on disk
+    gpus: int = 1  # that compute a job together, a process each
     keep_encoders: bool = True  # whether networks that run once a job keep their weights for the next job
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.vram is not None and not 0 < self.vram < math.inf:
             raise UsageError(f"{self.vram} GB of GPU memory is not possible.", "Use --vram 12, for example.")
+        require_gpus(self.gpus)
         if self.attention_keep is not None:
             if self.tier != "turbo":
                 raise UsageError(

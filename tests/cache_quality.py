@@ -79,7 +79,7 @@ def main() -> None:
         inputs = Inputs.from_folder(write_prepared(Path(folder), width, height, asked.window), "animate")
         job = Job(inputs, window=asked.window, steps=asked.steps, guidance=asked.guidance)
         basis = open_basis(files, settings, say_note)  # its GPU is closed with its model
-        require_graphs(say_note, basis, width, height, asked.window, build=True)()
+        require_graphs(say_note, basis, width, height, job, build=True)()
 
         def show(name: str, row: dict[str, Any]) -> None:
             print(json.dumps({"run": name, **row}), flush=True)

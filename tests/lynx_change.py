@@ -106,7 +106,8 @@ def measure(basis: Basis, job: Job, identity: FaceIdentity) -> None:
     }
     with open_clips(job.inputs, job.history) as clips:
         width, height = clips.width, clips.height
-    require_graphs(lambda _: None, basis, width, height, job.window, True, Lynx(True, True))()
+    with_identity = replace(job, identity=identity)
+    require_graphs(lambda _: None, basis, width, height, with_identity, build=True)()
 
     def watch(executor: Executor) -> Executor:
         return Tape(executor)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -483,3 +485,32 @@ def test_the_card_without_a_driver_and_with_one(tmp_path: Path, monkeypatch: pyt
     assert gpu is not None and (gpu.name, gpu.power_limit) == ("NVIDIA H200", "700 W")
     assert card.datasheet(gpu.name) is card.DATASHEETS["H200"]
     assert card.datasheet("GeForce GT 710") is None
+
+
+@pytest.mark.parametrize(("visible", "first"), [("", "0"), ("1,0", "1"), (" GPU-8932f937 ", "GPU-8932f937")])
+def test_the_gpu_that_is_measured_is_the_first_that_cuda_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, first: str
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho ${3}, 580.1, x, x, x, x, x, x, x\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpu = card.read_gpu()
+    assert gpu is not None and gpu.name == f"--id={first}"
+    used = SimpleNamespace(used=1 << 30)
+    asked: list[object] = []
+    nvml = SimpleNamespace(
+        NVMLError=RuntimeError,
+        NVML_CLOCK_SM=0,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=asked.append,
+        nvmlDeviceGetHandleByUUID=asked.append,
+        nvmlDeviceGetPowerUsage=lambda gpu: 1,
+        nvmlDeviceGetTotalEnergyConsumption=lambda gpu: 1,
+        nvmlDeviceGetClockInfo=lambda gpu, which: 1,
+        nvmlDeviceGetMemoryInfo=lambda gpu: used,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert Monitor.open().source == "NVML"
+    assert asked == [int(first) if first.isdecimal() else first]

@@ -144,7 +144,8 @@ def a_basis(free: float) -> Any:
     camera = CameraWeights(TINY, WeightFiles(random="tiny"), "bf16")
     lynx = LynxSearch(random=True)
     weights = OpenWeights(TINY, {}, RandomSource(0), tokenizer, camera, lynx=lynx)
-    return Basis(weights, (gpu, flavour), "bf16", Settings(keep_encoders=False))
+    settings = Settings(keep_encoders=False)
+    return Basis(weights, (gpu, flavour), "bf16", settings, WeightFiles(random="tiny"))
 
 
 def test_the_memory_of_a_gpu_is_planned_as_before_a_job(place: Path) -> None:

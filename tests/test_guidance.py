@@ -282,7 +282,7 @@ class Recorded:
 
     def __init__(self) -> None:
         self.config, self.plan = TINY, PLAN
-        self.executor = OnnxRuntimeExecutor(Path(), BoundWeights({}))
+        self.executor, self.sequence = OnnxRuntimeExecutor(Path(), BoundWeights({})), None
         self.calls: list[str] = []
 
     def run(self, name: str, *inputs: Any, n: int = 0) -> tuple[Any, ...]:
@@ -331,6 +331,7 @@ class Passing:
     def __init__(self) -> None:
         self.config = SimpleNamespace(transformer=SimpleNamespace(layers=1, fuser_interval=1))
         self.executor, self.keep = OnnxRuntimeExecutor(Path(), BoundWeights({})), None
+        self.split, self.sequence = "tokens", None
         self.seen: list[tuple[str, Any]] = []
 
     def run(self, name: str, *inputs: Any, n: int = 0) -> tuple[Any, ...]:

@@ -21,12 +21,13 @@ from trt_wan.engines.contracts import networks
 from trt_wan.engines.contracts.sparse_attention import block_order
 from trt_wan.engines.shape import Plan
 from trt_wan.errors import UsageError
+from trt_wan.runtime.context.settings import Context
 from trt_wan.runtime.denoise import Branch, dense_steps, predict_window
 from trt_wan.runtime.guidance import StepSettings
 from trt_wan.runtime.job import Load
 from trt_wan.runtime.networks.transformer import WindowCondition
 from trt_wan.runtime.opening import model as opening
-from trt_wan.runtime.settings import Settings
+from trt_wan.runtime.settings import Settings, WeightFiles
 
 PLAN = Plan(192, 160, 13)  # four blocks of 128 tokens, and one of 88; its sides are no multiples of 8
 GRID = (5, 10, 12)  # slots, rows, columns
@@ -90,6 +91,7 @@ class Recording:
     def __init__(self, keep: float | None) -> None:
         self.config = SimpleNamespace(transformer=SimpleNamespace(layers=4, fuser_interval=2))
         self.keep, self.executor = keep, self
+        self.split, self.sequence = "tokens", None
         self.seen: list[tuple[str, int, float | None]] = []
         self.block = 0
 
@@ -171,13 +173,14 @@ def test_the_option_reaches_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_the_record_of_a_run_names_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "chosen_candidates", lambda *given: {"sparse_attention": "native sparse"})
     weights: Any = SimpleNamespace(config=TINY, load_of=lambda job, progress: job.load)
-    job: Any = SimpleNamespace(load=Load(), acting_camera=None, acting_identity=None)
+    job: Any = SimpleNamespace(load=Load(), acting_camera=None, acting_identity=None, context=Context())
     place: Any = (None, SimpleNamespace(name="tensorrt_rtx"))
 
     def recorded(settings: Settings) -> dict[str, str]:
-        return opening.Basis(weights, place, "fp8", settings).choices(PLAN, job)
+        return opening.Basis(weights, place, "fp8", settings, WeightFiles(random="tiny")).choices(PLAN, job)
 
     turbo = recorded(Settings(tier="turbo"))
     assert turbo["tier"] == "turbo" and turbo["attention_keep"] == "0.5"
     assert recorded(Settings(tier="turbo", attention_keep=0.3))["attention_keep"] == "0.3"
-    assert "attention_keep" not in recorded(Settings(tier="fast"))
+    assert recorded(Settings(gpus=2))["gpus"] == "2"
+    assert not {"attention_keep", "gpus"} & recorded(Settings(tier="fast")).keys()

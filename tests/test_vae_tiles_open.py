@@ -24,7 +24,7 @@ from trt_wan.runtime.opening import gpu_sizes
 from trt_wan.runtime.opening import model as model_module
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.opening.residency import BLOCK, plan_residency
-from trt_wan.runtime.settings import Settings
+from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.weights.pack import Pack
 from trt_wan.runtime.weights.streaming import SLOTS
 
@@ -177,7 +177,8 @@ def test_a_run_hands_the_exporter_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_module, "GpuSizes", lambda *given: seen.append(given[-1]))
     monkeypatch.setattr(model_module, "OpenModel", lambda *_: None)
     weights = SimpleNamespace(config=TINY, host={}, source=None)
-    basis = model_module.Basis(weights, ("gpu", "flavour"), "fp8", Settings())  # type: ignore[arg-type]
+    place, files = ("gpu", "flavour"), WeightFiles(random="tiny")
+    basis = model_module.Basis(weights, place, "fp8", Settings(), files)  # type: ignore[arg-type]
     export = tile_exporter(basis, build=True)
     basis.open(export_tiles=export)
     assert seen == [export] and export is not None

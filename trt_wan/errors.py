@@ -73,9 +73,19 @@ class TrtWanError(Exception):
         self.hint = hint or (with_commands("Run:", shell_command(command)) if command else "")
         self.command = command
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled by its attributes: classes of errors differ in their arguments."""
+        return _unpickled, (type(self), self.args, vars(self))
+
     def add_hint(self, more: str) -> None:
         """Appends lines to the hint."""
         self.hint = f"{self.hint}\n{more}" if self.hint else more
+
+
+def _unpickled(kind: type[TrtWanError], given: tuple[object, ...], values: dict[str, object]) -> TrtWanError:
+    made = kind.__new__(kind, *given)
+    vars(made).update(values)
+    return made
 
 
 class UsageError(TrtWanError):

@@ -114,6 +114,18 @@ def datasheet(name: str) -> Datasheet | None:
     return next((row for part, row in DATASHEETS.items() if part in name), None)
 
 
+def visible_gpus(count: int) -> list[str]:
+    """The numbers or UUIDs of CUDA's first `count` GPUs, as NVML and nvidia-smi have them: they list all,
+    also those that CUDA_VISIBLE_DEVICES hides.
+    """
+    named = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+    return (named or [str(number) for number in range(count)])[:count]
+
+
+def first_gpu() -> str:
+    return visible_gpus(1)[0]
+
+
 def read_gpu() -> Gpu | None:
     """Returns the first GPU, or None without a driver. Makes no CUDA context."""
     fields = (
@@ -122,7 +134,7 @@ def read_gpu() -> Gpu | None:
     )
     try:
         answer = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"],
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={first_gpu()}"],
             capture_output=True,
             text=True,
             timeout=30,

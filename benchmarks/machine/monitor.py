@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from trt_wan.benchmarks.machine.card import first_gpu
+
 NVML_INTERVAL, SMI_INTERVAL = 0.05, 0.5  # seconds
 
 
@@ -51,11 +53,13 @@ class Monitor:
     _done: threading.Event = field(default_factory=threading.Event)
 
     @staticmethod
-    def open() -> "Monitor":
-        if read := _nvml_reader():
-            return Monitor("NVML", read, NVML_INTERVAL)
-        if read := _smi_reader():
-            return Monitor("nvidia-smi", read, SMI_INTERVAL)
+    def open(gpu: str | None = None, before: int | None = None) -> "Monitor":
+        """`gpu` is as in `visible_gpus`, the first of these by default."""
+        gpu = gpu or first_gpu()
+        if read := _nvml_reader(gpu):
+            return Monitor("NVML", read, NVML_INTERVAL, before)
+        if read := _smi_reader(gpu):
+            return Monitor("nvidia-smi", read, SMI_INTERVAL, before)
         return Monitor("none: no GPU driver", None)
 
     def __enter__(self) -> "Monitor":
@@ -113,14 +117,15 @@ class Monitor:
         self._samples.append((time.perf_counter(), self.read()))
 
 
-def _nvml_reader() -> Reader | None:
+def _nvml_reader(which: str) -> Reader | None:
     try:
         import pynvml
     except ImportError:
         return None
     try:
         pynvml.nvmlInit()
-        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        by_number, by_name = pynvml.nvmlDeviceGetHandleByIndex, pynvml.nvmlDeviceGetHandleByUUID
+        gpu = by_number(int(which)) if which.isdecimal() else by_name(which)
     except pynvml.NVMLError:
         return None
 
@@ -147,12 +152,12 @@ def _nvml_reader() -> Reader | None:
     return read
 
 
-def _smi_reader() -> Reader | None:
+def _smi_reader(which: str) -> Reader | None:
     command = [
         "nvidia-smi",
         "--query-gpu=memory.used,power.draw,clocks.sm",
         "--format=csv,noheader,nounits",
-        "--id=0",
+        f"--id={which}",
     ]
 
     def number(text: str) -> float | None:

@@ -76,7 +76,7 @@ class Spec:
             seed=self.seed,
         )
 
-    def open(self, progress: Progress, observe: Observe) -> OpenModel:
+    def open(self, progress: Progress, observe: Observe | None) -> OpenModel:
         """The model, as `trt-wan run` opens it."""
         files = WeightFiles(folders=(Path(self.weights),)) if self.weights else None
         weights = files or WeightFiles(random=self.shape.model)

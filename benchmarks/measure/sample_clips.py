@@ -2,6 +2,7 @@
 packaged sample as a driving clip with its reference.
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,16 +15,17 @@ from trt_wan.runtime.video.reader import Clip, Picture
 from trt_wan.runtime.video.writer import VideoWriter
 
 RATE = Fraction(30)
+CLIPS = ("pose", "face", "bg", "mask")
 SAMPLE = Path(trt_wan.__file__).parent / "sample"
 
 
-def write_clips(folder: Path, width: int, height: int, frames: int) -> Path:
-    """Writes the five prepared files into `folder`: picture, pose, face, background and mask."""
+def write_clips(folder: Path, width: int, height: int, frames: int, clips: Sequence[str] = CLIPS) -> Path:
+    """Writes the prepared picture and `clips` into `folder`."""
     import cv2
 
     folder.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(folder / "src_ref.png"), _picture(width, height, 0.3))
-    for name in ("pose", "face", "bg", "mask"):
+    for name in clips:
         size = (FACE_SIZE, FACE_SIZE) if name == "face" else (width, height)
         with VideoWriter(folder / f"src_{name}.mp4", *size, RATE, None, overwrite=True) as writer:
             for k in range(frames):
@@ -37,7 +39,7 @@ def write_prepared(folder: Path, width: int, height: int, frames: int) -> Path:
     """Writes the sample's prepared clips and reference at that size into `folder`, as `write_driving`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_reference(folder / "src_ref.png", width, height)
-    for name in ("pose", "face", "bg", "mask"):
+    for name in CLIPS:
         size = (FACE_SIZE, FACE_SIZE) if name == "face" else (width, height)
         write_driving(folder / f"src_{name}.mp4", *size, frames, f"src_{name}.mp4")
     return folder

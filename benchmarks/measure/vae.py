@@ -7,7 +7,7 @@ about that of a picture: random weights give frames of any size.
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -58,6 +58,7 @@ class VaeTimes:
     weights: str
     rows: list[VaeRow]
     not_measured: list[str]
+    finished: bool = True  # False: more rows are to come
     schema: str = SCHEMA
     stem: ClassVar[str] = "vae"
 
@@ -105,12 +106,26 @@ def measure_vae(
     weights: str,
     repeats: int = 3,
     progress: Progress = silent,
+    keep: Callable[[VaeTimes], object] = lambda unfinished: None,
 ) -> VaeTimes:
-    """`weights` is a folder of files, which diffusers reads too."""
+    """`weights` is a folder of files, which diffusers reads too. `keep` gets the rows so far after every one:
+    compiling diffusers' takes minutes.
+    """
     card, not_measured = read_card(), list[str]()
     answers: list[dict[str, Any]] = []
     with workplace(shape) as (env, clips), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+
+        def found(finished: bool) -> VaeTimes:
+            exact = next((a["target"] for a in answers if a["name"] == "diffusers float32"), None)
+            rows = [_row(answer, exact) for answer in answers]
+            return VaeTimes(shape, card, weights, rows, not_measured, finished)
+
+        def add(answer: dict[str, Any]) -> None:
+            answers.append(answer)
+            progress(_told(answer))
+            keep(found(finished=False))
+
         inputs = _write_inputs(folder / "inputs.npz", shape, clips)
         for n, one in enumerate(wanted):
             progress(Note(f"the VAE of {one.name}"))
@@ -122,8 +137,7 @@ def measure_vae(
                     return child.read()
 
             try:
-                answers.append({**with_graphs(run, progress), "name": one.name, "target": target})
-                progress(_told(answers[-1]))
+                add({**with_graphs(run, progress), "name": one.name, "target": target})
             except TrtWanError as error:
                 not_measured.append(f"{one.name}: {error.message}")
                 failure = error
@@ -139,11 +153,8 @@ def measure_vae(
         }
         options = [text for name, value in given.items() for text in (f"--{name}", value)]
         for answer in rows_of(PEERS_MODULE, [*shape.arguments(), *options], env, not_measured, progress):
-            answers.append(answer)
-            progress(_told(answer))
-        exact = next((a["target"] for a in answers if a["name"] == "diffusers float32"), None)
-        rows = [_row(answer, exact) for answer in answers]
-    return VaeTimes(shape, card, weights, rows, not_measured)
+            add(answer)
+        return found(finished=True)
 
 
 def _write_inputs(path: Path, shape: Shape, clips: str) -> str:

@@ -58,20 +58,22 @@ def forget_kernels(env: Mapping[str, str]) -> None:
 
 def with_graphs(act: Callable[[], T], progress: Progress) -> T:
     """Returns the result of `act`. If graphs are missing, builds them with the error's command and tries
-    once more.
+    again.
     """
-    try:
-        return act()
-    except GraphError as error:
-        if not error.command:
-            raise
-        command = error.command
+    built: set[tuple[str, ...]] = set()
+    while True:
+        try:
+            return act()
+        except GraphError as error:
+            command = error.command
+            if not command or command in built:
+                raise
+        built.add(command)
         progress(Note(shell_command(command)))
-    run = [sys.executable, "-m", "trt_wan", *command]
-    built = subprocess.run(run, capture_output=True, text=True)
-    if built.returncode:
-        raise TrtWanError("The graphs could not be built.", built.stderr.strip()[-300:])
-    return act()
+        run = [sys.executable, "-m", "trt_wan", *command]
+        ran = subprocess.run(run, capture_output=True, text=True)
+        if ran.returncode:
+            raise TrtWanError("The graphs could not be built.", ran.stderr.strip()[-300:])
 
 
 def measure_job(spec: Spec, env: Mapping[str, str]) -> tuple[JobTimes, dict[str, Any]]:

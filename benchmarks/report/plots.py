@@ -162,6 +162,22 @@ def scaling(
     return figure
 
 
+def speed_up(title: str, under: str, series: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """Times one GPU's speed over the number of GPUs, beside the line of N GPUs that are N times as fast."""
+    figure, axes = canvas(title, under)
+    counts = sorted({gpus for points in series.values() for gpus, _ in points})
+    axes.plot(counts, counts, "--", color=INK, linewidth=1, label="N times")
+    for name, points in series.items():
+        line = axes.plot(*zip(*points, strict=True), "o-", label=name)[0] if points else None
+        for gpus, times in points[-1:] if line is not None else ():
+            axes.annotate(f"{times:.2f}", (gpus, times), (6, -3), textcoords="offset points", fontsize=8)
+    axes.set_xticks(counts)
+    axes.set(xlabel="GPUs", ylabel="times as fast as one")
+    axes.grid(True, color=GRID, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def _together(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, list[str]]]:
     """Points in the order of x; points on top of each other are one, with several labels."""
     found: list[tuple[float, float, list[str]]] = []

@@ -107,7 +107,8 @@ def sparse_attention(
     order = torch.from_numpy(block_order(plan)).long()
     q, k, v = (x[:, order].float() for x in (q, k, v))
     mean_k, mean_v = block_means(k), block_means(v)
-    kept = kept_blocks(block_means(q) @ mean_k.transpose(1, 2), keep, -(-plan.tokens_per_slot // BLOCK))
+    reference = -(-plan.undivided.tokens_per_slot // BLOCK)  # its blocks
+    kept = kept_blocks(block_means(q) @ mean_k.transpose(1, 2), keep, reference)
     blocks = kept.shape[-1]
     by_token = kept[:, :, None].expand(-1, -1, BLOCK, -1).reshape(heads, -1, blocks)[:, :tokens]
     by_key = by_token[..., None].expand(-1, -1, -1, BLOCK).reshape(heads, tokens, -1)[..., :tokens]

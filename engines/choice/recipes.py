@@ -64,7 +64,7 @@ def recipes(
         found[name] = Recipe(engine(name, graph), partial(compile_onnx, flavour, graph, target))
     if ATTENTION_FP8 in engine_names(model, plan):
         c = model.transformer
-        shape = (c.heads, plan.tokens, c.head_dim)
+        shape = (plan.attended_heads(c.heads), plan.undivided.tokens, c.head_dim)
         source = f"{ATTENTION_FP8} {shape} {FP8_ATTENTION_RANGE}".encode()
         found[ATTENTION_FP8] = Recipe(
             engine(ATTENTION_FP8, source), partial(compile_attention, flavour, *shape, True, target)

@@ -33,7 +33,7 @@ from trt_wan.engines.contracts import (
     vae_encode,
 )
 from trt_wan.engines.lynx import FacePlan, LynxPlan
-from trt_wan.engines.shape import CameraPlan, Plan, VaeTile
+from trt_wan.engines.shape import CameraPlan, Plan, ShardPlan, VaeTile
 
 # Raise it whenever an exported graph computes something else or has other inputs or outputs: exported graphs
 # are kept under this number. tests/test_graph_hashes.py finds a change that was forgotten.
@@ -44,11 +44,14 @@ LYNX_GRAPHS_VERSION = 1  # the same for the graphs of Lynx
 @cache
 def networks(model: ModelConfig, plan: Plan) -> Mapping[str, Network]:
     """Every network of `model` at the shapes of `plan`, by name, in the order a run first needs them. A tile
-    has those of the VAE alone, a camera plan those of Uni3C, and the plans of Lynx have those of Lynx.
+    has those of the VAE alone, a share of a GPU those of a block, a camera plan those of Uni3C, and the plans
+    of Lynx have those of Lynx.
     """
     rows: Iterable[Network]
     if isinstance(plan, CameraPlan):
         rows = uni3c.networks(model, plan)
+    elif isinstance(plan, ShardPlan):
+        rows = _block(model, plan)
     elif isinstance(plan, LynxPlan):
         rows = _lynx(model, plan)
     elif isinstance(plan, FacePlan):
@@ -82,6 +85,19 @@ def _face(model: ModelConfig, plan: FacePlan) -> tuple[Network, ...]:
         attn_out.network(model, plan),
         cross_attention.network(model, plan),
         ffn.network(model, plan),
+    )
+
+
+def _block(model: ModelConfig, plan: ShardPlan) -> tuple[Network, ...]:
+    return (
+        attn_in.network(model, plan),
+        attention.network(model, plan),
+        sparse_attention.network(model, plan),
+        attn_out.network(model, plan),
+        cross_attention.network(model, plan),
+        cross_attention_nag.network(model, plan),
+        ffn.network(model, plan),
+        fuser.network(model, plan),
     )
 
 

@@ -6,8 +6,9 @@ from trt_wan.engines.shape import Plan
 
 
 def network(model: ModelConfig, plan: Plan) -> Network:
-    c = model.transformer
-    heads = (c.heads, plan.tokens, c.head_dim)
+    c, tokens = model.transformer, plan.undivided.tokens
+    count = plan.attended_heads(c.heads)
+    heads = (count, tokens, c.head_dim)
     return Network(
         name="attention",
         part="transformer",
@@ -17,5 +18,5 @@ def network(model: ModelConfig, plan: Plan) -> Network:
             Tensor("v", heads, "activation"),
         ),
         weights=(),
-        outputs=(Tensor("attended", (plan.tokens, c.dim), "activation"),),
+        outputs=(Tensor("attended", (tokens, count * c.head_dim), "activation"),),
     )

@@ -7,7 +7,7 @@ from trt_wan.engines.store.home import home
 from trt_wan.errors import UsageError
 
 DEFAULT_LIMIT_GB = 4.0
-KNOWN = ("TRT_WAN_HOME", "TRT_WAN_WEIGHTS", "TRT_WAN_ENGINES_GB", "TRT_WAN_TOKEN")
+KNOWN = ("TRT_WAN_HOME", "TRT_WAN_WEIGHTS", "TRT_WAN_ENGINES_GB", "TRT_WAN_TOKEN", "TRT_WAN_TRACE")
 
 
 def limit_bytes() -> float:

@@ -19,7 +19,7 @@ from pathlib import Path
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contracts import GRAPHS_VERSION, LYNX_GRAPHS_VERSION, networks
 from trt_wan.engines.lynx import FacePlan, LynxPlan, lynx_of
-from trt_wan.engines.shape import CameraPlan, Plan, VaeTile
+from trt_wan.engines.shape import CameraPlan, Plan, ShardPlan, VaeTile
 from trt_wan.engines.store.files import forget_partials, read_json, replace_atomically
 from trt_wan.engines.store.home import home
 from trt_wan.engines.store.locks import Waiting, held, in_silence
@@ -114,6 +114,8 @@ def graph_set(model: ModelConfig, plan: Plan) -> GraphSet:
     size = f"{plan.width}x{plan.height}"
     parts = {VaeTile: "VAE tiles of ", CameraPlan: "camera control of "}
     part = parts.get(type(plan), "")
+    if isinstance(plan, ShardPlan):
+        part = f"a block's share of one of {plan.ranks} GPUs in "
     version: object = GRAPHS_VERSION
     if isinstance(plan, LynxPlan | FacePlan):
         part = "Lynx in "

@@ -1,7 +1,8 @@
 """The velocity of a window of the loop: by one forward of the model, or fused from those of its parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 from trt_wan.runtime.conditioning import WindowLatents, condition_of
 from trt_wan.runtime.context.faces import PartFaces
@@ -33,8 +34,7 @@ def predict_latents(
     faces = PartFaces(model, window.motion, window.pictures)
 
     def predict(step: int, latent: Array) -> Array:
-        fused: Array | None = None
-        for part in plan.parts(step):
+        def forward(part: Part) -> Array:
             before_each()
             seen = replace(
                 window,
@@ -43,9 +43,15 @@ def predict_latents(
                 render=None if window.render is None else window.render[:, part.seen],
             )
             predict_part = under(condition_of(model, seen, faces.of(part)), part)
-            taken = model.executor.take(latent, part.slots)
-            made = (part.slots, part.weights, predict_part(step, taken))
-            fused = model.executor.blend(plan.slots, [made], fused)
+            return predict_part(step, model.executor.take(latent, part.slots))
+
+        parts = plan.parts(step)
+        made: Iterable[Array] = map(forward, parts)
+        if model.split == "windows":
+            made = model.ranks.divide([(1.0, partial(forward, part)) for part in parts])
+        fused: Array | None = None
+        for part, velocity in zip(parts, made, strict=True):
+            fused = model.executor.blend(plan.slots, [(part.slots, part.weights, velocity)], fused)
         assert fused is not None, "a latent has parts"
         return fused
 

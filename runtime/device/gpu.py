@@ -274,6 +274,16 @@ class Gpu:
         self.kernels.launch(stream, name, blocks, THREADS, *arguments)
 
 
+def device_count() -> int:
+    """GPUs that CUDA_VISIBLE_DEVICES leaves. Raises EnvironmentBroken."""
+    try:
+        from cuda.bindings import runtime
+
+        return int(cuda(runtime.cudaGetDeviceCount()))
+    except Exception as error:
+        raise _unusable(error) from error
+
+
 def _arrive(slot: Pinned, piece: Host) -> None:
     slot.wait()
     piece[:] = slot.bytes[: len(piece)]

@@ -55,9 +55,10 @@ class BoundWeights:
 class OnnxRuntimeExecutor:
     """Sessions are opened from `graphs`/<network>.onnx on first use, and kept."""
 
-    def __init__(self, graphs: Path, weights: BoundWeights) -> None:
+    def __init__(self, graphs: Path, weights: BoundWeights, processes: int = 1) -> None:
+        """`processes` share the machine's cores: idle threads leave them to others."""
         refuse_two_packages()
-        self.graphs, self.weights = graphs, weights
+        self.graphs, self.weights, self._processes = graphs, weights, processes
         self._sessions: dict[str, Any] = {}
         self._elsewhere: dict[str, Path] = {}  # folders of graphs, by network
 
@@ -122,6 +123,8 @@ class OnnxRuntimeExecutor:
             path = self._elsewhere.get(name, self.graphs) / f"{name}.onnx"
             options = ort.SessionOptions()
             options.log_severity_level = 3
+            if self._processes > 1:  # fewer threads would change bits: convolutions are cut by threads
+                options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             try:
                 self._sessions[name] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # ONNX Runtime raises a dozen unrelated classes for a bad file
@@ -162,15 +165,16 @@ def least_memory(model: ModelConfig, plan: Plan, camera_ffn: int = 0) -> int:
     return weights + logits
 
 
-def require_memory(model: ModelConfig, plan: Plan) -> None:
-    """MemoryShort if the job cannot fit in memory."""
+def require_memory(model: ModelConfig, plan: Plan, processes: int = 1) -> None:
+    """MemoryShort if the job cannot fit in memory, in each of several processes."""
     import psutil
 
     needed, memory = least_memory(model, plan), psutil.virtual_memory().total
-    if needed > memory:
+    if needed * processes > memory:
+        each = f" in each of {processes} processes" if processes > 1 else ""
         raise MemoryShort(
             f"The model {model.name} at {plan.width}x{plan.height}, {plan.frames} frames per window, needs "
-            f"about {needed / 1e9:.0f} GB in fp32 on the CPU; {memory / 1e9:.0f} GB are here.",
+            f"about {needed / 1e9:.0f} GB in fp32 on the CPU{each}; {memory / 1e9:.0f} GB are here.",
             with_commands(
                 "Use a smaller size or window. To try the pipeline, make weights of the tiny model:",
                 "trt-wan weights tiny models/",

@@ -7,9 +7,10 @@ arrays or arrays of the executor; `np.asarray` of a result brings it to the host
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -19,7 +20,12 @@ from trt_wan.engines.contracts import networks
 from trt_wan.engines.lynx import Lynx
 from trt_wan.engines.shape import Plan, VaeTile
 from trt_wan.runtime.executors import Array, Executor, Observe
+from trt_wan.runtime.parallel.planner import Split
+from trt_wan.runtime.parallel.ranks import Ranks, Task
+from trt_wan.runtime.parallel.sequence import SequenceParallel
+from trt_wan.runtime.parallel.vae_pipeline import VaePipeline
 
+ALONE = Ranks()
 MOST_REMEMBERED = 256 * 10**6  # bytes of the host
 
 
@@ -37,18 +43,27 @@ class Model:
         weights: Mapping[Part, Mapping[str, Array]],
         tile: VaeTile | None = None,
         keep: float | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.plan, self.executor, self.weights = config, plan, executor, weights
-        self.tile, self.keep = tile, keep
+        self.tile, self.keep, self.ranks = tile, keep, ranks
+        self.split: Split = "tokens"  # how the ranks share the steps of the job that runs
+        self.sequence: SequenceParallel | None = None  # splits tokens; None on one GPU
         self.lynx: LynxModel | None = None  # the adapters of the job that runs
+        self.vae_pipeline: VaePipeline | None = None
         self.networks = {**networks(config, plan), **({} if tile is None else networks(config, tile))}
-        self._kept: dict[str, Array] = {}
         self._remembered: OrderedDict[Hashable, Array] = OrderedDict()  # the one used last comes last
         self._before_each: Callable[[], None] | None = None
 
     def take(self, plan: Plan) -> None:
-        """Adds the networks of a plan beside the model's: Uni3C's, Lynx's. Call between jobs."""
+        """Adds the networks of a plan beside the model's: Uni3C's, Lynx's, a rank's. Call between jobs."""
         self.networks |= networks(self.config, plan)
+
+    def take_pipeline(self, pipeline: VaePipeline | None) -> None:
+        """Has the ranks decode together, and encode where that is asked for. None: as on one GPU."""
+        self.vae_pipeline = pipeline
+        if pipeline is not None:
+            self.networks |= pipeline.networks
 
     def run(self, name: str, *inputs: Array, n: int = 0) -> tuple[Array, ...]:
         """The outputs of network `name`. Exceptions of the check in `checked` pass through."""
@@ -87,12 +102,6 @@ class Model:
         """Call after the last run of these networks in a job; the executor may free their weights."""
         self.executor.release(set(names))
 
-    def kept(self, name: str, make: Callable[[], Array]) -> Array:
-        """Returns the host array `name`, which is the same for every job of this size; `make` runs once."""
-        if name not in self._kept:
-            self._kept[name] = make()
-        return self._kept[name]
-
     def remembered(self, key: Hashable, make: Callable[[], Array]) -> Array:
         """Returns the host array of `key`, which an earlier job of this size may have made: `key` decides all
         of its bits. None is the key of an array that no other job can use.
@@ -108,6 +117,22 @@ class Model:
         while sum(array.nbytes for array in self._remembered.values()) > MOST_REMEMBERED:
             self._remembered.popitem(last=False)
         return made
+
+    def side_by_side(self, wanted: Sequence[tuple[Hashable, Task]]) -> list[Array]:
+        """`remembered` of several arrays, each of which one of the ranks computes. A rank whose process is
+        younger than others remembers less.
+        """
+        known = self.ranks.all_have([key in self._remembered for key, _ in wanted])
+        found = {
+            k: self.remembered(key, task[1])
+            for k, ((key, task), is_known) in enumerate(zip(wanted, known, strict=True))
+            if is_known
+        }
+        new = [k for k in range(len(wanted)) if k not in found]
+        made = self.ranks.divide([wanted[k][1] for k in new])
+        for k, array in zip(new, made, strict=True):
+            found[k] = self.remembered(wanted[k][0], partial(np.asarray, array))
+        return [found[k] for k in range(len(wanted))]
 
     @contextmanager
     def checked(self, before_each: Callable[[], None]) -> Iterator[None]:

@@ -4,8 +4,9 @@ Once per job: the context (keys and values of text and image tokens for every bl
 Once per window: the face (keys and values of the face tokens for every fuser). Arrays have no batch axis.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -154,8 +155,9 @@ def velocity(
 ) -> Array:
     """The flow velocity, noise - x0, of `latent` [16, T1, h, w]; same shape. `cross_attention` is the network
     that attends to `context`. With `keep` [1] self-attention is block-sparse, but in the first DENSE_BLOCKS.
-    `control` adds its residual behind a block and its fuser, `identity` attention to a face to every
-    attention. `cache` is at the step, and stands for the blocks where it skips them.
+    `rope` are the tables of the rank's tokens. `control` adds its residual behind a block and its fuser,
+    `identity` attention to a face to every attention. `cache` is at the step, and stands for the blocks where
+    it skips them.
     """
     c = model.config.transformer
     time_embedding, time_modulation = time
@@ -166,12 +168,18 @@ def velocity(
         size = model.plan.tokens_per_slot
         x = model.executor.put_rows(x, bare, size, size * (1 + window.pictures))
         del bare
+    sequence = model.sequence
+    if sequence is not None:
+        x = sequence.split(x)
     if cache is not None:
         cache.enter(x)
     for n in range(0 if cache is not None and cache.skips else c.layers):
         name, share = ("attention", ()) if keep is None or n < DENSE_BLOCKS else ("sparse_attention", (keep,))
         q, *kv = model.run("attn_in", x, time_modulation, *rope, n=n)
-        (attended,) = model.run(name, q, *kv, *share)
+        if sequence is None:
+            (attended,) = model.run(name, q, *kv, *share)
+        else:
+            attended = sequence.attend(partial(_attend, model, name, share), q, *kv)
         kv.clear()
         if identity is not None:
             attended = with_ref(model, identity, n, q, rope, attended)
@@ -188,5 +196,12 @@ def velocity(
             x = control.added(x, n)
     if cache is not None:
         x = cache.leave(x)
+    if sequence is not None:
+        x = sequence.join(x)
     (result,) = model.run("head", x, time_embedding)
     return result
+
+
+def _attend(model: Model, name: str, share: Sequence[Array], q: Array, k: Array, v: Array) -> Array:
+    (attended,) = model.run(name, q, k, v, *share)
+    return attended

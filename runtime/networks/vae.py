@@ -6,8 +6,13 @@ F = 4(T-1) + 1. Decoded frames are not clamped: a clamp would turn a NaN into a 
 Where GPU memory is short the model has a tile (Plan.vae_tile). Then both halves of the picture are computed
 one after the other, a segment of the clip at a time, and mixed where they overlap. The result differs a
 little from one computed whole: a tile's borders are padded, and its attention sees that tile alone.
+
+Several ranks compute a clip together where the model has a pipeline (parallel/vae_pipeline.py), with the bits
+of one GPU. Elsewhere, and in tiles, rank 0 decodes alone.
 """
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -17,6 +22,8 @@ import numpy as np
 from trt_wan.engines.shape import VaeTile
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.parallel.vae_parts import part_name
+from trt_wan.runtime.parallel.vae_pipeline import SLOTS, VaePipeline
 
 Read = Callable[[int, int], Array]  # frames [start, stop) of a clip, float32
 Span = tuple[int, int]
@@ -33,25 +40,36 @@ def encode(model: Model, frames: Array) -> Array:
     return encode_read(model, lambda start, stop: frames[:, start:stop], frames.shape[1])
 
 
-def encode_read(model: Model, read: Read, count: int) -> Array:
-    """`encode` of a clip of `count` frames that is read a chunk at a time, in order."""
+def encode_read(model: Model, read: Read, count: int, *, together: bool = False) -> Array:
+    """`encode` of a clip of `count` frames that is read a chunk at a time, in order. With `together` all
+    ranks encode it, each in some layers, and all get the latents; the last rank alone reads the clip.
+    """
     step = 4 * model.plan.vae_chunk
     assert count % step == 1, f"{count} frames are not one and a multiple of {step}"
-    latents = list(_computed(model, "encode", read, _spans(count, step)))
+    pipeline = model.vae_pipeline if together and model.tile is None else None
+    latents = list(_computed(model, "encode", read, _spans(count, step), pipeline))
     return np.concatenate([np.asarray(latent) for latent in latents], axis=1)
 
 
 def decode(model: Model, latent: Array) -> Iterator[Array]:
-    """The frames of a clip as they are ready: one, then 4·vae_chunk at a time.
+    """The frames of a clip as they are ready: one, then 4·vae_chunk at a time. Ranks other than 0 have none.
 
-    T is 1, or 1 and a multiple of vae_chunk.
+    T is 1, or 1 and a multiple of vae_chunk. Where there is a pipeline, all ranks must iterate to the end.
     """
+    pipeline = None if model.tile is not None else model.vae_pipeline
+    if model.ranks.rank and pipeline is None:
+        return
     step = model.plan.vae_chunk
     latent = np.asarray(latent)
     count = latent.shape[1]
     assert (count - 1) % step == 0, f"{count} latent frames are not one and a multiple of {step}"
-    chunks = _computed(model, "decode", lambda start, stop: latent[:, start:stop], _spans(count, step))
+    spans = _spans(count, step)
+    since = time.perf_counter()
+    chunks = _computed(model, "decode", lambda start, stop: latent[:, start:stop], spans, pipeline)
     yield from model.fetched(chunks)
+    if model.ranks.rank:  # it waits for rank 0's frames next in any case
+        model.executor.wait()
+        model.ranks.watch("decode", time.perf_counter() - since)
 
 
 def _spans(count: int, step: int) -> list[Span]:
@@ -59,9 +77,13 @@ def _spans(count: int, step: int) -> list[Span]:
     return [(0, 1), *((start, start + step) for start in range(1, count, step))]
 
 
-def _computed(model: Model, half: Half, read: Read, spans: Sequence[Span]) -> Iterator[Array]:
+def _computed(
+    model: Model, half: Half, read: Read, spans: Sequence[Span], pipeline: VaePipeline | None
+) -> Iterator[Array]:
     if model.tile is not None:
         return _in_tiles(model, model.tile, half, read, spans)
+    if pipeline is not None:
+        return _in_parts(model, pipeline, half, read, spans)
     return _chunks(model, half, (read(*span) for span in spans), [])
 
 
@@ -70,6 +92,30 @@ def _chunks(model: Model, half: Half, chunks: Iterable[Array], caches: list[Arra
     for chunk in chunks:
         result, *caches[:] = model.run(f"vae_{half}_{'next' if caches else 'first'}", chunk, *caches)
         yield result
+
+
+def _in_parts(
+    model: Model, pipeline: VaePipeline, half: Half, read: Read, spans: Sequence[Span]
+) -> Iterator[Array]:
+    """Computes this rank's layers. Yields frames on rank 0, latents on all."""
+    caches: list[Array] = []
+    coming: deque[tuple[int, tuple[int, ...]]] = deque()  # numbers and shapes of latents that rank 0 makes
+    for k, span in enumerate(spans):
+        name = f"vae_{half}_{'next' if k else 'first'}"
+        given = [read(*span)] if pipeline.takes else []
+        outputs = model.run(part_name(name), *given, *caches)
+        if pipeline.makes:
+            result, *caches = outputs
+            del outputs
+            yield result
+            continue
+        caches = list(outputs)
+        if half == "encode":
+            coming.append((pipeline.runs, model.networks[name].outputs[0].shape))
+            if len(coming) == SLOTS:
+                yield pipeline.latent(*coming.popleft())
+    for run, shape in coming:
+        yield pipeline.latent(run, shape)
 
 
 def _in_tiles(model: Model, tile: VaeTile, half: Half, read: Read, spans: Sequence[Span]) -> Iterator[Array]:

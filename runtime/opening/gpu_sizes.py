@@ -10,6 +10,7 @@ The VAE computes in tiles (networks/vae.py) for jobs that do not fit otherwise, 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
+from functools import partial
 from typing import Any
 
 from trt_wan.engines.choice.candidates import SPARSE, Candidate, Engine, Machine, Tier, candidates, tiers
@@ -23,7 +24,7 @@ from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import Capability
 from trt_wan.engines.lynx import FacePlan, Lynx, LynxPlan
 from trt_wan.engines.precision import Precision
-from trt_wan.engines.shape import CameraPlan, Plan, VaeTile
+from trt_wan.engines.shape import CameraPlan, Plan, ShardPlan, VaeTile
 from trt_wan.engines.store.engine_id import Recipe
 from trt_wan.engines.store.graphs import graph_set
 from trt_wan.engines.store.measurements import read_figures
@@ -35,7 +36,7 @@ from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.job import Load
 from trt_wan.runtime.loras.merging import MergingSource
-from trt_wan.runtime.networks.model import LynxModel, Model
+from trt_wan.runtime.networks.model import ALONE, LynxModel, Model
 from trt_wan.runtime.opening.activation_memory import activation_bytes
 from trt_wan.runtime.opening.residency import (
     BEFORE_THE_STEPS,
@@ -50,6 +51,11 @@ from trt_wan.runtime.opening.residency import (
     weight_bytes,
 )
 from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
+from trt_wan.runtime.parallel.peer_memory import PeerMemory
+from trt_wan.runtime.parallel.peer_sequence import PeerSequence
+from trt_wan.runtime.parallel.ranks import Ranks
+from trt_wan.runtime.parallel.shards import Shards
+from trt_wan.runtime.parallel.vae_pipeline import VaePipeline, open_pipeline
 from trt_wan.runtime.segments.segment import Segment
 from trt_wan.runtime.segments.tensorrt import finish_engines, open_engines
 from trt_wan.runtime.settings import Settings
@@ -60,6 +66,7 @@ from trt_wan.runtime.weights.stored import Tensors
 
 NAG = "cross_attention_nag"
 BLOCK_OF_A_FACE = ("attn_in", "attention", "attn_out", "cross_attention", "ffn")
+PIPELINE_ROOM = 40 * 10**9  # bytes of every GPU: on smaller ones rank 0 decodes alone
 MOST_SIZES = 4  # whose segments are kept
 ExportTiles = Callable[[VaeTile, Progress], None]  # exports the graphs of a tile
 
@@ -89,7 +96,13 @@ class GpuSizes:
         self._models: dict[Plan, Model] = {}
         self._faces: dict[Plan, GpuExecutor] = {}  # they compute Lynx's picture
         self._scratch: tuple[Any, int] | None = None  # buffer, bytes
+        self._peers: PeerSequence | None = None
+        self._shared: tuple[Ranks, Shards] | None = None  # what they are for
+        self._pipeline: VaePipeline | None = None
+        self._piped: tuple[Ranks, Plan] | None = None
         self._slots = 0  # bytes that blocks stream through
+
+    overlaps = True
 
     @property
     def numerics(self) -> tuple[str, ...]:
@@ -103,7 +116,12 @@ class GpuSizes:
         context: ContextPlan | None,
         skip: Collection[str],
         progress: Progress,
+        ranks: Ranks = ALONE,
+        share: ShardPlan | None = None,
     ) -> Model:
+        opened: Plan = share or plan
+        if share is not None:
+            self._open_peers(plan, ranks, share)
         contracts = networks_for(self._config, plan, load)
         blocks = [
             Pack.of(contracts[name], n) for n in range(self._config.transformer.layers) for name in BLOCK
@@ -117,25 +135,26 @@ class GpuSizes:
         if not self._models:
             keeps = self._settings.keep_encoders and sum(weight_bytes(contracts).values()) <= self._budget
             self.weights.plan([], () if keeps else BEFORE_THE_STEPS)
-        if plan not in self._models:
+        if opened not in self._models:
             room = (
                 self._budget - self._gpu.arena.size - (self._scratch[1] if self._scratch else 0) - self._slots
             )
             self.weights.prefetch(others, room)  # while the segments are opened
-            self._open(plan, progress)
+            self._open(plan, progress, share=share)
+        if ranks.count > 1:
+            self._open_pipeline(plan, opened, ranks)
         if load.nag:
-            self._open_more(plan, plan, (NAG,), progress)
+            self._open_more(opened, opened, (NAG,), progress)
         camera = camera_of(plan, load)
         if camera is not None:
             names = network_names(self._config, camera, self._settings.tier)
-            self._open_more(plan, camera, names, progress)
-        adapters = {} if load.lynx is None else self._open_lynx(plan, load.lynx, progress)
-        self._executors[plan] = self._executors.pop(plan)
-        opened: Plan = plan
+            self._open_more(opened, camera, names, progress)
+        adapters = {} if load.lynx is None else self._open_lynx(opened, load.lynx, progress)
+        self._executors[opened] = self._executors.pop(opened)
         try:
-            residency = self._residency(plan, load, context, self._scratch_bytes(plan, load))
+            residency = self._residency(plan, load, context, self._scratch_bytes(opened, load))
         except MemoryShort as short:
-            if (tile := plan.vae_tile) is None:
+            if share is not None or (tile := plan.vae_tile) is None:
                 raise
             residency, opened = self._in_tiles(plan, tile, load, context, short, progress), tile
         executor = self._executors[opened]
@@ -157,7 +176,9 @@ class GpuSizes:
         self._slots = residency.slots
         room = self._budget - residency.arena - residency.scratch - residency.slots
         self.weights.prefetch([*others, *blocks], room)
-        return self._models[opened]
+        model = self._models[opened]
+        model.ranks, model.sequence = ranks, self._peers if share is not None else None
+        return model
 
     def take(self, parts: Mapping[Part, Any]) -> None:
         """Weights that random numbers stand for need no files."""
@@ -179,12 +200,20 @@ class GpuSizes:
         parts: dict[Part, Any] = {**self._host, "transformer": transformer}
         self.weights.change(MergingSource(parts), keys)
 
+    def abandon(self) -> None:
+        if self._peers is not None:
+            self._peers.memory.poison()
+        if self._pipeline is not None:
+            self._pipeline.abandon()
+
     def resume(self) -> None:
         self._gpu.device.set_current()
 
     def close(self) -> None:
         with suppress(GpuFault):  # everything else is freed all the same
             self._gpu.sync()
+        self._close_peers()
+        self._close_pipeline()
         self._executors.clear()
         self._faces.clear()
         self._models.clear()
@@ -193,6 +222,45 @@ class GpuSizes:
             self._scratch[0].close(self._gpu.stream)
             self._scratch = None
         self._gpu.close()
+
+    def _open_peers(self, plan: Plan, ranks: Ranks, share: ShardPlan) -> None:
+        """Takes the memory that the ranks exchange tokens and heads through, unless it is there."""
+        shards = Shards.of(self._config, share)
+        if self._shared != (ranks, shards):
+            self._close_peers()
+            joined = 4 * plan.tokens * self._config.transformer.dim
+            dtype = networks(self._config, share)["attention"].inputs[0].dtype
+            self._peers = PeerSequence.open(self._gpu, ranks, shards, dtype, joined)
+            self._shared = ranks, shards
+            self._budget -= self._peers.memory.size
+
+    def _close_peers(self) -> None:
+        if self._peers is not None:
+            self._budget += self._peers.memory.size
+            self._peers.close()
+        self._peers = self._shared = None
+
+    def _open_pipeline(self, plan: Plan, opened: Plan, ranks: Ranks) -> None:
+        """Splits the layers of the VAE of a size over the ranks, once, where there is room for two scratches
+        more.
+        """
+        if self._piped != (ranks, opened):
+            self._close_pipeline()
+            self._piped = ranks, opened
+            if ranks.least(self._budget) >= PIPELINE_ROOM:
+                segments, contracts = self._executors[opened].segments, networks(self._config, plan)
+                connect = partial(PeerMemory, self._gpu, ranks)
+                self._pipeline = open_pipeline(self._gpu, segments, contracts, ranks, connect)
+            if self._pipeline is not None:
+                self._budget -= self._pipeline.nbytes
+                segments.update(self._pipeline.segments)
+        self._models[opened].take_pipeline(self._pipeline)
+
+    def _close_pipeline(self) -> None:
+        if self._pipeline is not None:
+            self._budget += self._pipeline.nbytes
+            self._pipeline.close()
+        self._pipeline = self._piped = None
 
     def _in_tiles(
         self,
@@ -232,17 +300,28 @@ class GpuSizes:
         )
         return residency
 
-    def _open(self, plan: Plan, progress: Progress, tile: VaeTile | None = None) -> None:
-        """With `tile` only the VAE's segments are opened."""
+    def _open(
+        self, plan: Plan, progress: Progress, tile: VaeTile | None = None, share: ShardPlan | None = None
+    ) -> None:
+        """With `tile` only the VAE's segments are opened. Those of a block are the rank's, with `share`."""
         opened = tile or plan
         names, keep = network_names(self._config, opened, self._settings.tier), self._settings.keep
+        own: tuple[str, ...] = ()
+        if share is not None:
+            own = network_names(self._config, share, self._settings.tier)
+            names = tuple(name for name in names if name not in own)
         if keep is not None and tile is None:
             exact = f"{keep:.0%} of its blocks of keys exactly, the others by their means"
             progress(Note(f"turbo: attention takes {exact}, after the first quarter of the steps."))
         executor = GpuExecutor(self._gpu, self._segments(opened, names, progress), self.weights)
+        if share is not None:
+            opened = share
+            executor.segments |= self._segments(opened, own, progress)
         self._executors[opened] = executor
         observed = self._observe(executor) if self._observe else executor
-        self._models[opened] = Model(self._config, plan, observed, self._host, tile, keep)
+        model = self._models[opened] = Model(self._config, plan, observed, self._host, tile, keep)
+        if share is not None:
+            model.take(share)
 
     def _open_more(self, plan: Plan, of: Plan, names: Sequence[str], progress: Progress) -> None:
         """Opens optional networks, of `of`, for a size that is open, once."""
@@ -292,10 +371,13 @@ class GpuSizes:
         model.lynx = LynxModel(load.lynx, face)
 
     def _segments(self, plan: Plan, names: Sequence[str], progress: Progress) -> dict[str, Segment]:
-        recipes = recipes_here(self._config, plan, self._machine)
-        settings = self._settings
-        chosen = choose_segments(self._config, plan, self._machine, recipes, settings, progress, names)
-        return open_segments(chosen, self._config, plan, self._gpu, recipes, progress)
+        """A rank's share has the candidates that were chosen for the whole."""
+        config, machine, whole = self._config, self._machine, plan.undivided
+        recipes = recipes_here(config, whole, machine)
+        chosen = choose_segments(config, whole, machine, recipes, self._settings, progress, names)
+        if whole != plan:
+            recipes = recipes_here(config, plan, machine)
+        return open_segments(chosen, config, plan, self._gpu, recipes, progress)
 
     def _residency(
         self,

@@ -11,8 +11,9 @@ engines are built on the spot.
 """
 
 import gc
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -23,13 +24,13 @@ from trt_wan.engines.contracts import GRAPHS_VERSION
 from trt_wan.engines.flavour import Flavour, choose_flavour
 from trt_wan.engines.lynx import Lynx, lynx_plans
 from trt_wan.engines.precision import Precision, best_precision, require_fp8
-from trt_wan.engines.shape import CameraPlan, Plan
+from trt_wan.engines.shape import CameraPlan, Plan, ShardPlan
 from trt_wan.errors import EnvironmentBroken, UsageError, shown
 from trt_wan.runtime.closing import Closing
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.device.driver import has_nvidia_gpu
-from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.device.gpu import Gpu, device_count
 from trt_wan.runtime.events import Note, Progress, StageStarted, silent
 from trt_wan.runtime.executors import Array, Observe
 from trt_wan.runtime.executors.onnxruntime import require_memory
@@ -37,7 +38,7 @@ from trt_wan.runtime.finite import Broken, explained, is_finite
 from trt_wan.runtime.job import Job, Load, Lora
 from trt_wan.runtime.loras.lora_file import open_lora
 from trt_wan.runtime.loras.loras import Loras
-from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.networks.model import ALONE, Model
 from trt_wan.runtime.networks.text_encoder import encode_texts
 from trt_wan.runtime.networks.tokenizer import Tokenizer, byte_tokenizer
 from trt_wan.runtime.opening.cpu_sizes import CpuSizes
@@ -49,6 +50,10 @@ from trt_wan.runtime.opening.gpu_sizes import (
     require_tier,
 )
 from trt_wan.runtime.opening.lynx import LynxSearch, acting_adapters
+from trt_wan.runtime.parallel.group import Group
+from trt_wan.runtime.parallel.planner import Choice, choose_split, share_plan
+from trt_wan.runtime.parallel.ranks import RankLost, Ranks
+from trt_wan.runtime.parallel.trace import traced
 from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.step_ratios import with_ratios
@@ -75,6 +80,11 @@ class Sizes(Protocol):
     """The model at every size that jobs have asked for."""
 
     @property
+    def overlaps(self) -> bool:
+        """Whether ranks exchange heads while they attend with others."""
+        ...
+
+    @property
     def numerics(self) -> tuple[str, ...]:
         """Names everything beside weights and graphs that decides the bits of a result."""
         ...
@@ -86,9 +96,11 @@ class Sizes(Protocol):
         context: ContextPlan | None,
         skip: Collection[str],
         progress: Progress,
+        ranks: Ranks = ALONE,
+        share: ShardPlan | None = None,
     ) -> Model:
         """The model at a size, with memory for a job. The job does not run the networks `skip`; `context` is
-        of its longest window.
+        of its longest window. `share` is a rank's part of a job that is split by tokens.
         """
         ...
 
@@ -100,6 +112,10 @@ class Sizes(Protocol):
         """Takes the transformer's weights from `transformer`, which differs in the tensors `changed`. Call
         between jobs, before `begin`.
         """
+        ...
+
+    def abandon(self) -> None:
+        """Ends all waits for other ranks, of which one is lost. Any thread may call it."""
         ...
 
     def resume(self) -> None:
@@ -198,20 +214,29 @@ class Basis:
     place: tuple[Gpu, Flavour] | None  # None: the CPU
     precision: Precision
     settings: Settings
+    files: WeightFiles
 
-    def open(self, observe: Observe | None = None, export_tiles: ExportTiles | None = None) -> "OpenModel":
+    def open(
+        self,
+        observe: Observe | None = None,
+        export_tiles: ExportTiles | None = None,
+        ranks: Ranks | None = None,
+    ) -> "OpenModel":
         """Call when nothing else takes GPU memory: the model counts the free bytes. `export_tiles` is called
         for a job that fits with the VAE in tiles alone; without it such a job raises MemoryShort where the
-        tile's graphs are missing.
+        tile's graphs are missing. `ranks` are those of a process that another one has started.
         """
         opened = self.weights
         sizes: Sizes
         if self.place is None:
-            sizes = CpuSizes(opened.config, opened.host, observe)
+            sizes = CpuSizes(opened.config, opened.host, observe, self.settings.gpus)
         else:
             config, host, source = opened.config, opened.host, opened.source
             sizes = GpuSizes(*self.place, config, host, source, self.settings, observe, export_tiles)
-        return OpenModel(opened, self.precision, sizes, self.settings)
+        start = (
+            partial(Group, self.files, self.settings) if ranks is None and self.settings.gpus > 1 else None
+        )
+        return OpenModel(opened, self.precision, sizes, self.settings, ranks or ALONE, start)
 
     def require_loras(self, loras: Sequence[Lora]) -> None:
         """Raises WeightsError, from their headers, for LoRAs that this model cannot take."""
@@ -220,12 +245,29 @@ class Basis:
             open_lora(lora.file, self.weights.config)
 
     def beside(self, plan: Plan, job: Job, progress: Progress = silent) -> tuple[Plan, ...]:
-        """The networks that the job has beside the model's at the shape `plan`: Uni3C's, Lynx's. Raises as
-        `load_of`.
+        """The networks that the job has beside the model's at the shape `plan`: a rank's, Uni3C's, Lynx's.
+        Raises as `load_of`.
         """
         load = self.weights.load_of(job, progress)
         camera = (CameraPlan.beside(plan, load.camera_ffn),) if load.camera_ffn else ()
-        return (*camera, *(() if load.lynx is None else lynx_plans(plan, load.lynx)))
+        return (*self._share(plan, job), *camera, *(() if load.lynx is None else lynx_plans(plan, load.lynx)))
+
+    def _share(self, plan: Plan, job: Job) -> tuple[ShardPlan, ...]:
+        """The share of a GPU, if there are several and the steps may be split by tokens."""
+        count = self.settings.gpus
+        if count == 1 or _take_all_tokens(job):
+            return ()
+        if job.context is None and split_of(job, None, count).split != "tokens":
+            return ()
+        return (share_plan(self.weights.config, plan, count, self.place is not None),)
+
+    def split(self, job: Job, frames: int) -> Choice | None:
+        """How the GPUs share the steps of a job over clips of that many frames; None for one GPU. Raises
+        UsageError for a job that cannot be shared.
+        """
+        if self.settings.gpus == 1:
+            return None
+        return split_of(job, job.context_plan(job.windows(frames).length(0)), self.settings.gpus)
 
     def with_ratios(self, job: Job, progress: Progress) -> Job:
         """`job` with the ratios of its step cache. Raises as step_ratios.py."""
@@ -234,7 +276,7 @@ class Basis:
     def require_possible(self, plan: Plan) -> None:
         """Raises MemoryShort if no job of that shape fits in this machine's memory."""
         if self.place is None:
-            require_memory(self.weights.config, plan)
+            require_memory(self.weights.config, plan, self.settings.gpus)
 
     def choices(self, plan: Plan, job: Job) -> dict[str, str]:
         """The executor, and on a GPU the tier and the candidate of every network at that shape. Its graphs
@@ -246,9 +288,10 @@ class Basis:
         chosen: dict[str, str] = {}
         for each in self._chosen(plan, job):
             chosen |= chosen_candidates(self.weights.config, each, gpu, flavour, self.settings)
-        keep = self.settings.keep
-        sparse = {} if keep is None else {"attention_keep": f"{keep:g}"}
-        return {"executor": flavour.name, "tier": self.settings.tier, **sparse, **chosen}
+        keep, gpus = self.settings.keep, self.settings.gpus
+        more = {} if keep is None else {"attention_keep": f"{keep:g}"}
+        more |= {} if gpus == 1 else {"gpus": str(gpus)}
+        return {"executor": flavour.name, "tier": self.settings.tier, **more, **chosen}
 
     def _chosen(self, plan: Plan, job: Job) -> list[Plan]:
         """The plans whose networks have candidates: those of Lynx are TensorRT's."""
@@ -264,20 +307,32 @@ class Basis:
                 build_engines(self.weights.config, each, gpu, flavour, self.settings, progress)
 
 
-def open_basis(weights: WeightFiles, settings: Settings, progress: Progress) -> Basis:
-    """Reads headers, tokenizer and GPU; computes nothing. Raises TrtWanError."""
-    place = open_gpu(settings, progress)
+def open_basis(weights: WeightFiles, settings: Settings, progress: Progress, rank: int = 0) -> Basis:
+    """Reads headers, tokenizer and GPU; computes nothing. Of several GPUs the one with the number `rank` is
+    taken. Raises TrtWanError.
+    """
+    place = open_gpu(settings, progress, rank)
     precision = choose_precision(settings, place[0] if place else None)
     opened = open_weights(weights, precision, progress)
     if place is not None:
         require_tier(settings.tier, precision, place[0].capability)
-    return Basis(opened, place, precision, settings)
+    return Basis(opened, place, precision, settings, weights)
 
 
 class OpenModel(Closing):
     """Runs one job at a time. `close` frees all GPU memory; the end of a `with` block closes too."""
 
-    def __init__(self, weights: OpenWeights, precision: Precision, sizes: Sizes, settings: Settings) -> None:
+    def __init__(
+        self,
+        weights: OpenWeights,
+        precision: Precision,
+        sizes: Sizes,
+        settings: Settings,
+        ranks: Ranks = ALONE,
+        start: Callable[[], Group] | None = None,
+    ) -> None:
+        """`start` starts the other ranks, of which this process is the first."""
+        self.ranks, self._start = ranks, start
         self.config, self.precision, self.settings = weights.config, precision, settings
         self._weights, self._sizes = weights, sizes
         self._running = self._closed = False
@@ -286,6 +341,7 @@ class OpenModel(Closing):
         self._cache = TextCache(cached, weights.text_files, numbers, (text.length, text.dim))
         self._features: dict[str, Array] = {}  # by prompt of the job, as far as they are known
         self._loras = Loras(weights.config, weights.transformer)
+        self._group = start() if start is not None else None  # they open the model meanwhile
 
     def stream(
         self,
@@ -321,8 +377,11 @@ class OpenModel(Closing):
         if self._running:
             raise UsageError("This model is running another job.", "Wait for it, or open a second model.")
         self._running = True
+        finished = False
         try:
             self._sizes.resume()
+            should_stop = self._with_others(job, clips, begin_from, should_stop)
+            progress = traced(progress, self.ranks)
             for piece in stream_pieces(
                 _with_ratios(job, self._weights, progress),
                 self,
@@ -334,8 +393,36 @@ class OpenModel(Closing):
             ):
                 yield piece
                 self._sizes.resume()  # the consumer may go on in another thread
+            finished = True
+        except RankLost as lost:
+            raise lost if self._group is None else self._group.reason(lost) from None
         finally:
             self._running = False
+            if not finished:  # the others are in the middle of the job
+                self._end_group()
+
+    def _with_others(
+        self, job: Job, clips: Clips | None, begin_from: WindowState | None, should_stop: ShouldStop
+    ) -> ShouldStop:
+        """Has the other ranks begin a job, and returns `should_stop` that raises when one is lost."""
+        if self._start is None:
+            return should_stop
+        if self._group is not None and self._group.lost is not None and self._group.has_begun:
+            self._end_group()  # it was lost after the last job
+        group = self._group = self._group or self._start()
+        self.ranks, group.abandon = group.ranks, self._sizes.abandon
+        group.begin(job, begin_from, {} if clips is None else clips.endings)
+
+        def stop() -> bool:
+            group.check()
+            return should_stop()
+
+        return stop
+
+    def _end_group(self) -> None:
+        if self._group is not None:
+            group, self._group = self._group, None
+            group.close()
 
     def begin(self, job: Job, width: int, height: int, frames: int, progress: Progress) -> Model:
         plan = Plan(width, height, job.model_window, self.precision)
@@ -343,14 +430,23 @@ class OpenModel(Closing):
         self._features = {text: features for text, features in found.items() if features is not None}
         for text in found:
             self._report_cut(text, progress)
-        skip = [TEXT_ENCODER] if len(self._features) == len(found) else []
+        skip = [TEXT_ENCODER] if len(self._features) == len(found) or self.ranks.rank else []
         skip += IMAGE_ENCODER if job.clip_vision.off else []
         self._merge(job.loras, progress)
         context = job.context_plan(job.windows(frames).length(0))
         load = self._weights.load_of(job, progress)
         if load.lynx is not None:
             self._take_lynx(job, load.lynx, progress)
-        return self._sizes.begin(plan, load, context, skip, progress)
+        if self.ranks.count == 1:
+            return self._sizes.begin(plan, load, context, skip, progress)
+        choice = split_of(job, context, self.ranks.count)
+        progress(Note(choice.text, "split", {"gpus": self.ranks.count, "split": choice.split}))
+        share = None
+        if choice.split == "tokens":
+            share = share_plan(self.config, plan, self.ranks.count, self._sizes.overlaps)
+        model = self._sizes.begin(plan, load, context, skip, progress, self.ranks, share)
+        model.split = choice.split
+        return model
 
     def _take_lynx(self, job: Job, adapters: Lynx, progress: Progress) -> None:
         """Takes the weights of Lynx, and says which of its adapters act."""
@@ -386,11 +482,15 @@ class OpenModel(Closing):
             progress(Note(f"{text} It begins: {shown(prompt)}", "prompt_cut", data))
 
     def texts(self, model: Model, job: Job, progress: Progress) -> Mapping[str, Array]:
-        new = [text for text in job.encoded_texts if text not in self._features]
+        new = [text for text in job.encoded_texts if text not in self._features and not self.ranks.rank]
         if new:
             progress(StageStarted("text"))
         for start in range(0, len(new), MOST_TEXTS):
             self._encode(model, new[start : start + MOST_TEXTS])
+        if self.ranks.count > 1:  # the store may have changed since another rank read it
+            texts = job.encoded_texts
+            made = self.ranks.of_first([] if self.ranks.rank else [self._features[text] for text in texts])
+            self._features = dict(zip(texts, made, strict=True))
         return self._features
 
     def _encode(self, model: Model, texts: Sequence[str]) -> None:
@@ -408,9 +508,22 @@ class OpenModel(Closing):
         if self._closed:
             return
         self._closed = True
+        self._end_group()
         self._sizes.close()
         self._cache.close()
         gc.collect()  # TensorRT's objects and arrays free GPU memory when Python drops them
+
+
+def split_of(job: Job, context: ContextPlan | None, count: int) -> Choice:
+    """How `count` GPUs share the steps of a job. Raises UsageError for a job that cannot be shared."""
+    parts = 1 if context is None or context.is_one else len(context.parts(0))
+    return choose_split([step.passes for step in job.step_settings], parts, count, _take_all_tokens(job))
+
+
+def _take_all_tokens(job: Job) -> list[str]:
+    """The options of networks that are not split by tokens."""
+    acting = (("--camera", job.acting_camera), ("--identity", job.acting_identity))
+    return [option for option, acts in acting if acts is not None]
 
 
 def _with_ratios(job: Job, weights: OpenWeights, progress: Progress) -> Job:
@@ -439,14 +552,19 @@ def open_weights(weights: WeightFiles, precision: Precision, progress: Progress)
     return OpenWeights(config, parts, FileSource(parts), tokenizer, camera, tokenizer.file, search)
 
 
-def open_gpu(settings: Settings, progress: Progress) -> tuple[Gpu, Flavour] | None:
+def open_gpu(settings: Settings, progress: Progress, rank: int = 0) -> tuple[Gpu, Flavour] | None:
     """The GPU and its TensorRT, or None if jobs run on the CPU; reports which and why."""
     if settings.executor == "onnxruntime":
         _refuse_settings_of_a_gpu(settings, "it was asked for")
         return None
     try:
-        gpu = Gpu()
+        gpu = Gpu(rank)
         flavour = choose_flavour(settings.flavour, gpu.capability)
+        if settings.gpus > (count := device_count()):
+            raise UsageError(
+                f"--gpus asks for {settings.gpus}, and CUDA shows {count} here.",
+                f"Use --gpus {count}, or let CUDA_VISIBLE_DEVICES name more.",
+            )
     except EnvironmentBroken as error:
         if settings.executor == "tensorrt":
             raise

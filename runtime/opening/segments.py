@@ -57,6 +57,6 @@ def open_segments(
             from trt_wan.runtime.segments.attention import open_attention
 
             shape = networks(config, plan)[name].inputs[0].shape  # q comes first
-            blocks = (block_order(plan), plan.tokens_per_slot) if candidate == SPARSE else ()
+            blocks = (block_order(plan), plan.undivided.tokens_per_slot) if candidate == SPARSE else ()
             segments[name] = open_attention(candidate.name, gpu, *shape, *blocks)
     return segments

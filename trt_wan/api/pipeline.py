@@ -189,6 +189,7 @@ class AnimatePipeline(Closing):
             job = Job(inputs, **settings)
             with open_clips(inputs, job.history) as opened:
                 _require_size(opened.width, opened.height, width, height)
+                self._basis.split(job, opened.frames)  # to refuse it now
                 model = self._ready(opened.width, opened.height, job)
                 progress = self._watching(job, callback_on_step_end)
                 if output is not None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from trt_wan.cli.bench_preprocess import bench_preprocess
-from trt_wan.cli.bench_report import finished, show_tables
+from trt_wan.cli.bench_report import finished, keeper, show_tables
+from trt_wan.cli.bench_scaling import scale, scaling_options, take_scaling
 from trt_wan.cli.calibrate_cache import calibrate_cache
 from trt_wan.cli.command import Group, command, note
 from trt_wan.cli.report import Report
@@ -21,7 +22,6 @@ from trt_wan.errors import shown
 if TYPE_CHECKING:
     from trt_wan.benchmarks.measure.quality import Wanted
     from trt_wan.benchmarks.peers.shape import Shape
-    from trt_wan.benchmarks.report.sheet import Report as Measured
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 THERE = click.Path(path_type=Path, file_okay=False, exists=True)
@@ -73,7 +73,8 @@ def _rows(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -
             if not given:
                 settings["tier"] = name
             elif (field := name.replace("-", "_")) in Settings.__dataclass_fields__:
-                settings[field] = float(text) if re.fullmatch("[0-9]*[.]?[0-9]+", text) else text
+                number = int if text.isdecimal() else float
+                settings[field] = number(text) if re.fullmatch("[0-9]*[.]?[0-9]+", text) else text
             else:
                 settings.setdefault("segments", {})[name] = text
         found[value] = settings
@@ -110,6 +111,7 @@ _SETTINGS = (
         help="Take this candidate, such as attention=cudnn; may be repeated.",
     ),
 )
+_GPUS = click.option("--gpus", type=int, help="GPUs that share a job. Default: 1.")  # `bench` takes several
 _ROWS = click.option(
     "--row",
     "rows",
@@ -155,6 +157,7 @@ def _options(*rows: Decorator) -> Decorator:
 @click.option("--lightx2v", type=THERE, help="A checkout of LightX2V, for the peer of that name.")
 @click.option("--cold/--no-cold", default=True, show_default=True, help="Measure a cold start as well.")
 @click.option("--repeat", type=COUNT, default=1, show_default=True, help="Runs in a row: the spread.")
+@scaling_options(_sizes)
 @_OUT
 @command
 def measure(
@@ -181,12 +184,17 @@ def measure(
     \b
     trt-wan bench --out bench/
     trt-wan bench --peers all --rounds 3 --out bench/
+    trt-wan bench --gpus 1,2,4 --tier fast --out scaling/
     trt-wan bench compare before/bench.json after/bench.json
     """
     from trt_wan.benchmarks.bench import Options, run_bench
     from trt_wan.benchmarks.peers.contest import Contest
     from trt_wan.benchmarks.report.repeat import JOBS, Repeats
 
+    if (scaling := take_scaling(settings)) is not None:
+        sizes = map(size_of, scaling["sizes"])
+        shapes = [_shape(model, each, window) for each in sizes] or [_shape(model, size, window)]
+        return scale(report, shapes, _given(settings), scaling, job_steps, weights, out)
     options = Options(
         shape=_shape(model, size, window),
         settings=_given(settings),
@@ -218,7 +226,7 @@ def compare_results(*, report: Report, first: Path, second: Path) -> Any:
 
 
 @click.command("sweep", short_help="Measure how the cost grows.")
-@_options(*_SHAPE, *_SETTINGS)
+@_options(*_SHAPE, *_SETTINGS, _GPUS)
 @click.option(
     "--axes", default="size,window", show_default=True, help="Of size, window, steps, precision, vram."
 )
@@ -263,7 +271,7 @@ def sweep_shapes(
 
 
 @click.command("quality", short_help="Measure what a precision or tier costs in quality.")
-@_options(*_SHAPE, *_SETTINGS, _ROWS)
+@_options(*_SHAPE, *_SETTINGS, _GPUS, _ROWS)
 @click.option("--steps", type=COUNT, default=4, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -294,19 +302,13 @@ def quality_of(
     trt-wan bench quality --weights models/ --peers
     """
     from trt_wan.benchmarks.measure.quality import Wanted, measure_quality
-    from trt_wan.benchmarks.report.sheet import write_document
 
     shape, files, given = _shape(model, size, window), str(weights) if weights else None, _given(settings)
     if not rows and peers and "tier" not in given:
         wanted = [Wanted(f"trt-wan {tier}", _given({**given, "tier": tier})) for tier in _tiers(given)]
     else:
         wanted = _wanted(rows, settings)
-
-    def keep(unfinished: "Measured") -> None:
-        if out is not None:
-            write_document(unfinished, out)
-
-    result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress, keep)
+    result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress, keeper(out))
     return finished(report, result, out)
 
 
@@ -327,7 +329,7 @@ def _tiers(given: Mapping[str, Any]) -> Sequence[str]:
 
 
 @click.command("window", short_help="Measure a window of a long video, part by part.")
-@_options(*_SHAPE, *_SETTINGS)
+@_options(*_SHAPE, *_SETTINGS, _GPUS)
 @click.option("--steps", type=COUNT, default=4, show_default=True, help="Steps of a window.")
 @click.option("--windows", type=click.IntRange(3, 20), default=4, show_default=True)
 @_OUT
@@ -353,7 +355,7 @@ def window_of(
 
 
 @click.command("vae", short_help="Measure the VAE of a window beside diffusers'.")
-@_options(*_SHAPE, *_SETTINGS, _ROWS)
+@_options(*_SHAPE, *_SETTINGS, _GPUS, _ROWS)
 @click.option("--repeats", type=COUNT, default=3, show_default=True)
 @_OUT
 @command
@@ -375,7 +377,7 @@ def vae_of(
     if weights is None:
         raise click.UsageError("name the folder of the weights with --weights DIR.")
     shape, wanted = _shape(model, size, window), _wanted(rows, settings)
-    result = measure_vae(shape, wanted, str(weights), repeats, report.progress)
+    result = measure_vae(shape, wanted, str(weights), repeats, report.progress, keeper(out))
     return finished(report, result, out)
 
 

@@ -1,5 +1,6 @@
 """How every `trt-wan bench` ends: tables on stderr, files in `--out`, one JSON document on stdout."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,3 +26,14 @@ def finished(report: Report, measured: "Measured", out: Path | None = None) -> t
         note(report, f"written: {', '.join(path.name for path in write(measured, out))} in {out}")
     document = measured.to_dict()
     return as_line(document), document
+
+
+def keeper(out: Path | None) -> "Callable[[Measured], None]":
+    """Writes the document of a measurement that goes on, so that a stopped one keeps its rows."""
+    from trt_wan.benchmarks.report.sheet import write_document
+
+    def keep(unfinished: "Measured") -> None:
+        if out is not None:
+            write_document(unfinished, out)
+
+    return keep

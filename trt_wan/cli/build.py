@@ -103,6 +103,12 @@ def _targets(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
     type=click.Choice(["full", "lite"]),
     help="Build the networks of Lynx (run --identity) instead, for this kind of its IP adapter.",
 )
+@click.option(
+    "--gpus",
+    type=int,
+    default=1,
+    help="Above 1, build a GPU's share of the transformer's blocks instead, for run --gpus.",
+)
 @click.option("--dry-run", is_flag=True, help="List what exists and what would be built; build nothing.")
 @command
 def build(
@@ -120,6 +126,7 @@ def build(
     vae_tiles: bool,
     camera_control: str | None,
     lynx: "Kind | None",
+    gpus: int,
     dry_run: bool,
 ) -> Any:
     """Build the engines of one size and window length for this machine's GPU, or for named ones.
@@ -137,20 +144,21 @@ def build(
     trt-wan build --sam2 base_plus
     """
     if check:
-        others = vae_tiles or camera_control or lynx
+        others = vae_tiles or camera_control or lynx or gpus != 1
         if sam2 is not None or targets or measure is not None or others or dry_run:
             raise UsageError(
                 "--check compares the engines of this machine, and builds those that it needs.",
-                "Leave out --sam2, --target, --measure, --vae-tiles, --camera-control, --lynx and --dry-run.",
+                "Leave out --sam2, --target, --measure, --vae-tiles, --camera-control, --lynx, --gpus and "
+                "--dry-run.",
             )
         return _check(report, model, size, window, precision, flavour)
     if sam2 is not None:
         from trt_wan.cli.build_sam2 import build_sam2_for
 
-        if precision is not None or measure or vae_tiles or camera_control or lynx:
+        if precision is not None or measure or vae_tiles or camera_control or lynx or gpus != 1:
             raise UsageError(
-                "SAM2's engines are fp16, and there is no VAE, Uni3C, Lynx or candidate to measure.",
-                "Leave out --precision, --measure, --vae-tiles, --camera-control and --lynx.",
+                "SAM2's engines are fp16 for one GPU; it has no VAE, Uni3C, Lynx or candidate to measure.",
+                "Leave out --precision, --measure, --vae-tiles, --camera-control, --lynx and --gpus.",
             )
         return build_sam2_for(report, sam2, targets, flavour, dry_run)
     window = WINDOW if window is None else window
@@ -161,7 +169,7 @@ def build(
         )
     return build_for(
         *(report, model, size or SIZE, window, precision, targets, flavour, measure, dry_run, vae_tiles),
-        *(camera_ffn, lynx),
+        *(camera_ffn, lynx, gpus),
     )
 
 
@@ -178,12 +186,22 @@ def build_for(
     vae_tiles: bool = False,
     camera_ffn: int | None = None,
     lynx: "Kind | None" = None,
+    gpus: int = 1,
 ) -> tuple[Result, Data]:
     """The result and the data of `trt-wan build`. `measure`: see build/goals.py."""
     from trt_wan.build.goals import goals_here, named_goal
+    from trt_wan.engines.config import MODELS
     from trt_wan.engines.lynx import Lynx, lynx_plans
     from trt_wan.engines.shape import CameraPlan, Plan
+    from trt_wan.runtime.parallel.planner import share_plan
+    from trt_wan.runtime.settings import require_gpus
 
+    require_gpus(gpus)
+    if gpus > 1 and (measure or vae_tiles or camera_ffn is not None or lynx is not None):
+        raise UsageError(
+            "A GPU's share has the candidates that were measured for the whole, and no VAE, Uni3C or Lynx.",
+            "Leave out --measure, --vae-tiles, --camera-control and --lynx.",
+        )
     plan = Plan(*size, window)  # refuses a bad size before anything is looked for
     if vae_tiles:
         plan = _tile_of(plan)
@@ -197,6 +215,8 @@ def build_for(
                 "Leave out --measure, --vae-tiles and --camera-control.",
             )
         plans, measure = lynx_plans(plan, Lynx(ip=True, ref=True, kind=lynx)), False
+    if gpus > 1:
+        plans, measure = (share_plan(MODELS[model], plan, gpus, overlaps=True),), False
     goals = [
         goal
         for each in plans
@@ -209,6 +229,8 @@ def build_for(
     if measure and not any(goal.gpu for goal in goals):
         raise UsageError("Candidates are measured on the GPU that they are for.", "Leave --measure out.")
     if not goals:
+        if gpus > 1 and precision in (None, "fp32"):  # for the CPU
+            plans = (share_plan(MODELS[model], plan, gpus, overlaps=False),)
         made = [_graphs(report, model, replace(p, precision=precision or "fp32"), dry_run) for p in plans]
         if lynx is None:
             return made[0]

@@ -61,7 +61,7 @@ def forecast(
     numbers = range(windows.total) if again is None else [one.j for one in again]
     lengths = [windows.length(j) for j in numbers]
     plan, config = Plan(width, height, job.model_window, basis.precision), basis.weights.config
-    identity = _identity(basis, job)
+    identity, choice = _identity(basis, job), basis.split(job, known + frames)
     graphs = graph_set(config, plan).missing()
     for beside in basis.beside(plan, job):
         graphs += graph_set(config, beside).missing()
@@ -79,6 +79,9 @@ def forecast(
         **{"model_window": job.model_window, "tokens": plan.tokens},
         **{"precision": basis.precision, "missing_graphs": list(graphs)},
         **_step_cache(job, plan, windows.length(0), config.transformer.dim),
+        **(
+            {} if choice is None else {"gpus": basis.settings.gpus, "split": choice.split, "why": choice.text}
+        ),
         **({} if identity is None else {"identity": {**identity.data, "text": identity.text}}),
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(needs).items()},
     }
@@ -104,9 +107,10 @@ def forecast(
         ("transformer", f"{data['evaluations']} evaluations, {plan.tokens} tokens each, {basis.precision}"),
         *([("step cache", _skips(job, data))] if job.skips else []),
         *([] if identity is None else [("identity", identity.text.removeprefix("identity: "))]),
+        *([] if choice is None else [("split", choice.text)]),
         ("graphs", f"{len(graphs)} would be exported" if graphs else "are there"),
         ("engines", _engines(needs)),
-        ("memory", _memory(needs)),
+        ("memory", _memory(needs, basis.settings.gpus)),
         ("time", _time(needs)),
     ]
     return table(rows), data
@@ -161,10 +165,11 @@ def _engines(needs: Needs) -> str:
     return f"{len(needs.engines)} would be built" if needs.engines else "are there, or not needed"
 
 
-def _memory(needs: Needs) -> str:
+def _memory(needs: Needs, gpus: int) -> str:
     streamed = f"; {needs.streamed_blocks} blocks stream from the host" if needs.streamed_blocks else ""
     tiles = "; the VAE computes in two tiles" if needs.vae_tiles else ""
-    return f"at least {readable_bytes(needs.memory)} of {needs.place}{streamed}{tiles}"
+    each = f", on each of {gpus} GPUs" if gpus > 1 else ""
+    return f"at least {readable_bytes(needs.memory)} of {needs.place}{each}{streamed}{tiles}"
 
 
 def _time(needs: Needs) -> str:
@@ -194,6 +199,8 @@ def _on_gpu(
     from trt_wan.engines.choice.candidates import Engine
     from trt_wan.engines.choice.choose import place_of
     from trt_wan.engines.choice.recipes import recipes_here
+    from trt_wan.engines.contracts import networks
+    from trt_wan.engines.shape import ShardPlan
     from trt_wan.engines.store.engines import find
     from trt_wan.engines.store.measurements import read_figures
     from trt_wan.errors import MemoryShort
@@ -202,12 +209,20 @@ def _on_gpu(
     from trt_wan.runtime.opening.gpu_sizes import camera_of, choose_segments, networks_for
     from trt_wan.runtime.opening.residency import CONTEXT_BYTES, Residency, lynx_bytes, plan_residency
     from trt_wan.runtime.opening.segments import machine_of
+    from trt_wan.runtime.parallel.peer_sequence import block_bytes
+    from trt_wan.runtime.parallel.shards import Shards
 
     assert basis.place is not None, "a job on the CPU"
     (gpu, flavour), config, settings = basis.place, basis.weights.config, basis.settings
     context, load = job.context_plan(longest), basis.weights.load_of(job, silent)
     contracts = networks_for(config, plan, load)
     budget = int(gpu.free_bytes() if settings.vram is None else settings.vram * 1e9) - CONTEXT_BYTES
+    share = next((each for each in basis.beside(plan, job) if isinstance(each, ShardPlan)), None)
+    exchanged = 0
+    if share is not None:
+        dtype = networks(config, share)["attention"].inputs[0].dtype
+        exchanged = block_bytes(Shards.of(config, share), dtype, 4 * plan.tokens * config.transformer.dim)
+        budget -= exchanged
 
     spare = 0 if load.lynx is None else lynx_bytes(config, plan, load.lynx)
 
@@ -223,7 +238,7 @@ def _on_gpu(
         if not (tiles := plan.vae_tile is not None):
             raise
         residency = planned(plan.vae_tile)
-    memory = residency.total + CONTEXT_BYTES
+    memory = residency.total + CONTEXT_BYTES + exchanged
     streamed = len({pack.n for pack in residency.streamed})
     if not with_graphs:
         return Needs(gpu.name, memory, streamed, tiles, None)
@@ -234,8 +249,12 @@ def _on_gpu(
         of_camera = recipes_here(config, camera, machine)
         chosen |= choose_segments(config, camera, machine, of_camera, settings, silent)
         recipes |= of_camera
+    if share is not None:
+        recipes |= recipes_here(config, share, machine)
     ids = [recipes[row.engine].engine for row in chosen.values() if row.engine is not None]
     missing = tuple(engine.network for engine in dict.fromkeys(ids) if find(engine) is None)
+    if settings.gpus > 1:  # what a GPU of several computes is not measured
+        return Needs(gpu.name, memory, streamed, tiles, missing)
     times = {}
     for network, row in chosen.items():
         figure = read_figures(place_of(recipes[Engine(network)].engine.source, machine)).get(row.name)

@@ -10,6 +10,16 @@ from trt_wan.errors import UsageError
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+gpus_option = click.option(
+    "--gpus",
+    type=int,
+    default=1,
+    show_default=True,
+    help="GPUs that share each job, a process each: the first that CUDA_VISIBLE_DEVICES names. On the CPU, "
+    "processes.",
+)
+
+
 def group(options: Sequence[Decorator]) -> Decorator:
     """A decorator that gives a command all options, in this order in its help."""
 

@@ -22,7 +22,7 @@ from trt_wan.cli.dry_run import Told, forecast
 from trt_wan.cli.guidance_options import guidance_options, guidance_values, guided, with_guidance
 from trt_wan.cli.identity_options import found_landmarks, identity_options, require_usable, with_identity
 from trt_wan.cli.missing import require_graphs, tile_exporter
-from trt_wan.cli.options import is_typed
+from trt_wan.cli.options import gpus_option, is_typed
 from trt_wan.cli.output_options import output_options, quality_of
 from trt_wan.cli.prepared import FILE as FILE_OF_ORIGIN
 from trt_wan.cli.prepared import is_from, origin
@@ -81,7 +81,9 @@ FILE_OR_FOLDER = click.Path(path_type=Path, exists=True)
 PICTURE = click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True)
 PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
 ALL_PARTS = (*PARTS, "camera_control")
-SETTINGS = ("executor", "precision", "tier", "attention_keep", "flavour", "vram", "segments", "text_cache")
+SETTINGS = (
+    *("executor", "precision", "tier", "attention_keep", "flavour", "vram", "gpus", "segments", "text_cache"),
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class RunOptions:
     attention_keep: float | None = None
     flavour: str | None = None
     vram: float | None = None
+    gpus: int | None = None
     segments: Mapping[str, str] = field(default_factory=dict)
     text_cache: bool = True
     mode: str | None = None
@@ -424,6 +427,7 @@ def _there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Pa
     help="Encode the prompt again, and keep nothing of it on the disk.",
 )
 @click.option("--vram", type=float, help="GB of GPU memory to use at most; blocks stream if they must.")
+@gpus_option
 @click.option(
     "--random-weights", type=click.Choice(["14b", "tiny"]), help="A model of noise instead of --weights."
 )
@@ -672,6 +676,7 @@ def render_prepared(
         basis = basis or models.basis(files, settings, report.progress)
         basis.require_loras(job.loras)
         job = with_ratios(basis, job, clips.width, clips.height, report.progress)
+        basis.split(job, clips.frames)  # to refuse it now
         require_graphs(report.progress, basis, clips.width, clips.height, job, options.build)()
         written = {"kind": output.suffix.lower(), "paste_back": paste_back}
         written |= as_values(quality or Quality())
@@ -752,7 +757,8 @@ def _prepare_beside(
 
     def planned(size: Size) -> Callable[[], None]:
         _require_fit(job, *size)
-        width, height, _, _ = size
+        width, height, frames, _ = size
+        basis.split(job, frames)  # to refuse it now
         with_ratios(basis, job, width, height, silent)
         export = require_graphs(report.progress, basis, width, height, job, options.build)
 

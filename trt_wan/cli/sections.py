@@ -40,7 +40,10 @@ SECTIONS = {
         *("camera_control",),
         *("loras", "text_cache"),
     ),
-    "Machine": ("executor", "precision", "tier", "attention_keep", "vram", "flavour", "segments", "build"),
+    "Machine": (
+        *("executor", "precision", "tier", "attention_keep", "vram", "gpus"),
+        *("flavour", "segments", "build"),
+    ),
 }
 OTHERS = "Other"
 

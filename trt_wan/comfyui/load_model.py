@@ -71,6 +71,14 @@ class LoadModel(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no types for
                     optional=True,
                     tooltip="GB of GPU memory to use at most; 0: all that is free.",
                 ),
+                io.Int.Input(
+                    "gpus",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="GPUs that share each video, a process each.",
+                ),
                 io.Float.Input(
                     "attention_keep",
                     default=0.5,
@@ -92,13 +100,14 @@ class LoadModel(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no types for
         tier: str = "exact",
         attention_keep: float = 0.5,
         vram: float = 0.0,
+        gpus: int = 1,
         **files: Any,
     ) -> io.NodeOutput:
         with told():
             random = "tiny" if files["diffusion_model"] == TINY else None
             named = {PARTS[name]: files[name] for name in PARTS if files[name] not in (AUTOMATIC, TINY)}
             loras = [(files.get(f"lora_{k}", NONE), files.get(f"lora_{k}_strength", 1.0)) for k in SLOTS]
-            settings: dict[str, Any] = {"tier": tier}
+            settings: dict[str, Any] = {"tier": tier, "gpus": gpus}
             settings |= {"attention_keep": attention_keep} if tier == "turbo" else {}
             settings |= {} if precision == AUTOMATIC else {"precision": precision}
             settings |= {"vram": vram} if vram else {}

@@ -19,7 +19,7 @@ WEIGHTS = (
 )
 MODEL = (
     *WEIGHTS,
-    *("executor", "precision", "tier", "attention_keep", "flavour", "vram", "segments", "text_cache"),
+    *("executor", "precision", "tier", "attention_keep", "flavour", "vram", "gpus", "segments", "text_cache"),
     *("lynx", "face_embedder"),
 )
 OF_IDENTITY = ("--lynx", "--face-embedder")  # a run without --identity refuses them

@@ -98,6 +98,21 @@ class Unfinished:
     own: Own | None = None
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A place between two steps where only the tensors `live` (with bytes) are needed later: a finished
+    convolution, and the residual stream around it.
+    """
+
+    name: str  # the layer's, and its number in the layer
+    step: int  # the first one behind it
+    live: tuple[tuple[At, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(size for _, size in self.live)
+
+
 class Vae:
     """One of the VAE's four networks. Nothing in the scratch survives a call."""
 
@@ -106,17 +121,25 @@ class Vae:
         walk = _Walk(network, model, gpu, own)
         with ThreadPoolExecutor() as pool:  # NVRTC takes a second for each
             list(pool.map(Kernel.compile, walk.kernels))
-        self._steps = walk.steps
+        self.steps, self.cuts = walk.steps, walk.cuts
         self._offsets, self.scratch_bytes = laid_out(walk.parts)
-        self._parts: dict[str, int] = {}
+        self._scratch = 0
 
     def start(self, scratch: int) -> None:
-        self._parts = {name: scratch + offset for name, offset in self._offsets.items()}
+        self._scratch = scratch
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
-        at = {**addresses, **self._parts}
-        for step in self._steps:
+        self.enqueue_steps(range(len(self.steps)), addresses, self._scratch)
+
+    def enqueue_steps(self, steps: range, addresses: Mapping[str, int], scratch: int) -> None:
+        """A part of the network, in a scratch of its own."""
+        at = {**addresses, **{name: scratch + offset for name, offset in self._offsets.items()}}
+        for step in self.steps[steps.start : steps.stop]:
             step.run(*(at[a.name] + a.offset if isinstance(a, At) else a for a in step.arguments))
+
+    def offset(self, at: At) -> int:
+        """Where a part of the scratch lies in it."""
+        return self._offsets[at.name] + at.offset
 
     def settle(self) -> None:
         pass
@@ -132,6 +155,7 @@ class _Walk:
 
     def __init__(self, network: Network, model: ModelConfig, gpu: Gpu, own: bool) -> None:
         self.steps: list[Step] = []
+        self.cuts: list[Cut] = []
         self.parts: dict[str, int] = {}  # bytes, of the scratch
         self.kernels = set[Kernel]()
         self.taken, self.made = At("scratch.taken"), At("scratch.made")
@@ -147,6 +171,7 @@ class _Walk:
         self.channels = given.shape[0]
         decodes = given.name == "latent"
         for layer in vae_layers.decoder(model.vae) if decodes else vae_layers.encoder(model.vae):
+            self._name, self._cuts_before, self._kept_bytes = layer.name, len(self.cuts), 0
             self._layer(layer, decodes)
 
     @property
@@ -242,6 +267,7 @@ class _Walk:
             return
         if self._first:  # goes on with the same picture
             self._finish(None, self._taken(0, layer.out))
+            self.cuts.pop()  # `made` lives on: the next layer finishes it once more
             self._to_cache(time_conv, self.frames - 1, 1)
             return
         self._finish(None, self._taken(1, layer.out))
@@ -298,18 +324,24 @@ class _Walk:
         last, c = self._last, self.channels
         assert last is not None
         if keep:
-            self._need(KEPT, self.pixels * c * BF16)
+            self._kept_bytes = self.pixels * c * BF16
+            self._need(KEPT, self._kept_bytes)
         raw = to if gamma is None else KEPT if keep else 0
         by, normed = (0, 0) if gamma is None else (At(gamma), to)
         added, added_bias = last.added or 0, last.added_bias or 0
         if last.own is not None:
             self._run_own(last.own, (last.bias, added_bias), added, raw, by, normed, silu)
             self._last = None
-            return
-        lanes = math.gcd(c // VECTOR, 32)
-        blocks = min(-(-self.pixels * lanes // THREADS), MOST_BLOCKS)
-        rest = np.int64(self.pixels), np.int32(silu)
-        self._launch(f"finish_{c}", blocks, self.made, last.bias, added, added_bias, raw, by, normed, *rest)
+        else:
+            lanes = math.gcd(c // VECTOR, 32)
+            blocks = min(-(-self.pixels * lanes // THREADS), MOST_BLOCKS)
+            rest = np.int64(self.pixels), np.int32(silu)
+            self._launch(
+                f"finish_{c}", blocks, self.made, last.bias, added, added_bias, raw, by, normed, *rest
+            )
+        live = (to, self.pixels * c * BF16), (KEPT, self._kept_bytes)
+        name = f"{self._name} {len(self.cuts) - self._cuts_before}"
+        self.cuts.append(Cut(name, len(self.steps), live if self._kept_bytes else live[:1]))
 
     def _defer(
         self,

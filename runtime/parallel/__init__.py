@@ -1,0 +1,1 @@
+"""Several GPUs of one machine: a process for each, which all compute the same job in step."""

@@ -1,0 +1,176 @@
+"""Sequence parallelism over peer memory without GPUs: the numbers of plain attention, in every order in
+which the streams of all ranks may run (late_peers.py).
+"""
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from kernels_on_cpu import CpuKernels
+from late_peers import LateGpu, LateMemory, Peers, at
+
+from trt_wan.runtime.device.kernels import compile_source, read_source
+from trt_wan.runtime.parallel import peer_memory
+from trt_wan.runtime.parallel.peer_sequence import PeerSequence, block_bytes, flags_of
+from trt_wan.runtime.parallel.shards import Shards
+
+ARENA = 1 << 20
+HEAD = 4  # float32: 16 bytes
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> CpuKernels:
+    source = read_source("trt_wan.runtime.parallel", "beside.cu")
+    return CpuKernels(source, tmp_path_factory.mktemp("kernels"))
+
+
+def attention(q: Any, k: Any, v: Any) -> Any:
+    """[heads, tokens, channels] to [tokens, heads·channels], head by head: the same bits in any group."""
+    heads = []
+    for one, other, values in zip(q, k, v, strict=True):
+        scores = np.exp(one @ other.T - 4)
+        heads.append(scores @ values / scores.sum(1, keepdims=True))
+    return np.concatenate(heads, axis=1)
+
+
+class Job:
+    """What all ranks compute: three calls of attend, with a join and a split behind the second."""
+
+    def __init__(self, shards: Shards, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        tokens = shards.slots * shards.slot_tokens
+        self.shards = shards
+        self.whole = rng.uniform(-1, 1, (3, 3, shards.heads, tokens, shards.head_dim)).astype(np.float32)
+        self.x = rng.uniform(-1, 1, (2, tokens, 3)).astype(np.float32)
+        self.attended = [attention(*qkv) for qkv in self.whole]
+
+    def enqueue(self, gpu: Any, rank: int, sequence: PeerSequence) -> dict[str, Any]:
+        """Returns the results by name, which come when the streams run."""
+        results: dict[str, Any] = {}
+
+        def keep(name: str, array: Any) -> None:
+            place, shape, kind = array.address, array.shape, array.dtype
+            gpu.stream.enqueue(lambda: results.update({name: at(place, shape, kind).copy()}))
+
+        def attend(*given: Any) -> Any:
+            (heads, tokens, channels), places = given[0].shape, [array.address for array in given]
+            out = gpu.empty((tokens, heads * channels), np.float32)
+            place = out.address
+
+            def work() -> None:
+                views = (at(address, (heads, tokens, channels), np.float32) for address in places)
+                np.copyto(at(place, (tokens, heads * channels), np.float32), attention(*views))
+
+            gpu.stream.enqueue(work)
+            return out
+
+        for call, qkv in enumerate(self.whole):
+            rows = (self.shards.split(each.transpose(1, 0, 2), rank).transpose(1, 0, 2) for each in qkv)
+            keep(f"attended {call}", sequence.attend(attend, *(gpu.upload(each) for each in rows)))
+            gpu.upload(np.full(ARENA // 8, np.nan, np.float32))  # over all that is free again
+            if call == 1:
+                for i, x in enumerate(self.x):
+                    joined: Any = sequence.join(sequence.split(gpu.upload(x)))
+                    keep(f"joined {i}", joined)
+        keep("split", sequence.split(gpu.upload(self.x[0])))
+        return results
+
+    def check(self, rank: int, results: dict[str, Any]) -> None:
+        for call, whole in enumerate(self.attended):
+            want = self.shards.split(whole, rank)
+            np.testing.assert_array_equal(results[f"attended {call}"], want, f"rank {rank}, call {call}")
+        for i, x in enumerate(self.x):
+            np.testing.assert_array_equal(results[f"joined {i}"], x, f"rank {rank}, join {i}")
+        np.testing.assert_array_equal(results["split"], self.shards.split(self.x[0], rank))
+
+
+def compute(
+    job: Job, kernels: CpuKernels, seed: int, *, one_queue: bool = False, blind: bool = False
+) -> None:
+    shards = job.shards
+    size = block_bytes(shards, np.float32, shards.slots * shards.slot_tokens * 12)
+    peers = Peers(kernels, shards.ranks, size, flags_of(shards), one_queue=one_queue, blind=blind)
+    results = []
+    for rank in range(shards.ranks):
+        gpu: Any = LateGpu(peers, ARENA)
+        memory: Any = LateMemory(peers, rank, gpu)
+        results.append(job.enqueue(gpu, rank, PeerSequence(gpu, rank, shards, memory, np.float32)))
+    peers.run(seed)
+    for rank, given in enumerate(results):
+        job.check(rank, given)
+
+
+# Ranks, slots, tokens of a slot, heads, channels, groups; the last two have ranks without tokens, or heads.
+CASES = [
+    Shards(1, 2, 3, 2, HEAD, 2),
+    Shards(2, 3, 4, 4, HEAD, 1),
+    Shards(2, 3, 5, 4, HEAD, 2),
+    Shards(2, 2, 5, 8, HEAD, 4),
+    Shards(2, 2, 3, 3, HEAD, 2),
+    Shards(3, 2, 7, 4, HEAD, 2),
+    Shards(4, 2, 6, 8, HEAD, 2),
+    Shards(4, 3, 5, 2, HEAD, 1),
+]
+
+
+@pytest.mark.parametrize("shards", CASES, ids=lambda shards: "-".join(map(str, vars(shards).values())))
+def test_attention_is_that_of_one_gpu_in_any_order(kernels: CpuKernels, shards: Shards) -> None:
+    job = Job(shards, seed=shards.ranks)
+    for seed in range(40):
+        compute(job, kernels, seed)
+
+
+@pytest.mark.parametrize("ranks", (2, 3, 4))
+def test_streams_may_share_a_queue_of_the_hardware(kernels: CpuKernels, ranks: int) -> None:
+    job = Job(Shards(ranks, 2, 5, 8, HEAD, 1), seed=0)
+    for seed in range(10):
+        compute(job, kernels, seed, one_queue=True)
+
+
+def test_without_flags_the_numbers_are_wrong(kernels: CpuKernels) -> None:
+    """So the orders that are tried find a missing wait."""
+    job, wrong = Job(Shards(2, 3, 4, 4, HEAD, 2), seed=0), 0
+    for seed in range(10):
+        try:
+            compute(job, kernels, seed, blind=True)
+        except AssertionError:
+            wrong += 1
+    assert wrong >= 5
+
+
+def test_pages_are_shared_and_their_file_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(peer_memory, "SHARED", tmp_path)
+    barrier, given, maps = threading.Barrier(2), [b""] * 2, dict[int, Any]()
+
+    class Ranks:
+        count = 2
+
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def exchange(self, payload: bytes) -> list[bytes]:
+            given[self.rank] = payload
+            barrier.wait(10)
+            answer = list(given)
+            barrier.wait(10)
+            return answer
+
+    def open_pages(rank: int) -> None:
+        ranks: Any = Ranks(rank)
+        maps[rank] = peer_memory._shared_pages(ranks, 5000)
+
+    threads = [threading.Thread(target=open_pages, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    maps[0][4999] = 7
+    assert maps[1][4999] == 7 and not maps[1][0] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0), (12, 0)])
+def test_the_kernels_compile(nvrtc: None, capability: tuple[int, int]) -> None:
+    code = bytes(compile_source(peer_memory.SOURCE, capability).code)
+    for name in peer_memory.NAMES:
+        assert f".text.{name}".encode() + b"\0" in code
