@@ -129,7 +129,6 @@ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
 void load_shared(float (&x)[4], u32 from) { memcpy(x, shared_bytes + from, 16); }
 void store_shared(u32 to, const float (&x)[4]) { memcpy(shared_bytes + to, x, 16); }
 float power_of_2(float x) { return std::exp2(x); }
-float saturated(float a, float b, float c) { return std::fmin(std::fmax(std::fma(a, b, c), 0.0f), 1.0f); }
 u32 load_word(u32 from) { return *(const u32*)(shared_bytes + from); }
 void needed(float, u32) {}
 

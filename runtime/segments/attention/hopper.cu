@@ -11,23 +11,16 @@
 // HALVES 1 is another order of the same work: half a tile at a time. While the weights of a half are computed, the scores
 // of the half after it and the products of the half before it with the values are multiplied. Weights are computed with
 // the maximum known before, and once more if one of them may not fit into E4M3, so that no maximum is looked for in most
-// halves. POLY of 8 weights are then polynomials; HELD_Q 1 keeps int8 queries in registers; SPREAD 1 starts the products
-// with the values one by one, between weights. DEEP 1 starts a tile's second products while its first ones go on.
+// halves. HELD_Q 1 keeps int8 queries in registers; SPREAD 1 starts the products with the values one by one, between weights.
 
 #ifndef HALVES
 #define HALVES 0
 #endif
-#ifndef POLY
-#define POLY 0
-#endif
 #ifndef HELD_Q
-#define HELD_Q 0
+#define HELD_Q (HALVES == 1 && QK == 0 && PV == 0)
 #endif
 #ifndef SPREAD
 #define SPREAD 0
-#endif
-#ifndef DEEP
-#define DEEP 0
 #endif
 #ifndef FLUSHED
 #define FLUSHED 4
@@ -212,12 +205,6 @@ __device__ float power_of_2(float x) {
     asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // volatile: before the wait for the values
     return y;
 }
-// a b + c, between 0 and 1.
-__device__ float saturated(float a, float b, float c) {
-    float y;
-    asm volatile("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
-    return y;
-}
 __device__ u32 load_word(u32 from) {
     u32 x;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
@@ -317,7 +304,6 @@ __device__ void pack(const float (&w)[SCORES], u32 (&a)[STEP_SLICES][4]) {
 // Of a row's four sums, added up over 12 weights at most, one exceeds this before a weight exceeds 448. With the true
 // maximum they are 12 * 2^LIFT at most.
 constexpr float LIMIT = 448.0f;
-constexpr unsigned BY_POLYNOMIAL[] = {0x00, 0x01, 0x41, 0x49, 0x69, 0x6B, 0x7B, 0x7F, 0xFF};  // of 8 weights
 
 __device__ void hide(Score (&s)[SCORES], int valid) {
     const int column = threadIdx.x % 4 * 2;
@@ -340,15 +326,6 @@ __device__ void largest(const Score (&s)[SCORES], const float (&factor)[2], floa
     }
 }
 
-// 2^(n factor + offset), off by 1.7e-3, at least 2^-40 and at most 2^24, from factor / 64 and (offset + 40) / 64.
-__device__ float power_by_polynomial(float n, float factor, float offset) {
-    const float x = saturated(n, factor, offset);
-    const float whole = fmaf(x, 64, MAGIC - 40);
-    const float rest = fmaf(x, 64, MAGIC - 40 - whole);
-    const float y = fmaf(fmaf(0.2384256f, rest, 0.7034462f), rest, 1.0004432f);
-    return __uint_as_float(__float_as_uint(y) + (__float_as_uint(whole) << 23));
-}
-
 // Scores to packed weights and their sums, with the rows' maxima as they are. AGAIN 1: of the same scores, which are made
 // numbers in another way, or ptxas would keep them for it in registers.
 // `between` is called before every slice.
@@ -364,9 +341,7 @@ __device__ void weigh(const Score (&s)[SCORES], const float (&factor)[2], const 
     auto weight = [&](int i) {
         const int half = i / 2 % 2;
         const float n = AGAIN ? plain(s[i]) : number(s[i]);
-        float y = !AGAIN && BY_POLYNOMIAL[POLY] >> i % 8 & 1
-            ? power_by_polynomial(n, factor[half] / 64, (offset[half] + 40) / 64)
-            : power_of_2(fmaf(n, factor[half], offset[half]));
+        float y = power_of_2(fmaf(n, factor[half], offset[half]));
         if (AGAIN && s[i] == least()) y = 0;  // a plain int is not -infinity
         sums[half][i % 2] += y;
         return y;
@@ -528,12 +503,15 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         for (int i = 0; i < 64; ++i) o[i] = 0;
         auto valid = [&](int tile) { return tokens - tile * KEYS; };
         const u32 my_kept = kept_at + group * KEPT_BYTES + threadIdx.x % 128 * 16;
+        // ptxas must not see that sums begin at zero again. It would give the next product a predicate, "add nothing", that
+        // depends on `grown`; the tensor core takes it from one warp for all four, and the others' sums are lost or doubled.
+        const float nought = HALVES ? __int_as_float(tokens >> 31) : 0.0f;
         auto keep = [&]() {  // and shrinks them
 #pragma unroll
             for (int n = 0; n < 64; n += 4) {
                 float x[4];
                 load_shared(x, my_kept + n * 512);
-                for (int e = 0; e < 4; ++e) x[e] = (x[e] + o[n + e]) * shrink[e / 2], o[n + e] = 0;
+                for (int e = 0; e < 4; ++e) x[e] = (x[e] + o[n + e]) * shrink[e / 2], o[n + e] = nought;
                 store_shared(my_kept + n * 512, x);
             }
         };
@@ -633,27 +611,14 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
                 if (SPREAD && g == STEP_SLICES - 1) wgmma_commit();
             });
             needed(r.sum[0] + r.sum[1], q_full);
-#if DEEP
-            wgmma_wait<1>();
-            settled_scores(s0);
-            if (grown) {
-                wgmma_wait<0>();
-                settled(o);
-                shrunk();
-            }
-#else
             wgmma_wait<0>();
             settled_scores(s0);
             settled(o);
             if (grown) shrunk();
-#endif
             wgmma_fence();
             scores(s1, my_q, k_now + K_HALF);
             wgmma_commit();
             if (!SPREAD) values(o, a1, v_now + V_HALF, true), wgmma_commit();
-#if DEEP
-            wgmma_wait<SPREAD ? 1 : 2>();  // a0 may be written again
-#endif
             grown = soften<false>(s0, a0, r, key, valid(tile), shrink, [&](int g) {
                 if (SPREAD) slice_of_values(o, a1[g], v_now + V_HALF, g, true);
                 if (SPREAD && g == STEP_SLICES - 1) wgmma_commit();

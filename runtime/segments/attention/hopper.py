@@ -28,13 +28,11 @@ KEPT = 2 * 64 * HEAD_DIM * 4  # bytes: float32 sums of both warpgroups, with E4M
 Scores = Literal["int8", "bf16"]
 Values = Literal["e4m3", "bf16"]
 
-# Keys of a tile: the most that the registers allow (docs/log.md). Lists name tiles of 128.
-KEYS = {("int8", "e4m3"): 192, ("int8", "bf16"): 192, ("bf16", "bf16"): 160}
-LISTED_KEYS = 128
+KEYS, LISTED_KEYS = 192, 128  # of a tile; lists name tiles of 128
 
 
 def macros(scores: Scores, values: Values, lists: bool = False) -> dict[str, int]:
-    keys = LISTED_KEYS if lists else KEYS[scores, values]
+    keys = LISTED_KEYS if lists else KEYS
     free = SHARED - BARRIERS - _query_bytes(scores) - (KEPT if values == "e4m3" else 0)
     return {
         "QK": int(scores == "bf16"),
@@ -42,6 +40,7 @@ def macros(scores: Scores, values: Values, lists: bool = False) -> dict[str, int
         "KEYS": keys,
         "STAGES": min(4, free // (_key_bytes(scores, keys) + _value_bytes(values, keys))),
         "LISTS": int(lists),
+        "HALVES": 1,
     }
 
 
