@@ -162,10 +162,8 @@ auto in_registers(const u32 (&a)[4]) {  // four threads have 16 bytes of a row, 
         return widen(((const T*)word)[byte % 4 / sizeof(T)]);
     };
 }
-void multiply_values(float (&o)[64], const u32 (&a)[4], u64 b, bool sum) {
-    const auto rows = in_registers<Weight>(a);
-    if (!sum) std::fill(o, o + 64, 0);
-    multiply<Weight>(o, rows, b);
+void multiply_values(float (&o)[64], const u32 (&a)[4], u64 b) {
+    multiply<Weight>(o, in_registers<Weight>(a), b);
 }
 template <int COUNT>
 void multiply_scores_held(int (&s)[COUNT], const u32 (&a)[4], u64 b, bool sum) {

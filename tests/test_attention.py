@@ -178,8 +178,8 @@ def test_the_hopper_kernel_compiles(nvrtc: None, scores: Any, values: Any, lists
 
 
 def products_of(code: bytes, kernel: str) -> Iterator[tuple[int, int]]:
-    """The wgmma instructions of a kernel, two words each. Bits 23 to 25 of the second are 7 less the number of
-    the predicate that says whether a product is added to the sums before it; they are 0 for a constant.
+    """The wgmma instructions of a kernel, two words each. Bits 23 to 25 of the second are 7 less the number
+    of the predicate that says whether a product is added to the sums before it, and 0 for a constant.
     """
     (start,) = struct.unpack_from("<Q", code, 40)
     size, count, names = struct.unpack_from("<HHH", code, 58)

@@ -16,7 +16,8 @@ from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import HOPPER, Module, read_source
 
-SOURCE = HOPPER + read_source(__package__, "hopper.cu", "tiles.cu")
+FILES = "hopper_products.cu", "hopper_weights.cu", "hopper.cu", "tiles.cu"
+SOURCE = HOPPER + read_source(__package__, *FILES)
 NAMES = ("channel_parts", "channels_whole", "pack_q", "pack_k", "pack_v", "correct_mean", "attend")
 HEAD_DIM = 128
 QUERIES, THREADS = 128, 384  # of a block
@@ -40,7 +41,6 @@ def macros(scores: Scores, values: Values, lists: bool = False) -> dict[str, int
         "KEYS": keys,
         "STAGES": min(4, free // (_key_bytes(scores, keys) + _value_bytes(values, keys))),
         "LISTS": int(lists),
-        "HALVES": 1,
     }
 
 
