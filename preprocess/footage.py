@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from trt_wan.runtime.letterbox import letterbox
 from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.reader import Picture
 from trt_wan.runtime.video.stills import RATE as PICTURES_RATE
-from trt_wan.runtime.video.stills import AnyClip, open_clip
+from trt_wan.runtime.video.stills import open_clip
 
 RATES = {"official": Fraction(30), "kijai": Fraction(16)}  # frames per second; the default is the clip's rate
 
@@ -99,7 +100,14 @@ def plan_footage(
         return footage, plan_sizes(job, reference, clip)
 
 
-def plan_sizes(job: PreprocessJob, reference: Picture, clip: AnyClip) -> Sizes:
+class HasSize(Protocol):
+    """A clip or a live source."""
+
+    width: int
+    height: int
+
+
+def plan_sizes(job: PreprocessJob, reference: Picture, clip: HasSize) -> Sizes:
     """In mode replace the video has the clip's shape, and frames are scaled to the video's size. In mode
     animate it has the reference's shape, and frames keep their size. The wrapper scales frames in both modes.
 

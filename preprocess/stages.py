@@ -6,6 +6,7 @@ named to the user. Missing files raise UsageError before any frame is read.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ from trt_wan.preprocess.observe import Observe, unobserved
 from trt_wan.preprocess.people.choice import PersonChoice
 from trt_wan.preprocess.people.mediapipe import MediapipePeople
 from trt_wan.preprocess.people.notes import jumps, person_changed
-from trt_wan.preprocess.people.person import Box, PersonFrame, box_of_joints
+from trt_wan.preprocess.people.person import Box, Follow, PersonFrame, box_of_joints
 from trt_wan.preprocess.pictures.masks import Compat, Mask
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.job import Mode
@@ -41,6 +42,12 @@ class PeopleSource(Protocol):
         self, frames: Iterable[Picture], choice: PersonChoice, progress: Progress
     ) -> Iterator[PersonFrame]:
         """One person's box and joints, frame by frame."""
+        ...
+
+    def following(self, choice: PersonChoice, progress: Progress) -> AbstractContextManager[Follow]:
+        """The same for frames that come a few at a time: each call goes on after the one before. Enter it in
+        the thread that calls.
+        """
         ...
 
 
@@ -103,12 +110,7 @@ class MediapipeSource:
     def follow(
         self, frames: Iterable[Picture], choice: PersonChoice, progress: Progress
     ) -> Iterator[PersonFrame]:
-        if choice != PersonChoice():
-            raise UsageError(
-                "MediaPipe follows the one person that it finds and cannot choose among several.",
-                "Leave out --person, --point and --box, or give --detector and --pose.",
-            )
-        progress(Note(f"{ONE_PERSON} {SEVERAL}", "one_person"))
+        _require_no_choice(choice, progress)
         boxes: list[Box | None] = []
         with MediapipePeople() as people:
             for person, _ in people.frames(frames):
@@ -117,12 +119,28 @@ class MediapipeSource:
         if changed := person_changed([], [], jumps(boxes), SEVERAL):
             progress(changed)
 
+    @contextmanager
+    def following(self, choice: PersonChoice, progress: Progress) -> Iterator[Follow]:
+        _require_no_choice(choice, progress)
+        with MediapipePeople() as people:
+            yield lambda frames: [person for person, _ in people.frames(frames)]
+
     def outlines(self, frames: Iterable[Picture], people: Sequence[PersonFrame]) -> Iterator[Mask]:
         """Outlines of the person that MediaPipe finds. `people` are ignored."""
         readers = split(frames, 2)
         with MediapipePeople() as found:
             for frame, (_, outline) in zip(readers[0], found.frames(readers[1]), strict=True):
                 yield np.zeros(frame.shape[:2], bool) if outline is None else outline
+
+
+def _require_no_choice(choice: PersonChoice, progress: Progress) -> None:
+    """Raises UsageError for a choice that MediaPipe cannot make."""
+    if choice != PersonChoice():
+        raise UsageError(
+            "MediaPipe follows the one person that it finds and cannot choose among several.",
+            "Leave out --person, --point and --box, or give --detector and --pose.",
+        )
+    progress(Note(f"{ONE_PERSON} {SEVERAL}", "one_person"))
 
 
 class BoxSegmenter:

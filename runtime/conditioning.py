@@ -21,11 +21,13 @@ from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import PerLayer, WindowCondition, encode_motion
 from trt_wan.runtime.networks.vae import Read, encode, encode_read
-from trt_wan.runtime.parallel.ranks import Task
+from trt_wan.runtime.parallel.ranks import TOGETHER, Task
 from trt_wan.runtime.references import prefix_order
 
 Pixels = NDArray[np.uint8]
 
+# From so many GPUs on they encode each of the two clips of a window in a pipeline; fewer take a clip each.
+MANY_RANKS = 4
 MOTION_COST = 0.4  # of a face crop, where a frame of the VAE costs 1 (H200, 832x480)
 
 
@@ -198,12 +200,14 @@ def encode_window(
         key = ("grey", count) if clips.background is None else clips.keys.get("background")
     if prefix is not None and key is not None:
         key = "prefix", digest(prefix), count, key
-    frames = count + LATENT * lead
+    together = model.vae_pipeline is not None and model.ranks.count >= MANY_RANKS
+    frames, of_pose = (TOGETHER, TOGETHER) if together else (count + LATENT * lead, count)
     wanted: dict[str, tuple[Hashable, Task]] = {
-        "condition": (key, (frames, partial(encode_prefixed, model, prefix, read, count)))
+        "condition": (key, (frames, partial(encode_prefixed, model, prefix, read, count, together=together)))
     }
     if clips.pose is not None:
-        wanted["pose"] = clips.keys.get("pose"), (count, partial(encode_read, model, clips.pose, count))
+        encode_pose = partial(encode_read, model, clips.pose, count, together=together)
+        wanted["pose"] = clips.keys.get("pose"), (of_pose, encode_pose)
     faces = []
     if (read_face := clips.face) is not None and strengths.face > 0:  # at 0 the fusers would add nothing
         key = clips.keys.get("face")
@@ -268,11 +272,14 @@ def encode_render(model: Model, render: WindowRender, count: int) -> Array:
     return encode_read(model, read, whole)[:, : (count - 1) // 4 + 2]
 
 
-def encode_prefixed(model: Model, prefix: Pixels | None, frames: Read, count: int) -> Array:
-    """The latents of known frames and of the `count` frames behind them."""
+def encode_prefixed(
+    model: Model, prefix: Pixels | None, frames: Read, count: int, *, together: bool = False
+) -> Array:
+    """The latents of known frames and of the `count` frames behind them. `together` as in `encode_read`."""
     if prefix is None:
-        return encode_read(model, frames, count)
-    return encode_read(model, behind_prefix(prefix, frames), LATENT * prefix_latents(prefix) + count)
+        return encode_read(model, frames, count, together=together)
+    whole = LATENT * prefix_latents(prefix) + count
+    return encode_read(model, behind_prefix(prefix, frames), whole, together=together)
 
 
 def encode_init(

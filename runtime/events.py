@@ -49,6 +49,21 @@ class WindowDone:
 
 
 @dataclass(frozen=True)
+class LiveWindow:
+    """A window of a live source is written. Frames are counted from the start; a latency is the time from a
+    frame's arrival to its being written, in seconds.
+    """
+
+    window: int
+    frames_in: int
+    frames_out: int
+    dropped: int
+    latency: float  # the median of this window
+    worst: float  # so far
+    rate: float  # frames of this window per second since the window before it
+
+
+@dataclass(frozen=True)
 class Note:
     """Something the user should know that is not an error. `code` and `data` say the same to programs."""
 
@@ -148,6 +163,7 @@ Event = (
     | StageProgress
     | StepDone
     | WindowDone
+    | LiveWindow
     | Note
     | GraphExported
     | EngineStep

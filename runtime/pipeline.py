@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Protocol
 
 import cv2
@@ -191,7 +192,7 @@ def _stream(
         progress(_camera_and_background())
     if unneeded := unused_match(job.colour, windows.total, job.inputs.continues):
         progress(unneeded)
-    if unused := texts.unused():
+    if clips.coming is None and (unused := texts.unused()):
         progress(_unused_prompts(unused))
     clock = _StepClock(model, job, windows.total, progress, should_stop)
 
@@ -214,7 +215,12 @@ def _stream(
     strengths = Strengths(job.pose_strength, job.face_strength)
     soft_before = False
 
-    for j in range(first, windows.total):
+    for j in count(first):
+        clips = clips.until(windows.end(j) - known)
+        windows = job.windows(known + clips.frames)
+        if j >= windows.total:
+            break
+        texts, clock.windows = replace(texts, frames=clips.frames), windows.total
         here = {"window": j + 1, "windows": windows.total}
 
         # 3. Condition: pose, face, background, mask and the frames carried over, for this window.

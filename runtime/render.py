@@ -57,7 +57,7 @@ class Streaming(Protocol):
         progress: Progress,
         should_stop: ShouldStop,
         begin_from: WindowState | None,
-        keep: Keep,
+        keep: Keep | None,
     ) -> Iterator[Array]: ...
 
 

@@ -98,6 +98,10 @@ class Windows:
         first, *others = (_bounce(start + k, latents) for k in range((self.length(j) - 1) // 4 + 1))
         return [4 * first, *(max(4 * latent - 3 + k, 0) for latent in others for k in range(4))]
 
+    def end(self, j: int) -> int:
+        """The frames that a clip needs to fill window j."""
+        return j * self.stride + self.window
+
     def keep(self, j: int) -> slice:
         """Returns the decoded frames of window j that the output keeps: all in order over all windows."""
         start = self._start(j)

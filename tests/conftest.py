@@ -38,7 +38,7 @@ SLOW = {
     *("test_compile.py", "test_export.py", "test_readme.py", "test_sam2_compile.py", "test_sam2.py"),
     *("test_bench_preprocess.py", "test_cli.py", "test_cli_engines.py", "test_bench.py", "test_pipeline.py"),
     *("test_serve.py", "test_page.py", "test_open_model.py", "test_kills.py", "test_odd_values.py"),
-    "test_comfyui.py",
+    *("test_comfyui.py", "test_live_run.py"),
 }
 
 

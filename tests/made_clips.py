@@ -1,6 +1,7 @@
 """Made-up clips, and stages that know where the made-up people in them are."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from made_person import HEIGHT, WIDTH, person
 
 from trt_wan.preprocess.job import PreprocessJob
 from trt_wan.preprocess.people.choice import PersonChoice
-from trt_wan.preprocess.people.person import NOBODY, Box, Keypoints, PersonFrame
+from trt_wan.preprocess.people.person import NOBODY, Box, Follow, Keypoints, PersonFrame
 from trt_wan.preprocess.pictures.masks import Mask
 from trt_wan.preprocess.preprocess import preprocess
 from trt_wan.preprocess.stages import Stages
@@ -49,10 +50,17 @@ class FakePeople:
         self.step, self.away, self.nobody = step, set(away), nobody
         self.seen: list[tuple[int, ...]] = []  # shapes of the frames, in order
 
+    @contextmanager
+    def following(self, choice: PersonChoice, progress: Progress) -> Iterator[Follow]:
+        def follow(frames: Sequence[Picture]) -> list[PersonFrame]:
+            return list(self.follow(frames, choice, progress, len(self.seen)))
+
+        yield follow
+
     def follow(
-        self, frames: Iterable[Picture], choice: PersonChoice, progress: Progress
+        self, frames: Iterable[Picture], choice: PersonChoice, progress: Progress, first: int = 0
     ) -> Iterator[PersonFrame]:
-        for k, frame in enumerate(frames):
+        for k, frame in enumerate(frames, first):
             self.seen.append(frame.shape)
             if self.nobody or k in self.away:
                 yield NOBODY

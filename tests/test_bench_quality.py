@@ -35,16 +35,18 @@ SHAPE = Shape("tiny", 64, 48, 13)
 
 def test_a_row_of_the_command_line() -> None:
     context: Any = None
-    tier, precision, number = (
+    tier, precision, number, gpus = (
         "fast; attention=cudnn fp8",
         "exact;precision=bf16; attn_out = tensorrt",
         "vram=7.5",
+        "gpus=2",
     )
-    found = _rows(context, context, (tier, precision, number))
+    found = _rows(context, context, (tier, precision, number, gpus))
     assert found == {
         tier: {"tier": "fast", "segments": {"attention": "cudnn fp8"}},
         precision: {"tier": "exact", "precision": "bf16", "segments": {"attn_out": "tensorrt"}},
         number: {"vram": 7.5},
+        gpus: {"gpus": 2},
     }
 
 

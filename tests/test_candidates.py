@@ -42,6 +42,7 @@ from trt_wan.errors import GraphError, UsageError
 from trt_wan.runtime.events import Event, Note
 from trt_wan.runtime.opening import gpu_sizes as open_model
 from trt_wan.runtime.opening import segments as open_segments
+from trt_wan.runtime.parallel.planner import share_plan
 from trt_wan.runtime.settings import Settings
 
 RTX = Flavour("tensorrt_rtx", "1.6.1.120", SimpleNamespace(), "a test")
@@ -407,6 +408,13 @@ def test_engines_made_ahead_are_those_of_a_job(
         open_model.build_engines(TINY, PLAN, gpu, RTX, settings, lambda event: None)
         chosen, _ = segments_of(recipes, settings)
         assert made.pop() == [recipes[row.engine] for row in chosen.values() if row.engine is not None]
+    # A GPU's share has the candidates of the whole. Where it is made, the whole has none of its networks.
+    share, settings = share_plan(TINY, PLAN, 2, overlaps=True), Settings(segments={"attention": "tensorrt"})
+    for plan, without in ((share, ()), (PLAN, networks(TINY, share)), (PLAN, ())):
+        open_model.build_engines(TINY, plan, gpu, RTX, settings, lambda event: None, without)
+    own, rest, whole = made
+    assert own and rest and not {id(one) for one in own} & {id(one) for one in rest}
+    assert sorted(map(id, [*own, *rest])) == sorted(map(id, whole))
     with pytest.raises(UsageError, match="fast needs FP8"):
         open_model.build_engines(
             TINY, replace(PLAN, precision="bf16"), gpu, RTX, Settings(tier="fast"), lambda event: None

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from test_cli import HEAVY, LISTING
 
+from trt_wan.cli.live import live
 from trt_wan.cli.main import cli
 from trt_wan.cli.preprocess import preprocess
 from trt_wan.cli.run import run
@@ -41,7 +42,7 @@ def sections(text: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("command", [run, preprocess])
+@pytest.mark.parametrize("command", [run, preprocess, live])
 def test_every_option_is_in_one_section(command: click.Command) -> None:
     shown = sections(CliRunner().invoke(command, ["--help"]).stdout)
     assert shown[OTHERS] == ["--json", "--quiet", "--help"]

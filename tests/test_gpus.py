@@ -188,10 +188,23 @@ def test_a_lost_rank_ends_the_job_and_finished_windows_stay(place: Path, tmp_pat
     if done:
         assert "finished frames are in" in told["error"]["hint"] and "--resume" in told["error"]["hint"]
         np.testing.assert_array_equal(read_frames(kept[0]), read_frames(place / "whole.mp4")[:done])
-    again = Run(place, run.output, "--resume")
+    # Any number of ranks goes on.
+    again = Run(place, run.output, "--resume", *(("--gpus", "1") if finished else ()))
     assert again.ended()["ok"], again.told[-1]
     np.testing.assert_array_equal(read_frames(run.output), read_frames(place / "whole.mp4"))
     assert not run.partial
+
+
+@pytest.mark.long
+def test_a_window_that_is_rendered_again_knows_the_frames_behind_it(place: Path, tmp_path: Path) -> None:
+    made = []
+    for gpus in ("1", "2"):
+        output = tmp_path / f"{gpus}.mp4"
+        run = Run(place, output, "--from", str(place / "whole.mp4"), "--redo", "2", "--gpus", gpus)
+        assert run.ended()["ok"], run.told[-1]
+        made.append(read_frames(output))
+    np.testing.assert_array_equal(made[0], made[1])
+    assert (made[0] != read_frames(place / "whole.mp4")).any()
 
 
 @pytest.mark.parametrize("moment", [step(1, 2), pytest.param(stage("weights"), marks=pytest.mark.long)])
@@ -244,7 +257,9 @@ def test_a_model_goes_on_after_jobs_that_end_in_any_way(place: Path) -> None:
         np.testing.assert_array_equal(frames(model, job(place)), expected)
         assert children(os.getpid()) == [first], "it stays for the next job"
         first.kill()
-        first.wait()
+        group: Any = model._group
+        while group.lost is None:
+            time.sleep(0.01)
         np.testing.assert_array_equal(frames(model, job(place)), expected)
         pieces = model.pieces(job(place))
         next(pieces)

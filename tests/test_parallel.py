@@ -70,7 +70,9 @@ def forwards(model: Model, inputs: dict[str, Array]) -> list[Any]:
     one, rank = np.ones(1, np.float32), model.ranks
     face = encode_face(model, inputs["face"])
     image = embed_image(model, inputs["image"])
-    context, away = (encode_context(model, text, image) for text in (inputs["text"], np.negative(inputs["text"])))
+    context, away = (
+        encode_context(model, text, image) for text in (inputs["text"], np.negative(inputs["text"]))
+    )
     number = [np.array([value], np.float32) for value in (4, 1.5, 0.5)]
     nag = [(*layer, *other[:2], *number) for layer, other in zip(context, away, strict=True)]
     time = encode_time(model, 500)

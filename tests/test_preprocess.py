@@ -506,6 +506,9 @@ class TwoPeople:
     class Net:
         path, reason = Path("made-up.onnx"), "in a test"
 
+        def begin(self) -> None:
+            pass
+
     net = Net()
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from trt_wan.engines.shape import Plan
 from trt_wan.errors import GraphError, MemoryShort, TrtWanError, UsageError
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.parallel.planner import choose_split, groups_of, share_plan
-from trt_wan.runtime.parallel.ranks import RankLost, Ranks, shared_out
+from trt_wan.runtime.parallel.ranks import TOGETHER, RankLost, Ranks, shared_out
 from trt_wan.runtime.parallel.shards import Shards
 from trt_wan.runtime.step_ratios import NotCalibrated
 
@@ -73,6 +73,24 @@ def test_views_may_be_given_on() -> None:
     with connected(3) as all_ranks:
         found = at_once([partial(rank, ranks) for ranks in all_ranks])
     assert found == [[(k + 20) % 3] for k in range(3)]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_tasks_of_all_ranks_come_first_in_step(count: int) -> None:
+    """A task that needs all ranks, here to add their numbers, stands between tasks of one rank."""
+
+    def rank(ranks: Ranks) -> list[Array]:
+        def added() -> Array:
+            return sum(number for (number,) in ranks.gather([np.array([1.0 + ranks.rank])]))
+
+        def alone() -> Array:
+            return np.array([0.5])
+
+        return ranks.divide([(1.0, alone), (TOGETHER, added), (1.0, alone), (TOGETHER, added)])
+
+    with connected(count) as all_ranks:
+        for made in at_once([partial(rank, ranks) for ranks in all_ranks]):
+            assert [float(array[0]) for array in made] == [0.5, count * (count + 1) / 2] * 2
 
 
 def test_a_large_array_crosses() -> None:

@@ -58,6 +58,11 @@ class OnnxNet:
         """As declared by the file. None for open dimensions."""
         return tuple(value.shape for value in self.file.outputs)
 
+    def begin(self) -> None:
+        """Call first in a thread that did not open the network."""
+        if self.engine is not None:
+            self.engine.gpu.device.set_current()
+
     def run(self, frames: Array) -> list[Array]:
         """Outputs for any number of frames, each as one array."""
         pieces = [frames[i : i + self.batch] for i in range(0, len(frames), self.batch)]

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from trt_wan.preprocess.clips.streams import Item, batches
@@ -9,7 +10,7 @@ from trt_wan.preprocess.observe import Observe, begun, unobserved
 from trt_wan.preprocess.people import notes
 from trt_wan.preprocess.people.choice import LARGEST, PersonChoice
 from trt_wan.preprocess.people.detect import Detector, official_person
-from trt_wan.preprocess.people.person import NOBODY, Box, Keypoints, PersonFrame
+from trt_wan.preprocess.people.person import NOBODY, Box, Follow, Keypoints, PersonFrame
 from trt_wan.preprocess.people.pose import PoseEstimator
 from trt_wan.preprocess.people.track import SURE, Tracker
 from trt_wan.runtime.events import Note, Progress
@@ -32,11 +33,25 @@ class OnnxPeople:
         self.detector, self.pose, self.official, self.observe = detector, pose, official, observe
         self.name = f"{detector.net.path.name} and {pose.net.path.name} ({pose.net.reason})"
 
+    @contextmanager
+    def following(self, choice: PersonChoice, progress: Progress) -> Iterator[Follow]:
+        for net in (self.detector.net, self.pose.net):
+            net.begin()
+        tracker = Tracker(choice)
+        yield lambda frames: list(self.follow(frames, choice, progress, tracker))
+
     def follow(
-        self, frames: Iterable[Picture], choice: PersonChoice, progress: Progress
+        self,
+        frames: Iterable[Picture],
+        choice: PersonChoice,
+        progress: Progress,
+        goes_on: Tracker | None = None,
     ) -> Iterator[PersonFrame]:
-        """On a GPU the next batch is read and detected while the poses of this one are computed."""
-        tracker, told = Tracker(choice), False
+        """On a GPU the next batch is read and detected while the poses of this one are computed. `goes_on`
+        has the people of earlier frames; then there are no notes about all frames.
+        """
+        tracker = goes_on or Tracker(choice)
+        told = tracker.first_frame is not None
         tracked = not self.official or choice != LARGEST
         followed: list[Box | None] = []
         counts: list[int] = []  # people in every frame
@@ -70,6 +85,8 @@ class OnnxPeople:
                 yield from _people(*under_way.popleft())
         while under_way:
             yield from _people(*under_way.popleft())
+        if goes_on is not None:
+            return
         first = tracker.first_frame if tracked else None
         crowd = None if told or choice != LARGEST else _crowd(first, counts)
         back, cut = ([e.frame for e in tracker.events if e.what == what] for what in ("back", "cut"))

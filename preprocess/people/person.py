@@ -4,10 +4,13 @@ Joints are COCO-WholeBody's: 0-16 body, 17-22 feet, 23-90 face, 91-111 left hand
 Coordinates are pixels of the frame, x right, y down. Scores are 0 to about 1.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from trt_wan.runtime.video.reader import Picture
 
 JOINTS = 133
 BODY, FEET, FACE = slice(0, 17), slice(17, 23), slice(23, 91)
@@ -53,6 +56,7 @@ class PersonFrame:
 
 
 NOBODY = PersonFrame(None, None)
+Follow = Callable[[Sequence[Picture]], list[PersonFrame]]  # the same person in the next frames
 
 
 def iou(a: Box, b: Box) -> float:

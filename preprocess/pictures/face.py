@@ -77,12 +77,15 @@ class FaceCropper:
         """
         for frame, skeleton, box in zip(frames, skeletons, self.boxes(skeletons), strict=True):
             assert frame.shape[:2] == (skeleton.height, skeleton.width), f"{frame.shape} {skeleton.width}"
-            if box is None:
-                yield None
-                continue
-            x0, y0, x1, y1 = box
-            face = frame[y0:y1, x0:x1]
-            yield self._square(face) if face.size > SIDE * SIDE * 3 else face.copy()
+            yield self.cut(frame, box)
+
+    def cut(self, frame: Picture, box: PixelBox | None) -> Picture | None:
+        """The part of one frame. Its box is one of `boxes`."""
+        if box is None:
+            return None
+        x0, y0, x1, y1 = box
+        face = frame[y0:y1, x0:x1]
+        return self._square(face) if face.size > SIDE * SIDE * 3 else face.copy()
 
     def crops(self, cuts: Iterable[Picture | None]) -> Iterator[Picture]:
         """uint8 RGB [512, 512, 3] for each frame. Black until there is a face."""

@@ -432,12 +432,23 @@ def _would_fit(short: MemoryShort, command: tuple[str, ...]) -> MemoryShort:
 
 
 def build_engines(
-    config: ModelConfig, plan: Plan, gpu: Gpu, flavour: Flavour, settings: Settings, progress: Progress
+    config: ModelConfig,
+    plan: Plan,
+    gpu: Gpu,
+    flavour: Flavour,
+    settings: Settings,
+    progress: Progress,
+    without: Collection[str] = (),
 ) -> None:
-    """Builds the engines that `GpuSizes` would choose at that shape, and finishes their kernels."""
-    machine = machine_of(gpu, flavour)
-    recipes = recipes_here(config, plan, machine)
-    chosen = choose_segments(config, plan, machine, recipes, settings, silent).values()
+    """Builds the engines that `GpuSizes` would choose at that shape for all networks but `without`, and
+    finishes their kernels.
+    """
+    machine, whole = machine_of(gpu, flavour), plan.undivided
+    recipes = recipes_here(config, whole, machine)
+    names = [name for name in network_names(config, plan, settings.tier) if name not in without]
+    chosen = choose_segments(config, whole, machine, recipes, settings, silent, names).values()
+    if whole != plan:
+        recipes = recipes_here(config, plan, machine)
     finish_engines(gpu, [recipes[row.engine] for row in chosen if row.engine is not None], progress)
 
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 from trt_wan.engines.checkpoint import LYNX_PARTS, PARTS
 from trt_wan.engines.config import MODELS, ModelConfig
 from trt_wan.engines.contract import Part
-from trt_wan.engines.contracts import GRAPHS_VERSION
+from trt_wan.engines.contracts import GRAPHS_VERSION, networks
 from trt_wan.engines.flavour import Flavour, choose_flavour
 from trt_wan.engines.lynx import Lynx, lynx_plans
 from trt_wan.engines.precision import Precision, best_precision, require_fp8
@@ -53,6 +53,7 @@ from trt_wan.runtime.opening.lynx import LynxSearch, acting_adapters
 from trt_wan.runtime.parallel.group import Group
 from trt_wan.runtime.parallel.planner import Choice, choose_split, share_plan
 from trt_wan.runtime.parallel.ranks import RankLost, Ranks
+from trt_wan.runtime.parallel.relay import empty_copy, giving
 from trt_wan.runtime.parallel.trace import traced
 from trt_wan.runtime.pipeline import Keep, ShouldStop, stream_pieces, to_pixels
 from trt_wan.runtime.settings import Settings, WeightFiles
@@ -303,8 +304,11 @@ class Basis:
         """
         if self.place is not None:
             gpu, flavour = self.place
-            for each in self._chosen(plan, job):
-                build_engines(self.weights.config, each, gpu, flavour, self.settings, progress)
+            config, shares = self.weights.config, self._share(plan, job)
+            divided = {name for share in shares for name in networks(config, share)}
+            for each in (*self._chosen(plan, job), *shares):
+                without = () if each in shares else divided
+                build_engines(config, each, gpu, flavour, self.settings, progress, without)
 
 
 def open_basis(weights: WeightFiles, settings: Settings, progress: Progress, rank: int = 0) -> Basis:
@@ -380,7 +384,7 @@ class OpenModel(Closing):
         finished = False
         try:
             self._sizes.resume()
-            should_stop = self._with_others(job, clips, begin_from, should_stop)
+            clips, should_stop = self._with_others(job, clips, begin_from, should_stop)
             progress = traced(progress, self.ranks)
             for piece in stream_pieces(
                 _with_ratios(job, self._weights, progress),
@@ -403,21 +407,26 @@ class OpenModel(Closing):
 
     def _with_others(
         self, job: Job, clips: Clips | None, begin_from: WindowState | None, should_stop: ShouldStop
-    ) -> ShouldStop:
-        """Has the other ranks begin a job, and returns `should_stop` that raises when one is lost."""
+    ) -> tuple[Clips | None, ShouldStop]:
+        """Has the other ranks begin a job. Returns clips whose frames they get, if no file has them, and
+        `should_stop` that raises when a rank is lost.
+        """
         if self._start is None:
-            return should_stop
-        if self._group is not None and self._group.lost is not None and self._group.has_begun:
-            self._end_group()  # it was lost after the last job
+            return clips, should_stop
+        if self._group is not None and self._group.was_lost():
+            self._end_group()
         group = self._group = self._group or self._start()
         self.ranks, group.abandon = group.ranks, self._sizes.abandon
-        group.begin(job, begin_from, {} if clips is None else clips.endings)
+        live = None
+        if clips is not None and clips.coming is not None:
+            live, clips = empty_copy(clips, job.history), giving(clips, group.ranks)
+        group.begin(job, begin_from, {} if clips is None else clips.endings, live)
 
         def stop() -> bool:
             group.check()
             return should_stop()
 
-        return stop
+        return clips, stop
 
     def _end_group(self) -> None:
         if self._group is not None:

@@ -43,13 +43,14 @@ def main() -> None:
 
 def _compute(control: Connection, ranks: Ranks) -> None:
     from trt_wan.runtime.opening.model import open_basis
+    from trt_wan.runtime.parallel.relay import taking
     from trt_wan.runtime.video.clips import open_clips
 
     files, settings = _received(control)
     with open_basis(files, settings, silent, ranks.rank).open(ranks=ranks) as model:
         while True:
-            job, begin_from, endings = _received(control)
-            with open_clips(job.inputs, job.history) as clips:
+            job, begin_from, endings, live = _received(control)
+            with open_clips(job.inputs, job.history) if live is None else taking(live, ranks) as clips:
                 for _ in model.pieces(job, clips=replace(clips, endings=endings), begin_from=begin_from):
                     pass
 

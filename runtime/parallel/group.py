@@ -21,6 +21,7 @@ from trt_wan.runtime.job import Job
 from trt_wan.runtime.parallel.ranks import HALF, Links, RankLost, Ranks
 from trt_wan.runtime.parallel.ranks import SECONDS as ANSWER_SECONDS
 from trt_wan.runtime.settings import Settings, WeightFiles
+from trt_wan.runtime.video.clips import Clips
 from trt_wan.runtime.window_state import WindowState
 
 SECONDS = 5.0  # for a process to end, when its sockets are closed
@@ -80,7 +81,7 @@ class Group:
         held = ",".join(map(str, memories))
         arguments = map(str, (rank, count, others.fileno(), reading, sockets, held))
         self._processes[rank] = subprocess.Popen(
-            (sys.executable, "-m", "trt_wan.runtime.parallel.child", *arguments),
+            (sys.executable, "-P", "-m", "trt_wan.runtime.parallel.child", *arguments),
             pass_fds=(others.fileno(), reading, *(end.fileno() for end in ends.values()), *memories),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -91,15 +92,23 @@ class Group:
         others.close()
         os.close(reading)
 
-    def begin(self, job: Job, begin_from: WindowState | None, endings: Mapping[int, Array]) -> None:
-        """Has the other ranks compute a job from now on. `endings` are its clips'. Raises RankLost."""
+    def begin(
+        self, job: Job, begin_from: WindowState | None, endings: Mapping[int, Array], live: Clips | None
+    ) -> None:
+        """Has the other ranks compute a job from now on. `endings` are its clips'; `live` are those that no
+        file has (relay.py). Raises RankLost.
+        """
         self.has_begun = True
-        order = pickle.dumps((job, begin_from, endings))
+        order = pickle.dumps((job, begin_from, endings, live))
         for rank, control in self._controls.items():
             try:
                 control.send_bytes(order)
             except OSError:
                 raise RankLost(rank, "has ended") from None
+
+    def was_lost(self) -> bool:
+        """Whether a rank has ended after a job. Call between jobs: then no rank has anything to tell."""
+        return self.has_begun and any(control.poll(0) for control in self._controls.values())
 
     def check(self) -> None:
         """Raises RankLost if a rank is lost."""

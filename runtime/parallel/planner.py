@@ -71,4 +71,6 @@ def choose_split(passes: Sequence[int], parts: int, count: int, beside: Sequence
     }
     others = ", ".join(f"{split} {forwards / time:.2f}" for split, time in times.items() if split != best)
     rest = f"; {others}" if others else ""
-    return Choice(best, f"{count} GPUs: {what[best]} ({forwards / times[best]:.2f} times one GPU{rest}).")
+    return Choice(
+        best, f"{count} GPUs: {what[best]} (counted: {forwards / times[best]:.2f} times one GPU{rest})."
+    )

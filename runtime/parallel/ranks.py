@@ -18,7 +18,10 @@ import numpy as np
 from trt_wan.errors import GpuFault
 from trt_wan.runtime.executors import Array
 
-Task = tuple[float, Callable[[], Array]]  # what it costs beside the others, and the function that computes it
+# What a result costs beside the others, and the function that computes it. Cost TOGETHER: all ranks compute
+# it in step, and all have the result.
+Task = tuple[float, Callable[[], Array]]
+TOGETHER = math.inf
 
 HALF = 8 << 30  # bytes of a rank's memory for one exchange; pages that no exchange has needed take none
 ALIGNMENT = 64  # bytes
@@ -91,13 +94,18 @@ class Ranks:
         ]
 
     def divide(self, tasks: Sequence[Task]) -> list[Array]:
-        """The results of all tasks, in order, on the host of every rank. Each is computed by one rank."""
+        """The results of all tasks, in order, on the host of every rank. Each is computed by one rank, or
+        by all together; these come first.
+        """
         if self.count == 1:
             return [self._made(make) for _, make in tasks]
-        owners = shared_out([cost for cost, _ in tasks], self.count)
-        own = [self._made(make) for owner, (_, make) in zip(owners, tasks, strict=True) if owner == self.rank]
-        made = [iter(arrays) for arrays in self.gather(own)]
-        return [np.array(next(made[owner])) for owner in owners]
+        together = {i: self._made(make) for i, (cost, make) in enumerate(tasks) if cost == TOGETHER}
+        apart = [i for i in range(len(tasks)) if i not in together]
+        owners = shared_out([tasks[i][0] for i in apart], self.count)
+        own = [self._made(tasks[i][1]) for i, owner in zip(apart, owners, strict=True) if owner == self.rank]
+        made = [iter(arrays) for arrays in self.gather(own)] if apart else []
+        results = together | {i: np.array(next(made[owner])) for i, owner in zip(apart, owners, strict=True)}
+        return [results[i] for i in range(len(tasks))]
 
     def _made(self, make: Callable[[], Array]) -> Array:
         start = time.perf_counter()

@@ -1,7 +1,7 @@
 """The prepared clips of a job, opened together: same length, right sizes, one canvas."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -47,6 +47,13 @@ class Clips(Closing):
     init: AnyClip | None = None
     # By window, known frames [3, r, H, W] at its end (redo.py).
     endings: Mapping[int, Array] = field(default_factory=dict)
+    # Of a live source: waits for that many frames, and returns how many there are; fewer: no more come. Until
+    # it is called, `frames` is made up.
+    coming: Callable[[int], int] | None = None
+
+    def until(self, frames: int) -> "Clips":
+        """With that many frames of a live source, or all that it has had."""
+        return self if self.coming is None else replace(self, frames=self.coming(frames))
 
     def close(self) -> None:
         for clip in (self.pose, self.face, self.background, self.mask, self.init):

@@ -113,31 +113,19 @@ class Clip(Frames):
                 stream = self._skip(stream, found.start_pts)
             self._kept: deque[VideoFrame] = deque(maxlen=history)
             self._decoded = 0
-            self._scaler = VideoReformatter()
             self._decode_next()
             first = self._kept[0]
-            self._coded_size = (first.width, first.height)
-            self._square_size, aspect = _square(stream.sample_aspect_ratio, self._coded_size, path)
-            self._turn = _turn(first, path)
-            self._as_rgb: dict[str, Any] = {"format": "rgba" if _has_opacity(first) else "rgb24"}
-            self._as_rgb |= _to_bt709(first)
-            if self._square_size != self._coded_size:
-                width, height = self._square_size
-                self._as_rgb |= {"width": width, "height": height, "interpolation": Interpolation.LANCZOS}
+            self._upright = Upright(first, stream.sample_aspect_ratio, path)
             if first.interlaced_frame:
-                self._coming = _deinterlaced(chain([first], self._coming))
+                self._coming = deinterlaced(chain([first], self._coming))
                 self._kept.clear()
                 self._decoded = 0
                 self._decode_next()
         except InputError:
             self._container.close()
             raise
-        width, height = self._square_size
-        self.width, self.height = (height, width) if self._turn[0] else (width, height)
-        self.notes += _notes(path, first, aspect, (self.width, self.height))
-        if _has_opacity(first):
-            opacity = first.to_ndarray(format="rgba")[..., 3]
-            self.notes += [transparency_note(path, opacity, BEHIND)] if opacity.min() < 255 else []
+        self.width, self.height = self._upright.width, self._upright.height
+        self.notes += self._upright.notes
 
     def close(self) -> None:
         self._container.close()
@@ -172,20 +160,13 @@ class Clip(Frames):
             f"frame {index} is gone: {oldest} is the oldest kept (history {self._kept.maxlen})"
         )
         frame = self._kept[index - oldest]
-        if (frame.width, frame.height) != self._coded_size:
-            number, first = self.used[index], "x".join(map(str, self._coded_size))
+        if (frame.width, frame.height) != (coded := self._upright.coded_size):
+            number, first = self.used[index], "x".join(map(str, coded))
             raise InputError(
                 f"{self.path} changes its size at frame {number}: {first} to {frame.width}x{frame.height}.",
                 with_commands("Make one size of it:", remake(self.path)),
             )
-        transpose, rows, columns = self._turn
-        picture = self._rgb(frame)
-        picture = picture.transpose(1, 0, 2) if transpose else picture
-        return picture[::rows, ::columns]
-
-    def _rgb(self, frame: VideoFrame) -> Picture:
-        picture = np.asarray(self._scaler.reformat(frame, **self._as_rgb).to_ndarray(), np.uint8)
-        return picture if picture.shape[2] == 3 else over(picture[..., :3], picture[..., 3], COLOURS[BEHIND])
+        return self._upright.picture(frame)
 
     def _decode_next(self) -> None:
         here = self.used.start + self._decoded
@@ -203,6 +184,37 @@ class Clip(Frames):
                 with_commands("Keep what can be read:", remake(self.path)),
             ) from error
         self._decoded += 1
+
+
+class Upright:
+    """Makes pictures of decoded frames: upright, of square pixels, in the colours of BT.709. All frames must
+    have the coded size of the first. Raises InputError for one that cannot be shown.
+    """
+
+    def __init__(self, first: VideoFrame, pixel_aspect: Fraction | None, path: Path) -> None:
+        self.coded_size = (first.width, first.height)
+        (width, height), aspect = _square(pixel_aspect, self.coded_size, path)
+        self._turn = _turn(first, path)
+        self._as_rgb: dict[str, Any] = {"format": "rgba" if _has_opacity(first) else "rgb24"}
+        self._as_rgb |= _to_bt709(first)
+        if (width, height) != self.coded_size:
+            self._as_rgb |= {"width": width, "height": height, "interpolation": Interpolation.LANCZOS}
+        self._scaler = VideoReformatter()
+        self.width, self.height = (height, width) if self._turn[0] else (width, height)
+        self.notes = _notes(path, first, aspect, (self.width, self.height))
+        if _has_opacity(first):
+            opacity = first.to_ndarray(format="rgba")[..., 3]
+            self.notes += [transparency_note(path, opacity, BEHIND)] if opacity.min() < 255 else []
+
+    def picture(self, frame: VideoFrame) -> Picture:
+        transpose, rows, columns = self._turn
+        picture = self._rgb(frame)
+        picture = picture.transpose(1, 0, 2) if transpose else picture
+        return picture[::rows, ::columns]
+
+    def _rgb(self, frame: VideoFrame) -> Picture:
+        picture = np.asarray(self._scaler.reformat(frame, **self._as_rgb).to_ndarray(), np.uint8)
+        return picture if picture.shape[2] == 3 else over(picture[..., :3], picture[..., 3], COLOURS[BEHIND])
 
 
 def _turn(frame: VideoFrame, path: Path) -> tuple[bool, int, int]:
@@ -258,7 +270,7 @@ def _to_bt709(frame: VideoFrame) -> dict[str, int]:
     return {}
 
 
-def _deinterlaced(frames: Iterator[VideoFrame]) -> Iterator[VideoFrame]:
+def deinterlaced(frames: Iterator[VideoFrame]) -> Iterator[VideoFrame]:
     """As many frames, each from its first field; progressive ones as they are."""
     graph: Graph | None = None
     size = (0, 0)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from trt_wan.errors import InputError, with_commands
 from trt_wan.runtime.events import Note
+from trt_wan.runtime.video.arriving import ArrivingClip
 from trt_wan.runtime.video.container import MAX_PIXELS, refuse_missing, refuse_size, uneven
 from trt_wan.runtime.video.cut import Cut
 from trt_wan.runtime.video.pictures import WHITE, read_transparent
@@ -67,7 +68,7 @@ class Stills(Frames):
         return self._last[1]
 
 
-AnyClip = Clip | Stills
+AnyClip = Clip | Stills | ArrivingClip
 
 
 def open_clip(

@@ -14,6 +14,7 @@ from trt_wan.cli.demo import demo
 from trt_wan.cli.doctor import doctor
 from trt_wan.cli.engines import list_engines, remove_engines, show_engine
 from trt_wan.cli.join import join
+from trt_wan.cli.live import live
 from trt_wan.cli.preprocess import preprocess
 from trt_wan.cli.pull import pull
 from trt_wan.cli.run import run
@@ -37,6 +38,7 @@ def cli() -> None:
 
 SUBCOMMANDS = (
     run,
+    live,
     serve,
     doctor,
     pull,

@@ -228,9 +228,9 @@ def prepare(
     remove_leftovers(output)
     networks = Networks(**{name: options.pop(name) for name in NETWORKS}, executor=executor)
     with _from_stdin(reference, clip) as (reference, clip):
-        job = _job(reference, clip, output, **options)
+        job = job_of(reference, clip, output, **options)
         begin = planned(_size_of(job))
-        stages = _open_stages(report, networks, job)
+        stages = open_networks(report, networks, job)
         begin()
         folder = make(job, stages, report.progress)
     made = [str(folder / name) for name in ALL if (folder / name).exists()]
@@ -242,7 +242,7 @@ def refuse_impossible(params: Mapping[str, Any]) -> None:
     options = {name: params[name] for name in (*PREPARING_NAMES, "mode", "reference_background", "overwrite")}
     networks = {name: options.pop(name) for name in NETWORKS}
     options["cut"] = cut_of(params["start"], params["end"])
-    job = _job(params["reference"], params["clip"], params["output"], **options)
+    job = job_of(params["reference"], params["clip"], params["output"], **options)
     from trt_wan.preprocess.stages import Networks
 
     Networks(**networks).require_used(job.mode, job.needs_people)
@@ -252,7 +252,7 @@ def planned_video(reference: Path, clip: Path, output: Path, **options: Any) -> 
     """The size of the clips that `prepare` would make, with its refusals."""
     plain = {name: value for name, value in options.items() if name not in (*NETWORKS, "executor")}
     with _from_stdin(reference, clip) as (reference, clip):
-        return _size_of(_job(reference, clip, output, **plain))
+        return _size_of(job_of(reference, clip, output, **plain))
 
 
 def _size_of(job: "PreprocessJob") -> Size:
@@ -284,7 +284,7 @@ def _from_stdin(*files: Path) -> Iterator[tuple[Path, ...]]:
         yield tuple(copy if path == STDIN else path for path in files)
 
 
-def _open_stages(report: Report, networks: "Networks", job: "PreprocessJob") -> "Stages":
+def open_networks(report: Report, networks: "Networks", job: "PreprocessJob") -> "Stages":
     """Opens the networks. SAM2's graphs are exported if they are missing."""
     from trt_wan.cli.build_sam2 import build_sam2_for
     from trt_wan.preprocess import stages
@@ -307,7 +307,7 @@ def _open_stages(report: Report, networks: "Networks", job: "PreprocessJob") -> 
     return opened()
 
 
-def _job(
+def job_of(
     reference: Path,
     clip: Path,
     output: Path,

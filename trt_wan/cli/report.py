@@ -23,6 +23,7 @@ from trt_wan.runtime.events import (
     FileProgress,
     FileReady,
     GraphExported,
+    LiveWindow,
     Note,
     StageProgress,
     StageStarted,
@@ -99,7 +100,7 @@ class TextReport:
     def _progress(self, event: Event) -> None:
         if self.quiet or (isinstance(event, EngineReady) and event.state == "there"):
             return
-        if isinstance(event, Note | GraphExported | EngineReady | CandidateReady | FileReady):
+        if isinstance(event, Note | GraphExported | EngineReady | CandidateReady | FileReady | LiveWindow):
             self._say(describe(event))
         elif sys.stderr.isatty():
             self._update(describe(event))
@@ -161,6 +162,10 @@ def describe(event: Event) -> str:
             return f"{file}  {event.state}, {readable_bytes(event.bytes)}"
         done, total = event.done / 1e9, event.total / 1e9
         return f"{file}  {done:.2f} of {total:.2f} GB, {event.rate / 1e6:.0f} MB/s"
+    if isinstance(event, LiveWindow):
+        frames = f"in {event.frames_in}, out {event.frames_out}, dropped {event.dropped}"
+        latency = f"latency {event.latency:.2f} s, at most {event.worst:.2f} s"
+        return f"window {event.window}  {frames}  {latency}  {event.rate:.1f} frames/s"
     where = f"window {event.window}/{event.windows}  " if event.window else ""
     if isinstance(event, StageStarted):
         return where + STAGES.get(event.stage, event.stage)

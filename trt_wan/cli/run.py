@@ -509,7 +509,7 @@ def run(
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
     long = {name: given.pop(name) for name in ("resume", "sidecar", "repeated")}
     redo = redo_of(given.pop("redo"), long["repeated"], given)
-    made, options = _chosen(report, given, preparing, paste_back)
+    made, options = chosen(report, given, preparing, paste_back)
     require_others(options.references, reference)
     if redo is not None:
         options = replace(options, seed=redo.record.job.get("seed"))  # that of the other windows
@@ -530,7 +530,7 @@ def run(
         require_audible(output)
         require_sound(audio)
     if inputs is not None:
-        _refuse_preparing(reference)
+        refuse_preparing(reference)
         if dry_run:
             job = options.job(options.inputs(inputs))
             return _forecast(report, job, output, options, overwrite, _size_of(job), redo)
@@ -578,7 +578,7 @@ def _with_landmarks(report: Report, options: RunOptions, preparing: Mapping[str,
     return replace(options, identity=identity)
 
 
-def _chosen(
+def chosen(
     report: Report, given: dict[str, Any], preparing: Mapping[str, Any], paste_back: bool
 ) -> tuple[dict[str, Any], RunOptions]:
     """The values of all options about the model and the job, with those of a preset. Raises TrtWanError."""
@@ -614,7 +614,7 @@ def refuse_impossible(params: Mapping[str, Any]) -> RunOptions:
     given = dict(params)
     reference, _ = given.pop("reference"), given.pop("clip")
     if given.pop("inputs") is not None:
-        _refuse_preparing(reference)
+        refuse_preparing(reference)
     for name in ("as_json", "quiet", "repeated", "resume", "sidecar", "redo", "audio"):
         given.pop(name)
     for name in ("overwrite", "dry_run", "frames"):
@@ -622,7 +622,7 @@ def refuse_impossible(params: Mapping[str, Any]) -> RunOptions:
     output, paste_back = given.pop("output"), given.pop("paste_back")
     codec, crf, encoder = (given.pop(name) for name in ("codec", "crf", "encoder"))
     preparing = {name: given.pop(name) for name in PREPARING_NAMES}
-    _, options = _chosen(TextReport(quiet=True), given, preparing, paste_back)
+    _, options = chosen(TextReport(quiet=True), given, preparing, paste_back)
     require_others(options.references, reference)
     quality_of(output, codec, crf, encoder)
     _job_to_prepare(output, preparing, options)
@@ -859,14 +859,14 @@ def _forecast(
     return forecast(basis, job, width, height, frames, rate, again)
 
 
-def _refuse_preparing(reference: Path | None) -> None:
+def refuse_preparing(reference: Path | None) -> None:
     """With --inputs nothing is prepared: an option about it would be left aside in silence."""
     given = "REFERENCE and CLIP" if reference else ""
     context = click.get_current_context()
     for parameter in context.command.params:
         if parameter.name == "compat" and context.params["compat"] == "kijai":
             continue  # it is about the windows too
-        finds_a_face = context.params["identity"] is not None and parameter.name in ("detector", "pose")
+        finds_a_face = context.params.get("identity") is not None and parameter.name in ("detector", "pose")
         if parameter.name in PREPARING_NAMES and is_typed(parameter.name) and not finds_a_face:
             off = context.params[parameter.name] is False
             given = given or (parameter.secondary_opts if off else parameter.opts)[0]

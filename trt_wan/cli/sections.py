@@ -5,7 +5,20 @@ import click
 # By section the names of parameters, in the order of --help. An option in none of them comes last.
 SECTIONS = {
     "Video": (
-        *("inputs", "output", "overwrite", "mode", "size", "fit", "rate", "start", "end"),
+        *(
+            "source",
+            "pictures",
+            "inputs",
+            "output",
+            "hold",
+            "overwrite",
+            "mode",
+            "size",
+            "fit",
+            "rate",
+            "start",
+            "end",
+        ),
         *("window", "overlap", "audio", "more_references", "reference_as", "reference_background"),
         *("trim_to_shortest", "paste_back"),
         *("start_frame", "extend", "codec", "crf", "encoder", "frames"),
