@@ -174,7 +174,7 @@ def test_the_hopper_kernel_compiles(nvrtc: None, scores: Any, values: Any, lists
         assert f".text.{name}".encode() + b"\0" in code
     products = list(products_of(code, "attend"))
     assert len(products) >= 20
-    assert not any(high >> 23 & 7 for _, high in products), "the tensor core takes a predicate from one warp"
+    assert not any(high >> 23 & 7 for _, high in products), "warps may differ in a predicate"
 
 
 def products_of(code: bytes, kernel: str) -> Iterator[tuple[int, int]]:

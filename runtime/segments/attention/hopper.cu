@@ -80,7 +80,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         auto valid = [&](int tile) { return tokens - tile * KEYS; };
         const u32 my_kept = kept_at + group * KEPT_BYTES + threadIdx.x % 128 * 16;
         // ptxas must not see that sums begin at zero again. It would give the next product a predicate, "add nothing", that
-        // depends on `grown`; the tensor core takes it from one warp for all four, and the others' sums are lost or doubled.
+        // depends on `grown`. The four warps of a product would differ in it, and results were wrong (docs/log.md).
         const float nought = __int_as_float(tokens >> 31);
         auto keep = [&]() {  // and shrinks them
 #pragma unroll
