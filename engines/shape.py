@@ -146,16 +146,15 @@ class CameraPlan(Plan):
 @dataclass(frozen=True)
 class ShardPlan(Plan):
     """The share of one of `ranks` GPUs in a plan (runtime/parallel/shards.py): its tokens of every slot, and
-    in self-attention its heads over all tokens, in `groups` calls. The networks of a block are its only ones.
+    in self-attention its heads over all tokens. The networks of a block are its only ones.
     """
 
     ranks: int = 1
-    groups: int = 1
 
     @staticmethod
-    def of(plan: Plan, ranks: int, groups: int = 1) -> "ShardPlan":
+    def of(plan: Plan, ranks: int) -> "ShardPlan":
         shape = plan.width, plan.height, plan.frames, plan.precision
-        return ShardPlan(*shape, plan.vae_chunk, plan.face_batch, ranks, groups)
+        return ShardPlan(*shape, plan.vae_chunk, plan.face_batch, ranks)
 
     def build_command(self, model: str) -> tuple[str, ...]:
         return (*super().build_command(model), "--gpus", str(self.ranks))
@@ -170,9 +169,7 @@ class ShardPlan(Plan):
         return -(-self.undivided.tokens_per_slot // self.ranks)
 
     def attended_heads(self, heads: int) -> int:
-        share = -(-heads // self.ranks)
-        assert share % self.groups == 0, f"{share} heads in {self.groups} groups"
-        return share // self.groups
+        return -(-heads // self.ranks)
 
 
 @dataclass(frozen=True)

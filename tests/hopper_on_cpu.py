@@ -1,11 +1,13 @@
 """HopperConvolution and HopperAttention on the CPU: g++ compiles their kernels; C++ stands in for their PTX.
 
 Shared memory is an array, swizzled as TMA and wgmma do it: bits of an address's row are added to bits of its
-column. A thread of the GPU is a thread of the CPU, so tensors must be small.
+column. A thread of the GPU is a thread of the CPU, so tensors must be small. wgmma's products run at once, or
+as late as the kernel allows (`late`): when it waits for them. Then they read what their operands have become.
 """
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,8 @@ HEADER = r"""
 #include <algorithm>
 #include <condition_variable>
 #include <cstdlib>
+#include <deque>
+#include <functional>
 #include <mutex>
 
 #define __grid_constant__
@@ -59,8 +63,21 @@ void warp_together() { warps[threadIdx.x / 32]->arrive_and_wait(); }
 template <int COUNT> void fewer_registers() {}
 template <int COUNT> void more_registers() {}
 void wgmma_fence() {}
-void wgmma_commit() {}
-template <int GROUPS> void wgmma_wait() { warp_together(); }
+typedef std::vector<std::function<void()>> Products;
+thread_local Products begun;
+thread_local std::deque<Products> groups;
+template <class Work> void product(Work work) {
+    if (LATE) begun.push_back(work); else work();
+}
+void wgmma_commit() {
+    groups.push_back(begun);
+    begun.clear();
+}
+template <int GROUPS> void wgmma_wait() {
+    for (; groups.size() > GROUPS; groups.pop_front())
+        for (auto& work : groups.front()) work();
+    warp_together();
+}
 
 int widen(signed char x) { return x; }
 template <class T>
@@ -118,7 +135,9 @@ void prefetch(const void* from, int bytes) {
 void written(float&) {}
 float tanh_nearly(float x) { return std::tanh(x); }
 template <int COUNT>
-void wgmma(float (&sums)[COUNT], u64 a, u64 b) { multiply<bf16>(sums, in_shared<bf16>(a), b); }
+void wgmma(float (&sums)[COUNT], u64 a, u64 b) {
+    product([=, &sums] { multiply<bf16>(sums, in_shared<bf16>(a), b); });
+}
 """
 ATTENTION = r"""
 void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
@@ -129,37 +148,53 @@ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
 void load_shared(float (&x)[4], u32 from) { memcpy(x, shared_bytes + from, 16); }
 void store_shared(u32 to, const float (&x)[4]) { memcpy(shared_bytes + to, x, 16); }
 float power_of_2(float x) { return std::exp2(x); }
+u32 load_word(u32 from) { return *(const u32*)(shared_bytes + from); }
 void needed(float, u32) {}
 
 template <class T, int COUNT> void settled_scores(T (&)[COUNT]) {}
 void settled(float (&)[64]) {}
 template <int COUNT>
 void multiply_scores(int (&s)[COUNT], u64 a, u64 b, bool sum) {
-    if (!sum) std::fill(s, s + COUNT, 0);
-    multiply<signed char>(s, in_shared<signed char>(a), b);
+    product([=, &s] {
+        if (!sum) std::fill(s, s + COUNT, 0);
+        multiply<signed char>(s, in_shared<signed char>(a), b);
+    });
 }
 template <int COUNT>
 void multiply_scores_bf16(float (&s)[COUNT], u64 a, u64 b, bool sum) {
-    if (!sum) std::fill(s, s + COUNT, 0);
-    multiply<bf16>(s, in_shared<bf16>(a), b);
+    product([=, &s] {
+        if (!sum) std::fill(s, s + COUNT, 0);
+        multiply<bf16>(s, in_shared<bf16>(a), b);
+    });
 }
 #if PV == 0
 typedef e4m3 Weight;
 #else
 typedef bf16 Weight;
 #endif
-void multiply_values(float (&o)[64], const u32 (&a)[4], u64 b, bool sum) {
+template <class T>
+auto in_registers(const u32 (&a)[4]) {  // four threads have 16 bytes of a row, then the next 16
     static u32 of_block[2][384][4];
     static thread_local int times;
     auto& words = of_block[times++ % 2];
     std::copy(a, a + 4, words[threadIdx.x]);
     warp_together();
-    if (!sum) std::fill(o, o + 64, 0);
-    multiply<Weight>(o, [&](int more, int k) {  // four threads have 16 bytes of a row, then the next 16
-        const int byte = k * sizeof(Weight);
+    return [&](int more, int k) {
+        const int byte = k * sizeof(T);
         const u32* word = words[threadIdx.x / 4 * 4 + byte % 16 / 4] + byte / 16 * 2 + more / 8;
-        return widen(((const Weight*)word)[byte % 4 / sizeof(Weight)]);
-    }, b);
+        return widen(((const T*)word)[byte % 4 / sizeof(T)]);
+    };
+}
+void multiply_values(float (&o)[64], const u32 (&a)[4], u64 b) {
+    product([=, &o, &a] { multiply<Weight>(o, in_registers<Weight>(a), b); });
+}
+template <int COUNT>
+void multiply_scores_held(int (&s)[COUNT], const u32 (&a)[4], u64 b, bool sum) {
+    product([=, &s, &a] {
+        const auto rows = in_registers<signed char>(a);
+        if (!sum) std::fill(s, s + COUNT, 0);
+        multiply<signed char>(s, rows, b);
+    });
 }
 """
 WRAPPER = r"""
@@ -205,13 +240,15 @@ class Module:
         *,
         accelerated: bool = True,
         code: tuple[str, Any] | None = None,
+        late: bool = False,
     ) -> None:
         if code:
             source, macros = code
         first = source.index("// A convolution for Hopper" if code else "// Self-attention on Hopper")
         kernels = source[first:]  # hopper.cuh is in front
         text = CONVOLUTION + kernels + WRAPPER if code else ATTENTION + without_instructions(kernels)
-        lines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
+        defined = {**macros, "LATE": int(late)}
+        lines = "".join(f"#define {name} {value}\n" for name, value in defined.items())
         self._kernels = CpuKernels(lines + HEADER + text, device)
 
     def allow_shared(self, name: str, size: int) -> None:
@@ -233,10 +270,10 @@ class Module:
             self._kernels.launch(name, grid, threads, name in BARRIERS, *arguments)
 
 
-def gpu_on_cpu(folder: Path, patch: pytest.MonkeyPatch, processors: int = 2) -> Any:
+def gpu_on_cpu(folder: Path, patch: pytest.MonkeyPatch, processors: int = 2, late: bool = False) -> Any:
     """Enough of a Gpu for HopperConvolution and HopperAttention."""
-    patch.setattr(conv_hopper, "Module", Module)
-    patch.setattr(attention, "Module", Module)
+    patch.setattr(conv_hopper, "Module", partial(Module, late=late))
+    patch.setattr(attention, "Module", partial(Module, late=late))
     patch.setattr(conv_hopper, "tensor_map", tensor_map)
     patch.setattr(
         conv_hopper, "compile_source", lambda source, capability, macros, accelerated: (source, macros)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from trt_wan.runtime.device.arena import Arena
 from trt_wan.runtime.device.gpu import Gpu
+from trt_wan.runtime.parallel.peer_memory import Pieces
 
 Array = NDArray[Any]
 
@@ -119,13 +120,9 @@ class LateMemory:
 
         stream.enqueue(work)
 
-    def lay_beside(
-        self, out: int, pieces: int, rows: int, widths: tuple[int, int], share: int, filled: int
-    ) -> None:
-        numbers = rows, widths[0] // 16, widths[1] // 16, share, filled
-        self._gpu.stream.enqueue(
-            lambda: self._peers.kernels.launch("beside", 3, 2, False, out, pieces, *numbers)
-        )
+    def lay_beside(self, out: int, address: int, pieces: Pieces) -> None:
+        kernels, numbers = self._peers.kernels, pieces.numbers
+        self._gpu.stream.enqueue(lambda: kernels.launch("beside", 3, 2, False, out, address, *numbers))
 
     def signal(self, rank: int, flag: int, value: int, stream: Stream) -> None:
         stream.enqueue(lambda: self._peers.flags.__setitem__((rank, flag), value))

@@ -5,6 +5,7 @@ fill no block. The inputs of a provider are bf16, so the reference has the same 
 """
 
 import ast
+import struct
 import subprocess
 import sys
 import tomllib
@@ -171,15 +172,39 @@ def test_the_hopper_kernel_compiles(nvrtc: None, scores: Any, values: Any, lists
     )
     for name in hopper.NAMES:
         assert f".text.{name}".encode() + b"\0" in code
+    products = list(products_of(code, "attend"))
+    assert len(products) >= 20
+    assert not any(high >> 23 & 7 for _, high in products), "warps may differ in a predicate"
+
+
+def products_of(code: bytes, kernel: str) -> Iterator[tuple[int, int]]:
+    """The wgmma instructions of a kernel, two words each. Bits 23 to 25 of the second are 7 less the number
+    of the predicate that says whether a product is added to the sums before it, and 0 for a constant.
+    """
+    (start,) = struct.unpack_from("<Q", code, 40)
+    size, count, names = struct.unpack_from("<HHH", code, 58)
+    sections = [struct.unpack_from("<IIQQQQ", code, start + i * size) for i in range(count)]
+    for name, *_, at, length in sections:
+        begin = sections[names][4] + name
+        if code[begin : code.index(b"\0", begin)] == f".text.{kernel}".encode():
+            for low, high in struct.iter_unpack("<QQ", code[at : at + length]):
+                if low & 0xBFC == 0x9F0:
+                    yield low, high
 
 
 def test_the_ring_of_the_hopper_kernel_fits_into_shared_memory() -> None:
-    for (scores, values), keys in hopper.KEYS.items():
+    kinds: tuple[tuple[hopper.Scores, hopper.Values], ...] = (
+        ("int8", "e4m3"),
+        ("int8", "bf16"),
+        ("bf16", "bf16"),
+    )
+    for scores, values in kinds:
         stages = hopper.macros(scores, values)["STAGES"]
         row = hopper.HEAD_DIM * ((scores == "bf16") + (values == "bf16") + 2)
         kept = 2 * 64 * 128 * 4 if values == "e4m3" else 0
         queries = 128 * 128 * (2 if scores == "bf16" else 1)
-        assert stages >= 2 and queries + stages * keys * row + kept <= 227 * 1024 - 1024 - 9 * 8 * stages
+        used = queries + stages * hopper.KEYS * row + kept
+        assert stages >= 2 and used <= 227 * 1024 - 1024 - 9 * 8 * stages
 
 
 def test_parts_of_the_scratch_are_aligned_and_apart() -> None:

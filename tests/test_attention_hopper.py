@@ -69,13 +69,14 @@ def attend(
     given: Any,
     numbers: Any = None,
     counts: Any = None,
+    late: bool = False,
 ) -> tuple[Any, Any]:
     """[tokens, heads, head_dim], and the log-sum-exp [heads, tokens]. NaN lies in all memory before."""
     tokens, lists = given[0].shape[1], numbers is not None
     if lists:  # fewer stages than tiles, so that the ring is used again
         patch.setattr(hopper, "macros", lambda *kinds: macros(*kinds) | {"STAGES": 2})
     segment = hopper.HopperAttention(
-        gpu_on_cpu(folder, patch), HEADS, tokens, HEAD_DIM, scores, values, lists
+        gpu_on_cpu(folder, patch, late=late), HEADS, tokens, HEAD_DIM, scores, values, lists
     )
     scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)
     out = np.full(tokens * HEADS * HEAD_DIM + GUARD, np.nan, BF16)
@@ -101,6 +102,7 @@ def attend(
             for case in (
                 ("int8", "bf16", 300, (), 3e-2),
                 ("int8", "e4m3", 1, (), 5e-2),
+                ("int8", "e4m3", 97, (), 5e-2),
                 ("int8", "e4m3", 1300, (), 5e-2),
                 ("int8", "e4m3", 1300, (range(11), (10, 3, 1, 9, 0, 2, 7)), 5e-2),
                 ("int8", "bf16", 1300, (), 3e-2),
@@ -128,6 +130,28 @@ def test_attention_on_the_cpu(
     if not lists:
         np.testing.assert_allclose(got[0], expected[0], rtol=2**-8, atol=1e-3)
     assert np.abs(lse - expected_lse).max() <= (5e-2 if scores == "int8" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scores", "values", "tokens"),
+    [
+        ("int8", "e4m3", 300),
+        *(pytest.param(x, "bf16", 400, marks=pytest.mark.long) for x in ("int8", "bf16")),
+    ],
+)
+def test_products_may_run_late(
+    scores: Any, values: Any, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product runs at any time between its start and its wait. Its operands must stay until then, and its
+    result must not be read before.
+    """
+    given, results = inputs(tokens), []
+    for late in (False, True):
+        folder = tmp_path / str(late)
+        folder.mkdir()
+        results.append(attend(folder, monkeypatch, scores, values, given, late=late))
+    for at_once, in_the_end in zip(*results, strict=True):
+        np.testing.assert_array_equal(at_once, in_the_end)
 
 
 def test_what_is_not_finite_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from trt_wan.engines.contracts import networks
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import GpuKind
 from trt_wan.engines.precision import PRECISIONS
-from trt_wan.engines.shape import CameraPlan, Plan
+from trt_wan.engines.shape import CameraPlan, Plan, ShardPlan
 from trt_wan.engines.store.engine_id import Recipe, wan_engine
 from trt_wan.engines.store.engines import ensure
 from trt_wan.engines.store.entries import entries, remove
@@ -42,7 +42,6 @@ from trt_wan.errors import GraphError, UsageError
 from trt_wan.runtime.events import Event, Note
 from trt_wan.runtime.opening import gpu_sizes as open_model
 from trt_wan.runtime.opening import segments as open_segments
-from trt_wan.runtime.parallel.planner import share_plan
 from trt_wan.runtime.settings import Settings
 
 RTX = Flavour("tensorrt_rtx", "1.6.1.120", SimpleNamespace(), "a test")
@@ -409,7 +408,7 @@ def test_engines_made_ahead_are_those_of_a_job(
         chosen, _ = segments_of(recipes, settings)
         assert made.pop() == [recipes[row.engine] for row in chosen.values() if row.engine is not None]
     # A GPU's share has the candidates of the whole. Where it is made, the whole has none of its networks.
-    share, settings = share_plan(TINY, PLAN, 2, overlaps=True), Settings(segments={"attention": "tensorrt"})
+    share, settings = ShardPlan.of(PLAN, 2), Settings(segments={"attention": "tensorrt"})
     for plan, without in ((share, ()), (PLAN, networks(TINY, share)), (PLAN, ())):
         open_model.build_engines(TINY, plan, gpu, RTX, settings, lambda event: None, without)
     own, rest, whole = made

@@ -46,7 +46,6 @@ from trt_wan.runtime.networks.transformer import (
     velocity,
 )
 from trt_wan.runtime.opening.model import OpenModel, open_basis
-from trt_wan.runtime.parallel.planner import share_plan
 from trt_wan.runtime.parallel.ranks import Ranks
 from trt_wan.runtime.parallel.sequence import HostSequence
 from trt_wan.runtime.parallel.shards import Shards
@@ -115,7 +114,7 @@ def undivided(make_model: MakeModel, weights: Weights) -> Undivided:
 
 def rank_model(whole: Model, weights: Weights, graphs: Path, ranks: Ranks) -> Model:
     """A rank's model, with the graphs of `whole` beside those of its share."""
-    share = share_plan(TINY, whole.plan, ranks.count, overlaps=False)
+    share = ShardPlan.of(whole.plan, ranks.count)
     exported: Any = whole.executor
     executor = OnnxRuntimeExecutor(exported.graphs, BoundWeights(weights))
     executor.add(graphs, networks(TINY, share))
@@ -133,7 +132,7 @@ def graphs_of(home_of_ranks: Callable[[int], Path], tmp_path_factory: pytest.Tem
     made: list[tuple[Network, Path]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRT_WAN_HOME", str(home_of_ranks(2)))
-        for plan in (PLAN, share_plan(TINY, PLAN, 2, overlaps=False)):
+        for plan in (PLAN, ShardPlan.of(PLAN, 2)):
             folder = graph_set(TINY, plan).require()
             made += [(each, folder / f"{name}.onnx") for name, each in networks(TINY, plan).items()]
 
@@ -171,7 +170,7 @@ def test_the_velocity_of_ranks_is_that_of_one(
     others = alone[:4]  # attention over one block of tokens is dense
     apart = [np.abs(a - b).max() for k, a in enumerate(others) for b in others[:k]]
     assert min(apart) > TOLERANCE, "two of the forwards are the same"
-    graphs = graphs_of(share_plan(TINY, plan, count, overlaps=False))
+    graphs = graphs_of(ShardPlan.of(plan, count))
     with connected(count) as all_ranks:
         models = [rank_model(whole, weights, graphs, ranks) for ranks in all_ranks]
         for made in at_once([partial(forwards, model, inputs) for model in models]):

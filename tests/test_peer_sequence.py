@@ -3,6 +3,7 @@ which the streams of all ranks may run (late_peers.py).
 """
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from kernels_on_cpu import CpuKernels
 from late_peers import LateGpu, LateMemory, Peers, at
 
+from trt_wan.errors import EnvironmentBroken
 from trt_wan.runtime.device.kernels import compile_source, read_source
 from trt_wan.runtime.parallel import peer_memory
 from trt_wan.runtime.parallel.peer_sequence import PeerSequence, block_bytes, flags_of
@@ -101,16 +103,19 @@ def compute(
         job.check(rank, given)
 
 
-# Ranks, slots, tokens of a slot, heads, channels, groups; the last two have ranks without tokens, or heads.
+# Ranks, slots, tokens of a slot, heads, channels, groups. The last five have ranks that lack tokens or heads.
 CASES = [
-    Shards(1, 2, 3, 2, HEAD, 2),
-    Shards(2, 3, 4, 4, HEAD, 1),
-    Shards(2, 3, 5, 4, HEAD, 2),
-    Shards(2, 2, 5, 8, HEAD, 4),
-    Shards(2, 2, 3, 3, HEAD, 2),
-    Shards(3, 2, 7, 4, HEAD, 2),
-    Shards(4, 2, 6, 8, HEAD, 2),
-    Shards(4, 3, 5, 2, HEAD, 1),
+    Shards(1, 2, 3, 2, HEAD, (1, 1)),
+    Shards(2, 3, 4, 4, HEAD),
+    Shards(2, 3, 5, 4, HEAD, (1, 1)),
+    Shards(2, 2, 5, 8, HEAD, (1, 3)),
+    Shards(2, 2, 4, 10, HEAD, (1, 3, 1)),
+    Shards(4, 2, 6, 12, HEAD, (2, 1)),
+    Shards(2, 2, 3, 3, HEAD, (1, 1)),
+    Shards(2, 2, 3, 9, HEAD, (2, 3)),
+    Shards(3, 2, 7, 4, HEAD, (1, 1)),
+    Shards(3, 2, 7, 10, HEAD, (1, 3)),
+    Shards(4, 3, 5, 2, HEAD),
 ]
 
 
@@ -123,14 +128,14 @@ def test_attention_is_that_of_one_gpu_in_any_order(kernels: CpuKernels, shards: 
 
 @pytest.mark.parametrize("ranks", (2, 3, 4))
 def test_streams_may_share_a_queue_of_the_hardware(kernels: CpuKernels, ranks: int) -> None:
-    job = Job(Shards(ranks, 2, 5, 8, HEAD, 1), seed=0)
+    job = Job(Shards(ranks, 2, 5, 8, HEAD), seed=0)
     for seed in range(10):
         compute(job, kernels, seed, one_queue=True)
 
 
 def test_without_flags_the_numbers_are_wrong(kernels: CpuKernels) -> None:
     """So the orders that are tried find a missing wait."""
-    job, wrong = Job(Shards(2, 3, 4, 4, HEAD, 2), seed=0), 0
+    job, wrong = Job(Shards(2, 3, 4, 4, HEAD, (1, 1)), seed=0), 0
     for seed in range(10):
         try:
             compute(job, kernels, seed, blind=True)
@@ -167,6 +172,53 @@ def test_pages_are_shared_and_their_file_goes(monkeypatch: pytest.MonkeyPatch, t
         thread.join()
     maps[0][4999] = 7
     assert maps[1][4999] == 7 and not maps[1][0] and not list(tmp_path.iterdir())
+
+
+class LazyKernels:
+    """Flags by kernels, each loaded when it is first launched. This waits for the whole GPU, so it never ends
+    while a kernel waits for a flag that comes later: then `stuck` is set. `deaf`: no kernel sees a flag.
+    """
+
+    def __init__(self, deaf: bool) -> None:
+        self.deaf, self.stuck = deaf, False
+        self.loaded, self.waiting = set[str](), list[Any]()
+
+    def launch(self, stream: Any, name: str, grid: int, threads: int, flag: int, value: Any) -> None:
+        self.stuck |= name not in self.loaded and bool(self.waiting)
+        self.loaded.add(name)
+        now = at(flag, (1,), np.uint32)
+        if name == "set_flag" and not self.stuck:
+            now[0] = value
+        if name == "wait_flag" and now[0] < value:
+            self.waiting.append((now, value))
+
+    def record(self) -> Any:
+        return self
+
+    @property
+    def is_done(self) -> bool:
+        return not self.deaf and not self.stuck and all(now[0] >= value for now, value in self.waiting)
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_kernels_are_loaded_before_one_waits(monkeypatch: pytest.MonkeyPatch, deaf: bool) -> None:
+    """On an H200 the kernel that sets the flag was loaded while the other waited for it. Then closing raised
+    BufferError, as an array of the shared pages was still in use.
+    """
+    monkeypatch.setattr(peer_memory, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(peer_memory, "_registered", lambda pages: pages.ctypes.data)
+    monkeypatch.setattr(peer_memory.PeerMemory, "_take", lambda memory, ranks, size: None)
+    kernels = LazyKernels(deaf)
+    stream = SimpleNamespace(record=kernels.record, sync=lambda: None)
+    gpu: Any = SimpleNamespace(once=lambda key, make: kernels, copies=stream, loads=stream, sync=lambda: None)
+    ranks: Any = SimpleNamespace(rank=0, count=1, exchange=lambda payload: [payload])
+    if deaf:
+        with pytest.raises(EnvironmentBroken, match="no stream of a GPU sees"):
+            peer_memory.PeerMemory(gpu, ranks, 1, 3, kernels=True)
+        return
+    memory = peer_memory.PeerMemory(gpu, ranks, 1, 3, kernels=True)
+    assert memory.by_kernels and kernels.loaded == {"set_flag", "wait_flag"} and not kernels.stuck
+    memory.close()
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (9, 0), (12, 0)])

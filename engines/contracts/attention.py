@@ -1,5 +1,7 @@
 """Self-attention over all tokens. It is a separate network so that other kernels can compute it."""
 
+from dataclasses import replace
+
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor
 from trt_wan.engines.shape import Plan
@@ -19,4 +21,18 @@ def network(model: ModelConfig, plan: Plan) -> Network:
         ),
         weights=(),
         outputs=(Tensor("attended", (tokens, count * c.head_dim), "activation"),),
+    )
+
+
+def of_heads(network: Network, heads: int) -> Network:
+    """A contract of self-attention, for that many of its heads."""
+    (whole, *shape), (attended,) = network.inputs[0].shape, network.outputs
+    if heads == whole:
+        return network
+    tokens, channels = attended.shape
+    return replace(
+        network,
+        name=f"{network.name} of {heads} heads",
+        inputs=(*(replace(t, shape=(heads, *shape)) for t in network.inputs[:3]), *network.inputs[3:]),
+        outputs=(replace(attended, shape=(tokens, channels // whole * heads)),),
     )

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contracts.attention import of_heads
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.lynx import LynxKeys, with_ip, with_ref
@@ -203,5 +204,7 @@ def velocity(
 
 
 def _attend(model: Model, name: str, share: Sequence[Array], q: Array, k: Array, v: Array) -> Array:
-    (attended,) = model.run(name, q, k, v, *share)
+    """With as many of the heads as are given."""
+    part = of_heads(model.networks[name], q.shape[0])
+    (attended,) = model.run(part.name, q, k, v, *share)
     return attended

@@ -37,8 +37,6 @@ class CpuSizes:
         self._models: dict[Plan, Model] = {}
         self._executors: dict[Plan, OnnxRuntimeExecutor] = {}
 
-    overlaps = False
-
     @property
     def numerics(self) -> tuple[str, ...]:
         import onnxruntime

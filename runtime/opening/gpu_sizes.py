@@ -10,16 +10,18 @@ The VAE computes in tiles (networks/vae.py) for jobs that do not fit otherwise, 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from trt_wan.engines.choice.candidates import SPARSE, Candidate, Engine, Machine, Tier, candidates, tiers
+from trt_wan.engines.choice.candidates import SPARSE, VAE, Candidate, Engine, Machine, Tier, candidates, tiers
 from trt_wan.engines.choice.choose import choose, place_of
 from trt_wan.engines.choice.recipes import recipes as recipes_for
 from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.contracts import networks
+from trt_wan.engines.contracts.attention import of_heads
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import Capability
 from trt_wan.engines.lynx import FacePlan, Lynx, LynxPlan
@@ -29,6 +31,7 @@ from trt_wan.engines.store.engine_id import Recipe
 from trt_wan.engines.store.graphs import graph_set
 from trt_wan.engines.store.measurements import read_figures
 from trt_wan.errors import GpuFault, MemoryShort, UsageError, shell_command, with_commands
+from trt_wan.runtime.conditioning import MANY_RANKS
 from trt_wan.runtime.context.parts import ContextPlan
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.events import Note, Progress, silent
@@ -53,8 +56,10 @@ from trt_wan.runtime.opening.residency import (
 from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
 from trt_wan.runtime.parallel.peer_memory import PeerMemory
 from trt_wan.runtime.parallel.peer_sequence import PeerSequence
+from trt_wan.runtime.parallel.planner import groups_of
 from trt_wan.runtime.parallel.ranks import Ranks
 from trt_wan.runtime.parallel.shards import Shards
+from trt_wan.runtime.parallel.vae_parts import part_name
 from trt_wan.runtime.parallel.vae_pipeline import VaePipeline, open_pipeline
 from trt_wan.runtime.segments.segment import Segment
 from trt_wan.runtime.segments.tensorrt import finish_engines, open_engines
@@ -65,6 +70,8 @@ from trt_wan.runtime.weights.sources import FileSource, WeightSource
 from trt_wan.runtime.weights.stored import Tensors
 
 NAG = "cross_attention_nag"
+DENSE = "attention"
+DECODERS = ("vae_decode_first", "vae_decode_next")
 BLOCK_OF_A_FACE = ("attn_in", "attention", "attn_out", "cross_attention", "ffn")
 PIPELINE_ROOM = 40 * 10**9  # bytes of every GPU: on smaller ones rank 0 decodes alone
 MOST_SIZES = 4  # whose segments are kept
@@ -97,12 +104,10 @@ class GpuSizes:
         self._faces: dict[Plan, GpuExecutor] = {}  # they compute Lynx's picture
         self._scratch: tuple[Any, int] | None = None  # buffer, bytes
         self._peers: PeerSequence | None = None
-        self._shared: tuple[Ranks, Shards] | None = None  # what they are for
+        self._shared: tuple[Ranks, ShardPlan] | None = None  # what they are for
         self._pipeline: VaePipeline | None = None
         self._piped: tuple[Ranks, Plan] | None = None
         self._slots = 0  # bytes that blocks stream through
-
-    overlaps = True
 
     @property
     def numerics(self) -> tuple[str, ...]:
@@ -139,8 +144,11 @@ class GpuSizes:
             room = (
                 self._budget - self._gpu.arena.size - (self._scratch[1] if self._scratch else 0) - self._slots
             )
-            self.weights.prefetch(others, room)  # while the segments are opened
+            known = [pack for pack in others if ranks.count == 1 or pack.network.name not in DECODERS]
+            self.weights.prefetch(known, room)  # while the segments are opened
             self._open(plan, progress, share=share)
+        if share is not None:
+            self._open_heads(share, progress)
         if ranks.count > 1:
             self._open_pipeline(plan, opened, ranks)
         if load.nag:
@@ -175,8 +183,10 @@ class GpuSizes:
         self._use_lynx(self._models[opened], load, scratch)
         self._slots = residency.slots
         room = self._budget - residency.arena - residency.scratch - residency.slots
-        self.weights.prefetch([*others, *blocks], room)
         model = self._models[opened]
+        if model.vae_pipeline is not None:
+            others = _with_parts(others, model.vae_pipeline, encodes=ranks.count >= MANY_RANKS)
+        self.weights.prefetch([*others, *blocks], room)
         model.ranks, model.sequence = ranks, self._peers if share is not None else None
         return model
 
@@ -225,14 +235,36 @@ class GpuSizes:
 
     def _open_peers(self, plan: Plan, ranks: Ranks, share: ShardPlan) -> None:
         """Takes the memory that the ranks exchange tokens and heads through, unless it is there."""
-        shards = Shards.of(self._config, share)
-        if self._shared != (ranks, shards):
+        if self._shared != (ranks, share):
             self._close_peers()
+            shards = self._in_groups(ranks, share)
             joined = 4 * plan.tokens * self._config.transformer.dim
             dtype = networks(self._config, share)["attention"].inputs[0].dtype
             self._peers = PeerSequence.open(self._gpu, ranks, shards, dtype, joined)
-            self._shared = ranks, shards
+            self._shared = ranks, share
             self._budget -= self._peers.memory.size
+
+    def _in_groups(self, ranks: Ranks, share: ShardPlan) -> Shards:
+        """The same on all ranks. TensorRT's attention takes all of a rank's heads: its graph has them."""
+        shards, (chosen, _) = Shards.of(self._config, share), self._chosen(share, [DENSE], silent)
+        processors = ranks.least(0 if chosen[DENSE].engine else self._gpu.multiprocessors)
+        return replace(shards, groups=groups_of(shards, processors)) if processors else shards
+
+    def _open_heads(self, share: ShardPlan, progress: Progress) -> None:
+        """Opens a rank's self-attention for the heads of each group, once."""
+        assert self._peers is not None
+        contracts = networks(self._config, share)
+        for name in network_names(self._config, share, self._settings.tier):
+            if name in (DENSE, SPARSE.network):
+                groups = self._peers.shards.groups
+                parts = {part.name: part for part in (of_heads(contracts[name], heads) for heads in groups)}
+                segments = self._executors[share].segments
+                if not parts.keys() <= segments.keys():
+                    chosen, recipes = self._chosen(share, [name], progress)
+                    rows = dict.fromkeys(parts, chosen[name])
+                    made = open_segments(rows, self._config, share, self._gpu, recipes, progress, parts)
+                    segments.update(made)
+                self._models[share].networks |= parts
 
     def _close_peers(self) -> None:
         if self._peers is not None:
@@ -310,6 +342,7 @@ class GpuSizes:
         if share is not None:
             own = network_names(self._config, share, self._settings.tier)
             names = tuple(name for name in names if name not in own)
+            own = tuple(name for name in own if name not in (DENSE, SPARSE.network))  # by _open_heads
         if keep is not None and tile is None:
             exact = f"{keep:.0%} of its blocks of keys exactly, the others by their means"
             progress(Note(f"turbo: attention takes {exact}, after the first quarter of the steps."))
@@ -371,13 +404,19 @@ class GpuSizes:
         model.lynx = LynxModel(load.lynx, face)
 
     def _segments(self, plan: Plan, names: Sequence[str], progress: Progress) -> dict[str, Segment]:
-        """A rank's share has the candidates that were chosen for the whole."""
+        chosen, recipes = self._chosen(plan, names, progress)
+        return open_segments(chosen, self._config, plan, self._gpu, recipes, progress)
+
+    def _chosen(
+        self, plan: Plan, names: Sequence[str], progress: Progress
+    ) -> tuple[dict[str, Candidate], dict[Engine, Recipe]]:
+        """Candidates and recipes. A rank's share has the candidates that were chosen for the whole."""
         config, machine, whole = self._config, self._machine, plan.undivided
         recipes = recipes_here(config, whole, machine)
         chosen = choose_segments(config, whole, machine, recipes, self._settings, progress, names)
         if whole != plan:
             recipes = recipes_here(config, plan, machine)
-        return open_segments(chosen, config, plan, self._gpu, recipes, progress)
+        return chosen, recipes
 
     def _residency(
         self,
@@ -414,6 +453,19 @@ class GpuSizes:
                 self._scratch = None
             self._scratch = self._gpu.allocate(size), size
         return int(self._scratch[0].handle)
+
+
+def _with_parts(packs: Sequence[Pack], pipeline: VaePipeline, encodes: bool) -> list[Pack]:
+    """A rank's own layers in place of the decoder. With `encodes` also those of the encoder, which is run
+    whole for some pictures.
+    """
+    made: list[Pack] = []
+    for pack in packs:
+        decodes = (name := pack.network.name) in DECODERS
+        made += () if decodes else (pack,)
+        if decodes or (encodes and name in VAE):
+            made.append(Pack.of(pipeline.networks[part_name(name)], pack.n))
+    return made
 
 
 def camera_of(plan: Plan, load: Load) -> CameraPlan | None:

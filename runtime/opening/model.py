@@ -51,7 +51,7 @@ from trt_wan.runtime.opening.gpu_sizes import (
 )
 from trt_wan.runtime.opening.lynx import LynxSearch, acting_adapters
 from trt_wan.runtime.parallel.group import Group
-from trt_wan.runtime.parallel.planner import Choice, choose_split, share_plan
+from trt_wan.runtime.parallel.planner import Choice, choose_split
 from trt_wan.runtime.parallel.ranks import RankLost, Ranks
 from trt_wan.runtime.parallel.relay import empty_copy, giving
 from trt_wan.runtime.parallel.trace import traced
@@ -79,11 +79,6 @@ MOST_TEXTS = 16  # encoded at a time: more would take more memory than the conte
 
 class Sizes(Protocol):
     """The model at every size that jobs have asked for."""
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether ranks exchange heads while they attend with others."""
-        ...
 
     @property
     def numerics(self) -> tuple[str, ...]:
@@ -260,7 +255,7 @@ class Basis:
             return ()
         if job.context is None and split_of(job, None, count).split != "tokens":
             return ()
-        return (share_plan(self.weights.config, plan, count, self.place is not None),)
+        return (ShardPlan.of(plan, count),)
 
     def split(self, job: Job, frames: int) -> Choice | None:
         """How the GPUs share the steps of a job over clips of that many frames; None for one GPU. Raises
@@ -413,8 +408,8 @@ class OpenModel(Closing):
         """
         if self._start is None:
             return clips, should_stop
-        if self._group is not None and self._group.lost is not None and self._group.has_begun:
-            self._end_group()  # it was lost after the last job
+        if self._group is not None and self._group.was_lost():
+            self._end_group()
         group = self._group = self._group or self._start()
         self.ranks, group.abandon = group.ranks, self._sizes.abandon
         live = None
@@ -450,9 +445,7 @@ class OpenModel(Closing):
             return self._sizes.begin(plan, load, context, skip, progress)
         choice = split_of(job, context, self.ranks.count)
         progress(Note(choice.text, "split", {"gpus": self.ranks.count, "split": choice.split}))
-        share = None
-        if choice.split == "tokens":
-            share = share_plan(self.config, plan, self.ranks.count, self._sizes.overlaps)
+        share = ShardPlan.of(plan, self.ranks.count) if choice.split == "tokens" else None
         model = self._sizes.begin(plan, load, context, skip, progress, self.ranks, share)
         model.split = choice.split
         return model

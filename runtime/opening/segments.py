@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from trt_wan.engines.choice.candidates import SPARSE, Candidate, Engine, Machine
 from trt_wan.engines.config import ModelConfig
+from trt_wan.engines.contract import Network
 from trt_wan.engines.contracts import networks
 from trt_wan.engines.contracts.sparse_attention import block_order
 from trt_wan.engines.flavour import Flavour
@@ -44,19 +45,23 @@ def open_segments(
     gpu: Gpu,
     recipes: Mapping[Engine, Recipe],
     progress: Progress,
+    contracts: Mapping[str, Network] | None = None,
 ) -> dict[str, Segment]:
-    """By network. All engines are opened in one call: new ones have their kernels finished side by side."""
+    """By network, of `contracts` if given, else of the plan. All engines are opened in one call: new ones
+    have their kernels finished side by side.
+    """
+    contracts = networks(config, plan) if contracts is None else contracts
     engines = {name: recipes[row.engine] for name, row in chosen.items() if row.engine is not None}
     segments: dict[str, Segment] = {**open_engines(gpu, engines, progress)}
     for name, candidate in chosen.items():
         if candidate.maker == "native":
             from trt_wan.runtime.segments.native import open_native
 
-            segments[name] = open_native(networks(config, plan)[name], config, plan, gpu, candidate.name)
+            segments[name] = open_native(contracts[name], config, plan, gpu, candidate.name)
         elif candidate.maker == "attention":
             from trt_wan.runtime.segments.attention import open_attention
 
-            shape = networks(config, plan)[name].inputs[0].shape  # q comes first
+            shape = contracts[name].inputs[0].shape  # q comes first
             blocks = (block_order(plan), plan.undivided.tokens_per_slot) if candidate == SPARSE else ()
             segments[name] = open_attention(candidate.name, gpu, *shape, *blocks)
     return segments

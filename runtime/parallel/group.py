@@ -106,6 +106,10 @@ class Group:
             except OSError:
                 raise RankLost(rank, "has ended") from None
 
+    def was_lost(self) -> bool:
+        """Whether a rank has ended after a job. Call between jobs: then no rank has anything to tell."""
+        return self.has_begun and any(control.poll(0) for control in self._controls.values())
+
     def check(self) -> None:
         """Raises RankLost if a rank is lost."""
         if self.lost is not None:

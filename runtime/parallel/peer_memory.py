@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,33 @@ NAMES = ("set_flag", "wait_flag", "beside")
 SHARED = Path("/dev/shm")  # memory as files; CUDA registers no pages of a disk
 LINE = 128  # bytes from flag to flag: no two in a cache line
 PIECE = 2 << 20  # CUDA exports memory in such pieces: a smaller block would share its neighbours too
+VECTOR = 16  # bytes that a thread copies
 ENDED = 0x7FFF_FFFF  # at least any value that is waited for
 HANDLE_BYTES = 64  # of cudaIpcMemHandle_t
 PROBE_SECONDS = 5.0
 ONE_GPU = "Leave --gpus out to use one GPU."
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Channels that go beside each other into rows. Of every `share` rows those from `filled` on are padding.
+    Other numbers are bytes, multiples of VECTOR.
+    """
+
+    rows: int
+    share: int
+    filled: int
+    count: int
+    width: int  # of a row of a piece
+    step: int  # from where a piece goes in a row to where the next one does
+    first: int  # where the first one goes
+    whole: int  # the width of the rows, behind which channels are dropped
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Arguments of the kernel."""
+        in_vectors = (size // VECTOR for size in (self.width, self.step, self.first, self.whole))
+        return self.rows, self.share, self.filled, self.count, *in_vectors
 
 
 class PeerMemory:
@@ -52,11 +76,10 @@ class PeerMemory:
         self._closed, self._lost = threading.Event(), threading.Event()
         self._watch: threading.Thread | None = None
         self._blocks: dict[int, int] = {}
-        self._map = _shared_pages(ranks, ranks.count * flags * LINE)
-        self._whole: NDArray[np.uint32] | None = np.frombuffer(self._map, np.uint32)
-        values = self._whole[: ranks.count * flags * LINE // 4].reshape(ranks.count, flags, LINE // 4)
-        self._own = values[self._rank, :, 0]
         self._pitch = flags * LINE
+        pages = _shared_pages(ranks, ranks.count * self._pitch)
+        self._whole: NDArray[np.uint32] | None = np.frombuffer(pages, np.uint32)
+        self._own = self._whole[self._rank * self._pitch // 4 :: LINE // 4][:flags]
         try:
             self._flags = _registered(self._whole)
             self._by_kernels = kernels or not self._streams_signal()
@@ -96,14 +119,13 @@ class PeerMemory:
         if width and height:
             cuda(runtime.cudaMemset2DAsync(*target, 0, width, height, int(stream.handle)))
 
-    def lay_beside(
-        self, out: int, pieces: int, rows: int, widths: tuple[int, int], share: int, filled: int
-    ) -> None:
-        """Enqueues the kernel of beside.cu on the compute stream. `widths`: the bytes of a row of `out`
-        and of a piece, multiples of 16.
+    def lay_beside(self, out: int, address: int, pieces: Pieces) -> None:
+        """Enqueues the kernel of beside.cu on the compute stream: from the pieces at `address`, of which one
+        begins where the one before ends, to the rows at `out`.
         """
-        numbers = map(np.int64, (rows, widths[0] // 16, widths[1] // 16, share, filled))
-        self._module.launch(self._gpu.stream, "beside", min(rows, MOST_BLOCKS), 256, out, pieces, *numbers)
+        blocks = min(pieces.rows, MOST_BLOCKS)
+        numbers = map(np.int64, pieces.numbers)
+        self._module.launch(self._gpu.stream, "beside", blocks, 256, out, address, *numbers)
 
     def signal(self, rank: int, flag: int, value: int, stream: Any) -> None:
         """Sets a rank's flag when all earlier work of the stream is done and visible there."""
@@ -164,8 +186,7 @@ class PeerMemory:
             cuda(runtime.cudaHostUnregister(self._whole.ctypes.data))
         self._blocks.clear()
         self._own = np.zeros(1, np.uint32)
-        self._whole = None
-        self._map.close()
+        self._whole = None  # the pages go with the last array of them, which a traceback may hold
 
     def _take(self, ranks: Ranks, size: int) -> None:
         """Allocates the own block and maps those of the others."""
@@ -193,6 +214,10 @@ class PeerMemory:
     def _works(self) -> bool:
         """Whether a stream that waits for flag 0 goes on when another has set it."""
         self._own[0] = 0
+        # CUDA loads a kernel at its first launch, for which no kernel may be waiting here.
+        self.signal(self._rank, 0, 0, self._gpu.loads)
+        self.wait(0, 0, self._gpu.loads)
+        self._gpu.loads.sync()
         self.wait(0, 1, self._gpu.copies)
         try:
             waited = self._gpu.copies.record()

@@ -2,8 +2,8 @@
 write into the other ranks' memory while the GPUs compute; the host never waits.
 
 A rank's block of peer memory holds q, k and v of its heads over all tokens, a part for each group of heads.
-Behind them are the attended rows of its tokens from every rank's heads, [rank, group, row, channels of a
-group]. The array that `join` returns takes the same memory.
+Behind them are the attended rows of its tokens from every rank's heads, for each group [rank, row, channels
+of the group]. The array that `join` returns takes the same memory.
 
 Two side streams copy: `_send` writes q, k and v to the other ranks; `_back` copies the own part of them and
 returns attended rows. Every source has a flag for each group, whose value is the number of the last call of
@@ -35,13 +35,12 @@ from numpy.typing import DTypeLike
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu
 from trt_wan.runtime.executors import Array
-from trt_wan.runtime.parallel.peer_memory import PeerMemory
+from trt_wan.runtime.parallel.peer_memory import VECTOR, PeerMemory, Pieces
 from trt_wan.runtime.parallel.ranks import Ranks
 from trt_wan.runtime.parallel.sequence import Attention
 from trt_wan.runtime.parallel.shards import Shards
 
 NAMES = ("q", "k", "v")
-VECTOR = 16  # bytes that a thread copies: a head of a token has a multiple of them
 
 
 def block_bytes(shards: Shards, dtype: DTypeLike, joined: int = 0) -> int:
@@ -53,8 +52,7 @@ class PeerSequence:
     """For q, k and v of type `dtype`. `memory` has `block_bytes` bytes and `flags_of` flags."""
 
     def __init__(self, gpu: Gpu, rank: int, shards: Shards, memory: PeerMemory, dtype: DTypeLike) -> None:
-        assert shards.heads_each % shards.groups == 0, f"{shards.heads_each} heads in {shards.groups} groups"
-        self._gpu, self._rank, self._shards, self.memory = gpu, rank, shards, memory
+        self._gpu, self._rank, self.shards, self.memory = gpu, rank, shards, memory
         self._dtype = np.dtype(dtype)
         self._layout = _Layout(shards, self._dtype.itemsize)
         # Each rank begins with the next one, so that no two write to the same at once.
@@ -76,7 +74,7 @@ class PeerSequence:
             stream.close()
 
     def split(self, x: Array) -> Array:
-        shards, stream = self._shards, self._gpu.stream
+        shards, stream = self.shards, self._gpu.stream
         given, own = cast(DeviceArray, x), shards.tokens_of(self._rank)
         row = given.nbytes // given.shape[0]
         rows = self._gpu.empty((shards.slots * shards.share, *given.shape[1:]), given.dtype)
@@ -88,30 +86,32 @@ class PeerSequence:
         return cast(Array, rows)
 
     def attend(self, attention: Attention, q: Array, k: Array, v: Array) -> Array:
-        given = [cast(DeviceArray, array) for array in (q, k, v)]
+        shards, given = self.shards, [cast(DeviceArray, array) for array in (q, k, v)]
         assert all(array.dtype == self._dtype for array in given), [array.dtype for array in given]
-        stream, groups = self._gpu.stream, range(self._shards.groups)
+        stream, groups = self._gpu.stream, range(len(self.shards.groups))
         self._calls += 1
         if self._joined:
             self._let_write()
         self._follow(self._send, self._back)
         own = [self._give(group, given) for group in groups]
-        made = []  # kept until the side streams have read them
+        made, back = [], []  # `made` is kept until the side streams have read it
         for group in groups:
             stream.wait(own[group])
             self._await("given", group)
             attended = attention(*self._received(group)) if self._heads(self._rank, group) else None
             made.append(attended)
-            self._return(group, cast(DeviceArray | None, attended))
+            back.append(self._return(group, cast(DeviceArray | None, attended)))
+        out = self._gpu.empty((shards.slots * shards.share, shards.heads * shards.head_dim), self._dtype)
         for group in groups:
+            stream.wait(back[group])
             self._await("returned", group)
-        for side in (self._send, self._back):
-            stream.wait(side.record())
-        return self._interleaved()
+            self._lay_beside(out, group)
+        stream.wait(self._send.record())
+        return cast(Array, out)
 
     def join(self, x: Array) -> Array:
         """The array is valid until the next call of `join` or `attend`."""
-        shards, stream, given = self._shards, self._gpu.stream, cast(DeviceArray, x)
+        shards, stream, given = self.shards, self._gpu.stream, cast(DeviceArray, x)
         row = given.nbytes // given.shape[0]
         own, whole = shards.tokens_of(self._rank), shards.slot_tokens * row
         source = given.address, shards.share * row
@@ -139,7 +139,7 @@ class PeerSequence:
         return self._back.record()
 
     def _copy_heads(self, rank: int, group: int, given: Sequence[DeviceArray], stream: Any) -> None:
-        shards, own, heads = self._shards, self._shards.tokens_of(self._rank), self._heads(rank, group)
+        shards, own, heads = self.shards, self.shards.tokens_of(self._rank), self._heads(rank, group)
         token = self._layout.token
         for name, array in zip(NAMES, given, strict=True):
             start = self.memory.address(rank) + self._layout.at(name, group)
@@ -149,41 +149,44 @@ class PeerSequence:
             self.memory.copy(target, source, len(own) * token, len(heads) * shards.slots, stream)
 
     def _received(self, group: int) -> list[Array]:
-        shards, start = self._shards, self.memory.address(self._rank)
-        shape = (self._layout.heads, shards.slots * shards.slot_tokens, shards.head_dim)
+        shards, start = self.shards, self.memory.address(self._rank)
+        shape = (shards.groups[group], shards.slots * shards.slot_tokens, shards.head_dim)
         views = [self._gpu.view(start + self._layout.at(name, group), shape, self._dtype) for name in NAMES]
         return cast(list[Array], views)
 
-    def _return(self, group: int, attended: DeviceArray | None) -> None:
-        """Enqueues the copies of a group's attended tokens to the ranks that have them."""
-        shards, layout = self._shards, self._layout
+    def _return(self, group: int, attended: DeviceArray | None) -> Any:
+        """Enqueues the copies of a group's attended tokens to the ranks that have them. Returns the event."""
+        shards, piece = self.shards, self._layout.piece(self._rank, group)
+        width = shards.groups[group] * self._layout.token
         self._follow(self._back)
         for rank in [*self._others, self._rank]:
             if attended is not None:
                 rows = shards.tokens_of(rank)
-                target = (
-                    self.memory.address(rank) + layout.piece(self._rank, group),
-                    shards.share * layout.row,
-                )
-                source = attended.address + rows.start * layout.row, shards.slot_tokens * layout.row
-                self.memory.copy(target, source, len(rows) * layout.row, shards.slots, self._back)
+                target = self.memory.address(rank) + piece, shards.share * width
+                source = attended.address + rows.start * width, shards.slot_tokens * width
+                self.memory.copy(target, source, len(rows) * width, shards.slots, self._back)
             self._signal(rank, "returned", group, self._calls, self._back)
+        return self._back.record()
 
-    def _interleaved(self) -> Array:
-        """[own rows, channels] from the groups of all ranks."""
-        shards, layout = self._shards, self._layout
-        rows = shards.slots * shards.share
-        out = self._gpu.empty((rows, shards.heads * shards.head_dim), self._dtype)
-        filled = len(shards.tokens_of(self._rank))
-        pieces = self.memory.address(self._rank) + layout.piece(0, 0)
-        widths = shards.heads * layout.token, layout.row
-        self.memory.lay_beside(out.address, pieces, rows, widths, shards.share, filled)
-        return cast(Array, out)
+    def _lay_beside(self, out: DeviceArray, group: int) -> None:
+        """Enqueues the writing of a group's channels, of all ranks, into [own rows, channels]."""
+        shards, layout = self.shards, self._layout
+        pieces = Pieces(
+            rows=shards.slots * shards.share,
+            share=shards.share,
+            filled=len(shards.tokens_of(self._rank)),
+            count=shards.ranks,
+            width=shards.groups[group] * layout.token,
+            step=shards.heads_each * layout.token,
+            first=sum(shards.groups[:group]) * layout.token,
+            whole=shards.heads * layout.token,
+        )
+        self.memory.lay_beside(out.address, self.memory.address(self._rank) + layout.piece(0, group), pieces)
 
     def _heads(self, rank: int, group: int) -> range:
         """The heads of a rank's group, without padding."""
-        own, size = self._shards.heads_of(rank), self._layout.heads
-        return own[group * size : (group + 1) * size]
+        start = sum(self.shards.groups[:group])
+        return self.shards.heads_of(rank)[start : start + self.shards.groups[group]]
 
     def _let_write(self) -> None:
         """Others may write into the own block after the compute stream's work, and `_send` into theirs."""
@@ -210,28 +213,26 @@ class PeerSequence:
 
     def _flag(self, what: str, source: int, group: int = 0) -> int:
         """The flag that rank `source` sets."""
-        groups = self._shards.groups
+        groups = len(self.shards.groups)
         first = {"ready": 0, "joined": 1, "given": 2, "returned": 2 + groups}[what]
         return source * (2 + 2 * groups) + first + group
 
 
 def flags_of(shards: Shards) -> int:
-    return shards.ranks * (2 + 2 * shards.groups)
+    return shards.ranks * (2 + 2 * len(shards.groups))
 
 
 class _Layout:
     """Places in a block, in bytes."""
 
     def __init__(self, shards: Shards, itemsize: int) -> None:
-        self.heads = shards.heads_each // shards.groups  # of a group
         self.token = shards.head_dim * itemsize  # of one head
-        self.row = self.heads * self.token  # of a token in a group
         assert self.token % VECTOR == 0, f"{shards.head_dim} channels of {itemsize} bytes"
-        self._groups = shards.groups
-        self._piece = shards.slots * shards.share * self.row
-        tokens = shards.slots * shards.slot_tokens
-        parts = {f"{name} {group}": tokens * self.row for group in range(shards.groups) for name in NAMES}
-        parts["pieces"] = shards.ranks * shards.groups * self._piece
+        tokens, rows = shards.slots * shards.slot_tokens, shards.slots * shards.share
+        widths = [heads * self.token for heads in shards.groups]
+        self._pieces = [rows * width for width in widths]
+        parts = {f"{name} {group}": tokens * width for group, width in enumerate(widths) for name in NAMES}
+        parts |= {f"pieces {group}": shards.ranks * size for group, size in enumerate(self._pieces)}
         self._offsets, self.size = laid_out(parts)
 
     def at(self, name: str, group: int) -> int:
@@ -239,4 +240,4 @@ class _Layout:
 
     def piece(self, source: int, group: int) -> int:
         """The attended rows from a group of rank `source`."""
-        return self._offsets["pieces"] + (source * self._groups + group) * self._piece
+        return self.at("pieces", group) + source * self._pieces[group]

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from trt_wan.engines.config import ModelConfig
-from trt_wan.engines.shape import Plan, ShardPlan
 from trt_wan.errors import UsageError
+from trt_wan.runtime.parallel.shards import Shards
 
 Split = Literal["tokens", "sides", "windows"]
 
@@ -25,25 +24,53 @@ def overhead(count: int) -> float:
     return OVERHEAD.get(count, 0.05 * math.sqrt(count - 1))
 
 
+# Measured on H200s with native FP8 attention of 32760 tokens (docs/log.md): attention by our kernels takes a
+# tile of queries on every multiprocessor at a time, and each wave of tiles takes the same time.
+TILE = 128  # queries
+WAVE = 12.45e-3 / 39 / 32760  # seconds for each key; 20 heads are 39 waves
+GROUP = 0.12e-3  # seconds: flags, launches, and copies that slow attention down
+LINK = 390e9  # bytes a second to other GPUs
+
+
 @dataclass(frozen=True)
 class Choice:
     split: Split
     text: str  # says why
 
 
-def groups_of(heads: int) -> int:
-    """In how many groups a rank attends with its heads: those of the next cross meanwhile. Small groups fill
-    a GPU less well.
+def groups_of(shards: Shards, processors: int) -> tuple[int, ...]:
+    """The groups that a rank's heads are attended in, so that `attend_seconds` is least. While one is
+    attended, the next ones arrive and the last one's results go back.
+
+    For H200s, in ms of one `attend` (in one group, in two equal ones), with the 0.15 ms that is left out:
+
+        ranks   832x480x77                          1280x720x77
+        2       1, 18, 1:  13.00 (13.58, 13.59)     2, 16, 2:  67.01 (68.56, 67.68)
+        4       1, 8, 1:    6.96 (7.30, 7.10)       2, 6, 2:   33.96 (34.91, 35.02)
+        8       1, 4:       3.71 (3.84)             1, 4:      17.64 (18.08)
+
+    Two H200s have measured 13.60 and 13.58 in one group and in two, 13.73 in four and 13.62 in five.
     """
-    return next(groups for groups in (4, 2, 1) if heads % groups == 0)
+    heads = shards.heads_each
+    choices = [(heads,), *((a, heads - a) for a in range(1, heads))]
+    choices += [(a, b, heads - a - b) for a in range(1, heads) for b in range(1, heads - a)]
+    return min(choices, key=lambda groups: (attend_seconds(shards, groups, processors), groups))
 
 
-def share_plan(config: ModelConfig, plan: Plan, count: int, overlaps: bool) -> ShardPlan:
-    """The share of one of `count` GPUs. `overlaps`: whether ranks exchange heads while they attend with
-    others, as they do on GPUs.
+def attend_seconds(shards: Shards, groups: Sequence[int], processors: int) -> float:
+    """The time of one `attend` of bf16 with groups of so many heads, on GPUs of that many multiprocessors.
+    Leaves out what does not depend on the groups, 0.15 ms on H200s.
     """
-    heads = -(-config.transformer.heads // count)
-    return ShardPlan.of(plan, count, groups_of(heads) if overlaps else 1)
+    tokens = shards.slots * shards.slot_tokens
+    tiles = -(-tokens // TILE)
+    crossing = 2 * (shards.ranks - 1) * shards.slots * shards.share * shards.head_dim / LINK  # q of a head
+    arrived = attended = returned = 0.0
+    for heads in groups:
+        waves = -(-heads * tiles // processors)
+        arrived += 3 * heads * crossing
+        attended = max(attended, arrived) + GROUP + waves * tokens * WAVE
+        returned = max(returned, attended) + heads * crossing
+    return returned
 
 
 def choose_split(passes: Sequence[int], parts: int, count: int, beside: Sequence[str] = ()) -> Choice:

@@ -4,7 +4,8 @@ Tokens are split inside the slots: of every slot, rank r holds `share` = ceil(P/
 a fuser finds the tokens of each slot beside the slot's face tokens, and each rank has as much to do. Its rows
 are [slot, share]; the last ranks may lack tokens, and have padding there: zeros, whose results nobody reads.
 In self-attention rank r has `heads_each` = ceil(heads/N) heads from r·heads_each on, over all tokens in the
-plan's order without padding. The last ranks may lack heads too.
+plan's order without padding. The last ranks may lack heads too. A rank attends with them in one call for each
+of its `groups`.
 """
 
 from collections.abc import Sequence
@@ -24,12 +25,16 @@ class Shards:
     slot_tokens: int
     heads: int
     head_dim: int
-    groups: int = 1
+    groups: tuple[int, ...] = ()  # heads of each call of attention, by default all of a rank's in one
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(self.groups) or (self.heads_each,))
+        assert sum(self.groups) == self.heads_each, f"{self.heads_each} heads in groups of {self.groups}"
 
     @staticmethod
     def of(config: ModelConfig, plan: ShardPlan) -> "Shards":
         c, whole = config.transformer, plan.undivided
-        return Shards(plan.ranks, plan.slots, whole.tokens_per_slot, c.heads, c.head_dim, plan.groups)
+        return Shards(plan.ranks, plan.slots, whole.tokens_per_slot, c.heads, c.head_dim)
 
     @property
     def share(self) -> int:

@@ -190,10 +190,8 @@ def build_for(
 ) -> tuple[Result, Data]:
     """The result and the data of `trt-wan build`. `measure`: see build/goals.py."""
     from trt_wan.build.goals import goals_here, named_goal
-    from trt_wan.engines.config import MODELS
     from trt_wan.engines.lynx import Lynx, lynx_plans
-    from trt_wan.engines.shape import CameraPlan, Plan
-    from trt_wan.runtime.parallel.planner import share_plan
+    from trt_wan.engines.shape import CameraPlan, Plan, ShardPlan
     from trt_wan.runtime.settings import require_gpus
 
     require_gpus(gpus)
@@ -216,7 +214,7 @@ def build_for(
             )
         plans, measure = lynx_plans(plan, Lynx(ip=True, ref=True, kind=lynx)), False
     if gpus > 1:
-        plans, measure = (share_plan(MODELS[model], plan, gpus, overlaps=True),), False
+        plans, measure = (ShardPlan.of(plan, gpus),), False
     goals = [
         goal
         for each in plans
@@ -229,8 +227,6 @@ def build_for(
     if measure and not any(goal.gpu for goal in goals):
         raise UsageError("Candidates are measured on the GPU that they are for.", "Leave --measure out.")
     if not goals:
-        if gpus > 1 and precision in (None, "fp32"):  # for the CPU
-            plans = (share_plan(MODELS[model], plan, gpus, overlaps=False),)
         made = [_graphs(report, model, replace(p, precision=precision or "fp32"), dry_run) for p in plans]
         if lynx is None:
             return made[0]

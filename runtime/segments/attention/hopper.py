@@ -16,7 +16,8 @@ from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import HOPPER, Module, read_source
 
-SOURCE = HOPPER + read_source(__package__, "hopper.cu", "tiles.cu")
+FILES = "hopper_products.cu", "hopper_weights.cu", "hopper.cu", "tiles.cu"
+SOURCE = HOPPER + read_source(__package__, *FILES)
 NAMES = ("channel_parts", "channels_whole", "pack_q", "pack_k", "pack_v", "correct_mean", "attend")
 HEAD_DIM = 128
 QUERIES, THREADS = 128, 384  # of a block
@@ -28,13 +29,11 @@ KEPT = 2 * 64 * HEAD_DIM * 4  # bytes: float32 sums of both warpgroups, with E4M
 Scores = Literal["int8", "bf16"]
 Values = Literal["e4m3", "bf16"]
 
-# Keys of a tile: the most that the registers allow (docs/log.md). Lists name tiles of 128.
-KEYS = {("int8", "e4m3"): 192, ("int8", "bf16"): 192, ("bf16", "bf16"): 160}
-LISTED_KEYS = 128
+KEYS, LISTED_KEYS = 192, 128  # of a tile; lists name tiles of 128
 
 
 def macros(scores: Scores, values: Values, lists: bool = False) -> dict[str, int]:
-    keys = LISTED_KEYS if lists else KEYS[scores, values]
+    keys = LISTED_KEYS if lists else KEYS
     free = SHARED - BARRIERS - _query_bytes(scores) - (KEPT if values == "e4m3" else 0)
     return {
         "QK": int(scores == "bf16"),

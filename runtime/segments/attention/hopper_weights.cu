@@ -1,0 +1,134 @@
+// Weights of the self-attention on Hopper: the softmax of half a tile, STEP keys.
+//
+// Weights are computed with the largest score known before, and once more if one of them may not fit into E4M3. So most
+// halves are not searched for their largest score.
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LIFT = 5.0f;  // weights are at most 2^LIFT of a row whose largest score is known
+constexpr float MAGIC = 12582912.0f;  // 2^23 + 2^22: the bits of MAGIC + n are those of MAGIC, plus n
+constexpr int MAGIC_BITS = 0x4B400000;
+constexpr int LEAST = (int)(0xFF800000u - 0x4B400000u);  // becomes -infinity
+
+// A score as a number of MAGIC + n, or as it is.
+__device__ float number(int s) { return __int_as_float(s + MAGIC_BITS); }
+__device__ float number(float s) { return s; }
+__device__ float plain(int s) { return (float)s; }
+__device__ float plain(float s) { return s; }
+__device__ int larger(int a, int b) { return max(a, b); }
+__device__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ Score least() {
+#if QK == 0
+    return LEAST;
+#else
+    return -infinity();
+#endif
+}
+
+__device__ float power_of_2(float x) {
+    float y;
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // volatile: before the wait for the values
+    return y;
+}
+
+// Never stores, for x is positive. ptxas would else put the work that leads to x behind the next wait for products.
+__device__ void needed(float x, u32 address) {
+    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}"
+                 :: "f"(x), "r"(address) : "memory");
+}
+
+struct Rows {  // of a thread: two, shared by four threads
+    float most[2], sum[2], scale[2];
+};
+
+// Of a row's four sums, added up over 12 weights at most, one exceeds this before a weight exceeds 448. With the true
+// maximum they are 12 * 2^LIFT at most.
+constexpr float LIMIT = 448.0f;
+
+__device__ void hide(Score (&s)[SCORES], int valid) {
+    const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < SCORES; ++i)
+        if (i / 4 * 8 + column + i % 2 >= valid) s[i] = least();
+}
+
+// The largest score of each row, as a power of two.
+__device__ void largest(const Score (&s)[SCORES], const float (&factor)[2], float (&high)[2]) {
+    Score most[4] = {s[0], s[1], s[2], s[3]};
+#pragma unroll
+    for (int i = 4; i < SCORES; ++i) most[i % 4] = larger(most[i % 4], s[i]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        Score whole = larger(most[2 * half], most[2 * half + 1]);
+        whole = larger(whole, __shfl_xor_sync(~0u, whole, 1));
+        whole = larger(whole, __shfl_xor_sync(~0u, whole, 2));
+        high[half] = plain(whole) * factor[half];
+    }
+}
+
+// Scores to packed weights and their sums, with the rows' maxima as they are. AGAIN 1: of the same scores, which are made
+// numbers in another way, or ptxas would keep them for it in registers.
+template <bool AGAIN>
+__device__ void weigh(const Score (&s)[SCORES], const float (&factor)[2], const Rows& r, u32 (&a)[STEP_SLICES][4],
+                      float (&sums)[2][2]) {
+    float offset[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        offset[half] = LIFT - r.most[half] - (QK == 0 && !AGAIN ? MAGIC * factor[half] : 0.0f);
+        sums[half][0] = sums[half][1] = 0;
+    }
+    auto weight = [&](int i) {
+        const int half = i / 2 % 2;
+        const float n = AGAIN ? plain(s[i]) : number(s[i]);
+        float y = power_of_2(fmaf(n, factor[half], offset[half]));
+        if (AGAIN && s[i] == least()) y = 0;  // as a plain number it is not -infinity
+        sums[half][i % 2] += y;
+        return y;
+    };
+#pragma unroll
+    for (int g = 0; g < STEP_SLICES; ++g)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int at = (PV == 1 ? 2 * g + i / 2 : 4 * g + i / 2 * 2) * 4 + i % 2 * 2;
+            const float first = weight(at), second = weight(at + 1);
+#if PV == 1
+            a[g][i] = pack_bf16(first, second);
+#else
+            const float third = weight(at + 4), fourth = weight(at + 5);
+            a[g][i] = pack_e4m3(first, second) | pack_e4m3(third, fourth) << 16;
+#endif
+        }
+}
+
+// Scores of half a tile to packed weights; true if what was added up before must be shrunk by `shrink`.
+template <bool FIRST>
+__device__ bool soften(Score (&s)[SCORES], u32 (&a)[STEP_SLICES][4], Rows& r, float key_scale, int valid,
+                       float (&shrink)[2]) {
+    if (valid < STEP) hide(s, valid);
+    const float factor[2] = {r.scale[0] * key_scale, r.scale[1] * key_scale};
+    float sums[2][2];
+    bool grown = false;
+    if (FIRST) {
+        largest(s, factor, r.most);
+        weigh<false>(s, factor, r, a, sums);
+    } else {
+        shrink[0] = shrink[1] = 1;
+        weigh<false>(s, factor, r, a, sums);
+        grown = __any_sync(~0u, fmaxf(fmaxf(sums[0][0], sums[0][1]), fmaxf(sums[1][0], sums[1][1])) > LIMIT);
+        if (grown) {
+            float high[2];
+            largest(s, factor, high);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float most = fmaxf(r.most[half], high[half]);
+                shrink[half] = power_of_2(r.most[half] - most);
+                r.most[half] = most;
+                r.sum[half] *= shrink[half];
+            }
+            weigh<true>(s, factor, r, a, sums);
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) r.sum[half] += sums[half][0] + sums[half][1];
+    return grown;
+}
+
