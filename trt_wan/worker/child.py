@@ -55,7 +55,7 @@ class ChannelReport(JsonReport):
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent, whose end ends this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end ends this
     channel = os.dup(1)
     os.dup2(2, 1)  # libraries that print write into the log
     commands: SimpleQueue[dict[str, Any]] = SimpleQueue()
