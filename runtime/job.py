@@ -108,7 +108,7 @@ class Inputs:
             )
             raise UsageError(
                 f"The mode replace needs the background and the mask together; {folder} lacks {missing}.",
-                "Add it, or use --mode animate.",
+                f"Add {'it' if background or mask else 'them'}, or use --mode animate.",
             )
         if mode == "animate":
             background = mask = None

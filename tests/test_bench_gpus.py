@@ -20,6 +20,7 @@ from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.scaling import Scaling, ScalingRow, Span, Throughput
 from trt_wan.benchmarks.report.sheet import Report, as_line, tables, write
+from trt_wan.cli.bench_report import keeping
 from trt_wan.cli.main import cli
 from trt_wan.errors import UsageError
 from trt_wan.runtime.events import Event, Note, StageStarted, StepDone, WindowDone, silent
@@ -122,6 +123,17 @@ def test_tables_and_plots_of_scaling(tmp_path: Path) -> None:
     assert "6.25e-02 after a step" in csv and "throughput a job each" in csv
     waterfall = (tmp_path / "waterfall-2.svg").read_text()
     assert "GPU 1" in waterfall and "other work and waits" in waterfall and "writing" in waterfall
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt(), UsageError("No.", "Do.")])
+def test_a_measurement_that_ends_early_names_its_rows(tmp_path: Path, stopped: BaseException) -> None:
+    with pytest.raises(type(stopped)) as caught, keeping(tmp_path) as keep:
+        keep(result([row(1, 2.0, 10.0)]))
+        raise stopped
+    (document,) = tmp_path.iterdir()
+    error = caught.value
+    told = error.hint if isinstance(error, UsageError) else " ".join(error.__notes__)
+    assert told.endswith(f"The rows measured so far are in {document}.")
 
 
 def test_a_rank_writes_its_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -425,6 +425,7 @@ def test_a_second_ctrl_c_ends_at_once(place: Workplace, tmp_path: Path) -> None:
     assert process.returncode == 130 and "Traceback" not in err
     partial = tmp_path / "out.partial.mp4"
     assert "Error: Stopped at once." in err and f"The {FIRST_WINDOW} finished frames are in {partial}." in err
+    assert err.splitlines()[-1].endswith("--resume")
     assert len(read_frames(partial)) == FIRST_WINDOW
 
 

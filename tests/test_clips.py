@@ -284,5 +284,6 @@ def test_a_folder_that_lacks_what_the_mode_needs_is_refused(
 ) -> None:
     for name in gone:
         (folder / name).unlink()
-    with pytest.raises(UsageError, match=says):
+    with pytest.raises(UsageError, match=says) as caught:
         Inputs.from_folder(folder, mode)
+    assert ("Add them" in caught.value.hint) == (mode == "replace" and len(gone) > 1)

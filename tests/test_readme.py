@@ -72,6 +72,13 @@ def as_table(*rows: tuple[str, ...]) -> str:
     return "\n".join((head, "|" + "---|" * len(rows[0]), *others)) + "\n"
 
 
+def test_every_row_of_the_differences_has_a_figure() -> None:
+    _, _, after = README.partition("\n| what | against | difference |\n")
+    table, _, _ = after.partition("\n\n")
+    figures = [line.strip("| ").rpartition("|")[2].strip() for line in table.splitlines()[1:]]
+    assert len(figures) > 8 and all(re.match(r"\d", figure) for figure in figures), figures
+
+
 def test_the_table_of_files() -> None:
     rows = [
         (

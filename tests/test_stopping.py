@@ -95,3 +95,22 @@ def test_a_stopped_command_does_not_wait_for_threads() -> None:
     """A preparation had not ended 600 s after it had said that it was stopped."""
     ended = subprocess.run([sys.executable, "-c", HANGS], timeout=30, capture_output=True)
     assert (ended.returncode, ended.stdout) == (130, b"told\n")
+
+
+def test_ctrl_c_in_a_terminal_leaves_a_worker_to_its_server() -> None:
+    """The terminal sends the signal to both. The worker neither prints a traceback nor stops a job."""
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "trt_wan.worker.child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert worker.stdin is not None and worker.stdout is not None
+    for name in ("before", "after"):
+        worker.stdin.write(f'{{"id": "{name}", "arguments": ["show", "nothing", "--json"]}}\n')
+        worker.stdin.flush()
+        assert f'"id": "{name}"' in worker.stdout.readline()
+        worker.send_signal(signal.SIGINT)
+    _, err = worker.communicate(timeout=20)  # ends its stdin
+    assert (worker.returncode, err) == (0, "")

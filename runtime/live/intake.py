@@ -115,6 +115,12 @@ class Intake:
             self._per_frame = seconds
 
     @property
+    def slot(self) -> int:
+        """That of the last frame which came, admitted or dropped; -1 before the first."""
+        with self._changed:
+            return self._slot
+
+    @property
     def lacking(self) -> int:
         """Frames that the model waits for now."""
         with self._changed:

@@ -242,6 +242,9 @@ class _Written:
                 last, self._slot = picture, arrived.slot
                 here.append(self._clock() - arrived.at)
                 self.latencies.append(here[-1])
+        if last is not None:
+            for _ in range(self._clips.intake.slot - self._slot):
+                self._output.write(last)
 
     def _window_done(self, latencies: Sequence[float]) -> None:
         self._output.settle()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from trt_wan.cli.bench_preprocess import bench_preprocess
-from trt_wan.cli.bench_report import finished, keeper, show_tables
+from trt_wan.cli.bench_report import finished, keeping, show_tables
 from trt_wan.cli.bench_scaling import scale, scaling_options, take_scaling
 from trt_wan.cli.calibrate_cache import calibrate_cache
 from trt_wan.cli.command import Group, command, note
@@ -308,7 +308,8 @@ def quality_of(
         wanted = [Wanted(f"trt-wan {tier}", _given({**given, "tier": tier})) for tier in _tiers(given)]
     else:
         wanted = _wanted(rows, settings)
-    result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress, keeper(out))
+    with keeping(out) as keep:
+        result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress, keep)
     return finished(report, result, out)
 
 
@@ -377,7 +378,8 @@ def vae_of(
     if weights is None:
         raise click.UsageError("name the folder of the weights with --weights DIR.")
     shape, wanted = _shape(model, size, window), _wanted(rows, settings)
-    result = measure_vae(shape, wanted, str(weights), repeats, report.progress, keeper(out))
+    with keeping(out) as keep:
+        result = measure_vae(shape, wanted, str(weights), repeats, report.progress, keep)
     return finished(report, result, out)
 
 

@@ -1,11 +1,13 @@
 """How every `trt-wan bench` ends: tables on stderr, files in `--out`, one JSON document on stdout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_wan.cli.command import note, show
 from trt_wan.cli.report import Report
+from trt_wan.errors import TrtWanError
 
 if TYPE_CHECKING:
     from trt_wan.benchmarks.report.sheet import Report as Measured
@@ -28,12 +30,26 @@ def finished(report: Report, measured: "Measured", out: Path | None = None) -> t
     return as_line(document), document
 
 
-def keeper(out: Path | None) -> "Callable[[Measured], None]":
-    """Writes the document of a measurement that goes on, so that a stopped one keeps its rows."""
+@contextmanager
+def keeping(out: Path | None) -> "Iterator[Callable[[Measured], None]]":
+    """Gives a function that writes the document of a measurement that goes on. Where the measurement ends
+    early, the error names the document with the rows so far.
+    """
     from trt_wan.benchmarks.report.sheet import write_document
+
+    written: list[Path] = []
 
     def keep(unfinished: "Measured") -> None:
         if out is not None:
-            write_document(unfinished, out)
+            written[:] = [write_document(unfinished, out)]
 
-    return keep
+    try:
+        yield keep
+    except BaseException as error:
+        if written:
+            where = f"The rows measured so far are in {written[0]}."
+            if isinstance(error, TrtWanError):
+                error.add_hint(where)
+            else:
+                error.add_note(where)
+        raise

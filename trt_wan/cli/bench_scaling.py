@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trt_wan.cli.bench_report import finished, keeper
+from trt_wan.cli.bench_report import finished, keeping
 from trt_wan.cli.options import Decorator, group, refuse_without
 from trt_wan.cli.report import Report
 from trt_wan.errors import UsageError, shown
@@ -113,4 +113,6 @@ def scale(
         ]
         return "\n".join(lines), {"plan": plan}
 
-    return finished(report, measure_scaling(wanted, report.progress, keeper(out)), out)
+    with keeping(out) as keep:
+        measured = measure_scaling(wanted, report.progress, keep)
+    return finished(report, measured, out)

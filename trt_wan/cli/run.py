@@ -717,6 +717,12 @@ def render_prepared(
                         with_commands("Go on after the last finished window:", this_command("--resume"))
                     )
                 raise
+            except KeyboardInterrupt as error:
+                if kept_of(output) and redo is None:
+                    error.add_note(
+                        with_commands("Go on after the last finished window:", this_command("--resume"))
+                    )
+                raise
         if stop.asked():
             note(report, "The video was finished before it could be stopped.", code="not_stopped")
     data: dict[str, Any] = {"frames": result.frames, "width": result.width, "height": result.height}

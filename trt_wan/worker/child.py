@@ -12,6 +12,7 @@ has ended, the process ends at once: a finished window and its state are always 
 
 import json
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -54,6 +55,7 @@ class ChannelReport(JsonReport):
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end ends this
     channel = os.dup(1)
     os.dup2(2, 1)  # libraries that print write into the log
     commands: SimpleQueue[dict[str, Any]] = SimpleQueue()
