@@ -196,8 +196,11 @@ def test_the_first_page_with_files_of_ones_own(
     write_tiny_weights(tmp_path / "models", seed=5)
     write_reference(tmp_path / "character.png", (64, 48))
     write_clip(tmp_path / "dance.mp4", 15, (64, 48), codec="libx264")
-    lines = first_page()[3:]
+    lines, others = first_page()[3:9], first_page()[9:]
     assert lines[0] == ["--version"] and lines[-1][0] == "join" and len(lines) == 6
+    assert [words[0] for words in others] == ["live", "run"]  # test_live_run.py, test_gpus.py
+    for name, *words in others:
+        cli.commands[name].make_context(name, words)  # refuses options that are not there
     run_lines([lines[0]])
     small = ["--window", "13", "--steps", "1"]
     run_lines(
