@@ -5,7 +5,6 @@ and context windows are whole forwards, so nothing crosses but their velocities.
 as many windows as the clip needs, which may leave ranks idle.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,14 +14,9 @@ from trt_wan.runtime.parallel.shards import Shards
 
 Split = Literal["tokens", "sides", "windows"]
 
-# The time of a step split by tokens over N GPUs, as a share of 1/N of one GPU's: 832x480x77, FP8.
-# Two: counted from a link of 390 GB/s (reference h200_measurements.md), more: twice that for each doubling.
-OVERHEAD = {1: 0.0, 2: 0.05}
-
-
-def overhead(count: int) -> float:
-    return OVERHEAD.get(count, 0.05 * math.sqrt(count - 1))
-
+# The time of a step split by tokens over N GPUs, beyond 1/N of one GPU's. H200s, 832x480x77 in FP8: 0.068 on
+# two and 0.072 on four (docs/log.md).
+OVERHEAD = 0.07
 
 # Measured on H200s with native FP8 attention of 32760 tokens (docs/log.md): attention by our kernels takes a
 # tile of queries on every multiprocessor at a time, and each wave of tiles takes the same time.
@@ -80,7 +74,7 @@ def choose_split(passes: Sequence[int], parts: int, count: int, beside: Sequence
     forwards = sum(passes) * parts
     times: dict[Split, float] = {}
     if not beside:
-        times["tokens"] = forwards / count * (1 + overhead(count))
+        times["tokens"] = forwards / count * (1 + OVERHEAD)
     if parts > 1:
         times["windows"] = sum(passes) * -(-parts // count)
     if max(passes) > 1:
@@ -99,5 +93,5 @@ def choose_split(passes: Sequence[int], parts: int, count: int, beside: Sequence
     others = ", ".join(f"{split} {forwards / time:.2f}" for split, time in times.items() if split != best)
     rest = f"; {others}" if others else ""
     return Choice(
-        best, f"{count} GPUs: {what[best]} (counted: {forwards / times[best]:.2f} times one GPU{rest})."
+        best, f"{count} GPUs: {what[best]} (about {forwards / times[best]:.2f} times one GPU{rest})."
     )
