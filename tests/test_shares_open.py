@@ -18,7 +18,7 @@ from trt_wan.runtime.executors import Array
 from trt_wan.runtime.job import Load
 from trt_wan.runtime.networks.model import Model
 from trt_wan.runtime.networks.transformer import _attend
-from trt_wan.runtime.opening import gpu_sizes
+from trt_wan.runtime.opening import gpu_ranks, gpu_sizes
 from trt_wan.runtime.parallel.vae_parts import part_name
 from trt_wan.runtime.settings import Settings
 
@@ -53,8 +53,8 @@ class Opened:
         patch.setattr(gpu_sizes, "recipes_here", lambda *_: {})
         patch.setattr(gpu_sizes, "choose_segments", lambda *given: dict.fromkeys(given[-1], choice))
         patch.setattr(gpu_sizes, "open_segments", self._open)
-        patch.setattr(gpu_sizes, "PeerSequence", SimpleNamespace(open=self._open_peers))
-        patch.setattr(gpu_sizes, "open_pipeline", self._open_pipeline)
+        patch.setattr(gpu_ranks, "PeerSequence", SimpleNamespace(open=self._open_peers))
+        patch.setattr(gpu_ranks, "open_pipeline", self._open_pipeline)
         sizes: Any = object.__new__(gpu_sizes.GpuSizes)
         sizes._gpu = SimpleNamespace(
             arena=SimpleNamespace(size=0),
@@ -63,9 +63,10 @@ class Opened:
             multiprocessors=132,
         )
         sizes.weights = SimpleNamespace(plan=lambda *_: None, prefetch=self._prefetch)
-        sizes._machine = sizes._scratch = sizes._shared = sizes._peers = sizes._piped = sizes._pipeline = None
+        sizes._machine = sizes._scratch = None
+        sizes._ranks = gpu_ranks.GpuRanks(sizes._gpu)
         sizes._observe = lambda executor: SimpleNamespace(run=self._run)
-        sizes._config, sizes._host, sizes._budget, sizes._slots = ANIMATE_14B, {}, 1 << 40, 0
+        sizes._config, sizes._host, sizes._total, sizes._slots = ANIMATE_14B, {}, 1 << 40, 0
         sizes._settings = Settings(tier=tier)
         sizes._executors, sizes._models = {}, {}
         self.sizes = sizes

@@ -23,6 +23,7 @@ from trt_wan.runtime.job import Load
 from trt_wan.runtime.opening import gpu_sizes
 from trt_wan.runtime.opening import model as model_module
 from trt_wan.runtime.opening.activation_memory import activation_bytes
+from trt_wan.runtime.opening.gpu_ranks import GpuRanks
 from trt_wan.runtime.opening.residency import BLOCK, plan_residency
 from trt_wan.runtime.settings import Settings, WeightFiles
 from trt_wan.runtime.weights.pack import Pack
@@ -62,7 +63,8 @@ class Opened:
         )
         sizes.weights = SimpleNamespace(plan=lambda *_: None, prefetch=lambda *_: None)
         sizes._observe = sizes._machine = sizes._scratch = None
-        sizes._config, sizes._host, sizes._budget, sizes._slots = TINY, {}, budget, 0
+        sizes._config, sizes._host, sizes._total, sizes._slots = TINY, {}, budget, 0
+        sizes._ranks = GpuRanks(sizes._gpu)
         sizes._settings = Settings(keep_encoders=False)
         sizes._executors, sizes._models, sizes._export_tiles = {}, {}, export
         self.sizes = sizes
@@ -122,7 +124,7 @@ def test_a_job_that_does_not_fit_is_computed_in_tiles(
 
     assert opened.begin(SMALLER).tile is None and not opened.told()
     assert opened.begin() is model and opened.plans == [PLAN, TILE, SMALLER], "nothing is opened again"
-    opened.sizes._budget = least(None)
+    opened.sizes._total = least(None)
     assert opened.begin().tile is None
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from trt_wan.engines.choice.candidates import SPARSE, VAE, Candidate, Engine, Machine, Tier, candidates, tiers
@@ -41,6 +40,7 @@ from trt_wan.runtime.job import Load
 from trt_wan.runtime.loras.merging import MergingSource
 from trt_wan.runtime.networks.model import ALONE, LynxModel, Model
 from trt_wan.runtime.opening.activation_memory import activation_bytes
+from trt_wan.runtime.opening.gpu_ranks import GpuRanks
 from trt_wan.runtime.opening.residency import (
     BEFORE_THE_STEPS,
     BETWEEN_WINDOWS,
@@ -54,13 +54,12 @@ from trt_wan.runtime.opening.residency import (
     weight_bytes,
 )
 from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
-from trt_wan.runtime.parallel.peer_memory import PeerMemory
 from trt_wan.runtime.parallel.peer_sequence import PeerSequence
 from trt_wan.runtime.parallel.planner import groups_of
 from trt_wan.runtime.parallel.ranks import Ranks
 from trt_wan.runtime.parallel.shards import Shards
 from trt_wan.runtime.parallel.vae_parts import part_name
-from trt_wan.runtime.parallel.vae_pipeline import VaePipeline, open_pipeline
+from trt_wan.runtime.parallel.vae_pipeline import VaePipeline
 from trt_wan.runtime.segments.segment import Segment
 from trt_wan.runtime.segments.tensorrt import finish_engines, open_engines
 from trt_wan.runtime.settings import Settings
@@ -97,16 +96,13 @@ class GpuSizes:
         total = (
             gpu.free_bytes() - KERNELS_BYTES if settings.vram is None else settings.vram * 1e9 - CONTEXT_BYTES
         )
-        self._budget = int(total)
+        self._total = int(total)
         self.weights = DeviceWeights(gpu, source)
         self._executors: dict[Plan, GpuExecutor] = {}  # the one used last comes last; a tile has its own
         self._models: dict[Plan, Model] = {}
         self._faces: dict[Plan, GpuExecutor] = {}  # they compute Lynx's picture
         self._scratch: tuple[Any, int] | None = None  # buffer, bytes
-        self._peers: PeerSequence | None = None
-        self._shared: tuple[Ranks, ShardPlan] | None = None  # what they are for
-        self._pipeline: VaePipeline | None = None
-        self._piped: tuple[Ranks, Plan] | None = None
+        self._ranks = GpuRanks(gpu)
         self._slots = 0  # bytes that blocks stream through
 
     @property
@@ -125,8 +121,7 @@ class GpuSizes:
         share: ShardPlan | None = None,
     ) -> Model:
         opened: Plan = share or plan
-        if share is not None:
-            self._open_peers(plan, ranks, share)
+        peers = None if share is None else self._open_peers(plan, ranks, share)
         contracts = networks_for(self._config, plan, load)
         blocks = [
             Pack.of(contracts[name], n) for n in range(self._config.transformer.layers) for name in BLOCK
@@ -147,10 +142,12 @@ class GpuSizes:
             known = [pack for pack in others if ranks.count == 1 or pack.network.name not in DECODERS]
             self.weights.prefetch(known, room)  # while the segments are opened
             self._open(plan, progress, share=share)
-        if share is not None:
-            self._open_heads(share, progress)
+        if share is not None and peers is not None:
+            self._open_heads(share, peers.shards.groups, progress)
         if ranks.count > 1:
-            self._open_pipeline(plan, opened, ranks)
+            segments, whole = self._executors[opened].segments, networks(self._config, plan)
+            pipeline = self._ranks.pipeline(ranks, opened, segments, whole, lambda: self._budget)
+            self._models[opened].take_pipeline(pipeline)
         if load.nag:
             self._open_more(opened, opened, (NAG,), progress)
         camera = camera_of(plan, load)
@@ -187,7 +184,7 @@ class GpuSizes:
         if model.vae_pipeline is not None:
             others = _with_parts(others, model.vae_pipeline, encodes=ranks.count >= MANY_RANKS)
         self.weights.prefetch([*others, *blocks], room)
-        model.ranks, model.sequence = ranks, self._peers if share is not None else None
+        model.ranks, model.sequence = ranks, peers
         return model
 
     def take(self, parts: Mapping[Part, Any]) -> None:
@@ -211,10 +208,7 @@ class GpuSizes:
         self.weights.change(MergingSource(parts), keys)
 
     def abandon(self) -> None:
-        if self._peers is not None:
-            self._peers.memory.poison()
-        if self._pipeline is not None:
-            self._pipeline.abandon()
+        self._ranks.abandon()
 
     def resume(self) -> None:
         self._gpu.device.set_current()
@@ -222,8 +216,7 @@ class GpuSizes:
     def close(self) -> None:
         with suppress(GpuFault):  # everything else is freed all the same
             self._gpu.sync()
-        self._close_peers()
-        self._close_pipeline()
+        self._ranks.close()
         self._executors.clear()
         self._faces.clear()
         self._models.clear()
@@ -233,16 +226,15 @@ class GpuSizes:
             self._scratch = None
         self._gpu.close()
 
-    def _open_peers(self, plan: Plan, ranks: Ranks, share: ShardPlan) -> None:
-        """Takes the memory that the ranks exchange tokens and heads through, unless it is there."""
-        if self._shared != (ranks, share):
-            self._close_peers()
-            shards = self._in_groups(ranks, share)
-            joined = 4 * plan.tokens * self._config.transformer.dim
-            dtype = networks(self._config, share)["attention"].inputs[0].dtype
-            self._peers = PeerSequence.open(self._gpu, ranks, shards, dtype, joined)
-            self._shared = ranks, share
-            self._budget -= self._peers.memory.size
+    @property
+    def _budget(self) -> int:
+        """Bytes for weights and activations."""
+        return self._total - self._ranks.nbytes
+
+    def _open_peers(self, plan: Plan, ranks: Ranks, share: ShardPlan) -> PeerSequence:
+        dtype = networks(self._config, share)[DENSE].inputs[0].dtype
+        joined = 4 * plan.tokens * self._config.transformer.dim
+        return self._ranks.peers(ranks, share, lambda: self._in_groups(ranks, share), dtype, joined)
 
     def _in_groups(self, ranks: Ranks, share: ShardPlan) -> Shards:
         """The same on all ranks. TensorRT's attention takes all of a rank's heads: its graph has them."""
@@ -250,13 +242,11 @@ class GpuSizes:
         processors = ranks.least(0 if chosen[DENSE].engine else self._gpu.multiprocessors)
         return replace(shards, groups=groups_of(shards, processors)) if processors else shards
 
-    def _open_heads(self, share: ShardPlan, progress: Progress) -> None:
+    def _open_heads(self, share: ShardPlan, groups: tuple[int, ...], progress: Progress) -> None:
         """Opens a rank's self-attention for the heads of each group, once."""
-        assert self._peers is not None
         contracts = networks(self._config, share)
         for name in network_names(self._config, share, self._settings.tier):
             if name in (DENSE, SPARSE.network):
-                groups = self._peers.shards.groups
                 parts = {part.name: part for part in (of_heads(contracts[name], heads) for heads in groups)}
                 segments = self._executors[share].segments
                 if not parts.keys() <= segments.keys():
@@ -265,34 +255,6 @@ class GpuSizes:
                     made = open_segments(rows, self._config, share, self._gpu, recipes, progress, parts)
                     segments.update(made)
                 self._models[share].networks |= parts
-
-    def _close_peers(self) -> None:
-        if self._peers is not None:
-            self._budget += self._peers.memory.size
-            self._peers.close()
-        self._peers = self._shared = None
-
-    def _open_pipeline(self, plan: Plan, opened: Plan, ranks: Ranks) -> None:
-        """Splits the layers of the VAE of a size over the ranks, once, where there is room for two scratches
-        more.
-        """
-        if self._piped != (ranks, opened):
-            self._close_pipeline()
-            self._piped = ranks, opened
-            if ranks.least(self._budget) >= PIPELINE_ROOM:
-                segments, contracts = self._executors[opened].segments, networks(self._config, plan)
-                connect = partial(PeerMemory, self._gpu, ranks)
-                self._pipeline = open_pipeline(self._gpu, segments, contracts, ranks, connect)
-            if self._pipeline is not None:
-                self._budget -= self._pipeline.nbytes
-                segments.update(self._pipeline.segments)
-        self._models[opened].take_pipeline(self._pipeline)
-
-    def _close_pipeline(self) -> None:
-        if self._pipeline is not None:
-            self._budget += self._pipeline.nbytes
-            self._pipeline.close()
-        self._pipeline = self._piped = None
 
     def _in_tiles(
         self,
