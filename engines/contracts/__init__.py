@@ -88,7 +88,7 @@ def _face(model: ModelConfig, plan: FacePlan) -> tuple[Network, ...]:
     )
 
 
-def _block(model: ModelConfig, plan: ShardPlan) -> tuple[Network, ...]:
+def _block(model: ModelConfig, plan: Plan) -> tuple[Network, ...]:
     return (
         attn_in.network(model, plan),
         attention.network(model, plan),
@@ -116,14 +116,7 @@ def _all(model: ModelConfig, plan: Plan) -> tuple[Network, ...]:
         fuser_kv.network(model, plan),
         time_embed.network(model),
         patch_embed.network(model, plan),
-        attn_in.network(model, plan),
-        attention.network(model, plan),
-        sparse_attention.network(model, plan),
-        attn_out.network(model, plan),
-        cross_attention.network(model, plan),
-        cross_attention_nag.network(model, plan),
-        ffn.network(model, plan),
-        fuser.network(model, plan),
+        *_block(model, plan),
         head.network(model, plan),
         vae_decode.first(model, plan),
         vae_decode.next_chunk(model, plan),

@@ -53,7 +53,7 @@ def groups_of(shards: Shards, processors: int) -> tuple[int, ...]:
 
 def attend_seconds(shards: Shards, groups: Sequence[int], processors: int) -> float:
     """The time of one `attend` of bf16 with groups of so many heads, on GPUs of that many multiprocessors.
-    Leaves out what does not depend on the groups, 0.15 ms on H200s.
+    A constant is left out: 0.15 ms on H200s.
     """
     tokens = shards.slots * shards.slot_tokens
     tiles = -(-tokens // TILE)

@@ -1,8 +1,8 @@
-"""The processes of one model, a rank each, and what they tell each other through the host.
+"""The processes of one model, a rank each, and their exchange through the host.
 
 All ranks compute the same job in step (one program, many processes), so every rank calls these functions in
 the same order. Arrays go through memory that all ranks have mapped, the rest through sockets. A rank that
-ends closes its sockets: whoever waits for it gets RankLost at once.
+ends closes its sockets, and a rank that waits for it gets RankLost at once.
 """
 
 import math
@@ -18,7 +18,7 @@ import numpy as np
 from trt_wan.errors import GpuFault
 from trt_wan.runtime.executors import Array
 
-# What a result costs beside the others, and the function that computes it. Cost TOGETHER: all ranks compute
+# The cost of a result beside the others, and the function that computes it. Cost TOGETHER: all ranks compute
 # it in step, and all have the result.
 Task = tuple[float, Callable[[], Array]]
 TOGETHER = math.inf
@@ -41,15 +41,15 @@ class RankLost(GpuFault):
 
 @dataclass(frozen=True)
 class Links:
-    """What connects a rank with the others: sockets by rank, and a file descriptor of every rank's memory."""
+    """Sockets to the other ranks, by rank, and a file descriptor of every rank's memory."""
 
     sockets: Mapping[int, Connection]
     memories: Sequence[int]
 
 
 class Ranks:
-    """Rank `rank` of `count`. Without links there is one rank, and nothing is told to anyone. `seconds` are
-    those to wait for a rank that lives, None for any time.
+    """Rank `rank` of `count`. Without links there is one rank. `seconds` is the longest wait for a rank that
+    lives, None for any time.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Ranks:
         self.watch: Callable[[str, float], object] = lambda name, seconds: None  # told of own tasks
 
     def exchange(self, payload: bytes) -> list[bytes]:
-        """What every rank has given, by rank: a few KB each. Raises RankLost."""
+        """The payloads of all ranks, by rank: a few KB each. Raises RankLost."""
         for rank, socket in self._sockets.items():
             try:
                 socket.send_bytes(payload)

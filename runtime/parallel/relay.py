@@ -15,7 +15,7 @@ NAMES = ("pose", "face", "background", "mask")
 
 
 def empty_copy(clips: Clips, history: int) -> Clips:
-    """What the other ranks are told of live clips. `history` are the frames that a window reads."""
+    """Live clips without frames, for the other ranks. `history` are the frames that a window reads."""
 
     def empty(clip: AnyClip | None) -> ArrivingClip | None:
         return None if clip is None else ArrivingClip(clip.path, clip.width, clip.height, clip.rate, history)
@@ -25,7 +25,7 @@ def empty_copy(clips: Clips, history: int) -> Clips:
 
 
 def giving(clips: Clips, ranks: Ranks) -> Clips:
-    """The live clips of rank 0. Whatever comes goes to the others too."""
+    """The live clips of rank 0. All frames that come go to the others too."""
     given, came = 0, clips.coming
     assert came is not None, "clips of files: each rank opens them"
 

@@ -2,7 +2,7 @@
 
 Tokens are split inside the slots: of every slot, rank r holds `share` = ceil(P/N) tokens from r·share on. So
 a fuser finds the tokens of each slot beside the slot's face tokens, and each rank has as much to do. Its rows
-are [slot, share]; the last ranks may lack tokens, and have padding there: zeros, whose results nobody reads.
+are [slot, share]; the last ranks may lack tokens, and have padding there: zeros, whose results are not read.
 In self-attention rank r has `heads_each` = ceil(heads/N) heads from r·heads_each on, over all tokens in the
 plan's order without padding. The last ranks may lack heads too. A rank attends with them in one call for each
 of its `groups`.
