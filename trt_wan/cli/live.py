@@ -201,7 +201,10 @@ def _refuse_impossible(
     if source == "-" and sys.stdin.isatty():
         raise UsageError(
             "- stands for a stream that is piped in, and stdin is a terminal.",
-            with_commands("For example:", "ffmpeg ... -f mpegts - | trt-wan live --input - ..."),
+            with_commands(
+                "Pipe a stream into it, or name a file that is one:",
+                "trt-wan live --input - --reference character.png -o out.mp4 < stream.ts",
+            ),
         )
     if output == "-" and isinstance(report, JsonReport):
         raise UsageError(
