@@ -72,7 +72,6 @@ NAG = "cross_attention_nag"
 DENSE = "attention"
 DECODERS = ("vae_decode_first", "vae_decode_next")
 BLOCK_OF_A_FACE = ("attn_in", "attention", "attn_out", "cross_attention", "ffn")
-PIPELINE_ROOM = 40 * 10**9  # bytes of every GPU: on smaller ones rank 0 decodes alone
 MOST_SIZES = 4  # whose segments are kept
 ExportTiles = Callable[[VaeTile, Progress], None]  # exports the graphs of a tile
 
@@ -372,13 +371,7 @@ class GpuSizes:
     def _chosen(
         self, plan: Plan, names: Sequence[str], progress: Progress
     ) -> tuple[dict[str, Candidate], dict[Engine, Recipe]]:
-        """Candidates and recipes. A rank's share has the candidates that were chosen for the whole."""
-        config, machine, whole = self._config, self._machine, plan.undivided
-        recipes = recipes_here(config, whole, machine)
-        chosen = choose_segments(config, whole, machine, recipes, self._settings, progress, names)
-        if whole != plan:
-            recipes = recipes_here(config, plan, machine)
-        return chosen, recipes
+        return chosen_with_recipes(self._config, plan, self._machine, self._settings, progress, names)
 
     def _residency(
         self,
@@ -457,13 +450,11 @@ def build_engines(
     """Builds the engines that `GpuSizes` would choose at that shape for all networks but `without`, and
     finishes their kernels.
     """
-    machine, whole = machine_of(gpu, flavour), plan.undivided
-    recipes = recipes_here(config, whole, machine)
+    machine = machine_of(gpu, flavour)
     names = [name for name in network_names(config, plan, settings.tier) if name not in without]
-    chosen = choose_segments(config, whole, machine, recipes, settings, silent, names).values()
-    if whole != plan:
-        recipes = recipes_here(config, plan, machine)
-    finish_engines(gpu, [recipes[row.engine] for row in chosen if row.engine is not None], progress)
+    chosen, recipes = chosen_with_recipes(config, plan, machine, settings, silent, names)
+    engines = [row.engine for row in chosen.values() if row.engine is not None]
+    finish_engines(gpu, [recipes[engine] for engine in engines], progress)
 
 
 def chosen_candidates(
@@ -488,6 +479,23 @@ def network_names(config: ModelConfig, plan: Plan, tier: Tier) -> tuple[str, ...
     rows = networks(config, plan).items()
     own = {SPARSE.network} if tier == SPARSE.tier else set()
     return tuple(name for name, row in rows if not row.optional or name in own)
+
+
+def chosen_with_recipes(
+    config: ModelConfig,
+    plan: Plan,
+    machine: Machine,
+    settings: Settings,
+    progress: Progress,
+    names: Sequence[str],
+) -> tuple[dict[str, Candidate], dict[Engine, Recipe]]:
+    """The candidates of the networks `names`, and the recipes of engines at the shape `plan`. A rank's share
+    has the candidates that were chosen for the whole.
+    """
+    whole = plan.undivided
+    recipes = recipes_here(config, whole, machine)
+    chosen = choose_segments(config, whole, machine, recipes, settings, progress, names)
+    return chosen, recipes if whole == plan else recipes_here(config, plan, machine)
 
 
 def choose_segments(

@@ -36,14 +36,14 @@ def groups_of(shards: Shards, processors: int) -> tuple[int, ...]:
     """The groups that a rank's heads are attended in, so that `attend_seconds` is least. While one is
     attended, the next ones arrive and the last one's results go back.
 
-    For H200s, in ms of one `attend` (in one group, in two equal ones), with the 0.15 ms that is left out:
+    Computed for H200s, in ms of one `attend` (in one group, in two equal ones), 0.15 ms included:
 
         ranks   832x480x77                          1280x720x77
         2       1, 18, 1:  13.00 (13.58, 13.59)     2, 16, 2:  67.01 (68.56, 67.68)
         4       1, 8, 1:    6.96 (7.30, 7.10)       2, 6, 2:   33.96 (34.91, 35.02)
         8       1, 4:       3.71 (3.84)             1, 4:      17.64 (18.08)
 
-    Two H200s have measured 13.60 and 13.58 in one group and in two, 13.73 in four and 13.62 in five.
+    Measured on two H200s: 13.60 in one group, 13.58 in two, 13.73 in four, 13.62 in five; not yet these.
     """
     heads = shards.heads_each
     choices = [(heads,), *((a, heads - a) for a in range(1, heads))]
