@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from trt_wan.engines.config import ModelConfig
-from trt_wan.engines.contracts.attention import of_heads
+from trt_wan.engines.contracts.attention import of_heads, rows_name
 from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.networks.lynx import LynxKeys, with_ip, with_ref
@@ -203,8 +203,13 @@ def velocity(
     return result
 
 
-def _attend(model: Model, name: str, share: Sequence[Array], q: Array, k: Array, v: Array) -> Array:
-    """With as many of the heads as are given."""
+def _attend(
+    model: Model, name: str, share: Sequence[Array], q: Array, k: Array, v: Array, places: Array | None = None
+) -> Array | None:
+    """With as many of the heads as are given. Returns nothing if the results go to `places`."""
     part = of_heads(model.networks[name], q.shape[0])
+    if places is not None:
+        model.run(rows_name(part.name), q, k, v, places)
+        return None
     (attended,) = model.run(part.name, q, k, v, *share)
     return attended

@@ -20,7 +20,7 @@ from trt_wan.engines.choice.recipes import recipes_here
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Part
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.contracts.attention import of_heads
+from trt_wan.engines.contracts.attention import of_heads, to_rows
 from trt_wan.engines.flavour import Flavour
 from trt_wan.engines.gpu import Capability
 from trt_wan.engines.lynx import FacePlan, Lynx, LynxPlan
@@ -53,7 +53,7 @@ from trt_wan.runtime.opening.residency import (
     plan_residency,
     weight_bytes,
 )
-from trt_wan.runtime.opening.segments import machine_of, missing, open_segments
+from trt_wan.runtime.opening.segments import machine_of, missing, open_segments, writes_rows
 from trt_wan.runtime.parallel.peer_sequence import PeerSequence
 from trt_wan.runtime.parallel.planner import groups_of
 from trt_wan.runtime.parallel.ranks import Ranks
@@ -142,7 +142,7 @@ class GpuSizes:
             self.weights.prefetch(known, room)  # while the segments are opened
             self._open(plan, progress, share=share)
         if share is not None and peers is not None:
-            self._open_heads(share, peers.shards.groups, progress)
+            self._open_heads(share, peers.shards, progress)
         if ranks.count > 1:
             segments, whole = self._executors[opened].segments, networks(self._config, plan)
             pipeline = self._ranks.pipeline(ranks, opened, segments, whole, lambda: self._budget)
@@ -239,14 +239,21 @@ class GpuSizes:
         """The same on all ranks. TensorRT's attention takes all of a rank's heads: its graph has them."""
         shards, (chosen, _) = Shards.of(self._config, share), self._chosen(share, [DENSE], silent)
         processors = ranks.least(0 if chosen[DENSE].engine else self._gpu.multiprocessors)
-        return replace(shards, groups=groups_of(shards, processors)) if processors else shards
+        if not processors:
+            return shards
+        rows = ranks.least(int(self._settings.keep is None and writes_rows(chosen[DENSE])))
+        shards = replace(shards, to_rows=bool(rows))
+        return replace(shards, groups=groups_of(shards, processors))
 
-    def _open_heads(self, share: ShardPlan, groups: tuple[int, ...], progress: Progress) -> None:
+    def _open_heads(self, share: ShardPlan, shards: Shards, progress: Progress) -> None:
         """Opens a rank's self-attention for the heads of each group, once."""
         contracts = networks(self._config, share)
         for name in network_names(self._config, share, self._settings.tier):
             if name in (DENSE, SPARSE.network):
-                parts = {part.name: part for part in (of_heads(contracts[name], heads) for heads in groups)}
+                of_groups = [of_heads(contracts[name], heads) for heads in shards.groups]
+                if shards.to_rows:
+                    of_groups = [to_rows(each, shards.ranks) for each in of_groups]
+                parts = {each.name: each for each in of_groups}
                 segments = self._executors[share].segments
                 if not parts.keys() <= segments.keys():
                     chosen, recipes = self._chosen(share, [name], progress)

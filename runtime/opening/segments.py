@@ -38,6 +38,15 @@ def missing(candidate: Candidate, capability: Capability) -> str | None:
     return None
 
 
+def writes_rows(candidate: Candidate) -> bool:
+    """Whether this attention also writes its results to the ranks that have the tokens."""
+    if candidate.maker != "attention":
+        return False
+    from trt_wan.runtime.segments.attention import PROVIDERS
+
+    return PROVIDERS[candidate.name].to_rows
+
+
 def open_segments(
     chosen: Mapping[str, Candidate],
     config: ModelConfig,

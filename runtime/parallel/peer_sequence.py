@@ -3,7 +3,8 @@ write into the other ranks' memory while the GPUs compute; the host never waits.
 
 A rank's block of peer memory holds q, k and v of its heads over all tokens, a part for each group of heads.
 Behind them are the attended rows of its tokens from every rank's heads, for each group [rank, row, channels
-of the group]. The array that `join` returns takes the same memory.
+of the group]. The array that `join` returns takes the same memory. With `to_rows` attention writes into the
+rows [row, channels] of every rank by itself, so no rows are copied and none are laid beside each other.
 
 Two side streams copy: `_send` writes q, k and v to the other ranks; `_back` copies the own part of them and
 returns attended rows. Every source has a flag for each group, whose value is the number of the last call of
@@ -15,8 +16,9 @@ No write overtakes a read:
 - q, k and v in the block of rank B. Rank A writes those of call s+1 after its own call s, which ends with
   B's rows of every group of call s. B sends these after it has attended.
 - Attended rows in B's block. A writes those of call s+1 after it has B's q, k and v of call s+1. B sends
-  these after its compute stream has ended call s.
-- So every rank signals every other for each group, with or without data.
+  these after its compute stream has ended call s, and with `to_rows` all that the caller enqueued behind it.
+- So every rank signals every other for each group, with or without data. With `to_rows` one signal, behind
+  the last group, says that the rows of all groups have arrived.
 - The array of `join`, which the caller reads. Before the ranks write again, they tell each other that they
   are done with their blocks: in `join`, and in the first `attend` after it.
 
@@ -60,6 +62,8 @@ class PeerSequence:
         self._send, self._back = gpu.device.create_stream(), gpu.device.create_stream()
         self._calls = self._ready = self._joins = 0
         self._joined = False  # whether the caller may still read the array of a join
+        self._tables: list[Any] = []  # the memory of `places`
+        self._places = self._make_places() if shards.to_rows else []
 
     @staticmethod
     def open(gpu: Gpu, ranks: Ranks, shards: Shards, dtype: DTypeLike, joined: int = 0) -> "PeerSequence":
@@ -70,6 +74,8 @@ class PeerSequence:
     def close(self) -> None:
         """Call before the Gpu's `close`."""
         self.memory.close()
+        for table in self._tables:
+            table.close(self._gpu.stream)
         for stream in (self._send, self._back):
             stream.close()
 
@@ -94,6 +100,8 @@ class PeerSequence:
             self._let_write()
         self._follow(self._send, self._back)
         own = [self._give(group, given) for group in groups]
+        if shards.to_rows:
+            return self._attend_to_rows(attention, own)
         made, back = [], []  # `made` is kept until the side streams have read it
         for group in groups:
             stream.wait(own[group])
@@ -108,6 +116,39 @@ class PeerSequence:
             self._lay_beside(out, group)
         stream.wait(self._send.record())
         return cast(Array, out)
+
+    def _attend_to_rows(self, attention: Attention, own: Sequence[Any]) -> Array:
+        """`own` are the events of the own parts of q, k and v. The array is valid until the next call."""
+        shards, stream, last = self.shards, self._gpu.stream, len(self.shards.groups) - 1
+        for group, event in enumerate(own):
+            stream.wait(event)
+            self._await("given", group)
+            if self._heads(self._rank, group):
+                attention(*self._received(group), self._places[group])
+        for rank in self._others:
+            self._signal(rank, "returned", last, self._calls, stream)
+        rows, whole = self.memory.address(self._rank) + self._layout.rows, shards.heads * self._layout.token
+        filled = len(shards.tokens_of(self._rank))
+        padding = rows + filled * whole, shards.share * whole
+        self.memory.clear(padding, (shards.share - filled) * whole, shards.slots, stream)
+        self._await("returned", last)
+        stream.wait(self._send.record())
+        shape = shards.slots * shards.share, shards.heads * shards.head_dim
+        return cast(Array, self._gpu.view(rows, shape, self._dtype))
+
+    def _make_places(self) -> list[Array]:
+        """`places` of every group."""
+        shards, made = self.shards, []
+        addresses = [self.memory.address(rank) + self._layout.rows for rank in range(shards.ranks)]
+        for group in range(len(shards.groups)):
+            first = self._rank * shards.heads_each + sum(shards.groups[:group])
+            numbers = shards.slot_tokens, shards.share, shards.heads, first
+            host = np.array([*numbers, *addresses], np.int64)
+            self._tables.append(self._gpu.allocate(host.nbytes))
+            table = self._gpu.view(int(self._tables[-1].handle), host.shape, host.dtype)
+            self._gpu.write(table, host)
+            made.append(cast(Array, table))
+        return made
 
     def join(self, x: Array) -> Array:
         """The array is valid until the next call of `join` or `attend`."""
@@ -232,11 +273,19 @@ class _Layout:
         widths = [heads * self.token for heads in shards.groups]
         self._pieces = [rows * width for width in widths]
         parts = {f"{name} {group}": tokens * width for group, width in enumerate(widths) for name in NAMES}
-        parts |= {f"pieces {group}": shards.ranks * size for group, size in enumerate(self._pieces)}
+        if shards.to_rows:
+            parts["rows"] = rows * shards.heads * self.token
+        else:
+            parts |= {f"pieces {group}": shards.ranks * size for group, size in enumerate(self._pieces)}
         self._offsets, self.size = laid_out(parts)
 
     def at(self, name: str, group: int) -> int:
         return self._offsets[f"{name} {group}"]
+
+    @property
+    def rows(self) -> int:
+        """The attended rows of the own tokens, with `to_rows`."""
+        return self._offsets["rows"]
 
     def piece(self, source: int, group: int) -> int:
         """The attended rows from a group of rank `source`."""

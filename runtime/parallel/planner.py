@@ -64,7 +64,7 @@ def attend_seconds(shards: Shards, groups: Sequence[int], processors: int) -> fl
         arrived += 3 * heads * crossing
         attended = max(attended, arrived) + GROUP + waves * tokens * WAVE
         returned = max(returned, attended) + heads * crossing
-    return returned
+    return attended if shards.to_rows else returned
 
 
 def choose_split(passes: Sequence[int], parts: int, count: int, beside: Sequence[str] = ()) -> Choice:

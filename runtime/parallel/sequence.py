@@ -11,7 +11,7 @@ from trt_wan.runtime.executors import Array
 from trt_wan.runtime.parallel.ranks import Ranks
 from trt_wan.runtime.parallel.shards import Shards
 
-Attention = Callable[[Array, Array, Array], Array]  # q, k, v of some heads -> [tokens, channels]
+Attention = Callable[..., Array]  # q, k, v of some heads, see `attend` -> [tokens, channels]
 
 
 class SequenceParallel(Protocol):
@@ -22,6 +22,8 @@ class SequenceParallel(Protocol):
     def attend(self, attention: Attention, q: Array, k: Array, v: Array) -> Array:
         """Self-attention of the rank's tokens: q, k, v [heads, shard tokens, head_dim] to [shard tokens,
         channels]. `attention` gets the rank's heads over all tokens in the plan's order, a group at a time.
+        If the shards have `to_rows` it also gets `places` (contracts/attention.py) and returns nothing. The
+        result is then valid until the next call.
         """
         ...
 

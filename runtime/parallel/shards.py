@@ -5,7 +5,7 @@ a fuser finds the tokens of each slot beside the slot's face tokens, and each ra
 are [slot, share]; the last ranks may lack tokens, and have padding there: zeros, whose results are not read.
 In self-attention rank r has `heads_each` = ceil(heads/N) heads from r·heads_each on, over all tokens in the
 plan's order without padding. The last ranks may lack heads too. A rank attends with them in one call for each
-of its `groups`.
+of its `groups`. With `to_rows` attention itself writes the results to the ranks that have the tokens.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ class Shards:
     heads: int
     head_dim: int
     groups: tuple[int, ...] = ()  # heads of each call of attention, by default all of a rank's in one
+    to_rows: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups) or (self.heads_each,))

@@ -28,15 +28,16 @@ class Provider:
     oldest: Capability
     newest: Capability
     head_dims: range
+    to_rows: bool = False  # whether it computes the network's variant "to rows" (contracts/attention.py)
 
 
 ANY_NEWER: Capability = (99, 9)
 HOPPER: Capability = (9, 0)
 
 PROVIDERS = {
-    "native": Provider("hopper", "Native", (), HOPPER, HOPPER, range(128, 129)),
-    "native int8": Provider("hopper", "NativeInt8", (), HOPPER, HOPPER, range(128, 129)),
-    "native fp8": Provider("hopper", "NativeFp8", (), HOPPER, HOPPER, range(128, 129)),
+    "native": Provider("hopper", "Native", (), HOPPER, HOPPER, range(128, 129), True),
+    "native int8": Provider("hopper", "NativeInt8", (), HOPPER, HOPPER, range(128, 129), True),
+    "native fp8": Provider("hopper", "NativeFp8", (), HOPPER, HOPPER, range(128, 129), True),
     "cudnn": Provider("cudnn", "Cudnn", (FRONTEND,), (8, 0), ANY_NEWER, range(8, 129, 8)),
     "cudnn fp8": Provider("cudnn", "CudnnFp8", (FRONTEND,), (9, 0), ANY_NEWER, range(16, 129, 16)),
     "native sparse": Provider("sparse", "Sparse", (), (9, 0), (9, 0), range(128, 129)),

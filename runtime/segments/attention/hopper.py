@@ -103,7 +103,7 @@ class HopperAttention:
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         self.pack(addresses)
-        self.attend(addresses["attended"])
+        self.attend(addresses.get("attended", 0), places=addresses.get("places", 0))
 
     def settle(self) -> None:
         pass
@@ -129,14 +129,17 @@ class HopperAttention:
             arguments = at["sums"], *reversed(value), np.int32(self._tiles), tokens
             self._launch("correct_mean", heads, 128, *arguments)
 
-    def attend(self, attended: int, lists: int = 0, counts: int = 0, shift: int = 0, lse: int = 0) -> None:
+    def attend(
+        self, attended: int, lists: int = 0, counts: int = 0, shift: int = 0, lse: int = 0, places: int = 0
+    ) -> None:
         """After `pack`. `lists` int32 [heads, query blocks, key tiles] begins with the numbers of the tiles
         that a block attends to, `counts` int32 [heads, query blocks] says how many, at least one. `lse`
         float32 [heads, tokens], or 0, gets the natural logarithm of the sum of exp(score); it needs `shift`.
+        With `places` (contracts/attention.py, `to_rows`) the results go there and `attended` is not used.
         """
         at = self._at
         made = ("q", "k", "v", "query_scale", "key_scale", "value_scale", "value_mean")
-        rest = lists, counts, shift, attended, lse, np.int32(self._tokens)
+        rest = lists, counts, shift, attended, lse, np.int32(self._tokens), places
         grid = self._query_tiles, self._heads
         self._launch("attend", grid, THREADS, *(at[name] for name in made), *rest, shared=SHARED)
 
