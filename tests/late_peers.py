@@ -88,10 +88,17 @@ class LateGpu:
         self.arena = Arena(arena, SimpleNamespace(handle=start, memory=memory))
 
     def upload(self, host: Array) -> Any:
-        array, host = Gpu.empty(self, host.shape, host.dtype), host.copy()  # type: ignore[arg-type]
-        place = array.address
-        self.stream.enqueue(lambda: np.copyto(at(place, host.shape, host.dtype), host))
+        array = Gpu.empty(self, host.shape, host.dtype)  # type: ignore[arg-type]
+        self.write(array, host)
         return array
+
+    def write(self, array: Any, host: Array) -> None:
+        place, host = array.address, host.copy()
+        self.stream.enqueue(lambda: np.copyto(at(place, host.shape, host.dtype), host))
+
+    def allocate(self, size: int) -> Any:
+        memory = np.full(size, 0xFF, np.uint8)
+        return SimpleNamespace(handle=memory.ctypes.data, memory=memory)
 
 
 class LateMemory:

@@ -24,12 +24,19 @@ SECONDS = 30.0
 # `mix` stands for attention: every result needs tokens of all ranks, and numpy computes the same bits.
 SOURCE = r"""
 extern "C" __global__ void mix(bf16* out, const bf16* q, const bf16* k, const bf16* v, i64 heads, i64 tokens,
-                               i64 channels) {
+                               i64 channels, const i64* places) {
     EACH(i, heads * tokens * channels) {
         const i64 c = i % channels, h = i / channels % heads, t = i / channels / heads, first = h * tokens;
         const float sum = __fadd_rn(load(q + (first + t) * channels + c),
                                     load(k + (first + tokens - 1 - t) * channels + c));
-        store(out + i, __fadd_rn(sum, load(v + (first + (t * 7 + 3) % tokens) * channels + c)));
+        bf16* to = out + i;
+        if (places) {
+            const i64 inside = t % places[0], rank = inside / places[1], number = places[3] + h;
+            if (number >= places[2]) continue;
+            const i64 row = t / places[0] * places[1] + inside - rank * places[1];
+            to = (bf16*)places[4 + rank] + (row * places[2] + number) * channels + c;
+        }
+        store(to, __fadd_rn(sum, load(v + (first + (t * 7 + 3) % tokens) * channels + c)));
     }
 }
 extern "C" __global__ void spin(i64 cycles) {
@@ -135,14 +142,21 @@ def spin(gpu: Gpu, cycles: int) -> None:
     kernels_of(gpu).launch(gpu.stream, "spin", 1, 1, np.int64(cycles))
 
 
-def mix(gpu: Gpu, q: Any, k: Any, v: Any) -> DeviceArray:
+def mix(gpu: Gpu, q: Any, k: Any, v: Any, places: Any = None) -> DeviceArray:
+    """With `places` they get the result."""
     heads, tokens, channels = q.shape
     out = gpu.empty((tokens, heads * channels), BF16)
     addresses = out.address, q.address, k.address, v.address
-    kernels_of(gpu).launch(
-        gpu.stream, "mix", 512, THREADS, *addresses, *map(np.int64, (heads, tokens, channels))
-    )
+    numbers = *map(np.int64, (heads, tokens, channels)), 0 if places is None else places.address
+    kernels_of(gpu).launch(gpu.stream, "mix", 512, THREADS, *addresses, *numbers)
     return out
+
+
+def copied(gpu: Gpu, array: Any) -> DeviceArray:
+    """Of one that is valid until the next call."""
+    whole = gpu.empty(array.shape, array.dtype)
+    gpu.copy(whole.address, array.address, whole.nbytes, gpu.stream)
+    return whole
 
 
 def mixed(q: Any, k: Any, v: Any) -> Any:
@@ -174,17 +188,14 @@ def check_numbers(gpu: Gpu, ranks: Any, shards: Shards, kernels: bool = False, c
                 spin(gpu, int(late.integers(5_000_000)))
             given: Any = [gpu.upload(np.ascontiguousarray(each)) for each in rows]
             attention: Any = lambda *qkv: mix(gpu, *qkv)  # noqa: E731
-            got.append(sequence.attend(attention, *given))
+            got.append(copied(gpu, sequence.attend(attention, *given)))
             want.append(shards.split(mixed(q, k, v), ranks.rank))
             if call % 3 == 1:
                 part: Any = sequence.split(gpu.upload(x))  # type: ignore[arg-type]
                 got.append(part)
                 want.append(shards.split(x, ranks.rank))
                 for _ in range(2):
-                    joined: Any = sequence.join(part)
-                    whole = gpu.empty(joined.shape, joined.dtype)
-                    gpu.copy(whole.address, joined.address, whole.nbytes, gpu.stream)
-                    got.append(whole)  # type: ignore[arg-type]
+                    got.append(copied(gpu, sequence.join(part)))
                     want.append(x)
         for i, (array, expected) in enumerate(zip(got, want, strict=True)):
             bits = np.asarray(array).view(f"u{expected.dtype.itemsize}")

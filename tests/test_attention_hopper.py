@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hopper_on_cpu import gpu_on_cpu
 
+from trt_wan.runtime.parallel.shards import Shards
 from trt_wan.runtime.segments.attention import hopper
 from trt_wan.runtime.segments.attention.hopper import HEAD_DIM, LISTED_KEYS, QUERIES, macros
 
@@ -152,6 +153,26 @@ def test_products_may_run_late(
         results.append(attend(folder, monkeypatch, scores, values, given, late=late))
     for at_once, in_the_end in zip(*results, strict=True):
         np.testing.assert_array_equal(at_once, in_the_end)
+
+
+def test_rows_go_to_the_ranks_that_have_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """130 tokens in two slots, shares of 22, 22 and 21: the same bits as in one array. The last head is one
+    that does not exist. Padding and the columns of other heads are not touched.
+    """
+    given, heads, shards = inputs(130), 4, Shards(3, 2, 65, 4, HEAD_DIM)
+    attended, _ = attend(tmp_path, monkeypatch, "int8", "e4m3", given)
+    rows = [np.full((44, heads, HEAD_DIM), np.nan, BF16) for _ in range(3)]
+    table = np.array([65, 22, heads, 3, *(each.ctypes.data for each in rows)], np.int64)
+    segment = hopper.NativeFp8(gpu_on_cpu(tmp_path, monkeypatch), HEADS, 130, HEAD_DIM)
+    scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)
+    segment.start(scratch.ctypes.data + -scratch.ctypes.data % 256)
+    names = {name: x.ctypes.data for name, x in zip("qkv", given, strict=True)}
+    segment.enqueue(names | {"places": table.ctypes.data})
+    for rank, got in enumerate(rows):
+        want = np.full((2, 22, heads, HEAD_DIM), np.nan, np.float32)
+        own = shards.tokens_of(rank)
+        want[:, : len(own), 3] = attended[:, 0].reshape(2, 65, HEAD_DIM)[:, own.start : own.stop]
+        np.testing.assert_array_equal(got.astype(np.float32).reshape(want.shape), want)
 
 
 def test_what_is_not_finite_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

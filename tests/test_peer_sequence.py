@@ -2,7 +2,9 @@
 which the streams of all ranks may run (late_peers.py).
 """
 
+import itertools
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,12 +58,14 @@ class Job:
             gpu.stream.enqueue(lambda: results.update({name: at(place, shape, kind).copy()}))
 
         def attend(*given: Any) -> Any:
-            (heads, tokens, channels), places = given[0].shape, [array.address for array in given]
-            out = gpu.empty((tokens, heads * channels), np.float32)
-            place = out.address
+            (heads, tokens, channels), q, k, v = given[0].shape, *(array.address for array in given[:3])
+            out = None if self.shards.to_rows else gpu.empty((tokens, heads * channels), np.float32)
+            place = given[3].address if out is None else out.address
 
             def work() -> None:
-                views = (at(address, (heads, tokens, channels), np.float32) for address in places)
+                views = (at(address, (heads, tokens, channels), np.float32) for address in (q, k, v))
+                if out is None:
+                    return self.put_rows(attention(*views), place)
                 np.copyto(at(place, (tokens, heads * channels), np.float32), attention(*views))
 
             gpu.stream.enqueue(work)
@@ -78,6 +82,17 @@ class Job:
         keep("split", sequence.split(gpu.upload(self.x[0])))
         return results
 
+    def put_rows(self, attended: Any, places: int) -> None:
+        """As the kernel does, from all it is told: the table `places` and no shards."""
+        slot_tokens, share, heads, first, *ranks = at(places, (4 + self.shards.ranks,), np.int64)
+        here = attended.shape[1] // self.shards.head_dim
+        for token, head in itertools.product(range(len(attended)), range(min(here, heads - first))):
+            slot, inside = divmod(token, slot_tokens)
+            rank, row = divmod(inside, share)
+            place = ((slot * share + row) * heads + first + head) * self.shards.head_dim * 4
+            one = attended[token].reshape(here, -1)[head]
+            np.copyto(at(int(ranks[rank] + place), one.shape, np.float32), one)
+
     def check(self, rank: int, results: dict[str, Any]) -> None:
         for call, whole in enumerate(self.attended):
             want = self.shards.split(whole, rank)
@@ -93,11 +108,12 @@ def compute(
     shards = job.shards
     size = block_bytes(shards, np.float32, shards.slots * shards.slot_tokens * 12)
     peers = Peers(kernels, shards.ranks, size, flags_of(shards), one_queue=one_queue, blind=blind)
-    results = []
+    results, sequences = [], []  # the tables of a sequence live as long as it does
     for rank in range(shards.ranks):
         gpu: Any = LateGpu(peers, ARENA)
         memory: Any = LateMemory(peers, rank, gpu)
-        results.append(job.enqueue(gpu, rank, PeerSequence(gpu, rank, shards, memory, np.float32)))
+        sequences.append(PeerSequence(gpu, rank, shards, memory, np.float32))
+        results.append(job.enqueue(gpu, rank, sequences[-1]))
     peers.run(seed)
     for rank, given in enumerate(results):
         job.check(rank, given)
@@ -119,23 +135,28 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("to_rows", [False, True])
 @pytest.mark.parametrize("shards", CASES, ids=lambda shards: "-".join(map(str, vars(shards).values())))
-def test_attention_is_that_of_one_gpu_in_any_order(kernels: CpuKernels, shards: Shards) -> None:
-    job = Job(shards, seed=shards.ranks)
+def test_attention_is_that_of_one_gpu_in_any_order(
+    kernels: CpuKernels, shards: Shards, to_rows: bool
+) -> None:
+    job = Job(replace(shards, to_rows=to_rows), seed=shards.ranks)
     for seed in range(40):
         compute(job, kernels, seed)
 
 
+@pytest.mark.parametrize("to_rows", [False, True])
 @pytest.mark.parametrize("ranks", (2, 3, 4))
-def test_streams_may_share_a_queue_of_the_hardware(kernels: CpuKernels, ranks: int) -> None:
-    job = Job(Shards(ranks, 2, 5, 8, HEAD), seed=0)
+def test_streams_may_share_a_queue_of_the_hardware(kernels: CpuKernels, ranks: int, to_rows: bool) -> None:
+    job = Job(Shards(ranks, 2, 5, 8, HEAD, to_rows=to_rows), seed=0)
     for seed in range(10):
         compute(job, kernels, seed, one_queue=True)
 
 
-def test_without_flags_the_numbers_are_wrong(kernels: CpuKernels) -> None:
+@pytest.mark.parametrize("to_rows", [False, True])
+def test_without_flags_the_numbers_are_wrong(kernels: CpuKernels, to_rows: bool) -> None:
     """So the orders that are tried find a missing wait."""
-    job, wrong = Job(Shards(2, 3, 4, 4, HEAD, (1, 1)), seed=0), 0
+    job, wrong = Job(Shards(2, 3, 4, 4, HEAD, (1, 1), to_rows), seed=0), 0
     for seed in range(10):
         try:
             compute(job, kernels, seed, blind=True)

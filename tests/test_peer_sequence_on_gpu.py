@@ -26,15 +26,17 @@ def processes(count: int) -> Iterator[Processes]:
     processes.close()
 
 
+@pytest.mark.parametrize("to_rows", (False, True))
 @pytest.mark.parametrize("kernels", (False, True))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_have_the_bits_of_one_gpu(
-    processes: Processes, count: int, case: tuple[int, int, int, int, int], kernels: bool
+    processes: Processes, count: int, case: tuple[int, int, int, int, int], kernels: bool, to_rows: bool
 ) -> None:
     slots, tokens, heads, channels, first = case
     rest = -(-heads // count) - first
     groups = (first, rest) if first and rest > 0 else ()
-    processes.call(check_numbers, Shards(count, slots, tokens, heads, channels, groups), kernels)
+    shards = Shards(count, slots, tokens, heads, channels, groups, to_rows)
+    processes.call(check_numbers, shards, kernels)
 
 
 @pytest.mark.parametrize("kernels", (False, True))

@@ -2,6 +2,7 @@
 
 import pickle
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -240,6 +241,25 @@ def test_first_and_last_groups_of_heads_are_small(
     counts = range(1, shards.heads_each + 1)
     others = (parts for n in (1, 2, 3) for parts in product(counts, repeat=n) if sum(parts) == counts[-1])
     assert min(attend_seconds(shards, parts, 132) for parts in others) == attend_seconds(shards, groups, 132)
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "groups", "milliseconds"),
+    [
+        ((832, 480), 2, (1, 19), 12.87),
+        ((832, 480), 4, (1, 9), 6.82),
+        ((832, 480), 8, (1, 4), 3.64),
+        ((1280, 720), 2, (2, 18), 66.84),
+        ((1280, 720), 4, (2, 8), 33.76),
+        ((1280, 720), 8, (1, 4), 17.46),
+    ],
+)
+def test_no_small_group_comes_last_where_attention_writes_its_rows_itself(
+    size: tuple[int, int], count: int, groups: tuple[int, ...], milliseconds: float
+) -> None:
+    shards = replace(shards_of(size, count), to_rows=True)
+    assert groups_of(shards, 132) == groups
+    assert attend_seconds(shards, groups, 132) * 1e3 + 0.15 == pytest.approx(milliseconds, abs=0.006)
 
 
 def test_the_time_of_attention_in_groups_is_as_measured() -> None:

@@ -42,14 +42,20 @@ class Opened:
     """The share of a rank of two. `processors` are those of the other rank as `Ranks.least` gets them."""
 
     def __init__(
-        self, patch: pytest.MonkeyPatch, *, engine: object = None, processors: int = 132, tier: Any = "fast"
+        self,
+        patch: pytest.MonkeyPatch,
+        *,
+        engine: object = None,
+        attention: str = "cudnn fp8",
+        processors: int = 132,
+        tier: Any = "fast",
     ) -> None:
         self.loaded: list[list[str]] = []  # by call, the names of the packs
         self.opened: list[str] = []
         self.ran: list[str] = []
         self.processors = processors
         self.ranks: Any = SimpleNamespace(rank=0, count=2, least=self._least)
-        choice = SimpleNamespace(engine=engine)
+        choice = SimpleNamespace(engine=engine, maker="attention", name=attention)
         patch.setattr(gpu_sizes, "recipes_here", lambda *_: {})
         patch.setattr(gpu_sizes, "choose_segments", lambda *given: dict.fromkeys(given[-1], choice))
         patch.setattr(gpu_sizes, "open_segments", self._open)
@@ -99,9 +105,9 @@ class Opened:
     def _prefetch(self, packs: Any, room: int) -> None:
         self.loaded.append([pack.network.name for pack in packs])
 
-    def _run(self, network: Network, n: int, inputs: Any) -> tuple[Array]:
+    def _run(self, network: Network, n: int, inputs: Any) -> tuple[Array, ...]:
         self.ran.append(network.name)
-        return (inputs["q"],)
+        return (inputs["q"],) if network.outputs else ()
 
 
 def test_attention_is_opened_by_the_heads_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +128,18 @@ def test_attention_is_opened_by_the_heads_of_a_group(monkeypatch: pytest.MonkeyP
     assert opened.ran == ["attention of 1 heads", "attention of 18 heads"]
 
 
+def test_our_attention_writes_its_rows_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Opened(monkeypatch, attention="native fp8")
+    model = opened.begin()
+    names = ["attention of 1 heads to rows", "attention of 19 heads to rows"]
+    assert {name for name in opened.segments if name.startswith("attention")} == set(names)
+    attend = partial(_attend, model, "attention", ())
+    for heads in (1, 19):
+        given: Any = [SimpleNamespace(shape=(heads, PLAN.tokens, 128))] * 3
+        assert attend(*given, SimpleNamespace(shape=(6,))) is None
+    assert opened.ran == names
+
+
 @pytest.mark.parametrize("given", [{"engine": "attention"}, {"processors": 0}])
 def test_all_ranks_attend_in_one_group_where_one_has_an_engine(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
@@ -132,7 +150,7 @@ def test_all_ranks_attend_in_one_group_where_one_has_an_engine(
 
 
 def test_turbo_attends_in_the_same_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Opened(monkeypatch, tier="turbo")
+    opened = Opened(monkeypatch, attention="native fp8", tier="turbo")
     model = opened.begin()
     sparse = model.networks["sparse_attention of 18 heads"]
     assert [t.shape for t in sparse.inputs] == [(18, PLAN.tokens, 128)] * 3 + [(1,)]

@@ -11,7 +11,7 @@ from trt_wan.runtime.executors import Array
 from trt_wan.runtime.parallel.ranks import Ranks
 from trt_wan.runtime.parallel.shards import Shards
 
-Attention = Callable[..., Array]  # q, k, v of some heads, see `attend` -> [tokens, channels]
+Attention = Callable[..., Array | None]  # q, k, v of some heads, see `attend` -> [tokens, channels]
 
 
 class SequenceParallel(Protocol):
