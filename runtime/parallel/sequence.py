@@ -3,7 +3,7 @@ over all tokens (DeepSpeed-Ulysses; shards.py has the numbers).
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from trt_wan.runtime.executors import Array
 from trt_wan.runtime.parallel.ranks import Ranks
 from trt_wan.runtime.parallel.shards import Shards
 
-Attention = Callable[..., Array | None]  # q, k, v of some heads, see `attend` -> [tokens, channels]
+Attention = Callable[..., Any]  # q, k, v of some heads, see `attend` -> [tokens, channels]
 
 
 class SequenceParallel(Protocol):
