@@ -23,20 +23,27 @@ SECONDS = 30.0
 
 # `mix` stands for attention: every result needs tokens of all ranks, and numpy computes the same bits.
 SOURCE = r"""
+// With `places` tokens of the own rank are elsewhere (contracts/attention.py).
 extern "C" __global__ void mix(bf16* out, const bf16* q, const bf16* k, const bf16* v, i64 heads, i64 tokens,
-                               i64 channels, const i64* places) {
+                               i64 channels, const bf16* own_q, const bf16* own_k, const bf16* own_v,
+                               const i64* places) {
     EACH(i, heads * tokens * channels) {
-        const i64 c = i % channels, h = i / channels % heads, t = i / channels / heads, first = h * tokens;
-        const float sum = __fadd_rn(load(q + (first + t) * channels + c),
-                                    load(k + (first + tokens - 1 - t) * channels + c));
+        const i64 c = i % channels, h = i / channels % heads, t = i / channels / heads;
+        auto at = [&](const bf16* all, const bf16* own, i64 t) {
+            if (!places || t % places[0] / places[1] != places[2])
+                return all + (h * tokens + t) * channels + c;
+            const i64 row = t / places[0] * places[1] + t % places[0] % places[1];
+            return own + (h * places[3] + row) * channels + c;
+        };
+        const float sum = __fadd_rn(load(at(q, own_q, t)), load(at(k, own_k, tokens - 1 - t)));
         bf16* to = out + i;
         if (places) {
-            const i64 inside = t % places[0], rank = inside / places[1], number = places[3] + h;
-            if (number >= places[2]) continue;
-            const i64 row = t / places[0] * places[1] + inside - rank * places[1];
-            to = (bf16*)places[4 + rank] + (row * places[2] + number) * channels + c;
+            const i64 rank = t % places[0] / places[1], own = places[2];
+            const i64 row = t / places[0] * places[1] + t % places[0] % places[1];
+            to = rank == own ? (bf16*)places[6] + (row * places[4] + places[5] + h) * channels + c
+                             : out + (((rank - (rank > own)) * places[3] + row) * heads + h) * channels + c;
         }
-        store(to, __fadd_rn(sum, load(v + (first + (t * 7 + 3) % tokens) * channels + c)));
+        store(to, __fadd_rn(sum, load(at(v, own_v, (t * 7 + 3) % tokens))));
     }
 }
 extern "C" __global__ void spin(i64 cycles) {
@@ -142,12 +149,13 @@ def spin(gpu: Gpu, cycles: int) -> None:
     kernels_of(gpu).launch(gpu.stream, "spin", 1, 1, np.int64(cycles))
 
 
-def mix(gpu: Gpu, q: Any, k: Any, v: Any, places: Any = None) -> DeviceArray:
-    """With `places` they get the result."""
+def mix(gpu: Gpu, q: Any, k: Any, v: Any, *own: Any) -> DeviceArray:
+    """`own` are the further inputs of attention to rows."""
     heads, tokens, channels = q.shape
-    out = gpu.empty((tokens, heads * channels), BF16)
+    rows = 8 * own[0].shape[1] if own else tokens  # of up to 9 ranks
+    out = gpu.empty((rows, heads * channels), BF16)
     addresses = out.address, q.address, k.address, v.address
-    numbers = *map(np.int64, (heads, tokens, channels)), 0 if places is None else places.address
+    numbers = *map(np.int64, (heads, tokens, channels)), *([x.address for x in own] or [0] * 4)
     kernels_of(gpu).launch(gpu.stream, "mix", 512, THREADS, *addresses, *numbers)
     return out
 

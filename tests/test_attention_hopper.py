@@ -155,24 +155,46 @@ def test_products_may_run_late(
         np.testing.assert_array_equal(at_once, in_the_end)
 
 
-def test_rows_go_to_the_ranks_that_have_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """130 tokens in two slots, shares of 22, 22 and 21: the same bits as in one array. The last head is one
-    that does not exist. Padding and the columns of other heads are not touched.
+@pytest.mark.parametrize("rank", [0, 1, pytest.param(2, marks=pytest.mark.long)])
+def test_own_tokens_stay_where_they_are(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """130 tokens in two slots of 65, shares of 22, 22 and 21: the same bits as from and to one array. Padding
+    and the columns of other heads are not touched.
     """
-    given, heads, shards = inputs(130), 4, Shards(3, 2, 65, 4, HEAD_DIM)
+    given, shards = inputs(130), Shards(3, 2, 65, 6, HEAD_DIM, (2,), True)
     attended, _ = attend(tmp_path, monkeypatch, "int8", "e4m3", given)
-    rows = [np.full((44, heads, HEAD_DIM), np.nan, BF16) for _ in range(3)]
-    table = np.array([65, 22, heads, 3, *(each.ctypes.data for each in rows)], np.int64)
+    heads, rows, own = shards.heads, shards.slots * shards.share, shards.tokens_of(rank)
+    out, made = (
+        np.full((3, rows, HEADS, HEAD_DIM), np.nan, BF16),
+        np.full((rows, heads, HEAD_DIM), np.nan, BF16),
+    )
+    places = np.array([65, 22, rank, rows, heads, 3, made.ctypes.data], np.int64)
+    names = {"attended": out.ctypes.data, "places": places.ctypes.data}
+    kept = []
+    for name, x in zip("qkv", given, strict=True):
+        mine = np.full((HEADS, 2, 22, HEAD_DIM), np.nan, BF16)
+        mine[:, :, : len(own)] = x.reshape(HEADS, 2, 65, HEAD_DIM)[:, :, own.start : own.stop]
+        others = x.copy()
+        others.reshape(HEADS, 2, 65, HEAD_DIM)[:, :, own.start : own.stop] = np.nan
+        kept += [mine, others]
+        names |= {name: others.ctypes.data, f"own_{name}": mine.ctypes.data}
     segment = hopper.NativeFp8(gpu_on_cpu(tmp_path, monkeypatch), HEADS, 130, HEAD_DIM)
     scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)
     segment.start(scratch.ctypes.data + -scratch.ctypes.data % 256)
-    names = {name: x.ctypes.data for name, x in zip("qkv", given, strict=True)}
-    segment.enqueue(names | {"places": table.ctypes.data})
-    for rank, got in enumerate(rows):
-        want = np.full((2, 22, heads, HEAD_DIM), np.nan, np.float32)
-        own = shards.tokens_of(rank)
-        want[:, : len(own), 3] = attended[:, 0].reshape(2, 65, HEAD_DIM)[:, own.start : own.stop]
-        np.testing.assert_array_equal(got.astype(np.float32).reshape(want.shape), want)
+    segment.enqueue(names)
+
+    def rows_of(rank: int) -> Any:
+        return shards.split(attended, rank).reshape(rows, HEADS, HEAD_DIM)
+
+    def is_there(rank: int) -> Any:
+        return shards.split(np.ones(130, bool), rank)
+
+    want = np.full(made.shape, np.nan, np.float32)
+    want[is_there(rank), 3:5] = rows_of(rank)[is_there(rank)]
+    np.testing.assert_array_equal(made.astype(np.float32), want)
+    for i, other in enumerate(each for each in range(3) if each != rank):
+        want = np.where(is_there(other)[:, None, None], rows_of(other), np.nan)
+        np.testing.assert_array_equal(out[i].astype(np.float32), want)
+    assert np.isnan(out[2].astype(np.float32)).all()
 
 
 def test_what_is_not_finite_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

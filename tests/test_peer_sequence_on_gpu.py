@@ -35,6 +35,8 @@ def test_results_have_the_bits_of_one_gpu(
     slots, tokens, heads, channels, first = case
     rest = -(-heads // count) - first
     groups = (first, rest) if first and rest > 0 else ()
+    if to_rows and heads % count:
+        pytest.skip("ranks would lack heads")
     shards = Shards(count, slots, tokens, heads, channels, groups, to_rows)
     processes.call(check_numbers, shards, kernels)
 

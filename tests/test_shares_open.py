@@ -105,9 +105,9 @@ class Opened:
     def _prefetch(self, packs: Any, room: int) -> None:
         self.loaded.append([pack.network.name for pack in packs])
 
-    def _run(self, network: Network, n: int, inputs: Any) -> tuple[Array, ...]:
+    def _run(self, network: Network, n: int, inputs: Any) -> tuple[Array]:
         self.ran.append(network.name)
-        return (inputs["q"],) if network.outputs else ()
+        return (inputs["q"],)
 
 
 def test_attention_is_opened_by_the_heads_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_attention_is_opened_by_the_heads_of_a_group(monkeypatch: pytest.MonkeyP
     assert opened.ran == ["attention of 1 heads", "attention of 18 heads"]
 
 
-def test_our_attention_writes_its_rows_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_attention_leaves_the_own_tokens_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Opened(monkeypatch, attention="native fp8")
     model = opened.begin()
     names = ["attention of 1 heads to rows", "attention of 19 heads to rows"]
@@ -136,7 +136,8 @@ def test_our_attention_writes_its_rows_to_the_ranks(monkeypatch: pytest.MonkeyPa
     attend = partial(_attend, model, "attention", ())
     for heads in (1, 19):
         given: Any = [SimpleNamespace(shape=(heads, PLAN.tokens, 128))] * 3
-        assert attend(*given, SimpleNamespace(shape=(6,))) is None
+        own: Any = [SimpleNamespace(shape=(heads, PLAN.tokens // 2, 128))] * 3
+        assert attend(*given, *own, SimpleNamespace(shape=(7,))) is given[0]
     assert opened.ran == names
 
 

@@ -5,8 +5,7 @@ from dataclasses import replace
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor
 from trt_wan.engines.shape import Plan
-
-PLACES = 4  # numbers of `places` in front of the ranks' addresses: hopper.cu says which
+PLACES = 7
 
 
 def network(model: ModelConfig, plan: Plan) -> Network:
@@ -40,12 +39,20 @@ def of_heads(network: Network, heads: int) -> Network:
     )
 
 
-def to_rows(network: Network, ranks: int) -> Network:
-    """A contract of self-attention that writes every rank's rows where `places` says (peer_sequence.py), and
-    returns nothing.
+def to_rows(network: Network, ranks: int, rows: int) -> Network:
+    """A contract of self-attention that leaves tokens of the own rank where they are. `own_q`, `own_k` and
+    `own_v` are those of its heads, [heads, rows of a rank, head_dim]; q, k and v need not have them. Their
+    results go to the rank's rows of all heads, [rows, heads·head_dim] at an address. `attended` gets those
+    of the other ranks, [other ranks·rows, channels].
+
+    `places` are numbers: tokens of a slot, share of a rank, the own rank, rows, the heads of the model, the
+    number of the first head, and the address of the own rows (runtime/parallel/shards.py).
     """
-    places = Tensor("places", (PLACES + ranks,), "int64")
-    return replace(network, name=rows_name(network.name), inputs=(*network.inputs, places), outputs=())
+    (heads, _, head_dim), (attended,) = network.inputs[0].shape, network.outputs
+    own = (replace(t, name=f"own_{t.name}", shape=(heads, rows, head_dim)) for t in network.inputs[:3])
+    others = replace(attended, shape=((ranks - 1) * rows, attended.shape[1]))
+    inputs = (*network.inputs, *own, Tensor("places", (PLACES,), "int64"))
+    return replace(network, name=rows_name(network.name), inputs=inputs, outputs=(others,))
 
 
 def rows_name(name: str) -> str:

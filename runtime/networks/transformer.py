@@ -204,12 +204,9 @@ def velocity(
 
 
 def _attend(
-    model: Model, name: str, share: Sequence[Array], q: Array, k: Array, v: Array, places: Array | None = None
-) -> Array | None:
-    """With as many of the heads as are given. Returns nothing if the results go to `places`."""
+    model: Model, name: str, share: Sequence[Array], q: Array, k: Array, v: Array, *own: Array
+) -> Array:
+    """With as many of the heads as are given. `own` are the further inputs of attention to rows."""
     part = of_heads(model.networks[name], q.shape[0])
-    if places is not None:
-        model.run(rows_name(part.name), q, k, v, places)
-        return None
-    (attended,) = model.run(part.name, q, k, v, *share)
+    (attended,) = model.run(rows_name(part.name) if own else part.name, q, k, v, *share, *own)
     return attended

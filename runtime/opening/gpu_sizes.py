@@ -241,8 +241,8 @@ class GpuSizes:
         processors = ranks.least(0 if chosen[DENSE].engine else self._gpu.multiprocessors)
         if not processors:
             return shards
-        rows = ranks.least(int(self._settings.keep is None and writes_rows(chosen[DENSE])))
-        shards = replace(shards, to_rows=bool(rows))
+        can = self._settings.keep is None and writes_rows(chosen[DENSE]) and not shards.heads % shards.ranks
+        shards = replace(shards, to_rows=bool(ranks.least(int(can))))
         return replace(shards, groups=groups_of(shards, processors))
 
     def _open_heads(self, share: ShardPlan, shards: Shards, progress: Progress) -> None:
@@ -252,7 +252,8 @@ class GpuSizes:
             if name in (DENSE, SPARSE.network):
                 of_groups = [of_heads(contracts[name], heads) for heads in shards.groups]
                 if shards.to_rows:
-                    of_groups = [to_rows(each, shards.ranks) for each in of_groups]
+                    rows = shards.slots * shards.share
+                    of_groups = [to_rows(each, shards.ranks, rows) for each in of_groups]
                 parts = {each.name: each for each in of_groups}
                 segments = self._executors[share].segments
                 if not parts.keys() <= segments.keys():

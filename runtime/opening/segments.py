@@ -39,7 +39,7 @@ def missing(candidate: Candidate, capability: Capability) -> str | None:
 
 
 def writes_rows(candidate: Candidate) -> bool:
-    """Whether this attention also writes its results to the ranks that have the tokens."""
+    """Whether this attention also computes `to_rows` (contracts/attention.py)."""
     if candidate.maker != "attention":
         return False
     from trt_wan.runtime.segments.attention import PROVIDERS

@@ -3,8 +3,11 @@ write into the other ranks' memory while the GPUs compute; the host never waits.
 
 A rank's block of peer memory holds q, k and v of its heads over all tokens, a part for each group of heads.
 Behind them are the attended rows of its tokens from every rank's heads, for each group [rank, row, channels
-of the group]. The array that `join` returns takes the same memory. With `to_rows` attention writes into the
-rows [row, channels] of every rank by itself, so no rows are copied and none are laid beside each other.
+of the group]. The array that `join` returns takes the same memory.
+
+With `to_rows` nothing is copied inside a GPU, for such copies are kernels, which attention waits for: 0.56 ms
+of a block (docs/log.md). Attention reads the own tokens where they are. Behind q, k and v of the others are
+the rows of all heads [row, channels]: it writes the own heads, and other ranks copy theirs to their columns.
 
 Two side streams copy: `_send` writes q, k and v to the other ranks; `_back` copies the own part of them and
 returns attended rows. Every source has a flag for each group, whose value is the number of the last call of
@@ -17,8 +20,9 @@ No write overtakes a read:
   B's rows of every group of call s. B sends these after it has attended.
 - Attended rows in B's block. A writes those of call s+1 after it has B's q, k and v of call s+1. B sends
   these after its compute stream has ended call s, and with `to_rows` all that the caller enqueued behind it.
+  B's own attention writes there on the compute stream.
 - So every rank signals every other for each group, with or without data. With `to_rows` one signal, behind
-  the last group, says that the rows of all groups have arrived.
+  the last group, says that the rows of all groups have arrived: one stream copies them.
 - The array of `join`, which the caller reads. Before the ranks write again, they tell each other that they
   are done with their blocks: in `join`, and in the first `attend` after it.
 
@@ -99,9 +103,9 @@ class PeerSequence:
         if self._joined:
             self._let_write()
         self._follow(self._send, self._back)
-        own = [self._give(group, given) for group in groups]
         if shards.to_rows:
-            return self._attend_to_rows(attention, own)
+            return self._attend_to_rows(attention, given)
+        own = [self._give(group, given) for group in groups]
         made, back = [], []  # `made` is kept until the side streams have read it
         for group in groups:
             stream.wait(own[group])
@@ -117,33 +121,55 @@ class PeerSequence:
         stream.wait(self._send.record())
         return cast(Array, out)
 
-    def _attend_to_rows(self, attention: Attention, own: Sequence[Any]) -> Array:
-        """`own` are the events of the own parts of q, k and v. The array is valid until the next call."""
+    def _attend_to_rows(self, attention: Attention, given: Sequence[DeviceArray]) -> Array:
+        """The array is valid until the next call."""
         shards, stream, last = self.shards, self._gpu.stream, len(self.shards.groups) - 1
-        for group, event in enumerate(own):
-            stream.wait(event)
+        for group in range(last + 1):
+            self._give_others(group, given)
+        made = []  # kept until the side stream has read it
+        for group in range(last + 1):
             self._await("given", group)
-            if self._heads(self._rank, group):
-                attention(*self._received(group), self._places[group])
+            inputs = *self._received(group), *self._own(group, given), self._places[group]
+            made.append(cast(DeviceArray, attention(*inputs)))
+            self._return_rows(group, made[-1])
         for rank in self._others:
-            self._signal(rank, "returned", last, self._calls, stream)
+            self._signal(rank, "returned", last, self._calls, self._back)
+        self._await("returned", last)
         rows, whole = self.memory.address(self._rank) + self._layout.rows, shards.heads * self._layout.token
         filled = len(shards.tokens_of(self._rank))
         padding = rows + filled * whole, shards.share * whole
         self.memory.clear(padding, (shards.share - filled) * whole, shards.slots, stream)
-        self._await("returned", last)
-        stream.wait(self._send.record())
+        for side in (self._back, self._send):
+            stream.wait(side.record())
         shape = shards.slots * shards.share, shards.heads * shards.head_dim
         return cast(Array, self._gpu.view(rows, shape, self._dtype))
+
+    def _own(self, group: int, given: Sequence[DeviceArray]) -> list[Array]:
+        """The own tokens of q, k and v of a group's heads."""
+        shards, heads = self.shards, self._heads(self._rank, group)
+        shape = len(heads), shards.slots * shards.share, shards.head_dim
+        start = heads.start * shape[1] * self._layout.token
+        views = [self._gpu.view(array.address + start, shape, self._dtype) for array in given]
+        return cast(list[Array], views)
+
+    def _return_rows(self, group: int, attended: DeviceArray) -> None:
+        """Enqueues the copies of a group's attended tokens into the rows of the ranks that have them."""
+        shards, token, rows = self.shards, self._layout.token, self.shards.slots * self.shards.share
+        width, first = shards.groups[group] * token, self._heads(self._rank, group).start
+        self._follow(self._back)
+        for rank in self._others:
+            target = self.memory.address(rank) + self._layout.rows + first * token, shards.heads * token
+            source = attended.address + (rank - (rank > self._rank)) * rows * width, width
+            self.memory.copy(target, source, width, rows, self._back)
 
     def _make_places(self) -> list[Array]:
         """`places` of every group."""
         shards, made = self.shards, []
-        addresses = [self.memory.address(rank) + self._layout.rows for rank in range(shards.ranks)]
+        rows, address = shards.slots * shards.share, self.memory.address(self._rank) + self._layout.rows
         for group in range(len(shards.groups)):
-            first = self._rank * shards.heads_each + sum(shards.groups[:group])
-            numbers = shards.slot_tokens, shards.share, shards.heads, first
-            host = np.array([*numbers, *addresses], np.int64)
+            first = self._heads(self._rank, group).start
+            numbers = shards.slot_tokens, shards.share, self._rank, rows, shards.heads, first, address
+            host = np.array(numbers, np.int64)
             self._tables.append(self._gpu.allocate(host.nbytes))
             table = self._gpu.view(int(self._tables[-1].handle), host.shape, host.dtype)
             self._gpu.write(table, host)
@@ -173,11 +199,14 @@ class PeerSequence:
 
     def _give(self, group: int, given: Sequence[DeviceArray]) -> Any:
         """Enqueues the copies of q, k and v of a group's heads. Returns the event of the own part."""
+        self._give_others(group, given)
+        self._copy_heads(self._rank, group, given, self._back)
+        return self._back.record()
+
+    def _give_others(self, group: int, given: Sequence[DeviceArray]) -> None:
         for rank in self._others:
             self._copy_heads(rank, group, given, self._send)
             self._signal(rank, "given", group, self._calls, self._send)
-        self._copy_heads(self._rank, group, given, self._back)
-        return self._back.record()
 
     def _copy_heads(self, rank: int, group: int, given: Sequence[DeviceArray], stream: Any) -> None:
         shards, own, heads = self.shards, self.shards.tokens_of(self._rank), self._heads(rank, group)

@@ -22,8 +22,8 @@ class SequenceParallel(Protocol):
     def attend(self, attention: Attention, q: Array, k: Array, v: Array) -> Array:
         """Self-attention of the rank's tokens: q, k, v [heads, shard tokens, head_dim] to [shard tokens,
         channels]. `attention` gets the rank's heads over all tokens in the plan's order, a group at a time.
-        If the shards have `to_rows` it also gets `places` (contracts/attention.py) and returns nothing. The
-        result is then valid until the next call.
+        If the shards have `to_rows` it gets and returns what contracts/attention.py says, and the result is
+        valid until the next call.
         """
         ...
 

@@ -5,7 +5,7 @@ a fuser finds the tokens of each slot beside the slot's face tokens, and each ra
 are [slot, share]; the last ranks may lack tokens, and have padding there: zeros, whose results are not read.
 In self-attention rank r has `heads_each` = ceil(heads/N) heads from r·heads_each on, over all tokens in the
 plan's order without padding. The last ranks may lack heads too. A rank attends with them in one call for each
-of its `groups`. With `to_rows` attention itself writes the results to the ranks that have the tokens.
+of its `groups`. With `to_rows` attention takes and leaves the own tokens where they are.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,7 @@ class Shards:
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups) or (self.heads_each,))
         assert sum(self.groups) == self.heads_each, f"{self.heads_each} heads in groups of {self.groups}"
+        assert not (self.to_rows and self.heads % self.ranks), "with to_rows no rank may lack heads"
 
     @staticmethod
     def of(config: ModelConfig, plan: ShardPlan) -> "Shards":

@@ -15,21 +15,20 @@ __device__ void store_shared(u32 to, const float (&x)[4]) {
                  :: "r"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
 }
 
-// Where a token's channels of a head go when ranks share the tokens (parallel/peer_sequence.py writes the table): the tokens
-// of a slot, the share of a rank, the heads of a row, the number of the first head, and every rank's rows. Null for a head
-// behind the last one.
-__device__ bf16* place_of(const i64* table, int token, int head) {
-    const int slot_tokens = table[0], share = table[1], heads = table[2], number = table[3] + head;
-    const int slot = token / slot_tokens, inside = token % slot_tokens, rank = inside / share;
-    const i64 row = slot * share + inside - rank * share;
-    return number < heads ? (bf16*)table[4 + rank] + (row * heads + number) * DIM : nullptr;
+// Where the channels of a token go when ranks share the tokens: into the own rows, or to `out` [other ranks, rows of a rank,
+// heads * 128], from where they are copied. `places` is told in contracts/attention.py.
+__device__ bf16* place_of(bf16* out, const i64* places, int token, int head) {
+    const int slot = token / (int)places[0], inside = token % (int)places[0], share = places[1], rank = inside / share;
+    const int own = places[2], row = slot * share + inside - rank * share;
+    if (rank == own) return (bf16*)places[6] + (row * places[4] + places[5] + head) * DIM;
+    return out + (((rank - (rank > own)) * places[3] + row) * gridDim.y + head) * DIM;
 }
 
 // q [heads, tiles of 128 queries, parts, 128, 128 bytes]; k [heads, tiles of KEYS, parts, KEYS, 128 bytes]; v [heads,
 // tiles, slices, 128 channels, 32 bytes]. query_scale [heads, tiles * 128] with log2(e), key_scale [heads, tiles],
 // value_scale and value_mean [heads, 128]. lists [heads, tiles of queries, tiles], counts [heads, tiles of queries]. out
-// bf16 [tokens, heads * 128], or with `places` rows of all heads, some on other GPUs. shift and lse float32 [heads, tokens]; a
-// null lse is not written. Grid (tiles of queries, heads).
+// bf16 [tokens, heads * 128], or see `place_of`. shift and lse float32 [heads, tokens]; a null lse is not written. Grid (tiles
+// of queries, heads).
 extern "C" __global__ void __launch_bounds__(384, 1)
 attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const float* key_scale,
        const float* value_scale, const float* value_mean, const int* lists, const int* counts, const float* shift,
@@ -201,8 +200,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             const int token = first + half * 8;
             const float inverse = 1.0f / sum;
             if (token < tokens) {
-                bf16* to = places ? place_of(places, token, head) : out + ((i64)token * heads + head) * DIM;
-                if (!to) continue;
+                bf16* to = places ? place_of(out, places, token, head) : out + ((i64)token * heads + head) * DIM;
                 to += lane % 4 * 2;
 #pragma unroll
                 for (int n = 0; n < 16; ++n) {

@@ -103,28 +103,31 @@ class HopperAttention:
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         self.pack(addresses)
-        self.attend(addresses.get("attended", 0), places=addresses.get("places", 0))
+        self.attend(addresses["attended"], places=addresses.get("places", 0))
 
     def settle(self) -> None:
         pass
 
     def pack(self, a: Mapping[str, int], shift: int = 0) -> None:
         """Makes tiles of q, k and v. `shift` float32 [heads, tokens], or 0, gets the product of each
-        query and k's mean, by which its scores are smaller than the true ones.
+        query and k's mean, by which its scores are smaller than the true ones. With `places` the own tokens
+        are those of `own_q`, `own_k` and `own_v` (contracts/attention.py).
         """
+        places = a.get("places", 0)
+        q, k, v = ((a[f"own_{name}"] if places else 0, places) for name in "qkv")
         at, tokens, heads = self._at, np.int32(self._tokens), self._heads
         if self._key_sums or self._value_sums:
             parts = self._chunks, heads, 1 + self._value_sums
-            self._launch("channel_parts", parts, 256, a["k"], a["v"], at["partial"], tokens)
+            self._launch("channel_parts", parts, 256, a["k"], a["v"], at["partial"], tokens, k[0], *v)
         means = at["key_mean"], at["value_mean"], at["value_scale"]
         chunks, value = np.int32(self._chunks), (at["value_mean"], at["value_scale"])
         self._launch("channels_whole", (heads, 2), 128, at["partial"], *means, chunks, tokens)
         mean, grid = at["key_mean"], (self._query_tiles, heads)
-        self._launch("pack_q", grid, 256, a["q"], mean, at["q"], at["query_scale"], shift, tokens)
+        self._launch("pack_q", grid, 256, a["q"], mean, at["q"], at["query_scale"], shift, tokens, *q)
         grid = self._tiles, heads
-        self._launch("pack_k", grid, 256, a["k"], mean, at["k"], at["key_scale"], tokens)
+        self._launch("pack_k", grid, 256, a["k"], mean, at["k"], at["key_scale"], tokens, *k)
         out, shared = (at["v"], at["sums"]), self._value_shared
-        self._launch("pack_v", grid, 256, a["v"], *value, *out, tokens, shared=shared)
+        self._launch("pack_v", grid, 256, a["v"], *value, *out, tokens, *v, shared=shared)
         if self._value_sums:
             arguments = at["sums"], *reversed(value), np.int32(self._tiles), tokens
             self._launch("correct_mean", heads, 128, *arguments)
@@ -135,7 +138,7 @@ class HopperAttention:
         """After `pack`. `lists` int32 [heads, query blocks, key tiles] begins with the numbers of the tiles
         that a block attends to, `counts` int32 [heads, query blocks] says how many, at least one. `lse`
         float32 [heads, tokens], or 0, gets the natural logarithm of the sum of exp(score); it needs `shift`.
-        With `places` (contracts/attention.py, `to_rows`) the results go there and `attended` is not used.
+        With `places` the own tokens' results go into the own rows, and `attended` gets the others'.
         """
         at = self._at
         made = ("q", "k", "v", "query_scale", "key_scale", "value_scale", "value_mean")

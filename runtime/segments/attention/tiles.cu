@@ -9,19 +9,39 @@ typedef Vector<bf16, 8> Bf16x8;
 constexpr int CHUNK = 256;  // tokens of one sum
 constexpr float LARGEST = 127.0f;  // of int8
 
+// Tokens of q, k or v. With `places` (contracts/attention.py) those of the rank itself are in `own` [heads, rows, 128].
+struct Tokens {
+    const bf16 *all, *own;
+    int slot_tokens, share, start;
+    i64 rows;
+    __device__ Tokens(const bf16* all, const bf16* own, const i64* places, int head, int tokens)
+        : all(all + (i64)head * tokens * DIM), own(own), share(0) {
+        if (!places) return;
+        slot_tokens = places[0], share = places[1], start = places[2] * places[1], rows = places[3];
+        this->own += head * rows * DIM;
+    }
+    __device__ const bf16* at(int token) const {
+        if (share) {
+            const int slot = token / slot_tokens, row = token - slot * slot_tokens - start;
+            if (0 <= row && row < share) return own + (slot * share + row) * DIM;
+        }
+        return all + (i64)token * DIM;
+    }
+};
+
 __device__ u32 chunk_at(int row, int chunk) { return row * ROW + ((chunk ^ row % 8) << 4); }
 
 // Sum, smallest and largest of every channel of k (blockIdx.z 0) and v (1): partial [2, heads, chunks, 3, 128].
 extern "C" __global__ void __launch_bounds__(256)
-channel_parts(const bf16* k, const bf16* v, float* partial, int tokens) {
+channel_parts(const bf16* k, const bf16* v, float* partial, int tokens, const bf16* own_k, const bf16* own_v, const i64* places) {
     __shared__ float shared[3][16][DIM];
     const int lane = threadIdx.x % 16, row = threadIdx.x / 16;
-    const bf16* head = (blockIdx.z ? v : k) + (i64)blockIdx.y * tokens * DIM;
+    const Tokens given(blockIdx.z ? v : k, blockIdx.z ? own_v : own_k, places, blockIdx.y, tokens);
     const int stop = min(tokens, (int)(blockIdx.x + 1) * CHUNK);
     float sum[8], low[8], high[8];
     for (int j = 0; j < 8; ++j) sum[j] = 0, low[j] = infinity(), high[j] = -infinity();
     for (int token = blockIdx.x * CHUNK + row; token < stop; token += 16) {
-        const Bf16x8 x = *(const Bf16x8*)(head + (i64)token * DIM + lane * 8);
+        const Bf16x8 x = *(const Bf16x8*)(given.at(token) + lane * 8);
         for (int j = 0; j < 8; ++j) {
             const float y = widen(x.x[j]);
             sum[j] += y, low[j] = fminf(low[j], y), high[j] = fmaxf(high[j], y);
@@ -99,13 +119,15 @@ __device__ void store16(u8* tile, int part_bytes, int row, int lane, const float
 
 // Grid (tiles, heads). `shift` [heads, tokens] is what subtracting k's mean took from a query's scores, or null.
 extern "C" __global__ void __launch_bounds__(256)
-pack_q(const bf16* q, const float* key_mean, u8* out, float* scale, float* shift, int tokens) {
+pack_q(const bf16* q, const float* key_mean, u8* out, float* scale, float* shift, int tokens, const bf16* own,
+       const i64* places) {
+    const Tokens given(q, own, places, blockIdx.y, tokens);
     const int lane = threadIdx.x % 8;
     const i64 at = (i64)blockIdx.y * gridDim.x + blockIdx.x;
     for (int row = threadIdx.x / 8; row < QUERIES; row += 32) {
         const int token = blockIdx.x * QUERIES + row;
         float x[16] = {};
-        if (token < tokens) load16(q + ((i64)blockIdx.y * tokens + token) * DIM + lane * 16, x);
+        if (token < tokens) load16(given.at(token) + lane * 16, x);
         float most = 1e-10f, dot = 0;
         for (int j = 0; j < 16; ++j) {
             most = fmaxf(most, fabsf(x[j]));
@@ -128,7 +150,8 @@ pack_q(const bf16* q, const float* key_mean, u8* out, float* scale, float* shift
 
 // Grid (tiles, heads). `scale` [heads, tiles].
 extern "C" __global__ void __launch_bounds__(256)
-pack_k(const bf16* k, const float* key_mean, u8* out, float* scale, int tokens) {
+pack_k(const bf16* k, const float* key_mean, u8* out, float* scale, int tokens, const bf16* own, const i64* places) {
+    const Tokens given(k, own, places, blockIdx.y, tokens);
     __shared__ float shared[256];
     const int lane = threadIdx.x % 8;
     const i64 at = (i64)blockIdx.y * gridDim.x + blockIdx.x;
@@ -136,7 +159,7 @@ pack_k(const bf16* k, const float* key_mean, u8* out, float* scale, int tokens) 
 #pragma unroll
     for (int i = 0; i < KEYS / 32; ++i) {
         const int token = blockIdx.x * KEYS + threadIdx.x / 8 + i * 32;
-        if (token < tokens) load16(k + ((i64)blockIdx.y * tokens + token) * DIM + lane * 16, x[i]);
+        if (token < tokens) load16(given.at(token) + lane * 16, x[i]);
         for (int j = 0; j < 16; ++j) {
             x[i][j] = token < tokens ? x[i][j] - key_mean[blockIdx.y * DIM + lane * 16 + j] : 0.0f;
             most = fmaxf(most, fabsf(x[i][j]));
@@ -156,14 +179,16 @@ pack_k(const bf16* k, const float* key_mean, u8* out, float* scale, int tokens) 
 // which a thread of hopper.cu holds the weights: position p of 16 is key 8 (p % 4 / 2) + 2 (p / 4) + p % 2. Then `sums`
 // [heads, tiles, 128] are the sums of the rounded values.
 extern "C" __global__ void __launch_bounds__(256)
-pack_v(const bf16* v, const float* mean, const float* scale, u8* out, float* sums, int tokens) {
+pack_v(const bf16* v, const float* mean, const float* scale, u8* out, float* sums, int tokens, const bf16* own,
+       const i64* places) {
+    const Tokens given(v, own, places, blockIdx.y, tokens);
     extern __shared__ __align__(16) bf16 tile[];  // [KEYS, 128]
     __shared__ float halves[256];
     const i64 at = (i64)blockIdx.y * gridDim.x + blockIdx.x;
     for (int i = threadIdx.x; i < KEYS * DIM / 8; i += 256) {
         const int token = blockIdx.x * KEYS + i / (DIM / 8);
         uint4 eight = make_uint4(0, 0, 0, 0);
-        if (token < tokens) eight = *(const uint4*)(v + ((i64)blockIdx.y * tokens + token) * DIM + i % (DIM / 8) * 8);
+        if (token < tokens) eight = *(const uint4*)(given.at(token) + i % (DIM / 8) * 8);
         *(uint4*)&tile[i * 8] = eight;
     }
     __syncthreads();
