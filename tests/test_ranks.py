@@ -221,50 +221,52 @@ def shards_of(size: tuple[int, int], count: int) -> Shards:
 
 
 @pytest.mark.parametrize(
-    ("size", "count", "groups", "milliseconds"),
+    ("size", "count", "groups", "milliseconds", "to_rows"),
     [
-        ((832, 480), 2, (1, 18, 1), 13.00),
-        ((832, 480), 4, (1, 8, 1), 6.96),
-        ((832, 480), 8, (1, 4), 3.71),
-        ((1280, 720), 2, (2, 16, 2), 67.01),
-        ((1280, 720), 4, (2, 6, 2), 33.96),
-        ((1280, 720), 8, (1, 4), 17.64),
+        ((832, 480), 2, (1, 18, 1), 12.66, False),
+        ((832, 480), 4, (1, 8, 1), 6.45, False),
+        ((832, 480), 8, (1, 3, 1), 3.27, False),
+        ((1280, 720), 2, (2, 16, 2), 65.79, False),
+        ((1280, 720), 4, (2, 6, 2), 32.86, False),
+        ((1280, 720), 8, (1, 2, 2), 16.83, False),
+        ((832, 480), 2, (1, 18, 1), 12.23, True),
+        ((832, 480), 4, (1, 8, 1), 6.35, True),
+        ((832, 480), 8, (1, 3, 1), 3.25, True),
+        ((1280, 720), 2, (2, 16, 2), 64.86, True),
+        ((1280, 720), 4, (2, 6, 2), 32.66, True),
+        ((1280, 720), 8, (1, 2, 2), 16.79, True),
     ],
 )
 def test_first_and_last_groups_of_heads_are_small(
-    size: tuple[int, int], count: int, groups: tuple[int, ...], milliseconds: float
+    size: tuple[int, int], count: int, groups: tuple[int, ...], milliseconds: float, to_rows: bool
 ) -> None:
     """The table of `groups_of`, and no other division into up to three groups is faster."""
-    shards = shards_of(size, count)
+    shards = replace(shards_of(size, count), to_rows=to_rows)
     assert groups_of(shards, 132) == groups
-    assert attend_seconds(shards, groups, 132) * 1e3 + 0.15 == pytest.approx(milliseconds, abs=0.006)
+    assert attend_seconds(shards, groups, 132) * 1e3 == pytest.approx(milliseconds, abs=0.006)
     counts = range(1, shards.heads_each + 1)
     others = (parts for n in (1, 2, 3) for parts in product(counts, repeat=n) if sum(parts) == counts[-1])
     assert min(attend_seconds(shards, parts, 132) for parts in others) == attend_seconds(shards, groups, 132)
 
 
-@pytest.mark.parametrize(
-    ("size", "count", "groups", "milliseconds"),
-    [
-        ((832, 480), 2, (1, 19), 12.87),
-        ((832, 480), 4, (1, 9), 6.82),
-        ((832, 480), 8, (1, 4), 3.64),
-        ((1280, 720), 2, (2, 18), 66.84),
-        ((1280, 720), 4, (2, 8), 33.76),
-        ((1280, 720), 8, (1, 4), 17.46),
-    ],
-)
-def test_no_small_group_comes_last_where_attention_writes_its_rows_itself(
-    size: tuple[int, int], count: int, groups: tuple[int, ...], milliseconds: float
-) -> None:
-    shards = replace(shards_of(size, count), to_rows=True)
-    assert groups_of(shards, 132) == groups
-    assert attend_seconds(shards, groups, 132) * 1e3 + 0.15 == pytest.approx(milliseconds, abs=0.006)
+MEASURED = {  # two H200s, in ms, the mean of the slower GPU's medians (2026-11-29)
+    (1, 18, 1): 12.87,
+    (20,): 13.11,
+    (2, 17, 1): 12.84,
+    (2, 18): 13.05,
+    (3, 17): 12.95,
+    (19, 1): 13.09,
+    (1, 19): 12.96,
+    (2, 16, 2): 13.01,
+}
 
 
-def test_the_time_of_attention_in_groups_is_as_measured() -> None:
-    """On two H200s, in ms by the number of equal groups, with what does not depend on them."""
-    shards, measured = shards_of((832, 480), 2), {1: 13.5954, 2: 13.5814, 4: 13.725, 5: 13.6202}
-    for count, milliseconds in measured.items():
-        seconds = attend_seconds(shards, (20 // count,) * count, 132)
-        assert seconds * 1e3 + 0.15 == pytest.approx(milliseconds, abs=0.12)
+@pytest.mark.parametrize(("groups", "milliseconds"), MEASURED.items(), ids=str)
+def test_the_time_of_attention_in_groups_is_as_measured(groups: tuple[int, ...], milliseconds: float) -> None:
+    seconds = attend_seconds(shards_of((832, 480), 2), groups, 132)
+    assert seconds * 1e3 + 0.18 == pytest.approx(milliseconds, abs=0.17)
+
+
+def test_the_groups_that_are_chosen_were_the_fastest() -> None:
+    """Within the spread of (1, 18, 1), which was measured four times."""
+    assert MEASURED[groups_of(shards_of((832, 480), 2), 132)] <= min(MEASURED.values()) + 0.05

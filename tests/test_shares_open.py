@@ -131,10 +131,10 @@ def test_attention_is_opened_by_the_heads_of_a_group(monkeypatch: pytest.MonkeyP
 def test_our_attention_leaves_the_own_tokens_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Opened(monkeypatch, attention="native fp8")
     model = opened.begin()
-    names = ["attention of 1 heads to rows", "attention of 19 heads to rows"]
+    names = ["attention of 1 heads to rows", "attention of 18 heads to rows"]
     assert {name for name in opened.segments if name.startswith("attention")} == set(names)
     attend = partial(_attend, model, "attention", ())
-    for heads in (1, 19):
+    for heads in (1, 18):
         given: Any = [SimpleNamespace(shape=(heads, PLAN.tokens, 128))] * 3
         own: Any = [SimpleNamespace(shape=(heads, PLAN.tokens // 2, 128))] * 3
         assert attend(*given, *own, SimpleNamespace(shape=(7,))) is given[0]

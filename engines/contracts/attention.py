@@ -5,6 +5,7 @@ from dataclasses import replace
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Network, Tensor
 from trt_wan.engines.shape import Plan
+
 PLACES = 7
 
 

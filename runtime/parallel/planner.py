@@ -21,9 +21,10 @@ OVERHEAD = 0.07
 # Measured on H200s with native FP8 attention of 32760 tokens (docs/log.md): attention by our kernels takes a
 # tile of queries on every multiprocessor at a time, and each wave of tiles takes the same time.
 TILE = 128  # queries
-WAVE = 12.45e-3 / 39 / 32760  # seconds for each key; 20 heads are 39 waves
-GROUP = 0.12e-3  # seconds: flags, launches, and copies that slow attention down
+WAVE = 12.13e-3 / 39 / 32760  # seconds for each key; 20 heads are 39 waves
+GROUP = 0.02e-3  # seconds of a call more
 LINK = 390e9  # bytes a second to other GPUs
+INSIDE = 750e9  # bytes a second from and to one GPU, by kernels that attention waits for
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,17 @@ def groups_of(shards: Shards, processors: int) -> tuple[int, ...]:
     """The groups that a rank's heads are attended in, so that `attend_seconds` is least. While one is
     attended, the next ones arrive and the last one's results go back.
 
-    Computed for H200s, in ms of one `attend` (in one group, in two equal ones), 0.15 ms included:
+    Computed for H200s, in ms of one `attend` (in one group, in two equal ones), without the constant:
 
         ranks   832x480x77                          1280x720x77
-        2       1, 18, 1:  13.00 (13.58, 13.59)     2, 16, 2:  67.01 (68.56, 67.68)
-        4       1, 8, 1:    6.96 (7.30, 7.10)       2, 6, 2:   33.96 (34.91, 35.02)
-        8       1, 4:       3.71 (3.84)             1, 4:      17.64 (18.08)
+        2       1, 18, 1:  12.66 (13.01, 13.13)     2, 16, 2:  65.79 (66.60, 66.15)
+        4       1, 8, 1:    6.45 (6.89, 6.64)       2, 6, 2:   32.86 (33.81, 33.93)
+        8       1, 3, 1:    3.27 (3.51, 3.33)       1, 2, 2:   16.83 (17.40, 16.97)
+        2       1, 18, 1:  12.23 (13.01, 12.91)     2, 16, 2:  64.86 (66.60, 65.63)    with `to_rows`
+        4       1, 8, 1:    6.35 (6.89, 6.58)       2, 6, 2:   32.66 (33.81, 33.80)
+        8       1, 3, 1:    3.25 (3.51, 3.32)       1, 2, 2:   16.79 (17.40, 16.94)
 
-    With `to_rows` nothing is left to do behind the last group:
-
-        2       1, 19:     12.87                    2, 18:     66.84
-        4       1, 9:       6.82                    2, 8:      33.76
-        8       1, 4:       3.64                    1, 4:      17.46
-
-    Measured on two H200s: 13.60 in one group, 13.58 in two, 13.73 in four, 13.62 in five; not yet these.
+    Measured on two H200s without `to_rows`: 12.87 (13.11), and 13.05 in groups of 2 and 18.
     """
     heads = shards.heads_each
     choices = [(heads,), *((a, heads - a) for a in range(1, heads))]
@@ -59,18 +57,23 @@ def groups_of(shards: Shards, processors: int) -> tuple[int, ...]:
 
 def attend_seconds(shards: Shards, groups: Sequence[int], processors: int) -> float:
     """The time of one `attend` of bf16 with groups of so many heads, on GPUs of that many multiprocessors.
-    A constant is left out: 0.15 ms on H200s.
+    A constant is left out: 0.18 ms on H200s, less with `to_rows`.
     """
     tokens = shards.slots * shards.slot_tokens
     tiles = -(-tokens // TILE)
-    crossing = 2 * (shards.ranks - 1) * shards.slots * shards.share * shards.head_dim / LINK  # q of a head
+    head = 2 * shards.slots * shards.share * shards.head_dim  # bytes of a rank's q
+    crossing = (shards.ranks - 1) * head / LINK
     arrived = attended = returned = 0.0
     for heads in groups:
         waves = -(-heads * tiles // processors)
         arrived += 3 * heads * crossing
         attended = max(attended, arrived) + GROUP + waves * tokens * WAVE
         returned = max(returned, attended) + heads * crossing
-    return attended if shards.to_rows else returned
+    if shards.to_rows:
+        return returned
+    # The first group's own part is copied while the other one arrives, the last one's while that returns.
+    copied = 3 * (shards.heads_each - groups[0]) + shards.heads_each - groups[-1]
+    return returned + copied * head / INSIDE
 
 
 def choose_split(passes: Sequence[int], parts: int, count: int, beside: Sequence[str] = ()) -> Choice:
