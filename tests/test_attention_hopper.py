@@ -157,44 +157,28 @@ def test_products_may_run_late(
 
 @pytest.mark.parametrize("rank", [0, 1, pytest.param(2, marks=pytest.mark.long)])
 def test_own_tokens_stay_where_they_are(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """130 tokens in two slots of 65, shares of 22, 22 and 21: the same bits as from and to one array. Padding
-    and the columns of other heads are not touched.
+    """132 tokens in two slots of 66, shares of 22: the same bits as from and to one array. The columns of
+    other heads are not touched.
     """
-    given, shards = inputs(130), Shards(3, 2, 65, 6, HEAD_DIM, (2,), True)
+    given, shards = inputs(132), Shards(3, 2, 66, 6, HEAD_DIM, to_rows=True)
     attended, _ = attend(tmp_path, monkeypatch, "int8", "e4m3", given)
-    heads, rows, own = shards.heads, shards.slots * shards.share, shards.tokens_of(rank)
-    out, made = (
-        np.full((3, rows, HEADS, HEAD_DIM), np.nan, BF16),
-        np.full((rows, heads, HEAD_DIM), np.nan, BF16),
-    )
-    places = np.array([65, 22, rank, rows, heads, 3, made.ctypes.data], np.int64)
-    names = {"attended": out.ctypes.data, "places": places.ctypes.data}
-    kept = []
+    own, others, names = shards.tokens_of(rank), [r for r in range(3) if r != rank], {}
     for name, x in zip("qkv", given, strict=True):
-        mine = np.full((HEADS, 2, 22, HEAD_DIM), np.nan, BF16)
-        mine[:, :, : len(own)] = x.reshape(HEADS, 2, 65, HEAD_DIM)[:, :, own.start : own.stop]
-        others = x.copy()
-        others.reshape(HEADS, 2, 65, HEAD_DIM)[:, :, own.start : own.stop] = np.nan
-        kept += [mine, others]
-        names |= {name: others.ctypes.data, f"own_{name}": mine.ctypes.data}
-    segment = hopper.NativeFp8(gpu_on_cpu(tmp_path, monkeypatch), HEADS, 130, HEAD_DIM)
+        mine = shards.split(x.swapaxes(0, 1), rank).swapaxes(0, 1).copy()
+        x.reshape(HEADS, 2, 66, HEAD_DIM)[:, :, own.start : own.stop] = np.nan
+        names |= {name: x, f"own_{name}": mine}
+    names["attended"] = np.full((2, 44, HEADS, HEAD_DIM), np.nan, BF16)
+    rows = np.full((44, 6, HEAD_DIM), np.nan, BF16)
+    names["places"] = np.array([66, 22, rank, 44, 6, 3, rows.ctypes.data], np.int64)
+    segment = hopper.NativeFp8(gpu_on_cpu(tmp_path, monkeypatch), HEADS, 132, HEAD_DIM)
     scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)
     segment.start(scratch.ctypes.data + -scratch.ctypes.data % 256)
-    segment.enqueue(names)
-
-    def rows_of(rank: int) -> Any:
-        return shards.split(attended, rank).reshape(rows, HEADS, HEAD_DIM)
-
-    def is_there(rank: int) -> Any:
-        return shards.split(np.ones(130, bool), rank)
-
-    want = np.full(made.shape, np.nan, np.float32)
-    want[is_there(rank), 3:5] = rows_of(rank)[is_there(rank)]
-    np.testing.assert_array_equal(made.astype(np.float32), want)
-    for i, other in enumerate(each for each in range(3) if each != rank):
-        want = np.where(is_there(other)[:, None, None], rows_of(other), np.nan)
-        np.testing.assert_array_equal(out[i].astype(np.float32), want)
-    assert np.isnan(out[2].astype(np.float32)).all()
+    segment.enqueue({name: x.ctypes.data for name, x in names.items()})
+    want = np.full(rows.shape, np.nan, np.float32)
+    want[:, 3:5] = shards.split(attended, rank)
+    np.testing.assert_array_equal(rows.astype(np.float32), want)
+    want = np.stack([shards.split(attended, other) for other in others])
+    np.testing.assert_array_equal(names["attended"].astype(np.float32), want)
 
 
 def test_what_is_not_finite_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def of_heads(network: Network, heads: int) -> Network:
 
 def to_rows(network: Network, ranks: int, rows: int) -> Network:
     """A contract of self-attention that leaves tokens of the own rank where they are. `own_q`, `own_k` and
-    `own_v` are those of its heads, [heads, rows of a rank, head_dim]; q, k and v need not have them. Their
+    `own_v` are those of its heads, [heads, rows of a rank, head_dim]; q, k and v have zeros there. Their
     results go to the rank's rows of all heads, [rows, heads·head_dim] at an address. `attended` gets those
     of the other ranks, [other ranks·rows, channels].
 

@@ -241,7 +241,7 @@ class GpuSizes:
         processors = ranks.least(0 if chosen[DENSE].engine else self._gpu.multiprocessors)
         if not processors:
             return shards
-        can = self._settings.keep is None and writes_rows(chosen[DENSE]) and not shards.heads % shards.ranks
+        can = self._settings.keep is None and writes_rows(chosen[DENSE]) and shards.is_even
         shards = replace(shards, to_rows=bool(ranks.least(int(can))))
         return replace(shards, groups=groups_of(shards, processors))
 
@@ -252,8 +252,8 @@ class GpuSizes:
             if name in (DENSE, SPARSE.network):
                 of_groups = [of_heads(contracts[name], heads) for heads in shards.groups]
                 if shards.to_rows:
-                    rows = shards.slots * shards.share
-                    of_groups = [to_rows(each, shards.ranks, rows) for each in of_groups]
+                    held = shards.slots * shards.share
+                    of_groups = [to_rows(each, shards.ranks, held) for each in of_groups]
                 parts = {each.name: each for each in of_groups}
                 segments = self._executors[share].segments
                 if not parts.keys() <= segments.keys():

@@ -33,6 +33,7 @@ heads over all tokens in the plan's order, and copies change no bits.
 """
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, cast
 
 import numpy as np
@@ -102,6 +103,8 @@ class PeerSequence:
         self._calls += 1
         if self._joined:
             self._let_write()
+            if shards.to_rows:
+                self._clear_own()
         self._follow(self._send, self._back)
         if shards.to_rows:
             return self._attend_to_rows(attention, given)
@@ -135,12 +138,9 @@ class PeerSequence:
         for rank in self._others:
             self._signal(rank, "returned", last, self._calls, self._back)
         self._await("returned", last)
-        rows, whole = self.memory.address(self._rank) + self._layout.rows, shards.heads * self._layout.token
-        filled = len(shards.tokens_of(self._rank))
-        padding = rows + filled * whole, shards.share * whole
-        self.memory.clear(padding, (shards.share - filled) * whole, shards.slots, stream)
         for side in (self._back, self._send):
             stream.wait(side.record())
+        rows = self.memory.address(self._rank) + self._layout.rows
         shape = shards.slots * shards.share, shards.heads * shards.head_dim
         return cast(Array, self._gpu.view(rows, shape, self._dtype))
 
@@ -151,6 +151,15 @@ class PeerSequence:
         start = heads.start * shape[1] * self._layout.token
         views = [self._gpu.view(array.address + start, shape, self._dtype) for array in given]
         return cast(list[Array], views)
+
+    def _clear_own(self) -> None:
+        """What `join` left in the part that no rank writes: finite.py looks for NaNs in all inputs."""
+        shards, own, token = self.shards, self.shards.tokens_of(self._rank), self._layout.token
+        for group, name in product(range(len(shards.groups)), NAMES):
+            start = self.memory.address(self._rank) + self._layout.at(name, group)
+            target = start + own.start * token, shards.slot_tokens * token
+            height = shards.groups[group] * shards.slots
+            self.memory.clear(target, len(own) * token, height, self._gpu.stream)
 
     def _return_rows(self, group: int, attended: DeviceArray) -> None:
         """Enqueues the copies of a group's attended tokens into the rows of the ranks that have them."""

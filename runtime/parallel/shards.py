@@ -31,12 +31,17 @@ class Shards:
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups) or (self.heads_each,))
         assert sum(self.groups) == self.heads_each, f"{self.heads_each} heads in groups of {self.groups}"
-        assert not (self.to_rows and self.heads % self.ranks), "with to_rows no rank may lack heads"
+        assert not self.to_rows or self.is_even, "with to_rows no rank may lack tokens or heads"
 
     @staticmethod
     def of(config: ModelConfig, plan: ShardPlan) -> "Shards":
         c, whole = config.transformer, plan.undivided
         return Shards(plan.ranks, plan.slots, whole.tokens_per_slot, c.heads, c.head_dim)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether no rank lacks tokens or heads."""
+        return self.slot_tokens % self.ranks == self.heads % self.ranks == 0
 
     @property
     def share(self) -> int:
