@@ -6,15 +6,6 @@
 // half after it and the products of the half before it with the values are multiplied. The tiles lie in global memory as they
 // lie in shared memory (tiles.cu), so that a tile is one copy.
 
-__device__ void load_shared(float (&x)[4], u32 from) {
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(from) : "memory");
-}
-__device__ void store_shared(u32 to, const float (&x)[4]) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "r"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
-}
-
 // q [heads, tiles of 128 queries, parts, 128, 128 bytes]; k [heads, tiles of KEYS, parts, KEYS, 128 bytes]; v [heads,
 // tiles, slices, 128 channels, 32 bytes]. query_scale [heads, tiles * 128] with log2(e), key_scale [heads, tiles],
 // value_scale and value_mean [heads, 128]. lists [heads, tiles of queries, tiles], counts [heads, tiles of queries]. out
