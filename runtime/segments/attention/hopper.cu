@@ -1,5 +1,5 @@
-// Self-attention for Hopper: wgmma, bulk copies, a producer and two consumers. hopper_products.cu and hopper_weights.cu stand
-// in front.
+// Self-attention for Hopper: wgmma, bulk copies, a producer and two consumers. hopper_products.cu, hopper_weights.cu and
+// hopper_results.cu stand in front.
 //
 // A block takes 128 queries of one head. One thread copies tiles of keys and values into a ring; each of two warpgroups
 // computes 64 queries against every tile, half a tile at a time. While the weights of a half are computed, the scores of the
@@ -16,7 +16,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
        const float* value_scale, const float* value_mean, const int* lists, const int* counts, const float* shift,
        bf16* out, float* lse, int tokens) {
     extern __shared__ __align__(1024) unsigned char memory[];
-    const int heads = gridDim.y, head = blockIdx.y, tiles = (tokens + KEYS - 1) / KEYS;
+    const int head = blockIdx.y, tiles = (tokens + KEYS - 1) / KEYS;
     const u32 base = (shared_address(memory) + 1023) & ~1023u;
     const u32 q_at = base, k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
     const u32 kept_at = v_at + STAGES * V_BYTES, barriers = kept_at + 2 * KEPT_BYTES;
@@ -69,26 +69,11 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
 #pragma unroll
         for (int i = 0; i < 64; ++i) o[i] = 0;
         auto valid = [&](int tile) { return tokens - tile * KEYS; };
-        const u32 my_kept = kept_at + group * KEPT_BYTES + threadIdx.x % 128 * 16;
-        // ptxas must not see that sums begin at zero again. It would give the next product a predicate, "add nothing", that
-        // depends on `grown`. The four warps of a product would differ in it, and results were wrong (docs/log.md).
+        const u32 kept = kept_sums(kept_at, group);
         const float nought = __int_as_float(tokens >> 31);
-        auto keep = [&]() {  // and shrinks them
-#pragma unroll
-            for (int n = 0; n < 64; n += 4) {
-                float x[4];
-                load_shared(x, my_kept + n * 512);
-                for (int e = 0; e < 4; ++e) x[e] = (x[e] + o[n + e]) * shrink[e / 2], o[n + e] = nought;
-                store_shared(my_kept + n * 512, x);
-            }
-        };
-        if (FLUSH) {
-            const float none[4] = {};
-#pragma unroll
-            for (int n = 0; n < 64; n += 4) store_shared(my_kept + n * 512, none);
-        }
+        if (FLUSH) clear_kept(kept);
         auto shrunk = [&]() {
-            if (FLUSH) return keep();
+            if (FLUSH) return keep(kept, o, shrink, nought);
 #pragma unroll
             for (int n = 0; n < 64; ++n) o[n] *= shrink[n / 2 % 2];
         };
@@ -164,36 +149,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         wgmma_commit();
         wgmma_wait<0>();
         settled(o);
-        if (FLUSH) {
-#pragma unroll
-            for (int n = 0; n < 64; n += 4) {
-                float x[4];
-                load_shared(x, my_kept + n * 512);
-                for (int e = 0; e < 4; ++e) o[n + e] += x[e];
-            }
-        }
-        const float* means = value_mean + head * DIM + lane % 4 * 2;
-        const float* factors = value_scale + head * DIM + lane % 4 * 2;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float sum = r.sum[half];
-            sum += __shfl_xor_sync(~0u, sum, 1);
-            sum += __shfl_xor_sync(~0u, sum, 2);
-            const int token = first + half * 8;
-            const float inverse = 1.0f / sum;
-            if (token < tokens) {
-                bf16* to = out + ((i64)token * heads + head) * DIM + lane % 4 * 2;
-#pragma unroll
-                for (int n = 0; n < 16; ++n) {
-                    const float2 factor = *(const float2*)(factors + n * 8), mean = *(const float2*)(means + n * 8);
-                    *(u32*)(to + n * 8) = pack_bf16(o[n * 4 + half * 2] * inverse * factor.x + mean.x,
-                                                    o[n * 4 + half * 2 + 1] * inverse * factor.y + mean.y);
-                }
-                if (lse && lane % 4 == 0) {
-                    const i64 at = (i64)head * tokens + token;
-                    lse[at] = (r.most[half] - LIFT + __log2f(sum)) / LOG2_E + shift[at];
-                }
-            }
-        }
+        if (FLUSH) add_kept(kept, o);
+        write_rows(o, r, value_mean, value_scale, shift, out, lse, first, tokens);
     }
 }

@@ -1,26 +1,23 @@
-// Self-attention for Hopper with three consumers: int8 scores, E4M3 weights and values, without lists. hopper.cu says how the
-// rest works.
+// Self-attention for Hopper with three consumers: int8 scores, E4M3 weights and values, no lists. The rest is as in hopper.cu.
 //
-// A block takes 192 queries of one head. Each of three warpgroups computes 64 queries against every tile: while it waits for
-// its products, the other two compute weights.
+// A block takes 192 queries of one head, and each warpgroup 64 of them against every tile. While one waits for its products, the
+// other two compute weights. So each needs the registers of one tile's scores alone, and shares of the tiles' copies are smaller.
+
+constexpr int TILE_BYTES = K_BYTES + V_BYTES;
 
 extern "C" __global__ void __launch_bounds__(512, 1)
 attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const float* key_scale,
        const float* value_scale, const float* value_mean, const int*, const int*, const float* shift,
        bf16* out, float* lse, int tokens) {
     extern __shared__ __align__(1024) unsigned char memory[];
-    const int heads = gridDim.y, head = blockIdx.y, tiles = (tokens + KEYS - 1) / KEYS;
+    const int head = blockIdx.y, tiles = (tokens + KEYS - 1) / KEYS;
     const u32 base = (shared_address(memory) + 1023) & ~1023u;
-    const u32 q_at = base, k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
-    const u32 kept_at = v_at + STAGES * V_BYTES, barriers = kept_at + CONSUMERS * KEPT_BYTES;
-    const u32 q_full = barriers, k_full = barriers + 8, k_free = k_full + STAGES * 8, v_full = k_free + STAGES * 8,
-              v_free = v_full + STAGES * 8;
+    const u32 q_at = base, k_at = q_at + Q_BYTES, kept_at = k_at + STAGES * TILE_BYTES;
+    const u32 barriers = kept_at + CONSUMERS * KEPT_BYTES;
+    const u32 q_full = barriers, full = barriers + 8, free = full + STAGES * 8;
     if (threadIdx.x == 0) {
         barrier_init(q_full, 1);
-        for (int i = 0; i < STAGES; ++i) {
-            barrier_init(k_full + i * 8, 1), barrier_init(v_full + i * 8, 1);
-            barrier_init(k_free + i * 8, 4 * CONSUMERS), barrier_init(v_free + i * 8, 4 * CONSUMERS);
-        }
+        for (int i = 0; i < STAGES; ++i) barrier_init(full + i * 8, 1), barrier_init(free + i * 8, 4 * CONSUMERS);
         barriers_ready();
     }
     __syncthreads();
@@ -34,19 +31,17 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
                 const i64 tile = (i64)head * tiles + i;
                 const int stage = i % STAGES;
                 const u32 phase = i / STAGES % 2 ^ 1;
-                barrier_wait(k_free + stage * 8, phase);
-                barrier_expect(k_full + stage * 8, K_BYTES);
-                copy_bulk(k_at + stage * K_BYTES, k + tile * K_BYTES, K_BYTES, k_full + stage * 8);
-                barrier_wait(v_free + stage * 8, phase);
-                barrier_expect(v_full + stage * 8, V_BYTES);
-                copy_bulk(v_at + stage * V_BYTES, v + tile * V_BYTES, V_BYTES, v_full + stage * 8);
+                barrier_wait(free + stage * 8, phase);
+                barrier_expect(full + stage * 8, TILE_BYTES);
+                copy_bulk(k_at + stage * TILE_BYTES, k + tile * K_BYTES, K_BYTES, full + stage * 8);
+                copy_bulk(k_at + stage * TILE_BYTES + K_BYTES, v + tile * V_BYTES, V_BYTES, full + stage * 8);
             }
         }
     } else {
         more_registers<160>();
         const int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);  // the compiler sees one number a warp
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-        const u32 all_k = matrix(k_at), all_v = matrix(v_at);
+        const u32 all = matrix(k_at);
         const int first = blockIdx.x * QUERIES + group * 64 + warp * 16 + lane / 4;
         Rows r;
 #pragma unroll
@@ -57,38 +52,24 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         float o[64], shrink[2] = {1, 1};
 #pragma unroll
         for (int i = 0; i < 64; ++i) o[i] = 0;
-        const u32 my_kept = kept_at + group * KEPT_BYTES + threadIdx.x % 128 * 16;
+        const u32 kept = kept_sums(kept_at, group);
         const float nought = __int_as_float(tokens >> 31);
-        auto keep = [&]() {  // and shrinks them
-#pragma unroll
-            for (int n = 0; n < 64; n += 4) {
-                float x[4];
-                load_shared(x, my_kept + n * 512);
-                for (int e = 0; e < 4; ++e) x[e] = (x[e] + o[n + e]) * shrink[e / 2], o[n + e] = nought;
-                store_shared(my_kept + n * 512, x);
-            }
-        };
-        {
-            const float none[4] = {};
-#pragma unroll
-            for (int n = 0; n < 64; n += 4) store_shared(my_kept + n * 512, none);
-        }
+        clear_kept(kept);
         int stage = 0, phase = 0;
         const float* scale = key_scale + (i64)head * tiles;
         float factor[2] = {r.scale[0] * scale[0], r.scale[1] * scale[0]}, next_scale = *++scale;  // may be the next head's
         Queries my_q;
         barrier_wait(q_full, 0);
         hold(my_q, q_at + group * 64 * ROW);
-        barrier_wait(k_full, 0);
+        barrier_wait(full, 0);
         wgmma_fence();
         Score s[SCORES];
         u32 a[STEP_SLICES][4];
         float sums[2][2];
-        scores(s, my_q, all_k);
+        scores(s, my_q, all);
         wgmma_commit();
         wgmma_wait<0>();
         settled_scores(s);
-        if (lane == 0) barrier_arrive(k_free);
         if (tokens < KEYS) hide(s, tokens);
         largest(s, factor, r.most);
         weigh<false>(s, factor, r, a, sums);
@@ -98,19 +79,18 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         };
         add();
         auto multiply = [&]() {  // the weights before with their values, and the next scores
-            const int before = stage, phase_before = phase;
+            const u32 before = all + stage * (TILE_BYTES / 16), free_before = free + stage * 8;
             if (++stage == STAGES) stage = 0, phase ^= 1;
             factor[0] = r.scale[0] * next_scale, factor[1] = r.scale[1] * next_scale;
             next_scale = *++scale;
-            barrier_wait(k_full + stage * 8, phase);
-            barrier_wait(v_full + before * 8, phase_before);
+            barrier_wait(full + stage * 8, phase);
             wgmma_fence();
-            scores(s, my_q, all_k + stage * (K_BYTES / 16));
+            scores(s, my_q, all + stage * (TILE_BYTES / 16));
             wgmma_commit();
-            values(o, a, all_v + before * (V_BYTES / 16));
+            values(o, a, before + K_BYTES / 16);
             wgmma_commit();
             wgmma_wait<0>();
-            if (lane == 0) barrier_arrive(k_free + stage * 8), barrier_arrive(v_free + before * 8);
+            if (lane == 0) barrier_arrive(free_before);
             settled_scores(s);
             settled(o);
         };
@@ -139,42 +119,14 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
                 add();
             }
             if (i >= stop) stop += FLUSH;
-            keep();
+            keep(kept, o, shrink, nought);
         }
-        barrier_wait(v_full + stage * 8, phase);
         wgmma_fence();
-        values(o, a, all_v + stage * (V_BYTES / 16));
+        values(o, a, all + (stage * TILE_BYTES + K_BYTES) / 16);
         wgmma_commit();
         wgmma_wait<0>();
         settled(o);
-#pragma unroll
-        for (int n = 0; n < 64; n += 4) {
-            float x[4];
-            load_shared(x, my_kept + n * 512);
-            for (int e = 0; e < 4; ++e) o[n + e] += x[e];
-        }
-        const float* means = value_mean + head * DIM + lane % 4 * 2;
-        const float* factors = value_scale + head * DIM + lane % 4 * 2;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float sum = r.sum[half];
-            sum += __shfl_xor_sync(~0u, sum, 1);
-            sum += __shfl_xor_sync(~0u, sum, 2);
-            const int token = first + half * 8;
-            const float inverse = 1.0f / sum;
-            if (token < tokens) {
-                bf16* to = out + ((i64)token * heads + head) * DIM + lane % 4 * 2;
-#pragma unroll
-                for (int n = 0; n < 16; ++n) {
-                    const float2 factor = *(const float2*)(factors + n * 8), mean = *(const float2*)(means + n * 8);
-                    *(u32*)(to + n * 8) = pack_bf16(o[n * 4 + half * 2] * inverse * factor.x + mean.x,
-                                                    o[n * 4 + half * 2 + 1] * inverse * factor.y + mean.y);
-                }
-                if (lse && lane % 4 == 0) {
-                    const i64 at = (i64)head * tokens + token;
-                    lse[at] = (r.most[half] - LIFT + __log2f(sum)) / LOG2_E + shift[at];
-                }
-            }
-        }
+        add_kept(kept, o);
+        write_rows(o, r, value_mean, value_scale, shift, out, lse, first, tokens);
     }
 }

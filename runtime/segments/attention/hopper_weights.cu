@@ -135,13 +135,3 @@ __device__ bool soften(Score (&s)[SCORES], u32 (&a)[STEP_SLICES][4], Rows& r, fl
     for (int half = 0; half < 2; ++half) r.sum[half] += sums[half][0] + sums[half][1];
     return grown;
 }
-
-__device__ void load_shared(float (&x)[4], u32 from) {
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(from) : "memory");
-}
-__device__ void store_shared(u32 to, const float (&x)[4]) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "r"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
-}
-
