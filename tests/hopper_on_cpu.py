@@ -174,7 +174,7 @@ typedef bf16 Weight;
 #endif
 template <class T>
 auto in_registers(const u32 (&a)[4]) {  // four threads have 16 bytes of a row, then the next 16
-    static u32 of_block[2][384][4];
+    static u32 of_block[2][512][4];
     static thread_local int times;
     auto& words = of_block[times++ % 2];
     std::copy(a, a + 4, words[threadIdx.x]);

@@ -11,7 +11,7 @@ from hopper_on_cpu import gpu_on_cpu
 
 from trt_wan.runtime.parallel.shards import Shards
 from trt_wan.runtime.segments.attention import hopper
-from trt_wan.runtime.segments.attention.hopper import HEAD_DIM, LISTED_KEYS, QUERIES, macros
+from trt_wan.runtime.segments.attention.hopper import HEAD_DIM, LISTED, macros
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 HEADS, VALUE = 2, 1.0
@@ -28,7 +28,7 @@ def inputs(tokens: int) -> list[Any]:
     direction = np.sign(rng.standard_normal(HEAD_DIM)).astype(np.float32)
     q[0] += direction
     k[0] += direction * np.linspace(0, 1, tokens, dtype=np.float32)[:, None]
-    k[1, LISTED_KEYS : 2 * LISTED_KEYS] *= 0.4
+    k[1, LISTED : 2 * LISTED] *= 0.4
     k[..., 5:9] += 4
     v[..., 40] *= 8
     v[..., 60:64] = 4 * (v[..., 60:64] > 0.5)
@@ -48,7 +48,7 @@ def reference(q: Any, k: Any, v: Any, seen: Any) -> tuple[Any, Any]:
 
 def listed(lists: Sequence[Sequence[int]], tokens: int) -> tuple[Any, Any, Any]:
     """The arguments `lists` and `counts`, and which keys each query sees. Heads have the lists in turn."""
-    blocks, tiles = -(-tokens // QUERIES), -(-tokens // LISTED_KEYS)
+    blocks, tiles = -(-tokens // LISTED), -(-tokens // LISTED)
     numbers = np.full((HEADS, blocks, tiles), 1 << 20, np.int32)
     counts = np.zeros((HEADS, blocks), np.int32)
     seen = np.zeros((HEADS, tokens, tokens), bool)
@@ -57,7 +57,7 @@ def listed(lists: Sequence[Sequence[int]], tokens: int) -> tuple[Any, Any, Any]:
         numbers[head, block, : len(tiles_seen)] = tiles_seen
         counts[head, block] = len(tiles_seen)
         for tile in tiles_seen:
-            rows, columns = (slice(at * n, at * n + n) for at, n in ((block, QUERIES), (tile, LISTED_KEYS)))
+            rows, columns = (slice(at * n, at * n + n) for at, n in ((block, LISTED), (tile, LISTED)))
             seen[head, rows, columns] = True
     return numbers, counts, seen
 

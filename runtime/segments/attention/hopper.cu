@@ -1,28 +1,10 @@
-// Self-attention for Hopper: wgmma, bulk copies, a producer and two consumers. hopper_products.cu and hopper_weights.cu stand
-// in front.
+// Self-attention for Hopper: wgmma, bulk copies, a producer and two consumers. hopper_products.cu, hopper_weights.cu and
+// hopper_results.cu stand in front.
 //
 // A block takes 128 queries of one head. One thread copies tiles of keys and values into a ring; each of two warpgroups
 // computes 64 queries against every tile, half a tile at a time. While the weights of a half are computed, the scores of the
 // half after it and the products of the half before it with the values are multiplied. The tiles lie in global memory as they
 // lie in shared memory (tiles.cu), so that a tile is one copy.
-
-__device__ void load_shared(float (&x)[4], u32 from) {
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(from) : "memory");
-}
-__device__ void store_shared(u32 to, const float (&x)[4]) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "r"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
-}
-
-// Where the channels of a token go when ranks share the tokens: into the own rows, or to `out` [other ranks, rows of a rank,
-// heads * 128], from where they are copied. `places` is told in contracts/attention.py.
-__device__ bf16* place_of(bf16* out, const i64* places, int token, int head) {
-    const int slot = token / (int)places[0], inside = token % (int)places[0], share = places[1], rank = inside / share;
-    const int own = places[2], row = slot * share + inside - rank * share;
-    if (rank == own) return (bf16*)places[6] + (row * places[4] + places[5] + head) * DIM;
-    return out + (((rank - (rank > own)) * places[3] + row) * gridDim.y + head) * DIM;
-}
 
 // q [heads, tiles of 128 queries, parts, 128, 128 bytes]; k [heads, tiles of KEYS, parts, KEYS, 128 bytes]; v [heads,
 // tiles, slices, 128 channels, 32 bytes]. query_scale [heads, tiles * 128] with log2(e), key_scale [heads, tiles],
@@ -34,7 +16,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
        const float* value_scale, const float* value_mean, const int* lists, const int* counts, const float* shift,
        bf16* out, float* lse, int tokens, const i64* places) {
     extern __shared__ __align__(1024) unsigned char memory[];
-    const int heads = gridDim.y, head = blockIdx.y, tiles = (tokens + KEYS - 1) / KEYS;
+    const int head = blockIdx.y, tiles = (tokens + KEYS - 1) / KEYS;
     const u32 base = (shared_address(memory) + 1023) & ~1023u;
     const u32 q_at = base, k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
     const u32 kept_at = v_at + STAGES * V_BYTES, barriers = kept_at + 2 * KEPT_BYTES;
@@ -87,26 +69,11 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
 #pragma unroll
         for (int i = 0; i < 64; ++i) o[i] = 0;
         auto valid = [&](int tile) { return tokens - tile * KEYS; };
-        const u32 my_kept = kept_at + group * KEPT_BYTES + threadIdx.x % 128 * 16;
-        // ptxas must not see that sums begin at zero again. It would give the next product a predicate, "add nothing", that
-        // depends on `grown`. The four warps of a product would differ in it, and results were wrong (docs/log.md).
+        const u32 kept = kept_sums(kept_at, group);
         const float nought = __int_as_float(tokens >> 31);
-        auto keep = [&]() {  // and shrinks them
-#pragma unroll
-            for (int n = 0; n < 64; n += 4) {
-                float x[4];
-                load_shared(x, my_kept + n * 512);
-                for (int e = 0; e < 4; ++e) x[e] = (x[e] + o[n + e]) * shrink[e / 2], o[n + e] = nought;
-                store_shared(my_kept + n * 512, x);
-            }
-        };
-        if (FLUSH) {
-            const float none[4] = {};
-#pragma unroll
-            for (int n = 0; n < 64; n += 4) store_shared(my_kept + n * 512, none);
-        }
+        if (FLUSH) clear_kept(kept);
         auto shrunk = [&]() {
-            if (FLUSH) return keep();
+            if (FLUSH) return keep(kept, o, shrink, nought);
 #pragma unroll
             for (int n = 0; n < 64; ++n) o[n] *= shrink[n / 2 % 2];
         };
@@ -182,37 +149,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         wgmma_commit();
         wgmma_wait<0>();
         settled(o);
-        if (FLUSH) {
-#pragma unroll
-            for (int n = 0; n < 64; n += 4) {
-                float x[4];
-                load_shared(x, my_kept + n * 512);
-                for (int e = 0; e < 4; ++e) o[n + e] += x[e];
-            }
-        }
-        const float* means = value_mean + head * DIM + lane % 4 * 2;
-        const float* factors = value_scale + head * DIM + lane % 4 * 2;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float sum = r.sum[half];
-            sum += __shfl_xor_sync(~0u, sum, 1);
-            sum += __shfl_xor_sync(~0u, sum, 2);
-            const int token = first + half * 8;
-            const float inverse = 1.0f / sum;
-            if (token < tokens) {
-                bf16* to = places ? place_of(out, places, token, head) : out + ((i64)token * heads + head) * DIM;
-                to += lane % 4 * 2;
-#pragma unroll
-                for (int n = 0; n < 16; ++n) {
-                    const float2 factor = *(const float2*)(factors + n * 8), mean = *(const float2*)(means + n * 8);
-                    *(u32*)(to + n * 8) = pack_bf16(o[n * 4 + half * 2] * inverse * factor.x + mean.x,
-                                                    o[n * 4 + half * 2 + 1] * inverse * factor.y + mean.y);
-                }
-                if (lse && lane % 4 == 0) {
-                    const i64 at = (i64)head * tokens + token;
-                    lse[at] = (r.most[half] - LIFT + __log2f(sum)) / LOG2_E + shift[at];
-                }
-            }
-        }
+        if (FLUSH) add_kept(kept, o);
+        write_rows(o, r, value_mean, value_scale, shift, out, lse, first, tokens, places);
     }
 }

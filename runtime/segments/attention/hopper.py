@@ -16,36 +16,39 @@ from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import HOPPER, Module, read_source
 
-FILES = "hopper_products.cu", "hopper_weights.cu", "hopper.cu", "tiles.cu"
-SOURCE = HOPPER + read_source(__package__, *FILES)
+BEFORE = "hopper_products.cu", "hopper_weights.cu", "hopper_results.cu"
+SOURCES = {  # by the number of warpgroups that compute
+    count: HOPPER + read_source(__package__, *BEFORE, name, "tiles.cu")
+    for count, name in ((2, "hopper.cu"), (3, "hopper_three.cu"))
+}
 NAMES = ("channel_parts", "channels_whole", "pack_q", "pack_k", "pack_v", "correct_mean", "attend")
 HEAD_DIM = 128
-QUERIES, THREADS = 128, 384  # of a block
+QUERIES = 64  # of a warpgroup
 CHUNK = 256  # tokens of one sum
 SHARED = 227 << 10  # bytes of a block
 BARRIERS = 1024 + 512  # bytes, with the alignment of the tiles
-KEPT = 2 * 64 * HEAD_DIM * 4  # bytes: float32 sums of both warpgroups, with E4M3 values
+KEPT = QUERIES * HEAD_DIM * 4  # bytes: float32 sums of a warpgroup, with E4M3 values
 
 Scores = Literal["int8", "bf16"]
 Values = Literal["e4m3", "bf16"]
 
-KEYS, LISTED_KEYS = 192, 128  # of a tile; lists name tiles of 128
+LISTED = 128  # queries of a block and keys of a tile, where lists name them
 
 
 def macros(scores: Scores, values: Values, lists: bool = False) -> dict[str, int]:
-    keys = LISTED_KEYS if lists else KEYS
-    free = SHARED - BARRIERS - _query_bytes(scores) - (KEPT if values == "e4m3" else 0)
+    """Three warpgroups need fewer registers each: half as many scores at a time, and weights of 8 bits."""
+    consumers = 3 if values == "e4m3" and not lists else 2
+    keys = LISTED if lists else 96 if consumers == 3 else 192
+    kept = consumers * KEPT if values == "e4m3" else 0
+    free = SHARED - BARRIERS - _key_bytes(scores, consumers * QUERIES) - kept
     return {
+        "CONSUMERS": consumers,
         "QK": int(scores == "bf16"),
         "PV": int(values == "bf16"),
         "KEYS": keys,
         "STAGES": min(4, free // (_key_bytes(scores, keys) + _value_bytes(values, keys))),
         "LISTS": int(lists),
     }
-
-
-def _query_bytes(scores: Scores) -> int:
-    return _key_bytes(scores, QUERIES)
 
 
 def _key_bytes(scores: Scores, keys: int) -> int:
@@ -75,7 +78,9 @@ class HopperAttention:
         defined = macros(scores, values, lists)
         self._heads, self._tokens = heads, tokens
         self._tiles = math.ceil(tokens / defined["KEYS"])
-        self._query_tiles, self._chunks = math.ceil(tokens / QUERIES), math.ceil(tokens / CHUNK)
+        queries = defined["CONSUMERS"] * QUERIES
+        self._threads = 128 * (1 + defined["CONSUMERS"])
+        self._query_tiles, self._chunks = math.ceil(tokens / queries), math.ceil(tokens / CHUNK)
         self._key_sums, self._value_sums = scores == "int8", values == "e4m3"
         self._value_shared = defined["KEYS"] * HEAD_DIM * 2
         module = gpu.once((__name__, *defined.items()), lambda: _compiled(gpu, defined, self._value_shared))
@@ -84,10 +89,10 @@ class HopperAttention:
         query_tiles, tiles = heads * self._query_tiles, heads * self._tiles
         self._offsets, self.scratch_bytes = laid_out(
             {
-                "q": query_tiles * _query_bytes(scores),
+                "q": query_tiles * _key_bytes(scores, queries),
                 "k": tiles * _key_bytes(scores, keys),
                 "v": tiles * _value_bytes(values, keys),
-                "query_scale": query_tiles * QUERIES * 4,
+                "query_scale": query_tiles * queries * 4,
                 "key_scale": tiles * 4,
                 "key_mean": channels,
                 "value_mean": channels,
@@ -144,11 +149,11 @@ class HopperAttention:
         made = ("q", "k", "v", "query_scale", "key_scale", "value_scale", "value_mean")
         rest = lists, counts, shift, attended, lse, np.int32(self._tokens), places
         grid = self._query_tiles, self._heads
-        self._launch("attend", grid, THREADS, *(at[name] for name in made), *rest, shared=SHARED)
+        self._launch("attend", grid, self._threads, *(at[name] for name in made), *rest, shared=SHARED)
 
 
 def _compiled(gpu: Gpu, defined: Mapping[str, int], value_shared: int) -> Module:
-    module = Module(gpu.device, SOURCE, NAMES, defined, accelerated=True)
+    module = Module(gpu.device, SOURCES[defined["CONSUMERS"]], NAMES, defined, accelerated=True)
     module.allow_shared("attend", SHARED)
     module.allow_shared("pack_v", value_shared)
     return module

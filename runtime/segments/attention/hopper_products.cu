@@ -2,22 +2,22 @@
 // of a warpgroup. Operands in shared memory have swizzled rows of 128 or 32 bytes.
 //
 // Scores are int8 products (QK 0) or bf16 (1). Weights and values are E4M3 (PV 0) or bf16 (1). Other macros: KEYS of a tile
-// (128 or 192), STAGES of the ring, LISTS (1: with lists of tiles).
+// (96, 128 or 192), STAGES of the ring, LISTS (1: with lists of tiles), CONSUMERS, warpgroups that compute (2 or 3).
 
 // 1: queries are held in registers, not read from shared memory by every product.
-#define HELD_Q (QK == 0 && PV == 0)
+#define HELD_Q (QK == 0 && PV == 0 && CONSUMERS == 2)
 
-constexpr int QUERIES = 128, DIM = 128;
+constexpr int QUERIES = 64 * CONSUMERS, DIM = 128;
 constexpr int ROW = 128;                          // bytes of a row of q and k in shared memory, swizzled
 constexpr int PARTS = QK == 1 ? 2 : 1;            // rows of a token of q or k
 constexpr int SLICE = PV == 1 ? 16 : 32;          // keys of v that are multiplied at a time: 32 bytes of each channel
 constexpr int SLICES = KEYS / SLICE, SLICE_BYTES = DIM * 32;
 // In the tensor core a long sum of E4M3 products loses bits: where all values point one way a result was 35 % too small.
-// So the sums of 4 tiles are added up in float32, in shared memory.
-constexpr int FLUSH = PV == 0 ? 4 : 0, KEPT_BYTES = FLUSH ? 64 * DIM * 4 : 0;  // of a warpgroup
+// So the sums of some tiles are added up in float32, in shared memory.
+constexpr int FLUSH = PV == 1 ? 0 : CONSUMERS == 3 ? 12 : 4, KEPT_BYTES = FLUSH ? 64 * DIM * 4 : 0;  // of a warpgroup
 constexpr int Q_PART = QUERIES * ROW, K_PART = KEYS * ROW;
 constexpr int Q_BYTES = PARTS * Q_PART, K_BYTES = PARTS * K_PART, V_BYTES = SLICES * SLICE_BYTES;
-constexpr int STEP = KEYS / 2;                     // keys whose weights are computed together
+constexpr int STEP = CONSUMERS == 3 ? KEYS : KEYS / 2;                     // keys whose weights are computed together
 constexpr int STEP_SLICES = STEP / SLICE, SCORES = STEP / 2;  // scores: of a thread
 
 #if QK == 0

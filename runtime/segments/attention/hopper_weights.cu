@@ -99,7 +99,27 @@ __device__ void weigh(const Score (&s)[SCORES], const float (&factor)[2], const 
         }
 }
 
-// Scores of half a tile to packed weights; true if what was added up before must be shrunk by `shrink`.
+// True if a weight may not fit, in one row of the warp: then `weigh_again`.
+__device__ bool too_large(const float (&sums)[2][2]) {
+    return __any_sync(~0u, fmaxf(fmaxf(sums[0][0], sums[0][1]), fmaxf(sums[1][0], sums[1][1])) > LIMIT);
+}
+
+// With the rows' true maxima. What was added up before must be shrunk by `shrink`.
+__device__ void weigh_again(const Score (&s)[SCORES], const float (&factor)[2], Rows& r, u32 (&a)[STEP_SLICES][4],
+                            float (&sums)[2][2], float (&shrink)[2]) {
+    float high[2];
+    largest(s, factor, high);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float most = fmaxf(r.most[half], high[half]);
+        shrink[half] = power_of_2(r.most[half] - most);
+        r.most[half] = most;
+        r.sum[half] *= shrink[half];
+    }
+    weigh<true>(s, factor, r, a, sums);
+}
+
+// Scores to packed weights; true if what was added up before must be shrunk by `shrink`.
 template <bool FIRST>
 __device__ bool soften(Score (&s)[SCORES], u32 (&a)[STEP_SLICES][4], Rows& r, float key_scale, int valid,
                        float (&shrink)[2]) {
@@ -107,28 +127,11 @@ __device__ bool soften(Score (&s)[SCORES], u32 (&a)[STEP_SLICES][4], Rows& r, fl
     const float factor[2] = {r.scale[0] * key_scale, r.scale[1] * key_scale};
     float sums[2][2];
     bool grown = false;
-    if (FIRST) {
-        largest(s, factor, r.most);
-        weigh<false>(s, factor, r, a, sums);
-    } else {
-        shrink[0] = shrink[1] = 1;
-        weigh<false>(s, factor, r, a, sums);
-        grown = __any_sync(~0u, fmaxf(fmaxf(sums[0][0], sums[0][1]), fmaxf(sums[1][0], sums[1][1])) > LIMIT);
-        if (grown) {
-            float high[2];
-            largest(s, factor, high);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float most = fmaxf(r.most[half], high[half]);
-                shrink[half] = power_of_2(r.most[half] - most);
-                r.most[half] = most;
-                r.sum[half] *= shrink[half];
-            }
-            weigh<true>(s, factor, r, a, sums);
-        }
-    }
+    if (FIRST) largest(s, factor, r.most);
+    if (!FIRST) shrink[0] = shrink[1] = 1;
+    weigh<false>(s, factor, r, a, sums);
+    if (!FIRST && (grown = too_large(sums))) weigh_again(s, factor, r, a, sums, shrink);
 #pragma unroll
     for (int half = 0; half < 2; ++half) r.sum[half] += sums[half][0] + sums[half][1];
     return grown;
 }
-
