@@ -207,6 +207,17 @@ def test_the_ring_of_the_hopper_kernel_fits_into_shared_memory() -> None:
         assert stages >= 2 and used <= 227 * 1024 - 1024 - 9 * 8 * stages
 
 
+def test_the_planner_knows_the_queries_of_a_tile() -> None:
+    kinds: dict[str, tuple[hopper.Scores, hopper.Values]] = {
+        "native": ("bf16", "bf16"),
+        "native int8": ("int8", "bf16"),
+        "native fp8": ("int8", "e4m3"),
+    }
+    assert kinds.keys() == {name for name, row in PROVIDERS.items() if row.to_rows}
+    for name, kind in kinds.items():
+        assert PROVIDERS[name].queries == hopper.macros(*kind)["CONSUMERS"] * hopper.QUERIES
+
+
 def test_parts_of_the_scratch_are_aligned_and_apart() -> None:
     sizes = {"a": 1, "b": 256, "c": 1000, "d": 0, "e": 3}
     offsets, total = laid_out(sizes)

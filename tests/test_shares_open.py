@@ -93,7 +93,7 @@ class Opened:
 
     def _least(self, value: int) -> int:
         """Of processors. The other rank has as much memory."""
-        return min(value, self.processors) if value < 1000 else value
+        return self.processors if value == 132 else value
 
     def _open_peers(self, gpu: Any, ranks: Any, shards: Any, *_: Any) -> Any:
         return SimpleNamespace(shards=shards, memory=SimpleNamespace(size=0))
@@ -128,13 +128,19 @@ def test_attention_is_opened_by_the_heads_of_a_group(monkeypatch: pytest.MonkeyP
     assert opened.ran == ["attention of 1 heads", "attention of 18 heads"]
 
 
-def test_our_attention_leaves_the_own_tokens_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Opened(monkeypatch, attention="native fp8")
+@pytest.mark.parametrize(
+    ("attention", "groups"), [("native", (1, 18, 1)), ("native int8", (1, 18, 1)), ("native fp8", (10, 10))]
+)
+def test_our_attention_leaves_the_own_tokens_where_they_are(
+    monkeypatch: pytest.MonkeyPatch, attention: str, groups: tuple[int, ...]
+) -> None:
+    """In groups of heads that its tiles fill."""
+    opened = Opened(monkeypatch, attention=attention)
     model = opened.begin()
-    names = ["attention of 1 heads to rows", "attention of 18 heads to rows"]
+    names = [f"attention of {heads} heads to rows" for heads in groups]
     assert {name for name in opened.segments if name.startswith("attention")} == set(names)
     attend = partial(_attend, model, "attention", ())
-    for heads in (1, 18):
+    for heads in groups:
         given: Any = [SimpleNamespace(shape=(heads, PLAN.tokens, 128))] * 3
         own: Any = [SimpleNamespace(shape=(heads, PLAN.tokens // 2, 128))] * 3
         assert attend(*given, *own, SimpleNamespace(shape=(7,))) is given[0]
@@ -151,7 +157,7 @@ def test_all_ranks_attend_in_one_group_where_one_has_an_engine(
 
 
 def test_turbo_attends_in_the_same_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Opened(monkeypatch, attention="native fp8", tier="turbo")
+    opened = Opened(monkeypatch, attention="native", tier="turbo")
     model = opened.begin()
     sparse = model.networks["sparse_attention of 18 heads"]
     assert [t.shape for t in sparse.inputs] == [(18, PLAN.tokens, 128)] * 3 + [(1,)]

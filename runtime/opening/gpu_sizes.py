@@ -53,7 +53,7 @@ from trt_wan.runtime.opening.residency import (
     plan_residency,
     weight_bytes,
 )
-from trt_wan.runtime.opening.segments import machine_of, missing, open_segments, writes_rows
+from trt_wan.runtime.opening.segments import machine_of, missing, of_attention, open_segments
 from trt_wan.runtime.parallel.peer_sequence import PeerSequence
 from trt_wan.runtime.parallel.planner import groups_of
 from trt_wan.runtime.parallel.ranks import Ranks
@@ -241,9 +241,10 @@ class GpuSizes:
         processors = ranks.least(0 if chosen[DENSE].engine else self._gpu.multiprocessors)
         if not processors:
             return shards
-        can = self._settings.keep is None and writes_rows(chosen[DENSE]) and shards.is_even
-        shards = replace(shards, to_rows=bool(ranks.least(int(can))))
-        return replace(shards, groups=groups_of(shards, processors))
+        rows, queries = of_attention(chosen[DENSE])
+        rows = rows and self._settings.keep is None and shards.is_even
+        shards = replace(shards, to_rows=bool(ranks.least(int(rows))))
+        return replace(shards, groups=groups_of(shards, processors, ranks.least(queries)))
 
     def _open_heads(self, share: ShardPlan, shards: Shards, progress: Progress) -> None:
         """Opens a rank's self-attention for the heads of each group, once."""

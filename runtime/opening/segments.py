@@ -38,13 +38,12 @@ def missing(candidate: Candidate, capability: Capability) -> str | None:
     return None
 
 
-def writes_rows(candidate: Candidate) -> bool:
-    """Whether this attention also computes `to_rows` (contracts/attention.py)."""
-    if candidate.maker != "attention":
-        return False
+def of_attention(candidate: Candidate) -> tuple[bool, int]:
+    """Whether it also computes `to_rows` (contracts/attention.py), and the queries of its tiles."""
     from trt_wan.runtime.segments.attention import PROVIDERS
 
-    return PROVIDERS[candidate.name].to_rows
+    provider = PROVIDERS[candidate.name]
+    return provider.to_rows, provider.queries
 
 
 def open_segments(

@@ -18,10 +18,10 @@ Split = Literal["tokens", "sides", "windows"]
 # two and 0.072 on four (docs/log.md).
 OVERHEAD = 0.07
 
-# Measured on H200s with native FP8 attention of 32760 tokens (docs/log.md): attention by our kernels takes a
-# tile of queries on every multiprocessor at a time, and each wave of tiles takes the same time.
-TILE = 128  # queries
-WAVE = 12.13e-3 / 39 / 32760  # seconds for each key; 20 heads are 39 waves
+# Measured on H200s (docs/log.md): attention by our kernels takes a tile of queries on every multiprocessor at
+# a time, and each wave of tiles takes the same time. Seconds for a query and a key, by the queries of a tile:
+# 20 heads of 32760 tokens are 39 waves of 128, 40 heads 52 of 192.
+WAVE = {128: 12.13e-3 / 39 / 32760 / 128, 192: 22.55e-3 / 52 / 32760 / 192}
 GROUP = 0.02e-3  # seconds of a call more
 LINK = 390e9  # bytes a second to other GPUs
 INSIDE = 750e9  # bytes a second from and to one GPU, by kernels that attention waits for
@@ -33,41 +33,43 @@ class Choice:
     text: str  # says why
 
 
-def groups_of(shards: Shards, processors: int) -> tuple[int, ...]:
+def groups_of(shards: Shards, processors: int, queries: int = 128) -> tuple[int, ...]:
     """The groups that a rank's heads are attended in, so that `attend_seconds` is least. While one is
     attended, the next ones arrive and the last one's results go back.
 
-    Computed for H200s, in ms of one `attend` (in one group, in two equal ones), without the constant:
+    Computed for H200s, in ms of one `attend` (in one group) without the constant, in tiles of 128 queries and
+    of 192, which fewer divisions fill:
 
-        ranks   832x480x77                          1280x720x77
-        2       1, 18, 1:  12.66 (13.01, 13.13)     2, 16, 2:  65.79 (66.60, 66.15)
-        4       1, 8, 1:    6.45 (6.89, 6.64)       2, 6, 2:   32.86 (33.81, 33.93)
-        8       1, 3, 1:    3.27 (3.51, 3.33)       1, 2, 2:   16.83 (17.40, 16.97)
-        2       1, 18, 1:  12.23 (13.01, 12.91)     2, 16, 2:  64.86 (66.60, 65.63)    with `to_rows`
-        4       1, 8, 1:    6.35 (6.89, 6.58)       2, 6, 2:   32.66 (33.81, 33.80)
-        8       1, 3, 1:    3.25 (3.51, 3.32)       1, 2, 2:   16.79 (17.40, 16.94)
+        ranks                832x480x77                         1280x720x77
+        2     128            1, 18, 1:  12.66 (13.01)           2, 16, 2:  65.79 (66.60)
+              128, to_rows   1, 18, 1:  12.23 (13.01)           2, 16, 2:  64.86 (66.60)
+              192            10, 10:    11.97 (12.16)           1, 18, 1:  61.18 (62.05)
+              192, to_rows   10, 10:    11.75 (12.16)           1, 18, 1:  60.20 (62.05)
+        4     192, to_rows   1, 6, 3:    6.23  (6.30)           1, 8, 1:   30.23 (31.53)
+        8     192, to_rows   2, 3:       3.24  (3.43)           1, 3, 1:   15.24 (15.90)
 
-    Measured on two H200s without `to_rows`: 12.87 (13.11), and 13.05 in groups of 2 and 18.
+    Measured on two H200s in tiles of 128 without `to_rows`: 12.87 (13.11), and 13.05 in groups of 2 and 18.
     """
     heads = shards.heads_each
     choices = [(heads,), *((a, heads - a) for a in range(1, heads))]
     choices += [(a, b, heads - a - b) for a in range(1, heads) for b in range(1, heads - a)]
-    return min(choices, key=lambda groups: (attend_seconds(shards, groups, processors), groups))
+    return min(choices, key=lambda groups: (attend_seconds(shards, groups, processors, queries), groups))
 
 
-def attend_seconds(shards: Shards, groups: Sequence[int], processors: int) -> float:
-    """The time of one `attend` of bf16 with groups of so many heads, on GPUs of that many multiprocessors.
-    A constant is left out: 0.18 ms on H200s, less with `to_rows`.
+def attend_seconds(shards: Shards, groups: Sequence[int], processors: int, queries: int = 128) -> float:
+    """The time of one `attend` of bf16 with groups of so many heads, on GPUs of that many multiprocessors,
+    each of which takes a tile of `queries` at a time. A constant is left out: 0.18 ms on H200s, less with
+    `to_rows`.
     """
     tokens = shards.slots * shards.slot_tokens
-    tiles = -(-tokens // TILE)
+    tiles = -(-tokens // queries)
     head = 2 * shards.slots * shards.share * shards.head_dim  # bytes of a rank's q
     crossing = (shards.ranks - 1) * head / LINK
     arrived = attended = returned = 0.0
     for heads in groups:
         waves = -(-heads * tiles // processors)
         arrived += 3 * heads * crossing
-        attended = max(attended, arrived) + GROUP + waves * tokens * WAVE
+        attended = max(attended, arrived) + GROUP + waves * tokens * queries * WAVE[queries]
         returned = max(returned, attended) + heads * crossing
     if shards.to_rows:
         return returned

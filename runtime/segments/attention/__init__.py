@@ -29,6 +29,7 @@ class Provider:
     newest: Capability
     head_dims: range
     to_rows: bool = False  # whether it computes the network's variant "to rows" (contracts/attention.py)
+    queries: int = 128  # in a tile, of which a multiprocessor takes one at a time
 
 
 ANY_NEWER: Capability = (99, 9)
@@ -37,7 +38,7 @@ HOPPER: Capability = (9, 0)
 PROVIDERS = {
     "native": Provider("hopper", "Native", (), HOPPER, HOPPER, range(128, 129), True),
     "native int8": Provider("hopper", "NativeInt8", (), HOPPER, HOPPER, range(128, 129), True),
-    "native fp8": Provider("hopper", "NativeFp8", (), HOPPER, HOPPER, range(128, 129), True),
+    "native fp8": Provider("hopper", "NativeFp8", (), HOPPER, HOPPER, range(128, 129), True, 192),
     "cudnn": Provider("cudnn", "Cudnn", (FRONTEND,), (8, 0), ANY_NEWER, range(8, 129, 8)),
     "cudnn fp8": Provider("cudnn", "CudnnFp8", (FRONTEND,), (9, 0), ANY_NEWER, range(16, 129, 16)),
     "native sparse": Provider("sparse", "Sparse", (), (9, 0), (9, 0), range(128, 129)),
