@@ -33,13 +33,16 @@ heads over all tokens in the plan's order, and copies change no bits.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import product
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from trt_wan.errors import TrtWanError
 from trt_wan.runtime.device.arena import laid_out
+from trt_wan.runtime.device.checked import cuda_core
 from trt_wan.runtime.device.gpu import DeviceArray, Gpu
 from trt_wan.runtime.executors import Array
 from trt_wan.runtime.parallel.peer_memory import VECTOR, PeerMemory, Pieces
@@ -80,7 +83,8 @@ class PeerSequence:
         """Call before the Gpu's `close`."""
         self.memory.close()
         for table in self._tables:
-            table.close(self._gpu.stream)
+            with suppress(TrtWanError), cuda_core():  # after a fault
+                table.close(self._gpu.stream)
         for stream in (self._send, self._back):
             stream.close()
 
