@@ -1,9 +1,9 @@
 """A job to a video file: frames encoded as they come, with the driving clip's rate and sound.
 
-Frames are rounded and pasted back in another thread, in order, while the next ones are decoded. Each window is
-encoded in a thread of its own (video/part.py): after the last decoding only the last frames are left to write.
-A window counts as finished when its frames are on the disk, and with a record the state after it, from which
-a later process goes on.
+Frames are rounded and pasted back in another thread, in order, while the next ones are decoded. Each window
+is encoded in a thread of its own (video/part.py): after the last decoding only the last frames are left to
+write. A window counts as finished when its frames are on the disk, and with a record the state after it, from
+which a later process goes on.
 """
 
 import functools
