@@ -26,9 +26,13 @@ class Acting:
 def on_encode(monkeypatch: pytest.MonkeyPatch, act: Act) -> None:
     parts = 0
 
-    def make(file: WorkingFile, open: Callable[[], Any], first: int, before: Part | None) -> Part:
+    def make(file: WorkingFile, open: Callable[[], Any], *arguments: Any) -> Part:
         nonlocal parts
         number, parts = parts, parts + 1
-        return Part(file, lambda: Acting(open(), number, act), first, before)  # type: ignore[arg-type, return-value]
+
+        def opened() -> Any:
+            return Acting(open(), number, act)
+
+        return Part(file, opened, *arguments)
 
     monkeypatch.setattr(module, "Part", make)

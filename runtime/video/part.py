@@ -31,9 +31,16 @@ class Part:
     """`put` its pictures, then `end` it. Only then may the next part begin, whose `before` it is."""
 
     def __init__(
-        self, file: WorkingFile, open: Callable[[], VideoStream], first: int, before: "Part | None"
+        self,
+        file: WorkingFile,
+        open: Callable[[], VideoStream],
+        first: int,
+        before: "Part | None",
+        waiting: int,
     ) -> None:
-        """`open` makes the encoder. `first` is the number of the first picture."""
+        """`open` makes the encoder. `first` is the number of the first picture. At most `waiting` pictures
+        wait for the encoder.
+        """
         self._file, self._open, self._before = file, open, before
         self._encoder: VideoStream | None = None
         self._coded: list[Packet[Any]] = []  # pictures that no piece has, in decoding order
@@ -41,7 +48,7 @@ class Part:
         self._next = first  # number of pictures in earlier parts and in pieces
         self._pieces: deque[tuple[Packets, Packets]] = deque()  # that the file lacks
         self._then: Then | None = None
-        self._thread = Beside(self._use, WAITING)
+        self._thread = Beside(self._use, waiting)
         self._thread.start()
 
     def put(self, picture: av.VideoFrame, sound: Packets) -> None:

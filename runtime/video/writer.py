@@ -22,7 +22,7 @@ from trt_wan.errors import OutputError
 from trt_wan.runtime.video.encoder import Quality
 from trt_wan.runtime.video.gif import write_gif
 from trt_wan.runtime.video.kinds import KINDS
-from trt_wan.runtime.video.part import PARTS, Part, Then
+from trt_wan.runtime.video.part import PARTS, WAITING, Part, Then
 from trt_wan.runtime.video.sound import Sound
 from trt_wan.runtime.video.target import check_target, explained, joining, partial_names, sync
 from trt_wan.runtime.video.working_file import Settled, WorkingFile
@@ -51,20 +51,22 @@ class VideoWriter:
         sound_start: Fraction = Fraction(0),
         settled: Settled | None = None,
         comment: str = "",
+        waiting: int = WAITING,
     ) -> None:
         """Creates the partial file at once: a target that cannot be written fails before the computing. With
         `settled`, goes on from there: all other arguments must be the same as those of the earlier writer.
 
         The first sound stream of the file `sound` is used, if it has one. Time 0 is `sound_start`
         seconds after the start of its picture.
-        A GIF has none. `comment` is for the metadata, of the partial file too.
+        A GIF has none. `comment` is for the metadata, of the partial file too. At most `waiting` pictures
+        wait for an encoder.
         """
         assert width % 2 == 0 and height % 2 == 0, f"4:2:0 needs even sizes, got {width}x{height}"
         self.path, self.overwrite = path, overwrite
         self.width, self.height, self.rate = width, height, rate
         self.frames = 0 if settled is None else settled.pictures
         self.kept = 0  # frames in the partial file after abandon()
-        self._scaler = VideoReformatter()
+        self._scaler, self._waiting = VideoReformatter(), waiting
         self._part: Part | None = None  # of the pictures since the last settled one
         self._parts: list[Part] = []  # those that are not known to be on the disk, and the present one
         self._file: WorkingFile | None = None
@@ -206,7 +208,7 @@ class VideoWriter:
                 self.check()
                 del self._parts[0]
             before = self._parts[-1] if self._parts else None
-            self._part = Part(self._opened, self._open, self.frames, before)
+            self._part = Part(self._opened, self._open, self.frames, before, self._waiting)
             self._parts.append(self._part)
             self._open = self._encoding.open
         return self._part
