@@ -14,7 +14,7 @@ from typing import NamedTuple
 from trt_wan.errors import InputError
 from trt_wan.preprocess.clips import artifacts
 from trt_wan.preprocess.clips.streams import READ_AHEAD, ahead, counted, split
-from trt_wan.preprocess.clips.writers import ClipSet
+from trt_wan.preprocess.clips.writers import BEHIND, ClipSet
 from trt_wan.preprocess.footage import Footage, Sizes
 from trt_wan.preprocess.job import PreprocessJob
 from trt_wan.preprocess.observe import Observe, observed
@@ -192,5 +192,6 @@ def _writers(drawing: Drawing, footage: Footage, folder: Path) -> Iterator[tuple
             sound,
             quality=Quality(crf=crf, preset=artifacts.PRESET),
             sound_start=footage.start,
+            waiting=BEHIND,
         )
         yield name, writer

@@ -193,6 +193,7 @@ def _render(
 
         def stop() -> bool:
             beside.check()
+            writer.check()
             return should_stop()
 
         def end(state: WindowState) -> None:

@@ -1,10 +1,12 @@
 """A job to a video file: frames encoded as they come, with the driving clip's rate and sound.
 
-Frames are rounded, pasted back and encoded in another thread, in order, while the next ones are
-decoded: after the last decoding only the last frames are left to write. A window counts as finished when its
-frames are on the disk, and with a record the state after it, from which a later process goes on.
+Frames are rounded and pasted back in another thread, in order, while the next ones are decoded. Each window
+is encoded in a thread of its own (video/part.py): after the last decoding only the last frames are left to
+write. A window counts as finished when its frames are on the disk, and with a record the state after it, from
+which a later process goes on.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from trt_wan.runtime.video.frame_folder import FrameFolder
 from trt_wan.runtime.video.kinds import KINDS
 from trt_wan.runtime.video.sound import without_sound
 from trt_wan.runtime.video.target import check_target, claimed, explained, require_audible
+from trt_wan.runtime.video.working_file import Settled
 from trt_wan.runtime.video.writer import VideoWriter
 from trt_wan.runtime.video.writer_thread import Beside
 from trt_wan.runtime.window_state import WindowState
@@ -43,7 +46,7 @@ class Rendered:
     width: int
     height: int
     rate: float  # frames per second
-    writing_seconds: float  # busy seconds of the writing thread, which runs beside the rest
+    writing_seconds: float  # of the writing thread, beside the rest, with its waits for encoders
 
 
 class Streaming(Protocol):
@@ -149,7 +152,7 @@ def _write(
     paste_back: bool,
     should_stop: ShouldStop,
 ) -> float:
-    """Writes and finishes the video. Returns the seconds that the writing thread was busy."""
+    """Writes and finishes the video. Returns Rendered.writing_seconds."""
     writer, progress = windows.writer, windows.progress
 
     def write(items: Iterator[Array | WindowState | WindowDone]) -> None:
@@ -174,6 +177,7 @@ def _write(
 
         def stop() -> bool:
             beside.check()  # a disk that is full ends the job at the next step, not with the next window
+            writer.check()
             windows.tell()
             return should_stop()
 
@@ -182,6 +186,7 @@ def _write(
         ):
             beside.put(piece)
         progress(StageStarted("write"))
+    writer.wait()
     windows.tell()
     writer.finish()
     if folder is not None:
@@ -211,14 +216,17 @@ class _Windows:
             elif not isinstance(item, WindowDone):
                 yield from to_pixels(item)
             else:
-                settled = self.writer.settle()
-                if state is not None and self._record is not None:
-                    kept_windows.save(self.writer.partial, self._record, settled, state)
+                self.writer.settle(functools.partial(self._finished, item, state))
                 state = None
-                if item.window < item.windows:
-                    self._settled.put(item)
-                else:
-                    self.last = item
+
+    def _finished(self, window: WindowDone, state: WindowState | None, settled: Settled) -> None:
+        """Belongs to the thread of the window."""
+        if state is not None and self._record is not None:
+            kept_windows.save(self.writer.partial, self._record, settled, state)
+        if window.window < window.windows:
+            self._settled.put(window)
+        else:
+            self.last = window
 
     def tell(self) -> None:
         while not self._settled.empty():

@@ -93,6 +93,7 @@ def write(
                 writer.settle()
         if finish:
             return writer.finish()
+        writer.wait()
         return Path(shutil.copy(writer.partial, path.with_name(f"killed{path.suffix}")))
 
 

@@ -251,14 +251,15 @@ except OSError:
 
 @pytest.mark.parametrize("url", ["tcp://127.0.0.1:{}", "rtmp://127.0.0.1:{}/live/key"])
 def test_a_stream_goes_out(url: str) -> None:
-    url = url.format(free_port())
+    url, told = url.format(free_port()), list[object]()
     with subprocess.Popen(
         [sys.executable, "-c", RECEIVER, url], stdout=subprocess.PIPE, text=True
     ) as receiver:
         output = _connected(url)
         for k in range(30):
             output.write(picture(8 * k)["pose"])
-        output.settle()
+        output.settle(told.append)
+        assert told == [None]
         output.finish()
         levels = [int(level) for level in receiver.communicate(timeout=SOON)[0].split()]
     assert len(levels) == 30 and np.allclose(levels, [8 * k for k in range(30)], atol=4)

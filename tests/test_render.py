@@ -2,6 +2,7 @@
 of a job that fails. The whole way with a network is in test_cli.py.
 """
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from trt_wan.runtime.pipeline import ShouldStop, to_pixels
 from trt_wan.runtime.render import render
 from trt_wan.runtime.video.pictures import read_picture
 from trt_wan.runtime.video.reader import Clip, Picture
+from trt_wan.runtime.video.working_file import WorkingFile
 from trt_wan.runtime.video.writer import VideoWriter
 
 SOON = 20  # seconds after which a test that waits has failed
@@ -153,6 +155,29 @@ def test_a_writer_that_fails_ends_the_job_at_the_next_step(
     assert caught.value.message == "The disk is full."
     assert caught.value.hint == f"Free some space.\nThe 3 finished frames are in {partial}."
     assert greys(partial) == [0, 1, 2] and list(tmp_path.iterdir()) == [partial]
+
+
+def test_a_full_disk_ends_the_job_at_the_next_step(
+    monkeypatch: pytest.MonkeyPatch, clips: Path, tmp_path: Path
+) -> None:
+    """It is the window's thread that finds it full, and no frame comes after."""
+
+    def make(progress: Progress, should_stop: ShouldStop, **options: Any) -> Iterator[Array]:
+        yield from pieces()[:2]
+        progress(WindowDone(1, 2, 5))
+        end = time.monotonic() + SOON
+        while time.monotonic() < end:
+            assert not should_stop()
+            time.sleep(0.001)
+        pytest.fail("the job went on")
+
+    def no_room(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(WorkingFile, "append", no_room)
+    with pytest.raises(OutputError, match="The disk is full"):
+        render(job(clips), Decoding(make), tmp_path / "out.mp4")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("paste_back", [False, True])

@@ -5,6 +5,7 @@ is refused in one sentence, and stays. The networks are made up; tests/kills.py 
 import errno
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from encoders import on_encode
 from tiny_job import PLAN, prepare, write_sound
 
 from trt_wan.engines.store.locks import held
@@ -125,6 +127,30 @@ def test_a_video_gone_on_with_has_the_same_bytes(
     assert place.names() == {"out.mp4", "out.json"}
     assert ("replaced_partial" in place.codes) == (stops == (1,)), "a window that was not finished"
     assert read_record(place.folder / "out.mp4") == RECORD
+
+
+def test_windows_that_are_still_encoded_at_a_stop_are_kept(
+    place: Place, whole: dict[bool, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first window takes its encoder longer than all others together."""
+    on_encode(monkeypatch, lambda part, picture: time.sleep(0 if part else 0.02))
+    place.stopped(3)
+    model = Chained()
+    assert place.run(model, resume=True) == whole[False] and model.made == 2
+
+
+def test_a_window_after_one_whose_encoder_failed_is_not_kept(
+    place: Place, whole: dict[bool, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def act(part: int, picture: int | None) -> None:
+        if (part, picture) == (1, None):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patched, pytest.raises(OutputError, match="Cannot allocate memory"):
+        on_encode(patched, act)
+        place.run(Chained())
+    model = Chained()
+    assert place.run(model, resume=True) == whole[False] and model.made == 3
 
 
 def test_pixels_are_pasted_back_from_the_right_frames(place: Place, whole: dict[bool, bytes]) -> None:

@@ -537,16 +537,17 @@ def test_a_video_that_is_gone_on_with_is_that_of_one_process(tmp_path: Path, suf
     sound = make_sound(tmp_path / "sound.mkv", 3, codec)
 
     def part(path: Path, settled: Settled | None, last: int) -> Settled | None:
+        made: list[Settled] = []
         with VideoWriter(
             path, WIDTH, HEIGHT, Fraction(25), sound, settled=settled, comment="made by a test"
         ) as writer:
             for frame in range(writer.frames, last):
                 writer.write(np.full((HEIGHT, WIDTH, 3), grey(frame), np.uint8))
                 if frame + 1 in (13, 25, 37, 40):
-                    settled = writer.settle()
+                    writer.settle(made.append)
             if last == 40:
                 writer.finish()
-        return settled
+        return made[-1] if made else None
 
     part(whole := tmp_path / f"whole{suffix}", None, 40)
     assert not faults(measured(whole), 40, Fraction(25), exact=suffix in (".mp4", ".mov"))
@@ -660,13 +661,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_keeps_every_settled_frame(small_disk: Path, suffix: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     settled = 0
+
+    def settle(end: Settled) -> None:
+        nonlocal settled
+        settled = end.pictures
+
     writer = VideoWriter(small_disk / f"out{suffix}", 64, 64, Fraction(25))
     with pytest.raises(OutputError, match="disk is full") as caught:
         for shift in range(600):
             writer.write(np.roll(noise, 17 * shift, axis=shift % 2))
             if writer.frames % 12 == 0:
-                writer.settle()
-                settled = writer.frames
+                writer.settle(settle)
         writer.finish()
     assert "Free some space" in caught.value.hint
     partial = writer.abandon(keep=True)
@@ -761,7 +766,7 @@ def test_a_long_comment(tmp_path: Path, suffix: str) -> None:
     with VideoWriter(path, 64, 48, Fraction(12), comment=comment) as writer:
         for k in range(30):
             writer.write(np.full((48, 64, 3), k, np.uint8))
-        writer.settle()
+        writer.wait()
         for finished in (False, True):
             if finished:
                 writer.finish()

@@ -12,7 +12,7 @@ from trt_wan.runtime.video.reader import Picture
 from trt_wan.runtime.video.writer import VideoWriter
 from trt_wan.runtime.video.writer_thread import Beside
 
-BEHIND = 2  # frames that wait for a clip's thread, and so are in memory
+BEHIND = 2  # frames that wait for a clip's thread, and as many for its encoder, and so are in memory
 
 Work = Callable[[], None]
 

@@ -128,6 +128,7 @@ def go_live(
 
     def look() -> None:
         written_beside.check()
+        output.check()
         if should_stop():
             source.stop()
             feed.end(STOPPED)
@@ -152,8 +153,8 @@ def go_live(
                 keep=None,
             ):
                 written_beside.put(piece)
-        written.tell(progress)
         output.finish()
+        written.tell(progress)
     except BaseException as error:
         source.stop()
         feed.end(STOPPED)
@@ -247,22 +248,20 @@ class _Written:
                 self._output.write(last)
 
     def _window_done(self, latencies: Sequence[float]) -> None:
-        self._output.settle()
         self.windows += 1
         now, intake = self._clock(), self._clips.intake
         rate = len(latencies) / max(now - self._before, 1e-9)
         self._before = now
-        self._told.append(
-            LiveWindow(
-                self.windows,
-                intake.frames_in,
-                len(self.latencies),
-                intake.dropped,
-                round(median(latencies), 3),
-                round(max(self.latencies), 3),
-                round(rate, 2),
-            )
+        done = LiveWindow(
+            self.windows,
+            intake.frames_in,
+            len(self.latencies),
+            intake.dropped,
+            round(median(latencies), 3),
+            round(max(self.latencies), 3),
+            round(rate, 2),
         )
+        self._output.settle(lambda _: self._told.append(done))
 
     def tell(self, progress: Progress) -> None:
         """Call from the caller's thread."""

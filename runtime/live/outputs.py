@@ -4,9 +4,10 @@ Both have the rate of the source. A stream is encoded without delay: a picture i
 """
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import av
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
@@ -35,9 +36,11 @@ class Output(Protocol):
 
     def write(self, frame: Picture) -> None: ...
 
-    def settle(self) -> object:
-        """Call after a window."""
+    def settle(self, then: Callable[[Any], object]) -> None:
+        """Call after a window. A thread calls `then` when its pictures are there."""
         ...
+
+    def check(self) -> None: ...
 
     def finish(self) -> object: ...
 
@@ -95,8 +98,11 @@ class StreamOutput:
         self._frames += 1
         self._send(picture)
 
-    def settle(self) -> None:
-        """Everything is sent already."""
+    def settle(self, then: Callable[[Any], object]) -> None:
+        then(None)  # everything is sent already
+
+    def check(self) -> None:
+        """`write` has raised every error."""
 
     def finish(self) -> None:
         self._send(None)

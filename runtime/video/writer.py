@@ -2,8 +2,8 @@
 
 Pictures are uint8 RGB [H, W, 3]. The file grows as `<stem>.partial<suffix>` and gets its final name when it
 is complete, so a file with the final name is never half a video. Sound is written up to the time of the last
-picture. Every settled part has an encoder of its own: it needs no packet of another one, and a later process
-can go on after it.
+picture. Every settled part has an encoder of its own: it needs no packet of another one, a later process can
+go on after it, and the next part is encoded beside it (part.py).
 """
 
 import os
@@ -11,19 +11,18 @@ from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import av
 import numpy as np
-from av.packet import Packet
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from trt_wan.errors import OutputError
 from trt_wan.runtime.video.encoder import Quality
 from trt_wan.runtime.video.gif import write_gif
 from trt_wan.runtime.video.kinds import KINDS
+from trt_wan.runtime.video.part import PARTS, WAITING, Part, Then
 from trt_wan.runtime.video.sound import Sound
 from trt_wan.runtime.video.target import check_target, explained, joining, partial_names, sync
 from trt_wan.runtime.video.working_file import Settled, WorkingFile
@@ -34,7 +33,11 @@ SCALER = 0x4 | 0x40000 | 0x4000
 
 
 class VideoWriter:
-    """A context manager. `finish()` makes the final file. Without it the partial file stays."""
+    """A context manager. `finish()` makes the final file. Without it the partial file stays.
+
+    Pictures are encoded in other threads. `write`, `check`, `wait` and `finish` raise the errors of earlier
+    pictures.
+    """
 
     def __init__(
         self,
@@ -48,23 +51,24 @@ class VideoWriter:
         sound_start: Fraction = Fraction(0),
         settled: Settled | None = None,
         comment: str = "",
+        waiting: int = WAITING,
     ) -> None:
         """Creates the partial file at once: a target that cannot be written fails before the computing. With
         `settled`, goes on from there: all other arguments must be the same as those of the earlier writer.
 
         The first sound stream of the file `sound` is used, if it has one. Time 0 is `sound_start`
         seconds after the start of its picture.
-        A GIF has none. `comment` is for the metadata, of the partial file too.
+        A GIF has none. `comment` is for the metadata, of the partial file too. At most `waiting` pictures
+        wait for an encoder.
         """
         assert width % 2 == 0 and height % 2 == 0, f"4:2:0 needs even sizes, got {width}x{height}"
         self.path, self.overwrite = path, overwrite
         self.width, self.height, self.rate = width, height, rate
         self.frames = 0 if settled is None else settled.pictures
         self.kept = 0  # frames in the partial file after abandon()
-        self._scaler = VideoReformatter()
-        self._coded: list[Packet[Any]] = []  # pictures that the file lacks, in decoding order
-        self._heard: list[Packet[Any]] = []  # sound that the file lacks
-        self._encoder: VideoStream | None = None  # of the pictures since the last settled one
+        self._scaler, self._waiting = VideoReformatter(), waiting
+        self._part: Part | None = None  # of the pictures since the last settled one
+        self._parts: list[Part] = []  # those that are not known to be on the disk, and the present one
         self._file: WorkingFile | None = None
         self._sound: Sound | None = None
         try:
@@ -94,31 +98,40 @@ class VideoWriter:
         )
         picture.pts, picture.time_base = self.frames, 1 / self.rate
         with explained(self.path):
-            if self._encoder is None:
-                self._encoder = self._encoding.open()
-            self._coded += self._encoder.encode(picture)
+            self.check()
+            part = self._present()
             self.frames += 1
-            if self._sound is not None:
-                self._heard += self._sound.until(self.frames / self.rate)
-            if len(self._coded) >= self.rate:  # a second
-                self._append()
+            part.put(picture, self._sound.until(self.frames / self.rate) if self._sound is not None else [])
 
-    def settle(self) -> Settled:
-        """Writes every picture so far to the disk: it plays there even if this process is killed, and
-        `settled` goes on after it. The next picture begins anew with a key frame.
+    def settle(self, then: Then | None = None) -> None:
+        """Ends a part: when every picture so far is on the disk, a thread calls `then`. It plays there even
+        if this process is killed, and `settled` goes on after it. The next picture begins anew with a key
+        frame, without waiting for these.
         """
         with explained(self.path):
-            self._drain()
-            self._opened.append((), self._heard)
-            self._heard = []
-            self._opened.sync()
-            return self._opened.settled()
+            self._present().end(then)
+            self._part = None
+
+    def check(self) -> None:
+        """Raises the errors of earlier pictures, for callers that take long to make the next."""
+        with explained(self.path):
+            for part in self._parts:
+                part.check()
+
+    def wait(self) -> None:
+        """Ends a part and waits until every picture so far is on the disk."""
+        if self._part is not None:
+            self.settle()
+        for part in reversed(self._parts):
+            part.join()
+        self.check()
+        self._parts.clear()
 
     def finish(self) -> Path:
         """Completes the file and gives it its final name."""
         assert self.frames, "finish() before the first frame"
+        self.wait()
         with explained(self.path):
-            self._drain()
             joined = self._joined()
             if KINDS[self.path.suffix.lower()].is_gif:
                 joined = write_gif(joined, self.rate, self.frames)
@@ -138,9 +151,8 @@ class VideoWriter:
         if self._file is None:
             self._release()
             return None
-        if keep and self.frames:
-            with suppress(Exception):  # the disk may be full, and the partial file plays as it is
-                self._drain()
+        with suppress(Exception):  # the disk may be full, and the partial file plays as it is
+            self.wait()
         self.kept = self._file.pictures if keep else 0
         self._release()
         if self.kept:
@@ -167,22 +179,19 @@ class VideoWriter:
     ) -> None:
         kind = KINDS[self.path.suffix.lower()]
         self._encoding = quality.encoding(kind, self.width, self.height, self.rate)
-        self._encoder = self._encoding.open()
+        encoder = self._encoding.open()
+        self._open = lambda: encoder  # for the first part
         if sound is not None and not kind.is_gif:
             self._sound = Sound.of(sound, kind, sound_start)
         if settled is not None:
             self.partial = next(partial_names(self.path)).with_name(settled.name)
             if self._sound is not None:
                 self._sound.until(self.frames / self.rate)  # which the file has
-            self._file = WorkingFile(
-                self.partial, kind, self.rate, self._encoder, self._sound, settled, comment
-            )
+            self._file = WorkingFile(self.partial, kind, self.rate, encoder, self._sound, settled, comment)
             return
         for partial in partial_names(self.path):
             with suppress(FileExistsError):  # kept from an earlier run
-                self._file = WorkingFile(
-                    partial, kind, self.rate, self._encoder, self._sound, comment=comment
-                )
+                self._file = WorkingFile(partial, kind, self.rate, encoder, self._sound, comment=comment)
                 self.partial = partial
                 break
 
@@ -191,26 +200,18 @@ class VideoWriter:
         assert self._file is not None, "the writer is closed"
         return self._file
 
-    def _append(self) -> None:
-        """Writes the coded pictures, up to the first gap in display order, and the sound."""
-        file = self._opened
-        latest, ready = file.pictures - 1, 0
-        for count, packet in enumerate(self._coded, 1):
-            assert packet.pts is not None
-            latest = max(latest, packet.pts)
-            if latest == file.pictures + count - 1:
-                ready = count
-        if ready:
-            file.append(self._coded[:ready], self._heard)
-            self._coded, self._heard = self._coded[ready:], []
-
-    def _drain(self) -> None:
-        """The encoder's last packets go to the disk."""
-        encoder, self._encoder = self._encoder, None
-        if encoder is not None:
-            self._coded += encoder.encode(None)
-        self._append()
-        self._opened.sync()
+    def _present(self) -> Part:
+        """The part of the next picture. Waits while too many are being encoded."""
+        if self._part is None:
+            if len(self._parts) == PARTS:
+                self._parts[0].join()
+                self.check()
+                del self._parts[0]
+            before = self._parts[-1] if self._parts else None
+            self._part = Part(self._opened, self._open, self.frames, before, self._waiting)
+            self._parts.append(self._part)
+            self._open = self._encoding.open
+        return self._part
 
     def _joined(self) -> Path:
         """A file beside the partial one that has all of it, as it will stay."""

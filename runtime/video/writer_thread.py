@@ -31,7 +31,17 @@ class Beside(Generic[Item]):
         self._waiting: Queue[Item | _End] = Queue(room)
         self._error: BaseException | None = None
         self._dropping = self._ended = False
-        self._thread = Thread(target=self._run, name="beside")
+        # A daemon: what is left open when Python ends does not keep it.
+        self._thread = Thread(target=self._run, name="beside", daemon=True)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the thread has used all items, or failed and dropped the rest."""
+        return not self._thread.is_alive()
+
+    def start(self) -> None:
+        """For use without `with`: then call `end`, `join` and `check`."""
+        self._thread.start()
 
     def put(self, item: Item) -> None:
         """Waits for room. Raises the thread's exception."""
@@ -43,8 +53,16 @@ class Beside(Generic[Item]):
         if self._error is not None:
             raise self._error
 
+    def end(self) -> None:
+        """No more items come."""
+        self._waiting.put(_End())
+
+    def join(self) -> None:
+        """Waits until the thread is over. Call after `end`."""
+        self._thread.join()
+
     def __enter__(self) -> Self:
-        self._thread.start()
+        self.start()
         return self
 
     def __exit__(
@@ -52,12 +70,12 @@ class Beside(Generic[Item]):
     ) -> None:
         """Remaining items are used, after an error too. An interrupt during this wait drops them."""
         try:
-            self._waiting.put(_End())
-            self._thread.join()
+            self.end()
+            self.join()
         except BaseException:
             self._dropping = True
-            self._waiting.put(_End())
-            self._thread.join()
+            self.end()
+            self.join()
             raise
         if error is None:
             self.check()
