@@ -70,7 +70,7 @@ class Opened:
         )
         sizes.weights = SimpleNamespace(plan=lambda *_: None, prefetch=self._prefetch)
         sizes._machine = sizes._scratch = None
-        sizes._ranks = gpu_ranks.GpuRanks(sizes._gpu)
+        sizes._ranks = gpu_ranks.GpuRanks(sizes._gpu, sizes.weights)
         sizes._observe = lambda executor: SimpleNamespace(run=self._run)
         sizes._config, sizes._host, sizes._total, sizes._slots = ANIMATE_14B, {}, 1 << 40, 0
         sizes._settings = Settings(tier=tier)

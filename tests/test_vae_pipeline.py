@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from eager_vae import random_weights
+from late_gpu import LateGpu
 from native_on_cpu import VaeOnCpu, at, vae_kernels
 from simulated_streams import SimulatedGpu, SimulatedPeers, World, together
 
@@ -24,10 +25,14 @@ from trt_wan.engines.shape import Plan
 from trt_wan.runtime.executors.gpu import GpuExecutor
 from trt_wan.runtime.networks import vae
 from trt_wan.runtime.networks.model import Model
+from trt_wan.runtime.opening import gpu_ranks
 from trt_wan.runtime.parallel import vae_pipeline
 from trt_wan.runtime.parallel.vae_parts import balanced, common_cuts, part_bounds, part_network
 from trt_wan.runtime.parallel.vae_pipeline import Measured, VaePipeline, open_pipeline
 from trt_wan.runtime.segments.native.vae import Vae
+from trt_wan.runtime.weights.on_device import DeviceWeights
+from trt_wan.runtime.weights.pack import Pack
+from trt_wan.runtime.weights.sources import RandomSource
 
 PLAN = Plan(32, 16, 13, "bf16")
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -260,6 +265,48 @@ def test_parts_divide_a_network(full_size: Any, half: str, count: int) -> None:
         for made in (part, before):
             told = [tensor.name for tensor in made.outputs if tensor.name.endswith(".cache_out")]
             assert told == [f"{name}_out" for name in remembered]
+
+
+@pytest.mark.parametrize(("rank", "count"), [(0, 2), (1, 2), *((rank, 4) for rank in range(4))])
+def test_a_pipeline_that_is_cut_elsewhere_gets_its_own_weights(
+    rank: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At another size, and at the first one again, with real parts and weights."""
+    cpu, world = VaeOnCpu(TINY, None, monkeypatch, own=True), World(0)  # type: ignore[arg-type]
+    late: Any = LateGpu()
+    weights = DeviceWeights(late, RandomSource(7))
+    ranks: Any = SimpleNamespace(rank=rank, count=count, least=int)
+
+    def connect(gpu: Any, ranks: Any, size: int, flags: int) -> Any:
+        peers = SimulatedPeers(world, count)
+        peers.connect(size, flags)
+        return peers.of(rank)
+
+    monkeypatch.setattr(gpu_ranks, "PeerMemory", connect)
+    held = gpu_ranks.GpuRanks(SimulatedGpu(world), weights)  # type: ignore[arg-type]
+    seen = set()
+    for plan, growth in ((PLAN, 0.8), (Plan(16, 32, 17, "bf16"), 1.2), (PLAN, 1.0)):
+
+        def measured(self: Any, ranks: Any, vae: Vae, network: Network, cuts: Any, by: float = growth) -> Any:
+            return Measured([by**i for i in range(len(cuts) + 1)], 1e12)
+
+        monkeypatch.setattr(VaePipeline, "_measured", measured)
+        contracts = networks(TINY, plan)
+        given: dict[str, Any] = {name: cpu.open(contracts[name]) for name in VAE}
+        pipeline = held.pipeline(ranks, plan, given, contracts, lambda: gpu_ranks.PIPELINE_ROOM)
+        assert pipeline is not None and len(pipeline.networks) == 4
+        packs = [Pack.of(network, 0) for network in pipeline.networks.values()]
+        weights.prefetch(packs[:2])  # the others are loaded when they are used
+        for pack in packs:
+            assert weights.bind(pack.network, 0).keys() == {w.name for w in pack.network.weights}
+            weights.used(pack.network, 0)
+        seen |= {(pack.key, tuple(pack.offsets)) for pack in packs}
+        read = dict(weights._resident)
+        assert held.pipeline(ranks, plan, given, contracts, lambda: 0) is pipeline
+        assert weights._resident == read and weights.resident_bytes == sum(pack.size for pack in packs)
+    assert len(seen) == 12, "all parts are cut at three places"
+    weights.close()
+    assert not late.live
 
 
 def test_what_is_handed_over(full_size: Any) -> None:

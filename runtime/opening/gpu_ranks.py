@@ -16,13 +16,14 @@ from trt_wan.runtime.parallel.ranks import Ranks
 from trt_wan.runtime.parallel.shards import Shards
 from trt_wan.runtime.parallel.vae_pipeline import VaePipeline, open_pipeline
 from trt_wan.runtime.segments.segment import Segment
+from trt_wan.runtime.weights.on_device import DeviceWeights
 
 PIPELINE_ROOM = 40 * 10**9  # bytes of every GPU: on smaller ones rank 0 decodes alone
 
 
 class GpuRanks:
-    def __init__(self, gpu: Gpu) -> None:
-        self._gpu = gpu
+    def __init__(self, gpu: Gpu, weights: DeviceWeights) -> None:
+        self._gpu, self._weights = gpu, weights
         self._peers: PeerSequence | None = None
         self._peers_of: tuple[Ranks, ShardPlan] | None = None
         self._pipeline: VaePipeline | None = None
@@ -56,8 +57,13 @@ class GpuRanks:
     ) -> VaePipeline | None:
         """This rank's layers of the VAE, which `segments` get too. None where a GPU has too little `room` for
         two scratches more, and where the VAE is not ours.
+
+        Each pipeline is cut where its layers' measured seconds say, and its parts have the names of the one
+        before. So the weights of that one are freed: DeviceWeights finds them by those names.
         """
         if self._pipeline_of != (ranks, plan):
+            if self._pipeline is not None:
+                self._weights.release(self._pipeline.networks)
             self._close_pipeline()
             self._pipeline_of = ranks, plan
             if ranks.least(room()) >= PIPELINE_ROOM:

@@ -101,7 +101,7 @@ class GpuSizes:
         self._models: dict[Plan, Model] = {}
         self._faces: dict[Plan, GpuExecutor] = {}  # they compute Lynx's picture
         self._scratch: tuple[Any, int] | None = None  # buffer, bytes
-        self._ranks = GpuRanks(gpu)
+        self._ranks = GpuRanks(gpu, self.weights)
         self._slots = 0  # bytes that blocks stream through
 
     @property
