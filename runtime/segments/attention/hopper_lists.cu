@@ -89,7 +89,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             for (int i = 0; i < SCALES; ++i) factor[i][0] = r.scale[0] * scale[i], factor[i][1] = r.scale[1] * scale[i];
         };
         scaled();
-        largest(s, factor, r.most);
+        largest(s, factor, r.base);
         weigh<false>(s, factor, r, a, sums);
         auto add = [&]() {
 #pragma unroll

@@ -70,7 +70,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         wgmma_wait<0>();
         settled_scores(s);
         if (tokens < KEYS) hide(s, tokens);
-        largest(s, factor, r.most);
+        largest(s, factor, r.base);
         weigh<false>(s, factor, r, a, sums);
         auto add = [&]() {
 #pragma unroll

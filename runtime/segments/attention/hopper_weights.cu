@@ -37,7 +37,7 @@ __device__ void needed(float x, u32 address) {
 }
 
 struct Rows {  // of a thread: two, shared by four threads
-    float most[2], sum[2], scale[2];
+    float base[2], sum[2], scale[2];  // a weight is 2^(base + score)
 };
 
 // Of a row's four sums, added up over 12 weights at most, one exceeds this before a weight exceeds 448. With the true
@@ -51,12 +51,13 @@ __device__ void hide(Score (&s)[SCORES], int valid) {
         if (i / 4 * 8 + column + i % 2 >= valid) s[i] = least();
 }
 
-// The largest score of each row, as a power of two. `factor` is that of all keys, or of equal parts of them, for both rows.
+// The base by which each row's largest score has a weight of 2^LIFT. `factor` is that of all keys, or of equal parts of them, for both rows.
 template <int SCALED>
-__device__ void largest(const Score (&s)[SCORES], const float (&factor)[SCALED][2], float (&high)[2]) {
+__device__ void largest(const Score (&s)[SCORES], const float (&factor)[SCALED][2], float (&base)[2]) {
     constexpr int PART = SCORES / SCALED;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+        float high = 0;
 #pragma unroll
         for (int part = 0; part < SCALED; ++part) {
             Score most[2] = {s[part * PART + 2 * half], s[part * PART + 2 * half + 1]};
@@ -64,10 +65,10 @@ __device__ void largest(const Score (&s)[SCORES], const float (&factor)[SCALED][
             for (int i = part * PART + 4 + 2 * half; i < (part + 1) * PART; i += 4)
                 most[0] = larger(most[0], s[i]), most[1] = larger(most[1], s[i + 1]);
             const float whole = plain(larger(most[0], most[1])) * factor[part][half];
-            high[half] = part ? fmaxf(high[half], whole) : whole;
+            high = part ? fmaxf(high, whole) : whole;
         }
-        high[half] = fmaxf(high[half], __shfl_xor_sync(~0u, high[half], 1));
-        high[half] = fmaxf(high[half], __shfl_xor_sync(~0u, high[half], 2));
+        high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+        base[half] = LIFT - fmaxf(high, __shfl_xor_sync(~0u, high, 2));
     }
 }
 
@@ -81,7 +82,7 @@ __device__ void weigh(const Score (&s)[SCORES], const float (&factor)[SCALED][2]
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int part = 0; part < SCALED; ++part)
-            offset[part][half] = LIFT - r.most[half] - (QK == 0 && !AGAIN ? MAGIC * factor[part][half] : 0.0f);
+            offset[part][half] = r.base[half] - (QK == 0 && !AGAIN ? MAGIC * factor[part][half] : 0.0f);
         sums[half][0] = sums[half][1] = 0;
     }
     auto weight = [&](int i) {
@@ -116,13 +117,13 @@ __device__ bool too_large(const float (&sums)[2][2]) {
 template <int SCALED>
 __device__ void weigh_again(const Score (&s)[SCORES], const float (&factor)[SCALED][2], Rows& r, u32 (&a)[STEP_SLICES][4],
                             float (&sums)[2][2], float (&shrink)[2]) {
-    float high[2];
-    largest(s, factor, high);
+    float base[2];
+    largest(s, factor, base);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const float most = fmaxf(r.most[half], high[half]);
-        shrink[half] = power_of_2(r.most[half] - most);
-        r.most[half] = most;
+        base[half] = fminf(r.base[half], base[half]);
+        shrink[half] = power_of_2(base[half] - r.base[half]);
+        r.base[half] = base[half];
         r.sum[half] *= shrink[half];
     }
     weigh<true>(s, factor, r, a, sums);
@@ -136,7 +137,7 @@ __device__ bool soften(Score (&s)[SCORES], u32 (&a)[STEP_SLICES][4], Rows& r, fl
     const float factor[1][2] = {{r.scale[0] * key_scale, r.scale[1] * key_scale}};
     float sums[2][2];
     bool grown = false;
-    if (FIRST) largest(s, factor, r.most);
+    if (FIRST) largest(s, factor, r.base);
     if (!FIRST) shrink[0] = shrink[1] = 1;
     weigh<false>(s, factor, r, a, sums);
     if (!FIRST && (grown = too_large(sums))) weigh_again(s, factor, r, a, sums, shrink);
