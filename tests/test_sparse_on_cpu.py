@@ -1,5 +1,5 @@
-"""Block-sparse attention on the CPU from q, k and v to the result: the kernels of select.cu and skipped.cu, and
-of the attention for Hopper, against numpy. C++ stands in for attention.cuh, which is written in PTX.
+"""Block-sparse attention on the CPU from q, k and v to the result: the kernels of select.cu, skipped.cu and
+the attention for Hopper, against numpy. C++ stands in for attention.cuh, which is written in PTX.
 """
 
 from pathlib import Path
@@ -22,7 +22,8 @@ GUARD = 64  # elements behind the result
 ATTENTION = r"""
 constexpr float LOG2_E = 1.4426950408889634f;
 float power_of_2(float x) { return std::exp2(x); }
-template <int WIDTH> u32 chunk_offset(int row, int chunk) { return row * (WIDTH * 2) + ((chunk ^ (row & 7)) << 4); }
+template <int WIDTH>
+u32 chunk_offset(int row, int chunk) { return row * (WIDTH * 2) + ((chunk ^ (row & 7)) << 4); }
 void end_of_copies() {}
 template <int IN_FLIGHT> void wait_for_copies() {}
 void copy_listed(u32 to, const bf16* means, const int* list, int first, int end) {
@@ -44,7 +45,8 @@ template <int VALUE> struct Running {
 template <class Half, int N, int KEY, int VALUE>
 void attend_tile(const u32 (&q)[KEY / 16][4], u32 keys, u32 values, int valid, Running<VALUE>& r) {
     auto at = [](u32 start, int row, int channel) {
-        return widen(*(const bf16*)(shared_bytes + start + chunk_offset<KEY>(row, channel / 8) + channel % 8 * 2));
+        const u32 chunk = start + chunk_offset<KEY>(row, channel / 8);
+        return widen(((const bf16*)(shared_bytes + chunk))[channel % 8]);
     };
     for (int half = 0; half < 2; ++half) {
         float query[KEY], scores[N];
@@ -66,9 +68,11 @@ void attend_tile(const u32 (&q)[KEY / 16][4], u32 keys, u32 values, int valid, R
         for (int n = 0; n < VALUE / 8; ++n) r.out[n][2 * half] *= shrink, r.out[n][2 * half + 1] *= shrink;
         for (int n = 0; n < N; ++n) {
             const float weight = std::exp(scores[n] - most);
-            if (n / 2 % 4 == threadIdx.x % 4) r.sum[half] += weight;  // the four threads of a row share its keys
-            for (int c = 0; c < VALUE / 4; ++c)
-                r.out[c / 2][2 * half + c % 2] += weight * at(values, n, c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2);
+            if (n / 2 % 4 == threadIdx.x % 4) r.sum[half] += weight;  // four threads share a row's keys
+            for (int c = 0; c < VALUE / 4; ++c) {
+                const int channel = c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2;
+                r.out[c / 2][2 * half + c % 2] += weight * at(values, n, channel);
+            }
         }
     }
 }
@@ -87,14 +91,16 @@ class Module:
         (folder / "choice").mkdir()
         self._kernels = CpuKernels(lines + HEADER + text, folder / "choice")
 
-    def launch(self, stream: Any, name: str, grid: Any, threads: int, *arguments: Any, shared: int = 0) -> None:
+    def launch(
+        self, stream: Any, name: str, grid: Any, threads: int, *arguments: Any, shared: int = 0
+    ) -> None:
         self._kernels.launch(name, grid, threads, True, *arguments)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("grid", "keep"),
-    [((1, 3, 4), 0.5), ((3, 10, 12), 0.01), ((5, 10, 12), 0.6), ((5, 10, 12), 1.0), ((5, 16, 20), 0.4)],
+    [((1, 3, 4), 0.5), ((5, 10, 12), 0.01), ((5, 10, 12), 0.6), ((5, 10, 12), 1.0), ((5, 16, 20), 0.4)],
 )
 def test_block_sparse_attention_against_numpy(
     grid: tuple[int, int, int], keep: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

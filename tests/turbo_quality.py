@@ -97,8 +97,8 @@ def kept(q: Any, k: Any, share: float, first: int, size: int) -> Any:
 def errors(
     q: Any, k: Any, v: Any, chosen: Any, starts: list[int], count: int, size: int
 ) -> tuple[float, float, float]:
-    """Of one head, [tokens, head_dim] each, `count` queries from each of `starts` on: the relative error, that
-    without the means of skipped blocks, and the share of dense attention's weights that is kept.
+    """Of one head, [tokens, head_dim] each, `count` queries from each of `starts` on: the relative error,
+    that without the means of skipped blocks, and the share of dense attention's weights that is kept.
     """
     tokens = len(k)
     key_means, value_means = means(k[None])[0], means(v[None])[0]

@@ -6,8 +6,8 @@
 // half after it and the products of the half before it with the values are multiplied. The tiles lie in global memory as they
 // lie in shared memory (tiles.cu), so that a tile is one copy.
 
-// q [heads, tiles of 128 queries, parts, 128, 128 bytes]; k [heads, tiles of KEYS, parts, KEYS, 128 bytes]; v [heads,
-// tiles, slices, 128 channels, 32 bytes]. query_scale [heads, tiles * 128] with log2(e), key_scale [heads, tiles],
+// q [heads, tiles of QUERIES, parts, QUERIES, 128 bytes]; k [heads, tiles of KEYS, parts, KEYS, 128 bytes]; v [heads,
+// tiles, slices, 128 channels, 32 bytes]. query_scale [heads, tiles * QUERIES] with log2(e), key_scale [heads, tiles],
 // value_scale and value_mean [heads, 128]. out bf16 [tokens, heads * 128], or see `place_of`. shift and lse float32
 // [heads, tokens]; a null lse is not written. Grid (tiles of queries, heads).
 extern "C" __global__ void __launch_bounds__(384, 1)

@@ -1,4 +1,4 @@
-// Self-attention for Hopper with three consumers: int8 scores, E4M3 weights and values, no lists. The rest is as in hopper.cu.
+// Self-attention for Hopper with three consumers: int8 scores, E4M3 weights and values. The rest is as in hopper.cu.
 //
 // A block takes 192 queries of one head, and each warpgroup 64 of them against every tile. While one waits for its products, the
 // other two compute weights. So each needs the registers of one tile's scores alone, and shares of the tiles' copies are smaller.

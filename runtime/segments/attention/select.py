@@ -2,8 +2,8 @@
 
 The score of a pair of blocks is the product of their means, of q and of k. Each row keeps the blocks with the
 highest scores: a share of all, so that every row takes the same time. The blocks of the reference (slot 0),
-those with the row's tokens and the last, which may be short, are always among them. A block that is skipped still counts,
-as 128 keys that are equal to its mean. The same inputs give the same blocks.
+those with the row's tokens and the last, which may be short, are always among them. A block that is skipped
+still counts, as 128 keys that are equal to its mean. The same inputs give the same blocks.
 """
 
 import math
@@ -43,7 +43,8 @@ class BlockChoice:
     def __init__(self, gpu: Gpu, heads: int, head_dim: int, order: NDArray[np.int32], first: int) -> None:
         tokens = len(order)
         self._shape = heads, tokens, head_dim
-        self._rows, self._blocks, self._always = -(-tokens // QUERIES), -(-tokens // BLOCK), -(-first // BLOCK)
+        self._rows, self._blocks = -(-tokens // QUERIES), -(-tokens // BLOCK)
+        self._always = -(-first // BLOCK)
         self._stream, made = gpu.stream, macros(head_dim)
         self._module = gpu.once((__name__, head_dim), lambda: Module(gpu.device, SOURCE, NAMES, made))
         self._order_buffer = gpu.allocate(order.nbytes)
@@ -55,7 +56,8 @@ class BlockChoice:
         tokens, head_dim]: q, k and v. `list` is int32 [heads, query blocks, key blocks]: for each block of
         queries the numbers of the blocks of keys that it keeps, in ascending order, then those of the others.
         `count` is int32 [heads, query blocks]: how many are kept. `means` are those of k and v, bf16
-        [2, heads, key blocks, head_dim]. `exact` is bf16 [tokens, heads * head_dim] and `lse` float32 [heads, tokens]: see `finish`.
+        [2, heads, key blocks, head_dim]. `exact` is bf16 [tokens, heads * head_dim] and `lse` float32
+        [heads, tokens]: see `finish`.
         """
         heads, tokens, head_dim = self._shape
         values, rows = heads * tokens * head_dim, heads * self._rows
