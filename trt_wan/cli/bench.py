@@ -120,6 +120,12 @@ _ROWS = click.option(
     metavar="TIER;NETWORK=CANDIDATE;…",
     help="A row, such as 'fast; attention=cudnn fp8' or 'exact; precision=bf16'; may be repeated.",
 )
+_BUDGET = click.option(
+    "--budget",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="Measure no longer: rows that do not fit are named with the reason.",
+)
 _OUT = click.option("--out", type=FOLDER, help="Folder for JSON, CSV and plots (PNG and SVG).")
 
 Decorator = Callable[[Any], Any]
@@ -234,6 +240,7 @@ def compare_results(*, report: Report, first: Path, second: Path) -> Any:
 @click.option("--windows", callback=_numbers, metavar="N,…", help="Default: 5 to 161 frames.")
 @click.option("--job-steps", callback=_numbers, metavar="N,…", help="Of the axis steps. Default: 4,10,20.")
 @click.option("--steps", type=COUNT, default=6, show_default=True, help="Timed at each point.")
+@_BUDGET
 @_OUT
 @command
 def sweep_shapes(
@@ -248,11 +255,13 @@ def sweep_shapes(
     windows: tuple[int, ...],
     job_steps: tuple[int, ...],
     steps: int,
+    budget: float | None,
     out: Path | None,
     **settings: Any,
 ) -> Any:
     """Time steps over sizes, window lengths, step counts, precisions and memory limits, and fit a law."""
     from trt_wan.benchmarks.measure import sweep
+    from trt_wan.benchmarks.measure.budget import Budget
 
     names = axes.split(",")
     unknown = [name for name in names if name not in sweep.AXES]
@@ -266,7 +275,9 @@ def sweep_shapes(
         windows or sweep.WINDOWS,
         job_steps or sweep.STEPS,
     )
-    result = sweep.run_sweep(points, steps, str(weights) if weights else None, report.progress)
+    files, limit = str(weights) if weights else None, Budget(budget)
+    with keeping(out) as keep:
+        result = sweep.run_sweep(points, steps, files, report.progress, keep=keep, budget=limit)
     return finished(report, result, out)
 
 
@@ -278,6 +289,7 @@ def sweep_shapes(
     "--peers", is_flag=True, help="diffusers too, on the same weights and inputs; all tiers of ours."
 )
 @click.option("--frames/--no-frames", default=True, show_default=True, help="Compare the videos as well.")
+@_BUDGET
 @_OUT
 @command
 def quality_of(
@@ -292,6 +304,7 @@ def quality_of(
     rows: dict[str, dict[str, Any]],
     peers: bool,
     frames: bool,
+    budget: float | None,
     out: Path | None,
     **settings: Any,
 ) -> Any:
@@ -309,7 +322,9 @@ def quality_of(
     else:
         wanted = _wanted(rows, settings)
     with keeping(out) as keep:
-        result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress, keep)
+        result = measure_quality(
+            shape, wanted, steps, seed, files, peers, frames, report.progress, keep, budget
+        )
     return finished(report, result, out)
 
 
@@ -356,8 +371,9 @@ def window_of(
 
 
 @click.command("vae", short_help="Measure the VAE of a window beside diffusers'.")
-@_options(*_SHAPE, *_SETTINGS, _GPUS, _ROWS)
+@_options(*_SHAPE, *_SETTINGS, _ROWS)
 @click.option("--repeats", type=COUNT, default=3, show_default=True)
+@_BUDGET
 @_OUT
 @command
 def vae_of(
@@ -369,6 +385,7 @@ def vae_of(
     weights: Path | None,
     rows: dict[str, dict[str, Any]],
     repeats: int,
+    budget: float | None,
     out: Path | None,
     **settings: Any,
 ) -> Any:
@@ -379,7 +396,7 @@ def vae_of(
         raise click.UsageError("name the folder of the weights with --weights DIR.")
     shape, wanted = _shape(model, size, window), _wanted(rows, settings)
     with keeping(out) as keep:
-        result = measure_vae(shape, wanted, str(weights), repeats, report.progress, keep)
+        result = measure_vae(shape, wanted, str(weights), repeats, report.progress, keep, budget)
     return finished(report, result, out)
 
 
