@@ -13,13 +13,13 @@ class Budget:
     """None is no limit."""
 
     def __init__(self, seconds: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._seconds = clock, math.inf if seconds is None else seconds
+        self.now, self._seconds = clock, math.inf if seconds is None else seconds
         self._until = clock() + self._seconds
 
     @property
     def left(self) -> float:
         """Seconds, 0 in the end."""
-        return max(self._until - self._clock(), 0.0)
+        return max(self._until - self.now(), 0.0)
 
     @property
     def over(self) -> str:

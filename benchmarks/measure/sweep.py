@@ -7,7 +7,6 @@ keeps its reason.
 
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -114,12 +113,12 @@ class Sweep:
             found.append(f"Cost law over sizes and windows: {self.rates.text}; off by {worst:.1%} at most")
         if (pair := crossing(self.points)) is not None:
             found.append(f"Attention takes most of a step from {pair[1].label} on ({pair[1].tokens} tokens).")
-        return found
+        return [*found, *(f"Not measured: {p.axis} {p.label}: {p.reason}" for p in self.points if p.reason)]
 
     def _row(self, p: Point) -> Row:
         work = (Figure(p.tokens, "count"), Figure(p.flops, "PFLOP"), Figure(p.attention_share, "%"))
         if p.seconds is None:
-            return p.label, p.axis, *work, f"not measured: {p.reason}", "", "", "", "", ""
+            return p.label, p.axis, *work, "-", "", "", "", "", ""
         s, law = p.seconds, self.rates if p.axis in GROWING else None
         times = Figure(s.median / law.seconds(p.flops, p.attention_share), "times") if law else ""
         spread = (Figure(s.median, "s"), Figure(s.p10, "s"), Figure(s.p90, "s"))
@@ -224,11 +223,11 @@ def run_sweep(
     for ask in points:
         key = json.dumps([asdict(ask.shape), dict(ask.settings), ask.job_steps], sort_keys=True)
         if key not in known:
-            began = time.monotonic()
+            began = budget.now()
             needed = 0.0 if shortest == math.inf else shortest
             known[key] = _point(ask, steps, weights, progress, measure, budget, needed)
             if known[key].seconds is not None:
-                shortest = min(shortest, time.monotonic() - began)
+                shortest = min(shortest, budget.now() - began)
         found.append(replace(known[key], axis=ask.axis, label=ask.label))
         keep(_sweep(found, weights, finished=False))
     return _sweep(found, weights, finished=True)

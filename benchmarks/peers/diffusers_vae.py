@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from trt_wan.benchmarks.measure.processes import answering, say
+from trt_wan.benchmarks.measure.vae import FLOAT32
 from trt_wan.benchmarks.peers.diffusers_model import stored_tensors, time_calls
 from trt_wan.benchmarks.peers.shape import Shape, add_shape_arguments, shape_from
 from trt_wan.engines.contracts.vae_layers import LATENT_MEAN, LATENT_STD
@@ -53,26 +54,34 @@ def _compile(vae: Vae) -> None:
         half.compile(dynamic=False)
 
 
+def _as_it_comes(vae: Vae) -> None:
+    pass
+
+
+# In this order, each on top of the one before: the compiler takes minutes, and comes last.
+ROWS: dict[str, tuple[torch.dtype, Callable[[Vae], None]]] = {
+    FLOAT32: (torch.float32, _as_it_comes),
+    "diffusers bf16": (torch.bfloat16, _as_it_comes),
+    "diffusers bf16, channels last": (torch.bfloat16, _channels_last),
+    "diffusers bf16, channels last, compiled": (torch.bfloat16, _compile),
+}
+
+
 def record(shape: Shape, device: str, weights: Path, inputs: Path, out: Path, repeats: int) -> None:
+    names = list(ROWS) if device == "cuda" else [FLOAT32]
+    say("rows", names=names)
     given = np.load(inputs)
     vae = make_vae(shape, weights, device)
     mean, deviation = (torch.tensor(t).reshape(1, -1, 1, 1, 1).to(device) for t in (LATENT_MEAN, LATENT_STD))
     latents = torch.from_numpy(given["latents"])[None] * deviation.cpu() + mean.cpu()
     frames = torch.from_numpy(given["frames"]).permute(3, 0, 1, 2)[None] / 127.5 - 1
     torch.backends.cudnn.allow_tf32 = False
-    rows: dict[str, tuple[torch.dtype, Callable[[], object]]] = {
-        "diffusers float32": (torch.float32, lambda: None)
-    }
-    if device == "cuda":
-        rows["diffusers bf16"] = torch.bfloat16, lambda: None
-        rows["diffusers bf16, channels last"] = torch.bfloat16, partial(_channels_last, vae)
-        rows["diffusers bf16, channels last, compiled"] = torch.bfloat16, partial(_compile, vae)
-    say("rows", names=list(rows))
     with torch.inference_mode():
-        for name, (kind, change) in rows.items():
+        for name in names:
+            kind, change = ROWS[name]
             try:
                 vae.to(kind)
-                change()
+                change(vae)
                 decoded, decoding = _timed(partial(_decode, vae), latents.to(kind), device, repeats)
                 moments, encoding = _timed(partial(_encode, vae), frames.to(kind), device, repeats)
             except Exception as error:  # torch and its compiler raise what they like

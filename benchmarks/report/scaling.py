@@ -190,7 +190,11 @@ class Scaling:
         drawn: dict[str, Any] = {}
         if any(ups.values()):
             drawn["speed-up"] = plots.speed_up("Speed-up over GPUs", self.hardware, ups)
-        groups = {_name(row): [_parts(row, plots.LEAST, plots.EXCESS, plots.OTHER)] for row in self.rows}
+        groups = {
+            _name(row): [_parts(row, plots.LEAST, plots.EXCESS, plots.OTHER)]
+            for rows in self.by_shape.values()
+            for row in rows
+        }
         under = f"{self.hardware}\nthe writing beside it is not shown"
         drawn["windows"] = plots.bars("A window of a long video", under, groups, "seconds of a window")
         for row in self.rows:
