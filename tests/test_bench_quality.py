@@ -18,7 +18,7 @@ from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.quality import Quality, QualityRow, _other_attention, _Recorder
 from trt_wan.benchmarks.measure.record_velocities import RecordingExecutor, Tape
 from trt_wan.benchmarks.measure.window_budget import Part, WindowBudget, parts
-from trt_wan.benchmarks.measure.window_job import WindowWatch
+from trt_wan.benchmarks.measure.window_job import WindowWatch, told
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.sheet import Sheet, tables
 from trt_wan.benchmarks.work.bound import budget_rates
@@ -229,3 +229,5 @@ def test_stages_belong_to_their_windows() -> None:
     watch.progress(StepDone(1, 2, 1, 1, 0.25, 0.1, 0.0))
     assert list(watch.stages) == [(0, "start"), *((window, stage) for stage, window in stages[:-1])]
     assert watch.steps == [0.25] and len(watch.notes) == 6
+    seconds = {(0, "start"): 9.0, (1, "denoise"): 2.0, (1, "decode"): 0.5, (2, "denoise"): 3.0}
+    assert told(1, seconds) == "window 1: denoise 2.000 s, decode 0.500 s"

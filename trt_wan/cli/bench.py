@@ -213,10 +213,12 @@ def measure(
     if repeat == 1:
         return finished(report, run_bench(options, report.progress), out)
     results = []
-    for n in range(repeat):
-        note(report, f"run {n + 1} of {repeat}")
-        results.append(run_bench(options, report.progress))
-        show_tables(report, results[-1])
+    with keeping(out) as keep:
+        for n in range(repeat):
+            note(report, f"run {n + 1} of {repeat}")
+            results.append(run_bench(options, report.progress))
+            show_tables(report, results[-1])
+            keep(Repeats(results))
     return finished(report, Repeats(results), out)
 
 
