@@ -122,6 +122,7 @@ def test_rows_are_told_and_kept_before_diffusers_compiles(
     assert made.rows[0].decode == 2.0 and made.rows[0].psnr == pytest.approx(
         20 * np.log10(2 / 0.01), abs=0.01
     )
+    assert made.rows[0].runs["decode"]["seconds"] == [3.0, 1.0, 2.0]
     assert kept[0].rows[0].psnr is None and kept[1].rows == made.rows[:2]
     assert told[-1].startswith("diffusers compiled: decode off by 5.00e-01")
     assert "ours: decode 2.000 s, encode 2.000 s" in told

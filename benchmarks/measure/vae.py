@@ -53,6 +53,7 @@ class VaeRow:
     decode_error: float | None = None  # relative, against float32
     encode_error: float | None = None
     candidates: Mapping[str, str] = field(default_factory=dict)
+    runs: Mapping[str, Any] = field(default_factory=dict)  # seconds and networks of every run, by half
 
     @property
     def psnr(self) -> float | None:
@@ -236,4 +237,5 @@ def _row(answer: Mapping[str, Any]) -> VaeRow:
         median("decode", "networks"),
         median("encode", "networks"),
         candidates=answer.get("candidates", {}),
+        runs={half: answer[half] for half in ("decode", "encode")},
     )
