@@ -136,6 +136,11 @@ def test_a_row_of_ours_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         vae.measure_vae(SHAPE, [quality.Wanted("ours", {})], "weights", budget=1e-9)
 
 
+def test_several_gpus_are_refused() -> None:
+    with pytest.raises(UsageError, match="on one GPU"):
+        vae.measure_vae(SHAPE, [quality.Wanted("two", {"gpus": 2})], "weights")
+
+
 def test_rows_that_the_budget_ends_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[dict[str, Any]] = [
         {"event": "rows", "names": ["float32", "bf16", "compiled", "last"]},

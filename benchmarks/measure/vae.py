@@ -170,8 +170,13 @@ def measure_vae(
 ) -> VaeTimes:
     """`weights` is a folder of files, which diffusers reads too. `keep` gets the rows so far after every one:
     compiling diffusers' takes minutes, so that comes last. Rows that `budget` seconds end are not measured.
-    Raises the error of our first row if no row of ours runs.
+    Raises the error of our first row if no row of ours runs, and UsageError for a row with several GPUs: its
+    ranks would wait for each other.
     """
+    if any((one.settings.get("gpus") or 1) > 1 for one in wanted):
+        raise UsageError(
+            "The VAE is timed on one GPU here.", "Leave gpus out of --row, or use bench --gpus 1,2."
+        )
     limit, found, failures = Budget(budget), _Found(shape, weights, progress, keep), list[TrtWanError]()
     files: dict[str, Any] = {}
     with workplace(shape) as (env, clips), tempfile.TemporaryDirectory() as temporary:
