@@ -128,7 +128,7 @@ def _attribute(attribute: onnx.AttributeProto) -> str:
 def _constant(tensor: onnx.TensorProto) -> tuple[int, list[int], str]:
     values = numpy_helper.to_array(tensor)
     if values.dtype in (np.float32, np.float64):  # the last bits of a power differ between processors
-        mantissas, exponents = np.frexp(values)
+        mantissas, exponents = np.frexp(np.nan_to_num(values))
         values = np.stack([np.rint(mantissas * 2**16).astype(np.int64), exponents.astype(np.int64)])
     return tensor.data_type, list(tensor.dims), hashlib.sha256(values.tobytes()).hexdigest()
 

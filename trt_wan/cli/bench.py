@@ -17,7 +17,7 @@ from trt_wan.cli.command import Group, command, note
 from trt_wan.cli.report import Report
 from trt_wan.cli.sizes import Size, size_of
 from trt_wan.cli.sizes import size as size_option
-from trt_wan.errors import shown
+from trt_wan.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from trt_wan.benchmarks.measure.quality import Wanted
@@ -373,7 +373,8 @@ def window_of(
 
 
 @click.command("vae", short_help="Measure the VAE of a window beside diffusers'.")
-@_options(*_SHAPE, *_SETTINGS, _ROWS)
+@_options(*_SHAPE[:-1], *_SETTINGS, _ROWS)
+@click.option("--weights", type=THERE, help="Folder with the checkpoints. Needed.")
 @click.option("--repeats", type=COUNT, default=3, show_default=True)
 @_BUDGET
 @_OUT
@@ -395,7 +396,9 @@ def vae_of(
     from trt_wan.benchmarks.measure.vae import measure_vae
 
     if weights is None:
-        raise click.UsageError("name the folder of the weights with --weights DIR.")
+        raise UsageError(
+            "The VAE is measured with weights of files.", "Name their folder with --weights DIR."
+        )
     shape, wanted = _shape(model, size, window), _wanted(rows, settings)
     with keeping(out) as keep:
         result = measure_vae(shape, wanted, str(weights), repeats, report.progress, keep, budget)
