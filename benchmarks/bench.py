@@ -69,6 +69,8 @@ def run_bench(options: Options, progress: Progress = silent) -> Result:
         for n in range(options.jobs):
             progress(Note(f"a whole job, warm, {n + 1} of {options.jobs}"))
             times, opened = with_graphs(lambda: measure_job(spec, env), progress)
+            begun = f"its first step is done {times.first_step_seconds:.3f} s after the start"
+            progress(Note(f"  {times.seconds:.3f} s; {begun}"))
             warm_jobs.append(times)
         progress(Note(f"{contest.rounds} rounds of {contest.steps} steps"))
         rounds, host_rounds, profile, peers = take_turns(contest, spec, env, progress)

@@ -38,7 +38,8 @@ def require_possible_frames(frames: int, window: str = "window") -> None:
     if frames < 5 or frames % 4 != 1:
         near = max(5, (frames - 1) // 4 * 4 + 1)
         raise UsageError(
-            f"A {window} of {shown(frames)} frames is not possible: it must be 4k+1 and at least 5.",
+            f"A {window} of {shown(frames)} frame{'s' * (frames != 1)} is not possible: it must be 4k+1 and "
+            "at least 5.",
             f"Use {option} {near} or {option} {near + 4}.",
         )
 

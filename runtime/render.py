@@ -127,7 +127,7 @@ def render(
             seconds = _write(job, model, clips, windows, folder, begin_from, paste_back, should_stop)
             kept_windows.remove(writer.partial)
         except BaseException as error:
-            if partial := writer.abandon(keep=True):
+            if partial := writer.abandon(keep=True, at_once=isinstance(error, KeyboardInterrupt)):
                 where = f"The {writer.kept} finished frames are in {partial}."
                 if folder is not None:
                     where += f" Their PNG files are in {folder.partial}."

@@ -16,6 +16,7 @@ from rich.console import Console
 from trt_wan.benchmarks.machine.card import read_card, visible_gpus
 from trt_wan.benchmarks.measure import scaling
 from trt_wan.benchmarks.measure.scaling import Wanted, _Bench, measure_scaling, spans
+from trt_wan.benchmarks.measure.scaling_job import Asked
 from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.scaling import Scaling, ScalingRow, Span, Throughput
@@ -110,19 +111,82 @@ def test_the_figures_of_scaling() -> None:
 
 
 def test_tables_and_plots_of_scaling(tmp_path: Path) -> None:
-    jobs = Throughput(SHAPE, 2, [10.0, 12.0], 2.2, 2.0)
-    made: Report = result([row(1, 2.0, 10.0), row(2, 1.25, 6.0, error=0.0625)], [jobs])
+    rows = [row(1, 2.0, 10.0), row(2, 1.25, 6.0, error=0.0625)]
+    made: Report = result(rows, [Throughput.of(rows[1], [2.0, 2.25, 3.0], [10.0, 12.0, 15.0])])
     shown = Console(width=120, record=True, file=io.StringIO())
     shown.print(tables(made))
     assert "tiny 64x48x13, 2 GPUs" in (text := shown.export_text()) and "80.0 %" in text
+    assert "tiny 64x48x13, 2 of 3 GPUs" in text and "10.00, 12.00" in text and "2.000, 2.250" in text
     files = {path.name for path in write(made, tmp_path)}
     plots = {f"{name}.{kind}" for name in ("speed-up", "windows", "waterfall-2") for kind in ("png", "svg")}
     assert files == {"scaling.json", "scaling.csv", *plots}
     csv = (tmp_path / "scaling.csv").read_text()
     assert f'scaling not hidden ms,"tiny 64x48x13, 2 GPUs",s,{0.25 / LAYERS}' in csv
     assert "6.25e-02 after a step" in csv and "throughput a job each" in csv
+    assert '"throughput step x, slowest","tiny 64x48x13, 2 of 3 GPUs",,1.8' in csv
     waterfall = (tmp_path / "waterfall-2.svg").read_text()
     assert "GPU 1" in waterfall and "other work and waits" in waterfall and "writing" in waterfall
+
+
+def test_jobs_side_by_side_against_one_job() -> None:
+    """Of four jobs the first two are for two GPUs. The step of one job is against that of the slowest GPU."""
+    steps, windows = [2.0, 2.5, 4.0, 2.0], [10.0, 12.0, 15.0, 10.0]
+    two = Throughput.of(row(2, 1.25, 6.0), steps, windows)
+    assert (two.gpus, two.side_by_side) == (2, 4)
+    assert (two.step_seconds, two.window_seconds) == ([2.0, 2.5], [10.0, 12.0])
+    assert two.frames_per_second == pytest.approx(1.2 + 1.0) and two.together_frames_per_second == 2.0
+    assert two.step_against_slowest == 2.0
+    four = Throughput.of(row(4, 1.0, 3.0), steps, windows)
+    assert four.step_against_slowest == 4.0 and four.frames_per_second == pytest.approx(2.2 + 0.8 + 1.2)
+
+
+class Answers:
+    """A process that opens a model and answers at once. It notes each `Asked`."""
+
+    asked: list[tuple[int, str, int]] = []  # GPUs, size, steps
+
+    def __init__(self, module: str, arguments: list[str], env: Any, patience: float) -> None:
+        self.started_at = 0.0
+
+    def __enter__(self) -> "Answers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def ask(self, line: str) -> dict[str, Any]:
+        asked = Asked.from_json(line)
+        spec, gpus = asked.spec, asked.spec.settings["gpus"]
+        self.asked.append((gpus, f"{spec.shape.width}x{spec.shape.height}", spec.steps))
+        np.save(asked.latent, np.ones(3))
+        stages = [
+            {"stage": stage, "window": n + 1, "seconds": 9.0 / gpus}
+            for stage in ("condition", "denoise", "decode")
+            for n in range(asked.windows)
+        ]
+        more = {"precision": "fp32", "choices": [], "written": [], "writing_seconds": 0.5}
+        return {"stages": stages, "steps": [8.0 / gpus] * spec.steps, **more}
+
+
+def test_all_numbers_of_gpus_and_all_sizes_come_before_the_jobs_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "Child", Answers)
+    monkeypatch.setattr(scaling, "spans", lambda *arguments: [])
+    monkeypatch.setattr(scaling, "gpus_here", lambda settings: None)
+    monkeypatch.setattr(Answers, "asked", [])
+    wanted = Wanted([SHAPE, Shape("tiny", 48, 64, 13)], [1, 2, 4], steps=2)
+    made = measure_scaling(wanted)
+    sizes = ("64x48", "48x64")
+    one_job = [(n, size, steps) for n in (1, 2, 4) for size in sizes for steps in (1, 2)]
+    jobs = [(1, size, steps) for size in sizes for steps in (1, 2) for _ in range(4)]
+    assert Answers.asked == [*one_job, *jobs]
+    assert [(each.shape.width, each.gpus, each.side_by_side) for each in made.throughput] == [
+        *((64, 2, 4), (64, 4, 4)),
+        *((48, 2, 4), (48, 4, 4)),
+    ]
+    assert [each.step_against_slowest for each in made.throughput] == [2.0, 4.0, 2.0, 4.0]
+    assert all(each.step_seconds == [8.0] * each.gpus for each in made.throughput)
 
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt(), UsageError("No.", "Do.")])
@@ -130,7 +194,8 @@ def test_a_measurement_that_ends_early_names_its_rows(tmp_path: Path, stopped: B
     with pytest.raises(type(stopped)) as caught, keeping(tmp_path) as keep:
         keep(result([row(1, 2.0, 10.0)]))
         raise stopped
-    (document,) = tmp_path.iterdir()
+    document = tmp_path / "scaling.json"
+    assert {path.name for path in tmp_path.iterdir()} == {"scaling.json", "scaling.csv"}
     error = caught.value
     told = error.hint if isinstance(error, UsageError) else " ".join(error.__notes__)
     assert told.endswith(f"The rows measured so far are in {document}.")
@@ -241,16 +306,17 @@ def test_one_two_and_four_processes(
         assert sum(span.what == "face" for span in found.spans) >= 1
         assert all(-found.window_seconds < span.start <= span.end for span in found.spans)
     assert [found.error for found in made.rows] == [None, 0.0, 0.0], "on the CPU the bits are equal"
-    (jobs,) = made.throughput
-    assert jobs.gpus == 4 and len(jobs.window_seconds) == 4
-    assert jobs.frames_per_second == pytest.approx(sum(12 / seconds for seconds in jobs.window_seconds))
+    assert [(jobs.gpus, jobs.side_by_side) for jobs in made.throughput] == [(2, 4), (4, 4)]
+    for jobs in made.throughput:
+        assert len(jobs.window_seconds) == len(jobs.step_seconds) == jobs.gpus
+        assert jobs.frames_per_second == pytest.approx(sum(12 / seconds for seconds in jobs.window_seconds))
     assert {"waterfall-2.png", "waterfall-4.png"} <= {path.name for path in write(made, tmp_path)}
 
 
 @pytest.mark.long
 def test_a_budget_ends_it(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRT_WAN_HOME", str(tiny_home))
-    with pytest.raises(UsageError, match="a window takes"):
+    with pytest.raises(UsageError, match="1 GPU: (the budget of 1 s was over|a window takes)"):
         measure_scaling(Wanted([SHAPE], [1, 2], {"executor": "onnxruntime"}, steps=900, budget=1.0))
 
 

@@ -12,12 +12,13 @@ import pytest
 
 from trt_wan.benchmarks.machine.card import read_card
 from trt_wan.benchmarks.machine.ceilings import Ceiling
-from trt_wan.benchmarks.measure import quality, vae
+from trt_wan.benchmarks.measure import quality
+from trt_wan.benchmarks.measure.budget import Budget
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.quality import Quality, QualityRow, _other_attention, _Recorder
 from trt_wan.benchmarks.measure.record_velocities import RecordingExecutor, Tape
 from trt_wan.benchmarks.measure.window_budget import Part, WindowBudget, parts
-from trt_wan.benchmarks.measure.window_job import WindowWatch
+from trt_wan.benchmarks.measure.window_job import WindowWatch, told
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.sheet import Sheet, tables
 from trt_wan.benchmarks.work.bound import budget_rates
@@ -91,7 +92,7 @@ def test_a_led_job_gets_the_latents_of_the_other() -> None:
 
 def made_recorder(folder: Path, velocities: Mapping[str, list[float]]) -> _Recorder:
     """With recordings of one number a step."""
-    recorder = _Recorder(folder, {}, Spec(SHAPE, "", 2), False, [], silent)
+    recorder = _Recorder(folder, {}, Spec(SHAPE, "", 2), False, [], silent, Budget())
     for name, numbers in velocities.items():
         recorder.files[name] = str(folder / f"{name}.npz")
         np.savez(recorder.files[name], velocities=np.array(numbers)[:, None])
@@ -113,7 +114,7 @@ def test_a_row_that_cannot_run_is_told_and_ends_nothing(tmp_path: Path) -> None:
         def record(self, *arguments: Any, **options: Any) -> dict[str, Any]:
             raise TrtWanError("It cannot be.")
 
-    recorder = Refused(tmp_path, {}, Spec(SHAPE, "", 2), False, [], silent)
+    recorder = Refused(tmp_path, {}, Spec(SHAPE, "", 2), False, [], silent, Budget())
     assert recorder.compared("fast", {}) is None and recorder.not_measured == ["fast: It cannot be."]
 
 
@@ -151,43 +152,6 @@ def test_every_row_is_told_and_kept_before_the_next_begins(monkeypatch: pytest.M
         *("compares a", "a: velocity off by 2.50e-01 in the worst step", "keeps 1"),
         *("compares b", "b: velocity off by 2.50e-01 in the worst step", "keeps 2"),
     ]
-
-
-def test_rows_of_the_vae_are_kept_before_diffusers_compiles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept: list[vae.VaeTimes] = []
-
-    def answer(name: str, off: float, target: str) -> dict[str, Any]:
-        ones = np.ones(4, np.float32)
-        np.savez(target, decoded=ones + off, encoded=ones)
-        times = {"seconds": [3.0, 1.0, 2.0]}
-        return {"name": name, "target": target, "decode": times, "encode": times, "files": {"vae": "v"}}
-
-    class Ours:
-        def __init__(self, module: str, arguments: list[str], env: Any) -> None:
-            self.target = arguments[2]
-
-        def __enter__(self) -> Any:
-            return SimpleNamespace(read=lambda: answer("ours", 0.02, self.target))
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-    def peers(*arguments: Any) -> Any:
-        yield answer("diffusers float32", 0.0, str(tmp_path / "exact.npz"))
-        assert [len(unfinished.rows) for unfinished in kept] == [1, 2]
-        yield answer("diffusers compiled", 0.5, str(tmp_path / "compiled.npz"))
-
-    monkeypatch.setattr(vae, "Child", Ours)
-    monkeypatch.setattr(vae, "rows_of", peers)
-    made = vae.measure_vae(SHAPE, [quality.Wanted("ours", {})], "weights", keep=kept.append)
-    assert made.finished and not any(unfinished.finished for unfinished in kept)
-    assert [row.name for row in made.rows] == ["ours", "diffusers float32", "diffusers compiled"]
-    assert made.rows[0].decode == 2.0 and made.rows[0].psnr == pytest.approx(
-        20 * np.log10(2 / 0.01), abs=0.01
-    )
-    assert kept[0].rows[0].psnr is None and kept[1].rows == made.rows[:2]
 
 
 def test_the_table_names_every_rows_candidates() -> None:
@@ -265,3 +229,5 @@ def test_stages_belong_to_their_windows() -> None:
     watch.progress(StepDone(1, 2, 1, 1, 0.25, 0.1, 0.0))
     assert list(watch.stages) == [(0, "start"), *((window, stage) for stage, window in stages[:-1])]
     assert watch.steps == [0.25] and len(watch.notes) == 6
+    seconds = {(0, "start"): 9.0, (1, "denoise"): 2.0, (1, "decode"): 0.5, (2, "denoise"): 3.0}
+    assert told(1, seconds) == "window 1: denoise 2.000 s, decode 0.500 s"

@@ -97,7 +97,7 @@ class Output:
     def finish(self) -> None:
         self.finished = True
 
-    def abandon(self, keep: bool) -> Path | None:
+    def abandon(self, keep: bool, at_once: bool = False) -> Path | None:
         self.abandoned = True
         return None
 

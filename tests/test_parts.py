@@ -241,6 +241,27 @@ def test_abandoning_keeps_parts_that_are_not_encoded_yet(
     assert len(read_frames(writer.partial)) == 30 and threads() == 0
 
 
+def test_abandoning_at_once_drops_what_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The second part has all its pictures, of which most wait. It does not count as settled."""
+    go = threading.Event()
+
+    def act(part: int, picture: int | None) -> None:
+        if (part, picture) == (1, 15):
+            go.wait()
+
+    on_encode(monkeypatch, act)
+    writer, ends = VideoWriter(tmp_path / "out.mp4", *SIZE, RATE), list[int]()
+    for number, frame in enumerate(FRAMES[:25], 1):
+        writer.write(frame)
+        if number in ENDS:
+            writer.settle(lambda end: ends.append(end.pictures))
+    until(lambda: ends == [13])
+    threading.Timer(0.3, go.set).start()  # after the pictures were dropped
+    assert writer.abandon(keep=True, at_once=True) == writer.partial
+    assert 13 <= writer.kept <= 16 and ends == [13] and threads() == 0
+    assert len(read_frames(writer.partial)) == writer.kept
+
+
 def test_a_part_without_pictures_ends_too(tmp_path: Path) -> None:
     ends = list[int]()
     with VideoWriter(tmp_path / "out.mp4", *SIZE, RATE) as writer:

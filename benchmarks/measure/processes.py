@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from trt_wan.benchmarks.measure.budget import PATIENCE, Budget
 from trt_wan.errors import TrtWanError
 from trt_wan.runtime.events import Note, Progress
 
-PATIENCE = 900  # seconds for one answer: compiling a 14B takes minutes
 STDOUT = sys.stdout
 
 
@@ -48,21 +48,35 @@ def rows_of(
     env: Mapping[str, str],
     not_measured: list[str],
     progress: Progress,
+    budget: Budget,
 ) -> Iterator[dict[str, Any]]:
     """The answers "row" of a child, as they come. A row with a `reason`, and a child that fails, go into
-    `not_measured`; its answers "note" are reported.
+    `not_measured`; its answers "note" are reported, and "rows" names the rows to come. The end of the budget
+    ends the child.
     """
+    coming: list[str] = []
+
+    def leave_out(text: str) -> None:
+        not_measured.append(text)
+        progress(Note(f"not measured: {text}"))
+
     try:
-        with Child(module, arguments, env) as child:
-            while (answer := child.read())["event"] in ("row", "note"):
-                if answer["event"] == "note":
+        with Child(module, arguments, env, budget.patience()) as child:
+            while (answer := child.read())["event"] in ("rows", "row", "note"):
+                if answer["event"] == "rows":
+                    coming = answer["names"]
+                elif answer["event"] == "note":
                     progress(Note(answer["text"]))
-                elif "reason" in answer:
-                    not_measured.append(f"{answer['name']}: {answer['reason']}")
                 else:
-                    yield answer
+                    coming = [name for name in coming if name != answer["name"]]
+                    if "reason" in answer:
+                        leave_out(f"{answer['name']}: {answer['reason']}")
+                    else:
+                        yield answer
+                child.patience = budget.patience()
     except TrtWanError as error:
-        not_measured.append(f"{module.rpartition('.')[2]}: {error.message}")
+        for name in coming or [module.rpartition(".")[2]]:
+            leave_out(f"{name}: {budget.over or error.message}")
 
 
 class Child:

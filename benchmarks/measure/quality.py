@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trt_wan.benchmarks.machine.card import Card, read_card
+from trt_wan.benchmarks.measure.budget import Budget
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.processes import Child, rows_of
 from trt_wan.benchmarks.measure.record_velocities import Recording
@@ -35,6 +36,7 @@ from trt_wan.runtime.executors import Array
 QUALITY_SCHEMA = "trt-wan-bench-quality/2"
 REFERENCE = {"precision": "bf16", "tier": "exact"}
 ATTENTION = "attention"
+OURS_MODULE = "trt_wan.benchmarks.measure.record_velocities"
 PEERS_MODULE = "trt_wan.benchmarks.peers.diffusers_velocities"
 
 
@@ -131,9 +133,10 @@ def measure_quality(
     frames: bool = True,
     progress: Progress = silent,
     keep: Callable[[Quality], object] = lambda unfinished: None,
+    budget: float | None = None,
 ) -> Quality:
-    """`keep` gets the rows so far after every row. Raises UsageError for peers without `weights`: they read
-    the same file.
+    """`keep` gets the rows so far after every row. Rows that `budget` seconds end are not measured. Raises
+    UsageError for peers without `weights`: they read the same file.
     """
     if peers and weights is None:
         raise UsageError(
@@ -143,9 +146,8 @@ def measure_quality(
     not_measured: list[str] = []
     base = {} if card.gpu is None else REFERENCE
     with workplace(shape) as (env, clips), tempfile.TemporaryDirectory() as temporary:
-        bench = _Recorder(
-            Path(temporary), env, Spec(shape, clips, steps, {}, weights, seed), frames, not_measured, progress
-        )
+        spec = Spec(shape, clips, steps, {}, weights, seed)
+        bench = _Recorder(Path(temporary), env, spec, frames, not_measured, progress, Budget(budget))
         bench.record("reference", base)
         rows: list[QualityRow] = []
 
@@ -192,7 +194,9 @@ class _Recorder:
         frames: bool,
         not_measured: list[str],
         progress: Progress,
+        budget: Budget,
     ) -> None:
+        self.budget = budget
         self.folder, self.env, self.spec, self.frames = folder, env, spec, frames
         self.not_measured, self.progress = not_measured, progress
         self.files: dict[str, str] = {}  # recordings by row
@@ -200,7 +204,7 @@ class _Recorder:
         self.reference: dict[str, Any] = {}  # its answer: candidates, and files of weights by part
 
     def record(self, name: str, settings: Mapping[str, Any], other_kernels: bool = False) -> dict[str, Any]:
-        """Returns the answer. The first recording leads all others."""
+        """Returns the answer. The first recording leads all others. Raises UsageError after the budget."""
         self.progress(Note(f"recording {name}"))
         target = str(self.folder / f"{len(self.files)}.npz")
         first = self.files.get("reference")
@@ -208,12 +212,15 @@ class _Recorder:
         recording = Recording(spec, target, first, self.frames, other_kernels)
 
         def recorded() -> dict[str, Any]:
-            with Child(
-                "trt_wan.benchmarks.measure.record_velocities", [recording.to_json()], self.env
-            ) as child:
+            with Child(OURS_MODULE, [recording.to_json()], self.env, self.budget.patience()) as child:
                 return child.read()
 
-        answer = with_graphs(recorded, self.progress)
+        try:
+            answer = with_graphs(recorded, self.progress)
+        except TrtWanError as error:
+            if self.budget.over:
+                raise UsageError(f"{name}: {self.budget.over}.", "Use a larger --budget.") from error
+            raise
         self.files[name] = target
         if first is None:
             self.reference = answer
@@ -224,9 +231,12 @@ class _Recorder:
     ) -> QualityRow | None:
         """None for a row that cannot run here; the reason is in `not_measured`."""
         try:
+            if self.budget.over:
+                raise UsageError(self.budget.over, "Use a larger --budget.")
             answer = self.record(name, settings, other_kernels)
         except TrtWanError as error:
-            self.not_measured.append(f"{name}: {error.message}")
+            self.not_measured.append(f"{name}: {self.budget.over or error.message}")
+            self.progress(Note(f"not measured: {self.not_measured[-1]}"))
             self.failures.append(error)
             return None
         row = QualityRow(name, settings, self._errors(name, "reference"), answer["candidates"])
@@ -245,7 +255,7 @@ class _Recorder:
             return self.compared("floor: unfused kernels", base, other_kernels=True)
         for name in _other_attention(self.reference["candidates"]):
             row = self.compared(f"floor: attention {name}", {**base, "segments": {ATTENTION: name}})
-            if row is not None:
+            if row is not None or self.budget.over:
                 return row
         self.not_measured.append("noise floor: no second bf16 attention runs here")
         return None
@@ -261,7 +271,8 @@ class _Recorder:
         }
         arguments = [text for name, value in given.items() for text in (f"--{name}", value)]
         arguments = [*self.spec.shape.arguments(), *arguments]
-        for answer in rows_of(PEERS_MODULE, arguments, self.env, self.not_measured, self.progress):
+        told = self.not_measured, self.progress, self.budget
+        for answer in rows_of(PEERS_MODULE, arguments, self.env, *told):
             name = answer["name"]
             self.files[name] = answer["velocities"]
             yield QualityRow(name, {}, self._errors(name, "reference"))

@@ -8,7 +8,6 @@ are processes on the CPU.
 """
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +22,9 @@ import numpy as np
 
 from trt_wan.benchmarks.machine.card import read_card, visible_gpus
 from trt_wan.benchmarks.machine.monitor import Monitor
+from trt_wan.benchmarks.measure.budget import Budget
 from trt_wan.benchmarks.measure.measured_process import Spec
-from trt_wan.benchmarks.measure.processes import PATIENCE, Child
+from trt_wan.benchmarks.measure.processes import Child
 from trt_wan.benchmarks.measure.sample_clips import write_clips
 from trt_wan.benchmarks.measure.scaling_job import Asked
 from trt_wan.benchmarks.measure.similarity import relative_error
@@ -97,9 +97,8 @@ def measure_scaling(
         if not bench.rows:
             nothing = UsageError(f"Nothing was measured: {bench.not_measured[0]}.", "Use a larger --budget.")
             raise next(iter(bench.failures), nothing)
-        largest = max(row.gpus for row in bench.rows)
-        if wanted.throughput and largest > 1:
-            bench.measure_throughput(largest)
+        if wanted.throughput:
+            bench.measure_throughput()
         return replace(bench.found(), finished=True)
 
 
@@ -115,7 +114,7 @@ class _Bench:
     ) -> None:
         self.wanted, self.folder, self.progress, self.keep = wanted, folder, progress, keep
         self.card = read_card()
-        self.until = time.monotonic() + (math.inf if wanted.budget is None else wanted.budget)
+        self.budget = Budget(wanted.budget)
         self.trace = folder / "trace"
         self.trace.mkdir()
         self.env = {**env, VARIABLE: str(self.trace)}
@@ -168,14 +167,13 @@ class _Bench:
     def _may_open(self, what: str) -> bool:
         """Whether there is time to open the model, as far as is known."""
         needed = min((row.start_seconds for row in self.rows), default=0.0)
-        left = max(self.until - time.monotonic(), 0.0)
-        if needed > left:
-            self.leave_out(f"{what}: opening the model takes {needed:.0f} s, {left:.0f} s are left")
-        return needed <= left
+        if short := self.budget.too_short(needed, "opening the model"):
+            self.leave_out(f"{what}: {short}")
+        return not short
 
     def _patience(self) -> float:
         """Seconds to wait for an answer. GPUs that wait for each other for ever must not take the budget."""
-        return min(PATIENCE, max(self.until - time.monotonic(), LEAST_PATIENCE))
+        return self.budget.patience(LEAST_PATIENCE)
 
     def _measure_rest(self, n: int) -> None:
         self.now = next(shape for shape in self.wanted.shapes if (n, shape) not in self.done)
@@ -199,12 +197,10 @@ class _Bench:
         first = self._ask(child, n, shape, MOST_WINDOWS, 1, steps=1)
         started = time.time() - child.started_at
         predicted = _window_seconds(_stages(first, 1), self.wanted.steps)
-        left = max(self.until - time.monotonic(), 0.0)
-        if predicted > left:
-            text = f"a window takes {predicted:.0f} s, {left:.0f} s are left"
-            self.leave_out(f"{shape.title}, {gpus_text(n)}: {text}")
+        if short := self.budget.too_short(predicted, "a window"):
+            self.leave_out(f"{shape.title}, {gpus_text(n)}: {short}")
             return None
-        count = max(1, min(MOST_WINDOWS, int(min(ROW_SECONDS, left) / predicted)))
+        count = max(1, min(MOST_WINDOWS, int(min(ROW_SECONDS, self.budget.left) / predicted)))
         for file in self.trace.iterdir():
             file.unlink()
         said = self._ask(child, n, shape, 0, count, self.wanted.steps)
@@ -233,17 +229,19 @@ class _Bench:
             spans=spans(self.trace, n, count, said["written"]),
         )
 
-    def measure_throughput(self, n: int) -> None:
-        """`n` jobs at the same time, each on one GPU, where one job on `n` was measured."""
-        if not self._may_open(f"{n} jobs at the same time"):
+    def measure_throughput(self) -> None:
+        """Jobs at the same time, each on one GPU, as many as the largest number of GPUs that was measured.
+        For smaller numbers the first of these jobs count.
+        """
+        n = max(row.gpus for row in self.rows)
+        if n == 1 or not self._may_open(f"{n} jobs at the same time"):
             return
-        together = {row.shape: row for row in self.rows if row.gpus == n}
         try:
-            with_graphs(partial(self._measure_jobs, n, together), self.progress)
+            with_graphs(partial(self._measure_jobs, n), self.progress)
         except TrtWanError as error:
             self.leave_out(f"{n} jobs: {error.message}")
 
-    def _measure_jobs(self, n: int, together: Mapping[Shape, ScalingRow]) -> None:
+    def _measure_jobs(self, n: int) -> None:
         self.progress(Note(f"{n} jobs at the same time, each on one GPU"))
         with ExitStack() as stack, ThreadPoolExecutor(n) as threads:
             spec = self._spec(1, self.wanted.shapes[0]).to_json()
@@ -260,19 +258,20 @@ class _Bench:
 
                 return list(threads.map(ask, jobs))
 
-            for shape, row in together.items():
+            for shape in dict.fromkeys(row.shape for row in self.rows if row.gpus > 1):
                 if any(made.shape == shape for made in self.throughput):
                     continue
                 begun = asked(shape, MOST_WINDOWS, 1, steps=1)
                 predicted = max(_window_seconds(_stages(said, 1), self.wanted.steps) for said in begun)
-                if predicted > self.until - time.monotonic():
-                    self.leave_out(f"{shape.title}, {n} jobs: a window takes {predicted:.0f} s")
+                if short := self.budget.too_short(predicted, "a window"):
+                    self.leave_out(f"{shape.title}, {n} jobs: {short}")
                     continue
-                count = max(1, min(MOST_WINDOWS, int(ROW_SECONDS / predicted)))
+                count = max(1, min(MOST_WINDOWS, int(min(ROW_SECONDS, self.budget.left) / predicted)))
                 said = asked(shape, 0, count, self.wanted.steps)
-                seconds = [sum(_stages(each, count).values()) for each in said]
-                rate = sum(row.new_frames / each for each in seconds)
-                self.throughput.append(Throughput(shape, n, seconds, rate, row.frames_per_second))
+                steps = [Spread.of(each["steps"]).median for each in said]
+                windows = [sum(_stages(each, count).values()) for each in said]
+                together = [row for row in self.rows if row.shape == shape and row.gpus > 1]
+                self.throughput += [Throughput.of(row, steps, windows) for row in together]
                 self.keep(self.found())
 
     def _spec(self, n: int, shape: Shape, steps: int = 1) -> Spec:

@@ -6,14 +6,17 @@ keeps its reason.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from trt_wan.benchmarks.machine.card import Card, read_card
+from trt_wan.benchmarks.measure.budget import Budget
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.measure.workplace import measure_job, measure_steps, with_graphs, workplace
@@ -26,6 +29,7 @@ from trt_wan.runtime.events import Note, Progress, silent
 
 RANDOM = "random"
 Times = tuple[Sequence[float], Mapping[str, float], int | None]  # seconds, seconds by network, peak bytes
+Measure = Callable[["Ask", int, str | None, Progress], Times]
 SWEEP_SCHEMA = "trt-wan-bench-sweep/1"
 Axis = Literal["size", "window", "steps", "precision", "vram"]
 GROWING: tuple[Axis, ...] = ("window", "size")
@@ -71,6 +75,7 @@ class Sweep:
     rates: RateLaw | None  # over sizes and windows
     errors: list[float]  # the law's relative errors at those points
     weights: str = RANDOM
+    finished: bool = True  # False: more points are to come
     schema: str = SWEEP_SCHEMA
     stem: ClassVar[str] = "sweep"
 
@@ -108,12 +113,12 @@ class Sweep:
             found.append(f"Cost law over sizes and windows: {self.rates.text}; off by {worst:.1%} at most")
         if (pair := crossing(self.points)) is not None:
             found.append(f"Attention takes most of a step from {pair[1].label} on ({pair[1].tokens} tokens).")
-        return found
+        return [*found, *(f"Not measured: {p.axis} {p.label}: {p.reason}" for p in self.points if p.reason)]
 
     def _row(self, p: Point) -> Row:
         work = (Figure(p.tokens, "count"), Figure(p.flops, "PFLOP"), Figure(p.attention_share, "%"))
         if p.seconds is None:
-            return p.label, p.axis, *work, f"not measured: {p.reason}", "", "", "", "", ""
+            return p.label, p.axis, *work, "-", "", "", "", "", ""
         s, law = p.seconds, self.rates if p.axis in GROWING else None
         times = Figure(s.median / law.seconds(p.flops, p.attention_share), "times") if law else ""
         spread = (Figure(s.median, "s"), Figure(s.p10, "s"), Figure(s.p90, "s"))
@@ -203,23 +208,40 @@ def run_sweep(
     steps: int,
     weights: str | None = None,
     progress: Progress = silent,
-    measure: Callable[[Ask, int, str | None, Progress], Times] | None = None,
+    measure: Measure | None = None,
+    keep: Callable[[Sweep], object] = lambda unfinished: None,
+    budget: Budget | None = None,
 ) -> Sweep:
-    """Times `steps` at each point. Points that ask for the same are measured once."""
+    """Times `steps` at each point. Points that ask for the same are measured once. `keep` gets the points so
+    far after every one. Points that do not fit into the budget keep that as their reason.
+    """
+    budget = budget or Budget()
+    measure = measure or partial(_measured, budget=budget)
     known: dict[str, Point] = {}
-    found = []
+    found: list[Point] = []
+    shortest = math.inf  # seconds that a point took, with the start of its process
     for ask in points:
         key = json.dumps([asdict(ask.shape), dict(ask.settings), ask.job_steps], sort_keys=True)
         if key not in known:
-            known[key] = _point(ask, steps, weights, progress, measure or _measured)
+            began = budget.now()
+            needed = 0.0 if shortest == math.inf else shortest
+            known[key] = _point(ask, steps, weights, progress, measure, budget, needed)
+            if known[key].seconds is not None:
+                shortest = min(shortest, budget.now() - began)
         found.append(replace(known[key], axis=ask.axis, label=ask.label))
+        keep(_sweep(found, weights, finished=False))
+    return _sweep(found, weights, finished=True)
+
+
+def _sweep(found: Sequence[Point], weights: str | None, finished: bool) -> Sweep:
+    """The points with the law of those over sizes and windows, if they are enough."""
     grown = sorted(
         {(p.flops, p.attention_share, p.seconds.median) for p in found if p.seconds and p.axis in GROWING}
     )
     amounts = len({flops for flops, _, _ in grown})
     rates = fit_rates(grown) if amounts > RATES else None
     errors = [seconds / rates.seconds(flops, share) - 1 for flops, share, seconds in grown] if rates else []
-    return Sweep(read_card(), found, rates, errors, weights or RANDOM)
+    return Sweep(read_card(), list(found), rates, errors, weights or RANDOM, finished)
 
 
 def _point(
@@ -227,30 +249,36 @@ def _point(
     steps: int,
     weights: str | None,
     progress: Progress,
-    measure: Callable[[Ask, int, str | None, Progress], Times],
+    measure: Measure,
+    budget: Budget,
+    needed: float,
 ) -> Point:
+    """`needed` are the seconds that a point takes at least."""
     config, plan = ask.shape.config, ask.shape.plan
     table, counts = works(config, plan), calls(config, plan, 1)
     flops = step_flops(config, plan)
     share = sum(w.attention * counts[name].step for name, w in table.items()) / flops
     about = (ask.axis, ask.label, ask.shape, ask.settings, plan.tokens, flops * (ask.job_steps or 1), share)
     try:
+        if short := budget.too_short(needed, "a point"):
+            raise TrtWanError(short)
         seconds, networks, peak = measure(ask, steps, weights, progress)
     except TrtWanError as error:
-        progress(Note(f"{ask.axis} {ask.label}: not measured: {error.message}"))
-        return Point(*about, None, reason=error.message)
+        reason = budget.over or error.message
+        progress(Note(f"{ask.axis} {ask.label}: not measured: {reason}"))
+        return Point(*about, None, reason=reason)
     point = Point(*about, Spread.of(seconds), peak, networks)
     progress(Note(f"{ask.axis} {ask.label}: {Spread.of(seconds).median:.4g} s"))
     return point
 
 
-def _measured(ask: Ask, steps: int, weights: str | None, progress: Progress) -> Times:
+def _measured(ask: Ask, steps: int, weights: str | None, progress: Progress, budget: Budget) -> Times:
     with workplace(ask.shape) as (env, clips):
         spec = Spec(ask.shape, clips, ask.job_steps or 1, dict(ask.settings), weights)
         if ask.job_steps:
-            job, _ = with_graphs(lambda: measure_job(spec, env), progress)
+            job, _ = with_graphs(lambda: measure_job(spec, env, budget), progress)
             return [job.seconds], {}, job.usage.peak_memory_bytes
-        return with_graphs(lambda: measure_steps(spec, steps, env), progress)
+        return with_graphs(lambda: measure_steps(spec, steps, env, budget), progress)
 
 
 def crossing(points: Sequence[Point]) -> tuple[Point, Point] | None:

@@ -8,13 +8,14 @@ about that of a picture: random weights give frames of any size.
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from trt_wan.benchmarks.machine.card import Card, read_card
+from trt_wan.benchmarks.measure.budget import Budget
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.processes import Child, rows_of
 from trt_wan.benchmarks.measure.quality import Wanted
@@ -23,19 +24,26 @@ from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.measure.workplace import with_graphs, workplace
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
-from trt_wan.errors import TrtWanError
+from trt_wan.errors import TrtWanError, UsageError
 from trt_wan.runtime.events import Note, Progress, silent
+from trt_wan.runtime.executors import Array
 from trt_wan.runtime.video.reader import Clip
 
 OURS_MODULE = "trt_wan.benchmarks.measure.vae_job"
 PEERS_MODULE = "trt_wan.benchmarks.peers.diffusers_vae"
 SCHEMA = "trt-wan-bench-vae/1"
+FLOAT32 = "diffusers float32"  # the row that has no errors
+CONTAINS = (
+    "Seconds are from the host to the host, the medians of the runs after a first one. Ours: pieces are "
+    "copied to the host and checked while the GPU goes on, as in a job. diffusers: the clip is copied as a "
+    "whole, through page-locked memory. Networks: without copies. Errors: relative, against float32."
+)
 DEVIATION = 0.5  # of a picture's levels in [-1, 1]
 
 
 @dataclass(frozen=True)
 class VaeRow:
-    """Medians in seconds. `networks` are ours on the GPU, without the copies."""
+    """Medians in seconds, from the host to the host. `networks` are without the copies."""
 
     name: str
     decode: float
@@ -45,6 +53,7 @@ class VaeRow:
     decode_error: float | None = None  # relative, against float32
     encode_error: float | None = None
     candidates: Mapping[str, str] = field(default_factory=dict)
+    runs: Mapping[str, Any] = field(default_factory=dict)  # seconds and networks of every run, by half
 
     @property
     def psnr(self) -> float | None:
@@ -92,12 +101,62 @@ class VaeTimes:
         return [
             Sheet("vae", title, heads, [cells(row) for row in self.rows]),
             *([Sheet("candidates", "Candidates", (), chosen)] if chosen else []),
-            f"Weights: {self.weights}. Ours includes the copies from and to the host, diffusers does not.",
+            f"Weights: {self.weights}. {CONTAINS}",
             *(f"Not measured: {text}" for text in self.not_measured),
         ]
 
     def draw(self) -> Mapping[str, Any]:
         return {}
+
+
+class _Found:
+    """The rows so far. Each is told and kept as it comes, with its errors once float32 is known."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        weights: str,
+        progress: Progress,
+        keep: Callable[[VaeTimes], object],
+    ) -> None:
+        self.card, self.not_measured, self.rows = read_card(), list[str](), list[VaeRow]()
+        self._shape, self._weights, self._progress, self._keep = shape, weights, progress, keep
+        self._files: dict[str, str] = {}  # the results by row
+        self._exact: Mapping[str, Array] | None = None
+
+    def times(self, finished: bool) -> VaeTimes:
+        rows, left_out = list(self.rows), list(self.not_measured)
+        return VaeTimes(self._shape, self.card, self._weights, rows, left_out, finished)
+
+    def add(self, answer: Mapping[str, Any]) -> None:
+        row = _row(answer)
+        self._files[row.name] = answer["target"]
+        self._tell(f"{row.name}: decode {row.decode:.3f} s, encode {row.encode:.3f} s")
+        if row.name == FLOAT32:
+            with np.load(answer["target"]) as made:
+                self._exact = dict(made)
+            self.rows = [self._compared(each) for each in self.rows]
+        self.rows.append(self._compared(row))
+        self._keep(self.times(finished=False))
+
+    def leave_out(self, text: str) -> None:
+        self.not_measured.append(text)
+        self._tell(f"not measured: {text}")
+
+    def _tell(self, text: str) -> None:
+        self._progress(Note(text))
+
+    def _compared(self, row: VaeRow) -> VaeRow:
+        if self._exact is None or row.name == FLOAT32:
+            return row
+        with np.load(self._files[row.name]) as made:
+            errors = {name: relative_error(made[name], exact) for name, exact in self._exact.items()}
+        row = replace(row, decode_error=errors["decoded"], encode_error=errors["encoded"])
+        psnr = f" (PSNR {row.psnr:.1f} dB)" if row.psnr else ""
+        self._tell(
+            f"{row.name}: decode off by {errors['decoded']:.2e}{psnr}, encode by {errors['encoded']:.2e}"
+        )
+        return row
 
 
 def measure_vae(
@@ -107,25 +166,21 @@ def measure_vae(
     repeats: int = 3,
     progress: Progress = silent,
     keep: Callable[[VaeTimes], object] = lambda unfinished: None,
+    budget: float | None = None,
 ) -> VaeTimes:
     """`weights` is a folder of files, which diffusers reads too. `keep` gets the rows so far after every one:
-    compiling diffusers' takes minutes.
+    compiling diffusers' takes minutes, so that comes last. Rows that `budget` seconds end are not measured.
+    Raises the error of our first row if no row of ours runs, and UsageError for a row with several GPUs: its
+    ranks would wait for each other.
     """
-    card, not_measured = read_card(), list[str]()
-    answers: list[dict[str, Any]] = []
+    if any((one.settings.get("gpus") or 1) > 1 for one in wanted):
+        raise UsageError(
+            "The VAE is timed on one GPU here.", "Leave gpus out of --row, or use bench --gpus 1,2."
+        )
+    limit, found, failures = Budget(budget), _Found(shape, weights, progress, keep), list[TrtWanError]()
+    files: dict[str, Any] = {}
     with workplace(shape) as (env, clips), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-
-        def found(finished: bool) -> VaeTimes:
-            exact = next((a["target"] for a in answers if a["name"] == "diffusers float32"), None)
-            rows = [_row(answer, exact) for answer in answers]
-            return VaeTimes(shape, card, weights, rows, not_measured, finished)
-
-        def add(answer: dict[str, Any]) -> None:
-            answers.append(answer)
-            progress(_told(answer))
-            keep(found(finished=False))
-
         inputs = _write_inputs(folder / "inputs.npz", shape, clips)
         for n, one in enumerate(wanted):
             progress(Note(f"the VAE of {one.name}"))
@@ -133,28 +188,38 @@ def measure_vae(
             arguments = [spec.to_json(), inputs, target := str(folder / f"{n}.npz"), str(repeats)]
 
             def run(arguments: list[str] = arguments) -> dict[str, Any]:
-                with Child(OURS_MODULE, arguments, env) as child:
+                if limit.over:
+                    raise UsageError(limit.over, "Use a larger --budget.")
+                with Child(OURS_MODULE, arguments, env, limit.patience()) as child:
                     return child.read()
 
             try:
-                add({**with_graphs(run, progress), "name": one.name, "target": target})
+                answer = with_graphs(run, progress)
             except TrtWanError as error:
-                not_measured.append(f"{one.name}: {error.message}")
-                failure = error
-        if not answers:
-            raise failure
+                failures.append(error)
+                found.leave_out(f"{one.name}: {limit.over or error.message}")
+                continue
+            files = files or answer["files"]
+            found.add({**answer, "name": one.name, "target": target})
+        if not files:
+            if limit.over:
+                raise UsageError(f"Nothing was measured: {limit.over}.", "Use a larger --budget.")
+            raise failures[0]
         progress(Note("the VAE of diffusers"))
         given = {
-            "weights": answers[0]["files"]["vae"],
+            "weights": files["vae"],
             "inputs": inputs,
             "out": temporary,
-            "device": "cpu" if card.gpu is None else "cuda",
+            "device": "cpu" if found.card.gpu is None else "cuda",
             "repeats": str(repeats),
         }
-        options = [text for name, value in given.items() for text in (f"--{name}", value)]
-        for answer in rows_of(PEERS_MODULE, [*shape.arguments(), *options], env, not_measured, progress):
-            add(answer)
-        return found(finished=True)
+        options = [
+            *shape.arguments(),
+            *(text for name, value in given.items() for text in (f"--{name}", value)),
+        ]
+        for answer in rows_of(PEERS_MODULE, options, env, found.not_measured, progress, limit):
+            found.add(answer)
+        return found.times(finished=True)
 
 
 def _write_inputs(path: Path, shape: Shape, clips: str) -> str:
@@ -166,26 +231,16 @@ def _write_inputs(path: Path, shape: Shape, clips: str) -> str:
     return str(path)
 
 
-def _told(answer: Mapping[str, Any]) -> Note:
-    decode, encode = (Spread.of(answer[half]["seconds"]).median for half in ("decode", "encode"))
-    return Note(f"{answer['name']}: decode {decode:.3f} s, encode {encode:.3f} s")
-
-
-def _row(answer: Mapping[str, Any], exact: str | None) -> VaeRow:
+def _row(answer: Mapping[str, Any]) -> VaeRow:
     def median(half: str, of: str) -> float | None:
         return Spread.of(answer[half][of]).median if of in answer[half] else None
 
-    errors: dict[str, float | None] = {}
-    if exact is not None and exact != answer["target"]:
-        made, expected = np.load(answer["target"]), np.load(exact)
-        errors = {name: relative_error(made[name], expected[name]) for name in ("decoded", "encoded")}
     return VaeRow(
         answer["name"],
         Spread.of(answer["decode"]["seconds"]).median,
         Spread.of(answer["encode"]["seconds"]).median,
         median("decode", "networks"),
         median("encode", "networks"),
-        errors.get("decoded"),
-        errors.get("encoded"),
-        answer.get("candidates", {}),
+        candidates=answer.get("candidates", {}),
+        runs={half: answer[half] for half in ("decode", "encode")},
     )

@@ -139,7 +139,9 @@ def measure_window(
 
         def run(spec: Spec) -> dict[str, Any]:
             with Child(MODULE, [spec.to_json()], env) as child:
-                return child.read()
+                while (answer := child.read())["event"] == "note":
+                    progress(Note(f"  {answer['text']}"))
+                return answer
 
         if card.gpu is not None:
             progress(Note("a window that is not counted: it finishes the kernels"))

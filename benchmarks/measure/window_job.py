@@ -2,13 +2,14 @@
 
     python -m trt_wan.benchmarks.measure.window_job SPEC
 
-SPEC is a `Spec` in JSON. Answers "windows": seconds of every stage and network, by window. The number 0 is
-the job outside its windows. The video is written beside the clips.
+SPEC is a `Spec` in JSON. Answers "windows": seconds of every stage and network, by window, and before that a
+"note" of each window. The number 0 is the job outside its windows. The video is written beside the clips.
 """
 
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.processes import answering, say
 from trt_wan.benchmarks.measure.timed import TimedExecutor, timed
-from trt_wan.runtime.events import Event, Note, StageStarted, StepDone
+from trt_wan.runtime.events import Event, Note, StageStarted, StepDone, WindowDone
 from trt_wan.runtime.executors import Executor
 from trt_wan.runtime.render import render
 
@@ -58,10 +59,14 @@ class WindowWatch:
 
 def run_windows(spec: Spec) -> None:
     watch = WindowWatch()
+
+    def progress(event: Event) -> None:
+        watch.progress(event)
+        if isinstance(event, WindowDone):
+            say("note", text=told(event.window, dict(watch.stages)))
+
     with spec.open(watch.progress, watch.observe) as model:
-        made = render(
-            spec.job(), model, Path(spec.clips) / "windows.mp4", overwrite=True, progress=watch.progress
-        )
+        made = render(spec.job(), model, Path(spec.clips) / "windows.mp4", overwrite=True, progress=progress)
         precision = model.precision
         assert watch.executor is not None
         networks = watch.executor.watched()
@@ -78,6 +83,12 @@ def run_windows(spec: Spec) -> None:
         frames=made.frames,
         writing_seconds=made.writing_seconds,
     )
+
+
+def told(number: int, stages: Mapping[tuple[int, str], float]) -> str:
+    """The seconds of a window that is on the disk."""
+    parts = [f"{stage} {seconds:.3f} s" for (window, stage), seconds in stages.items() if window == number]
+    return f"window {number}: {', '.join(parts)}"
 
 
 def _parsed(stage: str) -> tuple[int, str]:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from trt_wan.benchmarks.machine.host_use import host_use
 from trt_wan.benchmarks.machine.monitor import Monitor
+from trt_wan.benchmarks.measure.budget import Budget
 from trt_wan.benchmarks.measure.measured_process import Spec, most_steps
 from trt_wan.benchmarks.measure.processes import Child
 from trt_wan.benchmarks.measure.sample_clips import write_clips
@@ -24,6 +25,8 @@ from trt_wan.runtime.events import Note, Progress
 OURS_MODULE = "trt_wan.benchmarks.measure.measured_process"
 NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"  # often set in containers
 SHARED = ("graphs", "engines", "measurements")  # folders of the user's home that measured processes use
+
+NO_LIMIT = Budget()
 
 T = TypeVar("T")
 Rounds = list[list[float]]
@@ -76,10 +79,12 @@ def with_graphs(act: Callable[[], T], progress: Progress) -> T:
             raise TrtWanError("The graphs could not be built.", ran.stderr.strip()[-300:])
 
 
-def measure_job(spec: Spec, env: Mapping[str, str]) -> tuple[JobTimes, dict[str, Any]]:
+def measure_job(
+    spec: Spec, env: Mapping[str, str], budget: Budget = NO_LIMIT
+) -> tuple[JobTimes, dict[str, Any]]:
     """A whole job in a new process: its times, and everything else it says."""
-    before = host_use()
-    with Monitor.open() as monitor, Child(OURS_MODULE, ["job", spec.to_json()], env) as child:
+    before, arguments = host_use(), ["job", spec.to_json()]
+    with Monitor.open() as monitor, Child(OURS_MODULE, arguments, env, budget.patience()) as child:
         answer = child.read()
     kept = JobTimes.__dataclass_fields__.keys() & answer.keys()
     times = JobTimes(
@@ -93,14 +98,13 @@ def measure_job(spec: Spec, env: Mapping[str, str]) -> tuple[JobTimes, dict[str,
 
 
 def measure_steps(
-    spec: Spec, steps: int, env: Mapping[str, str]
+    spec: Spec, steps: int, env: Mapping[str, str], budget: Budget = NO_LIMIT
 ) -> tuple[list[float], dict[str, float], int | None]:
     """Seconds of each of `steps`, seconds of each network in a step, peak bytes on the GPU."""
-    with (
-        Monitor.open() as monitor,
-        Child(OURS_MODULE, ["steps", spec.with_steps(most_steps(1, steps)).to_json()], env) as child,
-    ):
+    arguments = ["steps", spec.with_steps(most_steps(1, steps)).to_json()]
+    with Monitor.open() as monitor, Child(OURS_MODULE, arguments, env, budget.patience()) as child:
         child.read()
+        child.patience = budget.patience()
         answer = child.ask(str(steps))
         profile = child.ask("")
     networks = {row["name"]: float(row["seconds"]) for row in profile["networks"]}

@@ -2,11 +2,15 @@
 
     python -m trt_wan.benchmarks.peers.diffusers_vae --weights FILE --inputs FILE.npz --out FOLDER
 
-Inputs and results are those of measure/vae_job.py. They are on the device before the time starts and stay
-there. Every row is a line of JSON: its times and its file, or the reason why there is none.
+Inputs and results are those of measure/vae_job.py. Seconds are from inputs in page-locked host memory to
+results there, as diffusers' pipelines copy them: the whole clip before and after, in the type of the model.
+`networks` are without the copies. Every row is a line of JSON: its times and its file, or the reason why
+there is none.
 """
 
 import argparse
+import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +20,7 @@ import numpy as np
 import torch
 
 from trt_wan.benchmarks.measure.processes import answering, say
+from trt_wan.benchmarks.measure.vae import FLOAT32
 from trt_wan.benchmarks.peers.diffusers_model import stored_tensors, time_calls
 from trt_wan.benchmarks.peers.shape import Shape, add_shape_arguments, shape_from
 from trt_wan.engines.contracts.vae_layers import LATENT_MEAN, LATENT_STD
@@ -49,27 +54,36 @@ def _compile(vae: Vae) -> None:
         half.compile(dynamic=False)
 
 
+def _as_it_comes(vae: Vae) -> None:
+    pass
+
+
+# In this order, each on top of the one before: the compiler takes minutes, and comes last.
+ROWS: dict[str, tuple[torch.dtype, Callable[[Vae], None]]] = {
+    FLOAT32: (torch.float32, _as_it_comes),
+    "diffusers bf16": (torch.bfloat16, _as_it_comes),
+    "diffusers bf16, channels last": (torch.bfloat16, _channels_last),
+    "diffusers bf16, channels last, compiled": (torch.bfloat16, _compile),
+}
+
+
 def record(shape: Shape, device: str, weights: Path, inputs: Path, out: Path, repeats: int) -> None:
+    names = list(ROWS) if device == "cuda" else [FLOAT32]
+    say("rows", names=names)
     given = np.load(inputs)
     vae = make_vae(shape, weights, device)
     mean, deviation = (torch.tensor(t).reshape(1, -1, 1, 1, 1).to(device) for t in (LATENT_MEAN, LATENT_STD))
-    latents = torch.from_numpy(given["latents"])[None].to(device) * deviation + mean
-    frames = torch.from_numpy(given["frames"]).to(device).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    latents = torch.from_numpy(given["latents"])[None] * deviation.cpu() + mean.cpu()
+    frames = torch.from_numpy(given["frames"]).permute(3, 0, 1, 2)[None] / 127.5 - 1
     torch.backends.cudnn.allow_tf32 = False
-    rows: dict[str, tuple[torch.dtype, Callable[[], object]]] = {
-        "diffusers float32": (torch.float32, lambda: None)
-    }
-    if device == "cuda":
-        rows["diffusers bf16"] = torch.bfloat16, lambda: None
-        rows["diffusers bf16, channels last"] = torch.bfloat16, partial(_channels_last, vae)
-        rows["diffusers bf16, channels last, compiled"] = torch.bfloat16, partial(_compile, vae)
     with torch.inference_mode():
-        for name, (kind, change) in rows.items():
+        for name in names:
+            kind, change = ROWS[name]
             try:
                 vae.to(kind)
-                change()
-                decoded, decoding = _timed(partial(_decode, vae, latents.to(kind)), device, repeats)
-                moments, encoding = _timed(partial(_encode, vae, frames.to(kind)), device, repeats)
+                change(vae)
+                decoded, decoding = _timed(partial(_decode, vae), latents.to(kind), device, repeats)
+                moments, encoding = _timed(partial(_encode, vae), frames.to(kind), device, repeats)
             except Exception as error:  # torch and its compiler raise what they like
                 say("row", name=name, reason=(str(error).splitlines() or [type(error).__name__])[0][:200])
                 continue
@@ -91,11 +105,23 @@ def _encode(vae: Vae, frames: torch.Tensor) -> torch.Tensor:
 
 
 def _timed(
-    act: Callable[[], torch.Tensor], device: str, repeats: int
+    act: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor, device: str, repeats: int
 ) -> tuple[torch.Tensor, dict[str, list[float]]]:
-    """The result of `act`, and the seconds of each run but the first."""
-    result = act()
-    return result, {"seconds": time_calls(act, repeats, device)}
+    """The result of `act` on the device, and the seconds of each run but the first."""
+    on_gpu = device == "cuda"
+    host = given.contiguous().pin_memory() if on_gpu else given.contiguous()
+    result = act(host.to(device))
+    arrived = torch.empty(result.shape, dtype=result.dtype, pin_memory=on_gpu)
+    arrived.copy_(result)  # which waits for the GPU
+    seconds, networks = [], []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        moved = host.to(device)
+        made: deque[torch.Tensor] = deque(maxlen=1)
+        networks += time_calls(lambda: made.append(act(moved)), 1, device)  # noqa: B023  called at once
+        arrived.copy_(made.pop())
+        seconds.append(time.perf_counter() - began)
+    return result, {"seconds": seconds, "networks": networks}
 
 
 def main() -> None:

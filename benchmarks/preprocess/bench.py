@@ -6,14 +6,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from trt_wan import __version__
-from trt_wan.benchmarks.machine.card import read_card
+from trt_wan.benchmarks.machine.card import Card, read_card
 from trt_wan.benchmarks.machine.monitor import Monitor, Usage
 from trt_wan.benchmarks.measure.processes import Child, refusal
 from trt_wan.benchmarks.measure.sample_clips import write_driving, write_reference
@@ -68,15 +68,19 @@ class Options:
         return files | ({"sam2": self.sam2} if self.sam2 and "replace" in self.modes else {})
 
 
-def run_bench(options: Options, progress: Progress = silent) -> PreprocessResult:
+def run_bench(
+    options: Options,
+    progress: Progress = silent,
+    keep: Callable[[PreprocessResult], object] = lambda unfinished: None,
+) -> PreprocessResult:
+    """`keep` gets the figures so far after every whole preprocessing and every network."""
     card = read_card()
-    not_measured: list[str] = []
     with tempfile.TemporaryDirectory(prefix="trt-wan-bench-") as temporary:
         folder = Path(temporary)
         clip = options.clip or write_driving(folder / "driving.mp4", *options.size, options.frames)
         reference = write_reference(folder / "reference.png", *options.size)
-        with Clip(clip) as opened:
-            frames, size = opened.frames, (opened.width, opened.height)
+        with Clip(clip) as read:
+            frames, size = read.frames, (read.width, read.height)
         progress(Note(f"{card.hardware}; {frames} frames, {size[0]}x{size[1]}"))
         joints = folder / options.modes[0] / KEYPOINTS
 
@@ -99,33 +103,48 @@ def run_bench(options: Options, progress: Progress = silent) -> PreprocessResult
             progress(Note(about))
             return with_graphs(lambda: _measured(spec(what)), progress)
 
-        whole = []
+        whole: list[WholeTimes] = []
+        networks: list[NetworkTimes] = []
+
+        def found(finished: bool) -> PreprocessResult:
+            return PreprocessResult(
+                sources={str(name): str(path) for name, path in options.files.items()},
+                clip=str(options.clip) if options.clip else "the sample, scaled, back and forth",
+                frames=frames,
+                size=size,
+                executor=options.executor,
+                card=card,
+                networks=list(networks),
+                whole=list(whole),
+                not_measured=_not_measured(options, card, frames),
+                version=__version__,
+                time=datetime.now(UTC).isoformat(timespec="seconds"),
+                finished=finished,
+            )
+
         for mode in options.modes:
             steady = measured(mode, f"a whole preprocessing, mode {mode}, stages opened")
             progress(Note(f"the whole command, mode {mode}"))
             whole.append(_whole_times(mode, steady, _commands(spec(mode))))
-        networks = []
+            opened, command = whole[-1].seconds.median, whole[-1].command.median
+            progress(Note(f"  {opened:.3f} s with stages opened, {command:.3f} s the whole command"))
+            keep(found(finished=False))
         for name, path in options.files.items():  # after the whole ones, whose joints SAM2 is prompted with
             networks.append(_network_times(name, path, measured(name, f"{name}: {path.name}")))
+            progress(Note(f"  {networks[-1].rate:.1f} frames/s"))
+            keep(found(finished=False))
+        return found(finished=True)
+
+
+def _not_measured(options: Options, card: Card, frames: int) -> list[str]:
+    found = []
     if card.gpu is None:
-        not_measured.append("device memory: no GPU driver")
+        found.append("device memory: no GPU driver")
     if frames > MOST_FRAMES:
-        not_measured.append(f"networks on more than the first {MOST_FRAMES} frames")
+        found.append(f"networks on more than the first {MOST_FRAMES} frames")
     if options.mode == "both" and options.sam2 is None:
-        not_measured.append("SAM2 and the mode replace: no --sam2")
-    return PreprocessResult(
-        sources={str(name): str(path) for name, path in options.files.items()},
-        clip=str(options.clip) if options.clip else "the sample, scaled, back and forth",
-        frames=frames,
-        size=size,
-        executor=options.executor,
-        card=card,
-        networks=networks,
-        whole=whole,
-        not_measured=not_measured,
-        version=__version__,
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+        found.append("SAM2 and the mode replace: no --sam2")
+    return found
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ class PreprocessResult:
     not_measured: list[str]
     version: str
     time: str
+    finished: bool = True  # False: more figures are to come
     schema: str = SCHEMA
     stem: ClassVar[str] = "preprocess"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -17,7 +18,8 @@ from trt_wan.benchmarks.report.times import StepTimes
 INK, LEAST, EXCESS, OTHER = "#222222", "#1b6ca8", "#f2a65a", "#9aa5b1"
 GRID = "#dddddd"
 ORDER = ("patch_embed", "attn_in", "attention", "attn_out", "cross_attention", "ffn", "fuser", "head")
-NARROW = 0.04  # relative to the longest bar: narrower parts show no figure
+DIGIT, BESIDE = 0.0088, 0.012  # widths of a part's figure, a character and the rest, relative to the axis
+APART = 0.035  # labels at one place on the x-axis, relative to the y-axis
 NEAR = 1.08  # points nearer than this in x share a label
 
 
@@ -63,7 +65,10 @@ def bars(
     """Horizontal bars, one group per name. `line` is dashed across all of them."""
     count = sum(len(group) for group in groups.values())
     figure, axes = canvas(title, under, height=2.2 + 0.4 * count)
-    longest = max(bar.end for group in groups.values() for bar in group)
+    all_bars = [bar for group in groups.values() for bar in group]
+    longest = max(bar.end for bar in all_bars)
+    # Figures beside the bars need room.
+    most = max(longest, line or 0) * (1.25 if any(bar.text for bar in all_bars) else 1.02)
     legends: dict[str, str] = {}
     for i, group in enumerate(groups.values()):
         thick = 0.8 / len(group)
@@ -71,8 +76,9 @@ def bars(
             y, left = i + (j - (len(group) - 1) / 2) * thick, bar.start
             for name, length, colour in bar.parts:
                 legends[name] = colour
-                axes.barh(y, length, thick * 0.9, left=left, color=colour)
-                if len(bar.parts) > 2 and length > NARROW * longest:
+                edge = "white" if colour != "none" else "none"  # tells a part from the next one like it
+                axes.barh(y, length, thick * 0.9, left=left, color=colour, edgecolor=edge, linewidth=0.4)
+                if len(bar.parts) > 2 and length > most * (DIGIT * len(readable(length)) + BESIDE):
                     middle = (left + length / 2, y)
                     axes.annotate(readable(length), middle, ha="center", va="center", fontsize=7)
                 left += length
@@ -80,8 +86,8 @@ def bars(
                 low, high = bar.spread
                 whiskers = [[bar.end - low], [high - bar.end]]
                 axes.errorbar(bar.end, y, xerr=whiskers, color=INK, capsize=3)
-            edge = max(bar.end, *(bar.spread or (0.0,)))
-            axes.annotate(bar.text, (edge, y), (5, 0), textcoords="offset points", va="center", fontsize=8)
+            end = max(bar.end, *(bar.spread or (0.0,)))
+            axes.annotate(bar.text, (end, y), (5, 0), textcoords="offset points", va="center", fontsize=8)
     for name, colour in legends.items():
         if name:
             axes.barh(0, 0, color=colour, label=name)
@@ -91,7 +97,7 @@ def bars(
         axes.axvline(line, color=LEAST, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(groups)), list(groups), fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(longest, line or 0) * 1.25)
+    axes.set_xlim(0, most)
     axes.set_xlabel(x_label)
     return figure
 
@@ -167,10 +173,19 @@ def speed_up(title: str, under: str, series: Mapping[str, Sequence[tuple[int, fl
     figure, axes = canvas(title, under)
     counts = sorted({gpus for points in series.values() for gpus, _ in points})
     axes.plot(counts, counts, "--", color=INK, linewidth=1, label="N times")
+    ends: dict[int, list[tuple[float, Any]]] = {}  # the last points by GPUs, with their colours
     for name, points in series.items():
-        line = axes.plot(*zip(*points, strict=True), "o-", label=name)[0] if points else None
-        for gpus, times in points[-1:] if line is not None else ():
-            axes.annotate(f"{times:.2f}", (gpus, times), (6, -3), textcoords="offset points", fontsize=8)
+        if points:
+            line = axes.plot(*zip(*points, strict=True), "o-", label=name)[0]
+            ends.setdefault(points[-1][0], []).append((points[-1][1], line.get_color()))
+    least_gap = APART * (axes.get_ylim()[1] - axes.get_ylim()[0])
+    for gpus, known in ends.items():
+        highest = math.inf
+        for times, colour in sorted(known, key=lambda end: -end[0]):
+            highest = min(times, highest - least_gap)
+            below = -3 if gpus == counts[-1] else -12  # other lines go on, and rise
+            place: Any = {"xy": (gpus, highest), "xytext": (8, below), "textcoords": "offset points"}
+            axes.annotate(f"{times:.2f}", **place, fontsize=8, color=colour)
     axes.set_xticks(counts)
     axes.set(xlabel="GPUs", ylabel="times as fast as one")
     axes.grid(True, color=GRID, linewidth=0.6)

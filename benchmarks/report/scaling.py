@@ -58,13 +58,29 @@ class ScalingRow:
 
 @dataclass(frozen=True)
 class Throughput:
-    """As many jobs as GPUs, all at the same time, each on one GPU, against one job on all GPUs."""
+    """A job on each of `gpus` GPUs, all at the same time, against one job on all of them. They are the first
+    of the `side_by_side` jobs that ran.
+    """
 
     shape: Shape
     gpus: int
+    side_by_side: int
+    step_seconds: list[float]  # median, by job
     window_seconds: list[float]  # by job
     frames_per_second: float  # of all jobs together
     together_frames_per_second: float  # of the one job
+    step_against_slowest: float  # the step of the slowest job over that of the one job
+
+    @staticmethod
+    def of(row: ScalingRow, steps: Sequence[float], windows: Sequence[float]) -> "Throughput":
+        """`row` is of the one job, `steps` and `windows` are seconds of every job that ran."""
+        n = row.gpus
+        return Throughput(
+            *(row.shape, n, len(steps), list(steps[:n]), list(windows[:n])),
+            sum(row.new_frames / seconds for seconds in windows[:n]),
+            row.frames_per_second,
+            max(steps[:n]) / row.step_seconds.median,
+        )
 
 
 @dataclass(frozen=True)
@@ -140,10 +156,14 @@ class Scaling:
             ),
         ]
         if self.throughput:
-            kinds = ("one job", "a job each", "window s of a job")
-            tables.append(
-                Sheet("throughput", "Frames/s of all GPUs", kinds, list(map(_jobs, self.throughput)))
-            )
+            kinds = ("one job", "a job each", "window s of a job", "s/step of a job", "step x, slowest")
+            title = "Frames/s of all GPUs: one job on all, or a job on each, side by side"
+            rows = list(map(_jobs, self.throughput))
+            tables += [
+                Sheet("throughput", title, kinds, rows),
+                "2 of 4 GPUs: jobs 1 and 2 of the 4 that ran side by side. Step x, slowest: one job's step "
+                "on all of these GPUs against that of the slowest GPU, for which the others wait.",
+            ]
         return [*tables, *(f"Not measured: {text}" for text in self.not_measured)]
 
     def _cells(self, row: ScalingRow) -> Row:
@@ -170,7 +190,11 @@ class Scaling:
         drawn: dict[str, Any] = {}
         if any(ups.values()):
             drawn["speed-up"] = plots.speed_up("Speed-up over GPUs", self.hardware, ups)
-        groups = {_name(row): [_parts(row, plots.LEAST, plots.EXCESS, plots.OTHER)] for row in self.rows}
+        groups = {
+            _name(row): [_parts(row, plots.LEAST, plots.EXCESS, plots.OTHER)]
+            for rows in self.by_shape.values()
+            for row in rows
+        }
         under = f"{self.hardware}\nthe writing beside it is not shown"
         drawn["windows"] = plots.bars("A window of a long video", under, groups, "seconds of a window")
         for row in self.rows:
@@ -208,9 +232,14 @@ def _gpus(row: ScalingRow) -> Row:
 
 
 def _jobs(made: Throughput) -> Row:
+    gpus = (
+        f"{made.gpus} GPUs" if made.gpus == made.side_by_side else f"{made.gpus} of {made.side_by_side} GPUs"
+    )
     rates = (made.together_frames_per_second, made.frames_per_second)
-    seconds = ", ".join(f"{s:.2f}" for s in made.window_seconds)
-    return f"{made.shape.title}, {made.gpus} GPUs", *(Figure(r, "frames/s") for r in rates), seconds
+    windows = ", ".join(f"{s:.2f}" for s in made.window_seconds)
+    steps = ", ".join(f"{s:.3f}" for s in made.step_seconds)
+    times = Figure(made.step_against_slowest, "times")
+    return f"{made.shape.title}, {gpus}", *(Figure(r, "frames/s") for r in rates), windows, steps, times
 
 
 def _parts(row: ScalingRow, *colours: str) -> Any:

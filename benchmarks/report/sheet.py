@@ -143,21 +143,28 @@ def write_document(report: Report, folder: Path) -> Path:
     return document
 
 
-def write(report: Report, folder: Path) -> list[Path]:
-    """Writes the document, the CSV and the plots (PNG and SVG), and returns their paths. Without matplotlib
-    there are no plots.
-    """
-    document, rows = write_document(report, folder), folder / f"{report.stem}.csv"
+def write_rows(report: Report, folder: Path) -> Path:
+    """Writes the CSV alone and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = folder / f"{report.stem}.csv"
     with rows.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("kind", "name", "unit", "value"))
         for sheet in report.sheets():
             if isinstance(sheet, Sheet):
                 writer.writerows(sheet.lines())
+    return rows
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Writes the document, the CSV and the plots (PNG and SVG), and returns their paths. Without matplotlib
+    there are no plots.
+    """
+    written = [write_document(report, folder), write_rows(report, folder)]
     try:
         from trt_wan.benchmarks.report.plots import save
 
         plots = report.draw()
     except ModuleNotFoundError:
-        return [document, rows]
-    return [document, rows, *(path for name, plot in plots.items() for path in save(plot, folder / name))]
+        return written
+    return [*written, *(path for name, plot in plots.items() for path in save(plot, folder / name))]

@@ -158,7 +158,7 @@ def go_live(
     except BaseException as error:
         source.stop()
         feed.end(STOPPED)
-        if (partial := output.abandon(keep=True)) is not None:
+        if (partial := output.abandon(keep=True, at_once=isinstance(error, KeyboardInterrupt))) is not None:
             where = f"The finished frames are in {partial}."
             if isinstance(error, TrtWanError):
                 error.add_hint(where)

@@ -44,7 +44,7 @@ class Output(Protocol):
 
     def finish(self) -> object: ...
 
-    def abandon(self, keep: bool) -> Path | None: ...
+    def abandon(self, keep: bool, at_once: bool = False) -> Path | None: ...
 
 
 def is_stream(name: str) -> bool:
@@ -111,7 +111,7 @@ class StreamOutput:
         except (av.FFmpegError, OSError) as error:
             raise self._failed("is lost", error) from error
 
-    def abandon(self, keep: bool) -> None:
+    def abandon(self, keep: bool, at_once: bool = False) -> None:
         try:
             self._container.close()
         except (av.FFmpegError, OSError):

@@ -27,6 +27,10 @@ WAITING = 40
 Then = Callable[[Settled], object]
 
 
+class Dropped(Exception):
+    """A part lacks pictures, so that none can come after it."""
+
+
 class Part:
     """`put` its pictures, then `end` it. Only then may the next part begin, whose `before` it is."""
 
@@ -60,6 +64,10 @@ class Part:
         self._then = then
         self._thread.end()
 
+    def drop(self) -> None:
+        """Pictures that wait are not encoded. If there are any, the part fails with Dropped."""
+        self._thread.drop()
+
     def join(self) -> None:
         """Waits until an ended part and all before it are on the disk, or have failed."""
         self._thread.join()
@@ -83,6 +91,8 @@ class Part:
             if self._before is None or self._before.is_over:
                 self._append()
         self._finish()
+        if self._thread.has_dropped:
+            raise Dropped
         if self._then is not None:
             self._then(self._file.settled())
 

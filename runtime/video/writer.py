@@ -146,11 +146,15 @@ class VideoWriter:
             self.partial.unlink()
         return self.path
 
-    def abandon(self, keep: bool) -> Path | None:
-        """Stops. With `keep`, returns the partial file if there are pictures in it that play."""
+    def abandon(self, keep: bool, at_once: bool = False) -> Path | None:
+        """Stops. With `keep`, returns the partial file if there are pictures in it that play. `at_once`:
+        without the pictures that wait for an encoder.
+        """
         if self._file is None:
             self._release()
             return None
+        for part in self._parts if at_once else ():
+            part.drop()
         with suppress(Exception):  # the disk may be full, and the partial file plays as it is
             self.wait()
         self.kept = self._file.pictures if keep else 0

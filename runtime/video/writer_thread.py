@@ -31,6 +31,7 @@ class Beside(Generic[Item]):
         self._waiting: Queue[Item | _End] = Queue(room)
         self._error: BaseException | None = None
         self._dropping = self._ended = False
+        self.has_dropped = False  # whether an item was not used
         # A daemon: what is left open when Python ends does not keep it.
         self._thread = Thread(target=self._run, name="beside", daemon=True)
 
@@ -61,6 +62,10 @@ class Beside(Generic[Item]):
         """Waits until the thread is over. Call after `end`."""
         self._thread.join()
 
+    def drop(self) -> None:
+        """Items that wait are not used."""
+        self._dropping = True
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -68,12 +73,14 @@ class Beside(Generic[Item]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remaining items are used, after an error too. An interrupt during this wait drops them."""
+        """Remaining items are used, after an error too. An interrupt drops them, also during this wait."""
+        if isinstance(error, KeyboardInterrupt):
+            self.drop()
         try:
             self.end()
             self.join()
         except BaseException:
-            self._dropping = True
+            self.drop()
             self.end()
             self.join()
             raise
@@ -89,7 +96,10 @@ class Beside(Generic[Item]):
             self._get()
 
     def _items(self) -> Iterator[Item]:
-        while not isinstance(item := self._get(), _End) and not self._dropping:
+        while not isinstance(item := self._get(), _End):
+            if self._dropping:
+                self.has_dropped = True
+                return
             since = time.perf_counter()
             yield item
             self.busy_seconds += time.perf_counter() - since

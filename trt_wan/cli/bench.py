@@ -17,7 +17,7 @@ from trt_wan.cli.command import Group, command, note
 from trt_wan.cli.report import Report
 from trt_wan.cli.sizes import Size, size_of
 from trt_wan.cli.sizes import size as size_option
-from trt_wan.errors import shown
+from trt_wan.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from trt_wan.benchmarks.measure.quality import Wanted
@@ -120,6 +120,12 @@ _ROWS = click.option(
     metavar="TIER;NETWORK=CANDIDATE;…",
     help="A row, such as 'fast; attention=cudnn fp8' or 'exact; precision=bf16'; may be repeated.",
 )
+_BUDGET = click.option(
+    "--budget",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="Measure no longer: rows that do not fit are named with the reason.",
+)
 _OUT = click.option("--out", type=FOLDER, help="Folder for JSON, CSV and plots (PNG and SVG).")
 
 Decorator = Callable[[Any], Any]
@@ -207,10 +213,12 @@ def measure(
     if repeat == 1:
         return finished(report, run_bench(options, report.progress), out)
     results = []
-    for n in range(repeat):
-        note(report, f"run {n + 1} of {repeat}")
-        results.append(run_bench(options, report.progress))
-        show_tables(report, results[-1])
+    with keeping(out) as keep:
+        for n in range(repeat):
+            note(report, f"run {n + 1} of {repeat}")
+            results.append(run_bench(options, report.progress))
+            show_tables(report, results[-1])
+            keep(Repeats(results))
     return finished(report, Repeats(results), out)
 
 
@@ -234,6 +242,7 @@ def compare_results(*, report: Report, first: Path, second: Path) -> Any:
 @click.option("--windows", callback=_numbers, metavar="N,…", help="Default: 5 to 161 frames.")
 @click.option("--job-steps", callback=_numbers, metavar="N,…", help="Of the axis steps. Default: 4,10,20.")
 @click.option("--steps", type=COUNT, default=6, show_default=True, help="Timed at each point.")
+@_BUDGET
 @_OUT
 @command
 def sweep_shapes(
@@ -248,11 +257,13 @@ def sweep_shapes(
     windows: tuple[int, ...],
     job_steps: tuple[int, ...],
     steps: int,
+    budget: float | None,
     out: Path | None,
     **settings: Any,
 ) -> Any:
     """Time steps over sizes, window lengths, step counts, precisions and memory limits, and fit a law."""
     from trt_wan.benchmarks.measure import sweep
+    from trt_wan.benchmarks.measure.budget import Budget
 
     names = axes.split(",")
     unknown = [name for name in names if name not in sweep.AXES]
@@ -266,7 +277,9 @@ def sweep_shapes(
         windows or sweep.WINDOWS,
         job_steps or sweep.STEPS,
     )
-    result = sweep.run_sweep(points, steps, str(weights) if weights else None, report.progress)
+    files, limit = str(weights) if weights else None, Budget(budget)
+    with keeping(out) as keep:
+        result = sweep.run_sweep(points, steps, files, report.progress, keep=keep, budget=limit)
     return finished(report, result, out)
 
 
@@ -278,6 +291,7 @@ def sweep_shapes(
     "--peers", is_flag=True, help="diffusers too, on the same weights and inputs; all tiers of ours."
 )
 @click.option("--frames/--no-frames", default=True, show_default=True, help="Compare the videos as well.")
+@_BUDGET
 @_OUT
 @command
 def quality_of(
@@ -292,6 +306,7 @@ def quality_of(
     rows: dict[str, dict[str, Any]],
     peers: bool,
     frames: bool,
+    budget: float | None,
     out: Path | None,
     **settings: Any,
 ) -> Any:
@@ -309,7 +324,9 @@ def quality_of(
     else:
         wanted = _wanted(rows, settings)
     with keeping(out) as keep:
-        result = measure_quality(shape, wanted, steps, seed, files, peers, frames, report.progress, keep)
+        result = measure_quality(
+            shape, wanted, steps, seed, files, peers, frames, report.progress, keep, budget
+        )
     return finished(report, result, out)
 
 
@@ -356,8 +373,10 @@ def window_of(
 
 
 @click.command("vae", short_help="Measure the VAE of a window beside diffusers'.")
-@_options(*_SHAPE, *_SETTINGS, _GPUS, _ROWS)
+@_options(*_SHAPE[:-1], *_SETTINGS, _ROWS)
+@click.option("--weights", type=THERE, help="Folder with the checkpoints. Needed.")
 @click.option("--repeats", type=COUNT, default=3, show_default=True)
+@_BUDGET
 @_OUT
 @command
 def vae_of(
@@ -369,6 +388,7 @@ def vae_of(
     weights: Path | None,
     rows: dict[str, dict[str, Any]],
     repeats: int,
+    budget: float | None,
     out: Path | None,
     **settings: Any,
 ) -> Any:
@@ -376,10 +396,12 @@ def vae_of(
     from trt_wan.benchmarks.measure.vae import measure_vae
 
     if weights is None:
-        raise click.UsageError("name the folder of the weights with --weights DIR.")
+        raise UsageError(
+            "The VAE is measured with weights of files.", "Name their folder with --weights DIR."
+        )
     shape, wanted = _shape(model, size, window), _wanted(rows, settings)
     with keeping(out) as keep:
-        result = measure_vae(shape, wanted, str(weights), repeats, report.progress, keep)
+        result = measure_vae(shape, wanted, str(weights), repeats, report.progress, keep, budget)
     return finished(report, result, out)
 
 

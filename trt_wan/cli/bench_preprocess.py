@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from trt_wan.cli.bench_report import finished
+from trt_wan.cli.bench_report import finished, keeping
 from trt_wan.cli.command import command
 from trt_wan.cli.report import Report
 from trt_wan.cli.sizes import size as size_option
@@ -65,4 +65,6 @@ def bench_preprocess(*, report: Report, frames: int | None, out: Path | None, **
             "--frames is the length of the sample, and --clip names another clip.",
             "Give one of them; a clip is taken as it is.",
         )
-    return finished(report, run_bench(Options(frames=frames or FRAMES, **options), report.progress), out)
+    with keeping(out) as keep:
+        measured = run_bench(Options(frames=frames or FRAMES, **options), report.progress, keep)
+    return finished(report, measured, out)

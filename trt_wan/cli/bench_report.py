@@ -32,16 +32,16 @@ def finished(report: Report, measured: "Measured", out: Path | None = None) -> t
 
 @contextmanager
 def keeping(out: Path | None) -> "Iterator[Callable[[Measured], None]]":
-    """Gives a function that writes the document of a measurement that goes on. Where the measurement ends
-    early, the error names the document with the rows so far.
+    """Gives a function that writes the document and the CSV of a measurement that goes on. Where the
+    measurement ends early, the error names the document with the rows so far.
     """
-    from trt_wan.benchmarks.report.sheet import write_document
+    from trt_wan.benchmarks.report.sheet import write_document, write_rows
 
     written: list[Path] = []
 
     def keep(unfinished: "Measured") -> None:
         if out is not None:
-            written[:] = [write_document(unfinished, out)]
+            written[:] = [write_document(unfinished, out), write_rows(unfinished, out)]
 
     try:
         yield keep

@@ -51,13 +51,14 @@ def command(function: Callable[..., tuple[Result, dict[str, Any]]]) -> Callable[
 
 def _told(error: BaseException) -> TrtWanError:
     """The error for the user; a plain TrtWanError stands for a mistake in trt-wan."""
-    notes = " ".join(getattr(error, "__notes__", ()))
+    notes = "\n".join(getattr(error, "__notes__", ()))
     if isinstance(error, TrtWanError):
         return error
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
         return Stopped("Stopped at once.", notes)
     if isinstance(error, MemoryError):
-        return MemoryShort(f"The memory is full ({error}).", f"Use a smaller size or window. {notes}".strip())
+        hint = f"Use a smaller size or window.\n{notes}".strip()
+        return MemoryShort(f"The memory is full ({error}).", hint)
     if isinstance(error, OSError):
         return _told_by_system(error, notes)
     message = f"{type(error).__name__}: {error}"

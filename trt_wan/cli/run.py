@@ -717,7 +717,7 @@ def render_prepared(
                         with_commands("Go on after the last finished window:", this_command("--resume"))
                     )
                 raise
-            except KeyboardInterrupt as error:
+            except (KeyboardInterrupt, MemoryError) as error:
                 if kept_of(output) and redo is None:
                     error.add_note(
                         with_commands("Go on after the last finished window:", this_command("--resume"))
