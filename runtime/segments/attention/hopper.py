@@ -23,7 +23,7 @@ SOURCES = {  # by the number of warpgroups that compute
 }
 NAMES = ("channel_parts", "channels_whole", "pack_q", "pack_k", "pack_v", "correct_mean", "attend")
 HEAD_DIM = 128
-QUERIES = 64  # of a warpgroup
+QUERIES = 64  # each warpgroup has them
 CHUNK = 256  # tokens of one sum
 SHARED = 227 << 10  # bytes of a block
 BARRIERS = 1024 + 512  # bytes, with the alignment of the tiles
