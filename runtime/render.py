@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
 
-from trt_wan.errors import TrtWanError
+from trt_wan.errors import tell_with
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.events import Event, Note, Progress, StageStarted, WindowDone, silent
 from trt_wan.runtime.executors import Array
@@ -46,7 +46,7 @@ class Rendered:
     width: int
     height: int
     rate: float  # frames per second
-    writing_seconds: float  # of the writing thread, beside the rest, with its waits for encoders
+    writing_seconds: float  # the writing thread takes them beside the rest, with its waits for encoders
 
 
 class Streaming(Protocol):
@@ -131,10 +131,7 @@ def render(
                 where = f"The {writer.kept} finished frames are in {partial}."
                 if folder is not None:
                     where += f" Their PNG files are in {folder.partial}."
-                if isinstance(error, TrtWanError):
-                    error.add_hint(where)
-                else:
-                    error.add_note(where)
+                tell_with(error, where)
             raise
         if record is not None and sidecar:
             with explained(output):

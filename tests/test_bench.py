@@ -178,7 +178,7 @@ def test_wrong_usage_is_one_sentence(tiny_home: Path) -> None:
         (f"quality {SHAPE} --peers", "Peers need weights in files"),
         (f"quality {SHAPE} --row 'fast; attention=magic'", "no candidate called 'magic'"),
         (f"quality {SHAPE} --row quick", "quick"),
-        (f"vae {SHAPE}", "name the folder of the weights"),
+        (f"vae {SHAPE}", "Name their folder with --weights DIR."),
     ):
         refused = trt_wan(arguments, tiny_home)
         assert refused.returncode == 2 and said in refused.stderr, refused.stderr

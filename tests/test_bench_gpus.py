@@ -129,7 +129,7 @@ def test_tables_and_plots_of_scaling(tmp_path: Path) -> None:
 
 
 def test_jobs_side_by_side_against_one_job() -> None:
-    """Of four jobs the first two are for two GPUs. The step of one job is against that of the slowest GPU."""
+    """The first two of four jobs are for two GPUs. The step of one job is against that of the slowest GPU."""
     steps, windows = [2.0, 2.5, 4.0, 2.0], [10.0, 12.0, 15.0, 10.0]
     two = Throughput.of(row(2, 1.25, 6.0), steps, windows)
     assert (two.gpus, two.side_by_side) == (2, 4)

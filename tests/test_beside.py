@@ -5,21 +5,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from waits import SOON, until, waited
 
 from trt_wan.runtime.video.writer_thread import Beside
-
-SOON = 20  # seconds after which a test that waits has failed
-
-
-def waited(event: threading.Event) -> None:
-    assert event.wait(SOON), "it never came"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.001)
 
 
 def test_items_are_used_in_order_and_all_of_them() -> None:

@@ -285,7 +285,7 @@ def cpu_seconds(command: list[str]) -> float:
 def test_help_is_quick_and_imports_nothing_heavy(command: str, option: str, tmp_path: Path) -> None:
     """Beside what this machine takes for two packages: numpy alone would be as long again."""
     unit = cpu_seconds([sys.executable, "-c", "import asyncio, click"])
-    assert cpu_seconds([*TRT_WAN, command, "--help"]) < 4 * unit
+    assert cpu_seconds([*TRT_WAN, command, "--help"]) < 5 * unit
     listing = tmp_path / "modules"
     shown = subprocess.run(
         [sys.executable, "-c", LISTING, str(listing), command, "--help"],

@@ -17,6 +17,7 @@ from av.video.frame import VideoFrame
 from encoders import on_encode
 from lengths import make_sound
 from tiny_job import read_frames
+from waits import SOON, until, waited
 
 from trt_wan.errors import OutputError
 from trt_wan.runtime.video import writer as module
@@ -25,21 +26,9 @@ from trt_wan.runtime.video.part import PARTS, WAITING
 from trt_wan.runtime.video.working_file import Settled, WorkingFile
 from trt_wan.runtime.video.writer import VideoWriter
 
-SOON = 20  # seconds after which a test that waits has failed
 SIZE, RATE = (64, 48), Fraction(25)
 ENDS = (13, 25, 37, 40)  # of the parts
 FRAMES = np.random.default_rng(0).integers(0, 256, (40, SIZE[1], SIZE[0], 3), np.uint8)
-
-
-def waited(event: threading.Event) -> None:
-    assert event.wait(SOON), "it never came"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.001)
 
 
 def threads() -> int:

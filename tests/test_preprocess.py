@@ -7,7 +7,6 @@ Every case of broken input ends in prepared clips or in one sentence, and then n
 import json
 import os
 import threading
-import time
 import tracemalloc
 import weakref
 from collections import Counter
@@ -38,6 +37,7 @@ from made_clips import (
     write_clip,
     write_reference,
 )
+from waits import until
 
 from trt_wan.errors import InputError, OutputError, TrtWanError, UsageError
 from trt_wan.preprocess.clips.sizes import Fit, fit, resize_by_area
@@ -369,13 +369,6 @@ def test_items_are_made_ahead_in_another_thread() -> None:
     with pytest.raises(InputError, match="damaged"):
         next(rest)
     assert list(ahead(range(4), 9)) == [0, 1, 2, 3] and list(ahead([], 1)) == []
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end, "waited for in vain"
-        time.sleep(0.01)
 
 
 def test_readers_in_two_threads_get_the_same() -> None:

@@ -64,7 +64,7 @@ class Opened:
         sizes.weights = SimpleNamespace(plan=lambda *_: None, prefetch=lambda *_: None)
         sizes._observe = sizes._machine = sizes._scratch = None
         sizes._config, sizes._host, sizes._total, sizes._slots = TINY, {}, budget, 0
-        sizes._ranks = GpuRanks(sizes._gpu)
+        sizes._ranks = GpuRanks(sizes._gpu, sizes.weights)
         sizes._settings = Settings(keep_encoders=False)
         sizes._executors, sizes._models, sizes._export_tiles = {}, {}, export
         self.sizes = sizes

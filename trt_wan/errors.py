@@ -82,6 +82,14 @@ class TrtWanError(Exception):
         self.hint = f"{self.hint}\n{more}" if self.hint else more
 
 
+def tell_with(error: BaseException, more: str) -> None:
+    """Adds lines that are told with the error: to a TrtWanError's hint, to any other as a note."""
+    if isinstance(error, TrtWanError):
+        error.add_hint(more)
+    else:
+        error.add_note(more)
+
+
 def _unpickled(kind: type[TrtWanError], given: tuple[object, ...], values: dict[str, object]) -> TrtWanError:
     made = kind.__new__(kind, *given)
     vars(made).update(values)

@@ -305,7 +305,7 @@ def _stages(said: Mapping[str, Any], window: int) -> dict[str, float]:
 
 
 def _window_seconds(first: Mapping[str, float], steps: int) -> float:
-    """Of a window with `steps` steps, from a window with one."""
+    """A window with `steps` steps, by a window with one."""
     return sum(first.values()) + (steps - 1) * first["denoise"]
 
 

@@ -67,8 +67,8 @@ class Throughput:
     side_by_side: int
     step_seconds: list[float]  # median, by job
     window_seconds: list[float]  # by job
-    frames_per_second: float  # of all jobs together
-    together_frames_per_second: float  # of the one job
+    frames_per_second: float  # all jobs together
+    together_frames_per_second: float  # the one job
     step_against_slowest: float  # the step of the slowest job over that of the one job
 
     @staticmethod

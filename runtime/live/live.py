@@ -18,7 +18,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 
-from trt_wan.errors import InputError, Stopped, TrtWanError
+from trt_wan.errors import InputError, Stopped, tell_with
 from trt_wan.runtime.conditioning import Pixels
 from trt_wan.runtime.events import Event, LiveWindow, Note, Progress, WindowDone, silent
 from trt_wan.runtime.executors import Array
@@ -159,11 +159,7 @@ def go_live(
         source.stop()
         feed.end(STOPPED)
         if (partial := output.abandon(keep=True, at_once=isinstance(error, KeyboardInterrupt))) is not None:
-            where = f"The finished frames are in {partial}."
-            if isinstance(error, TrtWanError):
-                error.add_hint(where)
-            else:
-                error.add_note(where)
+            tell_with(error, f"The finished frames are in {partial}.")
         raise
     why = intake.why_ended or STOPPED
     progress(Note(f"The live video is finished: {why}.", "live_ended"))

@@ -1,5 +1,5 @@
 // out [rows, whole], in 16 bytes, from pieces [count, rows, width]: piece i goes to column first + i·step of every row.
-// Channels behind `whole` are dropped. Of every `share` rows those from `filled` on are padding, and become 0. A block
+// Channels behind `whole` are dropped. In every `share` rows those from `filled` on are padding, and become 0. A block
 // has a row.
 extern "C" __global__ void beside(uint4* out, const uint4* pieces, i64 rows, i64 share, i64 filled, i64 count, i64 width,
                                   i64 step, i64 first, i64 whole) {

@@ -41,7 +41,7 @@ ONE_GPU = "Leave --gpus out to use one GPU."
 
 @dataclass(frozen=True)
 class Pieces:
-    """Channels that go beside each other into rows. Of every `share` rows those from `filled` on are padding.
+    """Channels that go beside each other into rows. In every `share` rows those from `filled` on are padding.
     Other numbers are bytes, multiples of VECTOR.
     """
 
@@ -49,7 +49,7 @@ class Pieces:
     share: int
     filled: int
     count: int
-    width: int  # of a row of a piece
+    width: int  # a row of a piece
     step: int  # from where a piece goes in a row to where the next one does
     first: int  # where the first one goes
     whole: int  # the width of the rows, behind which channels are dropped

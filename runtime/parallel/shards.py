@@ -1,6 +1,6 @@
 """Which tokens and heads each rank has. Arrays without batch axis; `slots` T1, tokens of a slot P.
 
-Tokens are split inside the slots: of every slot, rank r holds `share` = ceil(P/N) tokens from r·share on. So
+Tokens are split inside the slots: in every slot, rank r holds `share` = ceil(P/N) tokens from r·share on. So
 a fuser finds the tokens of each slot beside the slot's face tokens, and each rank has as much to do. Its rows
 are [slot, share]; the last ranks may lack tokens, and have padding there: zeros, whose results are not read.
 In self-attention rank r has `heads_each` = ceil(heads/N) heads from r·heads_each on, over all tokens in the

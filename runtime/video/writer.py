@@ -67,7 +67,7 @@ class VideoWriter:
         self.frames = 0 if settled is None else settled.pictures
         self.kept = 0  # frames in the partial file after abandon()
         self._scaler, self._waiting = VideoReformatter(), waiting
-        self._part: Part | None = None  # of the pictures since the last settled one
+        self._part: Part | None = None  # holds the pictures since the last settled one
         self._parts: list[Part] = []  # those that are not known to be on the disk, and the present one
         self._file: WorkingFile | None = None
         self._sound: Sound | None = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trt_wan.cli.command import note, show
 from trt_wan.cli.report import Report
-from trt_wan.errors import TrtWanError
+from trt_wan.errors import tell_with
 
 if TYPE_CHECKING:
     from trt_wan.benchmarks.report.sheet import Report as Measured
@@ -47,9 +47,5 @@ def keeping(out: Path | None) -> "Iterator[Callable[[Measured], None]]":
         yield keep
     except BaseException as error:
         if written:
-            where = f"The rows measured so far are in {written[0]}."
-            if isinstance(error, TrtWanError):
-                error.add_hint(where)
-            else:
-                error.add_note(where)
+            tell_with(error, f"The rows measured so far are in {written[0]}.")
         raise

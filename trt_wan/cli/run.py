@@ -692,6 +692,7 @@ def render_prepared(
             note(report, text, "can_resume")
         with models.opened(basis, tile_exporter(basis, options.build)) as model:
             stop = until_the_model_is_closed.enter_context(stop_at_a_safe_point())
+            go_on = with_commands("Go on after the last finished window:", this_command("--resume"))
             try:
                 shared: Any = {
                     "clips": clips,
@@ -713,15 +714,11 @@ def render_prepared(
                     error.add_hint(f"{redo.video} is as it was.")
                 # A hint with --resume is of a state that is damaged: going on would fail in the same way.
                 elif kept_of(output) and not isinstance(error, UsageError) and "--resume" not in error.hint:
-                    error.add_hint(
-                        with_commands("Go on after the last finished window:", this_command("--resume"))
-                    )
+                    error.add_hint(go_on)
                 raise
             except (KeyboardInterrupt, MemoryError) as error:
                 if kept_of(output) and redo is None:
-                    error.add_note(
-                        with_commands("Go on after the last finished window:", this_command("--resume"))
-                    )
+                    error.add_note(go_on)
                 raise
         if stop.asked():
             note(report, "The video was finished before it could be stopped.", code="not_stopped")

@@ -20,7 +20,7 @@ from trt_wan.runtime.device.kernels import HOPPER, Module, read_source
 BEFORE = "hopper_products.cu", "hopper_weights.cu", "hopper_results.cu"
 NAMES = ("channel_parts", "channels_whole", "pack_q", "pack_k", "pack_v", "correct_mean", "attend")
 HEAD_DIM = 128
-QUERIES = 64  # of a warpgroup
+QUERIES = 64  # each warpgroup has them
 CHUNK = 256  # tokens of one sum
 SHARED = 227 << 10  # bytes of a block
 BARRIERS = 1024 + 512  # bytes, with the alignment of the tiles

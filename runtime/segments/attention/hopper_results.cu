@@ -1,4 +1,4 @@
-// Self-attention on Hopper: sums of values that are kept in shared memory, and the results.
+// Self-attention on Hopper: the first sums, sums that are kept in shared memory, and the results.
 
 __device__ void load_shared(float (&x)[4], u32 from) {
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -7,6 +7,14 @@ __device__ void load_shared(float (&x)[4], u32 from) {
 __device__ void store_shared(u32 to, const float (&x)[4]) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
                  :: "r"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+}
+
+// Two rows before their first scores. `scales` has the scale of the first, and eight places on that of the other.
+__device__ void begin(Rows& r, float (&o)[64], const float* scales) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) r.scale[half] = scales[half * 8], r.sum[half] = 0;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) o[i] = 0;
 }
 
 // The float32 sums of a warpgroup: where a thread's begin.

@@ -44,14 +44,8 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         const u32 all = matrix(k_at);
         const int first = blockIdx.x * QUERIES + group * 64 + warp * 16 + lane / 4;
         Rows r;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            r.scale[half] = query_scale[row * QUERIES + first - blockIdx.x * QUERIES + half * 8];
-            r.sum[half] = 0;
-        }
         float o[64], shrink[2] = {1, 1};
-#pragma unroll
-        for (int i = 0; i < 64; ++i) o[i] = 0;
+        begin(r, o, query_scale + row * QUERIES + first - blockIdx.x * QUERIES);
         const u32 kept = kept_sums(kept_at, group);
         const float nought = __int_as_float(tokens >> 31);
         clear_kept(kept);
