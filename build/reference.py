@@ -18,7 +18,7 @@ from trt_wan.build.realistic import Float, Host, dequantised
 from trt_wan.engines.config import ModelConfig
 from trt_wan.engines.contract import Tensor
 from trt_wan.engines.contracts import networks
-from trt_wan.engines.contracts.sparse_attention import BLOCK, block_order
+from trt_wan.engines.contracts.sparse_attention import BLOCK, QUERIES, block_order
 from trt_wan.engines.shape import Plan, VaeTile
 from trt_wan.errors import UsageError, with_commands
 from trt_wan.install import install_command
@@ -77,14 +77,16 @@ def sparse_reference(values: dict[str, Host], tokens: Tokens, plan: Plan) -> dic
     """Attention to the blocks that the contract keeps, and to the means of the others."""
     order, first, heads = block_order(plan), plan.tokens_per_slot, []
     tokens = order.argsort()[tokens]  # their places in the blocks
-    rows = tokens // BLOCK
+    rows = tokens // QUERIES
     for q, k, v in zip(*(values[name][:, order].astype(np.float32) for name in "qkv"), strict=True):
         means = [
-            np.stack([x[at : at + BLOCK].mean(axis=0) for at in range(0, len(x), BLOCK)]) for x in (q, k, v)
+            np.stack([x[at : at + size].mean(axis=0) for at in range(0, len(x), size)])
+            for x, size in ((q, QUERIES), (k, BLOCK), (v, BLOCK))
         ]
         scores = means[0][rows] @ means[1].T
-        numbers = np.arange(scores.shape[1])
-        always = (numbers < -(-first // BLOCK)) | (numbers == len(numbers) - 1) | (numbers == rows[:, None])
+        numbers, start = np.arange(scores.shape[1]), QUERIES * rows[:, None]
+        own = (BLOCK * numbers < start + QUERIES) & (start < BLOCK * (numbers + 1))
+        always = (numbers < -(-first // BLOCK)) | (numbers == len(numbers) - 1) | own
         wanted = np.maximum(np.rint(values["keep"] * np.float32(len(numbers))), always.sum(axis=1))
         places = np.argsort(np.where(always, -np.inf, -scores), axis=1, kind="stable").argsort(axis=1)
         kept = places < wanted[:, None]

@@ -4,24 +4,25 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 128
+BLOCK, QUERIES = 128, 192
 
 
 def chosen(q: Any, k: Any, keep: float, first: int) -> Any:
-    """bool [heads, blocks, blocks]: whether a block of queries keeps a block of keys. q and k are [heads,
-    tokens, head_dim]. The blocks of the first `first` tokens, a row's own and the last are always kept.
+    """bool [heads, query blocks, key blocks]: whether a block of queries keeps a block of keys. q and k are
+    [heads, tokens, head_dim]. The blocks of the first `first` tokens, those that have tokens of the queries
+    and the last are always kept.
     """
     heads, tokens, _ = q.shape
-    starts = range(0, tokens, BLOCK)
-    blocks, always = len(starts), -(-first // BLOCK)
-    made = np.zeros((heads, blocks, blocks), bool)
+    rows, blocks, always = -(-tokens // QUERIES), -(-tokens // BLOCK), -(-first // BLOCK)
+    made = np.zeros((heads, rows, blocks), bool)
     for head in range(heads):
         means = [
-            [x[head, start : start + BLOCK].astype(np.float32).mean(axis=0) for start in starts]
-            for x in (q, k)
+            [x[head, at : at + size].astype(np.float32).mean(axis=0) for at in range(0, tokens, size)]
+            for x, size in ((q, QUERIES), (k, BLOCK))
         ]
         for i, query in enumerate(means[0]):
-            kept = {*range(always), i, blocks - 1}
+            own = {token // BLOCK for token in range(i * QUERIES, min((i + 1) * QUERIES, tokens))}
+            kept = {*range(always), *own, blocks - 1}
             wanted = max(round(float(np.float32(keep) * np.float32(blocks))), len(kept))
             best = sorted((-float(query @ key), j) for j, key in enumerate(means[1]) if j not in kept)
             kept |= {j for _, j in best[: wanted - len(kept)]}
@@ -43,7 +44,7 @@ def sparse_attention(q: Any, k: Any, v: Any, keep: float, slots: int, rows: int,
     """float32 [tokens, heads * head_dim]. A skipped block counts as BLOCK keys that equal its mean."""
     order = order_of(slots, rows, columns)
     q, k, v = (x[:, order] for x in (q, k, v))
-    block_of = np.arange(len(order)) // BLOCK
+    row_of = np.arange(len(order)) // QUERIES
     made = []
     for head, kept in enumerate(chosen(q, k, keep, rows * columns)):
         queries, keys, values = (x[head].astype(np.float32) for x in (q, k, v))
@@ -52,7 +53,7 @@ def sparse_attention(q: Any, k: Any, v: Any, keep: float, slots: int, rows: int,
         weights = np.exp(scores - most[:, None])
         for j in range(kept.shape[1]):
             here = slice(j * BLOCK, (j + 1) * BLOCK)
-            skips = ~kept[block_of, j]
+            skips = ~kept[row_of, j]
             # Equal weights of all keys weigh the mean value.
             mean = np.exp(queries[skips] @ keys[here].mean(axis=0) - most[skips])
             weights[skips, here] = mean[:, None]

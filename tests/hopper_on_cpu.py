@@ -148,7 +148,7 @@ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
 void load_shared(float (&x)[4], u32 from) { memcpy(x, shared_bytes + from, 16); }
 void store_shared(u32 to, const float (&x)[4]) { memcpy(shared_bytes + to, x, 16); }
 float power_of_2(float x) { return std::exp2(x); }
-u32 load_word(u32 from) { return *(const u32*)(shared_bytes + from); }
+void store_word(u32 to, float x) { memcpy(shared_bytes + to, &x, 4); }
 void needed(float, u32) {}
 
 template <class T, int COUNT> void settled_scores(T (&)[COUNT]) {}
@@ -187,14 +187,6 @@ auto in_registers(const u32 (&a)[4]) {  // four threads have 16 bytes of a row, 
 }
 void multiply_values(float (&o)[64], const u32 (&a)[4], u64 b) {
     product([=, &o, &a] { multiply<Weight>(o, in_registers<Weight>(a), b); });
-}
-template <int COUNT>
-void multiply_scores_held(int (&s)[COUNT], const u32 (&a)[4], u64 b, bool sum) {
-    product([=, &s, &a] {
-        const auto rows = in_registers<signed char>(a);
-        if (!sum) std::fill(s, s + COUNT, 0);
-        multiply<signed char>(s, rows, b);
-    });
 }
 """
 WRAPPER = r"""

@@ -168,7 +168,7 @@ def test_kernels_compile(
 )
 def test_the_hopper_kernel_compiles(nvrtc: None, scores: Any, values: Any, lists: bool) -> None:
     macros = hopper.macros(scores, values, lists)
-    code = bytes(compile_source(hopper.SOURCES[macros["CONSUMERS"]], (9, 0), macros, accelerated=True).code)
+    code = bytes(compile_source(hopper.source(values, lists), (9, 0), macros, accelerated=True).code)
     for name in hopper.NAMES:
         assert f".text.{name}".encode() + b"\0" in code
     products = list(products_of(code, "attend"))
@@ -192,14 +192,15 @@ def products_of(code: bytes, kernel: str) -> Iterator[tuple[int, int]]:
 
 
 def test_the_ring_of_the_hopper_kernel_fits_into_shared_memory() -> None:
-    kinds: tuple[tuple[hopper.Scores, hopper.Values], ...] = (
-        ("int8", "e4m3"),
-        ("int8", "bf16"),
-        ("bf16", "bf16"),
+    kinds: tuple[tuple[hopper.Scores, hopper.Values, bool], ...] = (
+        ("int8", "e4m3", False),
+        ("int8", "e4m3", True),
+        ("int8", "bf16", False),
+        ("bf16", "bf16", False),
     )
-    for scores, values in kinds:
-        macros = hopper.macros(scores, values)
-        stages, consumers = macros["STAGES"], macros["CONSUMERS"]
+    for scores, values, lists in kinds:
+        macros = hopper.macros(scores, values, lists)
+        stages, consumers = macros["STAGES"], hopper.consumers(values)
         row = hopper.HEAD_DIM * ((scores == "bf16") + (values == "bf16") + 2)
         kept = consumers * 64 * 128 * 4 if values == "e4m3" else 0
         queries = consumers * 64 * 128 * (2 if scores == "bf16" else 1)
@@ -215,7 +216,7 @@ def test_the_planner_knows_the_queries_of_a_tile() -> None:
     }
     assert kinds.keys() == {name for name, row in PROVIDERS.items() if row.to_rows}
     for name, kind in kinds.items():
-        assert PROVIDERS[name].queries == hopper.macros(*kind)["CONSUMERS"] * hopper.QUERIES
+        assert PROVIDERS[name].queries == hopper.consumers(kind[1]) * hopper.QUERIES
 
 
 def test_parts_of_the_scratch_are_aligned_and_apart() -> None:

@@ -5,10 +5,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from block_choice import chosen
+from block_choice import QUERIES, chosen
 from kernels_on_cpu import CpuKernels
 
-from trt_wan.runtime.segments.attention.select import BLOCK, QUERIES, SELECT, macros
+from trt_wan.runtime.segments.attention.select import BLOCK, GROUP, SELECT, macros
 
 HEAD_DIM = 16
 
@@ -27,9 +27,8 @@ def numbers(shape: tuple[int, ...], seed: int) -> Any:
 def by_kernels(kernels: CpuKernels, q: Any, k: Any, keep: float, first: int) -> list[list[list[int]]]:
     """The blocks that each row of each head keeps."""
     heads, tokens, _ = q.shape
-    blocks, always = -(-tokens // BLOCK), -(-first // BLOCK)
-    rows = heads * blocks
-    pooled = np.full((2, heads, HEAD_DIM, blocks), np.nan, np.float32)
+    rows, blocks, always = -(-tokens // QUERIES), -(-tokens // BLOCK), -(-first // BLOCK)
+    pooled = np.full(heads * HEAD_DIM * (rows + blocks), np.nan, np.float32)
     means = np.full((2, heads, blocks, HEAD_DIM), np.nan, ml_dtypes.bfloat16)
     v, sorted_ = q[:, ::-1].copy(), np.zeros((3, *q.shape), q.dtype)
     order = np.random.default_rng(2).permutation(tokens).astype(np.int32)
@@ -37,25 +36,25 @@ def by_kernels(kernels: CpuKernels, q: Any, k: Any, keep: float, first: int) -> 
     for before, x in zip(given, (q, k, v), strict=True):
         before[:, order] = x
     made = order, sorted_, pooled, means, tokens, heads
-    kernels.launch("sort_and_pool", 3 * rows, 256, True, *given, *made)
+    kernels.launch("sort_and_pool", heads * (rows + 2 * blocks), 256, True, *given, *made)
     assert (sorted_ == np.stack((q, k, v))).all()
     for got, x in zip(means, (k, v), strict=True):
         wanted = [x[:, at : at + BLOCK].astype(np.float32).mean(axis=1) for at in range(0, tokens, BLOCK)]
         assert (got == np.stack(wanted, axis=1).astype(ml_dtypes.bfloat16)).all()
-    ranks = np.full((rows, blocks), 7, np.uint32)
-    grid = heads * -(-blocks // QUERIES) * -(-blocks // 256)
-    kernels.launch("rank_blocks", grid, 256, True, pooled, ranks, blocks, always)
+    ranks = np.full((heads * rows, blocks), 7, np.uint32)
+    grid = heads * -(-rows // GROUP) * -(-blocks // 256)
+    kernels.launch("rank_blocks", grid, 256, True, pooled, ranks, rows, blocks, always)
     listed, count, share = (
-        np.full((rows, blocks), -1, np.int32),
-        np.full(rows, -1, np.int32),
+        np.full((heads * rows, blocks), -1, np.int32),
+        np.full(heads * rows, -1, np.int32),
         np.float32([keep]),
     )
-    sizes = blocks, always, rows
-    kernels.launch("choose_blocks", -(-rows // 2), 64, True, ranks, listed, count, share, *sizes)
+    sizes = rows, blocks, always, heads
+    kernels.launch("choose_blocks", -(-heads * rows // 2), 64, True, ranks, listed, count, share, *sizes)
     for row, n in zip(listed, count, strict=True):  # the others follow, in ascending order
         assert sorted(row) == list(range(blocks)) and sorted(row[n:]) == list(row[n:])
     made = [row[:n].tolist() for row, n in zip(listed, count, strict=True)]
-    return [made[head * blocks : (head + 1) * blocks] for head in range(heads)]
+    return [made[head * rows : (head + 1) * rows] for head in range(heads)]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +65,7 @@ def by_kernels(kernels: CpuKernels, q: Any, k: Any, keep: float, first: int) -> 
         (3, 3 * BLOCK - 7, 1, 1.0),
         (1, 60, 20, 0.5),
         (2, 7 * BLOCK, 3 * BLOCK, 0.01),  # no more than are always kept
+        (1, 7 * BLOCK, 2 * BLOCK + 1, 0.01),  # the reference's blocks end within a block of queries
     ],
 )
 def test_the_blocks_are_those_of_numpy(
@@ -80,4 +80,4 @@ def test_the_blocks_are_those_of_numpy(
 def test_equal_scores_keep_the_lower_numbers(kernels: CpuKernels) -> None:
     q = numbers((1, 8 * BLOCK, HEAD_DIM), 0)
     (made,) = by_kernels(kernels, q, np.zeros_like(q), 0.5, 1)
-    assert made[0] == [0, 1, 2, 7] and made[5] == [0, 1, 5, 7]
+    assert made[0] == [0, 1, 2, 7] and made[2] == [0, 3, 4, 7] and made[5] == [0, 1, 2, 7]

@@ -3,24 +3,25 @@
     python tests/turbo_quality.py --heads 8
 
 The error of the output, relative to dense attention, at 30, 50 and 70 % of the blocks kept, for sampled
-blocks
-of queries. Products are exact (float32), so the choice alone counts, and the means of the blocks that are
-skipped; "dropped" is the error without these means. "gaussian" is noise, in which nothing is worth finding.
+blocks of queries. Products are exact (float32), so the choice alone counts, and the means of the blocks that
+are skipped; "dropped" is the error without these means. `--queries` are sizes of the blocks of queries, which
+take the same sampled tokens. "gaussian" is noise, in which nothing is worth finding.
 "local" are heads over a video: content and positions are smooth in space and time, and q and k carry both. A
 head's gain decides how sharply a query looks at what is like it; "rows" are the same heads with blocks of
 consecutive tokens.
 """
 
 import argparse
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from trt_wan.engines.contracts.sparse_attention import block_order
+from trt_wan.engines.contracts.sparse_attention import BLOCK, QUERIES, block_order
 from trt_wan.engines.shape import Plan
 
-BLOCK, HEAD_DIM = 128, 128
+HEAD_DIM = 128
 SHARES = (0.3, 0.5, 0.7)
 
 
@@ -69,21 +70,23 @@ def rotated(x: Any, slots: int, rows: int, columns: int) -> Any:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).reshape(x.shape)
 
 
-def means(x: Any) -> Any:
+def means(x: Any, size: int = BLOCK) -> Any:
     """float32 [heads, blocks, head_dim]."""
     _, tokens, head_dim = x.shape
-    sums = F.pad(x.float(), (0, 0, 0, -tokens % BLOCK)).unflatten(1, (-1, BLOCK)).sum(2)
-    counts = torch.full((sums.shape[1],), float(BLOCK), device=x.device)
-    counts[-1] -= -tokens % BLOCK
+    sums = F.pad(x.float(), (0, 0, 0, -tokens % size)).unflatten(1, (-1, size)).sum(2)
+    counts = torch.full((sums.shape[1],), float(size), device=x.device)
+    counts[-1] -= -tokens % size
     return sums / counts[:, None]
 
 
-def kept(q: Any, k: Any, share: float, first: int) -> Any:
-    """bool [heads, blocks, blocks]: those that select.cu keeps."""
-    scores = means(q) @ means(k).transpose(1, 2)
-    blocks = scores.shape[-1]
+def kept(q: Any, k: Any, share: float, first: int, size: int) -> Any:
+    """bool [heads, query blocks, key blocks]: those that select.cu keeps for blocks of `size` queries."""
+    scores = means(q, size) @ means(k).transpose(1, 2)
+    rows, blocks = scores.shape[1:]
     numbers = torch.arange(blocks, device=q.device)
-    always = (numbers < -(-first // BLOCK)) | (numbers == blocks - 1) | (numbers[:, None] == numbers)
+    start = size * torch.arange(rows, device=q.device)[:, None]
+    own = (BLOCK * numbers < start + size) & (start < BLOCK * (numbers + 1))
+    always = (numbers < -(-first // BLOCK)) | (numbers == blocks - 1) | own
     ranked = scores.masked_fill(always, torch.inf).sort(stable=True, dim=-1, descending=True).indices
     wanted = always.sum(1).clamp_min(round(share * blocks))
     return torch.zeros_like(scores, dtype=torch.bool).scatter(
@@ -91,43 +94,48 @@ def kept(q: Any, k: Any, share: float, first: int) -> Any:
     )
 
 
-def errors(q: Any, k: Any, v: Any, chosen: Any, rows: list[int]) -> tuple[float, float, float]:
-    """Of one head, [tokens, head_dim] each: the relative error, that without the means of skipped blocks, and
-    the share of dense attention's weights that is kept.
+def errors(
+    q: Any, k: Any, v: Any, chosen: Any, starts: list[int], count: int, size: int
+) -> tuple[float, float, float]:
+    """Of one head, [tokens, head_dim] each, `count` queries from each of `starts` on: the relative error,
+    that without the means of skipped blocks, and the share of dense attention's weights that is kept.
     """
-    tokens, blocks = len(k), len(chosen)
+    tokens = len(k)
     key_means, value_means = means(k[None])[0], means(v[None])[0]
-    lost, dropped, size, weight = 0.0, 0.0, 0.0, 0.0
-    for row in rows:
-        queries = q[row * BLOCK : (row + 1) * BLOCK]
+    lost, dropped, square, weight = 0.0, 0.0, 0.0, 0.0
+    for start in starts:
+        queries = q[start : start + count]
+        row = chosen[torch.arange(start, start + len(queries), device=q.device) // size]
         scores = queries @ k.T
         weights = torch.exp(scores - scores.max(1, keepdim=True).values)
         dense = weights @ v / weights.sum(1, keepdim=True)
-        some = weights * chosen[row].repeat_interleave(BLOCK)[:tokens]
-        others = BLOCK * torch.exp(queries @ key_means.T - scores.max(1, keepdim=True).values) * ~chosen[row]
+        some = weights * row.repeat_interleave(BLOCK, 1)[:, :tokens]
+        others = BLOCK * torch.exp(queries @ key_means.T - scores.max(1, keepdim=True).values) * ~row
         made = some @ v + others @ value_means
         made /= some.sum(1, keepdim=True) + others.sum(1, keepdim=True)
         lost += float((made - dense).square().sum())
         dropped += float((some @ v / some.sum(1, keepdim=True) - dense).square().sum())
-        size += float(dense.square().sum())
-        weight += float((some.sum(1) / weights.sum(1)).mean()) / len(rows)
-    assert blocks > max(rows)
-    return (lost / size) ** 0.5, (dropped / size) ** 0.5, weight
+        square += float(dense.square().sum())
+        weight += float((some.sum(1) / weights.sum(1)).mean()) / len(starts)
+    return (lost / square) ** 0.5, (dropped / square) ** 0.5, weight
 
 
-def report(name: str, heads: Any, first: int, sample: int) -> None:
+def report(name: str, heads: Any, first: int, sample: int, sizes: list[int]) -> None:
     q, k, v = heads
-    rows = torch.linspace(0, -(-q.shape[1] // BLOCK) - 1, sample).long().tolist()
+    count = math.lcm(*sizes)
+    starts = (torch.linspace(0, (q.shape[1] - 1) // count, sample).long() * count).tolist()
     for share in SHARES:
-        chosen = kept(q, k, share, first)
-        found = torch.tensor([errors(*head, rows) for head in zip(q, k, v, chosen, strict=True)])
-        error, dropped, weight = found.mean(0).tolist()
-        worst = float(found[:, 0].max())
-        print(
-            f"{name:16} kept {share:.0%}: error {error:.3f}, of the worst head {worst:.3f}; dropped "
-            f"{dropped:.3f}; weight kept {weight:.3f}",
-            flush=True,
-        )
+        for size in sizes:
+            chosen = kept(q, k, share, first, size)
+            each = zip(q, k, v, chosen, strict=True)
+            found = torch.tensor([errors(*head, starts, count, size) for head in each])
+            error, dropped, weight = found.mean(0).tolist()
+            worst = float(found[:, 0].max())
+            print(
+                f"{name:16} kept {share:.0%} by {size} queries: error {error:.4f}, of the worst head "
+                f"{worst:.4f}; dropped {dropped:.3f}; weight kept {weight:.3f}",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -135,9 +143,11 @@ def main() -> None:
     parser.add_argument("--size", default="832x480")
     parser.add_argument("--slots", type=int, default=21)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--sample", type=int, default=8, help="blocks of queries of a head")
+    parser.add_argument("--sample", type=int, default=8, help="places in a head, of queries of whole blocks")
+    parser.add_argument("--queries", default=str(QUERIES), help="of a block, for example 128,192")
     parser.add_argument("--gains", default="0.5,1,2")
     options = parser.parse_args()
+    sizes = [int(size) for size in options.queries.split(",")]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     width, height = map(int, options.size.split("x"))
     shape = options.slots, height // 16, width // 16
@@ -145,11 +155,11 @@ def main() -> None:
     order = torch.from_numpy(block_order(Plan(width, height, frames))).long().to(device)
     first, tokens = shape[1] * shape[2], shape[0] * shape[1] * shape[2]
     q, k, v = torch.randn(3, options.heads, tokens, HEAD_DIM, device=device)
-    report("gaussian", (q * HEAD_DIM**-0.5, k, v), first, options.sample)
+    report("gaussian", (q * HEAD_DIM**-0.5, k, v), first, options.sample, sizes)
     for gain in map(float, options.gains.split(",")):
         made = local_heads(*shape, options.heads, gain, device)
-        report(f"rows, gain {gain:g}", made, first, options.sample)
-        report(f"local, gain {gain:g}", [x[:, order] for x in made], first, options.sample)
+        report(f"rows, gain {gain:g}", made, first, options.sample, sizes)
+        report(f"local, gain {gain:g}", [x[:, order] for x in made], first, options.sample, sizes)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 and float8_e4m3fn with numpy
 from trt_wan.engines.config import FACE_TOKENS, ModelConfig
 from trt_wan.engines.contract import Network
 from trt_wan.engines.contracts import networks, vae_layers
-from trt_wan.engines.contracts.sparse_attention import BLOCK
+from trt_wan.engines.contracts.sparse_attention import BLOCK, QUERIES
 from trt_wan.engines.contracts.vae_layers import Layer
 from trt_wan.engines.precision import PRECISIONS
 from trt_wan.engines.shape import Plan
@@ -151,8 +151,8 @@ def _flops(name: str, model: ModelConfig, plan: Plan) -> tuple[int, int, int]:
         case "attention":
             return 0, 4 * tokens**2 * d, 0
         case "sparse_attention":  # its graph attends to everything, and to the means of all blocks
-            blocks = -(-tokens // BLOCK)
-            return 0, (4 * tokens * (tokens + blocks) + 2 * blocks**2) * d, 0
+            blocks, rows = -(-tokens // BLOCK), -(-tokens // QUERIES)
+            return 0, (4 * tokens * (tokens + blocks) + 2 * rows * blocks) * d, 0
         case "attn_out":
             return 2 * tokens * 2 * d * d, 0, 0
         case "cross_attention":

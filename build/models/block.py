@@ -28,7 +28,7 @@ from trt_wan.build.models.ops import (
     split_heads,
 )
 from trt_wan.engines.config import ModelConfig
-from trt_wan.engines.contracts.sparse_attention import BLOCK, block_order
+from trt_wan.engines.contracts.sparse_attention import BLOCK, QUERIES, block_order
 from trt_wan.engines.shape import Plan
 
 
@@ -108,9 +108,9 @@ def sparse_attention(
     q, k, v = (x[:, order].float() for x in (q, k, v))
     mean_k, mean_v = block_means(k), block_means(v)
     reference = -(-plan.undivided.tokens_per_slot // BLOCK)  # its blocks
-    kept = kept_blocks(block_means(q) @ mean_k.transpose(1, 2), keep, reference)
+    kept = kept_blocks(block_means(q, QUERIES) @ mean_k.transpose(1, 2), keep, reference)
     blocks = kept.shape[-1]
-    by_token = kept[:, :, None].expand(-1, -1, BLOCK, -1).reshape(heads, -1, blocks)[:, :tokens]
+    by_token = kept[:, :, None].expand(-1, -1, QUERIES, -1).reshape(heads, -1, blocks)[:, :tokens]
     by_key = by_token[..., None].expand(-1, -1, -1, BLOCK).reshape(heads, tokens, -1)[..., :tokens]
     scores = torch.where(by_key, q @ k.transpose(1, 2), MASKED)
     others = torch.where(by_token, MASKED, q @ mean_k.transpose(1, 2) + math.log(BLOCK))
@@ -119,21 +119,22 @@ def sparse_attention(
     return (merge_heads(attended)[inverse].to(activation(plan)),)
 
 
-def block_means(x: Tensor) -> Tensor:
+def block_means(x: Tensor, block: int = BLOCK) -> Tensor:
     """[heads, blocks, head_dim] of [heads, tokens, head_dim]; the last block may be short."""
     heads, tokens, size = x.shape
-    missing = -tokens % BLOCK
-    sums = F.pad(x, (0, 0, 0, missing)).reshape(heads, -1, BLOCK, size).sum(2)
-    counts = [BLOCK] * (sums.shape[1] - 1) + [BLOCK - missing]
+    missing = -tokens % block
+    sums = F.pad(x, (0, 0, 0, missing)).reshape(heads, -1, block, size).sum(2)
+    counts = [block] * (sums.shape[1] - 1) + [block - missing]
     return sums / torch.tensor(counts, dtype=torch.float32)[:, None]
 
 
 def kept_blocks(scores: Tensor, keep: Tensor, first: int) -> Tensor:
-    """Whether a block of queries keeps a block of keys, bool [heads, blocks, blocks]. `first` blocks are the
-    reference's. Where scores are equal, the lower number is kept.
+    """Whether a block of queries keeps a block of keys, bool [heads, query blocks, key blocks]. `first`
+    blocks are the reference's. Where scores are equal, the lower number is kept.
     """
-    numbers = torch.arange(scores.shape[-1])
-    always = (numbers < first) | (numbers == len(numbers) - 1) | (numbers[:, None] == numbers)
+    numbers, start = torch.arange(scores.shape[-1]), QUERIES * torch.arange(scores.shape[-2])[:, None]
+    own = (BLOCK * numbers < start + QUERIES) & (start < BLOCK * (numbers + 1))
+    always = (numbers < first) | (numbers == len(numbers) - 1) | own
     scores = scores.masked_fill(always, torch.inf)
     mine, other = scores[..., None], scores[..., None, :]
     before = (other > mine) | ((other == mine) & (numbers < numbers[:, None]))

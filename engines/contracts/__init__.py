@@ -37,7 +37,7 @@ from trt_wan.engines.shape import CameraPlan, Plan, ShardPlan, VaeTile
 
 # Raise it whenever an exported graph computes something else or has other inputs or outputs: exported graphs
 # are kept under this number. tests/test_graph_hashes.py finds a change that was forgotten.
-GRAPHS_VERSION = 2
+GRAPHS_VERSION = 3
 LYNX_GRAPHS_VERSION = 1  # the same for the graphs of Lynx
 
 

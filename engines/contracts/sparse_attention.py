@@ -1,9 +1,10 @@
-"""Block-sparse self-attention, of the tier `turbo`. Each head attends, from each block of BLOCK queries, to
-`keep` of the blocks of keys: those with the highest products of means, of q and k. The blocks of slot 0 (the
-reference), the block's own and the last are always among them. A skipped block counts as BLOCK keys that are
-equal to its mean key, with its mean value.
+"""Block-sparse self-attention, of the tier `turbo`. Each head attends, from each block of QUERIES queries, to
+`keep` of the blocks of BLOCK keys: those with the highest products of means, of q and k. The blocks of slot 0
+(the reference), those that share tokens with the block of queries and the last are always among them. A
+skipped block counts as BLOCK keys that are equal to its mean key, with its mean value.
 
-A block is a compact part of the video, 8x8 tokens of two slots, for these are most alike: `block_order`.
+A block of keys is a compact part of the video, 8x8 tokens of two slots, for these are most alike, and one of
+queries is 8x12: `block_order`.
 """
 
 import numpy as np
@@ -14,7 +15,8 @@ from trt_wan.engines.contract import Network, Tensor
 from trt_wan.engines.contracts import attention
 from trt_wan.engines.shape import Plan
 
-BLOCK = 128  # tokens
+BLOCK = 128  # tokens of a block of keys
+QUERIES = 192  # tokens of a block of queries
 STRIP = 8  # rows
 
 

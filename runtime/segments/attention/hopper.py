@@ -1,4 +1,4 @@
-"""Self-attention by our kernel for Hopper (hopper.cu), after passes that pack its inputs (tiles.cu).
+"""Self-attention by our kernels for Hopper (hopper.cu), after passes that pack its inputs (tiles.cu).
 
 In int8, q has a scale per token and k one per tile of tokens, after k's mean over all tokens was subtracted,
 which leaves the softmax as it is. In E4M3, v has a scale per channel and its mean subtracted, which is added
@@ -12,15 +12,12 @@ from typing import Literal
 
 import numpy as np
 
+from trt_wan.engines.contracts import sparse_attention
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
 from trt_wan.runtime.device.kernels import HOPPER, Module, read_source
 
 BEFORE = "hopper_products.cu", "hopper_weights.cu", "hopper_results.cu"
-SOURCES = {  # by the number of warpgroups that compute
-    count: HOPPER + read_source(__package__, *BEFORE, name, "tiles.cu")
-    for count, name in ((2, "hopper.cu"), (3, "hopper_three.cu"))
-}
 NAMES = ("channel_parts", "channels_whole", "pack_q", "pack_k", "pack_v", "correct_mean", "attend")
 HEAD_DIM = 128
 QUERIES = 64  # each warpgroup has them
@@ -32,23 +29,29 @@ KEPT = QUERIES * HEAD_DIM * 4  # bytes: float32 sums of a warpgroup, with E4M3 v
 Scores = Literal["int8", "bf16"]
 Values = Literal["e4m3", "bf16"]
 
-LISTED = 128  # queries of a block and keys of a tile, where lists name them
+
+def consumers(values: Values) -> int:
+    """Warpgroups that compute. Three need fewer registers each: half as many scores at a time, and weights of
+    8 bits.
+    """
+    return 3 if values == "e4m3" else 2
 
 
 def macros(scores: Scores, values: Values, lists: bool = False) -> dict[str, int]:
-    """Three warpgroups need fewer registers each: half as many scores at a time, and weights of 8 bits."""
-    consumers = 3 if values == "e4m3" and not lists else 2
-    keys = LISTED if lists else 96 if consumers == 3 else 192
-    kept = consumers * KEPT if values == "e4m3" else 0
-    free = SHARED - BARRIERS - _key_bytes(scores, consumers * QUERIES) - kept
+    keys = sparse_attention.BLOCK if lists else 96 if values == "e4m3" else 192
+    kept = consumers(values) * KEPT if values == "e4m3" else 0
+    free = SHARED - BARRIERS - _key_bytes(scores, consumers(values) * QUERIES) - kept
     return {
-        "CONSUMERS": consumers,
         "QK": int(scores == "bf16"),
         "PV": int(values == "bf16"),
         "KEYS": keys,
         "STAGES": min(4, free // (_key_bytes(scores, keys) + _value_bytes(values, keys))),
-        "LISTS": int(lists),
     }
+
+
+def source(values: Values, lists: bool = False) -> str:
+    name = "hopper_lists.cu" if lists else "hopper_three.cu" if values == "e4m3" else "hopper.cu"
+    return HOPPER + read_source(__package__, *BEFORE, name, "tiles.cu")
 
 
 def _key_bytes(scores: Scores, keys: int) -> int:
@@ -60,8 +63,8 @@ def _value_bytes(values: Values, keys: int) -> int:
 
 
 class HopperAttention:
-    """bf16 in and out. `scores` and `values` name the numbers that are multiplied. With `lists` the blocks of
-    128 queries attend to listed tiles of 128 keys alone (`attend`).
+    """bf16 in and out. `scores` and `values` name the numbers that are multiplied. With `lists`, of int8 and
+    E4M3, the blocks of 192 queries attend to listed blocks of 128 keys alone (`attend`).
     """
 
     def __init__(
@@ -78,12 +81,14 @@ class HopperAttention:
         defined = macros(scores, values, lists)
         self._heads, self._tokens = heads, tokens
         self._tiles = math.ceil(tokens / defined["KEYS"])
-        queries = defined["CONSUMERS"] * QUERIES
-        self._threads = 128 * (1 + defined["CONSUMERS"])
+        queries = consumers(values) * QUERIES
+        assert not lists or (scores, values, queries) == ("int8", "e4m3", sparse_attention.QUERIES)
+        self._threads = 128 * (1 + consumers(values))
         self._query_tiles, self._chunks = math.ceil(tokens / queries), math.ceil(tokens / CHUNK)
         self._key_sums, self._value_sums = scores == "int8", values == "e4m3"
         self._value_shared = defined["KEYS"] * HEAD_DIM * 2
-        module = gpu.once((__name__, *defined.items()), lambda: _compiled(gpu, defined, self._value_shared))
+        code, shared = source(values, lists), self._value_shared
+        module = gpu.once((__name__, *defined.items()), lambda: _compiled(gpu, code, defined, shared))
         self._launch = partial(module.launch, gpu.stream)
         keys, channels = defined["KEYS"], heads * HEAD_DIM * 4
         query_tiles, tiles = heads * self._query_tiles, heads * self._tiles
@@ -140,8 +145,9 @@ class HopperAttention:
     def attend(
         self, attended: int, lists: int = 0, counts: int = 0, shift: int = 0, lse: int = 0, places: int = 0
     ) -> None:
-        """After `pack`. `lists` int32 [heads, query blocks, key tiles] begins with the numbers of the tiles
-        that a block attends to, `counts` int32 [heads, query blocks] says how many, at least one. `lse`
+        """After `pack`. `lists` int32 [heads, query blocks, key blocks] begins with the numbers of the blocks
+        of keys that one of queries attends to, in ascending order, `counts` int32 [heads, query blocks] says
+        how many, at least one. `lse`
         float32 [heads, tokens], or 0, gets the natural logarithm of the sum of exp(score); it needs `shift`.
         With `places` the own tokens' results go into the own rows, and `attended` gets the others'.
         """
@@ -152,8 +158,8 @@ class HopperAttention:
         self._launch("attend", grid, self._threads, *(at[name] for name in made), *rest, shared=SHARED)
 
 
-def _compiled(gpu: Gpu, defined: Mapping[str, int], value_shared: int) -> Module:
-    module = Module(gpu.device, SOURCES[defined["CONSUMERS"]], NAMES, defined, accelerated=True)
+def _compiled(gpu: Gpu, code: str, defined: Mapping[str, int], value_shared: int) -> Module:
+    module = Module(gpu.device, code, NAMES, defined, accelerated=True)
     module.allow_shared("attend", SHARED)
     module.allow_shared("pack_v", value_shared)
     return module

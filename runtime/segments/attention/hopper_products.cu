@@ -2,23 +2,20 @@
 // of a warpgroup. Operands in shared memory have swizzled rows of 128 or 32 bytes.
 //
 // Scores are int8 products (QK 0) or bf16 (1). Weights and values are E4M3 (PV 0) or bf16 (1). Other macros: KEYS of a tile
-// (96, 128 or 192), STAGES of the ring, LISTS (1: with lists of tiles), CONSUMERS, warpgroups that compute (2 or 3).
+// (96, 128 or 192), STAGES of the ring.
 
-// 1: queries are held in registers, not read from shared memory by every product.
-#define HELD_Q (QK == 0 && PV == 0 && CONSUMERS == 2)
-
+constexpr int CONSUMERS = PV == 1 ? 2 : 3;         // warpgroups that compute
 constexpr int QUERIES = 64 * CONSUMERS, DIM = 128;
 constexpr int ROW = 128;                          // bytes of a row of q and k in shared memory, swizzled
 constexpr int PARTS = QK == 1 ? 2 : 1;            // rows of a token of q or k
 constexpr int SLICE = PV == 1 ? 16 : 32;          // keys of v that are multiplied at a time: 32 bytes of each channel
 constexpr int SLICES = KEYS / SLICE, SLICE_BYTES = DIM * 32;
 // In the tensor core a long sum of E4M3 products loses bits: where all values point one way a result was 35 % too small.
-// So the sums of some tiles are added up in float32, in shared memory.
-constexpr int FLUSH = PV == 1 ? 0 : CONSUMERS == 3 ? 12 : 4, KEPT_BYTES = FLUSH ? 64 * DIM * 4 : 0;  // of a warpgroup
+// So the sums of some steps are added up in float32, in shared memory.
+constexpr int FLUSH = 12, KEPT_BYTES = 64 * DIM * 4;  // steps; of a warpgroup
 constexpr int Q_PART = QUERIES * ROW, K_PART = KEYS * ROW;
 constexpr int Q_BYTES = PARTS * Q_PART, K_BYTES = PARTS * K_PART, V_BYTES = SLICES * SLICE_BYTES;
-constexpr int STEP = CONSUMERS == 3 ? KEYS : KEYS / 2;                     // keys whose weights are computed together
-constexpr int STEP_SLICES = STEP / SLICE, SCORES = STEP / 2;  // scores: of a thread
+constexpr int STEP = 96, STEP_SLICES = STEP / SLICE, SCORES = STEP / 2;  // keys multiplied together; scores of a thread
 
 #if QK == 0
 typedef int Score;
@@ -31,9 +28,6 @@ constexpr u32 ROWS_OF_128 = 1u << 30 | 8 * 128 >> 4, ROWS_OF_32 = 3u << 30 | 8 *
 __device__ u32 matrix(u32 address) { return (address & 0x3FFFF) >> 4 | 1u << 16; }
 __device__ u64 descriptor(u32 matrix, u32 layout) { return (u64)layout << 32 | matrix; }
 
-#define LIST32 \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
-    "%24,%25,%26,%27,%28,%29,%30,%31}"
 #define LIST48 \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
     "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47}"
@@ -46,47 +40,21 @@ __device__ u64 descriptor(u32 matrix, u32 layout) { return (u64)layout << 32 | m
 #define ALL32(c, d) EIGHT(c, d, 0), EIGHT(c, d, 8), EIGHT(c, d, 16), EIGHT(c, d, 24)
 #define ALL48(c, d) ALL32(c, d), EIGHT(c, d, 32), EIGHT(c, d, 40)
 #define ALL64(c, d) ALL48(c, d), EIGHT(c, d, 48), EIGHT(c, d, 56)
-#if KEYS == 128
-#define SHAPE "m64n64"
-#define LIST LIST32
-#define ALL ALL32
-#define A "32"
-#define B "33"
-#define P "34"
-#define A4 "{%32,%33,%34,%35}"
-#define B4 "36"
-#define P4 "37"
-#else
-#define SHAPE "m64n96"
-#define LIST LIST48
-#define ALL ALL48
-#define A "48"
-#define B "49"
-#define P "50"
-#define A4 "{%48,%49,%50,%51}"
-#define B4 "52"
-#define P4 "53"
-#endif
 
 // Keeps the compiler from using registers before the products that write them have ended.
-__device__ void settled_scores(float (&d)[SCORES]) { asm volatile("" : ALL("+f", d) :: "memory"); }
-__device__ void settled_scores(int (&d)[SCORES]) { asm volatile("" : ALL("+r", d) :: "memory"); }
+__device__ void settled_scores(float (&d)[SCORES]) { asm volatile("" : ALL48("+f", d) :: "memory"); }
+__device__ void settled_scores(int (&d)[SCORES]) { asm volatile("" : ALL48("+r", d) :: "memory"); }
 __device__ void settled(float (&d)[64]) { asm volatile("" : ALL64("+f", d) :: "memory"); }
 
 __device__ void multiply_scores(int (&d)[SCORES], u64 a, u64 b, int sum) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\n"
-                 "wgmma.mma_async.sync.aligned." SHAPE "k32.s32.s8.s8 " LIST ", %" A ", %" B ", p;\n}"
-                 : ALL("+r", d) : "l"(a), "l"(b), "r"(sum));
-}
-__device__ void multiply_scores_held(int (&d)[SCORES], const u32 (&a)[4], u64 b, int sum) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P4 ", 0;\n"
-                 "wgmma.mma_async.sync.aligned." SHAPE "k32.s32.s8.s8 " LIST ", " A4 ", %" B4 ", p;\n}"
-                 : ALL("+r", d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(sum));
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 " LIST48 ", %48, %49, p;\n}"
+                 : ALL48("+r", d) : "l"(a), "l"(b), "r"(sum));
 }
 __device__ void multiply_scores_bf16(float (&d)[SCORES], u64 a, u64 b, int sum) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" P ", 0;\n"
-                 "wgmma.mma_async.sync.aligned." SHAPE "k16.f32.bf16.bf16 " LIST ", %" A ", %" B ", p, 1, 1, 0, 0;\n}"
-                 : ALL("+f", d) : "l"(a), "l"(b), "r"(sum));
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 " LIST48 ", %48, %49, p, 1, 1, 0, 0;\n}"
+                 : ALL48("+f", d) : "l"(a), "l"(b), "r"(sum));
 }
 __device__ void multiply_values(float (&d)[64], const u32 (&a)[4], u64 b) {
 #if PV == 0
@@ -102,42 +70,17 @@ __device__ void multiply_values(float (&d)[64], const u32 (&a)[4], u64 b) {
 #endif
 }
 
-__device__ u32 load_word(u32 from) {
-    u32 x;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
-    return x;
-}
+__device__ void store_word(u32 to, float x) { asm volatile("st.shared.f32 [%0], %1;" :: "r"(to), "f"(x) : "memory"); }
 
-// Queries of a warpgroup: where they are in shared memory, or as the tensor core takes them from registers.
-#if HELD_Q
-typedef u32 Queries[4][4];
-__device__ void hold(Queries& q, u32 from) {
-    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-#pragma unroll
-    for (int step = 0; step < 4; ++step)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            q[step][i] = load_word(from + (row + i % 2 * 8) * ROW + ((step * 2 + i / 2 ^ row % 8) << 4) +
-                                   threadIdx.x % 4 * 4);
-}
-#else
-typedef u32 Queries;
-__device__ void hold(Queries& q, u32 from) { q = matrix(from); }
-#endif
-
-__device__ void scores(Score (&s)[SCORES], const Queries& q, u32 k) {
+__device__ void scores(Score (&s)[SCORES], u32 q, u32 k) {
 #pragma unroll
     for (int step = 0; step < 4 * PARTS; ++step) {
         const u64 b = descriptor(k + (step / 4 * K_PART + step % 4 * 32) / 16, ROWS_OF_128);
-#if HELD_Q
-        multiply_scores_held(s, q[step], b, step > 0);
-#else
         const u64 a = descriptor(q + (step / 4 * Q_PART + step % 4 * 32) / 16, ROWS_OF_128);
 #if QK == 0
         multiply_scores(s, a, b, step > 0);
 #else
         multiply_scores_bf16(s, a, b, step > 0);
-#endif
 #endif
     }
 }

@@ -80,7 +80,7 @@ __device__ void write_rows(const float (&o)[64], const Rows& r, const float* mea
             }
             if (lse && lane % 4 == 0) {
                 const i64 at = (i64)head * tokens + token;
-                lse[at] = (r.most[half] - LIFT + __log2f(sum)) / LOG2_E + shift[at];
+                lse[at] = (__log2f(sum) - r.base[half]) / LOG2_E + shift[at];
             }
         }
     }

@@ -1,4 +1,4 @@
-// Self-attention for Hopper with three consumers: int8 scores, E4M3 weights and values, no lists. The rest is as in hopper.cu.
+// Self-attention for Hopper with three consumers: int8 scores, E4M3 weights and values. The rest is as in hopper.cu.
 //
 // A block takes 192 queries of one head, and each warpgroup 64 of them against every tile. While one waits for its products, the
 // other two compute weights. So each needs the registers of one tile's scores alone, and shares of the tiles' copies are smaller.
@@ -51,10 +51,9 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         clear_kept(kept);
         int stage = 0, phase = 0;
         const float* scale = key_scale + (i64)head * tiles;
-        float factor[2] = {r.scale[0] * scale[0], r.scale[1] * scale[0]}, next_scale = *++scale;  // may be the next head's
-        Queries my_q;
+        float factor[1][2] = {{r.scale[0] * scale[0], r.scale[1] * scale[0]}}, next_scale = *++scale;  // may be the next head's
+        const u32 my_q = matrix(q_at + group * 64 * ROW);
         barrier_wait(q_full, 0);
-        hold(my_q, q_at + group * 64 * ROW);
         barrier_wait(full, 0);
         wgmma_fence();
         Score s[SCORES];
@@ -65,7 +64,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         wgmma_wait<0>();
         settled_scores(s);
         if (tokens < KEYS) hide(s, tokens);
-        largest(s, factor, r.most);
+        largest(s, factor, r.base);
         weigh<false>(s, factor, r, a, sums);
         auto add = [&]() {
 #pragma unroll
@@ -75,7 +74,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         auto multiply = [&]() {  // the weights before with their values, and the next scores
             const u32 before = all + stage * (TILE_BYTES / 16), free_before = free + stage * 8;
             if (++stage == STAGES) stage = 0, phase ^= 1;
-            factor[0] = r.scale[0] * next_scale, factor[1] = r.scale[1] * next_scale;
+            factor[0][0] = r.scale[0] * next_scale, factor[0][1] = r.scale[1] * next_scale;
             next_scale = *++scale;
             barrier_wait(full + stage * 8, phase);
             wgmma_fence();

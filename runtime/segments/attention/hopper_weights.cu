@@ -37,7 +37,7 @@ __device__ void needed(float x, u32 address) {
 }
 
 struct Rows {  // of a thread: two, shared by four threads
-    float most[2], sum[2], scale[2];
+    float base[2], sum[2], scale[2];  // a weight is 2^(base + score)
 };
 
 // Of a row's four sums, added up over 12 weights at most, one exceeds this before a weight exceeds 448. With the true
@@ -51,35 +51,44 @@ __device__ void hide(Score (&s)[SCORES], int valid) {
         if (i / 4 * 8 + column + i % 2 >= valid) s[i] = least();
 }
 
-// The largest score of each row, as a power of two.
-__device__ void largest(const Score (&s)[SCORES], const float (&factor)[2], float (&high)[2]) {
-    Score most[4] = {s[0], s[1], s[2], s[3]};
-#pragma unroll
-    for (int i = 4; i < SCORES; ++i) most[i % 4] = larger(most[i % 4], s[i]);
+// The base by which each row's largest score has a weight of 2^LIFT. `factor` is that of all keys, or of equal parts of them, for both rows.
+template <int SCALED>
+__device__ void largest(const Score (&s)[SCORES], const float (&factor)[SCALED][2], float (&base)[2]) {
+    constexpr int PART = SCORES / SCALED;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        Score whole = larger(most[2 * half], most[2 * half + 1]);
-        whole = larger(whole, __shfl_xor_sync(~0u, whole, 1));
-        whole = larger(whole, __shfl_xor_sync(~0u, whole, 2));
-        high[half] = plain(whole) * factor[half];
+        float high = 0;
+#pragma unroll
+        for (int part = 0; part < SCALED; ++part) {
+            Score most[2] = {s[part * PART + 2 * half], s[part * PART + 2 * half + 1]};
+#pragma unroll
+            for (int i = part * PART + 4 + 2 * half; i < (part + 1) * PART; i += 4)
+                most[0] = larger(most[0], s[i]), most[1] = larger(most[1], s[i + 1]);
+            const float whole = plain(larger(most[0], most[1])) * factor[part][half];
+            high = part ? fmaxf(high, whole) : whole;
+        }
+        high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
+        base[half] = LIFT - fmaxf(high, __shfl_xor_sync(~0u, high, 2));
     }
 }
 
 // Scores to packed weights and their sums, with the rows' maxima as they are. AGAIN 1: of the same scores, which are made
 // numbers in another way, or ptxas would keep them for it in registers.
-template <bool AGAIN>
-__device__ void weigh(const Score (&s)[SCORES], const float (&factor)[2], const Rows& r, u32 (&a)[STEP_SLICES][4],
+template <bool AGAIN, int SCALED>
+__device__ void weigh(const Score (&s)[SCORES], const float (&factor)[SCALED][2], const Rows& r, u32 (&a)[STEP_SLICES][4],
                       float (&sums)[2][2]) {
-    float offset[2];
+    float offset[SCALED][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        offset[half] = LIFT - r.most[half] - (QK == 0 && !AGAIN ? MAGIC * factor[half] : 0.0f);
+#pragma unroll
+        for (int part = 0; part < SCALED; ++part)
+            offset[part][half] = r.base[half] - (QK == 0 && !AGAIN ? MAGIC * factor[part][half] : 0.0f);
         sums[half][0] = sums[half][1] = 0;
     }
     auto weight = [&](int i) {
-        const int half = i / 2 % 2;
+        const int half = i / 2 % 2, part = i / (SCORES / SCALED);
         const float n = AGAIN ? plain(s[i]) : number(s[i]);
-        float y = power_of_2(fmaf(n, factor[half], offset[half]));
+        float y = power_of_2(fmaf(n, factor[part][half], offset[part][half]));
         if (AGAIN && s[i] == least()) y = 0;  // as a plain number it is not -infinity
         sums[half][i % 2] += y;
         return y;
@@ -105,15 +114,16 @@ __device__ bool too_large(const float (&sums)[2][2]) {
 }
 
 // With the rows' true maxima. What was added up before must be shrunk by `shrink`.
-__device__ void weigh_again(const Score (&s)[SCORES], const float (&factor)[2], Rows& r, u32 (&a)[STEP_SLICES][4],
+template <int SCALED>
+__device__ void weigh_again(const Score (&s)[SCORES], const float (&factor)[SCALED][2], Rows& r, u32 (&a)[STEP_SLICES][4],
                             float (&sums)[2][2], float (&shrink)[2]) {
-    float high[2];
-    largest(s, factor, high);
+    float base[2];
+    largest(s, factor, base);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const float most = fmaxf(r.most[half], high[half]);
-        shrink[half] = power_of_2(r.most[half] - most);
-        r.most[half] = most;
+        base[half] = fminf(r.base[half], base[half]);
+        shrink[half] = power_of_2(base[half] - r.base[half]);
+        r.base[half] = base[half];
         r.sum[half] *= shrink[half];
     }
     weigh<true>(s, factor, r, a, sums);
@@ -124,10 +134,10 @@ template <bool FIRST>
 __device__ bool soften(Score (&s)[SCORES], u32 (&a)[STEP_SLICES][4], Rows& r, float key_scale, int valid,
                        float (&shrink)[2]) {
     if (valid < STEP) hide(s, valid);
-    const float factor[2] = {r.scale[0] * key_scale, r.scale[1] * key_scale};
+    const float factor[1][2] = {{r.scale[0] * key_scale, r.scale[1] * key_scale}};
     float sums[2][2];
     bool grown = false;
-    if (FIRST) largest(s, factor, r.most);
+    if (FIRST) largest(s, factor, r.base);
     if (!FIRST) shrink[0] = shrink[1] = 1;
     weigh<false>(s, factor, r, a, sums);
     if (!FIRST && (grown = too_large(sums))) weigh_again(s, factor, r, a, sums, shrink);

@@ -1,6 +1,6 @@
 // Which blocks of keys each block of queries attends to: see select.py. q, k and v are [heads, tokens, HEAD_DIM] bf16,
 // first in the order of the video, then in that of the blocks.
-// Macros: HEAD_DIM, a multiple of 8; BLOCK, tokens of a block (the last block of a head may have fewer).
+// Macros: HEAD_DIM, a multiple of 8; BLOCK and QUERIES, tokens of a block of keys and of queries (a head's last may have fewer).
 
 typedef Vector<bf16, 8> Bf16x8;
 typedef Vector<float, 4> Float4;
@@ -8,23 +8,32 @@ typedef Vector<float, 4> Float4;
 constexpr int QUADS = HEAD_DIM / 4;   // a pooled head is [QUADS, blocks, 4], so that neighbours load neighbours
 constexpr int LANES = HEAD_DIM / 8;   // threads that load a token
 constexpr int ROWS = 256 / LANES;     // tokens that a block of threads loads at once
-constexpr int QUERIES = 16;           // blocks of queries whose scores a thread computes together
+constexpr int GROUP = 16;             // blocks of queries whose scores a thread computes together
+
+__device__ int blocks_of(i64 tokens, int size) { return (int)((tokens + size - 1) / size); }
 
 // sorted [3, heads, tokens, HEAD_DIM]: q, k and v in the order of the blocks; `order` has the numbers of their tokens.
-// And the means of the blocks: of q and k for the ranks, pooled [2, heads, QUADS, blocks, 4], and of k and v for the
-// attention, means [2, heads, blocks, HEAD_DIM]. Grid 3 * heads * blocks, 256 threads. Sums are in a fixed order.
+// And the means of the blocks: for the ranks of q, pooled [heads, QUADS, blocks of queries, 4], and behind it of k, [heads,
+// QUADS, blocks, 4]; for the attention of k and v, means [2, heads, blocks, HEAD_DIM]. Grid heads * (blocks of queries +
+// 2 * blocks), 256 threads. Sums are in a fixed order.
 extern "C" __global__ void sort_and_pool(const bf16* q, const bf16* k, const bf16* v, const int* order, bf16* sorted,
                                          float* pooled, bf16* means, i64 tokens, i64 heads) {
     __shared__ float sums[ROWS][HEAD_DIM];
-    const int blocks = (int)((tokens + BLOCK - 1) / BLOCK), block = blockIdx.x % blocks;
-    const i64 head = blockIdx.x / blocks, input = head / heads;
-    const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, first = block * BLOCK;
-    const int count = tokens - first < BLOCK ? (int)(tokens - first) : BLOCK;
+    const int query_blocks = blocks_of(tokens, QUERIES), key_blocks = blocks_of(tokens, BLOCK);
+    const i64 of_q = heads * query_blocks, number = blockIdx.x - of_q;  // of a block of keys or values
+    const bool queries = number < 0;
+    const int size = queries ? QUERIES : BLOCK, blocks = queries ? query_blocks : key_blocks;
+    const i64 head = queries ? blockIdx.x / blocks : number / blocks + heads, input = head / heads;
+    const int block = (int)((queries ? blockIdx.x : number) % blocks);
+    const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, first = block * size;
+    const int count = tokens - first < size ? (int)(tokens - first) : size;
     const bf16* from = (input == 0 ? q : input == 1 ? k : v) + head % heads * tokens * HEAD_DIM + lane * 8;
     bf16* to = sorted + (head * tokens + first) * HEAD_DIM + lane * 8;
+    if (input == 1) pooled += of_q * HEAD_DIM;
     float sum[8] = {};
+    static_assert(QUERIES >= BLOCK);
 #pragma unroll
-    for (int i = 0; i < BLOCK / ROWS; ++i)
+    for (int i = 0; i < (QUERIES + ROWS - 1) / ROWS; ++i)
         if (i * ROWS + row < count) {
             const Bf16x8 values = *(const Bf16x8*)(from + (i64)order[first + i * ROWS + row] * HEAD_DIM);
             *(Bf16x8*)(to + (i64)(i * ROWS + row) * HEAD_DIM) = values;
@@ -38,7 +47,7 @@ extern "C" __global__ void sort_and_pool(const bf16* q, const bf16* k, const bf1
         float total = 0;
         for (int i = 0; i < ROWS; ++i) total += sums[i][channel];
         total /= count;
-        if (input < 2) pooled[((head * QUADS + channel / 4) * blocks + block) * 4 + channel % 4] = total;
+        if (input < 2) pooled[((head % heads * QUADS + channel / 4) * blocks + block) * 4 + channel % 4] = total;
         if (input > 0) store(means + ((head - heads) * blocks + block) * HEAD_DIM + channel, total);
     }
 }
@@ -49,26 +58,34 @@ __device__ u32 rank_of(float score, bool always) {
     return always ? ~0u : bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// ranks [heads, blocks, blocks]: those of the products of q's and k's means. Always kept are the first `always` blocks,
-// the last, and the one of the queries. Grid heads * ceil(blocks / QUERIES) * ceil(blocks / 256), 256 threads.
-extern "C" __global__ void rank_blocks(const float* pooled, u32* ranks, i64 blocks, i64 always) {
-    __shared__ Float4 queries[QUADS][QUERIES];
-    const int count = (int)blocks, groups = (count + QUERIES - 1) / QUERIES, parts = (count + 255) / 256;
+// The blocks of keys that share tokens with a block of queries: [first, end).
+__device__ int first_own(int query) { return query * QUERIES / BLOCK; }
+__device__ int end_own(int query, int blocks) {
+    const int end = ((query + 1) * QUERIES - 1) / BLOCK + 1;
+    return end < blocks ? end : blocks;
+}
+
+// ranks [heads, rows, blocks], of blocks of queries and keys: those of the products of q's and k's means. Always kept are the
+// first `always` blocks, the last, and those of the queries. Grid heads * ceil(rows / GROUP) * ceil(blocks / 256), 256 threads.
+extern "C" __global__ void rank_blocks(const float* pooled, u32* ranks, i64 rows, i64 blocks, i64 always) {
+    __shared__ Float4 queries[QUADS][GROUP];
+    const int row_count = (int)rows, count = (int)blocks;
+    const int groups = (row_count + GROUP - 1) / GROUP, parts = (count + 255) / 256;
     const int head = blockIdx.x / (groups * parts), heads = gridDim.x / (groups * parts);
-    const int first = blockIdx.x / parts % groups * QUERIES, key = blockIdx.x % parts * 256 + threadIdx.x;
-    const Float4* from = (const Float4*)pooled + (i64)head * QUADS * blocks;
-    const Float4* keys = from + (i64)heads * QUADS * blocks;
-    for (int i = threadIdx.x; i < QUADS * QUERIES; i += 256) {
-        const int query = first + i % QUERIES;
-        queries[i / QUERIES][i % QUERIES] = from[i / QUERIES * blocks + (query < count ? query : count - 1)];
+    const int first = blockIdx.x / parts % groups * GROUP, key = blockIdx.x % parts * 256 + threadIdx.x;
+    const Float4* from = (const Float4*)pooled + (i64)head * QUADS * rows;
+    const Float4* keys = (const Float4*)pooled + QUADS * ((i64)heads * rows + (i64)head * blocks);
+    for (int i = threadIdx.x; i < QUADS * GROUP; i += 256) {
+        const int query = first + i % GROUP;
+        queries[i / GROUP][i % GROUP] = from[i / GROUP * rows + (query < row_count ? query : row_count - 1)];
     }
     __syncthreads();
     if (key >= count) return;
-    float sum[QUERIES] = {};
+    float sum[GROUP] = {};
     for (int quad = 0; quad < QUADS; ++quad) {
         const Float4 there = keys[quad * blocks + key];
 #pragma unroll
-        for (int i = 0; i < QUERIES; ++i) {
+        for (int i = 0; i < GROUP; ++i) {
             const Float4 query = queries[quad][i];
 #pragma unroll
             for (int j = 0; j < 4; ++j) sum[i] += query.x[j] * there.x[j];
@@ -76,22 +93,25 @@ extern "C" __global__ void rank_blocks(const float* pooled, u32* ranks, i64 bloc
     }
     const bool held = key < always || key == count - 1;
 #pragma unroll
-    for (int i = 0; i < QUERIES; ++i)
-        if (first + i < count)
-            ranks[((i64)head * blocks + first + i) * blocks + key] = rank_of(sum[i], held || key == first + i);
+    for (int i = 0; i < GROUP; ++i)
+        if (first + i < row_count) {
+            const bool own = key >= first_own(first + i) && key < end_own(first + i, count);
+            ranks[((i64)head * rows + first + i) * blocks + key] = rank_of(sum[i], held || own);
+        }
 }
 
-// list [heads, blocks, blocks]: the numbers of the blocks that a row keeps, those of the highest ranks, in ascending
-// order, then those of the others. count [heads, blocks]: how many are kept, keep[0] * blocks to the nearest, and at
-// least those that always are. Of equal ranks the lower number is kept. A warp has one of the `rows` = heads * blocks.
-extern "C" __global__ void choose_blocks(const u32* ranks, int* list, int* count, const float* keep, i64 blocks,
-                                         i64 always, i64 rows) {
+// list [heads, rows, blocks]: the numbers of the blocks that a row keeps, those of the highest ranks, in ascending
+// order, then those of the others. count [heads, rows]: how many are kept, keep[0] * blocks to the nearest, and at
+// least those that always are. Of equal ranks the lower number is kept. A warp has a row of one of the `heads`.
+extern "C" __global__ void choose_blocks(const u32* ranks, int* list, int* count, const float* keep, i64 rows, i64 blocks,
+                                         i64 always, i64 heads) {
     const int lane = threadIdx.x % 32, size = (int)blocks, held = (int)always;
     const i64 row = blockIdx.x * (i64)(blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= rows) return;
+    if (row >= heads * rows) return;
     const u32* const here = ranks + row * blocks;
-    const int query = (int)(row % blocks);
-    const int least = held + (query >= held) + (size - 1 >= held && query != size - 1);
+    const int query = (int)(row % rows), end = end_own(query, size);
+    const int first = first_own(query) > held ? first_own(query) : held;
+    const int least = held + (end > first ? end - first : 0) + (size - 1 >= held && end != size);
     const int share = (int)rintf(keep[0] * size), wanted = share < least ? least : share < size ? share : size;
     auto rank = [&](int key) { return key < size ? here[key] : 0; };
     auto reached = [&](u32 limit) {  // by how many

@@ -1,9 +1,10 @@
 // Adds the skipped blocks of keys to block-sparse attention: each counts as BLOCK keys that are equal to its mean key,
-// and have its mean value. Behind attention.cuh. HEAD_DIM is 128; BLOCK, the tokens of a block, is one of queries too.
+// and have its mean value. Behind attention.cuh. HEAD_DIM is 128.
 
-constexpr int WARPS = 8;  // of 16 queries
-constexpr int TILE = 32;  // means; with 64, a multiprocessor has registers for one block of threads alone (docs/log.md)
-static_assert(WARPS * 16 == BLOCK && HEAD_DIM == 128);
+constexpr int WARPS = 4;  // of 16 queries: so a multiprocessor has registers for four blocks of threads
+constexpr int PARTS = QUERIES / (WARPS * 16);  // of a block of queries, a block of threads each
+constexpr int TILE = 32;  // means; with 64, a multiprocessor has registers for half as many blocks of threads (docs/log.md)
+static_assert(WARPS * 16 * PARTS == QUERIES && HEAD_DIM == 128);
 
 // Starts the copy of TILE rows of `means`, whose numbers are in `list` from `first` on. Rows from `end` on are zeros.
 __device__ void copy_listed(u32 to, const bf16* means, const int* list, int first, int end) {
@@ -19,21 +20,21 @@ __device__ void copy_listed(u32 to, const bf16* means, const int* list, int firs
 
 // `means` is [2, heads, blocks, HEAD_DIM], of keys and values. `list` and `count` are those of select.cu. `lse`, [heads,
 // tokens], is the logarithm of the sum of exp(score) over a query's kept keys. All are in the order of the blocks, as
-// is `exact` [tokens, heads * HEAD_DIM], the attention to the kept keys; `attended` has that of the video. Grid (blocks,
-// heads), WARPS * 32 threads.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
+// is `exact` [tokens, heads * HEAD_DIM], the attention to the kept keys; `attended` has that of the video. Grid (PARTS *
+// blocks of queries, heads), WARPS * 32 threads.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 4)
 add_skipped(const bf16* queries, const bf16* means, const int* list, const int* count, const float* lse,
             const bf16* exact, const int* order, bf16* attended, i64 tokens) {
     extern __shared__ __align__(1024) unsigned char buffers[];
     constexpr u32 MATRIX = TILE * HEAD_DIM * 2, STAGE = 2 * MATRIX;
-    const int blocks = gridDim.x, heads = gridDim.y, block = blockIdx.x;
-    const i64 head = blockIdx.y, block_row = head * blocks + block;
+    const int blocks = (int)((tokens + BLOCK - 1) / BLOCK), heads = gridDim.y;
+    const i64 head = blockIdx.y, block_row = head * (gridDim.x / PARTS) + blockIdx.x / PARTS;
     const int kept = count[block_row], tiles = (blocks - kept + TILE - 1) / TILE;
     const int* here = list + block_row * blocks;
     const bf16 *k = means + head * blocks * HEAD_DIM, *v = k + (i64)heads * blocks * HEAD_DIM;
 
     const int lane = threadIdx.x % 32, column = lane % 4 * 2;
-    const i64 first = (i64)block * BLOCK + threadIdx.x / 32 * 16 + lane / 4, rows[2] = {first, first + 8};
+    const i64 first = (i64)blockIdx.x * WARPS * 16 + threadIdx.x / 32 * 16 + lane / 4, rows[2] = {first, first + 8};
     u32 q[HEAD_DIM / 16][4];
 #pragma unroll
     for (int d = 0; d < HEAD_DIM / 16; ++d)

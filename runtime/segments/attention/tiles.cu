@@ -1,4 +1,4 @@
-// q, k and v as hopper.cu takes them: quantised, in tiles of 128 queries and KEYS keys, rows of 128 bytes whose
+// q, k and v as hopper.cu takes them: quantised, in tiles of QUERIES queries and KEYS keys, rows of 128 bytes whose
 // chunks of 16 bytes are swizzled, and of 32 bytes for v. Tensors are bf16 [heads, tokens, 128]. Tokens behind the last one are zeros.
 //
 // In 8 bits q has a scale per token, k one per tile, v one per channel. The means over all tokens are subtracted from k,

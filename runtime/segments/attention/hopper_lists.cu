@@ -1,0 +1,151 @@
+// Block-sparse self-attention for Hopper: as in hopper_three.cu, but a block of 192 queries attends to listed tiles of KEYS keys.
+//
+// The listed tiles stand behind each other in the ring, and are multiplied STEP keys at a time: four steps of 96 keys are three
+// tiles of 128. So a step may have keys of two tiles. Every slice of 32 keys has a scale of its own.
+
+constexpr int STEPS = 4, SCALES = STEP_SLICES;  // of a turn of the ring; of a step
+static_assert(STAGES * KEYS == STEPS * STEP && KEYS % SLICE == 0);
+
+// `lists` [heads, blocks of queries, tiles] begins with the numbers of a block's tiles, in ascending order; `counts` [heads,
+// blocks of queries] says how many, at least one.
+extern "C" __global__ void __launch_bounds__(512, 1)
+attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const float* key_scale,
+       const float* value_scale, const float* value_mean, const int* lists, const int* counts, const float* shift,
+       bf16* out, float* lse, int tokens, const i64* places) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const int head = blockIdx.y, tiles = (tokens + KEYS - 1) / KEYS;
+    const u32 base = (shared_address(memory) + 1023) & ~1023u;
+    const u32 q_at = base, k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES, kept_at = v_at + STAGES * V_BYTES;
+    const u32 scales_at = kept_at + CONSUMERS * KEPT_BYTES;  // [STEPS, 4], the last of four unused
+    const u32 q_full = scales_at + STEPS * 16, full = q_full + 8, free = full + STAGES * 8;  // free[STAGES]: for no tile
+    if (threadIdx.x == 0) {
+        barrier_init(q_full, 1);
+        for (int i = 0; i < STAGES; ++i) barrier_init(full + i * 8, 1);
+        for (int i = 0; i < STEPS; ++i) barrier_init(free + i * 8, 4 * CONSUMERS);
+        barriers_ready();
+    }
+    __syncthreads();
+    const i64 row = (i64)head * gridDim.x + blockIdx.x;
+    const int* list = lists + row * tiles;
+    const int count = counts[row], missing = list[count - 1] == tiles - 1 ? tiles * KEYS - tokens : 0;
+    const int keys = count * KEYS - missing, steps = (keys + STEP - 1) / STEP;
+    if (threadIdx.x < 128) {
+        fewer_registers<32>();
+        if (threadIdx.x == 0) {
+            barrier_expect(q_full, Q_BYTES);
+            copy_bulk(q_at, q + row * Q_BYTES, Q_BYTES, q_full);
+            // The last step may need a tile more, or it would multiply its zeros with unknown bytes.
+            for (int i = 0; i * KEYS < steps * STEP; ++i) {
+                const i64 tile = (i64)head * tiles + list[min(i, count - 1)];
+                const float scale = key_scale[tile];
+                const int stage = i % STAGES;
+                barrier_wait(free + stage * 8, i / STAGES % 2 ^ 1);
+#pragma unroll
+                for (int j = 0; j < KEYS / SLICE; ++j) {
+                    const int slice = stage * (KEYS / SLICE) + j;
+                    store_word(scales_at + slice / SCALES * 16 + slice % SCALES * 4, scale);
+                }
+                barrier_expect(full + stage * 8, K_BYTES + V_BYTES);
+                copy_bulk(k_at + stage * K_BYTES, k + tile * K_BYTES, K_BYTES, full + stage * 8);
+                copy_bulk(v_at + stage * V_BYTES, v + tile * V_BYTES, V_BYTES, full + stage * 8);
+            }
+        }
+    } else {
+        more_registers<160>();
+        const int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);  // the compiler sees one number a warp
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+        const u32 all = matrix(k_at);
+        constexpr int STEP_AT = STEP * ROW / 16, V_AT = STAGES * K_BYTES / 16;  // as addresses of matrices
+        static_assert(STEP * ROW == STEP_SLICES * SLICE_BYTES);
+        const int first = blockIdx.x * QUERIES + group * 64 + warp * 16 + lane / 4;
+        Rows r;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            r.scale[half] = query_scale[row * QUERIES + first - blockIdx.x * QUERIES + half * 8];
+            r.sum[half] = 0;
+        }
+        float o[64], shrink[2] = {1, 1}, scale[4];
+#pragma unroll
+        for (int i = 0; i < 64; ++i) o[i] = 0;
+        const u32 kept = kept_sums(kept_at, group);
+        const float nought = __int_as_float(tokens >> 31);
+        clear_kept(kept);
+        const u32 my_q = matrix(q_at + group * 64 * ROW);
+        barrier_wait(q_full, 0);
+        barrier_wait(full, 0);
+        load_shared(scale, scales_at);
+        wgmma_fence();
+        Score s[SCORES];
+        u32 a[STEP_SLICES][4];
+        float sums[2][2];
+        scores(s, my_q, all);
+        wgmma_commit();
+        wgmma_wait<0>();
+        settled_scores(s);
+        if (keys < STEP) hide(s, keys);
+        float factor[SCALES][2];
+        auto scaled = [&]() {
+#pragma unroll
+            for (int i = 0; i < SCALES; ++i) factor[i][0] = r.scale[0] * scale[i], factor[i][1] = r.scale[1] * scale[i];
+        };
+        scaled();
+        largest(s, factor, r.base);
+        weigh<false>(s, factor, r, a, sums);
+        auto add = [&]() {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) r.sum[half] += sums[half][0] + sums[half][1];
+        };
+        add();
+        u32 step = 0;
+        auto multiply = [&]() {  // the weights before with their values, and the next scores
+            const u32 before = all + step % STEPS * STEP_AT, now = ++step % STEPS;
+            barrier_wait(full + min(now, STAGES - 1u) * 8, step / STEPS % 2);
+            load_shared(scale, scales_at + now * 16);
+            wgmma_fence();
+            scores(s, my_q, all + now * STEP_AT);
+            wgmma_commit();
+            values(o, a, before + V_AT);
+            wgmma_commit();
+            wgmma_wait<0>();
+            // Of a turn's steps the first ends no tile, and each of the others one: step before + 1 tile `before`.
+            if (threadIdx.x % 32 == 0) barrier_arrive(free + (now ^ 2) * 8);
+            settled_scores(s);
+            settled(o);
+            scaled();
+        };
+        // Warpgroups add up at different steps. What is rare stays out of the inner loop.
+        int i = 1, stop = FLUSH - group * FLUSH / CONSUMERS;
+        while (i < steps) {
+            bool grown = false;
+            shrink[0] = shrink[1] = 1;
+            const int end = min(stop, steps - 1);
+            for (; i < end && !grown; ++i) {
+                multiply();
+                weigh<false>(s, factor, r, a, sums);
+                grown = too_large(sums);
+                if (!grown) add();
+            }
+            if (!grown && i == steps - 1) {
+                multiply();
+                hide(s, keys - i * STEP);
+                weigh<false>(s, factor, r, a, sums);
+                grown = too_large(sums);
+                if (!grown) add();
+                ++i;
+            }
+            if (grown) {
+                weigh_again(s, factor, r, a, sums, shrink);
+                add();
+            }
+            if (i >= stop) stop += FLUSH;
+            keep(kept, o, shrink, nought);
+        }
+        wgmma_fence();
+        values(o, a, all + step % STEPS * STEP_AT + V_AT);
+        wgmma_commit();
+        wgmma_wait<0>();
+        settled(o);
+        add_kept(kept, o);
+        write_rows(o, r, value_mean, value_scale, shift, out, lse, first, tokens, places);
+    }
+}
