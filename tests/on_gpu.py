@@ -1,6 +1,7 @@
 """A GPU for tests that need one, and one network run on it."""
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,14 @@ def require_gpu() -> Any:
         return Gpu()
     except EnvironmentBroken as error:
         pytest.skip(error.message)
+
+
+def require_whole_gpu() -> None:
+    """Skips where other test processes use the GPU too: CUDA tells the free memory of the whole GPU."""
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+        pytest.skip(
+            "It measures the memory of the whole GPU, which other test processes use: run it with -n 0."
+        )
 
 
 def run_segment(

@@ -82,3 +82,16 @@ def test_kept_kernels_are_those_that_nvrtc_made(nvrtc: None, home: Path) -> None
     path.unlink()
     assert compiled(9, 0) == first, "the same code every time"
     assert compiled(8, 9) != first
+
+
+def test_the_same_code_is_loaded_once_a_process(nvrtc: None, home: Path) -> None:
+    """Its library stays on the GPU until the process ends, as many times as it was loaded. By numbers: where
+    there is no driver, the repr in a failure's report would wait for ever.
+    """
+    made = []
+    for capability in ((9, 0), (9, 0), (8, 9)):
+        made.append(kernels.compile_source(kernels.SOURCE, capability))
+        for path in cubins.folder().iterdir():
+            path.unlink()
+    first, again, other = map(id, made)
+    assert again == first != other
