@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from on_gpu import require_gpu, require_whole_gpu
+from on_gpu import require_gpu, require_whole_gpu, with_kernels
 from residual_passes import Passes, require_held
 from tiny_job import PLAN, prepare, write_clip, write_reference, write_sound
 
@@ -57,7 +57,7 @@ def gpu() -> Any:
 def folders(gpu: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clips]:
     base = tmp_path_factory.mktemp("jobs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRT_WAN_HOME", str(base / "home"))
+        patch.setenv("TRT_WAN_HOME", str(with_kernels(base / "home")))
         for plan in (PLAN, replace(PLAN, precision="fp8"), replace(OTHER, precision="fp8")):
             build_graphs(TINY, plan, lambda name, seconds: None)
         prepare(base / "first", write_sound(base / "tone.m4a", 1))
