@@ -19,6 +19,7 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner
 from filelock import FileLock
+from on_gpu import with_kernels
 from tiny_job import BUILD, BUILD_ENGINES, BUILD_FP8, PLAN, as_argv
 
 from trt_wan.build.export import export
@@ -66,7 +67,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What tests build and compile is not left in the user's cache folder."""
     with pytest.MonkeyPatch.context() as patch:
         if "TRT_WAN_HOME" not in os.environ:
-            patch.setenv("TRT_WAN_HOME", str(tmp_path_factory.mktemp("home")))
+            patch.setenv("TRT_WAN_HOME", str(with_kernels(tmp_path_factory.mktemp("home"))))
         patch.delenv("TRT_WAN_WEIGHTS", raising=False)
         patch.setenv("HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))  # no weights that were pulled
         yield
@@ -151,7 +152,7 @@ def told_by(command: str, home: Path) -> "subprocess.CompletedProcess[str]":
 @pytest.fixture(scope="session")
 def tiny_home(shared: Path) -> Path:
     """A TRT_WAN_HOME with the graphs of tiny_job.PLAN, made by the command that `trt-wan run` asks for."""
-    told_by(BUILD, home := shared / "tiny-home")
+    told_by(BUILD, home := with_kernels(shared / "tiny-home"))
     return home
 
 

@@ -1,7 +1,10 @@
-"""A GPU for tests that need one, and one network run on it."""
+"""A GPU for tests that need one, one network run on it, and kernels that test files share."""
 
 import math
+import os
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,24 @@ def require_gpu() -> Any:
         return Gpu()
     except EnvironmentBroken as error:
         pytest.skip(error.message)
+
+
+def require_whole_gpu() -> None:
+    """Skips where other test processes use the GPU too: CUDA tells the free memory of the whole GPU."""
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+        pytest.skip("It measures the whole GPU's memory, which other test processes use: run it with -n 0.")
+
+
+def with_kernels(home: Path) -> Path:
+    """`home`, a TRT_WAN_HOME of its own, with compiled kernels in the folder TRT_WAN_TEST_KERNELS if that is
+    set: compiling them takes most of a file's time on a GPU. Their names have all that decides them.
+    """
+    if shared := os.environ.get("TRT_WAN_TEST_KERNELS"):
+        Path(shared).mkdir(parents=True, exist_ok=True)
+        home.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # another test process was first
+            (home / "kernels").symlink_to(Path(shared).resolve(), target_is_directory=True)
+    return home
 
 
 def run_segment(

@@ -1,11 +1,12 @@
 """The budget of a benchmark: what does not fit is named, and what was measured before is kept."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trt_wan.benchmarks.measure import sweep
+from trt_wan.benchmarks.measure import sweep, window_budget
 from trt_wan.benchmarks.measure.budget import PATIENCE, Budget
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.quality import _Recorder
@@ -86,6 +87,48 @@ def test_what_was_measured_is_in_files_when_a_measurement_is_stopped(tmp_path: P
     assert {path.name for path in tmp_path.iterdir()} == {"sweep.json", "sweep.csv"}
     assert "sweep seconds,5 frames,s,0.5" in (tmp_path / "sweep.csv").read_text()
     assert '"finished": false' in (tmp_path / "sweep.json").read_text()
+
+
+def test_a_window_that_is_stopped_is_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the stages of the last one that was finished. The one before the measurement does not count."""
+
+    class Stopped:
+        """A process that answers three windows and is stopped."""
+
+        def __init__(self, module: str, arguments: list[str], env: Any) -> None:
+            self.windows = 0
+
+        def __enter__(self) -> "Stopped":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def read(self) -> dict[str, Any]:
+            self.windows += 1
+            if self.windows == 3:
+                raise KeyboardInterrupt
+            kept.append((tmp_path / "window.json").exists())
+            stages = [
+                {"window": window, "stage": stage, "seconds": float(window)}
+                for window in range(1, self.windows + 1)
+                for stage in ("denoise", "decode")
+            ]
+            found = {"window": self.windows, "text": "", "stages": stages}
+            return {"event": "window", **found, "steps": [0.25], "choices": ["a = b"]}
+
+    kept: list[bool] = []
+    monkeypatch.setattr(window_budget, "Child", Stopped)
+    monkeypatch.setattr(window_budget, "measure_ceilings", lambda *given: [])
+    with pytest.raises(KeyboardInterrupt) as caught, keeping(tmp_path) as keep:
+        window_budget.measure_window(SHAPE, {}, 1, 4, keep=keep)
+    assert kept == [False, True]
+    assert caught.value.__notes__ == [f"The rows measured so far are in {tmp_path / 'window.json'}."]
+    document = json.loads((tmp_path / "window.json").read_text())
+    assert (document["finished"], document["window"], document["windows"]) == (False, 2, 4)
+    assert document["stages"] == {"denoise": 2.0, "decode": 2.0} and document["seconds"] == 4.0
+    assert document["parts"] == document["far_from_floor"] == [] and document["writing_seconds"] is None
+    assert "window s,decode" in (tmp_path / "window.csv").read_text()
 
 
 def test_a_row_of_quality_after_the_budget(tmp_path: Path) -> None:

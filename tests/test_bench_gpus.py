@@ -23,7 +23,7 @@ from trt_wan.benchmarks.report.scaling import Scaling, ScalingRow, Span, Through
 from trt_wan.benchmarks.report.sheet import Report, as_line, tables, write
 from trt_wan.cli.bench_report import keeping
 from trt_wan.cli.main import cli
-from trt_wan.errors import UsageError
+from trt_wan.errors import GpuFault, MemoryShort, TrtWanError, UsageError
 from trt_wan.runtime.events import Event, Note, StageStarted, StepDone, WindowDone, silent
 from trt_wan.runtime.parallel.ranks import Ranks
 from trt_wan.runtime.parallel.trace import VARIABLE, traced
@@ -128,6 +128,24 @@ def test_tables_and_plots_of_scaling(tmp_path: Path) -> None:
     assert "GPU 1" in waterfall and "other work and waits" in waterfall and "writing" in waterfall
 
 
+@pytest.mark.parametrize(
+    ("counts", "footer"),
+    [
+        ([(2, 2)], "Step x"),
+        ([(2, 4), (4, 4)], "2 of 4 GPUs: the first 2 of the 4 jobs that ran side by side. Step x"),
+        (
+            [(2, 8), (4, 8), (8, 8)],
+            "2 of 8 GPUs: the first 2 of the 8 jobs that ran side by side. "
+            "4 of 8 GPUs: the first 4 of the 8 jobs that ran side by side. Step x",
+        ),
+    ],
+)
+def test_the_footer_tells_which_jobs_count(counts: list[tuple[int, int]], footer: str) -> None:
+    made = [Throughput.of(row(n, 1.0, 1.0), [1.0] * of, [1.0] * of) for n, of in counts * 2]  # of two sizes
+    *_, text, _ = result([row(1, 2.0, 10.0)], made).sheets()
+    assert isinstance(text, str) and text.startswith(footer) and "4 that" not in text
+
+
 def test_jobs_side_by_side_against_one_job() -> None:
     """The first two of four jobs are for two GPUs. The step of one job is against that of the slowest GPU."""
     steps, windows = [2.0, 2.5, 4.0, 2.0], [10.0, 12.0, 15.0, 10.0]
@@ -187,6 +205,46 @@ def test_all_numbers_of_gpus_and_all_sizes_come_before_the_jobs_side_by_side(
     ]
     assert [each.step_against_slowest for each in made.throughput] == [2.0, 4.0, 2.0, 4.0]
     assert all(each.step_seconds == [8.0] * each.gpus for each in made.throughput)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (GpuFault("The process of GPU 1 was killed (signal 9), so the job cannot go on.", "Again."), 1),
+        (TrtWanError("scaling_job ended with -9 before it answered: no message"), 1),
+        (MemoryShort("12.0 GB are free.", "Use a smaller size."), 0),
+    ],
+)
+def test_a_lost_rank_is_a_failure_behind_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: TrtWanError, code: int, as_json: bool
+) -> None:
+    class Losing(Answers):
+        def ask(self, line: str) -> dict[str, Any]:
+            if Asked.from_json(line).spec.settings["gpus"] == 2:
+                raise error
+            return super().ask(line)
+
+    monkeypatch.setattr(scaling, "Child", Losing)
+    monkeypatch.setattr(scaling, "spans", lambda *arguments: [])
+    monkeypatch.setattr(scaling, "gpus_here", lambda settings: None)
+    more = " --json" if as_json else ""
+    ran = bench(f"--gpus 1,2,4 {TINY_ARGUMENTS} --job-steps 2 --out {tmp_path}{more}")
+    assert ran.exit_code == code, ran.output
+    rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    assert [each["gpus"] for each in rows] == [1, 4]
+    lost = f"tiny 64x48x13, 2 GPUs: {error.message.rstrip('.')}."
+    told = f"Not everything was measured: {lost}"
+    *_, last = ran.stdout.splitlines()
+    if as_json and code:
+        assert json.loads(last)["error"]["message"] == told
+        events = [json.loads(each) for each in ran.stdout.splitlines()]
+        (measured,) = [each["data"] for each in events if each.get("code") == "measured"]
+        assert measured["rows"] == rows
+    else:
+        found = json.loads(last)
+        assert (found["data"] if as_json else found)["rows"] == rows
+        assert (f"Error: {told}\n" in ran.stderr) == bool(code) and "Traceback" not in ran.stderr
 
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt(), UsageError("No.", "Do.")])

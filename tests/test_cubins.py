@@ -1,5 +1,8 @@
 """Compiled kernels on disk: compiled once, for what decides them, and again where the file is not whole."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,3 +85,50 @@ def test_kept_kernels_are_those_that_nvrtc_made(nvrtc: None, home: Path) -> None
     path.unlink()
     assert compiled(9, 0) == first, "the same code every time"
     assert compiled(8, 9) != first
+
+
+def test_the_same_code_is_loaded_once_a_process(nvrtc: None, home: Path) -> None:
+    """Its library stays on the GPU until the process ends, as many times as it was loaded. By numbers: where
+    there is no driver, the repr in a failure's report would wait for ever.
+    """
+    made = []
+    for capability in ((9, 0), (9, 0), (8, 9)):
+        made.append(kernels.compile_source(kernels.SOURCE, capability))
+        for path in cubins.folder().iterdir():
+            path.unlink()
+    first, again, other = map(id, made)
+    assert again == first != other
+
+
+# Prints how often the code was made.
+PROCESS = """
+import os, sys
+from pathlib import Path
+from on_gpu import with_kernels
+from trt_wan.runtime.device import cubins
+os.environ["TRT_WAN_HOME"] = str(with_kernels(Path(sys.argv[1])))
+made = []
+assert cubins.kept(("source",), lambda: made.append(1) or b"code") == b"code"
+print(len(made))
+"""
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_test_files_may_share_kernels(
+    nvrtc: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """Two at a time, as test workers and ranks are."""
+    monkeypatch.delenv("TRT_WAN_TEST_KERNELS", raising=False)
+    if shared:
+        monkeypatch.setenv("TRT_WAN_TEST_KERNELS", str(tmp_path / "machine"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+
+    def made(*names: str) -> list[int]:
+        commands = [[sys.executable, "-c", PROCESS, str(tmp_path / name)] for name in names]
+        running = [subprocess.Popen(each, stdout=subprocess.PIPE, text=True) for each in commands]
+        return [int(each.communicate()[0]) for each in running]
+
+    assert 1 <= sum(made("a", "a")) <= 2
+    assert made("a", "b") == ([0, 0] if shared else [0, 1])
+    assert (tmp_path / "a" / "kernels").is_symlink() == (tmp_path / "machine").exists() == shared
+    assert len([*tmp_path.rglob("*.cubin")]) == (1 if shared else 2), "nothing partial is left"

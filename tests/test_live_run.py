@@ -236,6 +236,22 @@ def test_stdout_and_ctrl_c(folder: Path, tmp_path: Path) -> None:
     assert out_frames <= len(frames) <= in_frames and frames[0].shape == (48, 64, 3)
 
 
+def test_a_reader_of_stdout_that_goes(folder: Path) -> None:
+    """As with `| head -c 1000`."""
+    process = subprocess.Popen(
+        [*TRT_WAN, "live", "--inputs", str(folder), "-o", "-", *TINY],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(100)
+    process.stdout.close()
+    *_, error, hint = process.stderr.read().decode().splitlines()
+    assert process.wait(SOON) == 1
+    assert error == "Error: Nothing reads the video on stdout any more."
+    assert hint == "Check the program behind the pipe."
+
+
 REFUSED: list[tuple[list[str], str]] = [
     ([], "There is no live source."),
     (["--input", "a.mp4", "--inputs", "."], "There are two live sources."),

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from eager_vae import EagerExecutor
-from on_gpu import require_gpu, run_segment
+from on_gpu import require_gpu, run_segment, with_kernels
 from test_identity import POINTS, embedder
 from tiny_job import PLAN, prepare, write_sound
 
@@ -46,7 +46,7 @@ def gpu() -> Any:
 def home(gpu: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     base = tmp_path_factory.mktemp("lynx")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRT_WAN_HOME", str(base / "home"))
+        patch.setenv("TRT_WAN_HOME", str(with_kernels(base / "home")))
         for plan in (FP8, *plans("full"), *plans("lite")):
             build_graphs(TINY, plan, lambda name, seconds: None)
         prepare(base / "in", write_sound(base / "tone.m4a", 1))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from on_gpu import require_gpu
+from on_gpu import require_gpu, require_whole_gpu, with_kernels
 from residual_passes import Passes, require_held
 from tiny_job import PLAN, prepare, write_clip, write_reference, write_sound
 
@@ -57,7 +57,7 @@ def gpu() -> Any:
 def folders(gpu: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clips]:
     base = tmp_path_factory.mktemp("jobs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRT_WAN_HOME", str(base / "home"))
+        patch.setenv("TRT_WAN_HOME", str(with_kernels(base / "home")))
         for plan in (PLAN, replace(PLAN, precision="fp8"), replace(OTHER, precision="fp8")):
             build_graphs(TINY, plan, lambda name, seconds: None)
         prepare(base / "first", write_sound(base / "tone.m4a", 1))
@@ -118,13 +118,32 @@ def free_bytes() -> int:
     return int(free)
 
 
+def pool_bytes() -> int:
+    """Bytes of this process that were allocated by `Gpu.allocate`, or otherwise from CUDA's pool."""
+    from cuda.bindings import runtime
+
+    error, pool = runtime.cudaDeviceGetMemPool(0)
+    assert not error
+    used = runtime.cudaMemPoolAttr.cudaMemPoolAttrUsedMemCurrent
+    error, size = runtime.cudaMemPoolGetAttribute(pool, used)
+    assert not error
+    return int(size)
+
+
 def test_opening_and_closing_gives_all_memory_back(folders: Clips) -> None:
+    """Its list tells a leak, which grows with every cycle, from what CUDA's libraries keep after the first
+    job of a size.
+    """
+    require_whole_gpu()
     after: list[int] = []
+    held: list[int] = []
     for k in range(CYCLES):
         with opened(folders) as model:
             frames(model, jobs(folders)[k % 2])
         after.append(free_bytes())
-    assert min(after[1:]) >= after[0] - SPARE, [after[0] - free for free in after]
+        held.append(pool_bytes())
+    lost = [after[0] - free for free in after]
+    assert max(lost) <= SPARE, f"bytes lost after each cycle: {lost}; of the pool in use: {held}"
 
 
 def stop_after_a_step(model: OpenModel, task: Job) -> None:

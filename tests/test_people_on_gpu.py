@@ -14,7 +14,7 @@ import numpy as np
 import onnx_nets
 import pytest
 from numpy.typing import NDArray
-from on_gpu import require_gpu
+from on_gpu import require_gpu, with_kernels
 from onnx import TensorProto, helper
 
 from trt_wan.errors import WeightsError
@@ -51,7 +51,7 @@ SIZES = [
 
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TRT_WAN_HOME", str(with_kernels(tmp_path / "home")))
 
 
 def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:

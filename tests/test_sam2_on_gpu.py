@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from on_gpu import require_gpu
+from on_gpu import require_gpu, with_kernels
 from sam2_oracle import our_model
 
 from trt_wan.build.sam2 import build_sam2_graphs
@@ -110,7 +110,7 @@ def test_a_new_prompt_shows_before_the_next_is_thought_of() -> None:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("home")
+        folder = with_kernels(tmp_path_factory.mktemp("home"))
         patch.setenv("TRT_WAN_HOME", str(folder))
         yield folder
 

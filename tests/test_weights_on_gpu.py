@@ -16,7 +16,7 @@ from typing import Any, cast
 import ml_dtypes
 import numpy as np
 import pytest
-from on_gpu import require_gpu
+from on_gpu import require_gpu, require_whole_gpu
 from quantised_weights import (
     FORMS,
     QuantisedTensors,
@@ -378,6 +378,7 @@ def test_an_arena_grows_and_old_arrays_harm_nothing(gpu: Gpu) -> None:
 
 def test_twenty_cycles_give_the_memory_back(tiny: Any) -> None:
     """GPU memory as the driver reports it, threads, and page-locked memory."""
+    require_whole_gpu()
     require_gpu().close()
     free, threads = list[int](), threading.active_count()
     for cycle in range(21):

@@ -32,7 +32,7 @@ from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.measure.workplace import SHARED, with_graphs, workplace
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.scaling import STAGES, TASKS, Scaling, ScalingRow, Span, Throughput, gpus_text
-from trt_wan.errors import EnvironmentBroken, TrtWanError, UsageError
+from trt_wan.errors import EnvironmentBroken, GpuFault, TrtWanError, UsageError
 from trt_wan.runtime.device.gpu import device_count
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.parallel.trace import VARIABLE
@@ -121,6 +121,7 @@ class _Bench:
         self.rows: list[ScalingRow] = []
         self.throughput: list[Throughput] = []
         self.not_measured: list[str] = []
+        self.lost: list[str] = []
         self.failures: list[TrtWanError] = []
         self.done: set[tuple[int, Shape]] = set()
         self.now = wanted.shapes[0]  # the size that is being measured
@@ -146,11 +147,21 @@ class _Bench:
             list(self.throughput),
             list(self.not_measured),
             finished=False,
+            lost=list(self.lost),
         )
 
     def leave_out(self, text: str) -> None:
         self.not_measured.append(text)
         self.progress(Note(f"not measured: {text}"))
+
+    def fail(self, what: str, error: TrtWanError) -> None:
+        """Leaves a row out. Too little memory, for example, is a result; a lost rank is none, nor is a
+        process that ended before it answered, unless the budget was over.
+        """
+        self.failures.append(error)
+        self.leave_out(f"{what}: {error.message}")
+        if isinstance(error, GpuFault) or (type(error) is TrtWanError and not self.budget.over):
+            self.lost.append(self.not_measured[-1])
 
     def measure(self, n: int) -> None:
         """All sizes on `n` GPUs. A size that fails is left out, and the others get a new process."""
@@ -161,8 +172,7 @@ class _Bench:
                 with_graphs(partial(self._measure_rest, n), self.progress)
             except TrtWanError as error:
                 self.done.add((n, self.now))
-                self.failures.append(error)
-                self.leave_out(f"{self.now.title}, {gpus_text(n)}: {error.message}")
+                self.fail(f"{self.now.title}, {gpus_text(n)}", error)
 
     def _may_open(self, what: str) -> bool:
         """Whether there is time to open the model, as far as is known."""
@@ -239,7 +249,7 @@ class _Bench:
         try:
             with_graphs(partial(self._measure_jobs, n), self.progress)
         except TrtWanError as error:
-            self.leave_out(f"{n} jobs: {error.message}")
+            self.fail(f"{n} jobs", error)
 
     def _measure_jobs(self, n: int) -> None:
         self.progress(Note(f"{n} jobs at the same time, each on one GPU"))

@@ -7,8 +7,9 @@ products of its tier's type.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,12 +63,13 @@ class WindowBudget:
     windows: int
     seconds: float  # from its first stage to that of the next window
     step_seconds: float  # median of all steps
-    writing_seconds: float  # of the writing thread for a window, beside the rest
+    writing_seconds: float | None  # of the writing thread for a window, beside the rest; known in the end
     stages: Mapping[str, float]
     parts: list[Part]
     once: list[Part]  # per job, outside the windows
     floors: str  # how the floors were found
     not_measured: list[str]
+    finished: bool = True  # False: the last window so far, without its networks
     schema: str = SCHEMA
     stem: ClassVar[str] = "window"
 
@@ -106,6 +108,8 @@ class WindowBudget:
         ]
         far = ", ".join(f"{p.name} ({p.factor:.2f})" if p.factor else p.name for p in self.far)
         judged = f"Above {SMALL:.0%} of the window, and more than {FAR} times the floor: {far or 'nothing'}."
+        if not self.finished:
+            judged = "Its networks are not measured yet."
         return [
             Sheet("window", title, ("s",), by_stage),
             Sheet("part", f"Parts of the window ({self.floors})", heads, [cells(p) for p in self.parts]),
@@ -127,8 +131,11 @@ def measure_window(
     windows: int = 4,
     weights: str | None = None,
     progress: Progress = silent,
+    keep: Callable[[WindowBudget], object] = lambda unfinished: None,
 ) -> WindowBudget:
-    """`windows` are 3 or more. The job runs once before with one step, which finishes the kernels."""
+    """`windows` are 3 or more. The job runs once before with one step, which finishes the kernels. `keep`
+    gets every finished window, with its stages alone.
+    """
     card, not_measured = read_card(), list[str]()
     with workplace(shape, (*SHARED, "kernels")) as (env, clips):
         progress(Note("measuring the ceilings of this machine"))
@@ -137,44 +144,58 @@ def measure_window(
         longer = write_clips(folder, shape.width, shape.height, windows * (shape.window - 1) + 1)
         spec = Spec(shape, str(longer), steps, dict(settings), weights)
 
-        def run(spec: Spec) -> dict[str, Any]:
+        made = partial(
+            WindowBudget,
+            shape=shape,
+            card=card,
+            weights=weights or "random: figures are of speed, never of picture quality",
+            settings=settings,
+            ceilings=ceilings,
+            steps=steps,
+            windows=windows,
+            not_measured=not_measured,
+        )
+
+        def run(spec: Spec, keep: Callable[[WindowBudget], object]) -> Any:
             with Child(MODULE, [spec.to_json()], env) as child:
-                while (answer := child.read())["event"] == "note":
+                while (answer := child.read())["event"] == "window":
                     progress(Note(f"  {answer['text']}"))
+                    seen = _seen(answer, answer["window"])
+                    keep(made(**seen, writing_seconds=None, parts=[], once=[], floors="", finished=False))
                 return answer
 
         if card.gpu is not None:
             progress(Note("a window that is not counted: it finishes the kernels"))
-            with_graphs(lambda: run(replace(spec, clips=clips, steps=1)), progress)
+            with_graphs(lambda: run(replace(spec, clips=clips, steps=1), lambda unfinished: None), progress)
         progress(Note(f"a job of {windows} windows"))
-        said = with_graphs(lambda: run(spec), progress)
+        said = with_graphs(lambda: run(spec, keep), progress)
     plan = replace(shape.plan, precision=said["precision"])
     work = works(shape.config, plan)
     if SPARSE in work:
-        keep = float(settings.get("attention_keep") or 0.5)
-        work[SPARSE] = replace(work[SPARSE], attention=round(keep * work[SPARSE].attention))
+        share = float(settings.get("attention_keep") or 0.5)
+        work[SPARSE] = replace(work[SPARSE], attention=round(share * work[SPARSE].attention))
     rates = budget_rates(ceilings, settings.get("tier", "exact") != "exact")
     number = windows - 1
-    stages = {row["stage"]: row["seconds"] for row in said["stages"] if row["window"] == number}
-    return WindowBudget(
-        shape=shape,
-        card=card,
-        weights=weights or "random: figures are of speed, never of picture quality",
-        settings=settings,
-        choices=said["choices"],
-        ceilings=ceilings,
-        steps=steps,
-        window=number,
-        windows=windows,
-        seconds=sum(stages.values()),
-        step_seconds=Spread.of(said["steps"]).median,
+    seen = _seen(said, number)
+    return made(
+        **seen,
         writing_seconds=said["writing_seconds"] / windows,
-        stages=stages,
-        parts=parts(said["networks"], number, stages, work, rates),
+        parts=parts(said["networks"], number, seen["stages"], work, rates),
         once=parts(said["networks"], 0, {}, work, rates),
         floors=rates.about if rates else "no ceilings were measured",
-        not_measured=not_measured,
     )
+
+
+def _seen(said: Mapping[str, Any], window: int) -> dict[str, Any]:
+    """A window in an answer of window_job.py, as fields of WindowBudget."""
+    stages = {row["stage"]: row["seconds"] for row in said["stages"] if row["window"] == window}
+    return {
+        "window": window,
+        "seconds": sum(stages.values()),
+        "stages": stages,
+        "step_seconds": Spread.of(said["steps"]).median,
+        "choices": said["choices"],
+    }
 
 
 def parts(

@@ -2,8 +2,9 @@
 
     python -m trt_wan.benchmarks.measure.window_job SPEC
 
-SPEC is a `Spec` in JSON. Answers "windows": seconds of every stage and network, by window, and before that a
-"note" of each window. The number 0 is the job outside its windows. The video is written beside the clips.
+SPEC is a `Spec` in JSON. Answers "windows": seconds of every stage and network, by window, and before that
+"window" for each window: its `text`, and the same without networks, which would wait for the GPU. The number
+0 is the job outside its windows. The video is written beside the clips.
 """
 
 import sys
@@ -48,6 +49,14 @@ class WindowWatch:
         elif isinstance(event, StepDone):
             self.steps.append(event.seconds)
 
+    def found(self) -> dict[str, Any]:
+        """What is known while the job runs."""
+        return {
+            "choices": list(self.notes),
+            "stages": [_row(window, stage, seconds) for (window, stage), seconds in self.stages.items()],
+            "steps": list(self.steps),
+        }
+
     def _enter(self, window: int, stage: str) -> None:
         """Nothing waits here: a window's stages end with a copy to the host."""
         now = time.perf_counter()
@@ -60,12 +69,14 @@ class WindowWatch:
 def run_windows(spec: Spec) -> None:
     watch = WindowWatch()
 
-    def progress(event: Event) -> None:
-        watch.progress(event)
-        if isinstance(event, WindowDone):
-            say("note", text=told(event.window, dict(watch.stages)))
-
     with spec.open(watch.progress, watch.observe) as model:
+
+        def progress(event: Event) -> None:
+            watch.progress(event)
+            if isinstance(event, WindowDone):
+                text = told(event.window, dict(watch.stages))
+                say("window", window=event.window, text=text, **watch.found())
+
         made = render(spec.job(), model, Path(spec.clips) / "windows.mp4", overwrite=True, progress=progress)
         precision = model.precision
         assert watch.executor is not None
@@ -73,13 +84,11 @@ def run_windows(spec: Spec) -> None:
     say(
         "windows",
         precision=precision,
-        choices=watch.notes,
-        stages=[_row(window, stage, seconds) for (window, stage), seconds in watch.stages.items()],
+        **watch.found(),
         networks=[
             {**_row(*_parsed(stage), sum(seconds)), "name": name, "calls": len(seconds)}
             for (stage, name), seconds in networks.items()
         ],
-        steps=watch.steps,
         frames=made.frames,
         writing_seconds=made.writing_seconds,
     )

@@ -103,6 +103,7 @@ class Scaling:
     throughput: list[Throughput]
     not_measured: list[str]
     finished: bool = True  # False: more rows are to come
+    lost: Sequence[str] = ()  # of `not_measured`, what a process or a GPU did not survive
     schema: str = SCHEMA
     stem: ClassVar[str] = "scaling"
 
@@ -159,10 +160,15 @@ class Scaling:
             kinds = ("one job", "a job each", "window s of a job", "s/step of a job", "step x, slowest")
             title = "Frames/s of all GPUs: one job on all, or a job on each, side by side"
             rows = list(map(_jobs, self.throughput))
+            some = {_gpus_of(made): made for made in self.throughput if made.gpus < made.side_by_side}
+            counted = (
+                f"{gpus}: the first {made.gpus} of the {made.side_by_side} jobs that ran side by side. "
+                for gpus, made in some.items()
+            )
             tables += [
                 Sheet("throughput", title, kinds, rows),
-                "2 of 4 GPUs: jobs 1 and 2 of the 4 that ran side by side. Step x, slowest: one job's step "
-                "on all of these GPUs against that of the slowest GPU, for which the others wait.",
+                f"{''.join(counted)}Step x, slowest: one job's step on all of these GPUs against that of the "
+                "slowest GPU, for which the others wait.",
             ]
         return [*tables, *(f"Not measured: {text}" for text in self.not_measured)]
 
@@ -231,15 +237,18 @@ def _gpus(row: ScalingRow) -> Row:
     return _name(row), f"{memory}; latent off by {first} after a step, {last} after all"
 
 
+def _gpus_of(made: Throughput) -> str:
+    part = "" if made.gpus == made.side_by_side else f" of {made.side_by_side}"
+    return f"{made.gpus}{part} GPUs"
+
+
 def _jobs(made: Throughput) -> Row:
-    gpus = (
-        f"{made.gpus} GPUs" if made.gpus == made.side_by_side else f"{made.gpus} of {made.side_by_side} GPUs"
-    )
     rates = (made.together_frames_per_second, made.frames_per_second)
     windows = ", ".join(f"{s:.2f}" for s in made.window_seconds)
     steps = ", ".join(f"{s:.3f}" for s in made.step_seconds)
     times = Figure(made.step_against_slowest, "times")
-    return f"{made.shape.title}, {gpus}", *(Figure(r, "frames/s") for r in rates), windows, steps, times
+    name = f"{made.shape.title}, {_gpus_of(made)}"
+    return name, *(Figure(r, "frames/s") for r in rates), windows, steps, times
 
 
 def _parts(row: ScalingRow, *colours: str) -> Any:

@@ -64,6 +64,12 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def can_make(folder: Path) -> bool:
+    """Whether `mkdir -p` could make `folder`, which is not there: by the nearest folder that is."""
+    nearest = next((path for path in folder.absolute().parents if path.exists()), None)
+    return nearest is not None and nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
 def stamp(file: Path) -> tuple[int, int]:
     """Size, and time of change in ns, which tell whether a file is the same. (-1, 0) for a missing one."""
     try:

@@ -5,6 +5,7 @@ numbers.cuh stands in front of every source. Compiled code is kept on disk (cubi
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -41,11 +42,12 @@ def compile_source(
     *,
     accelerated: bool = False,
 ) -> Any:
-    """The code of kernels for GPUs of a compute capability, compiled once per machine; needs no GPU.
+    """The code of kernels for GPUs of a compute capability, compiled once per machine; needs no GPU. The same
+    code is the same object in a process.
 
     `accelerated` code may use instructions of this capability alone, such as Hopper's wgmma.
     """
-    from cuda.core import ObjectCode, Program, ProgramOptions
+    from cuda.core import Program, ProgramOptions
 
     source = read_source(__package__, "numbers.cuh") + source
     standard, arch = "c++17", "sm_{}{}".format(*capability) + "a" * accelerated
@@ -56,7 +58,17 @@ def compile_source(
         return bytes(Program(source, "c++", options).compile("cubin").code)
 
     origin = (source, standard, arch, *(f"{name}={value}" for name, value in defined))
-    return ObjectCode.from_cubin(kept(origin, compile))
+    return _loaded(kept(origin, compile))
+
+
+@cache
+def _loaded(cubin: bytes) -> Any:
+    """cuda.core (to 1.2.2 at least) never unloads a library: loaded by each Gpu anew, every model that was
+    opened and closed would leave its kernels on the GPU.
+    """
+    from cuda.core import ObjectCode
+
+    return ObjectCode.from_cubin(cubin)
 
 
 class Module:

@@ -64,7 +64,7 @@ def muxer_of(name: str) -> str:
 
 
 class StreamOutput:
-    """Connects at once. Raises OutputError, and BrokenPipeError where nothing reads stdout any more."""
+    """Connects at once. Raises OutputError."""
 
     def __init__(self, name: str, width: int, height: int, rate: Fraction, crf: int | None = None) -> None:
         self.name, self._scaler, self._frames, self._rate = name, VideoReformatter(), 0, rate
@@ -123,9 +123,11 @@ class StreamOutput:
         except (av.FFmpegError, OSError) as error:
             raise self._failed("is lost", error) from error
 
-    def _failed(self, what: str, error: Exception) -> Exception:
+    def _failed(self, what: str, error: Exception) -> OutputError:
         if self.name == "-" and isinstance(error, BrokenPipeError):
-            return BrokenPipeError(*error.args[:2])
+            return OutputError(
+                "Nothing reads the video on stdout any more.", "Check the program behind the pipe."
+            )
         reason = getattr(error, "strerror", None) or str(error)
         text = f"The output {without_password(self.name)} {what} ({reason})."
         return OutputError(text, "Check that its receiver is running.")

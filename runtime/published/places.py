@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from trt_wan.engines.store.files import replace_atomically
+from trt_wan.engines.store.files import can_make, replace_atomically
 from trt_wan.errors import UsageError, with_commands
 from trt_wan.runtime.published.files import PublishedFile
 from trt_wan.runtime.weights.find_files import files_below
@@ -140,13 +140,12 @@ def hub_cache() -> HubCache:
 def comfy_folder(folder: Path) -> ComfyFolder:
     """The folders in a ComfyUI, or in its models/. Raises UsageError."""
     if not folder.is_dir():
-        raise UsageError(
-            f"There is no folder {folder}.",
-            with_commands(
-                "Give --into a ComfyUI, its models/, or a folder for the models. To make one:",
-                f"mkdir -p {shlex.quote(str(folder / 'models'))}",
-            ),
-        )
+        hint = "Give --into a ComfyUI, its models/, or a folder for the models"
+        if can_make(folder):
+            hint = with_commands(f"{hint}. To make one:", f"mkdir -p {shlex.quote(str(folder / 'models'))}")
+        else:
+            hint = f"{hint}. This one cannot be made there: choose a place that you can write to."
+        raise UsageError(f"There is no folder {folder}.", hint)
     return ComfyFolder(folder / "models" if (folder / "models").is_dir() else folder)
 
 

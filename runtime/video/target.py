@@ -16,6 +16,7 @@ from pathlib import Path
 
 import av
 
+from trt_wan.engines.store.files import can_make
 from trt_wan.engines.store.locks import held
 from trt_wan.errors import OutputError, UsageError, with_commands
 from trt_wan.runtime.events import Note, Progress, silent
@@ -32,10 +33,10 @@ def check_target(path: Path, overwrite: bool) -> None:
             f"Use one of: {', '.join(KINDS)}.",
         )
     if not path.parent.is_dir():
-        raise OutputError(
-            f"There is no folder {path.parent}.",
-            with_commands("Make it:", f"mkdir -p {shlex.quote(str(path.parent))}"),
-        )
+        hint = "It cannot be made there: choose a folder that you can write to."
+        if can_make(path.parent):
+            hint = with_commands("Make it:", f"mkdir -p {shlex.quote(str(path.parent))}")
+        raise OutputError(f"There is no folder {path.parent}.", hint)
     if path.is_dir():
         raise OutputError(f"{path} is a folder.", "Give the name of a file.")
     if path.exists() and not overwrite:

@@ -368,7 +368,8 @@ def window_of(
     from trt_wan.benchmarks.measure.window_budget import measure_window
 
     shape, files = _shape(model, size, window), str(weights) if weights else None
-    result = measure_window(shape, _given(settings), steps, windows, files, report.progress)
+    with keeping(out) as keep:
+        result = measure_window(shape, _given(settings), steps, windows, files, report.progress, keep)
     return finished(report, result, out)
 
 
