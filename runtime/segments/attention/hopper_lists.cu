@@ -40,7 +40,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
     const int count = counts[row], missing = list[count - 1] == tiles - 1 ? tiles * KEYS - tokens : 0;
     const int keys = count * KEYS - missing, mean_tiles = (tiles + KEYS - 1) / KEYS, means = count < tiles ? mean_tiles : 0;
     const int slices = means ? (count + means) * TILE_SLICES : (keys + SLICE - 1) / SLICE;
-    const int steps = (slices + SCALES - 1) / SCALES, tail = keys / STEP;
+    const u32 steps = (slices + SCALES - 1) / SCALES, tail = keys / STEP;
     if (threadIdx.x < 128) {
         fewer_registers<32>();
         if (threadIdx.x == 0) {
@@ -108,9 +108,8 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             for (int half = 0; half < 2; ++half) r.sum[half] += sums[half][0] + sums[half][1];
         };
         add();
-        u32 step = 0;
-        auto multiply = [&]() {  // the weights before with their values, and the next scores
-            const u32 before = all + step % STEPS * STEP_AT, now = ++step % STEPS;
+        auto multiply = [&](u32 step) {  // the weights before with their values, and the next scores
+            const u32 before = all + (step - 1) % STEPS * STEP_AT, now = step % STEPS;
             barrier_wait(full + min(now, STAGES - 1u) * 8, step / STEPS % 2);
             load_shared(scale, scales_at + now * 16);
             wgmma_fence();
@@ -126,28 +125,28 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             scaled();
         };
         // Warpgroups add up at different steps. What is rare stays out of the inner loop.
-        int i = 1, stop = FLUSH - group * FLUSH / CONSUMERS;
+        u32 i = 1, stop = FLUSH - group * FLUSH / CONSUMERS;
         while (i < steps) {
             bool grown = false;
             shrink[0] = shrink[1] = 1;
-            const int end = min(stop, tail), last = min(stop, steps);
+            const u32 end = min(stop, tail), last = min(stop, steps);
             for (; i < end && !grown; ++i) {
-                multiply();
+                multiply(i);
                 weigh<false>(s, factor, r, a, sums);
                 grown = too_large(sums);
                 if (!grown) add();
             }
             for (; i < last && i >= tail && !grown; ++i) {
-                multiply();
-                load_shared(marks, marks_at + step % STEPS * 16);
-                load_shared(lift, lifts_at + step % STEPS * 16);
+                multiply(i);
+                load_shared(marks, marks_at + i % STEPS * 16);
+                load_shared(lift, lifts_at + i % STEPS * 16);
                 hide_marked(s, marks);
                 weigh<false>(s, factor, r, a, sums, lift);
                 grown = too_large(sums);
                 if (!grown) add();
             }
             if (grown) {
-                load_shared(lift, lifts_at + step % STEPS * 16);
+                load_shared(lift, lifts_at + (i - 1) % STEPS * 16);
                 weigh_again(s, factor, r, a, sums, shrink, lift);
                 add();
             }
@@ -155,7 +154,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             keep(kept, o, shrink, nought);
         }
         wgmma_fence();
-        values(o, a, all + step % STEPS * STEP_AT + V_AT);
+        values(o, a, all + (steps - 1) % STEPS * STEP_AT + V_AT);
         wgmma_commit();
         wgmma_wait<0>();
         settled(o);
