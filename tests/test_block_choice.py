@@ -8,7 +8,7 @@ import pytest
 from block_choice import QUERIES, chosen
 from kernels_on_cpu import CpuKernels
 
-from trt_wan.runtime.segments.attention.select import BLOCK, GROUP, SELECT, macros
+from trt_wan.runtime.segments.attention.select import BLOCK, GROUP, SOURCE, macros
 
 HEAD_DIM = 16
 
@@ -16,7 +16,7 @@ HEAD_DIM = 16
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> CpuKernels:
     defined = "".join(f"#define {name} {value}\n" for name, value in macros(HEAD_DIM).items())
-    return CpuKernels(defined + SELECT, tmp_path_factory.mktemp("kernels"))
+    return CpuKernels(defined + SOURCE, tmp_path_factory.mktemp("kernels"))
 
 
 def numbers(shape: tuple[int, ...], seed: int) -> Any:

@@ -26,7 +26,7 @@ class Module:
     def __init__(self, folder: Path, source: str, names: Any, macros: Any) -> None:
         lines = "".join(f"#define {name} {value}\n" for name, value in {**macros, "LATE": 0}.items())
         (folder / "choice").mkdir()
-        self._kernels = CpuKernels(lines + HEADER + select.SELECT, folder / "choice")
+        self._kernels = CpuKernels(lines + HEADER + select.SOURCE, folder / "choice")
 
     def launch(self, stream: Any, name: str, grid: Any, threads: int, *arguments: Any) -> None:
         self._kernels.launch(name, grid, threads, True, *arguments)

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from trt_wan.engines.contracts.sparse_attention import BLOCK, QUERIES
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.device.kernels import THREADS, Module, headers, read_source
+from trt_wan.runtime.device.kernels import THREADS, Module, read_source
 
 GROUP = 16  # blocks of queries that share a block of threads, as in select.cu
 ROWS = THREADS // 32  # a warp chooses for one block of queries
-SELECT = read_source(__package__, "select.cu")
+SOURCE = read_source(__package__, "select.cu")
 NAMES = ("pool_blocks", "rank_blocks", "choose_blocks")
 
 
@@ -37,9 +37,7 @@ class BlockChoice:
         self._rows, self._blocks = -(-tokens // QUERIES), -(-tokens // BLOCK)
         self._always = -(-first // BLOCK)
         self._stream, made = gpu.stream, macros(head_dim)
-        self._module = gpu.once(
-            (__name__, head_dim), lambda: Module(gpu.device, headers() + SELECT, NAMES, made)
-        )
+        self._module = gpu.once((__name__, head_dim), lambda: Module(gpu.device, SOURCE, NAMES, made))
         self._order_buffer = gpu.allocate(order.nbytes)
         self.order = int(self._order_buffer.handle)  # an address
         gpu.write(gpu.view(self.order, order.shape, np.int32), order)
