@@ -1,5 +1,5 @@
-// Block-sparse self-attention for Hopper: as in hopper_three.cu, but a block of 192 queries attends to listed tiles of KEYS keys, and
-// to the other tiles' means, each of which counts as KEYS keys.
+// Block-sparse self-attention for Hopper: as in hopper_three.cu, but a block of 192 queries attends to listed tiles of KEYS keys,
+// and to the other tiles' means, each of which counts as KEYS keys.
 //
 // Means are keys in tiles of their own. A block's listed tiles and all tiles of means stand behind each other in the ring, and are
 // multiplied STEP keys at a time: four steps of 96 keys are three tiles of 128. So a step may have keys of two tiles. Every slice
@@ -15,18 +15,19 @@ static_assert(STAGES * KEYS == STEPS * STEP && KEYS % SLICE == 0 && KEYS == 1 <<
 __device__ u32 marks_of(int valid) { return valid >= SLICE ? 0 : valid <= 0 ? ~0u : ~0u << valid; }
 
 // `lists` [heads, blocks of queries, tiles] begins with the numbers of a block's tiles, in ascending order; `counts` [heads,
-// blocks of queries] says how many, at least one. `mean_k`, `mean_v` and `mean_scale` are as `k`, `v` and `key_scale`, with a key for
-// each tile's means, and `kept` [heads, blocks of queries, slices] marks the means of listed tiles and those that are none. Rows of `out`
-// are in the order of `places`.
+// blocks of queries] says how many, at least one. `mean_k`, `mean_v` and `mean_scale` are as `k`, `v` and `key_scale`, with a key
+// for each tile's means. `listed` [heads, blocks of queries, slices] marks the means of listed tiles and those that are none. Rows
+// of `out` are in the order of `places`.
 extern "C" __global__ void __launch_bounds__(512, 1)
 attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const float* key_scale,
        const float* value_scale, const float* value_mean, const int* lists, const int* counts, const u8* mean_k, const u8* mean_v,
-       const float* mean_scale, const u32* kept_tiles, const float* shift, bf16* out, float* lse, int tokens, const int* places) {
+       const float* mean_scale, const u32* listed, const float* shift, bf16* out, float* lse, int tokens, const int* places) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const int head = blockIdx.y, tiles = (tokens + KEYS - 1) / KEYS;
     const u32 base = (shared_address(memory) + 1023) & ~1023u;
     const u32 q_at = base, k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES, kept_at = v_at + STAGES * V_BYTES;
-    const u32 scales_at = kept_at + CONSUMERS * KEPT_BYTES, marks_at = scales_at + ROW_OF_SLICES, lifts_at = marks_at + ROW_OF_SLICES;
+    const u32 scales_at = kept_at + CONSUMERS * KEPT_BYTES;
+    const u32 marks_at = scales_at + ROW_OF_SLICES, lifts_at = marks_at + ROW_OF_SLICES;
     const u32 q_full = lifts_at + ROW_OF_SLICES, full = q_full + 8, free = full + STAGES * 8;  // free[STAGES]: for no tile
     if (threadIdx.x == 0) {
         barrier_init(q_full, 1);
@@ -49,7 +50,8 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             // The last step may need a tile more, or it would multiply its zeros with unknown bytes.
             for (int i = 0; i * KEYS < steps * STEP; ++i) {
                 const bool mean = means && i >= count;
-                const i64 tile = mean ? (i64)head * mean_tiles + min(i - count, means - 1) : (i64)head * tiles + list[min(i, count - 1)];
+                const i64 tile = mean ? (i64)head * mean_tiles + min(i - count, means - 1)
+                                      : (i64)head * tiles + list[min(i, count - 1)];
                 const float scale = (mean ? mean_scale : key_scale)[tile];
                 const int stage = i % STAGES;
                 barrier_wait(free + stage * 8, i / STAGES % 2 ^ 1);
@@ -58,7 +60,8 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
                     const int slice = stage * TILE_SLICES + j, number = (i - count) * TILE_SLICES + j;
                     const u32 at = slice / SCALES * 16 + slice % SCALES * 4;
                     const u32 marks = !mean ? marks_of(keys - (i * TILE_SLICES + j) * SLICE)
-                                    : number < means * TILE_SLICES ? kept_tiles[row * mean_tiles * TILE_SLICES + number] : ~0u;
+                                    : number < means * TILE_SLICES ? listed[row * mean_tiles * TILE_SLICES + number]
+                                                                   : ~0u;
                     store_word(scales_at + at, scale);
                     store_word(marks_at + at, __uint_as_float(marks));
                     store_word(lifts_at + at, mean ? LOG2_KEYS : 0);

@@ -92,7 +92,8 @@ __device__ void weigh(const Score (&s)[SCORES], const float (&factor)[SCALED][2]
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int part = 0; part < SCALED; ++part)
-            offset[part][half] = (lift ? r.base[half] + lift[part] : r.base[half]) - (QK == 0 && !AGAIN ? MAGIC * factor[part][half] : 0.0f);
+            offset[part][half] = (lift ? r.base[half] + lift[part] : r.base[half]) -
+                                 (QK == 0 && !AGAIN ? MAGIC * factor[part][half] : 0.0f);
         sums[half][0] = sums[half][1] = 0;
     }
     auto weight = [&](int i) {

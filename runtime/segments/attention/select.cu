@@ -11,57 +11,71 @@ constexpr int GROUP = 16;             // blocks of queries whose scores a thread
 
 __device__ int blocks_of(i64 tokens, int size) { return (int)((tokens + size - 1) / size); }
 
-// The means of the blocks, whose tokens have their numbers in `order`: for the ranks of q, pooled [heads, QUADS, blocks of queries,
-// 4], and behind it of k, [heads, QUADS, blocks, 4]; for the attention of k and v, means [2, heads, blocks, HEAD_DIM]. And each
-// block's sum, smallest and largest of every channel of k and v: partial [2, heads, blocks, 3, HEAD_DIM]. Grid heads * (blocks of
-// queries + 2 * blocks), 256 threads. Sums are in a fixed order.
-extern "C" __global__ void pool_blocks(const bf16* q, const bf16* k, const bf16* v, const int* order, float* pooled, bf16* means,
-                                       float* partial, i64 tokens, i64 heads) {
-    __shared__ float shared[3][ROWS][HEAD_DIM];
-    const int query_blocks = blocks_of(tokens, QUERIES), key_blocks = blocks_of(tokens, BLOCK);
-    const i64 of_q = heads * query_blocks, number = blockIdx.x - of_q;  // of a block of keys or values
-    const bool queries = number < 0;
-    const int size = queries ? QUERIES : BLOCK, blocks = queries ? query_blocks : key_blocks;
-    const i64 head = queries ? blockIdx.x / blocks : number / blocks + heads, input = head / heads;
-    const int block = (int)((queries ? blockIdx.x : number) % blocks);
-    const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, first = block * size;
-    const int count = tokens - first < size ? (int)(tokens - first) : size;
-    const bf16* from = (input == 0 ? q : input == 1 ? k : v) + head % heads * tokens * HEAD_DIM + lane * 8;
-    if (input == 1) pooled += of_q * HEAD_DIM;
+// Sums over a block's tokens, whose numbers are `order`: of each channel, into `whole`. With RANGE the smallest and the largest too.
+// Sums are in a fixed order.
+template <bool RANGE>
+__device__ void over_tokens(const bf16* from, const int* order, int count, float (&shared)[3][ROWS][HEAD_DIM],
+                            float (&whole)[3]) {
+    const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
     float sum[8], low[8], high[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum[j] = 0, low[j] = infinity(), high[j] = -infinity();
-    static_assert(QUERIES >= BLOCK);
 #pragma unroll
     for (int i = 0; i < (QUERIES + ROWS - 1) / ROWS; ++i)
         if (i * ROWS + row < count) {
-            const Bf16x8 values = *(const Bf16x8*)(from + (i64)order[first + i * ROWS + row] * HEAD_DIM);
+            const Bf16x8 values = *(const Bf16x8*)(from + (i64)order[i * ROWS + row] * HEAD_DIM + lane * 8);
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 const float x = widen(values.x[j]);
-                sum[j] += x, low[j] = fminf(low[j], x), high[j] = fmaxf(high[j], x);
+                sum[j] += x;
+                if (RANGE) low[j] = fminf(low[j], x), high[j] = fmaxf(high[j], x);
             }
         }
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         shared[0][row][lane * 8 + j] = sum[j];
-        shared[1][row][lane * 8 + j] = low[j];
-        shared[2][row][lane * 8 + j] = high[j];
+        if (RANGE) shared[1][row][lane * 8 + j] = low[j], shared[2][row][lane * 8 + j] = high[j];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < (input ? 3 : 1) * HEAD_DIM; i += 256) {
-        const int kind = i / HEAD_DIM, channel = i % HEAD_DIM;
-        float whole = shared[kind][0][channel];
+    if (threadIdx.x >= HEAD_DIM) return;
+#pragma unroll
+    for (int kind = 0; kind < (RANGE ? 3 : 1); ++kind) {
+        whole[kind] = shared[kind][0][threadIdx.x];
+#pragma unroll
         for (int other = 1; other < ROWS; ++other) {
-            const float x = shared[kind][other][channel];
-            whole = kind == 0 ? whole + x : kind == 1 ? fminf(whole, x) : fmaxf(whole, x);
+            const float x = shared[kind][other][threadIdx.x];
+            whole[kind] = kind == 0 ? whole[kind] + x : kind == 1 ? fminf(whole[kind], x) : fmaxf(whole[kind], x);
         }
-        if (input > 0) partial[((head - heads) * blocks + block) * 3 * HEAD_DIM + i] = whole;
-        if (kind) continue;
-        whole /= count;
-        if (input < 2) pooled[((head % heads * QUADS + channel / 4) * blocks + block) * 4 + channel % 4] = whole;
-        if (input > 0) store(means + ((head - heads) * blocks + block) * HEAD_DIM + channel, whole);
     }
+}
+
+// The means of the blocks, whose tokens have their numbers in `order`: for the ranks of q, pooled [heads, QUADS, blocks of
+// queries, 4], and behind it of k, [heads, QUADS, blocks, 4]; for the attention of k and v, means [2, heads, blocks, HEAD_DIM]. And
+// partial [2, heads, blocks, 3, HEAD_DIM]: each block's sums of k and v, and v's smallest and largest numbers. Grid heads *
+// (blocks of queries + 2 * blocks), 256 threads.
+extern "C" __global__ void pool_blocks(const bf16* q, const bf16* k, const bf16* v, const int* order, float* pooled, bf16* means,
+                                       float* partial, i64 tokens, i64 heads) {
+    __shared__ float shared[3][ROWS][HEAD_DIM];
+    static_assert(QUERIES >= BLOCK && HEAD_DIM <= 256);
+    const int query_blocks = blocks_of(tokens, QUERIES), key_blocks = blocks_of(tokens, BLOCK);
+    const i64 of_q = heads * query_blocks, number = blockIdx.x - of_q;  // of a block of keys or values
+    const bool queries = number < 0;
+    const int size = queries ? QUERIES : BLOCK, blocks = queries ? query_blocks : key_blocks;
+    const i64 head = queries ? blockIdx.x / blocks : number / blocks + heads, input = head / heads;
+    const int block = (int)((queries ? blockIdx.x : number) % blocks), first = block * size, channel = threadIdx.x;
+    const int count = tokens - first < size ? (int)(tokens - first) : size;
+    const bf16* from = (input == 0 ? q : input == 1 ? k : v) + head % heads * tokens * HEAD_DIM;
+    float whole[3];
+    if (input == 2) over_tokens<true>(from, order + first, count, shared, whole);
+    else over_tokens<false>(from, order + first, count, shared, whole);
+    if (channel >= HEAD_DIM) return;
+    const i64 at = (head - heads) * blocks + block;
+    if (input > 0) {
+        for (int kind = 0; kind < (input == 2 ? 3 : 1); ++kind) partial[(at * 3 + kind) * HEAD_DIM + channel] = whole[kind];
+        store(means + at * HEAD_DIM + channel, whole[0] / count);
+    }
+    if (input == 1) pooled += of_q * HEAD_DIM;
+    if (input < 2) pooled[((head % heads * QUADS + channel / 4) * blocks + block) * 4 + channel % 4] = whole[0] / count;
 }
 
 // A number that is larger where the score is. Of a block that is always kept, the largest.
@@ -112,12 +126,12 @@ extern "C" __global__ void rank_blocks(const float* pooled, u32* ranks, i64 rows
         }
 }
 
-// list [heads, rows, blocks] begins with the numbers of the blocks that a row keeps, those of the highest ranks, in ascending order.
-// count [heads, rows]: how many, keep[0] * blocks to the nearest, and at least those that always are. Of equal ranks the lower number
-// is kept. kept [heads, rows, words]: a bit for each block, in groups of BLOCK, set where it is kept, or where there is none. A warp
-// has a row of one of the `heads`.
-extern "C" __global__ void choose_blocks(const u32* ranks, int* list, int* count, u32* kept, const float* keep, i64 rows, i64 blocks,
-                                         i64 always, i64 heads) {
+// list [heads, rows, blocks] begins with the numbers of the blocks that a row keeps, those of the highest ranks, in ascending
+// order. count [heads, rows]: how many, keep[0] * blocks to the nearest, and at least those that always are. Of equal ranks the
+// lower number is kept. kept [heads, rows, words]: a bit for each block, in groups of BLOCK, set where it is kept, or where there
+// is none. A warp has a row of one of the `heads`.
+extern "C" __global__ void choose_blocks(const u32* ranks, int* list, int* count, u32* kept, const float* keep, i64 rows,
+                                         i64 blocks, i64 always, i64 heads) {
     const int lane = threadIdx.x % 32, size = (int)blocks, held = (int)always;
     const i64 row = blockIdx.x * (i64)(blockDim.x / 32) + threadIdx.x / 32;
     if (row >= heads * rows) return;

@@ -63,7 +63,7 @@ class BlockChoice:
     def choose(self, q: int, k: int, v: int, keep: int, partial: int, at: Mapping[str, int]) -> None:
         """Fills the parts, whose addresses are in `at`. q, k and v are bf16 [heads, tokens, head_dim] in the
         order of the video; `keep` is float32 [1], the share. `partial` float32 [2, heads, key blocks, 3,
-        head_dim] gets the sum, smallest and largest of each block's channels, of k and of v.
+        head_dim] gets each block's sums of the channels of k and v, and the smallest and largest of v.
         """
         heads, tokens, _ = self._shape
         blocks, rows = self._blocks, self._rows

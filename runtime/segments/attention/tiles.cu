@@ -71,8 +71,10 @@ extern "C" __global__ void __launch_bounds__(DIM)
 channels_whole(const float* partial, float* key_mean, float* value_mean, float* value_scale, int chunks, int tokens) {
     const float* from = partial + ((i64)blockIdx.y * gridDim.x + blockIdx.x) * chunks * 3 * DIM + threadIdx.x;
     float sum = 0, low = infinity(), high = -infinity();
-    for (int i = 0; i < chunks; ++i, from += 3 * DIM)
-        sum += from[0], low = fminf(low, from[DIM]), high = fmaxf(high, from[2 * DIM]);
+    for (int i = 0; i < chunks; ++i, from += 3 * DIM) {
+        sum += from[0];
+        if (blockIdx.y == 1) low = fminf(low, from[DIM]), high = fmaxf(high, from[2 * DIM]);
+    }
     const int at = blockIdx.x * DIM + threadIdx.x;
     const float mean = sum / tokens;
     if (blockIdx.y == 0) {
