@@ -1,5 +1,6 @@
 """The self-attention for Hopper on the CPU: tiles.cu packs, hopper.cu attends, against numpy in float32."""
 
+import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,30 +38,46 @@ def inputs(tokens: int) -> list[Any]:
     return [x.astype(BF16) for x in (q * np.float32(HEAD_DIM**-0.5), k, v + np.float32(VALUE))]
 
 
+def means(x: Any) -> Any:
+    """bf16 [heads, blocks, head_dim]"""
+    return np.stack(
+        [x[:, i : i + BLOCK].astype(np.float32).mean(1) for i in range(0, x.shape[1], BLOCK)], 1
+    ).astype(BF16)
+
+
 def reference(q: Any, k: Any, v: Any, seen: Any) -> tuple[Any, Any]:
-    """[tokens, heads, head_dim], and the log-sum-exp [heads, tokens]. `seen`: which keys each query sees."""
+    """[tokens, heads, head_dim], and the log-sum-exp [heads, tokens]. `seen`: which keys each query sees; the
+    blocks of the others count by their means. True: all.
+    """
+    mean_k, mean_v = (means(x).astype(np.float32) for x in (k, v))
     q, k, v = (x.astype(np.float32) for x in (q, k, v))
     scores = np.where(seen, q @ k.swapaxes(1, 2), -np.inf)
+    if seen is not True:
+        others = np.where(seen[:, :, ::BLOCK], -np.inf, q @ mean_k.swapaxes(1, 2) + np.log(np.float32(BLOCK)))
+        scores, v = np.concatenate((scores, others), -1), np.concatenate((v, mean_v), 1)
     most = scores.max(-1, keepdims=True)
     weights = np.exp(scores - most)
     sums = weights.sum(-1, keepdims=True)
     return (weights @ v / sums).swapaxes(0, 1), (most + np.log(sums))[..., 0]
 
 
-def listed(lists: Sequence[Sequence[int]], tokens: int) -> tuple[Any, Any, Any]:
-    """The arguments `lists` and `counts`, and which keys each query sees. Heads have the lists in turn."""
+def listed(lists: Sequence[Sequence[int]], tokens: int) -> tuple[Any, Any, Any, Any]:
+    """Arguments of `attend_listed`, and which keys each query sees. Heads have the lists in turn."""
     rows, blocks = -(-tokens // QUERIES), -(-tokens // BLOCK)
     numbers = np.full((HEADS, rows, blocks), 1 << 20, np.int32)
     counts = np.zeros((HEADS, rows), np.int32)
+    kept = np.ones((HEADS, rows, -(-blocks // BLOCK) * BLOCK), bool)
+    kept[..., :blocks] = False
     seen = np.zeros((HEADS, tokens, tokens), bool)
     for head, row in np.ndindex(HEADS, rows):
         blocks_seen = lists[(head + row) % len(lists)]
         numbers[head, row, : len(blocks_seen)] = blocks_seen
         counts[head, row] = len(blocks_seen)
+        kept[head, row, list(blocks_seen)] = True
         for block in blocks_seen:
             queries, keys = (slice(at * n, at * n + n) for at, n in ((row, QUERIES), (block, BLOCK)))
             seen[head, queries, keys] = True
-    return numbers, counts, seen
+    return numbers, counts, np.packbits(kept, axis=-1, bitorder="little").copy(), seen
 
 
 def attend(
@@ -69,25 +86,42 @@ def attend(
     scores: Any,
     values: Any,
     given: Any,
-    numbers: Any = None,
-    counts: Any = None,
+    *lists: Any,
     late: bool = False,
 ) -> tuple[Any, Any]:
     """[tokens, heads, head_dim], and the log-sum-exp [heads, tokens]. NaN lies in all memory before."""
-    tokens, lists = given[0].shape[1], numbers is not None
-    segment = hopper.HopperAttention(
-        gpu_on_cpu(folder, patch, late=late), HEADS, tokens, HEAD_DIM, scores, values, lists
-    )
+    tokens, gpu = given[0].shape[1], gpu_on_cpu(folder, patch, late=late)
+    if lists:
+        segment: Any = hopper.ListedAttention(gpu, HEADS, tokens, HEAD_DIM)
+    else:
+        segment = hopper.HopperAttention(gpu, HEADS, tokens, HEAD_DIM, scores, values)
     scratch = np.full(segment.scratch_bytes + 256, 0xFF, np.uint8)
     out = np.full(tokens * HEADS * HEAD_DIM + GUARD, np.nan, BF16)
     shift, lse = (np.full(HEADS * tokens + GUARD, np.nan, np.float32) for _ in range(2))
     segment.start(scratch.ctypes.data + -scratch.ctypes.data % 256)
-    segment.pack({name: x.ctypes.data for name, x in zip("qkv", given, strict=True)}, shift.ctypes.data)
-    listed = (numbers.ctypes.data, counts.ctypes.data) if lists else (0, 0)
-    segment.attend(out.ctypes.data, *listed, shift.ctypes.data, lse.ctypes.data)
+    order = np.random.default_rng(1).permutation(tokens).astype(np.int32)
+    if lists:  # given and results are in the order of the blocks
+        made, blocks = np.stack([means(x) for x in given[1:]]), range(0, tokens, BLOCK)
+        each = [[x[:, i : i + BLOCK].astype(np.float32) for i in blocks] for x in given[1:]]
+        sums = np.array([[(y.sum(1), y.min(1), y.max(1)) for y in x] for x in each])
+        partial = sums.transpose(0, 3, 1, 2, 4).copy()  # [2, heads, blocks, 3, head_dim]
+        ctypes.memmove(segment.partial, partial.ctypes.data, partial.nbytes)
+        by_block, given = given, [np.empty_like(x) for x in given]
+        for x, y in zip(given, by_block, strict=True):
+            x[:, order] = y
+    addresses = {name: x.ctypes.data for name, x in zip("qkv", given, strict=True)}
+    if lists:
+        segment.pack_listed(addresses, made.ctypes.data, order.ctypes.data, shift.ctypes.data)
+        rest = order.ctypes.data, shift.ctypes.data, lse.ctypes.data
+        segment.attend_listed(out.ctypes.data, *(x.ctypes.data for x in lists), *rest)
+    else:
+        segment.pack(addresses, shift.ctypes.data)
+        segment.attend(out.ctypes.data, shift.ctypes.data, lse.ctypes.data)
     for result in (out, shift, lse):
         assert np.isnan(result[-GUARD:].astype(np.float32)).all(), "wrote behind its result"
     attended = out[:-GUARD].reshape(tokens, HEADS, HEAD_DIM).astype(np.float32)
+    if lists:
+        attended = attended[order]
     return attended, lse[:-GUARD].reshape(HEADS, tokens)
 
 
@@ -159,7 +193,7 @@ def test_products_may_run_late(
     for late in (False, True):
         folder = tmp_path / str(late)
         folder.mkdir()
-        arguments = listed(lists, tokens)[:2] if lists else ()
+        arguments = listed(lists, tokens)[:-1] if lists else ()
         results.append(attend(folder, monkeypatch, scores, values, given, *arguments, late=late))
     for at_once, in_the_end in zip(*results, strict=True):
         np.testing.assert_array_equal(at_once, in_the_end)

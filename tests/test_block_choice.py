@@ -8,7 +8,7 @@ import pytest
 from block_choice import QUERIES, chosen
 from kernels_on_cpu import CpuKernels
 
-from trt_wan.runtime.segments.attention.select import BLOCK, GROUP, SELECT, macros
+from trt_wan.runtime.segments.attention.select import BLOCK, GROUP, SOURCE, macros
 
 HEAD_DIM = 16
 
@@ -16,7 +16,7 @@ HEAD_DIM = 16
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> CpuKernels:
     defined = "".join(f"#define {name} {value}\n" for name, value in macros(HEAD_DIM).items())
-    return CpuKernels(defined + SELECT, tmp_path_factory.mktemp("kernels"))
+    return CpuKernels(defined + SOURCE, tmp_path_factory.mktemp("kernels"))
 
 
 def numbers(shape: tuple[int, ...], seed: int) -> Any:
@@ -30,17 +30,19 @@ def by_kernels(kernels: CpuKernels, q: Any, k: Any, keep: float, first: int) -> 
     rows, blocks, always = -(-tokens // QUERIES), -(-tokens // BLOCK), -(-first // BLOCK)
     pooled = np.full(heads * HEAD_DIM * (rows + blocks), np.nan, np.float32)
     means = np.full((2, heads, blocks, HEAD_DIM), np.nan, ml_dtypes.bfloat16)
-    v, sorted_ = q[:, ::-1].copy(), np.zeros((3, *q.shape), q.dtype)
+    partial, v = np.full((2, heads, blocks, 3, HEAD_DIM), np.nan, np.float32), q[:, ::-1].copy()
     order = np.random.default_rng(2).permutation(tokens).astype(np.int32)
     given = [np.empty_like(x) for x in (q, k, v)]
     for before, x in zip(given, (q, k, v), strict=True):
         before[:, order] = x
-    made = order, sorted_, pooled, means, tokens, heads
-    kernels.launch("sort_and_pool", heads * (rows + 2 * blocks), 256, True, *given, *made)
-    assert (sorted_ == np.stack((q, k, v))).all()
-    for got, x in zip(means, (k, v), strict=True):
-        wanted = [x[:, at : at + BLOCK].astype(np.float32).mean(axis=1) for at in range(0, tokens, BLOCK)]
-        assert (got == np.stack(wanted, axis=1).astype(ml_dtypes.bfloat16)).all()
+    made = order, pooled, means, partial, tokens, heads
+    kernels.launch("pool_blocks", heads * (rows + 2 * blocks), 256, True, *given, *made)
+    for got, parts, x in zip(means, partial, (k, v), strict=True):
+        each = [x[:, at : at + BLOCK].astype(np.float32) for at in range(0, tokens, BLOCK)]
+        wanted = np.stack([y.mean(axis=1) for y in each], axis=1)
+        assert (got == wanted.astype(ml_dtypes.bfloat16)).all()
+        wanted = np.stack([(y.sum(1), y.min(1), y.max(1)) for y in each]).transpose(2, 0, 1, 3)
+        assert (parts == wanted)[:, :, : 1 if x is k else 3].all()
     ranks = np.full((heads * rows, blocks), 7, np.uint32)
     grid = heads * -(-rows // GROUP) * -(-blocks // 256)
     kernels.launch("rank_blocks", grid, 256, True, pooled, ranks, rows, blocks, always)
@@ -49,10 +51,12 @@ def by_kernels(kernels: CpuKernels, q: Any, k: Any, keep: float, first: int) -> 
         np.full(heads * rows, -1, np.int32),
         np.float32([keep]),
     )
-    sizes = rows, blocks, always, heads
-    kernels.launch("choose_blocks", -(-heads * rows // 2), 64, True, ranks, listed, count, share, *sizes)
-    for row, n in zip(listed, count, strict=True):  # the others follow, in ascending order
-        assert sorted(row) == list(range(blocks)) and sorted(row[n:]) == list(row[n:])
+    marks = np.full((heads * rows, -(-blocks // BLOCK) * BLOCK // 32), 7, np.uint32)
+    chosen_, sizes = (ranks, listed, count, marks, share), (rows, blocks, always, heads)
+    kernels.launch("choose_blocks", -(-heads * rows // 2), 64, True, *chosen_, *sizes)
+    bits = np.unpackbits(marks.view(np.uint8), axis=1, bitorder="little").astype(bool)
+    for row, n, marked in zip(listed, count, bits, strict=True):
+        assert sorted(row[:n]) == np.flatnonzero(marked[:blocks]).tolist() and marked[blocks:].all()
     made = [row[:n].tolist() for row, n in zip(listed, count, strict=True)]
     return [made[head * rows : (head + 1) * rows] for head in range(heads)]
 

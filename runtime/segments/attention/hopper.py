@@ -6,7 +6,7 @@ to the result. Sums are float32. The log-sum-exp of the scores is an optional re
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -64,7 +64,7 @@ def _value_bytes(values: Values, keys: int) -> int:
 
 class HopperAttention:
     """bf16 in and out. `scores` and `values` name the numbers that are multiplied. With `lists`, of int8 and
-    E4M3, the blocks of 192 queries attend to listed blocks of 128 keys alone (`attend`).
+    E4M3, it is a ListedAttention.
     """
 
     def __init__(
@@ -79,33 +79,18 @@ class HopperAttention:
     ) -> None:
         assert head_dim == HEAD_DIM, head_dim
         defined = macros(scores, values, lists)
-        self._heads, self._tokens = heads, tokens
-        self._tiles = math.ceil(tokens / defined["KEYS"])
+        self._heads, self._tokens, self._keys = heads, tokens, defined["KEYS"]
+        self._tiles = math.ceil(tokens / self._keys)
         queries = consumers(values) * QUERIES
-        assert not lists or (scores, values, queries) == ("int8", "e4m3", sparse_attention.QUERIES)
         self._threads = 128 * (1 + consumers(values))
-        self._query_tiles, self._chunks = math.ceil(tokens / queries), math.ceil(tokens / CHUNK)
+        chunk = self._keys if lists else CHUNK
+        self._query_tiles, self._chunks = math.ceil(tokens / queries), math.ceil(tokens / chunk)
         self._key_sums, self._value_sums = scores == "int8", values == "e4m3"
         self._value_shared = defined["KEYS"] * HEAD_DIM * 2
         code, shared = source(values, lists), self._value_shared
         module = gpu.once((__name__, *defined.items()), lambda: _compiled(gpu, code, defined, shared))
         self._launch = partial(module.launch, gpu.stream)
-        keys, channels = defined["KEYS"], heads * HEAD_DIM * 4
-        query_tiles, tiles = heads * self._query_tiles, heads * self._tiles
-        self._offsets, self.scratch_bytes = laid_out(
-            {
-                "q": query_tiles * _key_bytes(scores, queries),
-                "k": tiles * _key_bytes(scores, keys),
-                "v": tiles * _value_bytes(values, keys),
-                "query_scale": query_tiles * queries * 4,
-                "key_scale": tiles * 4,
-                "key_mean": channels,
-                "value_mean": channels,
-                "value_scale": channels,
-                "partial": 2 * self._chunks * 3 * channels,
-                "sums": self._tiles * channels,
-            }
-        )
+        self._offsets, self.scratch_bytes = laid_out(self._parts(scores, values))
         self._at: dict[str, int] = {}
 
     def start(self, scratch: int) -> None:
@@ -123,12 +108,24 @@ class HopperAttention:
         query and k's mean, by which its scores are smaller than the true ones. With `places` the own tokens
         are those of `own_q`, `own_k` and `own_v` (contracts/attention.py).
         """
-        places = a.get("places", 0)
-        q, k, v = ((a[f"own_{name}"] if places else 0, places) for name in "qkv")
-        at, tokens, heads = self._at, np.int32(self._tokens), self._heads
         if self._key_sums or self._value_sums:
-            parts = self._chunks, heads, 1 + self._value_sums
-            self._launch("channel_parts", parts, 256, a["k"], a["v"], at["partial"], tokens, k[0], *v)
+            parts, places = (self._chunks, self._heads, 1 + self._value_sums), a.get("places", 0)
+            own = (a["own_k"], a["own_v"]) if places else (0, 0)
+            tokens = np.int32(self._tokens)
+            self._launch("channel_parts", parts, 256, a["k"], a["v"], self.partial, tokens, *own, places)
+        self._make_tiles(a, shift, 0)
+
+    @property
+    def partial(self) -> int:
+        """The address of float32 [2, heads, chunks, 3, head_dim]: the sum, smallest and largest of every
+        channel, of chunks of the tokens of k and of v.
+        """
+        return self._at["partial"]
+
+    def _make_tiles(self, a: Mapping[str, int], shift: int, order: int) -> None:
+        places = a.get("places", 0)
+        q, k, v = ((a[f"own_{name}"] if places else 0, places, order) for name in "qkv")
+        at, tokens, heads = self._at, np.int32(self._tokens), self._heads
         means = at["key_mean"], at["value_mean"], at["value_scale"]
         chunks, value = np.int32(self._chunks), (at["value_mean"], at["value_scale"])
         self._launch("channels_whole", (heads, 2), 128, at["partial"], *means, chunks, tokens)
@@ -142,20 +139,77 @@ class HopperAttention:
             arguments = at["sums"], *reversed(value), np.int32(self._tiles), tokens
             self._launch("correct_mean", heads, 128, *arguments)
 
-    def attend(
-        self, attended: int, lists: int = 0, counts: int = 0, shift: int = 0, lse: int = 0, places: int = 0
-    ) -> None:
-        """After `pack`. `lists` int32 [heads, query blocks, key blocks] begins with the numbers of the blocks
-        of keys that one of queries attends to, in ascending order, `counts` int32 [heads, query blocks] says
-        how many, at least one. `lse`
-        float32 [heads, tokens], or 0, gets the natural logarithm of the sum of exp(score); it needs `shift`.
-        With `places` the own tokens' results go into the own rows, and `attended` gets the others'.
+    def attend(self, attended: int, shift: int = 0, lse: int = 0, places: int = 0) -> None:
+        """After `pack`. `lse` float32 [heads, tokens], or 0, gets the natural logarithm of the sum of
+        exp(score); it needs `shift`. With `places` the own tokens' results go into the own rows, and
+        `attended` gets the others'.
         """
-        at = self._at
+        self._attend((), attended, shift, lse, places)
+
+    def _attend(self, listed: Sequence[int], attended: int, shift: int, lse: int, places: int) -> None:
         made = ("q", "k", "v", "query_scale", "key_scale", "value_scale", "value_mean")
-        rest = lists, counts, shift, attended, lse, np.int32(self._tokens), places
+        rest = *listed, shift, attended, lse, np.int32(self._tokens), places
         grid = self._query_tiles, self._heads
-        self._launch("attend", grid, self._threads, *(at[name] for name in made), *rest, shared=SHARED)
+        self._launch("attend", grid, self._threads, *(self._at[name] for name in made), *rest, shared=SHARED)
+
+    def _parts(self, scores: Scores, values: Values) -> dict[str, int]:
+        """Bytes of the buffers in the scratch."""
+        keys, channels = self._keys, self._heads * HEAD_DIM * 4
+        queries, tiles = consumers(values) * QUERIES, self._heads * self._tiles
+        query_tiles = self._heads * self._query_tiles
+        return {
+            "q": query_tiles * _key_bytes(scores, queries),
+            "k": tiles * _key_bytes(scores, keys),
+            "v": tiles * _value_bytes(values, keys),
+            "query_scale": query_tiles * queries * 4,
+            "key_scale": tiles * 4,
+            "key_mean": channels,
+            "value_mean": channels,
+            "value_scale": channels,
+            "partial": 2 * self._chunks * 3 * channels,
+            "sums": self._tiles * channels,
+        }
+
+
+class ListedAttention(HopperAttention):
+    """In int8 and E4M3, of blocks of 192 queries to listed blocks of 128 keys, and to the means of the other
+    blocks, each of which counts as 128 keys. bf16 in and out.
+    """
+
+    def __init__(self, gpu: Gpu, heads: int, tokens: int, head_dim: int) -> None:
+        self._mean_tiles = math.ceil(math.ceil(tokens / sparse_attention.BLOCK) / sparse_attention.BLOCK)
+        super().__init__(gpu, heads, tokens, head_dim, "int8", "e4m3", lists=True)
+        assert consumers("e4m3") * QUERIES == sparse_attention.QUERIES
+
+    def pack_listed(self, a: Mapping[str, int], means: int, order: int, shift: int = 0) -> None:
+        """Makes tiles of q, k and v, whose tokens have their numbers in `order`, int32 [tokens], and of the
+        blocks' `means` of k and v, bf16 [2, heads, blocks, head_dim]. `partial` must be there, of blocks.
+        """
+        self._make_tiles(a, shift, order)
+        at, blocks = self._at, np.int32(self._tiles)
+        grid, rest = (self._mean_tiles, self._heads), (blocks, 0, 0, 0)
+        self._launch("pack_k", grid, 256, means, at["key_mean"], at["mean_k"], at["mean_scale"], *rest)
+        values = means + self._heads * self._tiles * HEAD_DIM * 2, at["value_mean"], at["value_scale"]
+        made = at["mean_v"], at["mean_sums"]
+        self._launch("pack_v", grid, 256, *values, *made, *rest, shared=self._value_shared)
+
+    def attend_listed(
+        self, attended: int, lists: int, counts: int, kept: int, order: int, shift: int = 0, lse: int = 0
+    ) -> None:
+        """After `pack_listed`. For `lists`, `counts` and `kept` see select.py; at least one block is listed.
+        Rows of `attended` have the places of `order`; `shift` and `lse` are in the order of the blocks.
+        """
+        means = (self._at[name] for name in ("mean_k", "mean_v", "mean_scale"))
+        self._attend((lists, counts, *means, kept), attended, shift, lse, order)
+
+    def _parts(self, scores: Scores, values: Values) -> dict[str, int]:
+        tiles, keys = self._heads * self._mean_tiles, self._keys
+        return super()._parts(scores, values) | {
+            "mean_k": tiles * _key_bytes(scores, keys),
+            "mean_v": tiles * _value_bytes(values, keys),
+            "mean_scale": tiles * 4,
+            "mean_sums": tiles * HEAD_DIM * 4,
+        }
 
 
 def _compiled(gpu: Gpu, code: str, defined: Mapping[str, int], value_shared: int) -> Module:

@@ -1,23 +1,34 @@
-// Block-sparse self-attention for Hopper: as in hopper_three.cu, but a block of 192 queries attends to listed tiles of KEYS keys.
+// Block-sparse self-attention for Hopper: as in hopper_three.cu, but a block of 192 queries attends to listed tiles of KEYS keys,
+// and to the other tiles' means, each of which counts as KEYS keys.
 //
-// The listed tiles stand behind each other in the ring, and are multiplied STEP keys at a time: four steps of 96 keys are three
-// tiles of 128. So a step may have keys of two tiles. Every slice of 32 keys has a scale of its own.
+// Means are keys in tiles of their own. A block's listed tiles and all tiles of means stand behind each other in the ring, and are
+// multiplied STEP keys at a time: four steps of 96 keys are three tiles of 128. So a step may have keys of two tiles. Every slice
+// of 32 keys has a scale of its own, a word of marks for keys that are hidden, and a lift for its weights. The first steps need no
+// marks and no lift. The other ones, the tail, are those of the means and of a listed tile with fewer keys.
 
-constexpr int STEPS = 4, SCALES = STEP_SLICES;  // of a turn of the ring; of a step
-static_assert(STAGES * KEYS == STEPS * STEP && KEYS % SLICE == 0);
+constexpr int STEPS = 4, SCALES = STEP_SLICES, TILE_SLICES = KEYS / SLICE;  // of a turn of the ring; of a step; of a tile
+constexpr int LOG2_KEYS = 7;  // a tile's mean counts as KEYS keys
+constexpr int ROW_OF_SLICES = STEPS * 16;  // bytes: for each step four numbers, the last unused
+static_assert(STAGES * KEYS == STEPS * STEP && KEYS % SLICE == 0 && KEYS == 1 << LOG2_KEYS);
+
+// Marks of a slice of which `valid` keys are there.
+__device__ u32 marks_of(int valid) { return valid >= SLICE ? 0 : valid <= 0 ? ~0u : ~0u << valid; }
 
 // `lists` [heads, blocks of queries, tiles] begins with the numbers of a block's tiles, in ascending order; `counts` [heads,
-// blocks of queries] says how many, at least one.
+// blocks of queries] says how many, at least one. `mean_k`, `mean_v` and `mean_scale` are as `k`, `v` and `key_scale`, with a key
+// for each tile's means. `listed` [heads, blocks of queries, slices] marks the means of listed tiles and those that are none. Rows
+// of `out` are in the order of `places`.
 extern "C" __global__ void __launch_bounds__(512, 1)
 attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const float* key_scale,
-       const float* value_scale, const float* value_mean, const int* lists, const int* counts, const float* shift,
-       bf16* out, float* lse, int tokens, const i64* places) {
+       const float* value_scale, const float* value_mean, const int* lists, const int* counts, const u8* mean_k, const u8* mean_v,
+       const float* mean_scale, const u32* listed, const float* shift, bf16* out, float* lse, int tokens, const int* places) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const int head = blockIdx.y, tiles = (tokens + KEYS - 1) / KEYS;
     const u32 base = (shared_address(memory) + 1023) & ~1023u;
     const u32 q_at = base, k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES, kept_at = v_at + STAGES * V_BYTES;
-    const u32 scales_at = kept_at + CONSUMERS * KEPT_BYTES;  // [STEPS, 4], the last of four unused
-    const u32 q_full = scales_at + STEPS * 16, full = q_full + 8, free = full + STAGES * 8;  // free[STAGES]: for no tile
+    const u32 scales_at = kept_at + CONSUMERS * KEPT_BYTES;
+    const u32 marks_at = scales_at + ROW_OF_SLICES, lifts_at = marks_at + ROW_OF_SLICES;
+    const u32 q_full = lifts_at + ROW_OF_SLICES, full = q_full + 8, free = full + STAGES * 8;  // free[STAGES]: for no tile
     if (threadIdx.x == 0) {
         barrier_init(q_full, 1);
         for (int i = 0; i < STAGES; ++i) barrier_init(full + i * 8, 1);
@@ -28,7 +39,9 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
     const i64 row = (i64)head * gridDim.x + blockIdx.x;
     const int* list = lists + row * tiles;
     const int count = counts[row], missing = list[count - 1] == tiles - 1 ? tiles * KEYS - tokens : 0;
-    const int keys = count * KEYS - missing, steps = (keys + STEP - 1) / STEP;
+    const int keys = count * KEYS - missing, mean_tiles = (tiles + KEYS - 1) / KEYS, means = count < tiles ? mean_tiles : 0;
+    const int slices = means ? (count + means) * TILE_SLICES : (keys + SLICE - 1) / SLICE;
+    const u32 steps = (slices + SCALES - 1) / SCALES, tail = keys / STEP;
     if (threadIdx.x < 128) {
         fewer_registers<32>();
         if (threadIdx.x == 0) {
@@ -36,18 +49,26 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             copy_bulk(q_at, q + row * Q_BYTES, Q_BYTES, q_full);
             // The last step may need a tile more, or it would multiply its zeros with unknown bytes.
             for (int i = 0; i * KEYS < steps * STEP; ++i) {
-                const i64 tile = (i64)head * tiles + list[min(i, count - 1)];
-                const float scale = key_scale[tile];
+                const bool mean = means && i >= count;
+                const i64 tile = mean ? (i64)head * mean_tiles + min(i - count, means - 1)
+                                      : (i64)head * tiles + list[min(i, count - 1)];
+                const float scale = (mean ? mean_scale : key_scale)[tile];
                 const int stage = i % STAGES;
                 barrier_wait(free + stage * 8, i / STAGES % 2 ^ 1);
 #pragma unroll
-                for (int j = 0; j < KEYS / SLICE; ++j) {
-                    const int slice = stage * (KEYS / SLICE) + j;
-                    store_word(scales_at + slice / SCALES * 16 + slice % SCALES * 4, scale);
+                for (int j = 0; j < TILE_SLICES; ++j) {
+                    const int slice = stage * TILE_SLICES + j, number = (i - count) * TILE_SLICES + j;
+                    const u32 at = slice / SCALES * 16 + slice % SCALES * 4;
+                    const u32 marks = !mean ? marks_of(keys - (i * TILE_SLICES + j) * SLICE)
+                                    : number < means * TILE_SLICES ? listed[row * mean_tiles * TILE_SLICES + number]
+                                                                   : ~0u;
+                    store_word(scales_at + at, scale);
+                    store_word(marks_at + at, __uint_as_float(marks));
+                    store_word(lifts_at + at, mean ? LOG2_KEYS : 0);
                 }
                 barrier_expect(full + stage * 8, K_BYTES + V_BYTES);
-                copy_bulk(k_at + stage * K_BYTES, k + tile * K_BYTES, K_BYTES, full + stage * 8);
-                copy_bulk(v_at + stage * V_BYTES, v + tile * V_BYTES, V_BYTES, full + stage * 8);
+                copy_bulk(k_at + stage * K_BYTES, (mean ? mean_k : k) + tile * K_BYTES, K_BYTES, full + stage * 8);
+                copy_bulk(v_at + stage * V_BYTES, (mean ? mean_v : v) + tile * V_BYTES, V_BYTES, full + stage * 8);
             }
         }
     } else {
@@ -59,14 +80,8 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         static_assert(STEP * ROW == STEP_SLICES * SLICE_BYTES);
         const int first = blockIdx.x * QUERIES + group * 64 + warp * 16 + lane / 4;
         Rows r;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            r.scale[half] = query_scale[row * QUERIES + first - blockIdx.x * QUERIES + half * 8];
-            r.sum[half] = 0;
-        }
-        float o[64], shrink[2] = {1, 1}, scale[4];
-#pragma unroll
-        for (int i = 0; i < 64; ++i) o[i] = 0;
+        float o[64], shrink[2] = {1, 1}, scale[4], marks[4], lift[4];
+        begin(r, o, query_scale + row * QUERIES + first - blockIdx.x * QUERIES);
         const u32 kept = kept_sums(kept_at, group);
         const float nought = __int_as_float(tokens >> 31);
         clear_kept(kept);
@@ -96,9 +111,8 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             for (int half = 0; half < 2; ++half) r.sum[half] += sums[half][0] + sums[half][1];
         };
         add();
-        u32 step = 0;
-        auto multiply = [&]() {  // the weights before with their values, and the next scores
-            const u32 before = all + step % STEPS * STEP_AT, now = ++step % STEPS;
+        auto multiply = [&](u32 step) {  // the weights before with their values, and the next scores
+            const u32 before = all + (step - 1) % STEPS * STEP_AT, now = step % STEPS;
             barrier_wait(full + min(now, STAGES - 1u) * 8, step / STEPS % 2);
             load_shared(scale, scales_at + now * 16);
             wgmma_fence();
@@ -114,38 +128,41 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             scaled();
         };
         // Warpgroups add up at different steps. What is rare stays out of the inner loop.
-        int i = 1, stop = FLUSH - group * FLUSH / CONSUMERS;
+        u32 i = 1, stop = FLUSH - group * FLUSH / CONSUMERS;
         while (i < steps) {
             bool grown = false;
             shrink[0] = shrink[1] = 1;
-            const int end = min(stop, steps - 1);
+            const u32 end = min(stop, tail), last = min(stop, steps);
             for (; i < end && !grown; ++i) {
-                multiply();
+                multiply(i);
                 weigh<false>(s, factor, r, a, sums);
                 grown = too_large(sums);
                 if (!grown) add();
             }
-            if (!grown && i == steps - 1) {
-                multiply();
-                hide(s, keys - i * STEP);
-                weigh<false>(s, factor, r, a, sums);
+            for (; i < last && i >= tail && !grown; ++i) {
+                multiply(i);
+                load_shared(marks, marks_at + i % STEPS * 16);
+                load_shared(lift, lifts_at + i % STEPS * 16);
+                hide_marked(s, marks);
+                weigh<false>(s, factor, r, a, sums, lift);
                 grown = too_large(sums);
                 if (!grown) add();
-                ++i;
             }
             if (grown) {
-                weigh_again(s, factor, r, a, sums, shrink);
+                load_shared(lift, lifts_at + (i - 1) % STEPS * 16);
+                weigh_again(s, factor, r, a, sums, shrink, lift);
                 add();
             }
             if (i >= stop) stop += FLUSH;
             keep(kept, o, shrink, nought);
         }
         wgmma_fence();
-        values(o, a, all + step % STEPS * STEP_AT + V_AT);
+        values(o, a, all + (steps - 1) % STEPS * STEP_AT + V_AT);
         wgmma_commit();
         wgmma_wait<0>();
         settled(o);
         add_kept(kept, o);
-        write_rows(o, r, value_mean, value_scale, shift, out, lse, first, tokens, places);
+        const auto place = [&](int token) { return out + ((i64)places[token] * gridDim.y + head) * DIM; };
+        write_rows(o, r, value_mean, value_scale, shift, lse, first, tokens, place);
     }
 }

@@ -48,19 +48,22 @@ __device__ void add_kept(u32 kept, float (&o)[64]) {
     }
 }
 
-// Where the channels of a token go when ranks share the tokens: into the own rows, or to `out` [other ranks, rows of a rank,
-// heads * 128], from where they are copied. `places` is told in contracts/attention.py.
-__device__ bf16* place_of(bf16* out, const i64* places, int token, int head) {
+// Where the channels of a token go, in `out` [tokens, heads * 128]. When ranks share the tokens: into the own rows, or to `out`
+// [other ranks, rows of a rank, heads * 128], from where they are copied. `places` is told in contracts/attention.py.
+__device__ bf16* place_of(bf16* out, const i64* places, int token) {
+    const int head = blockIdx.y;
+    if (!places) return out + ((i64)token * gridDim.y + head) * DIM;
     const int slot = token / (int)places[0], inside = token % (int)places[0], share = places[1], rank = inside / share;
     const int own = places[2], row = slot * share + inside - rank * share;
     if (rank == own) return (bf16*)places[6] + (row * places[4] + places[5] + head) * DIM;
     return out + (((rank - (rank > own)) * places[3] + row) * gridDim.y + head) * DIM;
 }
 
-// Two rows, token `first` and the eighth after it. `means` and `factors` are those of the head's values.
+// Two rows, token `first` and the eighth after it, to where `place` says. `means` and `factors` are those of the head's values.
+template <class Place>
 __device__ void write_rows(const float (&o)[64], const Rows& r, const float* means, const float* factors, const float* shift,
-                           bf16* out, float* lse, int first, int tokens, const i64* places) {
-    const int heads = gridDim.y, head = blockIdx.y, lane = threadIdx.x % 32;
+                           float* lse, int first, int tokens, Place place) {
+    const int head = blockIdx.y, lane = threadIdx.x % 32;
     means += head * DIM + lane % 4 * 2, factors += head * DIM + lane % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -70,8 +73,7 @@ __device__ void write_rows(const float (&o)[64], const Rows& r, const float* mea
         const int token = first + half * 8;
         const float inverse = 1.0f / sum;
         if (token < tokens) {
-            bf16* to = places ? place_of(out, places, token, head) : out + ((i64)token * heads + head) * DIM;
-            to += lane % 4 * 2;
+            bf16* to = place(token) + lane % 4 * 2;
 #pragma unroll
             for (int n = 0; n < 16; ++n) {
                 const float2 factor = *(const float2*)(factors + n * 8), mean = *(const float2*)(means + n * 8);

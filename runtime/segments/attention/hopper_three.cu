@@ -7,7 +7,7 @@ constexpr int TILE_BYTES = K_BYTES + V_BYTES;
 
 extern "C" __global__ void __launch_bounds__(512, 1)
 attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const float* key_scale,
-       const float* value_scale, const float* value_mean, const int*, const int*, const float* shift,
+       const float* value_scale, const float* value_mean, const float* shift,
        bf16* out, float* lse, int tokens, const i64* places) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const int head = blockIdx.y, tiles = (tokens + KEYS - 1) / KEYS;
@@ -120,6 +120,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         wgmma_wait<0>();
         settled(o);
         add_kept(kept, o);
-        write_rows(o, r, value_mean, value_scale, shift, out, lse, first, tokens, places);
+        const auto place = [&](int token) { return place_of(out, places, token); };
+        write_rows(o, r, value_mean, value_scale, shift, lse, first, tokens, place);
     }
 }

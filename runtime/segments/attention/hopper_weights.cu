@@ -51,9 +51,18 @@ __device__ void hide(Score (&s)[SCORES], int valid) {
         if (i / 4 * 8 + column + i % 2 >= valid) s[i] = least();
 }
 
-// The base by which each row's largest score has a weight of 2^LIFT. `factor` is that of all keys, or of equal parts of them, for both rows.
+// Hides the keys whose bits are set, a word for 32 keys.
+__device__ void hide_marked(Score (&s)[SCORES], const float (&marks)[4]) {
+    const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < SCORES; ++i)
+        if (__float_as_uint(marks[i / 16]) >> column >> (i / 4 % 4 * 8 + i % 2) & 1) s[i] = least();
+}
+
+// The base by which each row's largest score has a weight of 2^LIFT. `factor` is that of all keys, or of equal parts of them, for
+// both rows. With `lift`, of the same parts, a weight is 2^lift times as large.
 template <int SCALED>
-__device__ void largest(const Score (&s)[SCORES], const float (&factor)[SCALED][2], float (&base)[2]) {
+__device__ void largest(const Score (&s)[SCORES], const float (&factor)[SCALED][2], float (&base)[2], const float* lift = nullptr) {
     constexpr int PART = SCORES / SCALED;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -64,7 +73,8 @@ __device__ void largest(const Score (&s)[SCORES], const float (&factor)[SCALED][
 #pragma unroll
             for (int i = part * PART + 4 + 2 * half; i < (part + 1) * PART; i += 4)
                 most[0] = larger(most[0], s[i]), most[1] = larger(most[1], s[i + 1]);
-            const float whole = plain(larger(most[0], most[1])) * factor[part][half];
+            float whole = plain(larger(most[0], most[1])) * factor[part][half];
+            if (lift) whole += lift[part];
             high = part ? fmaxf(high, whole) : whole;
         }
         high = fmaxf(high, __shfl_xor_sync(~0u, high, 1));
@@ -76,13 +86,14 @@ __device__ void largest(const Score (&s)[SCORES], const float (&factor)[SCALED][
 // numbers in another way, or ptxas would keep them for it in registers.
 template <bool AGAIN, int SCALED>
 __device__ void weigh(const Score (&s)[SCORES], const float (&factor)[SCALED][2], const Rows& r, u32 (&a)[STEP_SLICES][4],
-                      float (&sums)[2][2]) {
+                      float (&sums)[2][2], const float* lift = nullptr) {
     float offset[SCALED][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int part = 0; part < SCALED; ++part)
-            offset[part][half] = r.base[half] - (QK == 0 && !AGAIN ? MAGIC * factor[part][half] : 0.0f);
+            offset[part][half] = (lift ? r.base[half] + lift[part] : r.base[half]) -
+                                 (QK == 0 && !AGAIN ? MAGIC * factor[part][half] : 0.0f);
         sums[half][0] = sums[half][1] = 0;
     }
     auto weight = [&](int i) {
@@ -116,9 +127,9 @@ __device__ bool too_large(const float (&sums)[2][2]) {
 // With the rows' true maxima. What was added up before must be shrunk by `shrink`.
 template <int SCALED>
 __device__ void weigh_again(const Score (&s)[SCORES], const float (&factor)[SCALED][2], Rows& r, u32 (&a)[STEP_SLICES][4],
-                            float (&sums)[2][2], float (&shrink)[2]) {
+                            float (&sums)[2][2], float (&shrink)[2], const float* lift = nullptr) {
     float base[2];
-    largest(s, factor, base);
+    largest(s, factor, base, lift);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         base[half] = fminf(r.base[half], base[half]);
@@ -126,7 +137,7 @@ __device__ void weigh_again(const Score (&s)[SCORES], const float (&factor)[SCAL
         r.base[half] = base[half];
         r.sum[half] *= shrink[half];
     }
-    weigh<true>(s, factor, r, a, sums);
+    weigh<true>(s, factor, r, a, sums, lift);
 }
 
 // Scores to packed weights; true if what was added up before must be shrunk by `shrink`.

@@ -1,5 +1,4 @@
-// Which blocks of keys each block of queries attends to: see select.py. q, k and v are [heads, tokens, HEAD_DIM] bf16,
-// first in the order of the video, then in that of the blocks.
+// Which blocks of keys each block of queries attends to: see select.py. q, k and v are [heads, tokens, HEAD_DIM] bf16.
 // Macros: HEAD_DIM, a multiple of 8; BLOCK and QUERIES, tokens of a block of keys and of queries (a head's last may have fewer).
 
 typedef Vector<bf16, 8> Bf16x8;
@@ -12,44 +11,71 @@ constexpr int GROUP = 16;             // blocks of queries whose scores a thread
 
 __device__ int blocks_of(i64 tokens, int size) { return (int)((tokens + size - 1) / size); }
 
-// sorted [3, heads, tokens, HEAD_DIM]: q, k and v in the order of the blocks; `order` has the numbers of their tokens.
-// And the means of the blocks: for the ranks of q, pooled [heads, QUADS, blocks of queries, 4], and behind it of k, [heads,
-// QUADS, blocks, 4]; for the attention of k and v, means [2, heads, blocks, HEAD_DIM]. Grid heads * (blocks of queries +
-// 2 * blocks), 256 threads. Sums are in a fixed order.
-extern "C" __global__ void sort_and_pool(const bf16* q, const bf16* k, const bf16* v, const int* order, bf16* sorted,
-                                         float* pooled, bf16* means, i64 tokens, i64 heads) {
-    __shared__ float sums[ROWS][HEAD_DIM];
+// Sums over a block's tokens, whose numbers are `order`: of each channel, into `whole`. With RANGE the smallest and the largest too.
+// Sums are in a fixed order.
+template <bool RANGE>
+__device__ void over_tokens(const bf16* from, const int* order, int count, float (&shared)[3][ROWS][HEAD_DIM],
+                            float (&whole)[3]) {
+    const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
+    float sum[8], low[8], high[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum[j] = 0, low[j] = infinity(), high[j] = -infinity();
+#pragma unroll
+    for (int i = 0; i < (QUERIES + ROWS - 1) / ROWS; ++i)
+        if (i * ROWS + row < count) {
+            const Bf16x8 values = *(const Bf16x8*)(from + (i64)order[i * ROWS + row] * HEAD_DIM + lane * 8);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const float x = widen(values.x[j]);
+                sum[j] += x;
+                if (RANGE) low[j] = fminf(low[j], x), high[j] = fmaxf(high[j], x);
+            }
+        }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        shared[0][row][lane * 8 + j] = sum[j];
+        if (RANGE) shared[1][row][lane * 8 + j] = low[j], shared[2][row][lane * 8 + j] = high[j];
+    }
+    __syncthreads();
+    if (threadIdx.x >= HEAD_DIM) return;
+#pragma unroll
+    for (int kind = 0; kind < (RANGE ? 3 : 1); ++kind) {
+        whole[kind] = shared[kind][0][threadIdx.x];
+#pragma unroll
+        for (int other = 1; other < ROWS; ++other) {
+            const float x = shared[kind][other][threadIdx.x];
+            whole[kind] = kind == 0 ? whole[kind] + x : kind == 1 ? fminf(whole[kind], x) : fmaxf(whole[kind], x);
+        }
+    }
+}
+
+// The means of the blocks, whose tokens have their numbers in `order`: for the ranks of q, pooled [heads, QUADS, blocks of
+// queries, 4], and behind it of k, [heads, QUADS, blocks, 4]; for the attention of k and v, means [2, heads, blocks, HEAD_DIM]. And
+// partial [2, heads, blocks, 3, HEAD_DIM]: each block's sums of k and v, and v's smallest and largest numbers. Grid heads *
+// (blocks of queries + 2 * blocks), 256 threads.
+extern "C" __global__ void pool_blocks(const bf16* q, const bf16* k, const bf16* v, const int* order, float* pooled, bf16* means,
+                                       float* partial, i64 tokens, i64 heads) {
+    __shared__ float shared[3][ROWS][HEAD_DIM];
+    static_assert(QUERIES >= BLOCK && HEAD_DIM <= 256);
     const int query_blocks = blocks_of(tokens, QUERIES), key_blocks = blocks_of(tokens, BLOCK);
     const i64 of_q = heads * query_blocks, number = blockIdx.x - of_q;  // of a block of keys or values
     const bool queries = number < 0;
     const int size = queries ? QUERIES : BLOCK, blocks = queries ? query_blocks : key_blocks;
     const i64 head = queries ? blockIdx.x / blocks : number / blocks + heads, input = head / heads;
-    const int block = (int)((queries ? blockIdx.x : number) % blocks);
-    const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, first = block * size;
+    const int block = (int)((queries ? blockIdx.x : number) % blocks), first = block * size, channel = threadIdx.x;
     const int count = tokens - first < size ? (int)(tokens - first) : size;
-    const bf16* from = (input == 0 ? q : input == 1 ? k : v) + head % heads * tokens * HEAD_DIM + lane * 8;
-    bf16* to = sorted + (head * tokens + first) * HEAD_DIM + lane * 8;
-    if (input == 1) pooled += of_q * HEAD_DIM;
-    float sum[8] = {};
-    static_assert(QUERIES >= BLOCK);
-#pragma unroll
-    for (int i = 0; i < (QUERIES + ROWS - 1) / ROWS; ++i)
-        if (i * ROWS + row < count) {
-            const Bf16x8 values = *(const Bf16x8*)(from + (i64)order[first + i * ROWS + row] * HEAD_DIM);
-            *(Bf16x8*)(to + (i64)(i * ROWS + row) * HEAD_DIM) = values;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) sum[j] += widen(values.x[j]);
-        }
-#pragma unroll
-    for (int j = 0; j < 8; ++j) sums[row][lane * 8 + j] = sum[j];
-    __syncthreads();
-    for (int channel = threadIdx.x; channel < HEAD_DIM; channel += 256) {
-        float total = 0;
-        for (int i = 0; i < ROWS; ++i) total += sums[i][channel];
-        total /= count;
-        if (input < 2) pooled[((head % heads * QUADS + channel / 4) * blocks + block) * 4 + channel % 4] = total;
-        if (input > 0) store(means + ((head - heads) * blocks + block) * HEAD_DIM + channel, total);
+    const bf16* from = (input == 0 ? q : input == 1 ? k : v) + head % heads * tokens * HEAD_DIM;
+    float whole[3];
+    if (input == 2) over_tokens<true>(from, order + first, count, shared, whole);
+    else over_tokens<false>(from, order + first, count, shared, whole);
+    if (channel >= HEAD_DIM) return;
+    const i64 at = (head - heads) * blocks + block;
+    if (input > 0) {
+        for (int kind = 0; kind < (input == 2 ? 3 : 1); ++kind) partial[(at * 3 + kind) * HEAD_DIM + channel] = whole[kind];
+        store(means + at * HEAD_DIM + channel, whole[0] / count);
     }
+    if (input == 1) pooled += of_q * HEAD_DIM;
+    if (input < 2) pooled[((head % heads * QUADS + channel / 4) * blocks + block) * 4 + channel % 4] = whole[0] / count;
 }
 
 // A number that is larger where the score is. Of a block that is always kept, the largest.
@@ -100,11 +126,12 @@ extern "C" __global__ void rank_blocks(const float* pooled, u32* ranks, i64 rows
         }
 }
 
-// list [heads, rows, blocks]: the numbers of the blocks that a row keeps, those of the highest ranks, in ascending
-// order, then those of the others. count [heads, rows]: how many are kept, keep[0] * blocks to the nearest, and at
-// least those that always are. Of equal ranks the lower number is kept. A warp has a row of one of the `heads`.
-extern "C" __global__ void choose_blocks(const u32* ranks, int* list, int* count, const float* keep, i64 rows, i64 blocks,
-                                         i64 always, i64 heads) {
+// list [heads, rows, blocks] begins with the numbers of the blocks that a row keeps, those of the highest ranks, in ascending
+// order. count [heads, rows]: how many, keep[0] * blocks to the nearest, and at least those that always are. Of equal ranks the
+// lower number is kept. kept [heads, rows, words]: a bit for each block, in groups of BLOCK, set where it is kept, or where there
+// is none. A warp has a row of one of the `heads`.
+extern "C" __global__ void choose_blocks(const u32* ranks, int* list, int* count, u32* kept, const float* keep, i64 rows,
+                                         i64 blocks, i64 always, i64 heads) {
     const int lane = threadIdx.x % 32, size = (int)blocks, held = (int)always;
     const i64 row = blockIdx.x * (i64)(blockDim.x / 32) + threadIdx.x / 32;
     if (row >= heads * rows) return;
@@ -127,17 +154,18 @@ extern "C" __global__ void choose_blocks(const u32* ranks, int* list, int* count
         const int found = reached(threshold | bit);
         if (found >= wanted) threshold |= bit, there = found;
     }
-    int ties = wanted - (threshold == ~0u ? 0 : reached(threshold + 1)), kept = 0;
+    int ties = wanted - (threshold == ~0u ? 0 : reached(threshold + 1)), place = 0;
+    const int words = blocks_of(size, BLOCK) * (BLOCK / 32);
     const u32 before = (1u << lane) - 1;
-    for (int first = 0; first < size; first += 32) {
-        const int key = first + lane;
+    for (int word = 0; word < words; ++word) {
+        const int key = word * 32 + lane;
         const u32 mine = rank(key), tied = __ballot_sync(~0u, key < size && mine == threshold);
         const bool taken = key < size && (mine > threshold || (mine == threshold && __popc(tied & before) < ties));
-        const u32 mask = __ballot_sync(~0u, taken);
-        const int place = kept + __popc(mask & before);
-        if (key < size) list[row * blocks + (taken ? place : wanted + key - place)] = key;
-        kept += __popc(mask);
+        const u32 mask = __ballot_sync(~0u, taken), real = __ballot_sync(~0u, key < size);
+        if (taken) list[row * blocks + place + __popc(mask & before)] = key;
+        if (lane == 0) kept[row * words + word] = mask | ~real;
+        place += __popc(mask);
         ties -= __popc(tied) < ties ? __popc(tied) : ties;
     }
-    if (lane == 0) count[row] = kept;
+    if (lane == 0) count[row] = place;
 }

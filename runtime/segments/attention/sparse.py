@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from trt_wan.runtime.device.arena import laid_out
 from trt_wan.runtime.device.gpu import Gpu
-from trt_wan.runtime.segments.attention.hopper import HopperAttention
+from trt_wan.runtime.segments.attention.hopper import ListedAttention
 from trt_wan.runtime.segments.attention.select import BlockChoice
 
 
@@ -18,11 +18,8 @@ class Sparse:
         self, gpu: Gpu, heads: int, tokens: int, head_dim: int, order: NDArray[np.int32], first: int
     ) -> None:
         self._choice = BlockChoice(gpu, heads, head_dim, order, first)
-        self._attention = HopperAttention(gpu, heads, tokens, head_dim, "int8", "e4m3", lists=True)
-        parts = self._choice.parts() | {
-            "shift": heads * tokens * 4,
-            "attention": self._attention.scratch_bytes,
-        }
+        self._attention = ListedAttention(gpu, heads, tokens, head_dim)
+        parts = self._choice.parts() | {"attention": self._attention.scratch_bytes}
         self._offsets, self.scratch_bytes = laid_out(parts)
         self._at: dict[str, int] = {}
 
@@ -32,10 +29,9 @@ class Sparse:
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         a, at = addresses, self._at
-        self._choice.choose(a["q"], a["k"], a["v"], a["keep"], at)
-        self._attention.pack(self._choice.sorted(at), at["shift"])
-        self._attention.attend(at["exact"], at["list"], at["count"], at["shift"], at["lse"])
-        self._choice.finish(a["attended"], at)
+        self._choice.choose(a["q"], a["k"], a["v"], a["keep"], self._attention.partial, at)
+        self._attention.pack_listed(a, at["means"], self._choice.order)
+        self._attention.attend_listed(a["attended"], at["list"], at["count"], at["kept"], self._choice.order)
 
     def settle(self) -> None:
         pass

@@ -9,13 +9,15 @@ typedef Vector<bf16, 8> Bf16x8;
 constexpr int CHUNK = 256;  // tokens of one sum
 constexpr float LARGEST = 127.0f;  // of int8
 
-// Tokens of q, k or v. With `places` (contracts/attention.py) those of the rank itself are in `own` [heads, rows, 128].
+// Tokens of q, k or v, by `order` where it is given. With `places` (contracts/attention.py) those of the rank itself are in `own`
+// [heads, rows, 128].
 struct Tokens {
     const bf16 *all, *own;
+    const int* order;
     int slot_tokens, share, start;
     i64 rows;
-    __device__ Tokens(const bf16* all, const bf16* own, const i64* places, int head, int tokens)
-        : all(all + (i64)head * tokens * DIM), own(own), share(0) {
+    __device__ Tokens(const bf16* all, const bf16* own, const i64* places, const int* order, int head, int tokens)
+        : all(all + (i64)head * tokens * DIM), own(own), order(order), share(0) {
         if (!places) return;
         slot_tokens = places[0], share = places[1], start = places[2] * places[1], rows = places[3];
         this->own += head * rows * DIM;
@@ -25,7 +27,7 @@ struct Tokens {
             const int slot = token / slot_tokens, row = token - slot * slot_tokens - start;
             if (0 <= row && row < share) return own + (slot * share + row) * DIM;
         }
-        return all + (i64)token * DIM;
+        return all + (i64)(order ? order[token] : token) * DIM;
     }
 };
 
@@ -36,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(256)
 channel_parts(const bf16* k, const bf16* v, float* partial, int tokens, const bf16* own_k, const bf16* own_v, const i64* places) {
     __shared__ float shared[3][16][DIM];
     const int lane = threadIdx.x % 16, row = threadIdx.x / 16;
-    const Tokens given(blockIdx.z ? v : k, blockIdx.z ? own_v : own_k, places, blockIdx.y, tokens);
+    const Tokens given(blockIdx.z ? v : k, blockIdx.z ? own_v : own_k, places, nullptr, blockIdx.y, tokens);
     const int stop = min(tokens, (int)(blockIdx.x + 1) * CHUNK);
     float sum[8], low[8], high[8];
     for (int j = 0; j < 8; ++j) sum[j] = 0, low[j] = infinity(), high[j] = -infinity();
@@ -69,8 +71,10 @@ extern "C" __global__ void __launch_bounds__(DIM)
 channels_whole(const float* partial, float* key_mean, float* value_mean, float* value_scale, int chunks, int tokens) {
     const float* from = partial + ((i64)blockIdx.y * gridDim.x + blockIdx.x) * chunks * 3 * DIM + threadIdx.x;
     float sum = 0, low = infinity(), high = -infinity();
-    for (int i = 0; i < chunks; ++i, from += 3 * DIM)
-        sum += from[0], low = fminf(low, from[DIM]), high = fmaxf(high, from[2 * DIM]);
+    for (int i = 0; i < chunks; ++i, from += 3 * DIM) {
+        sum += from[0];
+        if (blockIdx.y == 1) low = fminf(low, from[DIM]), high = fmaxf(high, from[2 * DIM]);
+    }
     const int at = blockIdx.x * DIM + threadIdx.x;
     const float mean = sum / tokens;
     if (blockIdx.y == 0) {
@@ -120,8 +124,8 @@ __device__ void store16(u8* tile, int part_bytes, int row, int lane, const float
 // Grid (tiles, heads). `shift` [heads, tokens] is what subtracting k's mean took from a query's scores, or null.
 extern "C" __global__ void __launch_bounds__(256)
 pack_q(const bf16* q, const float* key_mean, u8* out, float* scale, float* shift, int tokens, const bf16* own,
-       const i64* places) {
-    const Tokens given(q, own, places, blockIdx.y, tokens);
+       const i64* places, const int* order) {
+    const Tokens given(q, own, places, order, blockIdx.y, tokens);
     const int lane = threadIdx.x % 8;
     const i64 at = (i64)blockIdx.y * gridDim.x + blockIdx.x;
     for (int row = threadIdx.x / 8; row < QUERIES; row += 32) {
@@ -150,8 +154,9 @@ pack_q(const bf16* q, const float* key_mean, u8* out, float* scale, float* shift
 
 // Grid (tiles, heads). `scale` [heads, tiles].
 extern "C" __global__ void __launch_bounds__(256)
-pack_k(const bf16* k, const float* key_mean, u8* out, float* scale, int tokens, const bf16* own, const i64* places) {
-    const Tokens given(k, own, places, blockIdx.y, tokens);
+pack_k(const bf16* k, const float* key_mean, u8* out, float* scale, int tokens, const bf16* own, const i64* places,
+       const int* order) {
+    const Tokens given(k, own, places, order, blockIdx.y, tokens);
     __shared__ float shared[256];
     const int lane = threadIdx.x % 8;
     const i64 at = (i64)blockIdx.y * gridDim.x + blockIdx.x;
@@ -180,8 +185,8 @@ pack_k(const bf16* k, const float* key_mean, u8* out, float* scale, int tokens, 
 // [heads, tiles, 128] are the sums of the rounded values.
 extern "C" __global__ void __launch_bounds__(256)
 pack_v(const bf16* v, const float* mean, const float* scale, u8* out, float* sums, int tokens, const bf16* own,
-       const i64* places) {
-    const Tokens given(v, own, places, blockIdx.y, tokens);
+       const i64* places, const int* order) {
+    const Tokens given(v, own, places, order, blockIdx.y, tokens);
     extern __shared__ __align__(16) bf16 tile[];  // [KEYS, 128]
     __shared__ float halves[256];
     const i64 at = (i64)blockIdx.y * gridDim.x + blockIdx.x;
