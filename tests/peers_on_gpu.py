@@ -3,10 +3,11 @@
 import itertools
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import ml_dtypes
@@ -16,6 +17,7 @@ from trt_wan.runtime.device.gpu import DeviceArray, Gpu
 from trt_wan.runtime.device.kernels import THREADS, Module
 from trt_wan.runtime.parallel.peer_memory import PeerMemory
 from trt_wan.runtime.parallel.peer_sequence import PeerSequence, block_bytes, flags_of
+from trt_wan.runtime.parallel.ranks import Links, Ranks
 from trt_wan.runtime.parallel.shards import Shards
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -62,19 +64,12 @@ def gpu_count() -> int:
     return 0
 
 
-class PipeRanks:
-    def __init__(self, rank: int, count: int, sockets: dict[int, Connection]) -> None:
-        self.rank, self.count, self.sockets = rank, count, sockets
+class PipeRanks(Ranks):
+    """Without memory to share: `gather` is not for them."""
 
-    def exchange(self, payload: bytes) -> list[bytes]:
-        for socket in self.sockets.values():
-            socket.send_bytes(payload)
-        given = {self.rank: payload}
-        for rank, socket in self.sockets.items():
-            if not socket.poll(SECONDS):
-                raise TimeoutError(f"rank {rank} does not answer")
-            given[rank] = socket.recv_bytes()
-        return [given[rank] for rank in range(self.count)]
+    def __init__(self, rank: int, count: int, sockets: dict[int, Connection]) -> None:
+        super().__init__(rank, count, Links(sockets, ()) if sockets else None, SECONDS)
+        self.sockets = sockets
 
 
 class Processes:
@@ -106,15 +101,22 @@ class Processes:
     def result(self, rank: int, seconds: float = SECONDS) -> Any:
         """Raises RuntimeError with a rank's traceback, TimeoutError, or EOFError."""
         if not self.controls[rank].poll(seconds):
-            raise TimeoutError(f"rank {rank} has no result after {seconds:.0f} s")
+            raise TimeoutError(f"rank {rank} has no result in time")
         good, value = self.controls[rank].recv()
         if not good:
             raise RuntimeError(f"rank {rank}: {value}")
         return value
 
     def call(self, function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS) -> list[Any]:
+        """The results of all ranks. Raises as `result` does, and at once where a rank has failed."""
         self.send(function, *arguments)
-        return [self.result(rank, seconds) for rank in range(len(self.processes))]
+        found: dict[int, Any] = {}
+        end = time.monotonic() + seconds
+        while missing := [rank for rank in range(len(self.controls)) if rank not in found]:
+            ready = wait([self.controls[rank] for rank in missing], max(0.0, end - time.monotonic()))
+            here = [rank for rank in missing if self.controls[rank] in ready]
+            found |= {rank: self.result(rank, 0.0) for rank in here or missing}
+        return [found[rank] for rank in range(len(self.controls))]
 
     def kill(self, rank: int) -> None:
         self.processes[rank].kill()

@@ -3,7 +3,9 @@ which the streams of all ranks may run (late_peers.py).
 """
 
 import threading
+import time
 from dataclasses import replace
+from multiprocessing import Pipe
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +13,13 @@ import numpy as np
 import pytest
 from kernels_on_cpu import CpuKernels
 from late_peers import LateGpu, LateMemory, Peers, at
+from peers_on_gpu import PipeRanks, Processes
 
 from trt_wan.errors import EnvironmentBroken
 from trt_wan.runtime.device.kernels import compile_source, read_source
 from trt_wan.runtime.parallel import peer_memory
 from trt_wan.runtime.parallel.peer_sequence import PeerSequence, block_bytes, flags_of
+from trt_wan.runtime.parallel.ranks import Ranks
 from trt_wan.runtime.parallel.shards import Shards
 
 ARENA = 1 << 20
@@ -254,3 +258,20 @@ def test_the_kernels_compile(nvrtc: None, capability: tuple[int, int]) -> None:
     code = bytes(compile_source(peer_memory.SOURCE, capability).code)
     for name in peer_memory.NAMES:
         assert f".text.{name}".encode() + b"\0" in code
+
+
+def test_a_failed_rank_is_told_while_another_waits() -> None:
+    """Of the processes that GPU tests use: they hung, and told nothing, when a rank other than 0 failed."""
+    processes = Processes.__new__(Processes)
+    processes.controls, others = zip(*(Pipe() for _ in range(2)), strict=True)  # type: ignore[assignment]
+    others[1].send((False, "no such attribute"))
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1: no such attribute"):
+        processes.call(print, seconds=30)
+    assert time.monotonic() - start < 10
+    others[0].send((True, "first"))
+    others[1].send((True, "second"))
+    assert processes.call(print) == ["first", "second"]
+    with pytest.raises(TimeoutError):
+        processes.call(print, seconds=0.1)
+    assert isinstance(PipeRanks(0, 1, {}), Ranks)  # all that networks ask of ranks
