@@ -32,10 +32,10 @@ def require_whole_gpu() -> None:
 
 
 def with_kernels(home: Path) -> Path:
-    """`home`, a TRT_WAN_HOME of its own, with compiled kernels in the folder TRT_WAN_TEST_KERNELS if that is
+    """`home`, a TRT_WAN_HOME of its own, with compiled kernels in the folder KERNELS_OF_TESTS if that is
     set: compiling them takes most of a file's time on a GPU. Their names have all that decides them.
     """
-    if shared := os.environ.get("TRT_WAN_TEST_KERNELS"):
+    if shared := os.environ.get("KERNELS_OF_TESTS"):
         Path(shared).mkdir(parents=True, exist_ok=True)
         home.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):  # another test process was first

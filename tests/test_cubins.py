@@ -118,9 +118,9 @@ def test_test_files_may_share_kernels(
     nvrtc: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
     """Two at a time, as test workers and ranks are."""
-    monkeypatch.delenv("TRT_WAN_TEST_KERNELS", raising=False)
+    monkeypatch.delenv("KERNELS_OF_TESTS", raising=False)
     if shared:
-        monkeypatch.setenv("TRT_WAN_TEST_KERNELS", str(tmp_path / "machine"))
+        monkeypatch.setenv("KERNELS_OF_TESTS", str(tmp_path / "machine"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
 
     def made(*names: str) -> list[int]:
