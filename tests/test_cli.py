@@ -866,22 +866,25 @@ def test_demo_looks_at_the_path_first(tmp_path: Path, monkeypatch: pytest.Monkey
     assert message == "mine.mp4 exists already." and not (tmp_path / "home").exists()
 
 
-@pytest.mark.parametrize("in_the_way", ["a read-only folder", "a file"])
+@pytest.mark.parametrize("in_the_way", ["a read-only folder", "a file", "a file of its name", "a dead link"])
 def test_a_folder_that_cannot_be_made_is_not_advised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_the_way: str
 ) -> None:
     place = tmp_path / "place"
-    if in_the_way == "a file":
-        place.touch()
-    else:
+    folder, into = place if in_the_way == "a file of its name" else place / "new", place / "ComfyUI"
+    if in_the_way == "a read-only folder":
         place.mkdir()
         allowed = os.access  # rights do not bind root, who may run the tests
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place and allowed(path, mode))
-    output, into = str(place / "new" / "x.mp4"), str(place / "ComfyUI")
+    elif in_the_way == "a dead link":
+        place.symlink_to(tmp_path / "gone")
+    else:
+        place.touch()
+    output = str(folder / "x.mp4")
     message, hint = refused(invoke("demo", "-o", output, "--json"), 1, "output_unwritable")
-    assert message == f"There is no folder {place / 'new'}."
+    assert message == f"There is no folder {folder}."
     assert hint == "It cannot be made there: choose a folder that you can write to."
-    message, hint = refused(invoke("pull", "--into", into, "--json"), 2, "usage")
+    message, hint = refused(invoke("pull", "--into", str(into), "--json"), 2, "usage")
     assert message == f"There is no folder {into}." and "mkdir" not in hint
     assert hint.endswith("This one cannot be made there: choose a place that you can write to.")
 

@@ -65,8 +65,11 @@ def read_json(path: Path) -> Any:
 
 
 def can_make(folder: Path) -> bool:
-    """Whether `mkdir -p` could make `folder`, which is not there: by the nearest folder that is."""
-    nearest = next((path for path in folder.absolute().parents if path.exists()), None)
+    """Whether `mkdir -p` could make `folder`: nothing else has its name or that of a folder above it, and the
+    nearest folder that exists may be written to.
+    """
+    folder = folder.absolute()
+    nearest = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), None)
     return nearest is not None and nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
