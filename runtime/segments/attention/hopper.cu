@@ -1,5 +1,5 @@
-// Self-attention for Hopper with bf16 values: wgmma, bulk copies, a producer and two consumers. hopper_products.cu, hopper_weights.cu and
-// hopper_results.cu stand in front.
+// Self-attention for Hopper with bf16 values: wgmma, bulk copies, a producer and two consumers. hopper_products.cu,
+// hopper_weights.cu and hopper_results.cu stand in front.
 //
 // A block takes 128 queries of one head. One thread copies tiles of keys and values into a ring; each of two warpgroups
 // computes 64 queries against every tile, half a tile at a time. While the weights of a half are computed, the scores of the

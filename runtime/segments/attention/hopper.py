@@ -1,4 +1,5 @@
-"""Self-attention by our kernels for Hopper (hopper.cu), after passes that pack its inputs (tiles.cu).
+"""Self-attention by our kernels for Hopper, after passes that pack its inputs (tiles.cu). hopper.cu has bf16
+values, hopper_three.cu E4M3 values, and hopper_lists.cu is block-sparse.
 
 In int8, q has a scale per token and k one per tile of tokens, after k's mean over all tokens was subtracted,
 which leaves the softmax as it is. In E4M3, v has a scale per channel and its mean subtracted, which is added
@@ -63,21 +64,15 @@ def _value_bytes(values: Values, keys: int) -> int:
 
 
 class HopperAttention:
-    """bf16 in and out. `scores` and `values` name the numbers that are multiplied. With `lists`, of int8 and
-    E4M3, it is a ListedAttention.
-    """
+    """bf16 in and out. `scores` and `values` name the numbers that are multiplied."""
+
+    lists = False  # of ListedAttention: blocks of queries attend to lists of tiles
 
     def __init__(
-        self,
-        gpu: Gpu,
-        heads: int,
-        tokens: int,
-        head_dim: int,
-        scores: Scores,
-        values: Values,
-        lists: bool = False,
+        self, gpu: Gpu, heads: int, tokens: int, head_dim: int, scores: Scores, values: Values
     ) -> None:
         assert head_dim == HEAD_DIM, head_dim
+        lists = self.lists
         defined = macros(scores, values, lists)
         self._heads, self._tokens, self._keys = heads, tokens, defined["KEYS"]
         self._tiles = math.ceil(tokens / self._keys)
@@ -118,11 +113,12 @@ class HopperAttention:
     @property
     def partial(self) -> int:
         """The address of float32 [2, heads, chunks, 3, head_dim]: the sum, smallest and largest of every
-        channel, of chunks of the tokens of k and of v.
+        channel, of chunks of the tokens of k and of v. k's smallest and largest are not read.
         """
         return self._at["partial"]
 
     def _make_tiles(self, a: Mapping[str, int], shift: int, order: int) -> None:
+        """From q, k, v and `partial`. `order` int32 [tokens], or 0, has the tokens' numbers."""
         places = a.get("places", 0)
         q, k, v = ((a[f"own_{name}"] if places else 0, places, order) for name in "qkv")
         at, tokens, heads = self._at, np.int32(self._tokens), self._heads
@@ -172,18 +168,21 @@ class HopperAttention:
 
 
 class ListedAttention(HopperAttention):
-    """In int8 and E4M3, of blocks of 192 queries to listed blocks of 128 keys, and to the means of the other
-    blocks, each of which counts as 128 keys. bf16 in and out.
+    """Attends from blocks of 192 queries to listed blocks of 128 keys, and to the means of the other blocks,
+    each of which counts as 128 keys. In int8 and E4M3; bf16 in and out.
     """
+
+    lists = True
 
     def __init__(self, gpu: Gpu, heads: int, tokens: int, head_dim: int) -> None:
         self._mean_tiles = math.ceil(math.ceil(tokens / sparse_attention.BLOCK) / sparse_attention.BLOCK)
-        super().__init__(gpu, heads, tokens, head_dim, "int8", "e4m3", lists=True)
+        super().__init__(gpu, heads, tokens, head_dim, "int8", "e4m3")
         assert consumers("e4m3") * QUERIES == sparse_attention.QUERIES
 
     def pack_listed(self, a: Mapping[str, int], means: int, order: int, shift: int = 0) -> None:
         """Makes tiles of q, k and v, whose tokens have their numbers in `order`, int32 [tokens], and of the
-        blocks' `means` of k and v, bf16 [2, heads, blocks, head_dim]. `partial` must be there, of blocks.
+        blocks' `means` of k and v, bf16 [2, heads, blocks, head_dim]. Call after `partial` is filled: its
+        chunks are the blocks. `shift` as in `pack`, in the order of the blocks.
         """
         self._make_tiles(a, shift, order)
         at, blocks = self._at, np.int32(self._tiles)
@@ -196,8 +195,9 @@ class ListedAttention(HopperAttention):
     def attend_listed(
         self, attended: int, lists: int, counts: int, kept: int, order: int, shift: int = 0, lse: int = 0
     ) -> None:
-        """After `pack_listed`. For `lists`, `counts` and `kept` see select.py; at least one block is listed.
-        Rows of `attended` have the places of `order`; `shift` and `lse` are in the order of the blocks.
+        """After `pack_listed`. `lists`, `counts` and `kept` are `list`, `count` and `kept` of select.py; each
+        row lists at least one block. `attended` is bf16 [tokens, heads * head_dim], in the order of the
+        inputs; `shift` and `lse` are as in `attend`, in the order of the blocks.
         """
         means = (self._at[name] for name in ("mean_k", "mean_v", "mean_scale"))
         self._attend((lists, counts, *means, kept), attended, shift, lse, order)

@@ -1,23 +1,23 @@
 // Block-sparse self-attention for Hopper: as in hopper_three.cu, but a block of 192 queries attends to listed tiles of KEYS keys,
 // and to the other tiles' means, each of which counts as KEYS keys.
 //
-// Means are keys in tiles of their own. A block's listed tiles and all tiles of means stand behind each other in the ring, and are
-// multiplied STEP keys at a time: four steps of 96 keys are three tiles of 128. So a step may have keys of two tiles. Every slice
-// of 32 keys has a scale of its own, a word of marks for keys that are hidden, and a lift for its weights. The first steps need no
-// marks and no lift. The other ones, the tail, are those of the means and of a listed tile with fewer keys.
+// The means of all tiles are keys in further tiles, the tiles of means. The listed tiles and then the tiles of means go through
+// the ring. They are multiplied STEP keys at a time: four steps of 96 keys are three tiles of 128, so a step may have keys of two.
+// Every slice of 32 keys has a scale, a word of marks for keys that are hidden, and a lift: its weights are 2^lift times as large.
+// The tail are the steps with means or with hidden keys. The steps before it need neither marks nor lifts.
 
-constexpr int STEPS = 4, SCALES = STEP_SLICES, TILE_SLICES = KEYS / SLICE;  // of a turn of the ring; of a step; of a tile
+constexpr int STEPS = 4, TILE_SLICES = KEYS / SLICE;  // of a turn of the ring; of a tile
 constexpr int LOG2_KEYS = 7;  // a tile's mean counts as KEYS keys
-constexpr int ROW_OF_SLICES = STEPS * 16;  // bytes: for each step four numbers, the last unused
+constexpr int ROW_OF_SLICES = STEPS * 16;  // bytes: four numbers for each step, the last unused
 static_assert(STAGES * KEYS == STEPS * STEP && KEYS % SLICE == 0 && KEYS == 1 << LOG2_KEYS);
 
-// Marks of a slice of which `valid` keys are there.
+// Marks of a slice whose first `valid` keys are seen.
 __device__ u32 marks_of(int valid) { return valid >= SLICE ? 0 : valid <= 0 ? ~0u : ~0u << valid; }
 
-// `lists` [heads, blocks of queries, tiles] begins with the numbers of a block's tiles, in ascending order; `counts` [heads,
-// blocks of queries] says how many, at least one. `mean_k`, `mean_v` and `mean_scale` are as `k`, `v` and `key_scale`, with a key
-// for each tile's means. `listed` [heads, blocks of queries, slices] marks the means of listed tiles and those that are none. Rows
-// of `out` are in the order of `places`.
+// Arguments that are not here are those of hopper.cu. Each row of `lists` [heads, blocks of queries, tiles] begins with the numbers
+// of its tiles, in ascending order; `counts` [heads, blocks of queries] has their number, at least one. `mean_k`, `mean_v` and
+// `mean_scale` are as `k`, `v` and `key_scale`, with a key for each tile's mean. `listed` [heads, blocks of queries, slices of the
+// tiles of means] hides the means of listed tiles, and keys behind the last mean. `places` [tokens] has each token's row of `out`.
 extern "C" __global__ void __launch_bounds__(512, 1)
 attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const float* key_scale,
        const float* value_scale, const float* value_mean, const int* lists, const int* counts, const u8* mean_k, const u8* mean_v,
@@ -28,7 +28,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
     const u32 q_at = base, k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES, kept_at = v_at + STAGES * V_BYTES;
     const u32 scales_at = kept_at + CONSUMERS * KEPT_BYTES;
     const u32 marks_at = scales_at + ROW_OF_SLICES, lifts_at = marks_at + ROW_OF_SLICES;
-    const u32 q_full = lifts_at + ROW_OF_SLICES, full = q_full + 8, free = full + STAGES * 8;  // free[STAGES]: for no tile
+    const u32 q_full = lifts_at + ROW_OF_SLICES, full = q_full + 8, free = full + STAGES * 8;  // free[STAGES] is of no tile
     if (threadIdx.x == 0) {
         barrier_init(q_full, 1);
         for (int i = 0; i < STAGES; ++i) barrier_init(full + i * 8, 1);
@@ -41,13 +41,13 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
     const int count = counts[row], missing = list[count - 1] == tiles - 1 ? tiles * KEYS - tokens : 0;
     const int keys = count * KEYS - missing, mean_tiles = (tiles + KEYS - 1) / KEYS, means = count < tiles ? mean_tiles : 0;
     const int slices = means ? (count + means) * TILE_SLICES : (keys + SLICE - 1) / SLICE;
-    const u32 steps = (slices + SCALES - 1) / SCALES, tail = keys / STEP;
+    const u32 steps = (slices + STEP_SLICES - 1) / STEP_SLICES, tail = keys / STEP;
     if (threadIdx.x < 128) {
         fewer_registers<32>();
         if (threadIdx.x == 0) {
             barrier_expect(q_full, Q_BYTES);
             copy_bulk(q_at, q + row * Q_BYTES, Q_BYTES, q_full);
-            // The last step may need a tile more, or it would multiply its zeros with unknown bytes.
+            // The last step may reach into one tile more. Its keys are hidden, but their bytes must not be NaN.
             for (int i = 0; i * KEYS < steps * STEP; ++i) {
                 const bool mean = means && i >= count;
                 const i64 tile = mean ? (i64)head * mean_tiles + min(i - count, means - 1)
@@ -58,7 +58,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
 #pragma unroll
                 for (int j = 0; j < TILE_SLICES; ++j) {
                     const int slice = stage * TILE_SLICES + j, number = (i - count) * TILE_SLICES + j;
-                    const u32 at = slice / SCALES * 16 + slice % SCALES * 4;
+                    const u32 at = slice / STEP_SLICES * 16 + slice % STEP_SLICES * 4;
                     const u32 marks = !mean ? marks_of(keys - (i * TILE_SLICES + j) * SLICE)
                                     : number < means * TILE_SLICES ? listed[row * mean_tiles * TILE_SLICES + number]
                                                                    : ~0u;
@@ -98,10 +98,10 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         wgmma_wait<0>();
         settled_scores(s);
         if (keys < STEP) hide(s, keys);
-        float factor[SCALES][2];
+        float factor[STEP_SLICES][2];
         auto scaled = [&]() {
 #pragma unroll
-            for (int i = 0; i < SCALES; ++i) factor[i][0] = r.scale[0] * scale[i], factor[i][1] = r.scale[1] * scale[i];
+            for (int i = 0; i < STEP_SLICES; ++i) factor[i][0] = r.scale[0] * scale[i], factor[i][1] = r.scale[1] * scale[i];
         };
         scaled();
         largest(s, factor, r.base);
@@ -121,7 +121,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             values(o, a, before + V_AT);
             wgmma_commit();
             wgmma_wait<0>();
-            // Of a turn's steps the first ends no tile, and each of the others one: step before + 1 tile `before`.
+            // A step is over with its values, now. The first step of a turn ends no tile, step n + 1 ends tile n.
             if (threadIdx.x % 32 == 0) barrier_arrive(free + (now ^ 2) * 8);
             settled_scores(s);
             settled(o);

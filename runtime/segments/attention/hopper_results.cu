@@ -59,7 +59,7 @@ __device__ bf16* place_of(bf16* out, const i64* places, int token) {
     return out + (((rank - (rank > own)) * places[3] + row) * gridDim.y + head) * DIM;
 }
 
-// Two rows, token `first` and the eighth after it, to where `place` says. `means` and `factors` are those of the head's values.
+// Writes two rows, token `first` and the eighth after it, to the addresses of `place`. `means` and `factors` are those of v.
 template <class Place>
 __device__ void write_rows(const float (&o)[64], const Rows& r, const float* means, const float* factors, const float* shift,
                            float* lse, int first, int tokens, Place place) {

@@ -1,7 +1,7 @@
-// Weights of the self-attention on Hopper: the softmax of half a tile, STEP keys.
+// Weights of the self-attention on Hopper: the softmax of a step, STEP keys.
 //
-// Weights are computed with the largest score known before, and once more if one of them may not fit into E4M3. So most
-// halves are not searched for their largest score.
+// Weights are computed with the largest score of a step before, and once more if one of them may not fit into E4M3. So most
+// steps are not searched for their largest score.
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LIFT = 5.0f;  // weights are at most 2^LIFT of a row whose largest score is known
@@ -51,7 +51,7 @@ __device__ void hide(Score (&s)[SCORES], int valid) {
         if (i / 4 * 8 + column + i % 2 >= valid) s[i] = least();
 }
 
-// Hides the keys whose bits are set, a word for 32 keys.
+// Hides the keys whose bits are set. `marks` has a word for 32 keys.
 __device__ void hide_marked(Score (&s)[SCORES], const float (&marks)[4]) {
     const int column = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -59,8 +59,8 @@ __device__ void hide_marked(Score (&s)[SCORES], const float (&marks)[4]) {
         if (__float_as_uint(marks[i / 16]) >> column >> (i / 4 % 4 * 8 + i % 2) & 1) s[i] = least();
 }
 
-// The base by which each row's largest score has a weight of 2^LIFT. `factor` is that of all keys, or of equal parts of them, for
-// both rows. With `lift`, of the same parts, a weight is 2^lift times as large.
+// The base with which each row's largest score has a weight of 2^LIFT. `factor` has a number for each of SCALED equal parts of the
+// keys and both rows. `lift`, or null, has one for each part, whose weights are 2^lift times as large.
 template <int SCALED>
 __device__ void largest(const Score (&s)[SCORES], const float (&factor)[SCALED][2], float (&base)[2], const float* lift = nullptr) {
     constexpr int PART = SCORES / SCALED;
@@ -82,8 +82,8 @@ __device__ void largest(const Score (&s)[SCORES], const float (&factor)[SCALED][
     }
 }
 
-// Scores to packed weights and their sums, with the rows' maxima as they are. AGAIN 1: of the same scores, which are made
-// numbers in another way, or ptxas would keep them for it in registers.
+// Scores to packed weights and their sums, with the rows' bases as they are. With AGAIN the same scores become numbers in
+// another way, or ptxas would keep the numbers of the first time in registers.
 template <bool AGAIN, int SCALED>
 __device__ void weigh(const Score (&s)[SCORES], const float (&factor)[SCALED][2], const Rows& r, u32 (&a)[STEP_SLICES][4],
                       float (&sums)[2][2], const float* lift = nullptr) {

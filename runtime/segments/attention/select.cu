@@ -11,8 +11,8 @@ constexpr int GROUP = 16;             // blocks of queries whose scores a thread
 
 __device__ int blocks_of(i64 tokens, int size) { return (int)((tokens + size - 1) / size); }
 
-// Sums over a block's tokens, whose numbers are `order`: of each channel, into `whole`. With RANGE the smallest and the largest too.
-// Sums are in a fixed order.
+// Each channel's sum over the tokens of a block, whose numbers are `order`, into `whole`. With RANGE the smallest and the largest
+// number too. Sums are in a fixed order.
 template <bool RANGE>
 __device__ void over_tokens(const bf16* from, const int* order, int count, float (&shared)[3][ROWS][HEAD_DIM],
                             float (&whole)[3]) {
@@ -49,10 +49,10 @@ __device__ void over_tokens(const bf16* from, const int* order, int count, float
     }
 }
 
-// The means of the blocks, whose tokens have their numbers in `order`: for the ranks of q, pooled [heads, QUADS, blocks of
-// queries, 4], and behind it of k, [heads, QUADS, blocks, 4]; for the attention of k and v, means [2, heads, blocks, HEAD_DIM]. And
-// partial [2, heads, blocks, 3, HEAD_DIM]: each block's sums of k and v, and v's smallest and largest numbers. Grid heads *
-// (blocks of queries + 2 * blocks), 256 threads.
+// The means of the blocks, whose tokens have their numbers in `order`. For the ranks: `pooled`, of q [heads, QUADS, blocks of
+// queries, 4], and behind it of k [heads, QUADS, blocks, 4]. For the attention: `means` of k and v, [2, heads, blocks, HEAD_DIM];
+// `partial` [2, heads, blocks, 3, HEAD_DIM], each block's sums of k and v, and v's smallest and largest numbers (k's are not
+// written). Grid heads * (blocks of queries + 2 * blocks), 256 threads.
 extern "C" __global__ void pool_blocks(const bf16* q, const bf16* k, const bf16* v, const int* order, float* pooled, bf16* means,
                                        float* partial, i64 tokens, i64 heads) {
     __shared__ float shared[3][ROWS][HEAD_DIM];
@@ -78,7 +78,7 @@ extern "C" __global__ void pool_blocks(const bf16* q, const bf16* k, const bf16*
     if (input < 2) pooled[((head % heads * QUADS + channel / 4) * blocks + block) * 4 + channel % 4] = whole[0] / count;
 }
 
-// A number that is larger where the score is. Of a block that is always kept, the largest.
+// A number that is larger where the score is. A block that is always kept has the largest.
 __device__ u32 rank_of(float score, bool always) {
     const u32 bits = __float_as_uint(score + 0.0f);  // -0 becomes 0
     return always ? ~0u : bits >> 31 ? ~bits : bits | 0x80000000u;

@@ -44,10 +44,10 @@ class BlockChoice:
 
     def parts(self) -> dict[str, int]:
         """Bytes of the buffers in the scratch, all in the order of the blocks. `list` is int32 [heads, query
-        blocks, key blocks]: for each block of queries the numbers of the blocks of keys that it keeps, in
-        ascending order. `count` is int32 [heads, query blocks]: how many. `kept` has a bit for each block,
-        set where it is kept: 32-bit words [heads, query blocks, 4 * key blocks / 128]. `means` are those of k
-        and v, bf16 [2, heads, key blocks, head_dim].
+        blocks, key blocks]: each row begins with the numbers of the blocks of keys that it keeps, in
+        ascending order. `count` is int32 [heads, query blocks], their number. `kept` has a bit for each block
+        of keys, set where it is kept or where there is none: uint32 [heads, query blocks, 4 * ceil(key blocks
+        / 128)]. `means` are those of k and v, bf16 [2, heads, key blocks, head_dim].
         """
         heads, _, head_dim = self._shape
         rows, means = heads * self._rows, 2 * heads * self._blocks * head_dim
@@ -63,7 +63,7 @@ class BlockChoice:
     def choose(self, q: int, k: int, v: int, keep: int, partial: int, at: Mapping[str, int]) -> None:
         """Fills the parts, whose addresses are in `at`. q, k and v are bf16 [heads, tokens, head_dim] in the
         order of the video; `keep` is float32 [1], the share. `partial` float32 [2, heads, key blocks, 3,
-        head_dim] gets each block's sums of the channels of k and v, and the smallest and largest of v.
+        head_dim] gets the sums of k's and v's channels over each block, and v's smallest and largest.
         """
         heads, tokens, _ = self._shape
         blocks, rows = self._blocks, self._rows

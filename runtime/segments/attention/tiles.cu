@@ -1,5 +1,5 @@
-// q, k and v as hopper.cu takes them: quantised, in tiles of QUERIES queries and KEYS keys, rows of 128 bytes whose
-// chunks of 16 bytes are swizzled, and of 32 bytes for v. Tensors are bf16 [heads, tokens, 128]. Tokens behind the last one are zeros.
+// q, k and v as hopper.cu takes them: quantised, in tiles of QUERIES queries and KEYS keys, rows of 128 bytes whose chunks of
+// 16 bytes are swizzled, and of 32 bytes for v. Tensors are bf16 [heads, tokens, 128]. Tokens behind the last one are zeros.
 //
 // In 8 bits q has a scale per token, k one per tile, v one per channel. The means over all tokens are subtracted from k,
 // which leaves the softmax as it is, and from v, and added to the result; with it goes the mean of v's rounding errors,
@@ -9,8 +9,8 @@ typedef Vector<bf16, 8> Bf16x8;
 constexpr int CHUNK = 256;  // tokens of one sum
 constexpr float LARGEST = 127.0f;  // of int8
 
-// Tokens of q, k or v, by `order` where it is given. With `places` (contracts/attention.py) those of the rank itself are in `own`
-// [heads, rows, 128].
+// Tokens of q, k or v. `order` [tokens], or null, has their numbers in `all`. With `places` (contracts/attention.py) the
+// rank's tokens are in `own` [heads, rows, 128], and there is no `order`.
 struct Tokens {
     const bf16 *all, *own;
     const int* order;
@@ -66,7 +66,7 @@ channel_parts(const bf16* k, const bf16* v, float* partial, int tokens, const bf
     }
 }
 
-// Means of k and v, and v's scale, [heads, 128] each. Grid (heads, 2), 128 threads.
+// Means of k and v, and v's scale, [heads, 128] each. k's smallest and largest numbers are not read. Grid (heads, 2), 128 threads.
 extern "C" __global__ void __launch_bounds__(DIM)
 channels_whole(const float* partial, float* key_mean, float* value_mean, float* value_scale, int chunks, int tokens) {
     const float* from = partial + ((i64)blockIdx.y * gridDim.x + blockIdx.x) * chunks * 3 * DIM + threadIdx.x;
