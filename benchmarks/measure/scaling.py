@@ -155,8 +155,8 @@ class _Bench:
         self.progress(Note(f"not measured: {text}"))
 
     def fail(self, what: str, error: TrtWanError) -> None:
-        """Leaves a row out. Too little memory, for example, is a result; a lost rank is none, nor is a
-        process that ended before it answered, unless the budget was over.
+        """Leaves a row out. A rank or a process that is lost makes the command fail in the end, unless the
+        budget ended it. Other errors, too little memory for example, are results.
         """
         self.failures.append(error)
         self.leave_out(f"{what}: {error.message}")

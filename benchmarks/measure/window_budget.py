@@ -25,6 +25,7 @@ from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
 from trt_wan.benchmarks.work.bound import Rates, budget_rates
 from trt_wan.benchmarks.work.cost import Work, seconds_at_best, works
+from trt_wan.engines.precision import Precision
 from trt_wan.runtime.events import Note, Progress, silent
 
 MODULE = "trt_wan.benchmarks.measure.window_job"
@@ -63,7 +64,7 @@ class WindowBudget:
     windows: int
     seconds: float  # from its first stage to that of the next window
     step_seconds: float  # median of all steps
-    writing_seconds: float | None  # of the writing thread for a window, beside the rest; known in the end
+    writing_seconds: float | None  # of the writing thread, beside the rest; None until the job ends
     stages: Mapping[str, float]
     parts: list[Part]
     once: list[Part]  # per job, outside the windows
@@ -156,24 +157,16 @@ def measure_window(
             not_measured=not_measured,
         )
 
-        def run(spec: Spec, keep: Callable[[WindowBudget], object]) -> Any:
-            with Child(MODULE, [spec.to_json()], env) as child:
-                while (answer := child.read())["event"] == "window":
-                    progress(Note(f"  {answer['text']}"))
-                    seen = _seen(answer, answer["window"])
-                    keep(made(**seen, writing_seconds=None, parts=[], once=[], floors="", finished=False))
-                return answer
+        def keep_window(answer: Mapping[str, Any]) -> None:
+            seen = _seen(answer, answer["window"])
+            keep(made(**seen, writing_seconds=None, parts=[], once=[], floors="", finished=False))
 
         if card.gpu is not None:
             progress(Note("a window that is not counted: it finishes the kernels"))
-            with_graphs(lambda: run(replace(spec, clips=clips, steps=1), lambda unfinished: None), progress)
+            _run(replace(spec, clips=clips, steps=1), env, progress)
         progress(Note(f"a job of {windows} windows"))
-        said = with_graphs(lambda: run(spec, keep), progress)
-    plan = replace(shape.plan, precision=said["precision"])
-    work = works(shape.config, plan)
-    if SPARSE in work:
-        share = float(settings.get("attention_keep") or 0.5)
-        work[SPARSE] = replace(work[SPARSE], attention=round(share * work[SPARSE].attention))
+        said = _run(spec, env, progress, keep_window)
+    work = _work(shape, said["precision"], settings)
     rates = budget_rates(ceilings, settings.get("tier", "exact") != "exact")
     number = windows - 1
     seen = _seen(said, number)
@@ -184,6 +177,33 @@ def measure_window(
         once=parts(said["networks"], 0, {}, work, rates),
         floors=rates.about if rates else "no ceilings were measured",
     )
+
+
+def _run(
+    spec: Spec,
+    env: Mapping[str, str],
+    progress: Progress,
+    keep: Callable[[Mapping[str, Any]], object] = lambda answer: None,
+) -> dict[str, Any]:
+    """The answer "windows" of window_job.py. `keep` gets its answers "window"."""
+
+    def run() -> dict[str, Any]:
+        with Child(MODULE, [spec.to_json()], env) as child:
+            while (answer := child.read())["event"] == "window":
+                progress(Note(f"  {answer['text']}"))
+                keep(answer)
+            return answer
+
+    return with_graphs(run, progress)
+
+
+def _work(shape: Shape, precision: Precision, settings: Mapping[str, Any]) -> dict[str, Work]:
+    """By network. Block-sparse attention computes the share of the blocks that it keeps."""
+    work = works(shape.config, replace(shape.plan, precision=precision))
+    if SPARSE in work:
+        share = float(settings.get("attention_keep") or 0.5)
+        work[SPARSE] = replace(work[SPARSE], attention=round(share * work[SPARSE].attention))
+    return work
 
 
 def _seen(said: Mapping[str, Any], window: int) -> dict[str, Any]:

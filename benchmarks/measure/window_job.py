@@ -2,9 +2,10 @@
 
     python -m trt_wan.benchmarks.measure.window_job SPEC
 
-SPEC is a `Spec` in JSON. Answers "windows": seconds of every stage and network, by window, and before that
-"window" for each window: its `text`, and the same without networks, which would wait for the GPU. The number
-0 is the job outside its windows. The video is written beside the clips.
+SPEC is a `Spec` in JSON. Answers "window" after each window: its `text`, and the seconds of every stage so
+far, by window. Networks are not in it: reading their times would wait for the GPU. In the end answers
+"windows": the same, with the seconds of every network. Window 0 is the job outside its windows. The video is
+written beside the clips.
 """
 
 import sys
@@ -50,7 +51,7 @@ class WindowWatch:
             self.steps.append(event.seconds)
 
     def found(self) -> dict[str, Any]:
-        """What is known while the job runs."""
+        """The fields of an answer that are known while the job runs."""
         return {
             "choices": list(self.notes),
             "stages": [_row(window, stage, seconds) for (window, stage), seconds in self.stages.items()],

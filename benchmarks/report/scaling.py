@@ -103,7 +103,7 @@ class Scaling:
     throughput: list[Throughput]
     not_measured: list[str]
     finished: bool = True  # False: more rows are to come
-    lost: Sequence[str] = ()  # of `not_measured`, what a process or a GPU did not survive
+    lost: Sequence[str] = ()  # entries of `not_measured` whose process or GPU was lost
     schema: str = SCHEMA
     stem: ClassVar[str] = "scaling"
 
