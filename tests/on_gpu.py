@@ -32,8 +32,8 @@ def require_whole_gpu() -> None:
 
 
 def with_kernels(home: Path) -> Path:
-    """`home`, a TRT_WAN_HOME of its own, with compiled kernels in the folder KERNELS_OF_TESTS if that is
-    set: compiling them takes most of a file's time on a GPU. Their names have all that decides them.
+    """Returns `home`, a TRT_WAN_HOME, with its kernels in the folder KERNELS_OF_TESTS if that is set:
+    compiling them takes most of a file's time on a GPU. The names there tell kernels of other code apart.
     """
     if shared := os.environ.get("KERNELS_OF_TESTS"):
         Path(shared).mkdir(parents=True, exist_ok=True)

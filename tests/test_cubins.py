@@ -88,8 +88,8 @@ def test_kept_kernels_are_those_that_nvrtc_made(nvrtc: None, home: Path) -> None
 
 
 def test_the_same_code_is_loaded_once_a_process(nvrtc: None, home: Path) -> None:
-    """Its library stays on the GPU until the process ends, as many times as it was loaded. By numbers: where
-    there is no driver, the repr in a failure's report would wait for ever.
+    """A library stays on the GPU until the process ends, as many times as it was loaded. Objects are compared
+    by id: without a driver, their repr in a failure's report would wait for ever.
     """
     made = []
     for capability in ((9, 0), (9, 0), (8, 9)):

@@ -131,8 +131,8 @@ def pool_bytes() -> int:
 
 
 def test_opening_and_closing_gives_all_memory_back(folders: Clips) -> None:
-    """Its list tells a leak, which grows with every cycle, from what CUDA's libraries keep after the first
-    job of a size.
+    """The failure's list tells a leak, which grows with every cycle, from memory that CUDA's libraries keep
+    after the first job of a size.
     """
     require_whole_gpu()
     after: list[int] = []

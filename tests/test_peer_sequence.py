@@ -261,7 +261,7 @@ def test_the_kernels_compile(nvrtc: None, capability: tuple[int, int]) -> None:
 
 
 def test_a_failed_rank_is_told_while_another_waits() -> None:
-    """Of the processes that GPU tests use: they hung, and told nothing, when a rank other than 0 failed."""
+    """The processes of GPU tests hung, and told nothing, when a rank other than 0 failed."""
     processes = Processes.__new__(Processes)
     processes.controls, others = zip(*(Pipe() for _ in range(2)), strict=True)  # type: ignore[assignment]
     others[1].send((False, "no such attribute"))
@@ -274,4 +274,4 @@ def test_a_failed_rank_is_told_while_another_waits() -> None:
     assert processes.call(print) == ["first", "second"]
     with pytest.raises(TimeoutError):
         processes.call(print, seconds=0.1)
-    assert isinstance(PipeRanks(0, 1, {}), Ranks)  # all that networks ask of ranks
+    assert isinstance(PipeRanks(0, 1, {}), Ranks)  # networks may use all functions of ranks

@@ -4,8 +4,8 @@
 
 The error of the output, relative to dense attention, at 30, 50 and 70 % of the blocks kept, for sampled
 blocks of queries. Products are exact (float32), so the choice alone counts, and the means of the blocks that
-are skipped; "dropped" is the error without these means. `--queries` are sizes of the blocks of queries, which
-take the same sampled tokens. "gaussian" is noise, in which nothing is worth finding.
+are skipped; "dropped" is the error without these means. `--queries` are sizes of a block of queries; all
+get the same sampled tokens. "gaussian" is noise, in which nothing is worth finding.
 "local" are heads over a video: content and positions are smooth in space and time, and q and k carry both. A
 head's gain decides how sharply a query looks at what is like it; "rows" are the same heads with blocks of
 consecutive tokens.
@@ -143,8 +143,8 @@ def main() -> None:
     parser.add_argument("--size", default="832x480")
     parser.add_argument("--slots", type=int, default=21)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--sample", type=int, default=8, help="places in a head, of queries of whole blocks")
-    parser.add_argument("--queries", default=str(QUERIES), help="of a block, for example 128,192")
+    parser.add_argument("--sample", type=int, default=8, help="places in a head where queries are taken")
+    parser.add_argument("--queries", default=str(QUERIES), help="tokens of a block of queries, as 128,192")
     parser.add_argument("--gains", default="0.5,1,2")
     options = parser.parse_args()
     sizes = [int(size) for size in options.queries.split(",")]

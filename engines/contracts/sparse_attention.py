@@ -3,8 +3,8 @@
 (the reference), those that share tokens with the block of queries and the last are always among them. A
 skipped block counts as BLOCK keys that are equal to its mean key, with its mean value.
 
-A block of keys is a compact part of the video, 8x8 tokens of two slots, for these are most alike, and one of
-queries is 8x12: `block_order`.
+A block is a compact part of the video, whose tokens are most alike: 8x8 tokens of two slots for keys, 8x12 of
+two slots for queries. See `block_order`.
 """
 
 import numpy as np

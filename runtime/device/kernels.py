@@ -42,8 +42,8 @@ def compile_source(
     *,
     accelerated: bool = False,
 ) -> Any:
-    """The code of kernels for GPUs of a compute capability, compiled once per machine; needs no GPU. The same
-    code is the same object in a process.
+    """The code of kernels for GPUs of a compute capability, compiled once per machine; needs no GPU. In a
+    process the same code is the same object.
 
     `accelerated` code may use instructions of this capability alone, such as Hopper's wgmma.
     """
@@ -63,8 +63,8 @@ def compile_source(
 
 @cache
 def _loaded(cubin: bytes) -> Any:
-    """cuda.core (to 1.2.2 at least) never unloads a library: loaded by each Gpu anew, every model that was
-    opened and closed would leave its kernels on the GPU.
+    """One object for the same code: cuda.core (to 1.2.2 at least) never unloads a library. If each Gpu loaded
+    its own, every model that was opened and closed would leave its kernels on the GPU.
     """
     from cuda.core import ObjectCode
 

@@ -125,5 +125,5 @@ def scale(
         report.done(line, document)
     raise GpuFault(
         f"Not everything was measured: {some_of(measured.lost, most=1).rstrip('.')}.",
-        "All other rows are measured, and are told above. Run it again with the --gpus that are missing.",
+        "All other rows are measured and shown above. Run it again with the --gpus that are missing.",
     )
