@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from trt_wan.cli.bench_preprocess import bench_preprocess
-from trt_wan.cli.bench_report import finished, keeping, show_tables
+from trt_wan.cli.bench_report import finished, keeping, require_writable, show_tables
 from trt_wan.cli.bench_scaling import scale, scaling_options, take_scaling
 from trt_wan.cli.calibrate_cache import calibrate_cache
 from trt_wan.cli.command import Group, command, note
@@ -211,6 +211,7 @@ def measure(
         cold=cold,
     )
     if repeat == 1:
+        require_writable(out)
         return finished(report, run_bench(options, report.progress), out)
     results = []
     with keeping(out) as keep:

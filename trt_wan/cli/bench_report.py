@@ -30,13 +30,24 @@ def finished(report: Report, measured: "Measured", out: Path | None = None) -> t
     return as_line(document), document
 
 
+def require_writable(out: Path | None) -> None:
+    """Raises OutputError, as `trt-wan run` does, for a folder that no file can be written to. Leaves nothing."""
+    from trt_wan.runtime.video.target import claimed
+
+    if out is not None:
+        with claimed(out / "bench"):
+            pass
+
+
 @contextmanager
 def keeping(out: Path | None) -> "Iterator[Callable[[Measured], None]]":
     """Gives a function that writes the document and the CSV of a measurement that goes on. Where the
-    measurement ends early, the error names the document with the rows so far.
+    measurement ends early, the error names the document with the rows so far. Raises OutputError at once for a
+    folder that cannot be written to.
     """
     from trt_wan.benchmarks.report.sheet import write_document, write_rows
 
+    require_writable(out)
     written: list[Path] = []
 
     def keep(unfinished: "Measured") -> None:
