@@ -1,13 +1,19 @@
-"""How `trt-wan bench` ends where the machine is in the way: a folder or disk that cannot be written to, processes
-that are killed, and settings that are not for this machine.
+"""How `trt-wan bench` ends where the machine is in the way: a folder or disk that cannot be written to,
+processes that are killed, and settings that are not for this machine.
 """
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from trt_wan.benchmarks.measure import quality, window_budget, workplace
+from trt_wan.benchmarks.measure.budget import Budget
+from trt_wan.benchmarks.measure.processes import Child, NoAnswer, is_lost
 from trt_wan.cli.main import cli
+from trt_wan.errors import GpuFault, MemoryShort, TrtWanError
 
 TINY = "--model tiny --size 64x48 --window 13 --executor onnxruntime"
 
@@ -26,3 +32,64 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(command: 
     assert refused.exit_code == 1 and refused.stdout == ""
     cure = "Check the disk, or write to another one."
     assert refused.stderr == f"Error: {out}/bench cannot be written (Not a directory).\n{cure}\n"
+
+
+KILLED = """Error: The process that measured was ended by SIGKILL.
+The likely reason is too little memory. Look at what is free and what the kernel says:
+free -h
+dmesg | tail
+Then run it again."""
+
+
+def killing(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str = "", signal: int = 9) -> str:
+    """The name of a module that runs `code` and is then ended by a signal, as the OOM killer does."""
+    (folder / "killed_job.py").write_text(f"import os, sys\n{code}\nos.kill(os.getpid(), {signal})\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", ""))))
+    return "killed_job"
+
+
+def one_window() -> str:
+    stages = [{"window": 1, "stage": "denoise", "seconds": 0.5}]
+    found = {"window": 1, "text": "window 1", "stages": stages, "steps": [0.25], "choices": []}
+    return f"print({json.dumps({'event': 'window', **found})!r}, flush=True)"
+
+
+@pytest.mark.parametrize("command", ["", "window", "quality"])
+def test_a_killed_process_is_told_without_a_traceback(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = killing(tmp_path, monkeypatch, one_window() if command == "window" else "")
+    monkeypatch.setattr(window_budget, "MODULE", name)
+    for module in (quality, workplace):
+        monkeypatch.setattr(module, "OURS_MODULE", name)
+    ended = bench(f"{command} {TINY} --out {tmp_path / 'out'}")
+    assert isinstance(ended.exception, SystemExit) and ended.exit_code == 1, ended.output
+    kept = f"\nThe rows measured so far are in {tmp_path}/out/window.json." if command == "window" else ""
+    assert ended.stderr.endswith(f"{KILLED}{kept}\n"), ended.stderr
+
+
+def test_another_signal_and_an_answer_that_does_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = killing(tmp_path, monkeypatch, "print('bad address', file=sys.stderr, flush=True)", signal=11)
+    with Child(name, [], dict(os.environ)) as child, pytest.raises(GpuFault) as caught:
+        child.read()
+    assert caught.value.message == "The process that measured was ended by SIGSEGV."
+    assert caught.value.hint == "Run it again. It said last: bad address"
+    killing(tmp_path, monkeypatch, "import time; time.sleep(60)")
+    with Child(name, [], dict(os.environ), 0.25) as child, pytest.raises(NoAnswer):
+        child.read()
+
+
+@pytest.mark.parametrize(
+    ("error", "lost", "after_the_budget"),
+    [
+        (GpuFault("The process that measured was ended by SIGKILL."), True, True),
+        (NoAnswer("No answer for 60 s."), True, False),
+        (TrtWanError("scaling_job ended with 1"), True, False),
+        (MemoryShort("12.0 GB are free."), False, False),
+    ],
+)
+def test_rows_that_are_lost(error: TrtWanError, lost: bool, after_the_budget: bool) -> None:
+    assert is_lost(error, Budget()) == lost
+    assert is_lost(error, Budget(0)) == after_the_budget

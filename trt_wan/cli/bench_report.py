@@ -31,7 +31,9 @@ def finished(report: Report, measured: "Measured", out: Path | None = None) -> t
 
 
 def require_writable(out: Path | None) -> None:
-    """Raises OutputError, as `trt-wan run` does, for a folder that no file can be written to. Leaves nothing."""
+    """Raises OutputError, as `trt-wan run` does, for a folder that no file can be written to. Leaves nothing
+    there.
+    """
     from trt_wan.runtime.video.target import claimed
 
     if out is not None:
@@ -42,8 +44,8 @@ def require_writable(out: Path | None) -> None:
 @contextmanager
 def keeping(out: Path | None) -> "Iterator[Callable[[Measured], None]]":
     """Gives a function that writes the document and the CSV of a measurement that goes on. Where the
-    measurement ends early, the error names the document with the rows so far. Raises OutputError at once for a
-    folder that cannot be written to.
+    measurement ends early, the error names the document with the rows so far. Raises OutputError at
+    once for a folder that cannot be written to.
     """
     from trt_wan.benchmarks.report.sheet import write_document, write_rows
 
