@@ -5,6 +5,7 @@ processes that are killed, and settings that are not for this machine.
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -12,8 +13,12 @@ from click.testing import CliRunner, Result
 from trt_wan.benchmarks.measure import quality, window_budget, workplace
 from trt_wan.benchmarks.measure.budget import Budget
 from trt_wan.benchmarks.measure.processes import Child, NoAnswer, is_lost
+from trt_wan.cli.bench import _refuse_on_cpu
 from trt_wan.cli.main import cli
-from trt_wan.errors import GpuFault, MemoryShort, TrtWanError
+from trt_wan.errors import GpuFault, MemoryShort, TrtWanError, UsageError
+from trt_wan.runtime.events import silent
+from trt_wan.runtime.opening.model import choose_precision, open_gpu
+from trt_wan.runtime.settings import Settings
 
 TINY = "--model tiny --size 64x48 --window 13 --executor onnxruntime"
 
@@ -93,3 +98,42 @@ def test_another_signal_and_an_answer_that_does_not_come(
 def test_rows_that_are_lost(error: TrtWanError, lost: bool, after_the_budget: bool) -> None:
     assert is_lost(error, Budget()) == lost
     assert is_lost(error, Budget(0)) == after_the_budget
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("--tier fast", "--gpus 1,2 --tier turbo", "--gpus 1,2 --tier fast --dry-run", "window --tier fast"),
+        *("quality --row fast --row turbo", "vae --weights . --row fast", "sweep --tier turbo"),
+    ],
+)
+def test_settings_of_a_gpu_are_refused_at_once_as_by_run(command: str) -> None:
+    refused = bench(f"{command} {TINY}")
+    assert refused.exit_code == 2 and refused.stdout == "" and refused.stderr == told_by_run(tier="fast")
+
+
+def test_a_precision_of_a_gpu_is_refused_at_once_as_by_run() -> None:
+    refused = bench(f"window --precision bf16 {TINY}")
+    assert refused.exit_code == 2 and refused.stderr == told_by_run(precision="bf16")
+
+
+def told_by_run(**options: Any) -> str:
+    """The error with which `run` opens a model."""
+    settings = Settings(executor="onnxruntime", **options)
+    with pytest.raises(UsageError) as caught:
+        open_gpu(settings, silent)
+        choose_precision(settings, None)
+    return f"Error: {caught.value.message}\n{caught.value.hint}\n"
+
+
+def test_a_row_for_the_cpu_is_measured_beside_one_that_is_not() -> None:
+    _refuse_on_cpu({"executor": "onnxruntime", "tier": "fast"}, {"executor": "onnxruntime"})
+
+
+def test_a_server_whose_jobs_would_all_be_refused_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trt_wan.serve.main.listen", lambda *settings: "started")
+    model = "--random-weights tiny --executor onnxruntime --tier turbo"
+    refused = CliRunner().invoke(cli, f"serve --data {tmp_path} {model}".split())
+    assert refused.exit_code == 2 and refused.stderr == told_by_run(tier="fast")

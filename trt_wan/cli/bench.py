@@ -17,7 +17,7 @@ from trt_wan.cli.command import Group, command, note
 from trt_wan.cli.report import Report
 from trt_wan.cli.sizes import Size, size_of
 from trt_wan.cli.sizes import size as size_option
-from trt_wan.errors import UsageError, shown
+from trt_wan.errors import TrtWanError, UsageError, shown
 
 if TYPE_CHECKING:
     from trt_wan.benchmarks.measure.quality import Wanted
@@ -197,7 +197,9 @@ def measure(
     from trt_wan.benchmarks.peers.contest import Contest
     from trt_wan.benchmarks.report.repeat import JOBS, Repeats
 
-    if (scaling := take_scaling(settings)) is not None:
+    scaling = take_scaling(settings)
+    _refuse_on_cpu(_given(settings))
+    if scaling is not None:
         sizes = map(size_of, scaling["sizes"])
         shapes = [_shape(model, each, window) for each in sizes] or [_shape(model, size, window)]
         return scale(report, shapes, _given(settings), scaling, job_steps, weights, out)
@@ -270,6 +272,7 @@ def sweep_shapes(
     unknown = [name for name in names if name not in sweep.AXES]
     if unknown:
         raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(sweep.AXES)}.")
+    _refuse_on_cpu(_given(settings))
     points = sweep.asks(
         _shape(model, size, window),
         _given(settings),
@@ -324,6 +327,7 @@ def quality_of(
         wanted = [Wanted(f"trt-wan {tier}", _given({**given, "tier": tier})) for tier in _tiers(given)]
     else:
         wanted = _wanted(rows, settings)
+    _refuse_on_cpu(*(one.settings for one in wanted))
     with keeping(out) as keep:
         result = measure_quality(
             shape, wanted, steps, seed, files, peers, frames, report.progress, keep, budget
@@ -369,6 +373,7 @@ def window_of(
     from trt_wan.benchmarks.measure.window_budget import measure_window
 
     shape, files = _shape(model, size, window), str(weights) if weights else None
+    _refuse_on_cpu(_given(settings))
     with keeping(out) as keep:
         result = measure_window(shape, _given(settings), steps, windows, files, report.progress, keep)
     return finished(report, result, out)
@@ -402,6 +407,7 @@ def vae_of(
             "The VAE is measured with weights of files.", "Name their folder with --weights DIR."
         )
     shape, wanted = _shape(model, size, window), _wanted(rows, settings)
+    _refuse_on_cpu(*(one.settings for one in wanted))
     with keeping(out) as keep:
         result = measure_vae(shape, wanted, str(weights), repeats, report.progress, keep, budget)
     return finished(report, result, out)
@@ -458,3 +464,20 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in settings.items() if value not in (None, {})}
     assert Settings(**given), "UsageError for values that are not possible"
     return given
+
+
+def _refuse_on_cpu(*rows: Mapping[str, Any]) -> None:
+    """Raises the error of `trt-wan run` if the settings of no row can be run on the CPU, where they would be.
+    One row that can is measured, and the others are told.
+    """
+    from trt_wan.runtime.opening.model import refuse_on_cpu
+    from trt_wan.runtime.settings import Settings
+
+    refused = []
+    for row in rows:
+        try:
+            refuse_on_cpu(Settings(**row))
+        except TrtWanError as error:
+            refused.append(error)
+    if refused and len(refused) == len(rows):
+        raise refused[0]
