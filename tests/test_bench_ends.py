@@ -4,15 +4,18 @@ processes that are killed, and settings that are not for this machine.
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from trt_wan.benchmarks.measure import quality, window_budget, workplace
+from trt_wan.benchmarks.measure import quality, sweep, window_budget, workplace
 from trt_wan.benchmarks.measure.budget import Budget
+from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.processes import Child, NoAnswer, is_lost
+from trt_wan.benchmarks.measure.sweep import Times
 from trt_wan.cli.bench import _refuse_on_cpu
 from trt_wan.cli.main import cli
 from trt_wan.errors import GpuFault, MemoryShort, TrtWanError, UsageError
@@ -137,3 +140,59 @@ def test_a_server_whose_jobs_would_all_be_refused_does_not_start(
     model = "--random-weights tiny --executor onnxruntime --tier turbo"
     refused = CliRunner().invoke(cli, f"serve --data {tmp_path} {model}".split())
     assert refused.exit_code == 2 and refused.stderr == told_by_run(tier="fast")
+
+
+SWEEP = f"sweep --axes window --windows 5,9,13 --steps 2 {TINY}"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (GpuFault("The process that measured was ended by SIGKILL."), 1),
+        (MemoryShort("12.0 GB are free."), 0),
+    ],
+)
+def test_a_lost_point_of_a_sweep_is_a_failure_behind_the_others(
+    error: TrtWanError, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure_steps(spec: Spec, steps: int, *rest: Any) -> Times:
+        if spec.shape.window == 9:
+            raise error
+        return [0.5] * steps, {}, None
+
+    monkeypatch.setattr(sweep, "measure_steps", measure_steps)
+    ran = bench(f"{SWEEP} --out {tmp_path}")
+    assert ran.exit_code == code, ran.output
+    points = json.loads(ran.stdout.splitlines()[-1])["points"]
+    assert [(point["reason"], point["lost"]) for point in points] == [
+        *(("", False), (error.message, bool(code)), ("", False))
+    ]
+    assert json.loads((tmp_path / "sweep.json").read_text())["points"] == points
+    told = f"Error: Not everything was measured: window 9 frames: {error.message}\n"
+    assert (told in ran.stderr) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("error", "budget", "code", "told"),
+    [
+        (GpuFault("The process was lost."), "", 1, "Error: The process was lost.\n"),
+        (
+            NoAnswer("No answer for 1 s."),
+            "--budget 1",
+            2,
+            "Error: Nothing was measured: the budget of 1 s was",
+        ),
+    ],
+)
+def test_a_sweep_that_measured_nothing(
+    error: TrtWanError, budget: str, code: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure_steps(*given: Any) -> Times:
+        if budget:
+            time.sleep(1.1)
+        raise error
+
+    monkeypatch.setattr(sweep, "measure_steps", measure_steps)
+    ran = bench(f"{SWEEP} {budget} --out {tmp_path / 'out'}")
+    assert ran.exit_code == code and told in ran.stderr and ran.stdout == ""
+    assert not (tmp_path / "out").exists()

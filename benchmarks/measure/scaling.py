@@ -156,10 +156,11 @@ class _Bench:
 
     def fail(self, what: str, error: TrtWanError) -> None:
         """Leaves a row out. A lost one makes the command fail in the end."""
-        self.failures.append(error)
         self.leave_out(f"{what}: {error.message}")
-        if is_lost(error, self.budget):
+        if lost := is_lost(error, self.budget):
             self.lost.append(self.not_measured[-1])
+        if lost or not self.budget.over:
+            self.failures.append(error)
 
     def measure(self, n: int) -> None:
         """All sizes on `n` GPUs. A size that fails is left out, and the others get a new process."""

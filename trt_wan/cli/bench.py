@@ -284,7 +284,7 @@ def sweep_shapes(
     files, limit = str(weights) if weights else None, Budget(budget)
     with keeping(out) as keep:
         result = sweep.run_sweep(points, steps, files, report.progress, keep=keep, budget=limit)
-    return finished(report, result, out)
+    return finished(report, result, out, result.lost)
 
 
 @click.command("quality", short_help="Measure what a precision or tier costs in quality.")

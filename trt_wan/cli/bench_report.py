@@ -1,13 +1,13 @@
 """How every `trt-wan bench` ends: tables on stderr, files in `--out`, one JSON document on stdout."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trt_wan.cli.command import note, show
-from trt_wan.cli.report import Report
-from trt_wan.errors import tell_with
+from trt_wan.cli.report import JsonReport, Report
+from trt_wan.errors import GpuFault, some_of, tell_with
 
 if TYPE_CHECKING:
     from trt_wan.benchmarks.report.sheet import Report as Measured
@@ -19,15 +19,42 @@ def show_tables(report: Report, measured: "Measured") -> None:
     show(report, tables(measured))
 
 
-def finished(report: Report, measured: "Measured", out: Path | None = None) -> tuple[str, dict[str, Any]]:
-    """Shows and writes the result. Returns it as a line of JSON and as a document."""
+def finished(
+    report: Report,
+    measured: "Measured",
+    out: Path | None = None,
+    lost: Sequence[str] = (),
+    again: str = "Run it again.",
+) -> tuple[str, dict[str, Any]]:
+    """Shows and writes the result. Returns it as a line of JSON and as a document. Raises GpuFault behind it
+    for rows that were `lost`; `again` is the cure. An error of the disk comes behind it as well.
+    """
     from trt_wan.benchmarks.report.sheet import as_line, write
 
     show_tables(report, measured)
-    if out:
-        note(report, f"written: {', '.join(path.name for path in write(measured, out))} in {out}")
     document = measured.to_dict()
-    return as_line(document), document
+    line = as_line(document)
+    try:
+        if out:
+            note(report, f"written: {', '.join(path.name for path in write(measured, out))} in {out}")
+        if lost:
+            memory = "Where SIGKILL ended a process, memory was short most likely: look at what is free."
+            raise GpuFault(
+                f"Not everything was measured: {some_of(lost, most=1).rstrip('.')}.",
+                f"All other rows are measured and shown above. {again} {memory}",
+            )
+    except (OSError, GpuFault):
+        _hand_over(report, line, document)
+        raise
+    return line, document
+
+
+def _hand_over(report: Report, line: str, document: dict[str, Any]) -> None:
+    """The result of a command that fails in the end."""
+    if isinstance(report, JsonReport):
+        note(report, "the rows that were measured", "measured", **document)
+    else:
+        report.done(line, document)
 
 
 def require_writable(out: Path | None) -> None:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.bench_report import finished, keeping
-from trt_wan.cli.command import note
 from trt_wan.cli.options import Decorator, group, refuse_without
-from trt_wan.cli.report import JsonReport, Report
-from trt_wan.errors import GpuFault, UsageError, shown, some_of
+from trt_wan.cli.report import Report
+from trt_wan.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from trt_wan.benchmarks.peers.shape import Shape
@@ -116,14 +115,5 @@ def scale(
 
     with keeping(out) as keep:
         measured = measure_scaling(wanted, report.progress, keep)
-    line, document = finished(report, measured, out)
-    if not measured.lost:
-        return line, document
-    if isinstance(report, JsonReport):
-        note(report, "the rows that were measured", "measured", **document)
-    else:
-        report.done(line, document)
-    raise GpuFault(
-        f"Not everything was measured: {some_of(measured.lost, most=1).rstrip('.')}.",
-        "All other rows are measured and shown above. Run it again with the --gpus that are missing.",
-    )
+    again = "Run it again with the --gpus that are missing."
+    return finished(report, measured, out, measured.lost, again)
