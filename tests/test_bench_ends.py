@@ -4,12 +4,15 @@ processes that are killed, and settings that are not for this machine.
 
 import json
 import os
+import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from kills import mounted_disk
 
 from trt_wan.benchmarks.measure import quality, sweep, window_budget, workplace
 from trt_wan.benchmarks.measure.budget import Budget
@@ -196,3 +199,40 @@ def test_a_sweep_that_measured_nothing(
     ran = bench(f"{SWEEP} {budget} --out {tmp_path / 'out'}")
     assert ran.exit_code == code and told in ran.stderr and ran.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_full_disk_is_told_behind_the_rows(
+    as_json: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not shutil.which("mount") or os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs takes root")
+    measured: list[int] = []
+
+    def measure_steps(spec: Spec, steps: int, *rest: Any) -> Times:
+        measured.append(spec.shape.window)
+        return [0.5] * steps, {}, None
+
+    monkeypatch.setattr(sweep, "measure_steps", measure_steps)
+    (folder := tmp_path / "disk").mkdir()
+    with ExitStack() as stack:
+        try:
+            out = stack.enter_context(mounted_disk(folder, 4096))
+        except PermissionError:
+            pytest.skip("this machine mounts nothing")
+        (out / "sweep.csv").write_text("what was there" * 200)
+        ran = bench(f"{SWEEP} --out {out}{' --json' if as_json else ''}")
+        assert {path.name for path in out.iterdir()} == {"sweep.csv"}
+        assert (out / "sweep.csv").read_text() == "what was there" * 200
+    assert ran.exit_code == 1 and measured == [5, 9, 13]
+    told = f"{out}/sweep.json: the disk is full."
+    if as_json:
+        *events, last = map(json.loads, ran.stdout.splitlines())
+        assert last["error"]["message"] == told and last["error"]["code"] == "output_unwritable"
+        assert sum(event.get("code") == "not_kept" for event in events) == 3
+        (found,) = [event["data"] for event in events if event.get("code") == "measured"]
+    else:
+        found = json.loads(ran.stdout.splitlines()[-1])
+        assert ran.stderr.endswith(f"Error: {told}\nFree some space.\n"), ran.stderr
+        assert f"{out}/sweep.json cannot be written now" in " ".join(ran.stderr.split())
+    assert [point["seconds"]["median"] for point in found["points"]] == [0.5] * 3

@@ -216,7 +216,7 @@ def measure(
         require_writable(out)
         return finished(report, run_bench(options, report.progress), out)
     results = []
-    with keeping(out) as keep:
+    with keeping(out, report) as keep:
         for n in range(repeat):
             note(report, f"run {n + 1} of {repeat}")
             results.append(run_bench(options, report.progress))
@@ -282,7 +282,7 @@ def sweep_shapes(
         job_steps or sweep.STEPS,
     )
     files, limit = str(weights) if weights else None, Budget(budget)
-    with keeping(out) as keep:
+    with keeping(out, report) as keep:
         result = sweep.run_sweep(points, steps, files, report.progress, keep=keep, budget=limit)
     return finished(report, result, out, result.lost)
 
@@ -328,7 +328,7 @@ def quality_of(
     else:
         wanted = _wanted(rows, settings)
     _refuse_on_cpu(*(one.settings for one in wanted))
-    with keeping(out) as keep:
+    with keeping(out, report) as keep:
         result = measure_quality(
             shape, wanted, steps, seed, files, peers, frames, report.progress, keep, budget
         )
@@ -374,7 +374,7 @@ def window_of(
 
     shape, files = _shape(model, size, window), str(weights) if weights else None
     _refuse_on_cpu(_given(settings))
-    with keeping(out) as keep:
+    with keeping(out, report) as keep:
         result = measure_window(shape, _given(settings), steps, windows, files, report.progress, keep)
     return finished(report, result, out)
 
@@ -408,7 +408,7 @@ def vae_of(
         )
     shape, wanted = _shape(model, size, window), _wanted(rows, settings)
     _refuse_on_cpu(*(one.settings for one in wanted))
-    with keeping(out) as keep:
+    with keeping(out, report) as keep:
         result = measure_vae(shape, wanted, str(weights), repeats, report.progress, keep, budget)
     return finished(report, result, out)
 

@@ -69,10 +69,11 @@ def require_writable(out: Path | None) -> None:
 
 
 @contextmanager
-def keeping(out: Path | None) -> "Iterator[Callable[[Measured], None]]":
+def keeping(out: Path | None, report: Report | None = None) -> "Iterator[Callable[[Measured], None]]":
     """Gives a function that writes the document and the CSV of a measurement that goes on. Where the
     measurement ends early, the error names the document with the rows so far. Raises OutputError at
-    once for a folder that cannot be written to.
+    once for a folder that cannot be written to. A disk that is full later is noted in `report`, and the
+    measurement goes on: `finished` tries again.
     """
     from trt_wan.benchmarks.report.sheet import write_document, write_rows
 
@@ -80,8 +81,15 @@ def keeping(out: Path | None) -> "Iterator[Callable[[Measured], None]]":
     written: list[Path] = []
 
     def keep(unfinished: "Measured") -> None:
-        if out is not None:
+        if out is None:
+            return
+        try:
             written[:] = [write_document(unfinished, out), write_rows(unfinished, out)]
+        except OSError as error:
+            if report is None:
+                raise
+            text = f"{error.filename} cannot be written now ({error.strerror}). The measurement goes on."
+            note(report, text, "not_kept")
 
     try:
         yield keep

@@ -113,7 +113,7 @@ def scale(
         ]
         return "\n".join(lines), {"plan": plan}
 
-    with keeping(out) as keep:
+    with keeping(out, report) as keep:
         measured = measure_scaling(wanted, report.progress, keep)
     again = "Run it again with the --gpus that are missing."
     return finished(report, measured, out, measured.lost, again)
