@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from kills import mounted_disk
 
-from trt_wan.benchmarks.measure import quality, sweep, window_budget, workplace
+from trt_wan.benchmarks.measure import quality, sweep, vae, window_budget, workplace
 from trt_wan.benchmarks.measure.budget import Budget
 from trt_wan.benchmarks.measure.measured_process import Spec
 from trt_wan.benchmarks.measure.processes import Child, NoAnswer, is_lost
@@ -199,6 +199,61 @@ def test_a_sweep_that_measured_nothing(
     ran = bench(f"{SWEEP} {budget} --out {tmp_path / 'out'}")
     assert ran.exit_code == code and told in ran.stderr and ran.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lost_row_of_quality_is_a_failure_behind_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Losing(quality._Recorder):
+        def record(self, name: str, *rest: Any, **options: Any) -> dict[str, Any]:
+            if name == LOST_ROW:
+                raise LOST
+            return {"candidates": {}}
+
+        def _errors(self, name: str, against: str) -> list[float]:
+            return [0.25]
+
+    monkeypatch.setattr(quality, "_Recorder", Losing)
+    ran = bench(f"quality --no-frames --row exact --row {LOST_ROW} {TINY} --out {tmp_path}")
+    assert_lost(ran, ["exact", "floor: unfused kernels"])
+
+
+def test_a_lost_row_of_the_vae_is_a_failure_behind_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Losing:
+        """A process that answers, unless it is the second one."""
+
+        def __init__(self, module: str, arguments: list[str], env: Any, patience: float) -> None:
+            self.lost = arguments[2].endswith("1.npz")
+
+        def __enter__(self) -> "Losing":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def read(self) -> dict[str, Any]:
+            if self.lost:
+                raise LOST
+            return {"decode": {"seconds": [0.5]}, "encode": {"seconds": [0.5]}, "files": {"vae": "vae"}}
+
+    monkeypatch.setattr(vae, "Child", Losing)
+    monkeypatch.setattr(vae, "rows_of", lambda *given: iter(()))
+    ran = bench(f"vae --weights {tmp_path} --row exact --row {LOST_ROW} {TINY} --out {tmp_path}")
+    assert_lost(ran, ["exact"])
+
+
+LOST = GpuFault("The process that measured was ended by SIGKILL.")
+LOST_ROW = "exact;precision=fp32"
+
+
+def assert_lost(ran: Result, rows: list[str]) -> None:
+    assert ran.exit_code == 1, ran.output
+    document = json.loads(ran.stdout.splitlines()[-1])
+    assert [row["name"] for row in document["rows"]] == rows
+    assert document["lost"] == [f"{LOST_ROW}: {LOST.message}"]
+    assert f"Error: Not everything was measured: {LOST_ROW}: {LOST.message}\n" in ran.stderr
 
 
 @pytest.mark.parametrize("as_json", [False, True])

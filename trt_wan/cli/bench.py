@@ -332,7 +332,7 @@ def quality_of(
         result = measure_quality(
             shape, wanted, steps, seed, files, peers, frames, report.progress, keep, budget
         )
-    return finished(report, result, out)
+    return finished(report, result, out, result.lost)
 
 
 def _wanted(rows: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> "list[Wanted]":
@@ -410,7 +410,7 @@ def vae_of(
     _refuse_on_cpu(*(one.settings for one in wanted))
     with keeping(out, report) as keep:
         result = measure_vae(shape, wanted, str(weights), repeats, report.progress, keep, budget)
-    return finished(report, result, out)
+    return finished(report, result, out, result.lost)
 
 
 @click.pass_context
