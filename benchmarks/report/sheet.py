@@ -5,6 +5,7 @@ kind,name,unit,value        steps median,trt-wan,s,1.86
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,9 +95,15 @@ class Sheet:
             for head, cell in zip(self.heads or ("",), cells, strict=True):
                 kind = f"{self.name} {head}".strip()
                 if isinstance(cell, Figure) and cell.value is not None:
-                    yield kind, name, SHOWN[cell.shown].unit, cell.value
+                    unit = SHOWN[cell.shown].unit
+                    yield _in_base_unit(kind, cell.shown, unit), name, unit, cell.value
                 elif isinstance(cell, str) and cell:
                     yield kind, name, "", cell
+
+
+def _in_base_unit(kind: str, shown: str, unit: str) -> str:
+    """ "not hidden s" for "not hidden ms" where people see the figures in ms and the CSV has seconds."""
+    return re.sub(rf"(?<!\S){re.escape(shown)}(?!\S)", unit, kind) if shown and unit else kind
 
 
 class Report(Protocol):
