@@ -121,7 +121,7 @@ def test_tables_and_plots_of_scaling(tmp_path: Path) -> None:
     plots = {f"{name}.{kind}" for name in ("speed-up", "windows", "waterfall-2") for kind in ("png", "svg")}
     assert files == {"scaling.json", "scaling.csv", *plots}
     csv = (tmp_path / "scaling.csv").read_text()
-    assert f'scaling not hidden ms,"tiny 64x48x13, 2 GPUs",s,{0.25 / LAYERS}' in csv
+    assert f'scaling not hidden s,"tiny 64x48x13, 2 GPUs",s,{0.25 / LAYERS}' in csv
     assert "6.25e-02 after a step" in csv and "throughput a job each" in csv
     assert '"throughput step x, slowest","tiny 64x48x13, 2 of 3 GPUs",,1.8' in csv
     waterfall = (tmp_path / "waterfall-2.svg").read_text()
@@ -233,6 +233,7 @@ def test_a_lost_rank_is_a_failure_behind_the_rows(
     assert ran.exit_code == code, ran.output
     rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
     assert [each["gpus"] for each in rows] == [1, 4]
+    assert not code or "Run it again with --gpus 2." in ran.output
     lost = f"tiny 64x48x13, 2 GPUs: {error.message.rstrip('.')}."
     told = f"Not everything was measured: {lost}"
     *_, last = ran.stdout.splitlines()
