@@ -263,7 +263,7 @@ def test_a_measurement_that_ends_early_names_its_rows(tmp_path: Path, stopped: B
 def test_a_rank_writes_its_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks, told = Ranks(), list[Event]()
     assert traced(silent, ranks) is silent
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "new" / "trace"))
     progress = traced(told.append, ranks)
     events: list[Event] = [Note("not in it"), StageStarted("condition", 2, 3)]
     for event in events:
@@ -282,7 +282,7 @@ def test_a_rank_writes_its_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for event in later:
         progress(event)
     assert told == [*events, *later]
-    found = {span.what: span for span in spans(tmp_path, 1, 2, [])}
+    found = {span.what: span for span in spans(tmp_path / "new" / "trace", 1, 2, [])}
     assert set(found) == {"face", "step", "decode"}
     assert 0 <= found["face"].end < found["step"].end < found["decode"].end
 

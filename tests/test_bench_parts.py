@@ -341,6 +341,17 @@ def test_plots_are_named_and_labelled(tmp_path: Path) -> None:
     assert any(line.startswith("network bound s,attention,s,1.0") for line in lines)
 
 
+def test_a_note_tells_that_plots_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "trt_wan.benchmarks.report.plots", raising=False)
+    monkeypatch.delattr("trt_wan.benchmarks.report.plots", raising=False)
+    told: list[Any] = []
+    paths = write(made_result(), tmp_path, told.append)
+    assert [path.name for path in paths] == ["bench.json", "bench.csv"]
+    sentence = "Plots are left out: matplotlib is not installed (the extra bench). Run:"
+    assert [note.text for note in told] == [f"{sentence}\n{install_command('bench')}"]
+
+
 def test_tables_name_what_was_not_run(capsys: pytest.CaptureFixture[str]) -> None:
     result = dataclasses.replace(made_result(), work=[bench.work_row("attention", WORK, CALLS)])
     console().print(tables(result))

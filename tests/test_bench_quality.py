@@ -221,6 +221,9 @@ def test_parts_that_are_large_and_far_from_their_floor() -> None:
     assert ("part s a window", "far", "s", 4.0) in lines and ("part share", "far", "", 0.4) in lines
     assert [line[0] for line in lines if line[1] == "text"] == ["once calls", "once s a call", "once s a job"]
     assert tables(budget)
+    assert ("measured", "window", "", "3 of 4") in lines and ("measured", "finished", "", "yes") in lines
+    stopped = [p for p in replace(budget, finished=False).sheets() if isinstance(p, Sheet)][1]
+    assert list(stopped.lines())[1] == ("measured", "finished", "", "no: the job was stopped, or goes on")
     shared = [part for part in replace(budget, settings={"gpus": 2}).sheets() if isinstance(part, str)]
     assert f"{judging} Calls are those of GPU 0 of 2; a floor is that of whole calls on one GPU." in shared
 

@@ -114,6 +114,8 @@ class WindowBudget:
             ("a step, median", Figure(self.step_seconds, "s")),
             ("writing, beside the rest", Figure(self.writing_seconds, "s")),
         ]
+        state = "yes" if self.finished else "no: the job was stopped, or goes on"
+        which = [("window", f"{self.window} of {self.windows}"), ("finished", state)]
         far = ", ".join(f"{p.name} ({p.factor:.2f})" for p in self.far)
         judged = f"Above {SMALL:.0%} of the window, and more than {FAR} times the floor: {far or 'nothing'}."
         if unknown := ", ".join(p.name for p in self._large if p.factor is None):
@@ -124,6 +126,7 @@ class WindowBudget:
             judged = "Its networks are not measured yet."
         return [
             Sheet("window", title, ("s",), by_stage),
+            Sheet("measured", "Measured", (), which),
             Sheet("part", f"Parts of the window ({self.floors})", heads, list(map(in_window, self.parts))),
             judged,
             Sheet("once", "Once a job", once_heads, [cells(part) for part in self.once]),
