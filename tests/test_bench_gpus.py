@@ -248,6 +248,21 @@ def test_a_lost_rank_is_a_failure_behind_the_rows(
         assert (f"Error: {told}\n" in ran.stderr) == bool(code) and "Traceback" not in ran.stderr
 
 
+def test_lost_jobs_side_by_side_are_no_missing_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Losing(Answers):
+        def ask(self, line: str) -> dict[str, Any]:
+            if "job1-" in Asked.from_json(line).latent:
+                raise TrtWanError("scaling_job ended with -9 before it answered: no message")
+            return super().ask(line)
+
+    monkeypatch.setattr(scaling, "Child", Losing)
+    monkeypatch.setattr(scaling, "spans", lambda *arguments: [])
+    monkeypatch.setattr(scaling, "gpus_here", lambda settings: None)
+    ran = bench(f"--gpus 1,2 {TINY_ARGUMENTS} --job-steps 2")
+    assert ran.exit_code == 1 and "Not everything was measured: 2 jobs: scaling_job ended" in ran.stderr
+    assert "All other rows are measured and shown above. Run it again.\n" in ran.stderr
+
+
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt(), UsageError("No.", "Do.")])
 def test_a_measurement_that_ends_early_names_its_rows(tmp_path: Path, stopped: BaseException) -> None:
     with pytest.raises(type(stopped)) as caught, keeping(tmp_path) as keep:
