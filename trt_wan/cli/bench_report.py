@@ -25,7 +25,8 @@ def finished(report: Report, measured: "Measured", out: Path | None = None) -> t
 
     show_tables(report, measured)
     if out:
-        note(report, f"written: {', '.join(path.name for path in write(measured, out))} in {out}")
+        names = ", ".join(path.name for path in write(measured, out, report.progress))
+        note(report, f"written: {names} in {out}")
     document = measured.to_dict()
     return as_line(document), document
 

@@ -123,7 +123,11 @@ def scale(
         note(report, "the rows that were measured", "measured", **document)
     else:
         report.done(line, document)
+    there = {(row.gpus, row.shape) for row in measured.rows}
+    possible = [row["gpus"] for row in announced(wanted) if row["possible"]]
+    lost = [str(n) for n in possible if any((n, shape) not in there for shape in shapes)]
+    again = f" with --gpus {','.join(lost)}" if lost else ""
     raise GpuFault(
         f"Not everything was measured: {some_of(measured.lost, most=1).rstrip('.')}.",
-        "All other rows are measured and shown above. Run it again with the --gpus that are missing.",
+        f"All other rows are measured and shown above. Run it again{again}.",
     )
