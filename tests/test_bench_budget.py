@@ -32,8 +32,10 @@ def test_the_seconds_that_are_left() -> None:
     assert (budget.left, budget.over, budget.patience()) == (100, "", 100)
     assert budget.too_short(100, "a point") == ""
     clock.now += 80
-    assert budget.too_short(30, "a point") == "a point takes 30 s, 20 s are left"
-    clock.now += 30
+    assert budget.too_short(30, "a point") == "a point takes 30.0 s, 20.0 s are left"
+    clock.now += 19.02
+    assert budget.too_short(1.01, "a window") == "a window takes 1.1 s, 0.9 s are left"
+    clock.now += 10.98
     assert (budget.left, budget.over) == (0, "the budget of 100 s was over")
     assert budget.too_short(0, "a point") == budget.over
     assert (budget.patience(), budget.patience(60)) == (1, 60)
@@ -72,7 +74,7 @@ def test_a_point_begins_only_if_the_shortest_one_before_would_fit() -> None:
 
     asked = sweep.asks(SHAPE, {}, ("window",), windows=(5, 9))
     made = sweep.run_sweep(asked, 3, measure=measure, budget=budget)
-    assert measured == ["5 frames"] and made.points[1].reason == "a point takes 60 s, 40 s are left"
+    assert measured == ["5 frames"] and made.points[1].reason == "a point takes 60.0 s, 40.0 s are left"
 
 
 def test_what_was_measured_is_in_files_when_a_measurement_is_stopped(tmp_path: Path) -> None:

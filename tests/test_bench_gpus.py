@@ -121,7 +121,7 @@ def test_tables_and_plots_of_scaling(tmp_path: Path) -> None:
     plots = {f"{name}.{kind}" for name in ("speed-up", "windows", "waterfall-2") for kind in ("png", "svg")}
     assert files == {"scaling.json", "scaling.csv", *plots}
     csv = (tmp_path / "scaling.csv").read_text()
-    assert f'scaling not hidden ms,"tiny 64x48x13, 2 GPUs",s,{0.25 / LAYERS}' in csv
+    assert f'scaling not hidden s,"tiny 64x48x13, 2 GPUs",s,{0.25 / LAYERS}' in csv
     assert "6.25e-02 after a step" in csv and "throughput a job each" in csv
     assert '"throughput step x, slowest","tiny 64x48x13, 2 of 3 GPUs",,1.8' in csv
     waterfall = (tmp_path / "waterfall-2.svg").read_text()
@@ -233,6 +233,7 @@ def test_a_lost_rank_is_a_failure_behind_the_rows(
     assert ran.exit_code == code, ran.output
     rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
     assert [each["gpus"] for each in rows] == [1, 4]
+    assert not code or "Run it again with --gpus 2." in ran.output
     lost = f"tiny 64x48x13, 2 GPUs: {error.message.rstrip('.')}."
     told = f"Not everything was measured: {lost}"
     *_, last = ran.stdout.splitlines()
@@ -245,6 +246,21 @@ def test_a_lost_rank_is_a_failure_behind_the_rows(
         found = json.loads(last)
         assert (found["data"] if as_json else found)["rows"] == rows
         assert (f"Error: {told}\n" in ran.stderr) == bool(code) and "Traceback" not in ran.stderr
+
+
+def test_lost_jobs_side_by_side_are_no_missing_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Losing(Answers):
+        def ask(self, line: str) -> dict[str, Any]:
+            if "job1-" in Asked.from_json(line).latent:
+                raise TrtWanError("scaling_job ended with -9 before it answered: no message")
+            return super().ask(line)
+
+    monkeypatch.setattr(scaling, "Child", Losing)
+    monkeypatch.setattr(scaling, "spans", lambda *arguments: [])
+    monkeypatch.setattr(scaling, "gpus_here", lambda settings: None)
+    ran = bench(f"--gpus 1,2 {TINY_ARGUMENTS} --job-steps 2")
+    assert ran.exit_code == 1 and "Not everything was measured: 2 jobs: scaling_job ended" in ran.stderr
+    assert "All other rows are measured and shown above. Run it again.\n" in ran.stderr
 
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt(), UsageError("No.", "Do.")])
@@ -262,7 +278,7 @@ def test_a_measurement_that_ends_early_names_its_rows(tmp_path: Path, stopped: B
 def test_a_rank_writes_its_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks, told = Ranks(), list[Event]()
     assert traced(silent, ranks) is silent
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "new" / "trace"))
     progress = traced(told.append, ranks)
     events: list[Event] = [Note("not in it"), StageStarted("condition", 2, 3)]
     for event in events:
@@ -281,7 +297,7 @@ def test_a_rank_writes_its_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for event in later:
         progress(event)
     assert told == [*events, *later]
-    found = {span.what: span for span in spans(tmp_path, 1, 2, [])}
+    found = {span.what: span for span in spans(tmp_path / "new" / "trace", 1, 2, [])}
     assert set(found) == {"face", "step", "decode"}
     assert 0 <= found["face"].end < found["step"].end < found["decode"].end
 

@@ -21,8 +21,9 @@ from trt_wan.benchmarks.machine.host_use import HostUse, _throttled, cpu_quota
 from trt_wan.benchmarks.machine.monitor import Monitor, Sample, Usage
 from trt_wan.benchmarks.measure import sweep
 from trt_wan.benchmarks.measure import workplace as places
+from trt_wan.benchmarks.measure.budget import Budget
 from trt_wan.benchmarks.measure.measured_process import Spec
-from trt_wan.benchmarks.measure.processes import Child
+from trt_wan.benchmarks.measure.processes import Child, rows_of
 from trt_wan.benchmarks.measure.similarity import psnr, relative_error, ssim
 from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.measure.sweep import Ask, Point, Sweep, Times
@@ -45,7 +46,9 @@ from trt_wan.benchmarks.work.cost import calls, step_flops, works
 from trt_wan.benchmarks.work.cost_law import fit_rates
 from trt_wan.engines.config import ANIMATE_14B
 from trt_wan.engines.shape import Plan
-from trt_wan.errors import GraphError, InputError, TrtWanError, UsageError
+from trt_wan.errors import EnvironmentBroken, GraphError, InputError, TrtWanError, UsageError, WeightsError
+from trt_wan.install import install_command
+from trt_wan.runtime.events import silent
 
 PLAN = Plan(832, 480, 77, "fp8")
 WORK, CALLS = works(ANIMATE_14B, PLAN), calls(ANIMATE_14B, PLAN, 4)
@@ -297,6 +300,32 @@ def test_measured_processes_keep_their_bytecode(
         assert (tmp_path / "__pycache__").exists() is not bool(told)
 
 
+def test_a_hint_names_no_file_of_the_workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRT_WAN_HOME", str(tmp_path / "home"))
+    with pytest.raises(TrtWanError) as caught, workplace(Shape("tiny", 64, 48, 5)) as (_, clips):
+        raise TrtWanError("Rank 1 was lost.", f"Start it again.\nThe finished frames are in {clips}/a.mp4.")
+    assert caught.value.hint == "Start it again."
+
+
+def test_a_package_that_a_measured_process_lacks(tmp_path: Path) -> None:
+    (tmp_path / "a_peer.py").write_text("import no_such_package.part\n")
+    env, not_measured = os.environ | {"PYTHONPATH": str(tmp_path)}, list[str]()
+    with pytest.raises(EnvironmentBroken) as caught, Child("a_peer", [], env) as child:
+        child.read()
+    assert caught.value.message == "no_such_package is not installed (the extra bench)."
+    assert caught.value.hint == f"Run:\n{install_command('bench')}"
+    assert list(rows_of("a_peer", [], env, not_measured, silent, Budget())) == []
+    said = f"a_peer: no_such_package is not installed (the extra bench). Run:\n{install_command('bench')}"
+    assert not_measured == [said]
+
+
+def test_a_folder_without_a_part_is_told_without_options_that_benchmarks_lack(tmp_path: Path) -> None:
+    spec = Spec(Shape("tiny", 64, 48, 5), "", 1, {"executor": "onnxruntime"}, str(tmp_path))
+    with pytest.raises(WeightsError, match="holds the transformer") as caught:
+        spec.open(silent, None)
+    assert caught.value.hint == "Put it there: benchmarks take all parts from one folder."
+
+
 # Files
 
 
@@ -309,7 +338,18 @@ def test_plots_are_named_and_labelled(tmp_path: Path) -> None:
     assert "seconds" in (tmp_path / "peers.svg").read_text()
     lines = (tmp_path / "bench.csv").read_text().splitlines()
     assert any(line.startswith("step median,trt-wan,s,2.3") for line in lines)
-    assert any(line.startswith("network bound ms,attention,s,1.0") for line in lines)
+    assert any(line.startswith("network bound s,attention,s,1.0") for line in lines)
+
+
+def test_a_note_tells_that_plots_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "trt_wan.benchmarks.report.plots", raising=False)
+    monkeypatch.delattr("trt_wan.benchmarks.report.plots", raising=False)
+    told: list[Any] = []
+    paths = write(made_result(), tmp_path, told.append)
+    assert [path.name for path in paths] == ["bench.json", "bench.csv"]
+    sentence = "Plots are left out: matplotlib is not installed (the extra bench). Run:"
+    assert [note.text for note in told] == [f"{sentence}\n{install_command('bench')}"]
 
 
 def test_tables_name_what_was_not_run(capsys: pytest.CaptureFixture[str]) -> None:

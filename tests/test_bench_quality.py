@@ -3,6 +3,7 @@ test_bench_peers.py.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -208,13 +209,23 @@ def test_parts_that_are_large_and_far_from_their_floor() -> None:
     small, unknown = Part("small", "decode", 1, 0.2, 0.01), Part("unknown", "decode", 0, 0.8, None)
     budget = WindowBudget(
         *(SHAPE, read_card(), "w", {}, [], [], 4, 3, 4, 10.0, 1.0, 0.5, {"denoise": 9.0, "decode": 1.0}),
-        *([near, far, small, unknown], [], "made up", []),
+        *([near, far, small, unknown], [Part("text", "", 2, 30.0, None)], "made up", []),
     )
-    assert [part.name for part in budget.far] == ["far", "unknown"]
-    assert budget.to_dict()["far_from_floor"] == ["far", "unknown"]
+    assert [part.name for part in budget.far] == budget.to_dict()["far_from_floor"] == ["far"]
     (judged,) = [part for part in budget.sheets() if isinstance(part, str) and part.startswith("Above")]
-    assert judged == "Above 3% of the window, and more than 1.4 times the floor: far (2.00), unknown."
+    judging = (
+        "Above 3% of the window, and more than 1.4 times the floor: far (2.00). Without a floor: unknown."
+    )
+    assert judged == judging
+    lines = [line for part in budget.sheets() if isinstance(part, Sheet) for line in part.lines()]
+    assert ("part s a window", "far", "s", 4.0) in lines and ("part share", "far", "", 0.4) in lines
+    assert [line[0] for line in lines if line[1] == "text"] == ["once calls", "once s a call", "once s a job"]
     assert tables(budget)
+    assert ("measured", "window", "", "3 of 4") in lines and ("measured", "finished", "", "yes") in lines
+    stopped = [p for p in replace(budget, finished=False).sheets() if isinstance(p, Sheet)][1]
+    assert list(stopped.lines())[1] == ("measured", "finished", "", "no: the job was stopped, or goes on")
+    shared = [part for part in replace(budget, settings={"gpus": 2}).sheets() if isinstance(part, str)]
+    assert f"{judging} Calls are those of GPU 0 of 2; a floor is that of whole calls on one GPU." in shared
 
 
 def test_stages_belong_to_their_windows() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from importlib.metadata import Distribution, PathDistribution
+from importlib.metadata import Distribution, PathDistribution, requires
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +122,10 @@ def test_every_extra_of_a_hint_has_packages(extra: str) -> None:
     names = [Requirement(line).name for line in install._packages(installed, extra)]
     assert names or extra == "mediapipe", "MediaPipe has no release for newer Pythons"
     assert "trt-wan" not in names and "numpy" not in names
+
+
+def test_extras_may_be_installed_one_after_the_other() -> None:
+    """MediaPipe 0.10.14 takes protobuf 4 alone; onnx 1.23 needs 6, and pip broke one for the other."""
+    needed = map(Requirement, requires("onnx") or ())
+    (protobuf,) = (one for one in needed if one.name == "protobuf")
+    assert protobuf.specifier.contains("4.25.9")

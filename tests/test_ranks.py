@@ -207,7 +207,8 @@ def test_rows_and_heads_come_back_as_they_were(tokens: int, heads: int, count: i
 def test_the_planner_takes_the_split_that_costs_least(
     passes: list[int], parts: int, count: int, beside: tuple[str, ...], split: str
 ) -> None:
-    assert choose_split(passes, parts, count, beside).split == split
+    chosen = choose_split(passes, parts, count, beside)
+    assert chosen.split == split and "times one GPU" in chosen.text
 
 
 def test_a_job_that_cannot_be_shared_is_refused() -> None:

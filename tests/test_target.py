@@ -115,6 +115,12 @@ def test_one_run_at_a_time_has_an_output(
     assert names(tmp_path / "real") == ["out.mp4"]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the folder is Linux's")
+def test_a_folder_that_takes_no_files_is_not_one_that_another_run_writes() -> None:
+    with pytest.raises(OutputError, match="/proc/a.mp4 cannot be written"), claimed(Path("/proc/a.mp4")):
+        pass
+
+
 def test_a_claimed_folder_leaves_no_folders_behind(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), claimed(tmp_path / "a" / "b" / "prepared"):
         raise ZeroDivisionError

@@ -29,7 +29,8 @@ class Budget:
     def too_short(self, needed: float, what: str) -> str:
         """The reason not to begin work that takes `needed` seconds, or an empty text."""
         if needed > self.left:
-            return f"{what} takes {needed:.0f} s, {self.left:.0f} s are left"
+            tenths = math.ceil(needed * 10), math.floor(self.left * 10)  # never equal
+            return f"{what} takes {tenths[0] / 10} s, {tenths[1] / 10} s are left"
         return self.over
 
     def patience(self, least: float = 1.0) -> float:

@@ -31,7 +31,9 @@ def score(first: str, second: str) -> float:
 def main() -> None:
     try:
         answer: dict[str, Any] = {"lpips": score(*sys.argv[1:])}
-    except Exception as error:  # a missing package, no connection to fetch AlexNet, any error of torch
+    except ModuleNotFoundError as error:  # lpips itself brings torch, and no extra has it
+        answer = {"reason": f"{error.name} is not installed. Run:\npip install lpips"}
+    except Exception as error:  # no connection to fetch AlexNet, any error of torch
         answer = {"reason": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     print(json.dumps(answer))
 

@@ -36,6 +36,7 @@ from trt_wan.runtime.opening.model import OpenModel, open_model
 from trt_wan.runtime.prompts import DEFAULT_PROMPT
 from trt_wan.runtime.render import render
 from trt_wan.runtime.settings import Settings, WeightFiles
+from trt_wan.runtime.weights.find_files import PartsMissing
 
 PROFILED = 5  # steps timed network by network, after those that are timed as a whole
 PAUSE = 0.5  # seconds after which a GPU may have cooled down or run other work
@@ -77,10 +78,15 @@ class Spec:
         )
 
     def open(self, progress: Progress, observe: Observe | None) -> OpenModel:
-        """The model, as `trt-wan run` opens it."""
+        """The model, as `trt-wan run` opens it. A hint names no options that benchmarks lack."""
         files = WeightFiles(folders=(Path(self.weights),)) if self.weights else None
         weights = files or WeightFiles(random=self.shape.model)
-        return open_model(weights, Settings(**{"keep_encoders": False} | self.settings), progress, observe)
+        settings = Settings(**{"keep_encoders": False} | self.settings)
+        try:
+            return open_model(weights, settings, progress, observe)
+        except PartsMissing as error:
+            error.hint = "Put it there: benchmarks take all parts from one folder."
+            raise
 
 
 @dataclass

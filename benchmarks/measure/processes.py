@@ -4,6 +4,7 @@ One measurement per process keeps it from every other.
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,10 +16,12 @@ from types import TracebackType
 from typing import Any
 
 from trt_wan.benchmarks.measure.budget import PATIENCE, Budget
-from trt_wan.errors import GpuFault, TrtWanError, with_commands
+from trt_wan.errors import EnvironmentBroken, GpuFault, TrtWanError, with_commands
+from trt_wan.install import install_command
 from trt_wan.runtime.events import Note, Progress
 
 STDOUT = sys.stdout
+MISSING = re.compile(r"ModuleNotFoundError: No module named '([^'.]+).*'")  # how a traceback ends
 
 
 class NoAnswer(GpuFault):
@@ -100,8 +103,9 @@ def rows_of(
                         yield answer
                 child.patience = budget.patience()
     except TrtWanError as error:
+        fix = f" {error.hint}" if isinstance(error, EnvironmentBroken) else ""
         for name in coming or [module.rpartition(".")[2]]:
-            leave_out(f"{name}: {budget.over or error.message}")
+            leave_out(f"{name}: {budget.over or error.message + fix}")
 
 
 class Child:
@@ -124,7 +128,8 @@ class Child:
 
     def read(self) -> dict[str, Any]:
         """Returns the next line of JSON. Raises TrtWanError with the end of stderr if the process ends first,
-        GpuFault if a signal ended it, and NoAnswer after `patience` seconds.
+        EnvironmentBroken if it lacks a package, GpuFault if a signal ended it, and NoAnswer after `patience`
+        seconds.
 
         Other lines are skipped: libraries in C print to stdout.
         """
@@ -144,14 +149,21 @@ class Child:
         if not line:
             code = self._process.wait()
             self._log.seek(0)
-            last = " | ".join([text for text in self._log.read().splitlines() if text.strip()][-3:])
+            last = [text for text in self._log.read().splitlines() if text.strip()][-3:]
             if late.is_set():
                 raise NoAnswer(
                     f"The process that measured did not answer for {self.patience:.0f} s.", "Run it again."
                 )
             if code < 0:
-                raise killed(code, last)
-            raise TrtWanError(f"{self.module} ended with {code} before it answered: {last or 'no message'}")
+                raise killed(code, " | ".join(last))
+            if last and (missing := MISSING.fullmatch(last[-1])):
+                raise EnvironmentBroken(
+                    f"{missing[1]} is not installed (the extra bench).",
+                    with_commands("Run:", install_command("bench")),
+                )
+            raise TrtWanError(
+                f"{self.module} ended with {code} before it answered: {' | '.join(last) or 'no message'}"
+            )
         answer: dict[str, Any] = json.loads(line)
         if answer.get("event") == "failed":
             raise refusal(answer)

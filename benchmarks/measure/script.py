@@ -31,5 +31,5 @@ def finish(report: Report, out: Path | None) -> None:
     """Tables go to stderr, one line of JSON to stdout, files to `out`."""
     console().print(tables(report))
     if out:
-        write(report, out)
+        write(report, out, say_note)
     print(as_line(report.to_dict()))

@@ -33,6 +33,10 @@ OURS_MODULE = "trt_wan.benchmarks.measure.vae_job"
 PEERS_MODULE = "trt_wan.benchmarks.peers.diffusers_vae"
 SCHEMA = "trt-wan-bench-vae/1"
 FLOAT32 = "diffusers float32"  # the row that has no errors
+ON_THE_CPU = (
+    "Seconds are the medians of the runs after a first one. Networks: their calls alone. Errors: "
+    "relative, against float32."
+)
 CONTAINS = (
     "Seconds are from the host to the host, the medians of the runs after a first one. Ours: pieces are "
     "copied to the host and checked while the GPU goes on, as in a job. diffusers: the clip is copied as a "
@@ -102,7 +106,7 @@ class VaeTimes:
         return [
             Sheet("vae", title, heads, [cells(row) for row in self.rows]),
             *([Sheet("candidates", "Candidates", (), chosen)] if chosen else []),
-            f"Weights: {self.weights}. {CONTAINS}",
+            f"Weights: {self.weights}. {ON_THE_CPU if self.card.gpu is None else CONTAINS}",
             *(f"Not measured: {text}" for text in self.not_measured),
         ]
 

@@ -81,11 +81,14 @@ class WindowBudget:
     @property
     def far(self) -> list[Part]:
         """Parts of more than 3 % of the window that take more than 1.4 times their floor."""
-        large = [part for part in self.parts if part.seconds > SMALL * self.seconds]
-        return [part for part in large if part.factor is None or part.factor > FAR]
+        return [part for part in self._large if part.factor is not None and part.factor > FAR]
+
+    @property
+    def _large(self) -> list[Part]:
+        return [part for part in self.parts if part.seconds > SMALL * self.seconds]
 
     def sheets(self) -> list[Sheet | str]:
-        def cells(part: Part) -> Row:
+        def cells(part: Part, *share: Figure) -> Row:
             times = (
                 Figure(part.seconds / part.calls, "ms") if part.calls else "",
                 Figure(part.seconds, "ms"),
@@ -93,7 +96,10 @@ class WindowBudget:
             floor = Figure(part.floor_seconds, "ms") if part.floor_seconds else ""
             factor = Figure(part.factor, "times") if part.factor else ""
             calls = Figure(part.calls, "count") if part.calls else ""
-            return part.name, calls, *times, Figure(part.seconds / self.seconds, "%"), floor, factor
+            return part.name, calls, *times, *share, floor, factor
+
+        def in_window(part: Part) -> Row:
+            return cells(part, Figure(part.seconds / self.seconds, "%"))
 
         settings = ", ".join(f"{k} {v}" for k, v in self.settings.items()) or "the defaults"
         title = (
@@ -101,21 +107,29 @@ class WindowBudget:
             f"{self.card.hardware}"
         )
         heads = ("calls", "ms a call", "ms a window", "share", "floor ms", "times the floor")
+        once_heads = ("calls", "ms a call", "ms a job", "floor ms", "times the floor")
         by_stage: list[Row] = [
             *((stage, Figure(seconds, "s")) for stage, seconds in self.stages.items()),
             ("whole window", Figure(self.seconds, "s")),
             ("a step, median", Figure(self.step_seconds, "s")),
             ("writing, beside the rest", Figure(self.writing_seconds, "s")),
         ]
-        far = ", ".join(f"{p.name} ({p.factor:.2f})" if p.factor else p.name for p in self.far)
+        state = "yes" if self.finished else "no: the job was stopped, or goes on"
+        which = [("window", f"{self.window} of {self.windows}"), ("finished", state)]
+        far = ", ".join(f"{p.name} ({p.factor:.2f})" for p in self.far)
         judged = f"Above {SMALL:.0%} of the window, and more than {FAR} times the floor: {far or 'nothing'}."
+        if unknown := ", ".join(p.name for p in self._large if p.factor is None):
+            judged += f" Without a floor: {unknown}."
+        if (gpus := self.settings.get("gpus") or 1) > 1:
+            judged += f" Calls are those of GPU 0 of {gpus}; a floor is that of whole calls on one GPU."
         if not self.finished:
             judged = "Its networks are not measured yet."
         return [
             Sheet("window", title, ("s",), by_stage),
-            Sheet("part", f"Parts of the window ({self.floors})", heads, [cells(p) for p in self.parts]),
+            Sheet("measured", "Measured", (), which),
+            Sheet("part", f"Parts of the window ({self.floors})", heads, list(map(in_window, self.parts))),
             judged,
-            Sheet("once", "Once a job", heads, [cells(part) for part in self.once]),
+            Sheet("once", "Once a job", once_heads, [cells(part) for part in self.once]),
             Sheet("choice", "Choices", (), [("choice", text) for text in self.choices]),
             f"Weights: {self.weights}.",
             *(f"Not measured: {text}" for text in self.not_measured),

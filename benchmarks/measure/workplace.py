@@ -39,6 +39,8 @@ def workplace(shape: Shape, shared: Sequence[str] = SHARED) -> Iterator[tuple[di
     The folders `shared` are the user's. Kernels that TensorRT-RTX finishes on this machine are kept apart by
     default, so that a start can be cold. Bytecode is cached as Python does by default; where Python is told
     not to write it, it goes into a temporary folder: compiling our modules is no part of a start.
+
+    The folder is removed in the end: lines that name it are taken out of an error's hint.
     """
     with tempfile.TemporaryDirectory(prefix="trt-wan-bench-") as temporary:
         folder = Path(temporary)
@@ -50,7 +52,11 @@ def workplace(shape: Shape, shared: Sequence[str] = SHARED) -> Iterator[tuple[di
         env = os.environ | {"TRT_WAN_HOME": str(folder), "CUDA_CACHE_PATH": str(folder / "cuda")}
         if env.pop(NO_BYTECODE, ""):
             env["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
-        yield env, str(clips)
+        try:
+            yield env, str(clips)
+        except TrtWanError as error:
+            error.hint = "\n".join(line for line in error.hint.splitlines() if temporary not in line)
+            raise
 
 
 def forget_kernels(env: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ kind,name,unit,value        steps median,trt-wan,s,1.86
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from trt_wan.engines.store.files import replace_atomically
+from trt_wan.errors import with_commands
+from trt_wan.install import install_command
+from trt_wan.runtime.events import Note, Progress, silent
 
 COLUMNS = 120  # the width of tables where stderr is no terminal
 
@@ -97,9 +101,15 @@ class Sheet:
             for head, cell in zip(self.heads or ("",), cells, strict=True):
                 kind = f"{self.name} {head}".strip()
                 if isinstance(cell, Figure) and cell.value is not None:
-                    yield kind, name, SHOWN[cell.shown].unit, cell.value
+                    unit = SHOWN[cell.shown].unit
+                    yield _in_base_unit(kind, cell.shown, unit), name, unit, cell.value
                 elif isinstance(cell, str) and cell:
                     yield kind, name, "", cell
+
+
+def _in_base_unit(kind: str, shown: str, unit: str) -> str:
+    """ "not hidden s" for "not hidden ms" where people see the figures in ms and the CSV has seconds."""
+    return re.sub(rf"(?<!\S){re.escape(shown)}(?!\S)", unit, kind) if shown and unit else kind
 
 
 class Report(Protocol):
@@ -157,15 +167,24 @@ def write_rows(report: Report, folder: Path) -> Path:
     return rows
 
 
-def write(report: Report, folder: Path) -> list[Path]:
+def write(report: Report, folder: Path, progress: Progress = silent) -> list[Path]:
     """Writes the document, the CSV and the plots (PNG and SVG), and returns their paths. Without matplotlib
-    there are no plots.
+    there are no plots, and a note says so.
     """
     written = [write_document(report, folder), write_rows(report, folder)]
-    try:
-        from trt_wan.benchmarks.report.plots import save
-
-        plots = report.draw()
-    except ModuleNotFoundError:
+    if not (plots := _drawn(report, progress)):
         return written
+    from trt_wan.benchmarks.report.plots import save
+
     return [*written, *(path for name, plot in plots.items() for path in save(plot, folder / name))]
+
+
+def _drawn(report: Report, progress: Progress) -> Mapping[str, Any]:
+    try:
+        return report.draw()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+    sentence = "Plots are left out: matplotlib is not installed (the extra bench). Run:"
+    progress(Note(with_commands(sentence, install_command("bench")), "no_plots"))
+    return {}

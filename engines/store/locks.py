@@ -15,7 +15,7 @@ def in_silence(lock: Path, process: int | None) -> None:
 @contextmanager
 def held(lock: Path, wait: bool = True, waiting: Waiting = in_silence) -> Iterator[bool]:
     """Holds `lock`. Where another process holds it, it calls `waiting` once and waits; without `wait` it
-    yields False.
+    yields False. Raises OSError where no file can be made.
     """
     from filelock import FileLock, Timeout
 
@@ -24,6 +24,8 @@ def held(lock: Path, wait: bool = True, waiting: Waiting = in_silence) -> Iterat
     try:
         taken.acquire(timeout=0)
     except Timeout:
+        if not lock.exists():  # filelock also times out where no file can be made, as in /proc
+            lock.touch()
         if not wait:
             yield False
             return

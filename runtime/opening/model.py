@@ -263,7 +263,8 @@ class Basis:
         """
         if self.settings.gpus == 1:
             return None
-        return split_of(job, job.context_plan(job.windows(frames).length(0)), self.settings.gpus)
+        context = job.context_plan(job.windows(frames).length(0))
+        return split_of(job, context, self.settings.gpus, self.place is not None)
 
     def with_ratios(self, job: Job, progress: Progress) -> Job:
         """`job` with the ratios of its step cache. Raises as step_ratios.py."""
@@ -443,7 +444,7 @@ class OpenModel(Closing):
             self._take_lynx(job, load.lynx, progress)
         if self.ranks.count == 1:
             return self._sizes.begin(plan, load, context, skip, progress)
-        choice = split_of(job, context, self.ranks.count)
+        choice = split_of(job, context, self.ranks.count, not isinstance(self._sizes, CpuSizes))
         progress(Note(choice.text, "split", {"gpus": self.ranks.count, "split": choice.split}))
         share = ShardPlan.of(plan, self.ranks.count) if choice.split == "tokens" else None
         model = self._sizes.begin(plan, load, context, skip, progress, self.ranks, share)
@@ -516,10 +517,11 @@ class OpenModel(Closing):
         gc.collect()  # TensorRT's objects and arrays free GPU memory when Python drops them
 
 
-def split_of(job: Job, context: ContextPlan | None, count: int) -> Choice:
+def split_of(job: Job, context: ContextPlan | None, count: int, on_gpus: bool = True) -> Choice:
     """How `count` GPUs share the steps of a job. Raises UsageError for a job that cannot be shared."""
     parts = 1 if context is None or context.is_one else len(context.parts(0))
-    return choose_split([step.passes for step in job.step_settings], parts, count, _take_all_tokens(job))
+    passes = [step.passes for step in job.step_settings]
+    return choose_split(passes, parts, count, _take_all_tokens(job), on_gpus)
 
 
 def _take_all_tokens(job: Job) -> list[str]:

@@ -78,9 +78,12 @@ def attend_seconds(shards: Shards, groups: Sequence[int], processors: int, queri
     return returned + copied * head / INSIDE
 
 
-def choose_split(passes: Sequence[int], parts: int, count: int, beside: Sequence[str] = ()) -> Choice:
+def choose_split(
+    passes: Sequence[int], parts: int, count: int, beside: Sequence[str] = (), on_gpus: bool = True
+) -> Choice:
     """`passes` of every step through the transformer: 2 with guidance. `parts` are the context windows of a
     step. `beside` are options of networks that take all tokens. Raises UsageError if nothing can be split.
+    The text has the expected speed only with `on_gpus`: it was measured there.
     """
     forwards = sum(passes) * parts
     times: dict[Split, float] = {}
@@ -101,8 +104,9 @@ def choose_split(passes: Sequence[int], parts: int, count: int, beside: Sequence
         "windows": f"each GPU takes whole context windows, {parts} a step",
         "sides": "two GPUs take a side of the guidance each",
     }
+    text = f"{count} GPUs: {what[best]}"
+    if not on_gpus:
+        return Choice(best, f"{text}.")
     others = ", ".join(f"{split} {forwards / time:.2f}" for split, time in times.items() if split != best)
     rest = f"; {others}" if others else ""
-    return Choice(
-        best, f"{count} GPUs: {what[best]} (about {forwards / times[best]:.2f} times one GPU{rest})."
-    )
+    return Choice(best, f"{text} (about {forwards / times[best]:.2f} times one GPU{rest}).")

@@ -1,8 +1,8 @@
 """Where the time of each rank goes, for benchmarks: one line of JSON for every stage, task and step.
 
-TRT_WAN_TRACE names a folder, and rank r appends to its file `r.jsonl`. `at` are seconds of a clock that all
-processes of a machine share. A line with `seconds` is about work that ended then; one without is a stage that
-begins, or "done" at the end of a window.
+TRT_WAN_TRACE names a folder, which is made, and rank r appends to its file `r.jsonl`. `at` are seconds of a
+clock that all processes of a machine share. A line with `seconds` is about work that ended then; one without
+is a stage that begins, or "done" at the end of a window.
 """
 
 import json
@@ -26,6 +26,7 @@ def traced(progress: Progress, ranks: Ranks) -> Progress:
     if not (folder := os.environ.get(VARIABLE)):
         return progress
     path = Path(folder) / f"{ranks.rank}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     def tell(what: str, seconds: float | None = None, window: int = 0) -> None:
         with path.open("a") as file:

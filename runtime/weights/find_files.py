@@ -32,6 +32,10 @@ MOST_FILES = 100_000  # below a folder; far more than people have models
 Identity = tuple[int, int]  # device and number of a file
 
 
+class PartsMissing(WeightsError):
+    """Folders, or options, lack parts of the checkpoints. The hint names the options of `trt-wan run`."""
+
+
 @dataclass(frozen=True)
 class _Seen:
     """A file, index or set of shards: its parts, or whether it is another Wan model or broken."""
@@ -114,11 +118,11 @@ def _search(folders: Sequence[Path], parts: Collection[Part]) -> tuple[dict[Part
     return {part: [file.path for file in seen if part in file.parts] for part in parts}, seen
 
 
-def _not_found(folders: Sequence[Path], missing: Sequence[Part], seen: Sequence[_Seen]) -> WeightsError:
+def _not_found(folders: Sequence[Path], missing: Sequence[Part], seen: Sequence[_Seen]) -> PartsMissing:
     options = ", ".join(f"{option(part)} FILE" for part in missing)
     names = " or the ".join(map(spoken, missing))
     if not folders:
-        return WeightsError(
+        return PartsMissing(
             f"No file is named for the {names}.", f"Name it with {options}, or a folder with --weights DIR."
         )
     others = [f"{file.path.name} is {what}" for file in seen if file.other and (what := _other(file.path))]
@@ -126,7 +130,7 @@ def _not_found(folders: Sequence[Path], missing: Sequence[Part], seen: Sequence[
     told = (others if "transformer" in missing else []) + broken
     text = f"No file in {' or '.join(map(short_path, folders[:MOST_NAMED]))} holds the {names}"
     room = max(80, LONGEST_MESSAGE - 20 - len(text))
-    return WeightsError(
+    return PartsMissing(
         f"{text}; {some_of(told, room)}." if told else f"{text}.", f"Put it there, or name it with {options}."
     )
 

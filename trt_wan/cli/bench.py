@@ -127,6 +127,7 @@ _BUDGET = click.option(
     help="Measure no longer: rows that do not fit are named with the reason.",
 )
 _OUT = click.option("--out", type=FOLDER, help="Folder for JSON, CSV and plots (PNG and SVG).")
+_OUT_WITHOUT_PLOTS = click.option("--out", type=FOLDER, help="Folder for JSON and CSV.")
 
 Decorator = Callable[[Any], Any]
 
@@ -355,7 +356,7 @@ def _tiers(given: Mapping[str, Any]) -> Sequence[str]:
 @_options(*_SHAPE, *_SETTINGS, _GPUS)
 @click.option("--steps", type=COUNT, default=4, show_default=True, help="Steps of a window.")
 @click.option("--windows", type=click.IntRange(3, 20), default=4, show_default=True)
-@_OUT
+@_OUT_WITHOUT_PLOTS
 @command
 def window_of(
     *,
@@ -384,7 +385,7 @@ def window_of(
 @click.option("--weights", type=THERE, help="Folder with the checkpoints. Needed.")
 @click.option("--repeats", type=COUNT, default=3, show_default=True)
 @_BUDGET
-@_OUT
+@_OUT_WITHOUT_PLOTS
 @command
 def vae_of(
     *,

@@ -24,7 +24,7 @@ def finished(
     measured: "Measured",
     out: Path | None = None,
     lost: Sequence[str] = (),
-    again: str = "Run it again.",
+    again: str = "Run it again",
 ) -> tuple[str, dict[str, Any]]:
     """Shows and writes the result. Returns it as a line of JSON and as a document. Raises GpuFault behind it
     for rows that were `lost`; `again` is the cure. An error of the disk comes behind it as well.
@@ -36,12 +36,13 @@ def finished(
     line = as_line(document)
     try:
         if out:
-            note(report, f"written: {', '.join(path.name for path in write(measured, out))} in {out}")
+            names = ", ".join(path.name for path in write(measured, out, report.progress))
+            note(report, f"written: {names} in {out}")
         if lost:
             memory = "Where SIGKILL ended a process, memory was short most likely: look at what is free."
             raise GpuFault(
                 f"Not everything was measured: {some_of(lost, most=1).rstrip('.')}.",
-                f"All other rows are measured and shown above. {again} {memory}",
+                f"All other rows are measured and shown above. {again}.\n{memory}",
             )
     except (OSError, GpuFault):
         _hand_over(report, line, document)

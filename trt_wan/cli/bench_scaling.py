@@ -115,5 +115,8 @@ def scale(
 
     with keeping(out, report) as keep:
         measured = measure_scaling(wanted, report.progress, keep)
-    again = "Run it again with the --gpus that are missing."
+    there = {(row.gpus, row.shape) for row in measured.rows}
+    possible = [row["gpus"] for row in announced(wanted) if row["possible"]]
+    missing = [str(n) for n in possible if any((n, shape) not in there for shape in shapes)]
+    again = f"Run it again with --gpus {','.join(missing)}" if missing else "Run it again"
     return finished(report, measured, out, measured.lost, again)
