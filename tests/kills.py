@@ -278,7 +278,7 @@ def fill_a_disk(base: Base, here: Path, room: int) -> Moment:
     """`run` into a tmpfs of `room` bytes: one sentence, exit code 1, finished windows play if they fit."""
     moment = Moment("full disk", 0, room)
     here.mkdir(parents=True)
-    with _mounted(here, room) as small:
+    with mounted_disk(here, room) as small:
         environment = os.environ | {"TRT_WAN_HOME": str(base.folder / "home"), "OMP_NUM_THREADS": "1"}
         command = base.command("run", small)
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -302,7 +302,7 @@ def fill_a_disk(base: Base, here: Path, room: int) -> Moment:
 
 
 @contextmanager
-def _mounted(here: Path, room: int) -> Iterator[Path]:
+def mounted_disk(here: Path, room: int) -> Iterator[Path]:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(here)])
     if mounted.returncode:
         raise PermissionError("a tmpfs cannot be mounted here")

@@ -117,7 +117,7 @@ def test_files_are_complete(ran: subprocess.CompletedProcess[str], out: Path) ->
         assert "tiny 64x48x13" in (out / f"{name}.svg").read_text()
     with (out / "bench.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["name"] for row in rows if row["kind"] == "network ms a step"} >= {"attention", "attn_in"}
+    assert {row["name"] for row in rows if row["kind"] == "network s a step"} >= {"attention", "attn_in"}
 
 
 def test_a_result_compared_with_itself_and_with_another_shape(

@@ -11,16 +11,41 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from signal import Signals
 from types import TracebackType
 from typing import Any
 
 from trt_wan.benchmarks.measure.budget import PATIENCE, Budget
-from trt_wan.errors import EnvironmentBroken, TrtWanError, with_commands
+from trt_wan.errors import EnvironmentBroken, GpuFault, TrtWanError, with_commands
 from trt_wan.install import install_command
 from trt_wan.runtime.events import Note, Progress
 
 STDOUT = sys.stdout
 MISSING = re.compile(r"ModuleNotFoundError: No module named '([^'.]+).*'")  # how a traceback ends
+
+
+class NoAnswer(GpuFault):
+    """A process was ended here because its answer took too long. After a budget that is no fault."""
+
+
+def is_lost(error: TrtWanError, budget: Budget) -> bool:
+    """Whether a row is missing because a rank or a process was lost. Other errors, too little memory for
+    example, are results, and so is the end of the budget.
+    """
+    if type(error) in (TrtWanError, NoAnswer):
+        return not budget.over
+    return isinstance(error, GpuFault)
+
+
+def killed(code: int, last: str) -> GpuFault:
+    """The error for a process that signal `-code` ended; `last` is the end of its stderr."""
+    name = Signals(-code).name
+    if name == "SIGKILL":
+        reason = "The likely reason is too little memory. Look at what is free and what the kernel says:"
+        hint = f"{with_commands(reason, 'free -h', 'dmesg | tail')}\nThen run it again."
+    else:
+        hint = f"Run it again. {f'It said last: {last}' if last else ''}".strip()
+    return GpuFault(f"The process that measured was ended by {name}.", hint)
 
 
 def say(event: str, **values: Any) -> None:
@@ -103,12 +128,19 @@ class Child:
 
     def read(self) -> dict[str, Any]:
         """Returns the next line of JSON. Raises TrtWanError with the end of stderr if the process ends first,
-        EnvironmentBroken if it lacks a package.
+        EnvironmentBroken if it lacks a package, GpuFault if a signal ended it, and NoAnswer after `patience`
+        seconds.
 
         Other lines are skipped: libraries in C print to stdout.
         """
         assert self._process.stdout is not None
-        watchdog = threading.Timer(self.patience, self._process.kill)
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self._process.kill()
+
+        watchdog = threading.Timer(self.patience, end)
         watchdog.start()
         try:
             line = next((text for text in self._process.stdout if text.startswith("{")), "")
@@ -118,6 +150,12 @@ class Child:
             code = self._process.wait()
             self._log.seek(0)
             last = [text for text in self._log.read().splitlines() if text.strip()][-3:]
+            if late.is_set():
+                raise NoAnswer(
+                    f"The process that measured did not answer for {self.patience:.0f} s.", "Run it again."
+                )
+            if code < 0:
+                raise killed(code, " | ".join(last))
             if last and (missing := MISSING.fullmatch(last[-1])):
                 raise EnvironmentBroken(
                     f"{missing[1]} is not installed (the extra bench).",

@@ -22,7 +22,7 @@ import numpy as np
 from trt_wan.benchmarks.machine.card import Card, read_card
 from trt_wan.benchmarks.measure.budget import Budget
 from trt_wan.benchmarks.measure.measured_process import Spec
-from trt_wan.benchmarks.measure.processes import Child, rows_of
+from trt_wan.benchmarks.measure.processes import Child, is_lost, rows_of
 from trt_wan.benchmarks.measure.record_velocities import Recording
 from trt_wan.benchmarks.measure.similarity import psnr, relative_error, ssim
 from trt_wan.benchmarks.measure.workplace import with_graphs, workplace
@@ -73,6 +73,7 @@ class Quality:
     between: dict[str, dict[str, float]]  # of the worst step: the error of a row against another
     not_measured: list[str]
     finished: bool = True  # False: more rows are to come
+    lost: list[str] = field(default_factory=list)  # of `not_measured`: a rank or a process was lost
     schema: str = QUALITY_SCHEMA
     stem: ClassVar[str] = "quality"
 
@@ -162,6 +163,7 @@ def measure_quality(
                 list(rows),
                 bench.between([row.name for row in rows]) if compared else {},
                 not_measured,
+                lost=list(bench.lost),
             )
 
         def add(row: QualityRow | None) -> None:
@@ -201,6 +203,7 @@ class _Recorder:
         self.not_measured, self.progress = not_measured, progress
         self.files: dict[str, str] = {}  # recordings by row
         self.failures: list[TrtWanError] = []
+        self.lost: list[str] = []
         self.reference: dict[str, Any] = {}  # its answer: candidates, and files of weights by part
 
     def record(self, name: str, settings: Mapping[str, Any], other_kernels: bool = False) -> dict[str, Any]:
@@ -238,6 +241,8 @@ class _Recorder:
             self.not_measured.append(f"{name}: {self.budget.over or error.message}")
             self.progress(Note(f"not measured: {self.not_measured[-1]}"))
             self.failures.append(error)
+            if is_lost(error, self.budget):
+                self.lost.append(self.not_measured[-1])
             return None
         row = QualityRow(name, settings, self._errors(name, "reference"), answer["candidates"])
         if not self.frames:

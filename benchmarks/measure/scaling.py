@@ -24,7 +24,7 @@ from trt_wan.benchmarks.machine.card import read_card, visible_gpus
 from trt_wan.benchmarks.machine.monitor import Monitor
 from trt_wan.benchmarks.measure.budget import Budget
 from trt_wan.benchmarks.measure.measured_process import Spec
-from trt_wan.benchmarks.measure.processes import Child
+from trt_wan.benchmarks.measure.processes import Child, is_lost
 from trt_wan.benchmarks.measure.sample_clips import write_clips
 from trt_wan.benchmarks.measure.scaling_job import Asked
 from trt_wan.benchmarks.measure.similarity import relative_error
@@ -32,7 +32,7 @@ from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.measure.workplace import SHARED, with_graphs, workplace
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.scaling import STAGES, TASKS, Scaling, ScalingRow, Span, Throughput, gpus_text
-from trt_wan.errors import EnvironmentBroken, GpuFault, TrtWanError, UsageError
+from trt_wan.errors import EnvironmentBroken, TrtWanError, UsageError
 from trt_wan.runtime.device.gpu import device_count
 from trt_wan.runtime.events import Note, Progress, silent
 from trt_wan.runtime.parallel.trace import VARIABLE
@@ -155,13 +155,12 @@ class _Bench:
         self.progress(Note(f"not measured: {text}"))
 
     def fail(self, what: str, error: TrtWanError) -> None:
-        """Leaves a row out. A rank or a process that is lost makes the command fail in the end, unless the
-        budget ended it. Other errors, too little memory for example, are results.
-        """
-        self.failures.append(error)
+        """Leaves a row out. A lost one makes the command fail in the end."""
         self.leave_out(f"{what}: {error.message}")
-        if isinstance(error, GpuFault) or (type(error) is TrtWanError and not self.budget.over):
+        if lost := is_lost(error, self.budget):
             self.lost.append(self.not_measured[-1])
+        if lost or not self.budget.over:
+            self.failures.append(error)
 
     def measure(self, n: int) -> None:
         """All sizes on `n` GPUs. A size that fails is left out, and the others get a new process."""

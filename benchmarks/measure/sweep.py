@@ -18,13 +18,14 @@ import numpy as np
 from trt_wan.benchmarks.machine.card import Card, read_card
 from trt_wan.benchmarks.measure.budget import Budget
 from trt_wan.benchmarks.measure.measured_process import Spec
+from trt_wan.benchmarks.measure.processes import is_lost
 from trt_wan.benchmarks.measure.spread import Spread
 from trt_wan.benchmarks.measure.workplace import measure_job, measure_steps, with_graphs, workplace
 from trt_wan.benchmarks.peers.shape import Shape
 from trt_wan.benchmarks.report.sheet import Figure, Row, Sheet
 from trt_wan.benchmarks.work.cost import calls, step_flops, works
 from trt_wan.benchmarks.work.cost_law import RateLaw, fit_rates
-from trt_wan.errors import TrtWanError
+from trt_wan.errors import TrtWanError, UsageError
 from trt_wan.runtime.events import Note, Progress, silent
 
 RANDOM = "random"
@@ -66,6 +67,7 @@ class Point:
     peak_memory_bytes: int | None = None
     networks: Mapping[str, float] = field(default_factory=dict)  # seconds in a step
     reason: str = ""  # the failure of a point without seconds
+    lost: bool = False  # whether its rank or its process was lost
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ class Sweep:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def lost(self) -> list[str]:
+        return [f"{p.axis} {p.label}: {p.reason}" for p in self.points if p.lost]
 
     @property
     def grown(self) -> list[Point]:
@@ -213,23 +219,29 @@ def run_sweep(
     budget: Budget | None = None,
 ) -> Sweep:
     """Times `steps` at each point. Points that ask for the same are measured once. `keep` gets the points so
-    far after every one. Points that do not fit into the budget keep that as their reason.
+    far after every one, from the first measured one on. Points that do not fit into the budget keep that as
+    their reason. Raises TrtWanError if no point was measured.
     """
     budget = budget or Budget()
     measure = measure or partial(_measured, budget=budget)
     known: dict[str, Point] = {}
     found: list[Point] = []
+    failures: list[TrtWanError] = []
     shortest = math.inf  # seconds that a point took, with the start of its process
     for ask in points:
         key = json.dumps([asdict(ask.shape), dict(ask.settings), ask.job_steps], sort_keys=True)
         if key not in known:
             began = budget.now()
             needed = 0.0 if shortest == math.inf else shortest
-            known[key] = _point(ask, steps, weights, progress, measure, budget, needed)
+            known[key] = _point(ask, steps, weights, progress, measure, budget, needed, failures)
             if known[key].seconds is not None:
                 shortest = min(shortest, budget.now() - began)
         found.append(replace(known[key], axis=ask.axis, label=ask.label))
-        keep(_sweep(found, weights, finished=False))
+        if shortest < math.inf:
+            keep(_sweep(found, weights, finished=False))
+    if shortest == math.inf:
+        nothing = UsageError(f"Nothing was measured: {found[0].reason}.", "Use a larger --budget.")
+        raise next(iter(failures), nothing)
     return _sweep(found, weights, finished=True)
 
 
@@ -252,21 +264,31 @@ def _point(
     measure: Measure,
     budget: Budget,
     needed: float,
+    failures: list[TrtWanError],
 ) -> Point:
-    """`needed` are the seconds that a point takes at least."""
+    """`needed` are the seconds that a point takes at least. `failures` gets the error of a point that the
+    budget did not end.
+    """
     config, plan = ask.shape.config, ask.shape.plan
     table, counts = works(config, plan), calls(config, plan, 1)
     flops = step_flops(config, plan)
     share = sum(w.attention * counts[name].step for name, w in table.items()) / flops
     about = (ask.axis, ask.label, ask.shape, ask.settings, plan.tokens, flops * (ask.job_steps or 1), share)
+
+    def left_out(reason: str, lost: bool = False) -> Point:
+        progress(Note(f"{ask.axis} {ask.label}: not measured: {reason}"))
+        return Point(*about, None, reason=reason, lost=lost)
+
+    if short := budget.too_short(needed, "a point"):
+        return left_out(budget.over or short)
     try:
-        if short := budget.too_short(needed, "a point"):
-            raise TrtWanError(short)
         seconds, networks, peak = measure(ask, steps, weights, progress)
     except TrtWanError as error:
-        reason = budget.over or error.message
-        progress(Note(f"{ask.axis} {ask.label}: not measured: {reason}"))
-        return Point(*about, None, reason=reason)
+        lost = is_lost(error, budget)
+        if lost or not budget.over:
+            failures.append(error)
+            return left_out(error.message, lost)
+        return left_out(budget.over)
     point = Point(*about, Spread.of(seconds), peak, networks)
     progress(Note(f"{ask.axis} {ask.label}: {Spread.of(seconds).median:.4g} s"))
     return point

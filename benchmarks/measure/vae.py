@@ -17,7 +17,7 @@ import numpy as np
 from trt_wan.benchmarks.machine.card import Card, read_card
 from trt_wan.benchmarks.measure.budget import Budget
 from trt_wan.benchmarks.measure.measured_process import Spec
-from trt_wan.benchmarks.measure.processes import Child, rows_of
+from trt_wan.benchmarks.measure.processes import Child, is_lost, rows_of
 from trt_wan.benchmarks.measure.quality import Wanted
 from trt_wan.benchmarks.measure.similarity import relative_error
 from trt_wan.benchmarks.measure.spread import Spread
@@ -72,6 +72,7 @@ class VaeTimes:
     rows: list[VaeRow]
     not_measured: list[str]
     finished: bool = True  # False: more rows are to come
+    lost: list[str] = field(default_factory=list)  # of `not_measured`: a process was lost
     schema: str = SCHEMA
     stem: ClassVar[str] = "vae"
 
@@ -125,12 +126,13 @@ class _Found:
     ) -> None:
         self.card, self.not_measured, self.rows = read_card(), list[str](), list[VaeRow]()
         self._shape, self._weights, self._progress, self._keep = shape, weights, progress, keep
+        self.lost: list[str] = []
         self._files: dict[str, str] = {}  # the results by row
         self._exact: Mapping[str, Array] | None = None
 
     def times(self, finished: bool) -> VaeTimes:
         rows, left_out = list(self.rows), list(self.not_measured)
-        return VaeTimes(self._shape, self.card, self._weights, rows, left_out, finished)
+        return VaeTimes(self._shape, self.card, self._weights, rows, left_out, finished, lost=list(self.lost))
 
     def add(self, answer: Mapping[str, Any]) -> None:
         row = _row(answer)
@@ -202,6 +204,8 @@ def measure_vae(
             except TrtWanError as error:
                 failures.append(error)
                 found.leave_out(f"{one.name}: {limit.over or error.message}")
+                if is_lost(error, limit):
+                    found.lost.append(found.not_measured[-1])
                 continue
             files = files or answer["files"]
             found.add({**answer, "name": one.name, "target": target})

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from trt_wan.benchmarks.report.times import StepTimes
+from trt_wan.engines.store.files import named
 
 INK, LEAST, EXCESS, OTHER = "#222222", "#1b6ca8", "#f2a65a", "#9aa5b1"
 GRID = "#dddddd"
@@ -41,7 +42,8 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
     with rc_context({"svg.fonttype": "none"}):  # text stays text: it can be searched and copied
         for path in paths:
-            figure.savefig(path, dpi=150)
+            with named(path):
+                figure.savefig(path, dpi=150)
     return paths
 
 

@@ -4,6 +4,7 @@ kind,name,unit,value        steps median,trt-wan,s,1.86
 """
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from trt_wan.engines.store.files import replace_atomically
 from trt_wan.errors import with_commands
 from trt_wan.install import install_command
 from trt_wan.runtime.events import Note, Progress, silent
@@ -148,22 +150,20 @@ def console() -> Console:
 
 def write_document(report: Report, folder: Path) -> Path:
     """Writes the document alone and returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
     document = folder / f"{report.stem}.json"
-    document.write_text(as_line(report.to_dict()) + "\n")
+    replace_atomically(document, as_line(report.to_dict()) + "\n")
     return document
 
 
 def write_rows(report: Report, folder: Path) -> Path:
     """Writes the CSV alone and returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = folder / f"{report.stem}.csv"
-    with rows.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("kind", "name", "unit", "value"))
-        for sheet in report.sheets():
-            if isinstance(sheet, Sheet):
-                writer.writerows(sheet.lines())
+    rows, text = folder / f"{report.stem}.csv", io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(("kind", "name", "unit", "value"))
+    for sheet in report.sheets():
+        if isinstance(sheet, Sheet):
+            writer.writerows(sheet.lines())
+    replace_atomically(rows, text.getvalue())
     return rows
 
 

@@ -581,6 +581,15 @@ def open_gpu(settings: Settings, progress: Progress, rank: int = 0) -> tuple[Gpu
     return gpu, flavour
 
 
+def refuse_on_cpu(settings: Settings) -> None:
+    """Raises the error of a job's start for settings with which no job starts, if this machine has no GPU or
+    they leave it idle. Makes no CUDA context.
+    """
+    on_cpu = settings.executor == "onnxruntime" or not has_nvidia_gpu()
+    if on_cpu and open_gpu(settings, silent) is None:
+        choose_precision(settings, None)
+
+
 def _refuse_settings_of_a_gpu(settings: Settings, why: str) -> None:
     """`why` the CPU computes. Raises UsageError for a setting that would do nothing there."""
     given = {

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from trt_wan.cli.bench_preprocess import bench_preprocess
-from trt_wan.cli.bench_report import finished, keeping, show_tables
+from trt_wan.cli.bench_report import finished, keeping, require_writable, show_tables
 from trt_wan.cli.bench_scaling import scale, scaling_options, take_scaling
 from trt_wan.cli.calibrate_cache import calibrate_cache
 from trt_wan.cli.command import Group, command, note
 from trt_wan.cli.report import Report
 from trt_wan.cli.sizes import Size, size_of
 from trt_wan.cli.sizes import size as size_option
-from trt_wan.errors import UsageError, shown
+from trt_wan.errors import TrtWanError, UsageError, shown
 
 if TYPE_CHECKING:
     from trt_wan.benchmarks.measure.quality import Wanted
@@ -198,7 +198,9 @@ def measure(
     from trt_wan.benchmarks.peers.contest import Contest
     from trt_wan.benchmarks.report.repeat import JOBS, Repeats
 
-    if (scaling := take_scaling(settings)) is not None:
+    scaling = take_scaling(settings)
+    _refuse_on_cpu(_given(settings))
+    if scaling is not None:
         sizes = map(size_of, scaling["sizes"])
         shapes = [_shape(model, each, window) for each in sizes] or [_shape(model, size, window)]
         return scale(report, shapes, _given(settings), scaling, job_steps, weights, out)
@@ -212,9 +214,10 @@ def measure(
         cold=cold,
     )
     if repeat == 1:
+        require_writable(out)
         return finished(report, run_bench(options, report.progress), out)
     results = []
-    with keeping(out) as keep:
+    with keeping(out, report) as keep:
         for n in range(repeat):
             note(report, f"run {n + 1} of {repeat}")
             results.append(run_bench(options, report.progress))
@@ -270,6 +273,7 @@ def sweep_shapes(
     unknown = [name for name in names if name not in sweep.AXES]
     if unknown:
         raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(sweep.AXES)}.")
+    _refuse_on_cpu(_given(settings))
     points = sweep.asks(
         _shape(model, size, window),
         _given(settings),
@@ -279,9 +283,9 @@ def sweep_shapes(
         job_steps or sweep.STEPS,
     )
     files, limit = str(weights) if weights else None, Budget(budget)
-    with keeping(out) as keep:
+    with keeping(out, report) as keep:
         result = sweep.run_sweep(points, steps, files, report.progress, keep=keep, budget=limit)
-    return finished(report, result, out)
+    return finished(report, result, out, result.lost)
 
 
 @click.command("quality", short_help="Measure what a precision or tier costs in quality.")
@@ -324,11 +328,12 @@ def quality_of(
         wanted = [Wanted(f"trt-wan {tier}", _given({**given, "tier": tier})) for tier in _tiers(given)]
     else:
         wanted = _wanted(rows, settings)
-    with keeping(out) as keep:
+    _refuse_on_cpu(*(one.settings for one in wanted))
+    with keeping(out, report) as keep:
         result = measure_quality(
             shape, wanted, steps, seed, files, peers, frames, report.progress, keep, budget
         )
-    return finished(report, result, out)
+    return finished(report, result, out, result.lost)
 
 
 def _wanted(rows: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> "list[Wanted]":
@@ -369,7 +374,8 @@ def window_of(
     from trt_wan.benchmarks.measure.window_budget import measure_window
 
     shape, files = _shape(model, size, window), str(weights) if weights else None
-    with keeping(out) as keep:
+    _refuse_on_cpu(_given(settings))
+    with keeping(out, report) as keep:
         result = measure_window(shape, _given(settings), steps, windows, files, report.progress, keep)
     return finished(report, result, out)
 
@@ -402,9 +408,10 @@ def vae_of(
             "The VAE is measured with weights of files.", "Name their folder with --weights DIR."
         )
     shape, wanted = _shape(model, size, window), _wanted(rows, settings)
-    with keeping(out) as keep:
+    _refuse_on_cpu(*(one.settings for one in wanted))
+    with keeping(out, report) as keep:
         result = measure_vae(shape, wanted, str(weights), repeats, report.progress, keep, budget)
-    return finished(report, result, out)
+    return finished(report, result, out, result.lost)
 
 
 @click.pass_context
@@ -458,3 +465,20 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in settings.items() if value not in (None, {})}
     assert Settings(**given), "UsageError for values that are not possible"
     return given
+
+
+def _refuse_on_cpu(*rows: Mapping[str, Any]) -> None:
+    """Raises the error of `trt-wan run` if the settings of no row can be run on the CPU, where they would be.
+    One row that can is measured, and the others are told.
+    """
+    from trt_wan.runtime.opening.model import refuse_on_cpu
+    from trt_wan.runtime.settings import Settings
+
+    refused = []
+    for row in rows:
+        try:
+            refuse_on_cpu(Settings(**row))
+        except TrtWanError as error:
+            refused.append(error)
+    if refused and len(refused) == len(rows):
+        raise refused[0]

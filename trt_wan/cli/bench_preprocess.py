@@ -65,6 +65,6 @@ def bench_preprocess(*, report: Report, frames: int | None, out: Path | None, **
             "--frames is the length of the sample, and --clip names another clip.",
             "Give one of them; a clip is taken as it is.",
         )
-    with keeping(out) as keep:
+    with keeping(out, report) as keep:
         measured = run_bench(Options(frames=frames or FRAMES, **options), report.progress, keep)
     return finished(report, measured, out)

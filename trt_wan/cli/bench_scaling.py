@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trt_wan.cli.bench_report import finished, keeping
-from trt_wan.cli.command import note
 from trt_wan.cli.options import Decorator, group, refuse_without
-from trt_wan.cli.report import JsonReport, Report
-from trt_wan.errors import GpuFault, UsageError, shown, some_of
+from trt_wan.cli.report import Report
+from trt_wan.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from trt_wan.benchmarks.peers.shape import Shape
@@ -114,20 +113,10 @@ def scale(
         ]
         return "\n".join(lines), {"plan": plan}
 
-    with keeping(out) as keep:
+    with keeping(out, report) as keep:
         measured = measure_scaling(wanted, report.progress, keep)
-    line, document = finished(report, measured, out)
-    if not measured.lost:
-        return line, document
-    if isinstance(report, JsonReport):
-        note(report, "the rows that were measured", "measured", **document)
-    else:
-        report.done(line, document)
     there = {(row.gpus, row.shape) for row in measured.rows}
     possible = [row["gpus"] for row in announced(wanted) if row["possible"]]
-    lost = [str(n) for n in possible if any((n, shape) not in there for shape in shapes)]
-    again = f" with --gpus {','.join(lost)}" if lost else ""
-    raise GpuFault(
-        f"Not everything was measured: {some_of(measured.lost, most=1).rstrip('.')}.",
-        f"All other rows are measured and shown above. Run it again{again}.",
-    )
+    missing = [str(n) for n in possible if any((n, shape) not in there for shape in shapes)]
+    again = f"Run it again with --gpus {','.join(missing)}" if missing else "Run it again"
+    return finished(report, measured, out, measured.lost, again)

@@ -175,13 +175,18 @@ serve.params += [
 
 
 def _require_jobs(settings: "ServeSettings") -> None:
-    """Raises UsageError for settings with which every plain job would be refused."""
+    """Raises UsageError for settings with which every plain job would be refused. Jobs of a Ray cluster run
+    on other machines.
+    """
+    from trt_wan.runtime.opening.model import refuse_on_cpu
     from trt_wan.serve.fields import arguments, require_possible
     from trt_wan.serve.orders import require_limits
 
     argv = [*settings.plain_model, *arguments("video", settings.defaults), "-o", "out.mp4"]
     params, options = require_possible("video", argv)
     require_limits(params, options, {}, params["size"], settings.limits)
+    if settings.ray is None:
+        refuse_on_cpu(options.settings())
 
 
 def _require_packages(extra: str, packages: tuple[str, ...]) -> None:
