@@ -4,6 +4,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tiny_job import FRAMES, write_clip, write_reference
@@ -12,6 +14,7 @@ from trt_wan.serve.database import Job, Kind
 from trt_wan.serve.dispatch import PAUSE, Dispatcher
 from trt_wan.serve.live import Live
 from trt_wan.serve.metrics import Metrics
+from trt_wan.serve.service import Service
 from trt_wan.serve.settings import Limits, ServeSettings
 from trt_wan.serve.store import Store
 from trt_wan.worker.worker import Line, WorkerDied
@@ -131,3 +134,14 @@ def wait_for(is_so: Callable[[], bool], seconds: float = 600) -> None:
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_job_that_ends_while_it_is_shown_goes_on_from_its_progress(store: Store) -> None:
+    """Its row is read, it ends, and its progress is gone: an event said 0 behind 50."""
+    store.database.add_job("job_1", "preparation", REQUEST | {"uploads": []}, 9)
+    before = store.database.take_next()
+    assert before is not None and before.status == "in_progress"
+    store.database.change("job_1", status="completed", completed_at=time.time(), result={})
+    service: Any = SimpleNamespace(live=Live(), store=store, settings=ServeSettings(store.data))
+    shown = Service.shown(service, before)
+    assert shown["status"] == "completed" and shown["progress"] == 100

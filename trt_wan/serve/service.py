@@ -71,7 +71,10 @@ class Service:
         self.store.close()
 
     def shown(self, job: Job) -> dict[str, Any]:
-        return view(job, self.store, self.live.of(job.id), self.settings.name)
+        progress = self.live.of(job.id)
+        if progress is None and job.status == "in_progress":  # it may have ended since the row was read
+            job = self.store.database.job(job.id) or job
+        return view(job, self.store, progress, self.settings.name)
 
     def job(self, kind: Kind, id: str) -> Job:
         """Raises Refused."""
