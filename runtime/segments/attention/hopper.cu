@@ -68,14 +68,10 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         const u32 my_q = matrix(q_at + group * 64 * ROW);
         barrier_wait(q_full, 0);
         barrier_wait(k_full, 0);
-        wgmma_fence();
         Score s0[SCORES], s1[SCORES];  // of both halves of a tile
         u32 a0[STEP_SLICES][4], a1[STEP_SLICES][4];
         constexpr int K_HALF = STEP * ROW / 16, V_HALF = STEP_SLICES * SLICE_BYTES / 16;
-        scores(s0, my_q, all_k);
-        wgmma_commit();
-        wgmma_wait<0>();
-        settled_scores(s0);
+        first_scores(s0, my_q, all_k);
         wgmma_fence();
         scores(s1, my_q, all_k + K_HALF);
         wgmma_commit();

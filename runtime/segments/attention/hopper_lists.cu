@@ -89,14 +89,10 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         barrier_wait(q_full, 0);
         barrier_wait(full, 0);
         load_shared(scale, scales_at);
-        wgmma_fence();
         Score s[SCORES];
         u32 a[STEP_SLICES][4];
         float sums[2][2];
-        scores(s, my_q, all);
-        wgmma_commit();
-        wgmma_wait<0>();
-        settled_scores(s);
+        first_scores(s, my_q, all);
         if (keys < STEP) hide(s, keys);
         float factor[STEP_SLICES][2];
         auto scaled = [&]() {
@@ -106,11 +102,7 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         scaled();
         largest(s, factor, r.base);
         weigh<false>(s, factor, r, a, sums);
-        auto add = [&]() {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) r.sum[half] += sums[half][0] + sums[half][1];
-        };
-        add();
+        add(r, sums);
         auto multiply = [&](u32 step) {  // the weights before with their values, and the next scores
             const u32 before = all + (step - 1) % STEPS * STEP_AT, now = step % STEPS;
             barrier_wait(full + min(now, STAGES - 1u) * 8, step / STEPS % 2);
@@ -135,33 +127,24 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             const u32 end = min(stop, tail), last = min(stop, steps);
             for (; i < end && !grown; ++i) {
                 multiply(i);
-                weigh<false>(s, factor, r, a, sums);
-                grown = too_large(sums);
-                if (!grown) add();
+                grown = weigh_and_add(s, factor, r, a, sums);
             }
             for (; i < last && i >= tail && !grown; ++i) {
                 multiply(i);
                 load_shared(marks, marks_at + i % STEPS * 16);
                 load_shared(lift, lifts_at + i % STEPS * 16);
                 hide_marked(s, marks);
-                weigh<false>(s, factor, r, a, sums, lift);
-                grown = too_large(sums);
-                if (!grown) add();
+                grown = weigh_and_add(s, factor, r, a, sums, lift);
             }
             if (grown) {
                 load_shared(lift, lifts_at + (i - 1) % STEPS * 16);
                 weigh_again(s, factor, r, a, sums, shrink, lift);
-                add();
+                add(r, sums);
             }
             if (i >= stop) stop += FLUSH;
             keep(kept, o, shrink, nought);
         }
-        wgmma_fence();
-        values(o, a, all + (steps - 1) % STEPS * STEP_AT + V_AT);
-        wgmma_commit();
-        wgmma_wait<0>();
-        settled(o);
-        add_kept(kept, o);
+        last_values(o, a, all + (steps - 1) % STEPS * STEP_AT + V_AT, kept);
         const auto place = [&](int token) { return out + ((i64)places[token] * gridDim.y + head) * DIM; };
         write_rows(o, r, value_mean, value_scale, shift, lse, first, tokens, place);
     }

@@ -90,3 +90,12 @@ __device__ void values(float (&o)[64], const u32 (&a)[STEP_SLICES][4], u32 v) {
     for (int g = 0; g < STEP_SLICES; ++g)
         multiply_values(o, a[g], descriptor(v + g * SLICE_BYTES / 16, ROWS_OF_32));
 }
+
+// Nothing else is in flight.
+__device__ void first_scores(Score (&s)[SCORES], u32 q, u32 k) {
+    wgmma_fence();
+    scores(s, q, k);
+    wgmma_commit();
+    wgmma_wait<0>();
+    settled_scores(s);
+}

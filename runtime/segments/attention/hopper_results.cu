@@ -48,6 +48,16 @@ __device__ void add_kept(u32 kept, float (&o)[64]) {
     }
 }
 
+// The last weights with their values, and the kept sums.
+__device__ void last_values(float (&o)[64], const u32 (&a)[STEP_SLICES][4], u32 v, u32 kept) {
+    wgmma_fence();
+    values(o, a, v);
+    wgmma_commit();
+    wgmma_wait<0>();
+    settled(o);
+    add_kept(kept, o);
+}
+
 // Where the channels of a token go, in `out` [tokens, heads * 128]. When ranks share the tokens: into the own rows, or to `out`
 // [other ranks, rows of a rank, heads * 128], from where they are copied. `places` is told in contracts/attention.py.
 __device__ bf16* place_of(bf16* out, const i64* places, int token) {

@@ -55,22 +55,14 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
         const u32 my_q = matrix(q_at + group * 64 * ROW);
         barrier_wait(q_full, 0);
         barrier_wait(full, 0);
-        wgmma_fence();
         Score s[SCORES];
         u32 a[STEP_SLICES][4];
         float sums[2][2];
-        scores(s, my_q, all);
-        wgmma_commit();
-        wgmma_wait<0>();
-        settled_scores(s);
+        first_scores(s, my_q, all);
         if (tokens < KEYS) hide(s, tokens);
         largest(s, factor, r.base);
         weigh<false>(s, factor, r, a, sums);
-        auto add = [&]() {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) r.sum[half] += sums[half][0] + sums[half][1];
-        };
-        add();
+        add(r, sums);
         auto multiply = [&]() {  // the weights before with their values, and the next scores
             const u32 before = all + stage * (TILE_BYTES / 16), free_before = free + stage * 8;
             if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -95,31 +87,22 @@ attend(const u8* q, const u8* k, const u8* v, const float* query_scale, const fl
             const int end = min(stop, tiles - 1);
             for (; i < end && !grown; ++i) {
                 multiply();
-                weigh<false>(s, factor, r, a, sums);
-                grown = too_large(sums);
-                if (!grown) add();
+                grown = weigh_and_add(s, factor, r, a, sums);
             }
             if (!grown && i == tiles - 1) {
                 multiply();
                 hide(s, tokens - i * KEYS);
-                weigh<false>(s, factor, r, a, sums);
-                grown = too_large(sums);
-                if (!grown) add();
+                grown = weigh_and_add(s, factor, r, a, sums);
                 ++i;
             }
             if (grown) {
                 weigh_again(s, factor, r, a, sums, shrink);
-                add();
+                add(r, sums);
             }
             if (i >= stop) stop += FLUSH;
             keep(kept, o, shrink, nought);
         }
-        wgmma_fence();
-        values(o, a, all + (stage * TILE_BYTES + K_BYTES) / 16);
-        wgmma_commit();
-        wgmma_wait<0>();
-        settled(o);
-        add_kept(kept, o);
+        last_values(o, a, all + (stage * TILE_BYTES + K_BYTES) / 16, kept);
         const auto place = [&](int token) { return place_of(out, places, token); };
         write_rows(o, r, value_mean, value_scale, shift, lse, first, tokens, place);
     }

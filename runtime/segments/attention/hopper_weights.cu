@@ -119,9 +119,24 @@ __device__ void weigh(const Score (&s)[SCORES], const float (&factor)[SCALED][2]
         }
 }
 
+__device__ void add(Rows& r, const float (&sums)[2][2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) r.sum[half] += sums[half][0] + sums[half][1];
+}
+
 // True if a weight may not fit, in one row of the warp: then `weigh_again`.
 __device__ bool too_large(const float (&sums)[2][2]) {
     return __any_sync(~0u, fmaxf(fmaxf(sums[0][0], sums[0][1]), fmaxf(sums[1][0], sums[1][1])) > LIMIT);
+}
+
+// Weighs, and adds the sums up unless a weight may not fit. Returns whether that is so.
+template <int SCALED>
+__device__ bool weigh_and_add(const Score (&s)[SCORES], const float (&factor)[SCALED][2], Rows& r, u32 (&a)[STEP_SLICES][4],
+                              float (&sums)[2][2], const float* lift = nullptr) {
+    weigh<false>(s, factor, r, a, sums, lift);
+    const bool grown = too_large(sums);
+    if (!grown) add(r, sums);
+    return grown;
 }
 
 // With the rows' true maxima. What was added up before must be shrunk by `shrink`.
@@ -152,7 +167,6 @@ __device__ bool soften(Score (&s)[SCORES], u32 (&a)[STEP_SLICES][4], Rows& r, fl
     if (!FIRST) shrink[0] = shrink[1] = 1;
     weigh<false>(s, factor, r, a, sums);
     if (!FIRST && (grown = too_large(sums))) weigh_again(s, factor, r, a, sums, shrink);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) r.sum[half] += sums[half][0] + sums[half][1];
+    add(r, sums);
     return grown;
 }
