@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from trt_wan.engines.precision import Precision
 from trt_wan.errors import UsageError, shown
 
-MOST_SIDE, MOST_PIXELS = 8192, 4096 * 2304  # of a video; a larger one fits into no machine's memory
-MOST_FRAMES = 4089  # of a window: the official model's rotary table has 1024 positions, one a slot
+MOST_SIDE, MOST_PIXELS = 8192, 4096 * 2304  # a larger video fits into no machine's memory
+MOST_FRAMES = 4089  # in a window: the official model's rotary table has 1024 positions, one a slot
 MOST_TOKENS = 1_000_000  # 6.6 times those of 161 frames at 1280x720
 # Latents that the two tiles of the VAE share: the middle of the seam is 64 pixels from the edges of both.
 TILE_OVERLAP = 16

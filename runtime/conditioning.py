@@ -28,7 +28,7 @@ Pixels = NDArray[np.uint8]
 
 # From so many GPUs on they encode each of the two clips of a window in a pipeline; fewer take a clip each.
 MANY_RANKS = 4
-MOTION_COST = 0.4  # of a face crop, where a frame of the VAE costs 1 (H200, 832x480)
+MOTION_COST = 0.4  # a face crop's, where a frame of the VAE costs 1 (H200, 832x480)
 
 
 LEVELS = np.arange(256).astype(np.float32) / 127.5 - 1

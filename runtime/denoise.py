@@ -18,7 +18,7 @@ from trt_wan.runtime.sampling.stepping import Combine, Sampler
 from trt_wan.runtime.step_cache import Residual
 
 # The first steps attend to everything: they decide what is where, and the others need little but detail.
-DENSE_SHARE = 0.25  # of the steps
+DENSE_SHARE = 0.25  # this share of the steps
 
 BetweenSteps = Callable[[int], None]  # called with the number of finished steps; may raise to end the run
 Predict = Callable[[int, Array], Array]  # number of the step from 0, latent -> velocity

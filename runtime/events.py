@@ -75,7 +75,7 @@ class Note:
 @dataclass(frozen=True)
 class GraphExported:
     name: str
-    number: int  # of the graphs that were missing
+    number: int  # counted among the graphs that were missing
     graphs: int
     seconds: float
 

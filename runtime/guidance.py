@@ -41,7 +41,7 @@ class ClipVision:
     """
 
     second: Path | None = None  # a second picture
-    strength: float | None = None  # of the reference; default 1, and with a second picture 0.5 each
+    strength: float | None = None  # the reference's; default 1, and with a second picture 0.5 each
     second_strength: float | None = None
     tiles: int = 0  # the pictures are also seen in tiles x tiles parts
     tile_ratio: float = 0.5  # weight of the whole picture, beside 1 of all tiles together

@@ -55,7 +55,7 @@ class QualityRow:
     name: str
     settings: Mapping[str, Any]
     velocity_errors: list[float]  # relative, by step
-    candidates: Mapping[str, str] = field(default_factory=dict)  # of the networks that have several
+    candidates: Mapping[str, str] = field(default_factory=dict)  # networks with several candidates alone
     frames: bool = False  # whether they were compared
     psnr: float | None = None  # None for equal frames
     ssim: float | None = None
@@ -70,10 +70,10 @@ class Quality:
     seed: int
     reference: str
     rows: list[QualityRow]  # ours, then the noise floor if a second kernel runs here, or peers
-    between: dict[str, dict[str, float]]  # of the worst step: the error of a row against another
+    between: dict[str, dict[str, float]]  # the error of a row against another, in its worst step
     not_measured: list[str]
     finished: bool = True  # False: more rows are to come
-    lost: list[str] = field(default_factory=list)  # of `not_measured`: a rank or a process was lost
+    lost: list[str] = field(default_factory=list)  # entries of `not_measured` whose rank or process was lost
     schema: str = QUALITY_SCHEMA
     stem: ClassVar[str] = "quality"
 

@@ -314,7 +314,7 @@ def _stages(said: Mapping[str, Any], window: int) -> dict[str, float]:
 
 
 def _window_seconds(first: Mapping[str, float], steps: int) -> float:
-    """A window with `steps` steps, by a window with one."""
+    """The seconds of a window with `steps` steps, estimated from those of a window with one step."""
     return sum(first.values()) + (steps - 1) * first["denoise"]
 
 

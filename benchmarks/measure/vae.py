@@ -42,7 +42,7 @@ CONTAINS = (
     "copied to the host and checked while the GPU goes on, as in a job. diffusers: the clip is copied as a "
     "whole, through page-locked memory. Networks: without copies. Errors: relative, against float32."
 )
-DEVIATION = 0.5  # of a picture's levels in [-1, 1]
+DEVIATION = 0.5  # a picture's levels lie in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class VaeTimes:
     rows: list[VaeRow]
     not_measured: list[str]
     finished: bool = True  # False: more rows are to come
-    lost: list[str] = field(default_factory=list)  # of `not_measured`: a process was lost
+    lost: list[str] = field(default_factory=list)  # entries of `not_measured` whose process was lost
     schema: str = SCHEMA
     stem: ClassVar[str] = "vae"
 

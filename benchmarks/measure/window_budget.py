@@ -30,7 +30,7 @@ from trt_wan.runtime.events import Note, Progress, silent
 
 MODULE = "trt_wan.benchmarks.measure.window_job"
 SCHEMA = "trt-wan-bench-window/1"
-SMALL = 0.03  # of a window: parts below it are not judged
+SMALL = 0.03  # parts with a smaller share of a window are not judged
 FAR = 1.4  # times the floor
 SPARSE = "sparse_attention"  # counted as if it attended to everything
 REST = "the rest of"  # reading, copies and waiting, by stage
@@ -64,7 +64,7 @@ class WindowBudget:
     windows: int
     seconds: float  # from its first stage to that of the next window
     step_seconds: float  # median of all steps
-    writing_seconds: float | None  # of the writing thread, beside the rest; None until the job ends
+    writing_seconds: float | None  # the writing thread's, beside the rest; None until the job ends
     stages: Mapping[str, float]
     parts: list[Part]
     once: list[Part]  # per job, outside the windows

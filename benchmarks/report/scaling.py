@@ -39,10 +39,10 @@ class ScalingRow:
     step_seconds: Spread
     window_seconds: float  # from its first stage to that of the next window
     new_frames: int
-    stages: Mapping[str, float]  # of the window
+    stages: Mapping[str, float]  # seconds of the window, by stage
     window: int  # that was measured, of `windows`, 1-based
     windows: int
-    writing_seconds: float  # of the writing thread for a window, beside the rest
+    writing_seconds: float  # the writing thread's for a window, beside the rest
     start_seconds: float  # from the process's start to the end of a first window with one step
     memory_bytes: list[int | None]  # peak by rank, of the whole GPU less the bytes before; none on the CPU
     error_first_step: float | None  # relative, of the latent after one step, against fewest GPUs
@@ -89,7 +89,7 @@ class Against:
 
     step: float
     window: float
-    efficiency: float  # of the step
+    efficiency: float  # a step's
     not_hidden_seconds: float  # a block of the step
 
 

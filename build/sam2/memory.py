@@ -18,7 +18,7 @@ from trt_wan.build.sam2.encoder import EPS, conv1x1, norm
 from trt_wan.engines.sam2.config import Sam2Config
 from trt_wan.engines.sam2.contracts import CROSS, layer_scope
 
-NORM_EPS = 1e-5  # of memory attention
+NORM_EPS = 1e-5  # memory attention's
 MASK_SCALE, MASK_BIAS = 20.0, -10.0
 ENCODER = "memory_encoder"
 

@@ -33,10 +33,10 @@ class Held:
 
     window: float
     steps: float  # in all
-    passes: int  # of the blocks, in these steps
+    passes: int  # through the blocks, in these steps
 
     def with_steps(self, job: Job) -> "Held":
-        """Of a job that differs in its steps alone."""
+        """The same for a job that differs in its steps alone."""
         passes = sum(job.computed)
         steps = self.steps / self.passes * passes
         return Held(self.window - self.steps + steps, steps, passes)

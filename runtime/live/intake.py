@@ -23,10 +23,10 @@ from typing import TypeVar
 
 from trt_wan.runtime.video.reader import Picture
 
-SLACK = Fraction(1, 4)  # of a window's new frames may wait for the next window
+SLACK = Fraction(1, 4)  # this share of a window's new frames may wait for the next window
 MOST_WINDOWS = 2  # windows that may wait while one takes very long; then every second frame is dropped
 RECENT = 4  # windows whose median time is the pace: an even number, so that times that alternate count half
-EARLY = 0.25  # of a slot: so much before it a frame is taken for it, as times are rounded
+EARLY = 0.25  # a frame may come this share of a slot before it, as times are rounded
 POLL = 0.1  # seconds between looks for a signal, while frames are awaited
 Pictures = Mapping[str, Picture]  # by the name of the clip: pose, face, background, mask
 Item = TypeVar("Item")

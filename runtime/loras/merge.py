@@ -9,7 +9,7 @@ from trt_wan.runtime.device.kernels import THREADS, Module, read_source
 
 TYPES = ("float32", "float16", "bfloat16")
 NAMES = (*(f"{kernel}_{name}" for kernel in ("add_product", "add") for name in TYPES), "quantise_rows")
-TILE = 64  # of merge.cu
+TILE = 64  # as in merge.cu
 SOURCE = read_source(__package__, "merge.cu")
 
 

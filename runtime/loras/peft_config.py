@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from trt_wan.errors import WeightsError, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model."
-METADATA, PREFIX = "lora_adapter_metadata", "transformer."  # of diffusers
+METADATA, PREFIX = "lora_adapter_metadata", "transformer."  # diffusers' names
 LARGEST = 1 << 20  # bytes of the file
 KINDS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # by `peft_type`: the name of alpha
 CHANGED_BASE = ("pissa", "olora", "corda")  # these initialisations change the model's own weights

@@ -27,7 +27,7 @@ BEFORE_THE_STEPS = (
     "time_embed",
     "uni3c_modulation",
 )
-BETWEEN_WINDOWS = ("text_embed", "context_kv")  # of these, those that prompts need which change
+BETWEEN_WINDOWS = ("text_embed", "context_kv")  # needed between windows where prompts change
 KERNELS_BYTES = 200 << 20  # loaded after the CUDA context is open
 CONTEXT_BYTES = (500 << 20) + KERNELS_BYTES  # context and kernels; measured 0.6 GB on an H200
 

@@ -34,7 +34,7 @@ LINE = 128  # bytes from flag to flag: no two in a cache line
 PIECE = 2 << 20  # CUDA exports memory in such pieces: a smaller block would share its neighbours too
 VECTOR = 16  # bytes that a thread copies
 ENDED = 0x7FFF_FFFF  # at least any value that is waited for
-HANDLE_BYTES = 64  # of cudaIpcMemHandle_t
+HANDLE_BYTES = 64  # the size of a cudaIpcMemHandle_t
 PROBE_SECONDS = 5.0
 ONE_GPU = "Leave --gpus out to use one GPU."
 

@@ -309,7 +309,7 @@ class _Layout:
     """Places in a block, in bytes."""
 
     def __init__(self, shards: Shards, itemsize: int) -> None:
-        self.token = shards.head_dim * itemsize  # of one head
+        self.token = shards.head_dim * itemsize  # bytes of a token of one head
         assert self.token % VECTOR == 0, f"{shards.head_dim} channels of {itemsize} bytes"
         tokens, rows = shards.slots * shards.slot_tokens, shards.slots * shards.share
         widths = [heads * self.token for heads in shards.groups]

@@ -110,7 +110,7 @@ class Ranks:
     def _made(self, make: Callable[[], Array]) -> Array:
         start = time.perf_counter()
         made = make() if self.count == 1 else np.asarray(make())
-        function = getattr(make, "func", make)  # of a partial
+        function = getattr(make, "func", make)  # a partial's function
         self.watch(getattr(function, "__name__", "task"), time.perf_counter() - start)
         return made
 

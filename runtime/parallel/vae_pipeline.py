@@ -52,10 +52,10 @@ from trt_wan.runtime.segments.native.vae import Cut, Vae
 from trt_wan.runtime.segments.segment import Segment
 
 DATA, DONE, RESULT = FLAGS = range(3)
-ROUNDS = 4  # of measuring
+ROUNDS = 4  # each layer is timed so often
 SLOTS = 32  # latents that a rank may leave unread: more than a window of 77 frames has
 
-Connect = Callable[[int, int], PeerMemory]  # of a size in bytes and a number of flags
+Connect = Callable[[int, int], PeerMemory]  # takes a size in bytes and a number of flags
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Measured:
 class Divided:
     """How a half is divided among the ranks, in the order of its layers."""
 
-    seconds: tuple[float, ...]  # of each part, for a chunk
+    seconds: tuple[float, ...]  # each part's, for a chunk
     cuts: tuple[str, ...]
     handed: tuple[int, ...]  # bytes at each cut, a chunk
     bandwidth: float

@@ -5,7 +5,7 @@ import math
 from trt_wan.runtime.sampling.grids import Schedule
 from trt_wan.runtime.sampling.stepping import Combine, Draw, Latent, Stepping
 
-POINTS = 200  # of the sums that stand for two integrals in er_sde
+POINTS = 200  # in the sums that stand for two integrals in er_sde
 
 
 class ResMultistep(Stepping):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Kind:
-    muxer: str  # of ffmpeg
+    muxer: str  # ffmpeg's name
     codecs: tuple[str, ...]  # rows of encoder.py's CODECS; the first is the default
     sound: str  # encoder of sound that cannot be copied
     copied: frozenset[str]  # sound that common players accept in it

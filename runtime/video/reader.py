@@ -49,7 +49,7 @@ WIDE: dict[int, str] = {
     ColorPrimaries.SMPTE431: "P3",
     ColorPrimaries.SMPTE432: "P3",
 }
-BEHIND = "white"  # of transparent pixels
+BEHIND = "white"  # behind transparent pixels
 # By angle in degrees, in the form of `_turn`.
 QUARTER_TURNS = {0: (False, 1, 1), 90: (True, -1, 1), 180: (False, -1, -1), 270: (True, 1, -1)}
 UNTAGGED = 2  # ffmpeg's number for a colour matrix that is not known

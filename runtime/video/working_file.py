@@ -42,9 +42,9 @@ CHUNK = 1 << 20  # bytes that are read at once
 class Settled:
     """The end of a working file, from which another process can go on. Its pictures need no later packet."""
 
-    name: str  # of the file
+    name: str  # the file's
     size: int  # bytes
-    sha256: str  # of these bytes
+    sha256: str  # for these bytes
     pictures: int
     pieces: int
     delay: int  # frames, see WorkingFile
@@ -128,7 +128,7 @@ class WorkingFile:
 
     def join(self, target: Path) -> None:
         """Writes the final video to `target`. Its sound ends with the last picture. Raises OSError."""
-        end = self.pictures / self.rate - self._codec_delay  # of the sound, in seconds
+        end = self.pictures / self.rate - self._codec_delay  # where the sound ends, in seconds
         options = self._mp4_options() if is_mp4(self._muxer) else MATROSKA
         with (
             # Absolute paths, because ffmpeg takes `a:b.mp4` for a protocol called `a`.

@@ -30,7 +30,7 @@ from trt_wan.runtime.weights.stored import BLOCKS, Stored
 from trt_wan.runtime.weights.tensor_file import Entry
 
 MISSING, SHAPE = "are missing", "have another shape"
-MOST_KINDS = 3  # of faults in a message
+MOST_KINDS = 3  # a message names so many kinds of faults at most
 # The name of a part in a sentence, and files that hold it.
 SPOKEN: dict[Part, tuple[str, str]] = {
     "transformer": (

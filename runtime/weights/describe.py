@@ -23,7 +23,7 @@ from trt_wan.runtime.weights.recognition.quantised import KNOWN
 from trt_wan.runtime.weights.recognition.twins import is_qwen_vae
 
 UNKNOWN = "a file of another kind"
-SAM2 = "SAM2"  # of kinds.OTHERS
+SAM2 = "SAM2"  # a name in kinds.OTHERS
 UNUSED = (
     ".kernel",
     ".position_ids",

@@ -41,7 +41,7 @@ Faults = Mapping[Path, WeightsError]
 class Taken:
     checkpoint: Checkpoint
     why: str
-    faults: Faults  # of files that do not fit
+    faults: Faults  # why files do not fit
 
 
 def load_weights(

@@ -30,7 +30,7 @@ class Needs:
     streamed_blocks: int = 0
     vae_tiles: bool = False
     engines: tuple[str, ...] | None = ()  # that would be built
-    seconds: float | None = None  # of the measured networks
+    seconds: float | None = None  # the measured networks'
     unmeasured: tuple[str, ...] | None = None  # networks
 
 

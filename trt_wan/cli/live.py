@@ -67,8 +67,8 @@ class Opened:
 
     source: "Source"
     inputs: "Inputs"
-    names: tuple[str, ...]  # of the clips
-    size: Size  # of the video, unless it is lowered
+    names: tuple[str, ...]  # the clips'
+    size: Size  # the video's, unless it is lowered
     preparing: "Preparing | None" = None  # None: the pictures are prepared
 
 

@@ -12,7 +12,7 @@ from trt_wan.runtime.published.files import FAST4
 
 AUTOMATIC, NONE = "automatic", "none"
 TINY = "tiny, of random weights (for trying)"
-SLOTS = range(1, 4)  # of LoRAs
+SLOTS = range(1, 4)  # for LoRAs
 
 
 class LoadModel(io.ComfyNode):  # type: ignore[misc]  # ComfyUI has no types for us

@@ -61,7 +61,7 @@ class Preprocess:
 class Build:
     """Answered by a text."""
 
-    name: str  # of the model
+    name: str  # the model's
     size: tuple[int, int]  # width, height
     window: int  # frames
     precision: str | None

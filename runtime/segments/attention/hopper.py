@@ -66,7 +66,7 @@ def _value_bytes(values: Values, keys: int) -> int:
 class HopperAttention:
     """bf16 in and out. `scores` and `values` name the numbers that are multiplied."""
 
-    lists = False  # of ListedAttention: blocks of queries attend to lists of tiles
+    lists = False  # True in ListedAttention: blocks of queries attend to lists of tiles
 
     def __init__(
         self, gpu: Gpu, heads: int, tokens: int, head_dim: int, scores: Scores, values: Values

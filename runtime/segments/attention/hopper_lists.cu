@@ -6,7 +6,7 @@
 // Every slice of 32 keys has a scale, a word of marks for keys that are hidden, and a lift: its weights are 2^lift times as large.
 // The tail are the steps with means or with hidden keys. The steps before it need neither marks nor lifts.
 
-constexpr int STEPS = 4, TILE_SLICES = KEYS / SLICE;  // of a turn of the ring; of a tile
+constexpr int STEPS = 4, TILE_SLICES = KEYS / SLICE;  // steps in a turn of the ring, slices in a tile
 constexpr int LOG2_KEYS = 7;  // a tile's mean counts as KEYS keys
 constexpr int ROW_OF_SLICES = STEPS * 16;  // bytes: four numbers for each step, the last unused
 static_assert(STAGES * KEYS == STEPS * STEP && KEYS % SLICE == 0 && KEYS == 1 << LOG2_KEYS);

@@ -58,7 +58,7 @@ extern "C" __global__ void pool_blocks(const bf16* q, const bf16* k, const bf16*
     __shared__ float shared[3][ROWS][HEAD_DIM];
     static_assert(QUERIES >= BLOCK && HEAD_DIM <= 256);
     const int query_blocks = blocks_of(tokens, QUERIES), key_blocks = blocks_of(tokens, BLOCK);
-    const i64 of_q = heads * query_blocks, number = blockIdx.x - of_q;  // of a block of keys or values
+    const i64 of_q = heads * query_blocks, number = blockIdx.x - of_q;  // the number of a block of keys or values
     const bool queries = number < 0;
     const int size = queries ? QUERIES : BLOCK, blocks = queries ? query_blocks : key_blocks;
     const i64 head = queries ? blockIdx.x / blocks : number / blocks + heads, input = head / heads;

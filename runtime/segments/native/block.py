@@ -135,7 +135,7 @@ class Linear(Native):
 
     @property
     def _product_bytes(self) -> int:
-        """Of a number."""
+        """Bytes of a number."""
         return 4 if self.operands == "int8" else 2
 
     def _each_token(self, kernel: str, *arguments: Any) -> None:

@@ -16,7 +16,7 @@ from trt_wan.runtime.device.kernels import THREADS, Module, headers, read_source
 from trt_wan.runtime.segments.native.block import Native, macros
 
 MOST_TILE = 128  # keys; with 144, registers do not suffice
-ROW_BYTES = 256  # of a key, a value or a query
+ROW_BYTES = 256  # a key's, a value's or a query's
 QUERIES = 128  # at once, per block of threads
 HOPPER_THREADS = 384
 ARRANGING = 1024  # blocks of threads, which stride over the rest

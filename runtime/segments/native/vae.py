@@ -31,7 +31,7 @@ VECTOR = 8  # channels; of fewer there are zeros
 THREADS = 256
 GATHERED = 32  # channels that vae.cu makes of the encoder's three
 TILE = 64  # side of the squares that are transposed
-SCORES_BYTES = 128 << 20  # of the attention, computed for some queries at a time
+SCORES_BYTES = 128 << 20  # the attention's, computed for some queries at a time
 BF16, FLOAT32 = 2, 4  # bytes
 
 KERNELS = (

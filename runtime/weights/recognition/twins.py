@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trt_wan.runtime.weights.checkpoint import Checkpoint
 
-SAMPLE_BYTES = 1 << 12  # of each tensor
+SAMPLE_BYTES = 1 << 12  # read from each tensor
 
 # Qwen-Image's VAE has the layout of Wan's VAE and other values. Comfy's file, as model lists publish it:
 QWEN_BYTES = 253_806_246
