@@ -120,7 +120,7 @@ def work_row(name: str, work: Mapping[str, Work], counts: Mapping[str, Calls]) -
 def measure_ceilings(
     shape: Shape, card: Card, env: Mapping[str, str], not_measured: list[str]
 ) -> list[Ceiling]:
-    """Measured in a process of its own; `not_measured` gets what failed."""
+    """Measured in a process of its own; `not_measured` gets the failures."""
     if card.gpu is None:
         return measure_host()
     command = [sys.executable, "-m", "trt_wan.benchmarks.machine.ceilings", *shape.arguments()]

@@ -22,7 +22,7 @@ RESIDUAL_FACTORS = (20, 30, 40, 50)  # outlier channels of the residual stream
 K_MEANS = (9, -9, 12, -6)  # outlier channels of k; deviations are 1
 Q_FACTOR = 2  # q in k's outlier channels; more makes FP8 attention saturate (FP8_ATTENTION_RANGE)
 V_FACTOR = 8  # one channel of v
-NUMBERS = {"nag_scale": 11.0, "nag_tau": 2.5, "nag_alpha": 0.25, "keep": 0.5}  # what people use
+NUMBERS = {"nag_scale": 11.0, "nag_tau": 2.5, "nag_alpha": 0.25, "keep": 0.5}  # as people use them
 
 
 def realistic(network: Network, seed: int) -> dict[str, Host]:

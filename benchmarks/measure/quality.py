@@ -266,7 +266,7 @@ class _Recorder:
         return None
 
     def peers(self, device: str) -> Iterator[QualityRow]:
-        """diffusers on the reference's weights and inputs. What cannot run is in `not_measured`."""
+        """diffusers on the reference's weights and inputs. Rows that cannot run are in `not_measured`."""
         self.progress(Note("recording diffusers"))
         given = {
             "weights": self.reference["files"]["transformer"],

@@ -65,7 +65,7 @@ def gpus_here(settings: Mapping[str, Any]) -> int | None:
 
 
 def announced(wanted: Wanted) -> list[dict[str, Any]]:
-    """What would be measured, in order. Nothing is started."""
+    """The rows that would be measured, in order. Nothing is started."""
     here = gpus_here(wanted.settings)
     sizes = [shape.title for shape in wanted.shapes]
     return [
@@ -319,7 +319,7 @@ def _window_seconds(first: Mapping[str, float], steps: int) -> float:
 
 
 def spans(trace: Path, ranks: int, window: int, written: Sequence[Mapping[str, float]]) -> list[Span]:
-    """What the ranks did in one window of a traced job. `written` is that of scaling_job.py."""
+    """The stages, tasks and steps of all ranks in one window of a traced job. `written` is that of scaling_job.py."""
     found = []
     begun = until = 0.0
     for rank in range(ranks):

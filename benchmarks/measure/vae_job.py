@@ -67,7 +67,7 @@ def halves(
 def _timed(act: Callable[[], object], executor: TimedExecutor, repeats: int) -> dict[str, list[float]]:
     """The seconds of each run but the first."""
     act()
-    executor.watched()  # forgets what was timed so far
+    executor.watched()  # forgets the times so far
     seconds, networks = [], []
     for _ in range(repeats):
         executor.start_watching()

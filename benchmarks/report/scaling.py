@@ -24,7 +24,7 @@ WAITING = "other work and waits"
 
 @dataclass(frozen=True)
 class Span:
-    """What a rank did in the measured window. Seconds since it began on rank 0; others may begin before."""
+    """A stage, task or step of a rank in the measured window. Seconds since it began on rank 0; others may begin before."""
 
     rank: int
     what: str

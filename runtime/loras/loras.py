@@ -89,7 +89,7 @@ def _file_id(path: Path) -> FileId:
     try:
         found = [file.stat() for file in (path, settings) if file is not None]
     except OSError:
-        return path.absolute(), 0, 0  # opening it says what is wrong
+        return path.absolute(), 0, 0  # opening it tells the fault
     return path.resolve(), max(one.st_mtime_ns for one in found), sum(one.st_size for one in found)
 
 
