@@ -319,7 +319,7 @@ def _window_seconds(first: Mapping[str, float], steps: int) -> float:
 
 
 def spans(trace: Path, ranks: int, window: int, written: Sequence[Mapping[str, float]]) -> list[Span]:
-    """The stages, tasks and steps of all ranks in one window of a traced job. `written` is that of scaling_job.py."""
+    """Stages, tasks and steps of all ranks in a window of a traced job. `written`: as in scaling_job.py."""
     found = []
     begun = until = 0.0
     for rank in range(ranks):

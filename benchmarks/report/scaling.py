@@ -24,7 +24,9 @@ WAITING = "other work and waits"
 
 @dataclass(frozen=True)
 class Span:
-    """A stage, task or step of a rank in the measured window. Seconds since it began on rank 0; others may begin before."""
+    """A stage, task or step of a rank in the measured window. Seconds since the window began on rank 0;
+    other ranks may begin before.
+    """
 
     rank: int
     what: str

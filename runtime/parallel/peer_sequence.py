@@ -157,7 +157,7 @@ class PeerSequence:
         return cast(list[Array], views)
 
     def _clear_own(self) -> None:
-        """Clears the array of `join` in the part that no rank writes: finite.py looks for NaNs in all inputs."""
+        """Clears the part of `join`'s array that no rank writes: finite.py looks for NaNs in all inputs."""
         shards, own, token = self.shards, self.shards.tokens_of(self._rank), self._layout.token
         for group, name in product(range(len(shards.groups)), NAMES):
             start = self.memory.address(self._rank) + self._layout.at(name, group)

@@ -1,9 +1,9 @@
 """Pieces of a video file: fragments of mp4 and mov, clusters of Matroska. A header and pieces, one after
 another, are a file that plays.
 
-ffmpeg makes them in memory: PyAV has no call that makes a muxer write the packets it holds back. Times are absolute.
-Decoding times may not be negative in an mp4, so there pictures are moved by MOST_DELAY frames, which the edit
-list in the header takes back.
+ffmpeg makes them in memory: PyAV has no call that makes a muxer write the packets it holds back. Times are
+absolute. Decoding times may not be negative in an mp4, so there pictures are moved by MOST_DELAY frames, which
+the edit list in the header takes back.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
