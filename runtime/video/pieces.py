@@ -2,8 +2,8 @@
 another, are a file that plays.
 
 ffmpeg makes them in memory: PyAV has no call that makes a muxer write the packets it holds back. Times are
-absolute. Decoding times may not be negative in an mp4, so there pictures are moved by MOST_DELAY frames, which
-the edit list in the header takes back.
+absolute. Decoding times may not be negative in an mp4, so there pictures are moved by MOST_DELAY frames,
+which the edit list in the header takes back.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
